@@ -1,0 +1,129 @@
+//! A connection to NATS from its settings.
+//!
+//! Owns timeouts, pings and what is logged when the connection comes and goes. A broker that is
+//! away is waited for: only settings that can never work are an error.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::{Client, ConnectOptions, Event, jetstream};
+use secrecy::ExposeSecret as _;
+use tracing::{debug, info, warn};
+
+use crate::settings::{Identity, NatsSettings};
+
+/// A half-open link is noticed after two of these without an answer.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long one request to JetStream, or one PubAck, is waited for.
+///
+/// Short, because async-nats neither fails nor resends what was in flight when a connection broke.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often a missing connection is looked at again while we wait for it.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Why no connection can ever come of these settings.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// A file that a setting names cannot be read or used.
+    #[error("{setting} names {}, which cannot be used", path.display())]
+    File {
+        /// The setting.
+        setting: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The options were refused, before anything was sent.
+    #[error("cannot connect to NATS")]
+    Options(#[source] async_nats::ConnectError),
+}
+
+/// A connection to NATS that is made, and made again, in the background.
+///
+/// # Errors
+/// When the settings can never work; not when the broker is away.
+pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
+    // A dependency that brings a second crypto backend must not make the first handshake panic.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let hosts = settings.hosts();
+    let mut options = identify(ConnectOptions::new(), &settings.identity)
+        .await?
+        .name(name)
+        .retry_on_initial_connect()
+        .ping_interval(PING_INTERVAL)
+        .request_timeout(Some(REQUEST_TIMEOUT))
+        .event_callback(move |event| {
+            report(&event, &hosts);
+            std::future::ready(())
+        });
+    if let Some(ca) = &settings.tls_ca {
+        readable("NATS_TLS_CA", ca)?;
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    if let Some((certificate, key)) = &settings.tls_client {
+        readable("NATS_TLS_CERT", certificate)?;
+        readable("NATS_TLS_KEY", key)?;
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    options.connect(settings.servers.as_slice()).await.map_err(ConnectError::Options)
+}
+
+/// JetStream over `client`, with our timeouts.
+#[must_use]
+pub fn jetstream(client: Client) -> jetstream::Context {
+    jetstream::ContextBuilder::new().timeout(REQUEST_TIMEOUT).ack_timeout(REQUEST_TIMEOUT).build(client)
+}
+
+/// Returns once `client` is connected. Says so when it has to wait, once.
+pub async fn connected(client: &Client, settings: &NatsSettings) {
+    let mut waited = Duration::ZERO;
+    while client.connection_state() != State::Connected {
+        if waited == REQUEST_TIMEOUT / 2 {
+            warn!(servers = settings.hosts(), "waiting for NATS at {} (NATS_URL)", settings.hosts());
+        }
+        tokio::time::sleep(POLL).await;
+        waited += POLL;
+    }
+}
+
+async fn identify(options: ConnectOptions, identity: &Identity) -> Result<ConnectOptions, ConnectError> {
+    let refused = |setting, path: &PathBuf| {
+        let path = path.clone();
+        move |source| ConnectError::File { setting, path, source }
+    };
+    Ok(match identity {
+        Identity::Anonymous => options,
+        Identity::Credentials(file) => options.credentials_file(file).await.map_err(refused("NATS_CREDS", file))?,
+        Identity::Nkey(file) => {
+            let seed = std::fs::read_to_string(file).map_err(refused("NATS_NKEY_SEED_FILE", file))?;
+            options.nkey(seed.trim().to_owned())
+        }
+        Identity::Password(user, password) => {
+            options.user_and_password(user.clone(), password.expose_secret().to_owned())
+        }
+    })
+}
+
+fn readable(setting: &'static str, path: &PathBuf) -> Result<(), ConnectError> {
+    match std::fs::File::open(path) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(ConnectError::File { setting, path: path.clone(), source }),
+    }
+}
+
+fn report(event: &Event, hosts: &str) {
+    match event {
+        Event::Connected => info!(servers = hosts, "connected to NATS at {hosts}"),
+        Event::Disconnected => warn!(servers = hosts, "connection to NATS lost; reconnecting to {hosts}"),
+        Event::ServerError(error) => warn!("NATS says: {error}"),
+        // Also once per attempt to reconnect: what matters was said when the connection was lost.
+        Event::ClientError(error) => debug!("NATS connection: {error}"),
+        Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining | Event::Closed => {
+            info!("NATS connection: {event}")
+        }
+    }
+}

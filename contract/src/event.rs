@@ -1,0 +1,140 @@
+//! The envelope of a Stripe event: what both programs read of one.
+//!
+//! Owns the ids and types of events as values that were checked once. May not know what is inside
+//! `data`: that is the worker's.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The longest id we accept, in bytes. Stripe documents ids of up to 255 characters.
+pub const ID_BYTES_MAX: usize = 255;
+
+/// The longest event type we accept, in bytes: together with its prefix it must be a subject.
+pub const TYPE_BYTES_MAX: usize = 200;
+
+/// A text is not an [`EventId`]: it is empty, too long, or not printable ASCII.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not an event id")]
+pub struct InvalidEventId;
+
+/// The id of a Stripe event (`evt_…`): printable ASCII, so that it can travel as a header.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct EventId(String);
+
+impl EventId {
+    /// # Errors
+    /// When `id` is empty, longer than [`ID_BYTES_MAX`], or holds anything but printable ASCII.
+    pub fn parse(id: impl Into<String>) -> Result<Self, InvalidEventId> {
+        let id = id.into();
+        let fits = !id.is_empty() && id.len() <= ID_BYTES_MAX;
+        if fits && id.bytes().all(|byte| byte.is_ascii_graphic()) { Ok(Self(id)) } else { Err(InvalidEventId) }
+    }
+
+    /// The id as Stripe wrote it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for EventId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for EventId {
+    type Error = InvalidEventId;
+
+    fn try_from(id: String) -> Result<Self, Self::Error> {
+        Self::parse(id)
+    }
+}
+
+impl From<EventId> for String {
+    fn from(id: EventId) -> Self {
+        id.0
+    }
+}
+
+/// A text is not an [`EventType`]: it cannot be part of a subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not an event type: lower-case letters, digits and `_`, in parts joined by single dots")]
+pub struct InvalidEventType;
+
+/// The type of a Stripe event (`customer.subscription.updated`), known to be a valid subject tail.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct EventType(String);
+
+impl EventType {
+    /// # Errors
+    /// When `name` is longer than [`TYPE_BYTES_MAX`] or not lower-case letters, digits and `_` in
+    /// parts joined by single dots.
+    pub fn parse(name: impl Into<String>) -> Result<Self, InvalidEventType> {
+        let name = name.into();
+        let plain = |part: &str| {
+            let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+            !part.is_empty() && part.bytes().all(allowed)
+        };
+        if name.len() <= TYPE_BYTES_MAX && name.split('.').all(plain) { Ok(Self(name)) } else { Err(InvalidEventType) }
+    }
+
+    /// The type as Stripe writes it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for EventType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for EventType {
+    type Error = InvalidEventType;
+
+    fn try_from(name: String) -> Result<Self, Self::Error> {
+        Self::parse(name)
+    }
+}
+
+impl From<EventType> for String {
+    fn from(name: EventType) -> Self {
+        name.0
+    }
+}
+
+/// The events the worker handles, and so the default of what ingress stores.
+///
+/// Stripe: "Types of events".
+pub const HANDLED_TYPES: [&str; 12] = [
+    "customer.subscription.created",
+    "customer.subscription.updated",
+    "customer.subscription.deleted",
+    "customer.subscription.paused",
+    "customer.subscription.resumed",
+    "customer.subscription.trial_will_end",
+    "customer.subscription.pending_update_applied",
+    "customer.subscription.pending_update_expired",
+    "checkout.session.completed",
+    "checkout.session.async_payment_succeeded",
+    "checkout.session.async_payment_failed",
+    "checkout.session.expired",
+];
+
+/// A subscription fetched from Stripe's API, published by a worker into the events stream.
+pub const SNAPSHOT_TYPE: &str = "litestripe.snapshot";
+
+/// What signals name as the event where an erasure changed a row. No message of this type exists.
+pub const ERASURE_TYPE: &str = "litestripe.erasure";
+
+/// An operator's resolution of an orphan, published by a worker into the events stream.
+pub const RESOLUTION_TYPE: &str = "litestripe.resolution";
+
+#[cfg(test)]
+mod tests;

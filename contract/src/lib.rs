@@ -1,0 +1,27 @@
+//! What ingress, worker and Rust subscribers share.
+//!
+//! Owns the names and shapes of DESIGN's external contract: streams, subjects, headers, signals.
+//! A thing is admitted only if that contract names it *and* more than one program, or a subscriber,
+//! relies on it. May not know the database, HTTP, or anything inside an event beyond its envelope.
+//!
+//! Without features this crate does no I/O and is what a Rust subscriber depends on. The feature
+//! `process` adds what the two programs have in common: settings, connection, provisioning,
+//! telemetry and shutdown.
+
+pub mod event;
+pub mod header;
+pub mod signal;
+pub mod subject;
+
+#[cfg(feature = "process")]
+pub mod connect;
+#[cfg(feature = "process")]
+pub mod exit;
+#[cfg(feature = "process")]
+pub mod settings;
+#[cfg(feature = "process")]
+pub mod shutdown;
+#[cfg(feature = "process")]
+pub mod stream;
+#[cfg(feature = "process")]
+pub mod telemetry;

@@ -1,0 +1,74 @@
+use std::time::Duration;
+
+use super::{
+    BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, bytes, duration,
+};
+
+fn reader(given: &[(&'static str, &str)]) -> Reader {
+    let given: Given = given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    Reader::new(given, &[SHARED])
+}
+
+#[test]
+fn defaults_are_valid() {
+    let mut reader = reader(&[]);
+    let nats = NatsSettings::read(&mut reader).expect("the defaults are valid");
+    let events = EventsSettings::read(&mut reader);
+    let log = LogSettings::read(&mut reader);
+    assert_eq!(nats.hosts(), "127.0.0.1:4222");
+    assert_eq!(events.max_age, Duration::from_secs(35 * 24 * 60 * 60));
+    assert_eq!(events.max_bytes, 10 << 30);
+    assert!(!events.max_bytes_is_set && !log.json);
+    assert_eq!(reader.finish(Some(())), Ok(()));
+}
+
+#[test]
+fn empty_counts_as_not_given() {
+    let mut reader = reader(&[("NATS_CREDS", ""), ("NATS_URL", " ")]);
+    assert!(NatsSettings::read(&mut reader).is_some());
+}
+
+#[test]
+fn every_problem_is_reported_by_name_and_without_its_value() {
+    let mut reader = reader(&[
+        ("NATS_URL", "nats://user:hunter2@:::"),
+        ("NATS_USER", "someone"),
+        ("NATS_TLS_KEY", "key.pem"),
+        ("LITESTRIPE_STREAM_REPLICAS", "2"),
+        ("LITESTRIPE_EVENTS_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_LOG_FORMAT", "hunter2"),
+    ]);
+    let nats = NatsSettings::read(&mut reader);
+    EventsSettings::read(&mut reader);
+    LogSettings::read(&mut reader);
+    let Problems(problems) = reader.finish(nats).map(|_| ()).expect_err("they are all wrong");
+    let names: Vec<_> = problems.iter().filter_map(|problem| problem.split(' ').next()).collect();
+    assert_eq!(
+        names,
+        [
+            "NATS_URL",
+            "NATS_PASSWORD",
+            "NATS_TLS_CERT",
+            "LITESTRIPE_STREAM_REPLICAS",
+            "LITESTRIPE_EVENTS_MAX_AGE",
+            "LITESTRIPE_LOG_FORMAT"
+        ]
+    );
+    assert!(!problems.concat().contains("hunter2"));
+}
+
+#[test]
+fn a_required_setting_that_is_missing_is_a_problem_once() {
+    let mut reader = reader(&[]);
+    assert_eq!(reader.required("NATS_CREDS", "a path", super::text), None);
+    let Problems(problems) = reader.finish::<()>(None).expect_err("it is missing");
+    assert_eq!(problems, ["NATS_CREDS is missing: set it to a path"]);
+}
+
+#[test]
+fn durations_and_sizes_are_as_people_write_them() {
+    assert_eq!(duration("10m"), Some(Duration::from_secs(600)), "{DURATION}");
+    assert_eq!(duration("ten"), None);
+    assert_eq!(bytes("1MiB"), Some(1 << 20), "{BYTES}");
+    assert_eq!(bytes("-1"), None);
+}

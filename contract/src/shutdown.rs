@@ -1,0 +1,32 @@
+//! The first signal asks a program to stop, the second one ends it at once.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The exit code after a second signal: what a shell reports for SIGINT.
+const EXIT_SECOND_SIGNAL: i32 = 130;
+
+/// A token that SIGTERM or SIGINT cancels. A second signal exits at once.
+///
+/// # Errors
+/// When the process cannot listen for signals.
+pub fn token() -> std::io::Result<CancellationToken> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let token = CancellationToken::new();
+    let cancelled = token.clone();
+    tokio::spawn(async move {
+        for first in [true, false] {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if first {
+                tracing::info!("{name}: finishing what is in flight; a second signal exits at once");
+                cancelled.cancel();
+            }
+        }
+        std::process::exit(EXIT_SECOND_SIGNAL);
+    });
+    Ok(token)
+}

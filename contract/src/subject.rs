@@ -1,0 +1,50 @@
+//! Names of streams, subjects and the durable consumer, and how to build and take apart subjects.
+//!
+//! Invariant: a subject built here parses back to what built it.
+
+use crate::event::EventType;
+
+/// The stream of raw events.
+pub const EVENTS_STREAM: &str = "STRIPE_EVENTS";
+/// The stream of signals.
+pub const SIGNALS_STREAM: &str = "LITESTRIPE_SIGNALS";
+/// The stream of events that can never be applied.
+pub const DEAD_LETTERS_STREAM: &str = "STRIPE_DEAD_LETTERS";
+/// The durable pull consumer all workers share.
+pub const WORKER_CONSUMER: &str = "litestripe-worker";
+/// The JetStream KV bucket of all workers.
+pub const KV_BUCKET: &str = "litestripe";
+
+/// What stands before the event type in the subject of a raw event.
+pub const EVENTS_PREFIX: &str = "stripe.events.";
+/// What stands before the event type in the subject of a dead letter.
+pub const DEAD_LETTERS_PREFIX: &str = "stripe.dead.";
+
+/// The subject of the signal that a subscription changed.
+pub const SUBSCRIPTION_CHANGED: &str = "subscription.changed";
+/// The subject of the signal that a payment belongs to no known user.
+pub const ORPHAN_CREATED: &str = "orphan.created";
+/// The subject of the signal that an orphan found its user.
+pub const ORPHAN_RESOLVED: &str = "orphan.resolved";
+
+/// The subject under which a raw event is stored.
+#[must_use]
+pub fn of_event(event_type: &EventType) -> String {
+    [EVENTS_PREFIX, event_type.as_str()].concat()
+}
+
+/// The subject under which a dead letter is stored.
+#[must_use]
+pub fn of_dead_letter(event_type: &EventType) -> String {
+    format!("{DEAD_LETTERS_PREFIX}{event_type}")
+}
+
+/// The event type in the subject of a raw event or a dead letter, if it is one.
+#[must_use]
+pub fn event_type(subject: &str) -> Option<EventType> {
+    let tail = subject.strip_prefix(EVENTS_PREFIX).or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))?;
+    EventType::parse(tail).ok()
+}
+
+#[cfg(test)]
+mod tests;

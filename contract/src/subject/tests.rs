@@ -1,0 +1,18 @@
+use super::{event_type, of_dead_letter, of_event};
+use crate::event::{EventType, HANDLED_TYPES};
+
+#[test]
+fn subjects_parse_back_to_what_built_them() {
+    for name in HANDLED_TYPES {
+        let expected = EventType::parse(name).expect("a handled type is a type");
+        assert_eq!(event_type(&of_event(&expected)).as_ref(), Some(&expected));
+        assert_eq!(event_type(&of_dead_letter(&expected)), Some(expected));
+    }
+}
+
+#[test]
+fn other_subjects_name_no_event_type() {
+    for subject in ["", "stripe.events.", "stripe.events.A", "subscription.changed"] {
+        assert_eq!(event_type(subject), None, "{subject}");
+    }
+}
