@@ -1,0 +1,55 @@
+//! `due_check`: what the sweep has to ask somebody else about, and when. No personal data: an email
+//! that is needed later is read from the event in the stream.
+
+use sea_orm::entity::prelude::*;
+
+/// One question that is due at some time.
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "due_check")]
+pub struct Model {
+    /// The subscription's id, else the Checkout Session's.
+    #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
+    pub entity_id: String,
+    /// `lookup`, `grace` or `fetch`.
+    #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
+    pub kind: String,
+    /// When to ask. Whoever takes it moves it on, so that it is asked again if they die.
+    pub due_at: TimeDateTimeWithTimeZone,
+    /// How often it was asked without an answer.
+    pub attempts: i32,
+    /// The Checkout Session it is about.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub checkout_session_id: Option<String>,
+    /// Stripe's customer.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_customer_id: Option<String>,
+    /// The subscription it is about.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_subscription_id: Option<String>,
+    /// The connected account.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_account_id: Option<String>,
+    /// The client reference id to look up.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub client_reference_id: Option<String>,
+    /// Whether something was paid.
+    pub is_paid: bool,
+    /// The event's `livemode`.
+    pub livemode: bool,
+    /// The event that led to the question.
+    #[sea_orm(column_type = "Text")]
+    pub event_id: String,
+    /// Its type.
+    #[sea_orm(column_type = "Text")]
+    pub event_type: String,
+    /// Its `created`, in seconds since the Unix epoch.
+    pub event_created: i64,
+    /// Its sequence in `STRIPE_EVENTS`.
+    pub stream_sequence: i64,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}

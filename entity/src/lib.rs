@@ -1,0 +1,11 @@
+//! The tables' shape, as sea-orm entities.
+//!
+//! Owns columns and their types, nothing else. May not know where rows come from. The schema is
+//! the migrations'; a test compares the two on both databases.
+
+pub mod due_check;
+pub mod orphaned_payment;
+pub mod replay;
+pub mod signal_due;
+pub mod signal_outbox;
+pub mod stripe_subscription;

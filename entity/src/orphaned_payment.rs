@@ -1,0 +1,57 @@
+//! `orphaned_payment`: payments that belong to no known user. The one place with an email.
+
+use sea_orm::entity::prelude::*;
+
+/// One payment that matches, or matched, no user.
+#[derive(Clone, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "orphaned_payment")]
+pub struct Model {
+    /// The subscription's id, else the Checkout Session's.
+    #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
+    pub id: String,
+    /// The Checkout Session that was paid, if one came.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub checkout_session_id: Option<String>,
+    /// Stripe's customer.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_customer_id: Option<String>,
+    /// The subscription, if there is one.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_subscription_id: Option<String>,
+    /// Where the customer can be reached. Erased on resolution.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub customer_email: Option<String>,
+    /// `missing_client_reference_id`, `unknown_client_reference_id` or `no_checkout_session`.
+    #[sea_orm(column_type = "Text")]
+    pub reason: String,
+    /// The event that led to it.
+    #[sea_orm(column_type = "Text")]
+    pub event_id: String,
+    /// The event's `livemode`.
+    pub livemode: bool,
+    /// When a user was found. Null while the orphan is open.
+    pub resolved_at: Option<TimeDateTimeWithTimeZone>,
+    /// The user that was found.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub resolved_client_reference_id: Option<String>,
+    /// When the row was first written.
+    pub dt_created: TimeDateTimeWithTimeZone,
+    /// When the row was last written.
+    pub dt_last_updated: TimeDateTimeWithTimeZone,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+/// Without the email: a row may end up in a log line.
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("orphaned_payment::Model")
+            .field("id", &self.id)
+            .field("reason", &self.reason)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,37 @@
+//! `replay`: what replays were asked for, by name, and how far each is.
+
+use sea_orm::entity::prelude::*;
+
+/// One replay.
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "replay")]
+pub struct Model {
+    /// Its name; empty for the one without.
+    #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
+    pub name: String,
+    /// Who is told: `changed`, `all` or `none`.
+    #[sea_orm(column_type = "Text")]
+    pub signals: String,
+    /// The first sequence of `STRIPE_EVENTS` that it applies again.
+    pub first_sequence: i64,
+    /// The last one.
+    pub last_sequence: i64,
+    /// The event types it applies, comma-separated; empty for all.
+    #[sea_orm(column_type = "Text")]
+    pub event_types: String,
+    /// The one subscription it is about, if it is about one.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub stripe_subscription_id: Option<String>,
+    /// When it was started first.
+    pub dt_started: TimeDateTimeWithTimeZone,
+    /// When a process last said that it is at it.
+    pub dt_beat: TimeDateTimeWithTimeZone,
+    /// When its end was reached and every signal it owed was written.
+    pub dt_finished: Option<TimeDateTimeWithTimeZone>,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}

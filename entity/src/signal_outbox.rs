@@ -1,0 +1,39 @@
+//! `signal_outbox`: signals committed with the change they tell of, and not yet in JetStream.
+
+use sea_orm::entity::prelude::*;
+
+/// One signal that waits for its PubAck.
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "signal_outbox")]
+pub struct Model {
+    /// The order in which the signals of one subscription or orphan were committed.
+    #[sea_orm(primary_key)]
+    pub id: i64,
+    /// Which part of the outbox it is in: a function of `entity_id`.
+    pub shard: i32,
+    /// The subscription's or orphan's id: its signals are sent one after another.
+    #[sea_orm(column_type = "Text")]
+    pub entity_id: String,
+    /// Where it is published.
+    #[sea_orm(column_type = "Text")]
+    pub subject: String,
+    /// Its `Nats-Msg-Id`.
+    #[sea_orm(column_type = "Text")]
+    pub message_id: String,
+    /// `created` of the event that led to it, in seconds since the Unix epoch: its `ce-time`.
+    pub event_created: i64,
+    /// The trace it belongs to.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub traceparent: Option<String>,
+    /// The body, JSON.
+    #[sea_orm(column_type = "Text")]
+    pub body: String,
+    /// When it was committed.
+    pub dt_created: TimeDateTimeWithTimeZone,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}

@@ -1,0 +1,151 @@
+//! Request bodies: read within a limit, and counted for as long as they are in memory.
+//!
+//! Owns the budget of all bodies together. Invariant: what the budget counts is what is held, by
+//! whoever holds it, because a body gives its share back when its last reference goes. The NATS
+//! client may hold one for longer than the request that brought it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{Stream, StreamExt as _};
+
+/// The bytes that bodies may take together.
+pub const BUDGET_BYTES: usize = 32 << 20;
+
+/// Why a body was not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// It is longer than the limit.
+    #[error("the body is over the limit of {limit} bytes")]
+    TooLarge {
+        /// The limit.
+        limit: usize,
+    },
+    /// Too many bytes are waiting already.
+    #[error("too many deliveries are waiting")]
+    NoRoom,
+    /// The client went away, or its chunks were malformed.
+    #[error("the body ended early")]
+    Broken,
+}
+
+/// How many bytes of bodies are in memory, and how many may be.
+#[derive(Debug)]
+pub struct Budget {
+    bytes_max: usize,
+    bytes: AtomicUsize,
+}
+
+impl Budget {
+    /// A budget of `bytes_max`.
+    #[must_use]
+    pub fn new(bytes_max: usize) -> Arc<Self> {
+        Arc::new(Self { bytes_max, bytes: AtomicUsize::new(0) })
+    }
+
+    /// The bytes held now.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// A share of the budget. Dropping it gives it back.
+struct Share {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Share {
+    fn grow(&mut self, bytes: usize) -> Result<(), BodyError> {
+        let room = |held: usize| held.checked_add(bytes).filter(|total| *total <= self.budget.bytes_max);
+        self.budget.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map_err(|_| BodyError::NoRoom)?;
+        self.bytes += bytes;
+        Ok(())
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Reads a body of at most `limit` bytes into one buffer, which keeps its share of `budget`.
+///
+/// `declared` is the length that the request announced, if it did. A body that comes in one chunk
+/// is not copied; the chunks of any other are copied once each.
+///
+/// # Errors
+/// When the body is too long, there is no room for it, or it breaks off.
+pub async fn read<B: Buf, E>(
+    chunks: impl Stream<Item = Result<B, E>>,
+    declared: Option<u64>,
+    limit: usize,
+    budget: &Arc<Budget>,
+) -> Result<Bytes, BodyError> {
+    let declared = match declared.map(usize::try_from) {
+        None => None,
+        Some(Ok(length)) if length <= limit => Some(length),
+        Some(_) => return Err(BodyError::TooLarge { limit }),
+    };
+    let mut share = Share { budget: Arc::clone(budget), bytes: 0 };
+    let mut body = Joined::Nothing;
+    let mut chunks = std::pin::pin!(chunks);
+    while let Some(chunk) = chunks.next().await {
+        let mut chunk = chunk.map_err(|_| BodyError::Broken)?;
+        if chunk.remaining() > limit - share.bytes {
+            return Err(BodyError::TooLarge { limit });
+        }
+        share.grow(chunk.remaining())?;
+        body = body.join(chunk.copy_to_bytes(chunk.remaining()), declared);
+    }
+    Ok(Bytes::from_owner(Held { bytes: body.into_bytes(), _share: share }))
+}
+
+/// The chunks of a body so far. Many small chunks are not kept one by one: each would pin the
+/// buffer it was read into.
+enum Joined {
+    Nothing,
+    One(Bytes),
+    Many(BytesMut),
+}
+
+impl Joined {
+    fn join(self, chunk: Bytes, declared: Option<usize>) -> Self {
+        let mut joined = match self {
+            Self::Nothing => return Self::One(chunk),
+            Self::One(first) => {
+                let mut joined = BytesMut::with_capacity(declared.unwrap_or(first.len() + chunk.len()));
+                joined.extend_from_slice(&first);
+                joined
+            }
+            Self::Many(joined) => joined,
+        };
+        joined.extend_from_slice(&chunk);
+        Self::Many(joined)
+    }
+
+    fn into_bytes(self) -> Bytes {
+        match self {
+            Self::Nothing => Bytes::new(),
+            Self::One(chunk) => chunk,
+            Self::Many(joined) => joined.freeze(),
+        }
+    }
+}
+
+struct Held {
+    bytes: Bytes,
+    _share: Share,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! Connections: how many, how slow they may be, and how they end.
+//!
+//! Owns the accept loop and the sockets. May not know what is asked or answered. warp's own server
+//! has no limit on connections and no timeout, hence this one. Invariant: every state of a
+//! connection has a deadline, so that no client can hold one for ever.
+
+use std::convert::Infallible;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::header::CONNECTION;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::throttle::Throttle;
+
+/// Connections at a time. Beyond it none is accepted, and clients wait in the kernel's backlog.
+const CONNECTIONS_MAX: usize = 1024;
+
+/// How long a request's head may take, and how long a connection may idle before it.
+const HEAD_WITHIN: Duration = Duration::from_secs(10);
+
+/// The bytes of a request's head at most. Stripe's signature header takes a few hundred.
+const HEAD_BYTES_MAX: usize = 32 << 10;
+
+/// The bytes that are read ahead of what is asked for, for each connection.
+const BUFFER_BYTES_MAX: usize = 64 << 10;
+
+/// How long a client may leave an answer unread.
+const WRITE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long the rest of a refused body is read and dropped.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// How long requests in flight may take once the program is asked to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long to wait when the system has no more sockets to give.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+/// Serves until `shutdown`, then finishes what is in flight.
+pub async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+    B: hyper::body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN)
+        .max_header_size(HEAD_BYTES_MAX)
+        .max_buf_size(BUFFER_BYTES_MAX);
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let graceful = GracefulShutdown::new();
+    let failures = Throttle::new(Duration::from_secs(60));
+    while let Some(accepted) = shutdown.run_until_cancelled(accept(&listener, &connections)).await {
+        let (stream, permit) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                if let Some(omitted) = failures.admit(std::time::Instant::now()) {
+                    warn!(omitted, "cannot accept a connection: {error}");
+                }
+                sleep(ACCEPT_AGAIN_AFTER).await;
+                continue;
+            }
+        };
+        let lingers = Arc::new(AtomicBool::new(false));
+        let socket = Socket::new(stream, Arc::clone(&lingers));
+        let service = service.clone();
+        let service = service_fn(move |request| {
+            let response = service.call(request);
+            let lingers = Arc::clone(&lingers);
+            async move {
+                let response = response.await?;
+                lingers.store(closes(&response), Ordering::Relaxed);
+                Ok::<_, Infallible>(response)
+            }
+        });
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(socket), service));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!("connection ended: {error}");
+            }
+            drop(permit);
+        });
+    }
+    drop(listener);
+    if timeout(STOP_WITHIN, graceful.shutdown()).await.is_err() {
+        let open = CONNECTIONS_MAX - connections.available_permits();
+        warn!(open, "{open} connections are still open after {} s; leaving them", STOP_WITHIN.as_secs());
+    }
+}
+
+async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(connections).acquire_owned().await.expect("nobody closes the semaphore");
+    let (stream, _) = listener.accept().await?;
+    stream.set_nodelay(true)?;
+    Ok((stream, permit))
+}
+
+/// Whether the answer ends its connection: then the request may not have been read to its end.
+fn closes<B>(response: &Response<B>) -> bool {
+    response.headers().get(CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
+}
+
+/// A client's socket.
+///
+/// Two things that hyper leaves to its transport: a deadline for writing, and an end that the
+/// client survives. Closing a socket with unread bytes resets the connection, and a client that is
+/// still sending its refused body would see the reset instead of the answer.
+struct Socket {
+    stream: TcpStream,
+    lingers: Arc<AtomicBool>,
+    write_deadline: Option<Pin<Box<Sleep>>>,
+    linger_deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl Socket {
+    fn new(stream: TcpStream, lingers: Arc<AtomicBool>) -> Self {
+        Self { stream, lingers, write_deadline: None, linger_deadline: None }
+    }
+
+    fn bound<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.write_deadline = None;
+            return written;
+        }
+        let deadline = self.write_deadline.get_or_insert_with(|| Box::pin(sleep(WRITE_WITHIN)));
+        ready!(deadline.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.bound(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.bound(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if !this.lingers.load(Ordering::Relaxed) {
+            return Pin::new(&mut this.stream).poll_shutdown(cx);
+        }
+        if this.linger_deadline.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        }
+        let end = Instant::now() + LINGER;
+        let deadline = this.linger_deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
+        let mut dropped = [0; 8 << 10];
+        loop {
+            if deadline.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let mut buffer = ReadBuf::new(&mut dropped);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}

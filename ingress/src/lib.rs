@@ -1,0 +1,105 @@
+//! Ingress: verifies Stripe's webhooks and stores them in JetStream.
+//!
+//! The life of a delivery: `connection` reads a request, `route` decides its status, `body` reads
+//! its body, `signature` verifies it, `envelope` finds its id and type, `publish` stores it.
+//! `secret` knows the signing secrets, `settings` what the operator wants, `metrics` what is
+//! counted, `throttle` how often something is logged. May not know the database.
+
+pub mod body;
+pub mod connection;
+pub mod envelope;
+pub mod metrics;
+pub mod publish;
+pub mod route;
+pub mod secret;
+pub mod settings;
+pub mod signature;
+pub mod throttle;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use litestripe_contract::connect::{self, ConnectError};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::body::Budget;
+use crate::metrics::Metrics;
+use crate::publish::Publisher;
+use crate::route::Ingress;
+use crate::secret::{NoSecret, SecretSource};
+use crate::settings::Settings;
+
+/// How we are called among a NATS server's connections.
+const NAME: &str = env!("CARGO_PKG_NAME");
+
+/// How often metrics are folded.
+const FOLD_EVERY: Duration = Duration::from_secs(5);
+
+/// How long NATS may take to be sent the last bytes.
+const FLUSH_WITHIN: Duration = Duration::from_secs(2);
+
+/// Why ingress cannot serve: nothing but its settings can help.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// There is no signing secret.
+    #[error(transparent)]
+    NoSecret(#[from] NoSecret),
+    /// NATS cannot be reached with these settings.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+}
+
+/// Serves on `listener` until `shutdown`, then finishes what is in flight. A broker that is away is
+/// waited for while serving.
+///
+/// # Errors
+/// When the settings can never work.
+pub async fn run(settings: Settings, listener: TcpListener, shutdown: CancellationToken) -> Result<(), RunError> {
+    let client = connect::connect(&settings.nats, NAME).await?;
+    let Some(secrets) = shutdown.run_until_cancelled(secret::obtain(&settings.secrets)).await else {
+        return Ok(());
+    };
+    let secrets = watch::Sender::new(secrets?);
+    let publisher = Arc::new(Publisher::new(client, settings.nats, settings.events, settings.group_commit));
+    let metrics = Arc::new(Metrics::new());
+    let ingress = Ingress {
+        hook: settings.hook,
+        secrets: secrets.subscribe(),
+        tolerance: settings.tolerance,
+        event_types: settings.event_types,
+        body_limit: settings.body_limit,
+        bodies: Budget::new(body::BUDGET_BYTES),
+        publisher: Arc::clone(&publisher),
+        metrics: Arc::clone(&metrics),
+        refused: Ingress::refused(),
+    };
+
+    let mut background = JoinSet::new();
+    let tended = Arc::clone(&publisher);
+    background.spawn(async move { tended.tend().await });
+    background.spawn(async move {
+        loop {
+            sleep(FOLD_EVERY).await;
+            metrics.fold();
+        }
+    });
+    if let SecretSource::File(path) = settings.secrets {
+        background.spawn(async move { secret::follow(&path, &secrets).await });
+    }
+
+    if let Ok(address) = listener.local_addr() {
+        info!(%address, "listening on http://{address}");
+    }
+    connection::serve(listener, route::service(Arc::new(ingress)), &shutdown).await;
+    background.shutdown().await;
+    if timeout(FLUSH_WITHIN, publisher.flush()).await.is_err() {
+        warn!("NATS did not take the last bytes; they belong to deliveries that were not answered 200");
+    }
+    info!("stopped");
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! The process: settings, listener, signals, exit code.
+
+use std::process::ExitCode;
+
+use clap::Command;
+use litestripe_contract::settings::{Given, SHARED, declare, dotenv};
+use litestripe_contract::{exit, shutdown, telemetry};
+use litestripe_ingress::secret;
+use litestripe_ingress::settings::{self, SETTINGS, Settings};
+use tokio::net::TcpListener;
+
+fn main() -> ExitCode {
+    #[cfg(feature = "failpoints")]
+    let _failpoints = fail::FailScenario::setup();
+    if let Err(problems) = dotenv() {
+        return exit::fail(exit::CONFIGURATION, problems);
+    }
+    let matches = command().get_matches();
+    let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
+    let holds_secret = |path: &std::path::Path| std::fs::read(path).is_ok_and(|file| secret::find(&file).is_some());
+    let settings = match settings::read(given, holds_secret) {
+        Ok(settings) => settings,
+        Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
+    };
+    telemetry::init(&settings.log);
+    match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime.block_on(serve(settings)),
+        Err(error) => exit::fail(exit::FAILURE, format!("cannot start: {error}")),
+    }
+}
+
+fn command() -> Command {
+    let command = Command::new(env!("CARGO_PKG_NAME"))
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Verifies Stripe's webhooks and stores them in JetStream")
+        .after_help("Every setting is also an environment variable, which may stand in .env.");
+    declare(declare(command, SETTINGS), SHARED)
+}
+
+async fn serve(settings: Settings) -> ExitCode {
+    let address = settings.listen;
+    let listener = match TcpListener::bind(address).await {
+        Ok(listener) => listener,
+        Err(error) => {
+            return exit::fail(exit::FAILURE, format!("cannot listen on {address} (LITESTRIPE_LISTEN): {error}"));
+        }
+    };
+    let token = match shutdown::token() {
+        Ok(token) => token,
+        Err(error) => return exit::fail(exit::FAILURE, format!("cannot listen for signals: {error}")),
+    };
+    match litestripe_ingress::run(settings, listener, token).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit::fail(exit::CONFIGURATION, exit::chain(&error)),
+    }
+}

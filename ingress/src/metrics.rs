@@ -1,0 +1,149 @@
+//! What ingress counts: names, help texts and labels, in one place.
+
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+const DELIVERIES: &str = "litestripe_ingress_deliveries_total";
+const PUBLISH_SECONDS: &str = "litestripe_ingress_publish_seconds";
+const BODIES_IN_FLIGHT_BYTES: &str = "litestripe_ingress_bodies_in_flight_bytes";
+const BUILD_INFO: &str = "litestripe_build_info";
+
+/// From what a local disk does to the longest that an answer may take.
+const PUBLISH_SECONDS_BUCKETS: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 8.0];
+
+/// What became of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Stored, and answered 200.
+    Stored,
+    /// Known to the stream already, and answered 200.
+    Duplicate,
+    /// Of a type that is not stored, and answered 200.
+    Ignored,
+    /// Another method than POST.
+    Method,
+    /// Another UUID.
+    UnknownHook,
+    /// Over the body limit.
+    TooLarge,
+    /// The body did not come in time, or broke off.
+    Incomplete,
+    /// No signature, or one that nobody can read.
+    Unsigned,
+    /// A signature that no secret of ours made.
+    Mismatch,
+    /// A good signature that is too old.
+    Stale,
+    /// Signed, and no event, or one whose type cannot be a subject.
+    NotAnEvent,
+    /// Too many bodies were waiting.
+    NoRoom,
+    /// JetStream did not store it.
+    Unavailable,
+}
+
+impl Outcome {
+    const ALL: [Self; 13] = [
+        Self::Stored,
+        Self::Duplicate,
+        Self::Ignored,
+        Self::Method,
+        Self::UnknownHook,
+        Self::TooLarge,
+        Self::Incomplete,
+        Self::Unsigned,
+        Self::Mismatch,
+        Self::Stale,
+        Self::NotAnEvent,
+        Self::NoRoom,
+        Self::Unavailable,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Stored => "stored",
+            Self::Duplicate => "duplicate",
+            Self::Ignored => "ignored",
+            Self::Method => "method",
+            Self::UnknownHook => "unknown_hook",
+            Self::TooLarge => "too_large",
+            Self::Incomplete => "incomplete",
+            Self::Unsigned => "unsigned",
+            Self::Mismatch => "mismatch",
+            Self::Stale => "stale",
+            Self::NotAnEvent => "not_an_event",
+            Self::NoRoom => "no_room",
+            Self::Unavailable => "unavailable",
+        }
+    }
+}
+
+/// The counters, and the page that shows them. Not global: each `run` has its own.
+pub struct Metrics {
+    deliveries: [Counter; Outcome::ALL.len()],
+    publish_seconds: Histogram,
+    bodies_in_flight_bytes: Gauge,
+    page: PrometheusHandle,
+}
+
+impl Metrics {
+    /// All counters at zero.
+    #[must_use]
+    pub fn new() -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Full(PUBLISH_SECONDS.to_owned()), &PUBLISH_SECONDS_BUCKETS)
+            .expect("there are buckets")
+            .build_recorder();
+        metrics::with_local_recorder(&recorder, || {
+            describe_counter!(DELIVERIES, "Deliveries answered, by outcome");
+            describe_histogram!(PUBLISH_SECONDS, "Seconds from a verified delivery to its PubAck");
+            describe_gauge!(BODIES_IN_FLIGHT_BYTES, "Bytes of bodies read and not yet stored or dropped");
+            describe_gauge!(BUILD_INFO, "The version of the running program");
+            gauge!(BUILD_INFO, "program" => env!("CARGO_PKG_NAME"), "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+            Self {
+                deliveries: Outcome::ALL.map(|outcome| counter!(DELIVERIES, "outcome" => outcome.label())),
+                publish_seconds: histogram!(PUBLISH_SECONDS),
+                bodies_in_flight_bytes: gauge!(BODIES_IN_FLIGHT_BYTES),
+                page: recorder.handle(),
+            }
+        })
+    }
+
+    /// A delivery was answered.
+    pub fn delivery(&self, outcome: Outcome) {
+        if let Some(counter) = self.deliveries.get(outcome as usize) {
+            counter.increment(1);
+        }
+    }
+
+    /// An event was stored.
+    pub fn published(&self, took: Duration) {
+        self.publish_seconds.record(took);
+    }
+
+    /// The page, in Prometheus' text format.
+    #[must_use]
+    pub fn page(&self, bodies_in_flight_bytes: usize) -> String {
+        self.bodies_in_flight_bytes.set(bodies_in_flight_bytes as f64);
+        self.page.render()
+    }
+
+    /// Folds what was recorded since the last call. To be called every few seconds, or memory grows.
+    pub fn fold(&self) {
+        self.page.run_upkeep();
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests;

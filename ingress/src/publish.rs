@@ -1,0 +1,397 @@
+//! From a verified body to JetStream's PubAck, within a deadline.
+//!
+//! Owns the retries, the state of the broker as requests see it, and what is logged about it. May
+//! not know HTTP. Invariant: `store` is `Ok` only after a PubAck, and a retry carries the same
+//! message id, so that JetStream drops what it stored before.
+
+mod batch;
+mod choice;
+mod company;
+mod group;
+mod message;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_nats::Client;
+use async_nats::connection::State;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::{self, ErrorCode};
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use litestripe_contract::settings::{EventsSettings, NatsSettings};
+use litestripe_contract::{connect, exit, stream, subject};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tracing::{debug, info, warn};
+
+use self::batch::Batches;
+use self::group::Group;
+pub use self::message::Delivery;
+use crate::settings::GroupCommit;
+use crate::throttle::Throttle;
+
+/// How long an event may take to be stored: the 8 s of DESIGN less a margin for the answer itself.
+const STORE_WITHIN: Duration = Duration::from_millis(7500);
+
+/// How long a request waits for a lost connection. A restarted broker is back sooner.
+const CONNECTION_GRACE: Duration = Duration::from_secs(1);
+
+/// How often the state of the connection is looked at. async-nats has no way to wait for it.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
+/// Waits between attempts to publish: a leader election is over in a few seconds.
+const RETRY_AFTER_MIN: Duration = Duration::from_millis(50);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(1);
+
+/// Waits between attempts to provide the stream.
+const PROVIDE_AFTER_MIN: Duration = Duration::from_millis(250);
+const PROVIDE_AFTER_MAX: Duration = Duration::from_secs(5);
+
+/// How much of the server's `max_payload` is left to headers, in bytes.
+const HEADERS_BYTES: usize = 16 << 10;
+
+/// The same trouble is logged no more often than this when it comes and goes.
+const TROUBLE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How an event is in the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// Just now.
+    New,
+    /// Since an earlier delivery.
+    Before,
+}
+
+/// Why an event is not known to be stored.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// It, with its headers, is larger than the server or the stream takes.
+    #[error("the event is larger than NATS takes")]
+    TooLarge,
+    /// It may or may not be: Stripe must deliver it again.
+    #[error("the event could not be stored: {0}")]
+    Unavailable(Trouble),
+}
+
+/// What is wrong with the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// There is no connection.
+    NotConnected,
+    /// Nobody answers for the stream: an election, a restart, or it is really missing.
+    NoStream,
+    /// No PubAck came in time.
+    NoAck,
+    /// JetStream refused, for instance because the stream is full.
+    Refused {
+        /// JetStream's error code.
+        code: u64,
+        /// JetStream's words.
+        description: String,
+    },
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotConnected => f.write_str("not connected to NATS"),
+            Self::NoStream => write!(f, "stream {} does not answer", subject::EVENTS_STREAM),
+            Self::NoAck => f.write_str("JetStream did not acknowledge in time"),
+            Self::Refused { code, description } => write!(f, "JetStream refused: {description} ({code})"),
+        }
+    }
+}
+
+/// The way into `STRIPE_EVENTS`.
+pub struct Publisher {
+    client: Client,
+    jetstream: jetstream::Context,
+    group: Group,
+    batches: tokio::sync::Mutex<Batches>,
+    nats: NatsSettings,
+    events: EventsSettings,
+    /// Since when there is no connection.
+    lost_since: watch::Sender<Option<Instant>>,
+    /// How many connections broke. A broken one is replaced so soon that nobody may see it missing.
+    broken: watch::Sender<u64>,
+    /// Whether the stream was there when we looked, and nothing has spoken against it since.
+    is_provided: watch::Sender<bool>,
+    report: Report,
+}
+
+impl Publisher {
+    /// A publisher over `client`. Nothing is published until [`Publisher::tend`] runs.
+    #[must_use]
+    pub fn new(client: Client, nats: NatsSettings, events: EventsSettings, group_commit: GroupCommit) -> Self {
+        let jetstream = connect::jetstream(client.clone());
+        let broken = watch::Sender::new(0);
+        let (group, batches) = Group::new(client.clone(), jetstream.clone(), group_commit, broken.subscribe());
+        Self {
+            group,
+            batches: tokio::sync::Mutex::new(batches),
+            jetstream,
+            client,
+            broken,
+            nats,
+            events,
+            lost_since: watch::Sender::new(Some(Instant::now())),
+            is_provided: watch::Sender::new(false),
+            report: Report::new(),
+        }
+    }
+
+    /// The largest body that JetStream takes, in bytes.
+    #[must_use]
+    pub fn body_bytes_max(&self) -> usize {
+        self.client.max_payload().saturating_sub(HEADERS_BYTES)
+    }
+
+    /// Whether deliveries can be stored, or why not.
+    ///
+    /// # Errors
+    /// When there is no connection, or the stream was not found yet.
+    pub fn readiness(&self) -> Result<(), Trouble> {
+        if self.lost_since.borrow().is_some() {
+            Err(Trouble::NotConnected)
+        } else if !*self.is_provided.borrow() {
+            Err(Trouble::NoStream)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Stores a delivery.
+    ///
+    /// # Errors
+    /// When there is no PubAck: at once if the connection has been lost for a second or JetStream
+    /// refuses, else after [`STORE_WITHIN`].
+    pub async fn store(&self, delivery: Delivery) -> Result<Stored, StoreError> {
+        let delivery = Arc::new(delivery);
+        let outcome = tokio::select! {
+            () = self.connection_is_given_up() => Err(StoreError::Unavailable(Trouble::NotConnected)),
+            outcome = self.attempts(&delivery) => outcome,
+        };
+        match &outcome {
+            Ok(_) => self.report.stored(),
+            Err(StoreError::TooLarge) => {}
+            Err(StoreError::Unavailable(trouble)) => {
+                debug!(event_id = %delivery.id, "cannot store {}: {trouble}", delivery.id);
+                self.report.failed(trouble);
+            }
+        }
+        outcome
+    }
+
+    async fn attempts(&self, delivery: &Arc<Delivery>) -> Result<Stored, StoreError> {
+        let deadline = Instant::now() + STORE_WITHIN;
+        let mut delays = backoff(RETRY_AFTER_MIN, RETRY_AFTER_MAX);
+        loop {
+            self.connection().await;
+            let attempt = timeout_at(deadline, self.group.publish(delivery)).await;
+            let trouble = match attempt.unwrap_or(Err(AttemptError::Again(Trouble::NoAck))) {
+                Ok(stored) => return Ok(stored),
+                Err(AttemptError::TooLarge) => return Err(StoreError::TooLarge),
+                Err(AttemptError::Never(trouble)) => return Err(StoreError::Unavailable(trouble)),
+                Err(AttemptError::Again(trouble)) => trouble,
+            };
+            if trouble == Trouble::NoStream {
+                self.is_provided.send_if_modified(std::mem::take);
+            }
+            let next = Instant::now() + delays.next().unwrap_or(RETRY_AFTER_MAX);
+            if next >= deadline {
+                return Err(StoreError::Unavailable(trouble));
+            }
+            sleep_until(next).await;
+        }
+    }
+
+    /// Returns once there is a connection. Without one a message would wait in the client's queue.
+    async fn connection(&self) {
+        if self.lost_since.borrow().is_none() {
+            return;
+        }
+        // The sender is ours, so the channel is open.
+        let _ = self.lost_since.subscribe().wait_for(Option::is_none).await;
+    }
+
+    /// Returns once the connection has been lost for too long. async-nats neither fails nor resends
+    /// what was in flight when a connection broke.
+    async fn connection_is_given_up(&self) {
+        let mut lost_since = self.lost_since.subscribe();
+        loop {
+            let since = *lost_since.borrow_and_update();
+            let given_up = async {
+                match since {
+                    Some(since) => sleep_until(since + CONNECTION_GRACE).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = given_up => return,
+                _ = lost_since.changed() => {}
+            }
+        }
+    }
+
+    /// Watches the connection and provides the stream, again whenever it turns out to be missing.
+    /// Never ends.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn tend(&self) {
+        tokio::join!(self.watch_connection(), self.keep_stream(), self.make_batches());
+    }
+
+    async fn make_batches(&self) {
+        self.batches.lock().await.run().await;
+    }
+
+    async fn watch_connection(&self) {
+        let statistics = self.client.statistics();
+        let mut connects = 0;
+        loop {
+            let is_connected = self.client.connection_state() == State::Connected;
+            let changed = self.lost_since.send_if_modified(|since| {
+                let changed = since.is_none() != is_connected;
+                if changed {
+                    *since = (!is_connected).then(Instant::now);
+                }
+                changed
+            });
+            let connects_before = std::mem::replace(&mut connects, statistics.connects.load(Ordering::Relaxed));
+            if (changed && !is_connected) || connects != connects_before {
+                self.broken.send_modify(|broken| *broken += 1);
+            }
+            if changed && !is_connected {
+                // The broker that comes back may be another one.
+                self.is_provided.send_replace(false);
+            }
+            sleep(LOOK_AGAIN_AFTER).await;
+        }
+    }
+
+    async fn keep_stream(&self) {
+        let mut is_provided = self.is_provided.subscribe();
+        loop {
+            connect::connected(&self.client, &self.nats).await;
+            self.provide_stream().await;
+            self.is_provided.send_replace(true);
+            let _ = is_provided.wait_for(|is_provided| !is_provided).await;
+            sleep(PROVIDE_AFTER_MIN).await;
+        }
+    }
+
+    async fn provide_stream(&self) {
+        let mut delays = backoff(PROVIDE_AFTER_MIN, PROVIDE_AFTER_MAX);
+        let mut logged = None;
+        while let Err(error) = stream::provide_events(&self.jetstream, &self.events).await {
+            let problem = exit::chain(&error);
+            if logged.as_ref() != Some(&problem) {
+                warn!("{problem}; trying again until it works");
+                logged = Some(problem);
+            }
+            sleep(delays.next().unwrap_or(PROVIDE_AFTER_MAX)).await;
+        }
+        self.group.allow(self.takes_batches().await);
+        info!("ready: stream {} is there", subject::EVENTS_STREAM);
+    }
+
+    /// Whether the stream as it is takes atomic batches. A server that knows none does not say so,
+    /// whatever the stream was created with.
+    async fn takes_batches(&self) -> bool {
+        let stream = self.jetstream.get_stream(subject::EVENTS_STREAM).await;
+        stream.is_ok_and(|stream| stream.cached_info().config.allow_atomic_publish)
+    }
+
+    /// Sends what is still in the client's buffers. Without a connection there is nobody to send to.
+    pub async fn flush(&self) {
+        if self.client.connection_state() != State::Connected {
+            return;
+        }
+        if let Err(error) = self.client.flush().await {
+            debug!("cannot flush the connection to NATS: {}", exit::chain(&error));
+        }
+    }
+}
+
+fn backoff(min: Duration, max: Duration) -> impl Iterator<Item = Duration> {
+    let builder = ExponentialBuilder::new().with_min_delay(min).with_max_delay(max);
+    builder.without_max_times().with_jitter().build()
+}
+
+/// What one attempt to publish came to.
+#[derive(Debug, Clone)]
+enum AttemptError {
+    TooLarge,
+    Again(Trouble),
+    Never(Trouble),
+}
+
+impl From<PublishError> for AttemptError {
+    fn from(error: PublishError) -> Self {
+        match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => Self::TooLarge,
+            PublishErrorKind::StreamNotFound => Self::Again(Trouble::NoStream),
+            PublishErrorKind::TimedOut | PublishErrorKind::MaxAckPending => Self::Again(Trouble::NoAck),
+            PublishErrorKind::BrokenPipe => Self::Again(Trouble::NotConnected),
+            PublishErrorKind::WrongLastMessageId | PublishErrorKind::WrongLastSequence | PublishErrorKind::Other => {
+                match api_error(&error) {
+                    Some(error) => Self::from_api(error),
+                    None => Self::Never(Trouble::Refused { code: 0, description: exit::chain(&error) }),
+                }
+            }
+        }
+    }
+}
+
+impl AttemptError {
+    fn from_api(error: &jetstream::Error) -> Self {
+        let code = error.error_code();
+        let refused = Trouble::Refused { code: code.0, description: error.to_string() };
+        match code {
+            // No leader yet, or the attempt before this one is still being replicated.
+            ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT => Self::Again(refused),
+            ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Self::TooLarge,
+            _ => Self::Never(refused),
+        }
+    }
+}
+
+fn api_error(error: &PublishError) -> Option<&jetstream::Error> {
+    std::error::Error::source(error)?.downcast_ref()
+}
+
+/// Says when events stop being stored, why, and when they are stored again; not for each of them.
+struct Report {
+    is_announced: AtomicBool,
+    last: Mutex<Option<Trouble>>,
+    throttle: Throttle,
+}
+
+impl Report {
+    fn new() -> Self {
+        Self { is_announced: AtomicBool::new(false), last: Mutex::new(None), throttle: Throttle::new(TROUBLE_INTERVAL) }
+    }
+
+    fn failed(&self, trouble: &Trouble) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_ref() == Some(trouble) || self.throttle.admit(std::time::Instant::now()).is_none() {
+            return;
+        }
+        *last = Some(trouble.clone());
+        self.is_announced.store(true, Ordering::Release);
+        warn!("events are not stored, deliveries are answered 503: {trouble}");
+    }
+
+    fn stored(&self) {
+        if self.is_announced.load(Ordering::Relaxed) && self.is_announced.swap(false, Ordering::AcqRel) {
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            info!("events are stored again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

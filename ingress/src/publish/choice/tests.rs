@@ -1,0 +1,75 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Choice, HOLD, Way};
+
+/// Sixteen events on their way at any time, each taking what its way takes, until the choice holds;
+/// returns what was chosen.
+fn trial(choice: &mut Choice, now: Instant, took: impl Fn(Way) -> Duration) -> Way {
+    for _ in 0..10_000 {
+        let (way, turn) = choice.way(15, now);
+        choice.acknowledged(turn, took(way), 15, now);
+    }
+    choice.way(15, now).0
+}
+
+fn took(single_us: u64, grouped_us: u64) -> impl Fn(Way) -> Duration {
+    move |way| {
+        Duration::from_micros(match way {
+            Way::Single => single_us,
+            Way::Grouped => grouped_us,
+        })
+    }
+}
+
+#[test]
+fn the_faster_way_is_kept() {
+    let now = Instant::now();
+    assert_eq!(trial(&mut Choice::new(now), now, took(18_000, 4_500)), Way::Grouped);
+    assert_eq!(trial(&mut Choice::new(now), now, took(3_500, 6_000)), Way::Single);
+    assert_eq!(trial(&mut Choice::new(now), now, took(3_500, 3_400)), Way::Single, "as good as equal");
+}
+
+#[test]
+fn it_is_tried_again_after_a_while() {
+    let now = Instant::now();
+    let mut choice = Choice::new(now);
+    assert_eq!(trial(&mut choice, now, took(1, 2)), Way::Single);
+    assert_eq!(trial(&mut choice, now + HOLD / 2, took(2, 1)), Way::Single, "not yet");
+    assert_eq!(trial(&mut choice, now + HOLD, took(2, 1)), Way::Grouped);
+    assert_eq!(trial(&mut choice, now + HOLD * 2, took(1, 2)), Way::Single);
+}
+
+#[test]
+fn events_that_find_few_others_go_alone_and_try_nothing() {
+    let now = Instant::now();
+    let mut choice = Choice::new(now);
+    for in_flight in [0, 1, 3, 0] {
+        let (way, turn) = choice.way(in_flight, now);
+        assert_eq!(way, Way::Single);
+        choice.acknowledged(turn, Duration::from_secs(1), in_flight, now);
+    }
+    // Nor do they count once there is a trial.
+    let _ = choice.way(15, now);
+    for _ in 0..1_000 {
+        let (way, turn) = choice.way(0, now);
+        assert_eq!(way, Way::Single);
+        choice.acknowledged(turn, Duration::from_secs(1), 0, now);
+    }
+    assert_eq!(trial(&mut choice, now, took(3, 1)), Way::Grouped);
+}
+
+#[test]
+fn a_failure_begins_the_trial_again() {
+    let now = Instant::now();
+    let mut choice = Choice::new(now);
+    let (_, late) = choice.way(15, now);
+    for _ in 0..200 {
+        let (_, turn) = choice.way(15, now);
+        choice.acknowledged(turn, Duration::from_secs(1), 15, now);
+    }
+    choice.failed();
+    choice.acknowledged(late, Duration::from_secs(1_000), 15, now);
+    assert_eq!(trial(&mut choice, now, took(1, 2)), Way::Single);
+}

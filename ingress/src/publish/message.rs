@@ -1,0 +1,81 @@
+//! What is stored of a delivery: its subject, its headers, its bytes.
+//!
+//! Owns which headers an event has in the stream. May not know how it gets there.
+
+use async_nats::HeaderMap;
+use async_nats::header::{HeaderName, HeaderValue, NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
+use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::{header, subject};
+use time::OffsetDateTime;
+
+use crate::signature::VerifiedBody;
+
+/// What the headers take besides the texts that vary, in bytes: names, line ends, the time of
+/// receipt, and what makes a message a member of a batch. In truth some 300.
+const HEADERS_OVERHEAD_BYTES: usize = 512;
+
+/// A delivery that was verified, with everything that is stored of it.
+#[derive(Debug)]
+pub struct Delivery {
+    /// The event's id: the message id, so that a redelivery within the duplicate window is dropped.
+    pub id: EventId,
+    /// Its type: the subject.
+    pub event_type: EventType,
+    /// The body as Stripe signed it.
+    pub body: VerifiedBody,
+    /// The signature header as received. Like any HTTP header, it has no line break.
+    pub signature: String,
+    /// When it was received.
+    pub received: OffsetDateTime,
+    /// W3C trace context, if the delivery brought a valid one.
+    pub traceparent: Option<String>,
+}
+
+impl Delivery {
+    pub(super) fn subject(&self) -> String {
+        subject::of_event(&self.event_type)
+    }
+
+    pub(super) fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        let signature: HeaderValue = self.signature.parse().expect("an HTTP header has no line break");
+        headers.insert(HeaderName::from_static(header::STRIPE_SIGNATURE), signature);
+        headers.insert(HeaderName::from_static(header::RECEIVED_AT), received_at(self.received));
+        if let Some(traceparent) = &self.traceparent {
+            headers.insert(HeaderName::from_static(header::TRACEPARENT), traceparent.as_str());
+        }
+        headers.insert(NATS_MESSAGE_ID, self.id.as_str());
+        headers.insert(NATS_EXPECTED_STREAM, subject::EVENTS_STREAM);
+        headers
+    }
+
+    /// No less than what it takes on its way, headers included.
+    pub(super) fn bytes(&self) -> usize {
+        let traceparent = self.traceparent.as_ref().map_or(0, String::len);
+        let headers = self.signature.len() + traceparent + self.id.as_str().len() + HEADERS_OVERHEAD_BYTES;
+        self.body.bytes().len() + headers
+    }
+}
+
+/// RFC 3339 in UTC, with milliseconds. Written digit by digit: a format is interpreted every time.
+pub(super) fn received_at(received: OffsetDateTime) -> String {
+    let received = received.to_utc();
+    let (year, month, day) = (received.year().unsigned_abs(), received.month() as u32, u32::from(received.day()));
+    let (hour, minute, second) = (received.hour().into(), received.minute().into(), received.second().into());
+    let mut text = String::with_capacity("2026-11-23T16:47:05.060Z".len());
+    for (number, digits, end) in [
+        (year, 4, '-'),
+        (month, 2, '-'),
+        (day, 2, 'T'),
+        (hour, 2, ':'),
+        (minute, 2, ':'),
+        (second, 2, '.'),
+        (received.millisecond().into(), 3, 'Z'),
+    ] {
+        for place in (0..digits).rev() {
+            text.push(char::from_digit(number / 10_u32.pow(place) % 10, 10).unwrap_or('0'));
+        }
+        text.push(end);
+    }
+    text
+}

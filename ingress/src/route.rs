@@ -1,0 +1,363 @@
+//! The HTTP surface: paths, methods, statuses, and the order in which a delivery is refused.
+//!
+//! The only file that knows HTTP requests and answers. May not know how a signature is made or how
+//! an event is stored. Invariant: 200 is answered only for an event that is stored, or that nobody
+//! wants stored.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use futures_util::Stream;
+use hyper::body::Incoming;
+use hyper::service::Service;
+use hyper::{Request, Response};
+use hyper_util::service::TowerToHyperService;
+use litestripe_contract::event::EventType;
+use litestripe_contract::header;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use tracing::{Level, debug, enabled, warn};
+use warp::Filter;
+use warp::http::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER,
+};
+use warp::http::{Method, StatusCode};
+
+use crate::body::{self, BodyError, Budget};
+use crate::envelope::{Envelope, NotAnEvent};
+use crate::metrics::{Metrics, Outcome};
+use crate::publish::{Delivery, Publisher, StoreError, Stored};
+use crate::secret::Secrets;
+use crate::settings::{EventTypes, HookId};
+use crate::signature::{self, SignatureError};
+use crate::throttle::Throttle;
+
+/// How long a body may take to arrive.
+const BODY_WITHIN: Duration = Duration::from_secs(10);
+
+/// When to come back after a 503, in seconds: a restart or an election of the broker is over.
+const RETRY_AFTER_S: u16 = 5;
+
+/// The body of a 200.
+const SUCCESS: &[u8] = br#"{"status":"success"}"#;
+
+/// Refused signatures are logged once in a while: anybody can send them.
+const REFUSED_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the routes need.
+pub struct Ingress {
+    /// The UUID in the hook's path.
+    pub hook: HookId,
+    /// The signing secrets now.
+    pub secrets: Secrets,
+    /// How far before its receipt a delivery may have been signed.
+    pub tolerance: Duration,
+    /// What is stored.
+    pub event_types: EventTypes,
+    /// The largest body, in bytes, if JetStream takes it.
+    pub body_limit: usize,
+    /// The budget of all bodies.
+    pub bodies: Arc<Budget>,
+    /// The way to the stream.
+    pub publisher: Arc<Publisher>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// For log lines about refused signatures.
+    pub refused: Throttle,
+}
+
+impl Ingress {
+    /// A throttle for [`Ingress::refused`].
+    #[must_use]
+    pub fn refused() -> Throttle {
+        Throttle::new(REFUSED_INTERVAL)
+    }
+}
+
+/// All routes as one service.
+#[must_use]
+pub fn service(
+    ingress: Arc<Ingress>,
+) -> impl Service<
+    Request<Incoming>,
+    Response = Response<impl hyper::body::Body<Data = impl Send, Error = warp::Error> + Send>,
+    Error = Infallible,
+    Future: Send,
+> + Clone
++ Send {
+    TowerToHyperService::new(warp::service(routes(ingress)))
+}
+
+fn routes(
+    ingress: Arc<Ingress>,
+) -> impl Filter<Extract = (warp::reply::Response,), Error = Infallible> + Clone + Send + Sync {
+    let ingress = warp::any().map(move || Arc::clone(&ingress));
+    let hook = warp::path!("ls" / "hook" / String)
+        .and(ingress.clone())
+        .and(warp::method())
+        .and(warp::header::headers_cloned())
+        .and(warp::body::stream())
+        .then(hook);
+    let healthz = warp::path!("healthz").and(warp::method()).map(|method| read_only(&method, healthz));
+    let readyz = warp::path!("readyz")
+        .and(warp::method())
+        .and(ingress.clone())
+        .map(|method, ingress: Arc<Ingress>| read_only(&method, || readyz(&ingress)));
+    let metrics = warp::path!("metrics")
+        .and(warp::method())
+        .and(ingress)
+        .map(|method, ingress: Arc<Ingress>| read_only(&method, || metrics(&ingress)));
+    let elsewhere = warp::any().map(|| close(error(StatusCode::NOT_FOUND, "not found")));
+    hook.or(healthz).unify().or(readyz).unify().or(metrics).unify().or(elsewhere).unify()
+}
+
+async fn hook<B: Buf>(
+    uuid: String,
+    ingress: Arc<Ingress>,
+    method: Method,
+    headers: HeaderMap,
+    chunks: impl Stream<Item = Result<B, warp::Error>>,
+) -> warp::reply::Response {
+    let received = OffsetDateTime::now_utc();
+    let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
+    ingress.metrics.delivery(match &delivered {
+        Ok(accepted) => accepted.outcome(),
+        Err(refusal) => refusal.outcome(),
+    });
+    match delivered {
+        Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
+        Err(refusal) => {
+            refusal.log(&ingress.refused);
+            refusal.answer()
+        }
+    }
+}
+
+/// The life of a delivery. The order of the checks is DESIGN's.
+async fn deliver<B: Buf>(
+    ingress: &Ingress,
+    uuid: &str,
+    method: &Method,
+    headers: &HeaderMap,
+    chunks: impl Stream<Item = Result<B, warp::Error>>,
+    received: OffsetDateTime,
+) -> Result<Accepted, Refusal> {
+    if method != Method::POST {
+        return Err(Refusal::Method);
+    }
+    if HookId::parse(uuid) != Some(ingress.hook) {
+        return Err(Refusal::UnknownHook);
+    }
+    let limit = ingress.body_limit.min(ingress.publisher.body_bytes_max());
+    let reading = body::read(chunks, content_length(headers), limit, &ingress.bodies);
+    let body = tokio::time::timeout(BODY_WITHIN, reading).await.map_err(|_| Refusal::Slow)??;
+    let header = signature_header(headers);
+    let secrets = Arc::clone(&ingress.secrets.borrow());
+    let body = signature::verify(&header, body, &secrets, received, ingress.tolerance)?;
+    let envelope = Envelope::read(&body)?;
+    if envelope.is_thin || !ingress.event_types.contains(&envelope.event_type) {
+        debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
+        return Ok(Accepted::Ignored);
+    }
+    let event_type = EventType::parse(envelope.event_type).map_err(|_| Refusal::NotASubject)?;
+    let verified = Instant::now();
+    let id = enabled!(Level::DEBUG).then(|| envelope.id.clone());
+    let traceparent = traceparent(headers);
+    let delivery = Delivery { id: envelope.id, event_type, body, signature: header, received, traceparent };
+    let stored = ingress.publisher.store(delivery).await?;
+    ingress.metrics.published(verified.elapsed());
+    if let Some(id) = id {
+        debug!(event_id = %id, "stored {id}");
+    }
+    Ok(Accepted::Stored(stored))
+}
+
+/// Why a delivery is answered 200.
+enum Accepted {
+    Stored(Stored),
+    Ignored,
+}
+
+impl Accepted {
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::Stored(Stored::New) => Outcome::Stored,
+            Self::Stored(Stored::Before) => Outcome::Duplicate,
+            Self::Ignored => Outcome::Ignored,
+        }
+    }
+}
+
+/// Why a delivery is answered anything else.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("method not allowed")]
+    Method,
+    #[error("not found")]
+    UnknownHook,
+    #[error("the body took too long")]
+    Slow,
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
+    #[error(transparent)]
+    NotAnEvent(#[from] NotAnEvent),
+    #[error("the event's type is not lower-case letters, digits and _, in parts joined by single dots")]
+    NotASubject,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Refusal {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Method => StatusCode::METHOD_NOT_ALLOWED,
+            Self::UnknownHook => StatusCode::NOT_FOUND,
+            Self::Slow => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::TooLarge { .. }) | Self::Store(StoreError::TooLarge) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Body(BodyError::NoRoom) | Self::Store(StoreError::Unavailable(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Body(BodyError::Broken) | Self::Signature(_) | Self::NotAnEvent(_) | Self::NotASubject => {
+                StatusCode::BAD_REQUEST
+            }
+        }
+    }
+
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::Method => Outcome::Method,
+            Self::UnknownHook => Outcome::UnknownHook,
+            Self::Slow | Self::Body(BodyError::Broken) => Outcome::Incomplete,
+            Self::Body(BodyError::TooLarge { .. }) | Self::Store(StoreError::TooLarge) => Outcome::TooLarge,
+            Self::Body(BodyError::NoRoom) => Outcome::NoRoom,
+            Self::Signature(SignatureError::Missing | SignatureError::Malformed) => Outcome::Unsigned,
+            Self::Signature(SignatureError::NoMatch | SignatureError::NotText) => Outcome::Mismatch,
+            Self::Signature(SignatureError::Stale { .. }) => Outcome::Stale,
+            Self::NotAnEvent(_) | Self::NotASubject => Outcome::NotAnEvent,
+            Self::Store(StoreError::Unavailable(_)) => Outcome::Unavailable,
+        }
+    }
+
+    fn answer(&self) -> warp::reply::Response {
+        let mut answer = error(self.status(), &self.to_string());
+        if matches!(self, Self::Method) {
+            answer.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
+        }
+        if answer.status() == StatusCode::SERVICE_UNAVAILABLE {
+            answer.headers_mut().insert(RETRY_AFTER, RETRY_AFTER_S.into());
+        }
+        // The rest of the body is on its way.
+        if matches!(self, Self::Method | Self::UnknownHook | Self::Slow | Self::Body(_)) {
+            close(answer)
+        } else {
+            answer
+        }
+    }
+
+    fn log(&self, refused: &Throttle) {
+        debug!("answering {}: {self}", self.status());
+        let Self::Signature(error) = self else { return };
+        let Some(omitted) = refused.admit(Instant::now()) else { return };
+        match error {
+            SignatureError::Stale { age } => warn!(
+                omitted,
+                age_s = age.as_secs(),
+                "refused a delivery that was signed {} s ago: is the clock right? (STRIPE_WEBHOOK_TOLERANCE)",
+                age.as_secs()
+            ),
+            SignatureError::NoMatch => {
+                warn!(omitted, "refused a delivery: {error}; is the signing secret this endpoint's?");
+            }
+            SignatureError::Missing | SignatureError::Malformed | SignatureError::NotText => {
+                warn!(omitted, "refused a delivery: {error}");
+            }
+        }
+    }
+}
+
+fn healthz() -> warp::reply::Response {
+    json(StatusCode::OK, &json!({ "status": "ok" }))
+}
+
+fn readyz(ingress: &Ingress) -> warp::reply::Response {
+    match ingress.publisher.readiness() {
+        Ok(()) => json(StatusCode::OK, &json!({ "status": "ready" })),
+        Err(trouble) => error(StatusCode::SERVICE_UNAVAILABLE, &trouble.to_string()),
+    }
+}
+
+fn metrics(ingress: &Ingress) -> warp::reply::Response {
+    let page = ingress.metrics.page(ingress.bodies.bytes());
+    let mut answer = Response::new(page.into());
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
+    answer
+}
+
+fn read_only(method: &Method, answer: impl FnOnce() -> warp::reply::Response) -> warp::reply::Response {
+    if method == Method::GET || method == Method::HEAD {
+        return answer();
+    }
+    let mut answer = error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
+    answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    close(answer)
+}
+
+/// The header as the SDK gets it from a web framework: repeated ones joined by commas, bytes above
+/// ASCII as Latin-1.
+fn signature_header(headers: &HeaderMap) -> String {
+    let mut joined = String::new();
+    for (index, value) in headers.get_all(header::STRIPE_SIGNATURE).iter().enumerate() {
+        if index > 0 {
+            joined.push(',');
+        }
+        match value.to_str() {
+            Ok(text) => joined.push_str(text),
+            Err(_) => joined.extend(value.as_bytes().iter().copied().map(char::from)),
+        }
+    }
+    joined
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The trace context of the delivery, if it is a valid one of version 00. W3C: "Trace Context".
+fn traceparent(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get(header::TRACEPARENT)?.to_str().ok()?;
+    let parts: Vec<&str> = text.split('-').collect();
+    let [version, trace, parent, flags] = parts.as_slice() else { return None };
+    let is_hex = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let is_id = |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
+    let valid = is_hex(version, 2) && *version != "ff" && is_id(trace, 32) && is_id(parent, 16) && is_hex(flags, 2);
+    valid.then(|| text.to_owned())
+}
+
+fn error(status: StatusCode, message: &str) -> warp::reply::Response {
+    json(status, &json!({ "error": message }))
+}
+
+fn json(status: StatusCode, body: &Value) -> warp::reply::Response {
+    answer(status, body.to_string().into())
+}
+
+fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
+    let mut answer = Response::new(body.into());
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}
+
+/// Ends the connection after this answer.
+fn close(mut answer: warp::reply::Response) -> warp::reply::Response {
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    answer
+}
+
+#[cfg(test)]
+mod tests;

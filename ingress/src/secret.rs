@@ -1,0 +1,150 @@
+//! The signing secrets that are in use now.
+//!
+//! Owns where they come from: the setting, or a file that is read again when it changes. Never
+//! prints one; log lines show a fingerprint, so that a wrong secret can be told from a right one.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::signature::SigningSecret;
+
+/// What a signing secret starts with.
+const PREFIX: &str = "whsec_";
+
+/// How often the file is looked at until it holds a secret, and how long between two looks.
+const TRIES: u32 = 10;
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
+
+/// How often the file is read again to see whether its secret changed.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// How much of the file is read. It may be the whole output of the Stripe CLI.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// Where the signing secrets come from.
+#[derive(Debug, Clone)]
+pub enum SecretSource {
+    /// `STRIPE_WEBHOOK_SECRET`.
+    Given(Arc<[SigningSecret]>),
+    /// `STRIPE_WEBHOOK_SECRET_FILE`.
+    File(PathBuf),
+}
+
+/// There is no signing secret.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no signing secret: STRIPE_WEBHOOK_SECRET is not set, and STRIPE_WEBHOOK_SECRET_FILE names {}, {why} after {TRIES} tries",
+    path.display()
+)]
+pub struct NoSecret {
+    path: PathBuf,
+    why: String,
+}
+
+/// The secrets, and what they are later.
+pub type Secrets = watch::Receiver<Arc<[SigningSecret]>>;
+
+/// The secrets to start with. Waits for the file, and says so once.
+///
+/// # Errors
+/// When the file holds no secret after the last try.
+///
+/// # Cancel safety
+/// Nothing is lost.
+pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSecret> {
+    let path = match source {
+        SecretSource::Given(secrets) => {
+            secrets.iter().for_each(|secret| announce(secret, "STRIPE_WEBHOOK_SECRET"));
+            return Ok(Arc::clone(secrets));
+        }
+        SecretSource::File(path) => path,
+    };
+    let mut tries = 1;
+    loop {
+        let why = match read(path).await {
+            Ok(Some(secret)) => {
+                announce(&secret, "STRIPE_WEBHOOK_SECRET_FILE");
+                return Ok(Arc::new([secret]));
+            }
+            Ok(None) => "which holds no whsec_…".to_owned(),
+            Err(error) => format!("which cannot be read ({error})"),
+        };
+        if tries == TRIES {
+            return Err(NoSecret { path: path.clone(), why });
+        }
+        if tries == 1 {
+            let path = path.display();
+            warn!("waiting for a signing secret in {path} (STRIPE_WEBHOOK_SECRET_FILE), {why} yet");
+        }
+        tries += 1;
+        tokio::time::sleep(TRY_AGAIN_AFTER).await;
+    }
+}
+
+/// Keeps `secrets` what the file says. A file that is gone or empty changes nothing.
+///
+/// The file is read, not watched: a mounted volume need not tell about changes.
+///
+/// # Cancel safety
+/// Nothing is lost.
+pub async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) {
+    let mut is_missing = false;
+    loop {
+        tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+        let Ok(Some(secret)) = read(path).await else {
+            if !is_missing {
+                warn!(
+                    "{} (STRIPE_WEBHOOK_SECRET_FILE) holds no whsec_… any more; keeping the last one",
+                    path.display()
+                );
+            }
+            is_missing = true;
+            continue;
+        };
+        is_missing = false;
+        let is_known = secrets.borrow().iter().any(|known| known.fingerprint() == secret.fingerprint());
+        if !is_known {
+            announce(&secret, "STRIPE_WEBHOOK_SECRET_FILE");
+            secrets.send_replace(Arc::new([secret]));
+        }
+    }
+}
+
+/// The secrets in the text of `STRIPE_WEBHOOK_SECRET`: one, or several separated by commas.
+#[must_use]
+pub fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
+    let is_secret = |text: &&str| {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte);
+        text.strip_prefix(PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
+    };
+    text.split(',').map(str::trim).map(|text| Some(text).filter(is_secret).map(SigningSecret::new)).collect()
+}
+
+/// The first `whsec_[a-zA-Z0-9]+` in what a file holds.
+#[must_use]
+pub fn find(file: &[u8]) -> Option<SigningSecret> {
+    let starts = (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));
+    let mut names = starts.map(|rest| rest.split(|byte| !byte.is_ascii_alphanumeric()).next().unwrap_or_default());
+    let name = names.find(|name| !name.is_empty())?;
+    Some(SigningSecret::new(&format!("{PREFIX}{}", str::from_utf8(name).ok()?)))
+}
+
+async fn read(path: &Path) -> io::Result<Option<SigningSecret>> {
+    let mut bytes = Vec::new();
+    tokio::fs::File::open(path).await?.take(FILE_BYTES_MAX).read_to_end(&mut bytes).await?;
+    Ok(find(&bytes))
+}
+
+fn announce(secret: &SigningSecret, setting: &str) {
+    let fingerprint = secret.fingerprint();
+    info!(fingerprint, "using the signing secret with fingerprint {fingerprint} from {setting}");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,221 @@
+//! Ingress's own settings.
+//!
+//! Owns their names, defaults and meaning. Pure: nothing here reads the environment or a file.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use litestripe_contract::event::{EventType, HANDLED_TYPES};
+use litestripe_contract::settings::{
+    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting, address, bytes, path,
+};
+use uuid::Uuid;
+
+use crate::body::BUDGET_BYTES;
+use crate::secret::{self, SecretSource};
+
+/// The smallest body limit that makes sense, in bytes: below it hardly an event gets through.
+const BODY_LIMIT_MIN: usize = 1 << 10;
+
+const UUID: &str = "STRIPE_WEBHOOK_UUID";
+const SECRET: &str = "STRIPE_WEBHOOK_SECRET";
+const SECRET_FILE: &str = "STRIPE_WEBHOOK_SECRET_FILE";
+const TOLERANCE: &str = "STRIPE_WEBHOOK_TOLERANCE";
+const LISTEN: &str = "LITESTRIPE_LISTEN";
+const EVENT_TYPES: &str = "LITESTRIPE_EVENT_TYPES";
+const BODY_LIMIT: &str = "LITESTRIPE_BODY_LIMIT";
+const GROUP_COMMIT: &str = "LITESTRIPE_GROUP_COMMIT";
+
+/// Ingress's own settings; it takes those of both programs as well.
+pub const SETTINGS: &[Setting] = &[
+    Setting { name: UUID, default: None, help: "the UUID in the hook's path, /ls/hook/UUID/ [required]" },
+    Setting {
+        name: SECRET,
+        default: None,
+        help: "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]",
+    },
+    Setting {
+        name: SECRET_FILE,
+        default: Some("/run/secrets_djstripe/djstripe_webhook_secret"),
+        help: "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes",
+    },
+    Setting {
+        name: TOLERANCE,
+        default: Some("300"),
+        help: "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any",
+    },
+    Setting { name: LISTEN, default: Some("127.0.0.1:8080"), help: "HTTP address" },
+    Setting {
+        name: EVENT_TYPES,
+        default: None,
+        help: "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]",
+    },
+    Setting {
+        name: BODY_LIMIT,
+        default: Some("1MiB"),
+        help: "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller",
+    },
+    Setting {
+        name: GROUP_COMMIT,
+        default: Some("auto"),
+        help: "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic",
+    },
+];
+
+/// Everything ingress needs to know.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The UUID in the hook's path. Defence in depth only; all the same it is never logged.
+    pub hook: HookId,
+    /// Where the signing secrets come from.
+    pub secrets: SecretSource,
+    /// How far before its receipt a delivery may have been signed. Zero accepts any age.
+    ///
+    /// 300 s is the default of Stripe's own SDKs. Larger lets a captured delivery be replayed for longer.
+    pub tolerance: Duration,
+    /// The HTTP address.
+    pub listen: SocketAddr,
+    /// What is stored.
+    pub event_types: EventTypes,
+    /// The largest body, in bytes, if the NATS server takes it.
+    pub body_limit: usize,
+    /// Whether events are stored in batches.
+    pub group_commit: GroupCommit,
+    /// How to reach NATS.
+    pub nats: NatsSettings,
+    /// The limits of the stream, if it has to be created.
+    pub events: EventsSettings,
+    /// How to log.
+    pub log: LogSettings,
+}
+
+/// The UUID in the hook's path.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct HookId(Uuid);
+
+impl HookId {
+    /// Reads the form with hyphens, in either case.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        // 36 characters are the form with hyphens: the others that `Uuid` reads are not of that length.
+        (text.len() == 36).then(|| Uuid::try_parse(text).ok().map(Self))?
+    }
+}
+
+impl std::fmt::Debug for HookId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HookId(…)")
+    }
+}
+
+/// The event types that are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EventTypes {
+    /// Every type.
+    All,
+    /// These.
+    Some(BTreeSet<String>),
+}
+
+impl EventTypes {
+    /// Whether events of that type are stored.
+    #[must_use]
+    pub fn contains(&self, event_type: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Some(types) => types.contains(event_type),
+        }
+    }
+
+    fn handled() -> Self {
+        Self::Some(HANDLED_TYPES.map(str::to_owned).into())
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        if text == "*" {
+            return Some(Self::All);
+        }
+        let types = text.split(',').map(|name| Some(EventType::parse(name.trim()).ok()?.as_str().to_owned()));
+        types.collect::<Option<_>>().map(Self::Some)
+    }
+}
+
+/// Whether events that wait for each other are stored in one batch, where the stream takes batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupCommit {
+    /// When it is faster.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl GroupCommit {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Self::Auto),
+            "on" => Some(Self::On),
+            "off" => Some(Self::Off),
+            _ => None,
+        }
+    }
+}
+
+/// Reads the settings.
+///
+/// `holds_secret` says whether a secret file holds a secret now. It is asked only when something
+/// else is wrong, so that a missing secret is reported with the rest; a file may yet come.
+///
+/// # Errors
+/// All the problems at once.
+pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
+    let mut reader = Reader::new(given, &[SETTINGS, SHARED]);
+    let hook = reader.required(UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
+    let secrets = reader.optional(
+        SECRET,
+        "whsec_ and letters and digits, or several of them, comma-separated",
+        secret::parse_list,
+    );
+    let secret_file: PathBuf = reader.defaulted(SECRET_FILE, "a path", path);
+    let has_secret = reader.is_given(SECRET) || holds_secret(&secret_file);
+    let secrets = match secrets {
+        Some(secrets) => SecretSource::Given(secrets),
+        None => SecretSource::File(secret_file.clone()),
+    };
+    let tolerance_s: u32 = reader.defaulted(TOLERANCE, "whole seconds", |value| value.parse().ok());
+    let listen = reader.defaulted(LISTEN, ADDRESS, address);
+    let event_types = reader.optional(EVENT_TYPES, "event types, comma-separated, or *", EventTypes::parse);
+    let body_limit = reader.defaulted(BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {
+        let limit = usize::try_from(bytes(value)?).ok()?;
+        (BODY_LIMIT_MIN..=BUDGET_BYTES).contains(&limit).then_some(limit)
+    });
+    let group_commit = reader.defaulted(GROUP_COMMIT, "auto, on or off", GroupCommit::parse);
+    let nats = NatsSettings::read(&mut reader);
+    let events = EventsSettings::read(&mut reader);
+    let log = LogSettings::read(&mut reader);
+    let settings = hook.zip(nats).map(|(hook, nats)| Settings {
+        hook,
+        secrets,
+        tolerance: Duration::from_secs(tolerance_s.into()),
+        listen,
+        event_types: event_types.unwrap_or_else(EventTypes::handled),
+        body_limit,
+        group_commit,
+        nats,
+        events,
+        log,
+    });
+    reader.finish(settings).map_err(|Problems(mut problems)| {
+        if !has_secret {
+            let file = secret_file.display();
+            problems.push(format!("{SECRET} is missing, and {SECRET_FILE} names {file}, which holds none"));
+        }
+        Problems(problems)
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,44 @@
+//! The schema, step by step.
+//!
+//! Owns history: a step that has landed is never edited, goes down as well as up, and leaves a
+//! schema on which the program before it still runs. May not know the entities, which are today's.
+
+use sea_orm_migration::prelude::*;
+use sea_orm_migration::sea_orm::DatabaseConnection;
+
+pub use sea_orm_migration::MigratorTrait;
+
+mod m20261123_000001_stripe_subscription;
+mod m20261123_000002_orphaned_payment;
+mod m20261123_000003_signal_outbox;
+mod m20261123_000004_due_check;
+mod m20261124_000005_replay;
+
+/// All steps, in order.
+pub struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![
+            Box::new(m20261123_000001_stripe_subscription::Migration),
+            Box::new(m20261123_000002_orphaned_payment::Migration),
+            Box::new(m20261123_000003_signal_outbox::Migration),
+            Box::new(m20261123_000004_due_check::Migration),
+            Box::new(m20261124_000005_replay::Migration),
+        ]
+    }
+}
+
+/// The names of the steps the database has, also those of a later program. Creates nothing.
+///
+/// # Errors
+/// When the database is away.
+pub async fn applied(db: &DatabaseConnection) -> Result<Vec<String>, DbErr> {
+    const HISTORY: &str = "seaql_migrations";
+    if !SchemaManager::new(db).has_table(HISTORY).await? {
+        return Ok(Vec::new());
+    }
+    let names = Query::select().column("version").from(HISTORY).order_by("version", Order::Asc).take();
+    db.query_all(&names).await?.iter().map(|row| row.try_get("", "version")).collect()
+}

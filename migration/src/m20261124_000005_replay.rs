@@ -1,0 +1,94 @@
+//! Creates `replay`, a row per replay by name, and `signal_due`, the signals that wait for its end.
+
+use sea_orm_migration::prelude::*;
+
+#[derive(DeriveMigrationName)]
+pub(crate) struct Migration;
+
+#[derive(DeriveIden)]
+enum Replay {
+    Table,
+    Name,
+    Signals,
+    FirstSequence,
+    LastSequence,
+    EventTypes,
+    StripeSubscriptionId,
+    DtStarted,
+    DtBeat,
+    DtFinished,
+}
+
+#[derive(DeriveIden)]
+enum SignalDue {
+    Table,
+    EntityId,
+    Subject,
+    Replay,
+    Told,
+    Unchanged,
+    EventId,
+    EventType,
+    EventCreated,
+    DtCreated,
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Migration {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.create_table(replay()).await?;
+        manager.create_table(signal_due()).await?;
+        let by_replay = Index::create()
+            .name("signal_due_replay")
+            .table(SignalDue::Table)
+            .col(SignalDue::Replay)
+            .col(SignalDue::EntityId)
+            .if_not_exists()
+            .take();
+        manager.create_index(by_replay).await
+    }
+
+    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.drop_table(Table::drop().table(SignalDue::Table).take()).await?;
+        manager.drop_table(Table::drop().table(Replay::Table).take()).await
+    }
+}
+
+fn replay() -> TableCreateStatement {
+    use Replay as Column;
+    let text = |column| ColumnDef::new(column).text().take();
+    let number = |column| ColumnDef::new(column).big_integer().not_null().take();
+    let time = |column| ColumnDef::new(column).timestamp_with_time_zone().take();
+    Table::create()
+        .table(Column::Table)
+        .if_not_exists()
+        .col(text(Column::Name).not_null().primary_key())
+        .col(text(Column::Signals).not_null())
+        .col(number(Column::FirstSequence))
+        .col(number(Column::LastSequence))
+        .col(text(Column::EventTypes).not_null())
+        .col(text(Column::StripeSubscriptionId))
+        .col(time(Column::DtStarted).not_null())
+        .col(time(Column::DtBeat).not_null())
+        .col(time(Column::DtFinished))
+        .take()
+}
+
+fn signal_due() -> TableCreateStatement {
+    use SignalDue as Column;
+    let text = |column| ColumnDef::new(column).text().take();
+    Table::create()
+        .table(Column::Table)
+        .if_not_exists()
+        .col(text(Column::EntityId).not_null())
+        .col(text(Column::Subject).not_null())
+        .col(text(Column::Replay).not_null())
+        .col(text(Column::Told))
+        .col(ColumnDef::new(Column::Unchanged).boolean().not_null())
+        .col(text(Column::EventId).not_null())
+        .col(text(Column::EventType).not_null())
+        .col(ColumnDef::new(Column::EventCreated).big_integer().not_null())
+        .col(ColumnDef::new(Column::DtCreated).timestamp_with_time_zone().not_null())
+        .primary_key(Index::create().col(Column::EntityId).col(Column::Subject))
+        .take()
+}

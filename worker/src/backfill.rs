@@ -1,0 +1,224 @@
+//! Backfill: what never arrived, from Stripe's Events API into `STRIPE_EVENTS`.
+//!
+//! Owns which events are fetched and which of them are stored. They take the way of every delivery:
+//! same subject, same `Nats-Msg-Id`, the body as Stripe rendered it. So a backfill is idempotent: what
+//! it stores twice is dropped by its message id, or merges to nothing. May not know rows. Stripe
+//! renders an event for its API in another version than for a webhook, so ids are compared, never
+//! bodies.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::{self};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use litestripe_contract::event::{EventId, HANDLED_TYPES};
+use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_contract::{header, subject};
+use serde::Serialize;
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::erasure::Erasures;
+use crate::event::api::{self, EventPage, ListedEvent};
+use crate::event::{self, MetadataKeys};
+use crate::stripe_api::{ApiError, StripeApi};
+
+mod present;
+pub mod record;
+pub mod schedule;
+
+use present::Present;
+
+/// How long Stripe keeps events. Stripe: "List all events".
+pub const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// How far Stripe's clock, in `created`, may be ahead of the broker's.
+const CLOCKS_APART: Duration = Duration::from_secs(10 * 60);
+
+/// Events on their way into the stream at a time.
+const IN_FLIGHT: usize = 32;
+
+/// Tries to store one event, each as long as a PubAck is waited for.
+const TRIES_MAX: u32 = 4;
+
+/// What `Litestripe-Source` says.
+const SOURCE: &str = "backfill";
+
+/// Fetches what the stream lacks.
+#[derive(Clone)]
+pub struct Backfill {
+    /// Whom to ask.
+    pub stripe: StripeApi,
+    /// Where it goes.
+    pub jetstream: jetstream::Context,
+    /// Whose events are not to come back.
+    pub erasures: Erasures,
+}
+
+/// Which events are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Created then or later.
+    pub since: OffsetDateTime,
+    /// Only those that some endpoint has not accepted.
+    pub undelivered_only: bool,
+}
+
+/// What a backfill did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Events that Stripe listed.
+    pub listed: u64,
+    /// Of these, events that the stream held already.
+    pub already_there: u64,
+    /// Of these, events that were published.
+    pub published: u64,
+    /// Of the published ones, events that arrived meanwhile: the stream has dropped the repetition.
+    pub duplicates: u64,
+    /// Of the listed ones, events that cannot be stored: no id, no type, too large.
+    pub skipped: u64,
+}
+
+/// How a backfill ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Everything was looked at.
+    Complete,
+    /// It was asked to stop after a page.
+    Stopped,
+}
+
+/// Why a backfill ended halfway. What was published stays.
+#[derive(Debug, thiserror::Error)]
+pub enum BackfillError {
+    /// Stripe did not say what there is.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// There is nowhere to put events.
+    #[error("there is no stream {EVENTS_STREAM}: `litestripe-ingress` and `litestripe-worker run` create it")]
+    NoStream,
+    /// It cannot be seen what the stream holds.
+    #[error("cannot read which events {EVENTS_STREAM} holds")]
+    Read(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// JetStream did not store an event, or did not say so.
+    #[error("cannot store {0} in {EVENTS_STREAM}")]
+    Publish(EventId, #[source] PublishError),
+}
+
+/// What became of an event that the stream lacked.
+enum Published {
+    Stored,
+    Duplicate,
+    TooLarge,
+}
+
+impl Backfill {
+    /// Goes through what Stripe lists, newest first, and publishes what the stream lacks. `report` is
+    /// called with every page; `summary` is right also when this fails.
+    ///
+    /// # Errors
+    /// When Stripe or the broker fails, for longer than its requests are tried again.
+    pub async fn pass(
+        &self,
+        wanted: Wanted,
+        summary: &mut Summary,
+        mut report: impl FnMut(&Summary),
+        shutdown: &CancellationToken,
+    ) -> Result<End, BackfillError> {
+        let mut present = Present::open(&self.jetstream, wanted.since - CLOCKS_APART).await?;
+        let mut after = None;
+        loop {
+            let page = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(End::Stopped),
+                page = self.list(wanted, after.as_deref()) => page?,
+            };
+            // With what arrived since the last page.
+            present.catch_up().await?;
+            after.clone_from(&page.after);
+            let outcome = self.publish_lacking(page, &present, summary).await;
+            report(summary);
+            outcome?;
+            if after.is_none() {
+                return Ok(End::Complete);
+            }
+        }
+    }
+
+    async fn list(&self, wanted: Wanted, after: Option<&str>) -> Result<EventPage, ApiError> {
+        let since = wanted.since.unix_timestamp();
+        let answer = self.stripe.events(&HANDLED_TYPES, since, wanted.undelivered_only, after).await?;
+        api::event_page(&answer.body).ok_or(ApiError::Answer("it is no list of events"))
+    }
+
+    async fn publish_lacking(
+        &self,
+        page: EventPage,
+        present: &Present,
+        summary: &mut Summary,
+    ) -> Result<(), BackfillError> {
+        let EventPage { events, skipped, .. } = page;
+        summary.listed += (events.len() + skipped) as u64;
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| self.is_wanted(event));
+        summary.skipped += (skipped + unwanted.len()) as u64;
+        let (there, lacking): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|event| present.holds(&event.id));
+        summary.already_there += there.len() as u64;
+        let publishing = futures_util::stream::iter(lacking).map(|event| self.publish(event));
+        let mut outcomes = publishing.buffer_unordered(IN_FLIGHT);
+        while let Some(outcome) = outcomes.next().await {
+            match outcome? {
+                Published::Stored => summary.published += 1,
+                Published::Duplicate => {
+                    summary.published += 1;
+                    summary.duplicates += 1;
+                }
+                Published::TooLarge => summary.skipped += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an event may enter the stream by a backfill. All do that are of the types that were
+    /// asked for, but for what an erased person did: that is not to come back.
+    fn is_wanted(&self, event: &ListedEvent) -> bool {
+        let is_erased = || {
+            let keys = MetadataKeys::Only(BTreeSet::new());
+            let event = event::decode(event.raw.get().as_bytes(), &keys);
+            event.is_ok_and(|event| event.is_some_and(|event| self.erasures.covers(&event)))
+        };
+        HANDLED_TYPES.contains(&event.event_type.as_str()) && !is_erased()
+    }
+
+    async fn publish(&self, event: ListedEvent) -> Result<Published, BackfillError> {
+        let ListedEvent { id, event_type, raw } = event;
+        let body = Bytes::from(Box::<str>::from(raw).into_string());
+        for attempt in 1.. {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::MESSAGE_ID, id.as_str());
+            headers.insert(header::SOURCE, SOURCE);
+            let sent = self.jetstream.publish_with_headers(subject::of_event(&event_type), headers, body.clone()).await;
+            let error = match sent {
+                Ok(ack) => match ack.await {
+                    Ok(ack) if ack.duplicate && attempt == 1 => return Ok(Published::Duplicate),
+                    // A repetition of ours, after a PubAck that was lost, is no duplicate.
+                    Ok(_) => return Ok(Published::Stored),
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            match error.kind() {
+                PublishErrorKind::MaxPayloadExceeded => {
+                    warn!(event_id = %id, "{id} is larger than the NATS server's max_payload: it cannot be stored");
+                    return Ok(Published::TooLarge);
+                }
+                PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe if attempt < TRIES_MAX => {}
+                _ => return Err(BackfillError::Publish(id, error)),
+            }
+        }
+        unreachable!("the loop above ends by returning")
+    }
+}

@@ -1,0 +1,95 @@
+//! How far backfills have come: when the last complete one began, by mode.
+//!
+//! Owns the windows. A complete backfill has seen all that Stripe had listed when it began; the next
+//! one starts a while before that, because an event may be listed later than it is created.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+use super::KEPT;
+use crate::kv::{Bucket, KvError};
+
+/// How much of the time before is looked at again.
+const OVERLAP: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// How far the first backfill goes back: as far as Stripe tries a live delivery again.
+pub const FIRST: Duration = Duration::from_secs(72 * 60 * 60);
+
+/// What is known of backfills of one mode.
+#[derive(Clone)]
+pub struct Record {
+    bucket: Bucket,
+    key: &'static str,
+}
+
+impl Record {
+    /// The record of that mode.
+    #[must_use]
+    pub fn new(bucket: Bucket, livemode: bool) -> Self {
+        Self { bucket, key: if livemode { "backfill.live" } else { "backfill.test" } }
+    }
+
+    /// When the last complete backfill began, if there was one.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn last_complete(&self) -> Result<Option<OffsetDateTime>, KvError> {
+        let entry = self.bucket.read(self.key).await?;
+        Ok(believed(read(entry.value.as_deref()), OffsetDateTime::now_utc()))
+    }
+
+    /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
+    /// that leaves a gap after the last complete one is not noted.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), KvError> {
+        let entry = self.bucket.read(self.key).await?;
+        if !extends(believed(read(entry.value.as_deref()), began), since, began) {
+            return Ok(());
+        }
+        match self.bucket.write(self.key, began.unix_timestamp().to_string(), entry.revision).await {
+            // Another one was complete meanwhile, which says as much.
+            Ok(_) | Err(KvError::Crossed(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Where the next backfill starts: a whole second, as Stripe has them.
+#[must_use]
+pub fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> OffsetDateTime {
+    let since = match last {
+        Some(last) => (last.min(now) - OVERLAP).max(oldest(now)),
+        None => now - FIRST,
+    };
+    since.truncate_to_second()
+}
+
+/// The oldest event that Stripe may list.
+#[must_use]
+pub fn oldest(now: OffsetDateTime) -> OffsetDateTime {
+    now - KEPT
+}
+
+/// Hosts' clocks differ, but a time that is further ahead comes from one that was wrong.
+fn believed(last: Option<OffsetDateTime>, now: OffsetDateTime) -> Option<OffsetDateTime> {
+    last.filter(|last| *last <= now + OVERLAP)
+}
+
+fn extends(last: Option<OffsetDateTime>, since: OffsetDateTime, began: OffsetDateTime) -> bool {
+    match last {
+        Some(last) => began > last && since <= last.max(oldest(began)),
+        // As far back as the first one that a worker makes by itself.
+        None => since <= began - FIRST,
+    }
+}
+
+fn read(value: Option<&[u8]>) -> Option<OffsetDateTime> {
+    let seconds = std::str::from_utf8(value?).ok()?.parse().ok()?;
+    OffsetDateTime::from_unix_timestamp(seconds).ok()
+}
+
+#[cfg(test)]
+mod tests;

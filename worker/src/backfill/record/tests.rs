@@ -1,0 +1,46 @@
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+use super::{believed, extends, next_since, read};
+
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+fn now() -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time")
+}
+
+#[test]
+fn next_backfill_overlaps_the_last_one() {
+    let now = now();
+    assert_eq!(next_since(None, now), now - 72 * HOUR);
+    assert_eq!(next_since(Some(now - HOUR), now), now - 3 * HOUR);
+    assert_eq!(next_since(Some(now - 100 * HOUR), now), now - 102 * HOUR);
+    assert_eq!(next_since(Some(now - 1000 * HOUR), now), now - 30 * 24 * HOUR, "Stripe keeps no more");
+    assert_eq!(next_since(Some(now + HOUR), now), now - 2 * HOUR, "another host's clock is ahead");
+}
+
+#[test]
+fn only_a_backfill_that_leaves_no_gap_is_noted() {
+    let began = now();
+    assert!(extends(None, began - 72 * HOUR, began));
+    assert!(!extends(None, began - HOUR, began));
+    assert!(extends(Some(began - HOUR), began - 3 * HOUR, began));
+    assert!(!extends(Some(began - 5 * HOUR), began - 3 * HOUR, began), "two hours were not looked at");
+    assert!(!extends(Some(began + HOUR), began - 72 * HOUR, began), "a later one was complete");
+    assert!(extends(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began), "there is no more to be had");
+}
+
+#[test]
+fn time_that_is_far_ahead_is_not_believed() {
+    let now = now();
+    assert_eq!(believed(Some(now + HOUR), now), Some(now + HOUR));
+    assert_eq!(believed(Some(now + 3 * HOUR), now), None);
+}
+
+#[test]
+fn value_that_nobody_wrote_counts_as_none() {
+    assert_eq!(read(Some(b"1795000000")), Some(now()));
+    assert_eq!(read(Some(b"soon")), None);
+    assert_eq!(read(None), None);
+}

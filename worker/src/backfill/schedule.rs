@@ -1,0 +1,171 @@
+//! Backfills that workers make by themselves.
+//!
+//! Owns when: shortly after start and then every interval, by one worker at a time. Never in the way
+//! of a batch, and never the end of a worker: what fails is tried again.
+
+use std::time::Duration;
+
+use backon::BackoffBuilder as _;
+use litestripe_contract::exit;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::record::{self, Record};
+use super::{Backfill, BackfillError, End, Summary, Wanted};
+use crate::error::StoreError;
+use crate::kv::KvError;
+use crate::lease::Lease;
+use crate::metrics;
+use crate::mode::{self, Mismatch};
+use crate::settings::StripeSettings;
+use crate::store::Store;
+
+/// How often it is looked whether one is due, at least: other workers come and go.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How soon a backfill that failed is tried again: doubles with each.
+const RETRY_FIRST: Duration = Duration::from_secs(2);
+const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
+
+/// What makes a worker backfill by itself.
+pub struct Schedule {
+    /// What is done.
+    pub backfill: Backfill,
+    /// How often.
+    pub interval: Duration,
+    /// What is known of earlier ones.
+    pub record: Record,
+    /// Who does it.
+    pub lease: Lease,
+    /// Where the rows are, whose mode must be the key's.
+    pub store: Store,
+    /// The key.
+    pub stripe: StripeSettings,
+}
+
+/// Why a backfill has to be tried again.
+#[derive(Debug, thiserror::Error)]
+enum ScheduleError {
+    #[error(transparent)]
+    Backfill(#[from] BackfillError),
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+}
+
+impl Schedule {
+    /// Backfills until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut retries = delays();
+        let mut failing = false;
+        while !shutdown.is_cancelled() {
+            let pause = match self.turn(&shutdown).await {
+                Ok(left) => {
+                    (retries, failing) = (delays(), false);
+                    left.min(LOOK_EVERY)
+                }
+                Err(error) => {
+                    metrics::backfill_ended(false);
+                    complain(&error, failing);
+                    failing = true;
+                    retries.next().unwrap_or(RETRY_MAX)
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = shutdown.cancelled() => {}
+            }
+        }
+    }
+
+    /// Backfills if one is due and nobody else is at it. Returns the time until the next is due.
+    async fn turn(&mut self, shutdown: &CancellationToken) -> Result<Duration, ScheduleError> {
+        let Self { backfill, interval, record, lease, store, stripe } = self;
+        let left = due_in(record, *interval).await?;
+        if !left.is_zero() {
+            return Ok(left);
+        }
+        let work = async {
+            // Somebody may have done it just before we got the lease.
+            let left = due_in(record, *interval).await?;
+            if !left.is_zero() {
+                return Ok(left);
+            }
+            if let Some(mismatch) = mode::mismatch(store, stripe).await? {
+                return Err(mismatch.into());
+            }
+            make(backfill, record, shutdown).await?;
+            Ok(*interval)
+        };
+        lease.during(work).await?.unwrap_or(Ok(LOOK_EVERY))
+    }
+}
+
+async fn make(backfill: &Backfill, record: &Record, shutdown: &CancellationToken) -> Result<(), ScheduleError> {
+    let began = OffsetDateTime::now_utc();
+    let since = record::next_since(record.last_complete().await?, began);
+    let wanted = Wanted { since, undelivered_only: false };
+    let mut summary = Summary::default();
+    let mut counted = 0;
+    let count = |summary: &Summary| {
+        let missing = summary.published - summary.duplicates;
+        metrics::events_backfilled(missing - counted);
+        counted = missing;
+    };
+    let outcome = backfill.pass(wanted, &mut summary, count, shutdown).await;
+    tell(&summary, since);
+    if outcome? == End::Complete {
+        record.note_complete(since, began).await?;
+        metrics::backfill_ended(true);
+    }
+    Ok(())
+}
+
+fn tell(summary: &Summary, since: OffsetDateTime) {
+    let Summary { listed, already_there, published, duplicates, skipped } = *summary;
+    let since = since.format(&Rfc3339).unwrap_or_default();
+    if published == 0 && skipped == 0 {
+        return debug!(listed, "backfill since {since}: none of {listed} events was missing");
+    }
+    let missing = published - duplicates;
+    info!(
+        listed,
+        already_there,
+        published,
+        duplicates,
+        skipped,
+        "backfill since {since}: of {listed} events, {missing} had not arrived and are in STRIPE_EVENTS now"
+    );
+}
+
+fn complain(error: &ScheduleError, again: bool) {
+    let error = exit::chain(error);
+    if again {
+        debug!("a backfill failed again: {error}");
+    } else {
+        warn!("a backfill failed and is tried again: {error}");
+    }
+}
+
+/// The time until a backfill is due.
+async fn due_in(record: &Record, interval: Duration) -> Result<Duration, KvError> {
+    let Some(last) = record.last_complete().await? else { return Ok(Duration::ZERO) };
+    // Another host's clock may be ahead of ours.
+    let passed = Duration::try_from(OffsetDateTime::now_utc() - last).unwrap_or_default();
+    Ok(interval.saturating_sub(passed))
+}
+
+/// Waits between tries, never at the same moment on all workers.
+fn delays() -> impl Iterator<Item = Duration> {
+    backon::ExponentialBuilder::new()
+        .with_min_delay(RETRY_FIRST)
+        .with_max_delay(RETRY_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}

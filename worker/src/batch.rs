@@ -1,0 +1,416 @@
+//! One batch of events through the worker.
+//!
+//! Owns the order of effects: decode → load → merge → save → ack → wake the relay. No other code
+//! may order them. May not know SQL (the store's) or how a message is acknowledged (the consumer's).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder as _;
+use fail::fail_point;
+use litestripe_contract::exit;
+use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
+use litestripe_entity::orphaned_payment;
+use sea_orm::{DatabaseTransaction, DbErr};
+use time::OffsetDateTime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::consumer::Batch;
+use crate::dead_letter::DeadLetters;
+use crate::erasure::{self, Erasures};
+use crate::error::{Disposition, StoreError};
+use crate::event::{self, Body, MetadataKeys, whose};
+use crate::metrics;
+use crate::plan::{self, Arrival, Consequences, Plan, Resolution, Signalling, Terms};
+use crate::signal::{self, Cause};
+use crate::store::due::Kind;
+use crate::store::orphan::NewOrphan;
+use crate::store::outbox::NewSignal;
+use crate::store::signal_due::{Due, NewDue};
+use crate::store::{self, Store};
+
+/// How long a batch may take. The server ends a statement sooner, but a server that vanished without
+/// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
+const SAVE_MAX: Duration = Duration::from_secs(60);
+
+/// What applying a batch needs.
+#[derive(Clone)]
+pub struct Applier {
+    /// Where rows and outbox are.
+    pub store: Store,
+    /// The metadata that is kept.
+    pub metadata_keys: MetadataKeys,
+    /// What the events are applied under.
+    pub terms: Arc<Terms>,
+    /// Whose personal data is not to come back.
+    pub erasures: Erasures,
+    /// Whether a customer that is deleted at Stripe is erased here.
+    pub erase_on_customer_deleted: bool,
+    /// Where poisoned events go.
+    pub dead_letters: DeadLetters,
+    /// Wakes the relay when there may be signals to send.
+    pub relay: Arc<Notify>,
+    /// Wakes the sweep when there may be users to look up.
+    pub sweep: Arc<Notify>,
+}
+
+/// Applies `batch`: commit, then ack, then wake the relay.
+///
+/// A database that is away is waited for, with the batch's messages kept alive. When `shutdown`
+/// comes while waiting, the messages are handed back.
+pub async fn apply(applier: &Applier, batch: Batch, shutdown: &CancellationToken) {
+    let (arrivals, mut poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+    let events = arrivals.len();
+    let late: Vec<_> = arrivals.iter().filter(|late| late.event.redacted).map(|late| late.stream_sequence).collect();
+    if applier.erase_on_customer_deleted && queue_erasures(applier, &batch, shutdown).await.is_none() {
+        batch.hand_back().await;
+        return;
+    }
+    let Some(refused) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+        batch.hand_back().await;
+        return;
+    };
+    poisoned.extend(refused);
+    batch.ack_except(poisoned.iter().map(|(index, _)| *index)).await;
+    fail_point!("worker::after_ack", |_| std::process::abort());
+    applier.relay.notify_one();
+    if applier.terms.rules.lookup {
+        applier.sweep.notify_one();
+    }
+    metrics::applied(events);
+    applier.erasures.remove_late(late);
+    applier.dead_letters.put_aside(batch, poisoned);
+}
+
+/// What became of a batch that was applied again.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct AppliedAgain {
+    /// Events that were applied.
+    pub applied: u64,
+    /// Events that can never be applied.
+    pub poisoned: u64,
+}
+
+/// Applies the events of `batch` that are `wanted` again: what [`apply`] does, but poison, which is a
+/// dead letter already, is only counted. None when `shutdown` came while the database was away.
+pub async fn apply_again(
+    applier: &Applier,
+    batch: Batch,
+    wanted: impl Fn(&Arrival) -> bool,
+    shutdown: &CancellationToken,
+) -> Option<AppliedAgain> {
+    let (mut arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+    arrivals.retain(wanted);
+    let events = arrivals.len() as u64;
+    let Some(refused) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+        batch.hand_back().await;
+        return None;
+    };
+    batch.ack_except([]).await;
+    let refused = refused.len() as u64;
+    Some(AppliedAgain { applied: events - refused, poisoned: refused + poisoned.len() as u64 })
+}
+
+/// Reads the events of a batch. The second list says which messages are poison, and why.
+pub fn decode(batch: &Batch, keys: &MetadataKeys, erasures: &Erasures) -> (Vec<Arrival>, Vec<(usize, String)>) {
+    let mut arrivals = Vec::new();
+    let mut poisoned = Vec::new();
+    for (index, message) in batch.messages().enumerate() {
+        match event::decode(message.payload, keys) {
+            Ok(Some(event)) => arrivals.push(Arrival {
+                index,
+                event: erasures.redacted(event),
+                traceparent: message.traceparent(),
+                stream_sequence: message.stream_sequence(),
+            }),
+            Ok(None) => metrics::ignored(),
+            Err(error) => poisoned.push((index, error.to_string())),
+        }
+    }
+    (arrivals, poisoned)
+}
+
+/// Queues the erasure of the customers that were deleted at Stripe, for the sweep: before their
+/// messages are acked, however long the database is away. Nothing when `shutdown` came first.
+async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &CancellationToken) -> Option<()> {
+    let now = OffsetDateTime::now_utc();
+    let deleted = batch.messages().filter_map(|message| {
+        let customer = whose::deleted_customer(message.payload)?;
+        Some(erasure::due(customer, message.stream_sequence(), now))
+    });
+    let checks: Vec<_> = deleted.collect();
+    let mut waits = Waits::default();
+    while !checks.is_empty() {
+        let (store, checks) = (applier.store.clone(), checks.clone());
+        let task = tokio::spawn(async move {
+            let tx = store.begin().await?;
+            store::due::put(&tx, checks).await?;
+            tx.commit().await.map_err(StoreError::doing("commit erasures"))
+        });
+        match task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic())) {
+            Ok(()) => break,
+            Err(error) => waits.next(&error, batch, shutdown).await?,
+        }
+    }
+    waits.over();
+    Some(())
+}
+
+/// Saves what the events lead to, however long the database is away. Returns the events that the
+/// database refuses for good, or nothing when `shutdown` came first.
+async fn save_when_possible(
+    applier: &Applier,
+    arrivals: Vec<Arrival>,
+    batch: &Batch,
+    shutdown: &CancellationToken,
+) -> Option<Vec<(usize, String)>> {
+    let mut refused = Vec::new();
+    // A refused set is halved until the event that is at fault stands alone.
+    let mut sets = vec![Arc::new(arrivals)];
+    let mut waits = Waits::default();
+    while let Some(set) = sets.pop() {
+        match save_in_own_task(&applier.store, &applier.terms, Arc::clone(&set)).await {
+            Ok(()) => waits.over(),
+            Err(error) if error.disposition() == Disposition::Wait => {
+                sets.push(set);
+                waits.next(&error, batch, shutdown).await?;
+            }
+            Err(error) => match Arc::try_unwrap(set).ok()? {
+                single if single.len() == 1 => refused.push((single[0].index, exit::chain(&error))),
+                mut half => {
+                    let rest = half.split_off(half.len() / 2);
+                    sets.extend([Arc::new(rest), Arc::new(half)]);
+                }
+            },
+        }
+    }
+    Some(refused)
+}
+
+/// Applies one event outside any batch, as a batch would. Returns why the database refuses it for
+/// good, if it does.
+///
+/// # Errors
+/// When the database is away.
+pub async fn apply_one(store: &Store, terms: &Arc<Terms>, arrival: Arrival) -> Result<Option<String>, StoreError> {
+    match save_in_own_task(store, terms, Arc::new(vec![arrival])).await {
+        Ok(()) => Ok(None),
+        Err(error) if error.disposition() == Disposition::Poison => Ok(Some(exit::chain(&error))),
+        Err(error) => Err(error),
+    }
+}
+
+/// A cancelled transaction would leave a poisoned connection in the pool, so nothing cancels it.
+async fn save_in_own_task(store: &Store, terms: &Arc<Terms>, arrivals: Arc<Vec<Arrival>>) -> Result<(), StoreError> {
+    let (store, terms) = (store.clone(), Arc::clone(terms));
+    let task = tokio::spawn(async move { save(&store, &arrivals, &terms).await });
+    let Ok(joined) = tokio::time::timeout(SAVE_MAX, task).await else {
+        // The task goes on by itself; what it may still commit, the next try finds merged.
+        let silent = DbErr::Custom(format!("no answer within {} s", SAVE_MAX.as_secs()));
+        return Err(StoreError::doing("save a batch")(silent));
+    };
+    // A bug that one event brings out must not stop the others: what panics is poison.
+    let panicked = |_| DbErr::Type("it panicked, which is a bug".to_owned());
+    joined.map_err(panicked).map_err(StoreError::doing("merge an event"))?
+}
+
+/// Saves what `arrivals` lead to. Rows that another worker wrote meanwhile are read and merged again.
+async fn save(store: &Store, arrivals: &[Arrival], terms: &Terms) -> Result<(), StoreError> {
+    let mut pending: Vec<&Arrival> = arrivals.iter().collect();
+    while !pending.is_empty() {
+        pending = save_once(store, pending, terms, OffsetDateTime::now_utc()).await?;
+    }
+    Ok(())
+}
+
+/// One transaction. Returns the events whose rows another worker wrote since they were read.
+async fn save_once<'a>(
+    store: &Store,
+    pending: Vec<&'a Arrival>,
+    terms: &Terms,
+    now: OffsetDateTime,
+) -> Result<Vec<&'a Arrival>, StoreError> {
+    let (by_subscription, others) = by_subscription(pending);
+    let ids: Vec<&str> = by_subscription.keys().copied().collect();
+    let tx = store.begin().await?;
+    let mut stored = store::subscription::load(&tx, &ids).await?;
+    let plans: Vec<Plan<'a>> = by_subscription
+        .into_iter()
+        .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, terms, now))
+        .collect();
+    let written = store::subscription::save(&tx, plans.iter().map(|plan| &plan.row), now).await?;
+    let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
+
+    let mut signals = Vec::new();
+    let mut dues = Vec::new();
+    let mut settled = Vec::new();
+    let mut consequences = Vec::new();
+    for plan in saved {
+        signals.extend(plan.signals);
+        dues.extend(plan.due);
+        settled.extend(plan.settles_due.then_some(plan.id));
+        consequences.push((plan.id, plan.consequences));
+    }
+    consequences.extend(others.into_iter().map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))));
+    let of_orphans = save_consequences(&tx, consequences, now).await?;
+    match &terms.signalling {
+        Signalling::Now => signals.extend(of_orphans.into_iter().filter_map(OrphanSignal::now)),
+        Signalling::Later { replay, .. } => dues.extend(of_orphans.into_iter().map(|signal| signal.later(replay))),
+        Signalling::Never => {}
+    }
+    store::outbox::insert(&tx, signals, now).await?;
+    store::signal_due::put(&tx, dues, now).await?;
+    store::signal_due::remove(&tx, &[SUBSCRIPTION_CHANGED], &settled).await?;
+    fail_point!("worker::before_commit", |_| std::process::abort());
+    tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
+    fail_point!("worker::after_commit", |_| std::process::abort());
+    Ok(stale.into_iter().flat_map(|plan| plan.arrivals).collect())
+}
+
+/// Writes what follows for orphans and open questions, and returns the signals that tell of it.
+async fn save_consequences(
+    tx: &DatabaseTransaction,
+    consequences: Vec<(&str, Consequences<'_>)>,
+    now: OffsetDateTime,
+) -> Result<Vec<OrphanSignal>, StoreError> {
+    let mut orphans = Vec::new();
+    let mut resolutions = Vec::new();
+    let mut checks = Vec::new();
+    let mut answered: BTreeMap<Kind, Vec<&str>> = BTreeMap::new();
+    for (id, of_one) in consequences {
+        orphans.extend(of_one.orphan);
+        resolutions.extend(of_one.resolution);
+        checks.extend(of_one.checks);
+        of_one.answered.into_iter().for_each(|kind| answered.entry(kind).or_default().push(id));
+    }
+    let mut signals = save_orphans(tx, orphans, now).await?;
+    signals.extend(save_resolutions(tx, resolutions, now).await?);
+    for (kind, ids) in answered {
+        store::due::remove(tx, kind, &ids).await?;
+    }
+    store::due::put(tx, checks).await?;
+    Ok(signals)
+}
+
+/// Inserts the orphans that are not there yet, and returns the signals that tell of them.
+async fn save_orphans(
+    tx: &DatabaseTransaction,
+    mut orphans: Vec<(&Arrival, NewOrphan)>,
+    now: OffsetDateTime,
+) -> Result<Vec<OrphanSignal>, StoreError> {
+    // One payment may come several times in one batch; one statement may not name a key twice.
+    orphans.sort_by(|(a, x), (b, y)| (&x.id, &a.event.id).cmp(&(&y.id, &b.event.id)));
+    orphans.dedup_by(|(_, later), (_, earlier)| later.id == earlier.id);
+    let (arrivals, orphans): (Vec<_>, Vec<_>) = orphans.into_iter().unzip();
+    let inserted = store::orphan::insert(tx, &orphans, now).await?;
+    let created = arrivals.iter().zip(&orphans).filter(|(_, orphan)| inserted.contains(&orphan.id));
+    Ok(created.map(|(arrival, orphan)| OrphanSignal::Created(orphan.clone(), arrival.cause())).collect())
+}
+
+/// Resolves the orphans that are open, and returns the signals that tell of them.
+async fn save_resolutions(
+    tx: &DatabaseTransaction,
+    resolutions: Vec<Resolution<'_>>,
+    now: OffsetDateTime,
+) -> Result<Vec<OrphanSignal>, StoreError> {
+    let ids: Vec<&str> = resolutions.iter().map(|resolution| resolution.id.as_str()).collect();
+    // Nearly every subscription finds its user without ever having been an orphan.
+    let open = store::orphan::open_among(tx, &ids).await?;
+    let mut signals = Vec::new();
+    for resolution in &resolutions {
+        let user = resolution.client_reference_id.as_str();
+        let is_open = open.contains(&resolution.id);
+        let resolved = match &resolution.by_operator {
+            Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, now).await?,
+            None if is_open => store::orphan::resolve(tx, &resolution.id, user, now).await?,
+            None => None,
+        };
+        let resolved = resolved.filter(|_| is_open);
+        signals.extend(resolved.map(|orphan| OrphanSignal::Resolved(orphan, resolution.arrival.cause())));
+    }
+    Ok(signals)
+}
+
+/// What there is to tell of an orphan.
+enum OrphanSignal {
+    Created(NewOrphan, Cause),
+    Resolved(orphaned_payment::Model, Cause),
+}
+
+impl OrphanSignal {
+    fn now(self) -> Option<NewSignal> {
+        match self {
+            Self::Created(orphan, cause) => Some(signal::orphan_created(&orphan, cause)),
+            Self::Resolved(orphan, cause) => signal::orphan_resolved(&orphan, cause),
+        }
+    }
+
+    fn later(self, replay: &str) -> NewDue {
+        let (entity_id, subject, cause) = match self {
+            Self::Created(orphan, cause) => (orphan.id, ORPHAN_CREATED, cause),
+            Self::Resolved(orphan, cause) => (orphan.id, ORPHAN_RESOLVED, cause),
+        };
+        let due = Due { replay: replay.to_owned(), told: None, unchanged: false, event: cause.event };
+        NewDue { entity_id, subject, due }
+    }
+}
+
+/// Events by the id of the subscription whose row they concern.
+pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
+
+/// The events by subscription, in the order of its key, and the others by the id of their payment.
+#[must_use]
+pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
+    let mut by_subscription = BySubscription::new();
+    let mut others = Vec::new();
+    for arrival in pending {
+        match (arrival.event.stripe_subscription_id(), &arrival.event.body) {
+            (Some(id), _) => by_subscription.entry(id).or_default().push(arrival),
+            (None, Body::CheckoutSession(session)) => others.push((session.id.as_str(), arrival)),
+            (None, Body::Resolution(resolution)) => others.push((resolution.orphan_id.as_str(), arrival)),
+            // A subscription event always names its subscription.
+            (None, Body::Subscription(_)) => {}
+        }
+    }
+    others.sort_by_key(|(id, _)| *id);
+    (by_subscription, others)
+}
+
+/// Waits between tries to reach the database, and says so when it starts and when it ends.
+#[derive(Default)]
+struct Waits {
+    delays: Option<backon::ExponentialBackoff>,
+}
+
+impl Waits {
+    /// Waits for the next try, with the batch kept alive. Nothing when `shutdown` came first.
+    async fn next(&mut self, error: &StoreError, batch: &Batch, shutdown: &CancellationToken) -> Option<()> {
+        let delays = self.delays.get_or_insert_with(|| {
+            warn!(error = exit::chain(error), code = error.code(), "waiting for the database: {}", exit::chain(error));
+            metrics::waiting_for_database(true);
+            backon::ExponentialBuilder::new()
+                .with_min_delay(Duration::from_millis(50))
+                .with_max_delay(Duration::from_secs(5))
+                .without_max_times()
+                .with_jitter()
+                .build()
+        });
+        let delay = delays.next().unwrap_or(Duration::from_secs(5));
+        debug!(error = exit::chain(error), "the database is still away: {}", exit::chain(error));
+        batch.keep_alive().await;
+        tokio::select! {
+            () = shutdown.cancelled() => None,
+            () = tokio::time::sleep(delay) => Some(()),
+        }
+    }
+
+    fn over(&mut self) {
+        if self.delays.take().is_some() {
+            metrics::waiting_for_database(false);
+            info!("the database is back");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! `backfill`: fetch from Stripe what never arrived.
+
+use clap::Args;
+use litestripe_contract::{connect, shutdown};
+use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio_util::sync::CancellationToken;
+
+use super::progress::Progress;
+use super::{Failure, NoKey, moment, run};
+use crate::backfill::record::{self, Record};
+use crate::backfill::{self, BackfillError, End, Summary, Wanted};
+use crate::erasure::Erasures;
+use crate::kv::Bucket;
+use crate::mode;
+use crate::settings::{Settings, StripeSettings};
+use crate::store::Store;
+
+#[derive(Debug, Args)]
+pub(crate) struct Backfill {
+    /// How far to go back: 72h, or a time such as 2026-11-24T02:30:00Z; at most 30d [default: since
+    /// the last complete backfill began, less 2h; 72h where none is known]
+    #[arg(long, value_name = "SINCE", value_parser = since)]
+    since: Option<OffsetDateTime>,
+    /// Leave out events that all your endpoints have accepted
+    #[arg(long)]
+    undelivered_only: bool,
+    /// Go on although the key is of another mode than all rows
+    #[arg(long)]
+    any_mode: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `backfill --json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// From when on events were listed, RFC 3339.
+    since: String,
+    /// Whether all of them were.
+    complete: bool,
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// It ended before all events were looked at.
+#[derive(Debug, thiserror::Error)]
+enum Halfway {
+    #[error("the backfill ended halfway; what was published stays, and running it again goes on")]
+    Failed(#[source] BackfillError),
+    #[error("the backfill was stopped; what was published stays, and running it again goes on")]
+    Stopped,
+}
+
+impl Backfill {
+    pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
+        let shutdown = shutdown::token()?;
+        let key = settings.stripe.as_ref().ok_or(NoKey)?;
+        if !self.any_mode {
+            refuse_other_mode(settings, key).await?;
+        }
+        let nats = connect::connect(&settings.nats, "litestripe-worker backfill").await?;
+        super::reach_nats(&nats, settings).await?;
+        let jetstream = connect::jetstream(nats);
+        let stripe = run::stripe_api(settings, &jetstream)?.ok_or(NoKey)?;
+        let record = Record::new(Bucket::new(jetstream.clone(), settings.events.replicas), key.is_live());
+        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        self.backfill(&backfill::Backfill { stripe, jetstream, erasures }, &record, &shutdown).await
+    }
+
+    async fn backfill(
+        self,
+        backfill: &backfill::Backfill,
+        record: &Record,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Failure> {
+        let began = OffsetDateTime::now_utc();
+        let since = match self.since {
+            Some(since) => since,
+            None => record::next_since(record.last_complete().await?, began),
+        };
+        let wanted = Wanted { since, undelivered_only: self.undelivered_only };
+        let mut progress = Progress::start("backfill", "events", None);
+        let mut summary = Summary::default();
+        let mut shown = 0;
+        let show = |summary: &Summary| {
+            progress.advance(summary.listed - shown);
+            shown = summary.listed;
+        };
+        let outcome = backfill.pass(wanted, &mut summary, show, shutdown).await;
+        progress.finish();
+        if let Err(error @ BackfillError::NoStream) = outcome {
+            return Err(error.into());
+        }
+        self.print(since, summary, matches!(outcome, Ok(End::Complete)))?;
+        match outcome {
+            // It has not looked at all there is.
+            Ok(End::Complete) if self.undelivered_only => Ok(()),
+            Ok(End::Complete) => Ok(record.note_complete(since, began).await?),
+            Ok(End::Stopped) => Err(Halfway::Stopped.into()),
+            Err(error) => Err(Halfway::Failed(error).into()),
+        }
+    }
+
+    fn print(&self, since: OffsetDateTime, summary: Summary, complete: bool) -> Result<(), Failure> {
+        let report = Report { since: since.format(&Rfc3339)?, complete, summary };
+        if self.json {
+            super::print(&serde_json::to_string_pretty(&report)?);
+            return Ok(());
+        }
+        let Summary { listed, already_there, published, duplicates, skipped } = report.summary;
+        let rows = [
+            ("since", report.since, if complete { "" } else { "not all of it" }),
+            ("listed", listed.to_string(), "by Stripe"),
+            ("already there", already_there.to_string(), "in STRIPE_EVENTS"),
+            ("published", published.to_string(), "had not arrived"),
+            ("duplicates", duplicates.to_string(), "of the published ones, arrived meanwhile"),
+            ("skipped", skipped.to_string(), "cannot be stored"),
+        ];
+        let rows = rows.into_iter().map(|(what, value, note)| [what.to_owned(), value, note.to_owned()]);
+        super::print_table(["what", "value", ""], rows);
+        Ok(())
+    }
+}
+
+async fn refuse_other_mode(settings: &Settings, key: &StripeSettings) -> Result<(), Failure> {
+    let store = Store::open(&settings.database).await?;
+    match mode::mismatch(&store, key).await? {
+        Some(mismatch) => Err(mismatch.into()),
+        None => Ok(()),
+    }
+}
+
+/// A time that long ago, or that time.
+fn since(text: &str) -> Result<OffsetDateTime, String> {
+    let is_date = text.as_bytes().get(4) == Some(&b'-');
+    let since = if is_date { moment::at(text) } else { moment::ago(text) }?;
+    // 30d is 30 days ago also a moment later.
+    if since < record::oldest(OffsetDateTime::now_utc()) - time::Duration::MINUTE {
+        return Err("lies too far back: Stripe keeps events for 30 days".to_owned());
+    }
+    Ok(since.truncate_to_second())
+}

@@ -1,0 +1,247 @@
+//! `dead-letters list | show | retry | drop`: what operators do about events that could not be applied.
+
+use std::sync::Arc;
+
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use clap::{Args, Subcommand};
+use litestripe_contract::signal::Timestamp;
+use litestripe_contract::subject::{DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM};
+use litestripe_contract::{connect, header, subject};
+use serde_json::{Value, json};
+
+use super::Failure;
+use crate::batch;
+use crate::erasure::Erasures;
+use crate::event;
+use crate::plan::Arrival;
+use crate::settings::Settings;
+
+/// Dead letters listed or retried at a time, at most.
+const LIST_MAX: usize = 10_000;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeadLetters {
+    /// List dead letters, oldest first
+    List(List),
+    /// Show one dead letter
+    Show(Show),
+    /// Apply dead letters after what was wrong is mended; those applied are removed
+    Retry(Retry),
+    /// Remove one dead letter for good, its body overwritten
+    Drop(Drop),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Show {
+    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+    sequence: u64,
+    /// Show the event's body too, which holds personal data
+    #[arg(long)]
+    body: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Retry {
+    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    sequence: Option<u64>,
+    /// Retry all of them
+    #[arg(long)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Drop {
+    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+    sequence: u64,
+}
+
+/// Why a dead letter cannot be shown, retried or dropped.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("there is no dead letter {0}: `litestripe-worker dead-letters list` shows all")]
+    Unknown(u64),
+    #[error("{0} of {1} dead letters are still poison")]
+    StillPoison(usize, usize),
+}
+
+impl DeadLetters {
+    pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
+        let nats = connect::connect(&settings.nats, "litestripe-worker dead-letters").await?;
+        super::reach_nats(&nats, settings).await?;
+        let jetstream = connect::jetstream(nats);
+        let stream = jetstream.get_stream(DEAD_LETTERS_STREAM).await;
+        let stream = stream.map_err(|_| "there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it")?;
+        match self {
+            Self::List(list) => list.execute(&stream).await,
+            Self::Show(show) => show.execute(&stream).await,
+            Self::Retry(retry) => {
+                let erasures = Erasures::load(jetstream, settings.events.replicas).await?;
+                retry.execute(settings, &stream, &erasures).await
+            }
+            Self::Drop(dropped) => dropped.execute(&stream).await,
+        }
+    }
+}
+
+impl List {
+    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
+        let letters = all(stream).await?;
+        if self.json {
+            let letters: Vec<Value> = letters.iter().map(as_json).collect();
+            super::print(&serde_json::to_string_pretty(&letters)?);
+        } else if letters.is_empty() {
+            super::print("no dead letters");
+        } else {
+            let rows = letters.iter().map(|letter| {
+                let label = |name| labelled(letter, name).unwrap_or_else(|| "-".to_owned());
+                let since = Timestamp::from(letter.time.truncate_to_second()).to_string();
+                let event = label(header::STREAM_SEQUENCE);
+                [letter.sequence.to_string(), event, event_type(letter), since, label(header::REASON)]
+            });
+            super::print_table(["sequence", "event sequence", "type", "since", "reason"], rows);
+        }
+        Ok(())
+    }
+}
+
+impl Show {
+    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
+        let letter = find(stream, self.sequence).await?;
+        let mut shown = as_json(&letter);
+        if self.body {
+            shown["body"] = String::from_utf8_lossy(&letter.payload).into();
+        }
+        if self.json {
+            super::print(&serde_json::to_string_pretty(&shown)?);
+        } else {
+            super::print_fields(&shown);
+        }
+        Ok(())
+    }
+}
+
+impl Retry {
+    async fn execute(self, settings: &Settings, stream: &Stream, erasures: &Erasures) -> Result<(), Failure> {
+        let store = super::run::open_when_possible(&settings.database).await?;
+        let terms = Arc::new(super::run::terms(settings));
+        let letters = match self.sequence {
+            Some(sequence) => vec![find(stream, sequence).await?],
+            None => all(stream).await?,
+        };
+        let mut report = Vec::new();
+        for letter in &letters {
+            let outcome = match event::decode(&letter.payload, &settings.metadata_keys) {
+                Ok(Some(event)) => batch::apply_one(&store, &terms, arrival(letter, erasures.redacted(event))).await?,
+                Ok(None) => Some("of a type that is not handled".to_owned()),
+                Err(error) => Some(error.to_string()),
+            };
+            // Applied first, removed then: in between it would only be applied again, to no effect.
+            if outcome.is_none() {
+                remove(stream, letter.sequence).await?;
+            }
+            report.push((letter.sequence, outcome));
+        }
+        let poison = report.iter().filter(|(_, outcome)| outcome.is_some()).count();
+        self.print(report)?;
+        if poison > 0 { Err(Refusal::StillPoison(poison, letters.len()).into()) } else { Ok(()) }
+    }
+
+    fn print(&self, report: Vec<(u64, Option<String>)>) -> Result<(), Failure> {
+        if self.json {
+            let report: Vec<Value> = report
+                .into_iter()
+                .map(
+                    |(sequence, reason)| json!({ "sequence": sequence, "applied": reason.is_none(), "reason": reason }),
+                )
+                .collect();
+            super::print(&serde_json::to_string_pretty(&report)?);
+        } else if report.is_empty() {
+            super::print("no dead letters");
+        } else {
+            let rows = report.into_iter().map(|(sequence, reason)| {
+                [sequence.to_string(), reason.unwrap_or_else(|| "applied and removed".to_owned())]
+            });
+            super::print_table(["sequence", "outcome"], rows);
+        }
+        Ok(())
+    }
+}
+
+impl Drop {
+    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
+        let letter = find(stream, self.sequence).await?;
+        remove(stream, letter.sequence).await?;
+        super::print(&format!("dead letter {} is gone", letter.sequence));
+        Ok(())
+    }
+}
+
+fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
+    Arrival {
+        index: 0,
+        event,
+        traceparent: labelled(letter, header::TRACEPARENT),
+        stream_sequence: labelled(letter, header::STREAM_SEQUENCE).and_then(|number| number.parse().ok()).unwrap_or(0),
+    }
+}
+
+async fn all(stream: &Stream) -> Result<Vec<StreamMessage>, Failure> {
+    let mut letters: Vec<StreamMessage> = Vec::new();
+    while letters.len() < LIST_MAX {
+        let after = letters.last().map_or(1, |letter| letter.sequence + 1);
+        match stream.get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after).await {
+            Ok(letter) => letters.push(letter),
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(letters)
+}
+
+async fn find(stream: &Stream, sequence: u64) -> Result<StreamMessage, Failure> {
+    match stream.get_raw_message(sequence).await {
+        Ok(letter) => Ok(letter),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Err(Refusal::Unknown(sequence).into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A stream's own delete overwrites the message on disk.
+async fn remove(stream: &Stream, sequence: u64) -> Result<(), Failure> {
+    stream.delete_message(sequence).await?;
+    Ok(())
+}
+
+fn labelled(letter: &StreamMessage, name: &str) -> Option<String> {
+    letter.headers.get(name).map(|value| value.as_str().to_owned())
+}
+
+fn event_type(letter: &StreamMessage) -> String {
+    subject::event_type(&letter.subject).map_or_else(|| "-".to_owned(), String::from)
+}
+
+fn as_json(letter: &StreamMessage) -> Value {
+    json!({
+        "sequence": letter.sequence,
+        "stream_sequence": labelled(letter, header::STREAM_SEQUENCE).and_then(|number| number.parse::<u64>().ok()),
+        "event_type": event_type(letter),
+        "reason": labelled(letter, header::REASON),
+        "since": Timestamp::from(letter.time.truncate_to_second()),
+        "body_bytes": letter.payload.len(),
+    })
+}

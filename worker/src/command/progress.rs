@@ -1,0 +1,68 @@
+//! Progress of long work: a bar on a terminal, a line every few seconds elsewhere.
+//!
+//! Owns what a person sees while waiting, on stderr: stdout belongs to the result.
+
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// How often a line is printed where no bar can be drawn.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Progress of one piece of work.
+pub(crate) struct Progress {
+    what: &'static str,
+    unit: &'static str,
+    bar: ProgressBar,
+    is_terminal: bool,
+    last_line: Instant,
+}
+
+impl Progress {
+    /// Progress of `what` (`replay`), counted in `unit` (`events`), of which there are `total` if that
+    /// is known.
+    pub(crate) fn start(what: &'static str, unit: &'static str, total: Option<u64>) -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(total, target);
+        let template = match total {
+            Some(_) => "{prefix} {bar:30} {human_pos} of {human_len} {msg}, {per_sec}, {eta} left",
+            None => "{prefix} {spinner} {human_pos} {msg}, {per_sec}",
+        };
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        bar.set_style(style);
+        bar.set_prefix(what);
+        bar.set_message(unit);
+        Self { what, unit, bar, is_terminal, last_line: Instant::now() }
+    }
+
+    /// `count` more are done.
+    pub(crate) fn advance(&mut self, count: u64) {
+        self.bar.inc(count);
+        if !self.is_terminal && self.last_line.elapsed() >= LINE_EVERY {
+            self.last_line = Instant::now();
+            self.print_line();
+        }
+    }
+
+    /// It is over: the summary follows.
+    pub(crate) fn finish(self) {
+        self.bar.finish_and_clear();
+    }
+
+    #[expect(clippy::print_stderr, reason = "progress is for whoever watches, like a log line")]
+    fn print_line(&self) {
+        let (done, rate) = (self.bar.position(), self.bar.per_sec());
+        let (what, unit) = (self.what, self.unit);
+        match self.bar.length() {
+            Some(total) => eprintln!(
+                "{what}: {} of {} {unit}, {rate:.0}/s, {} left",
+                HumanCount(done),
+                HumanCount(total),
+                HumanDuration(self.bar.eta())
+            ),
+            None => eprintln!("{what}: {} {unit}, {rate:.0}/s", HumanCount(done)),
+        }
+    }
+}

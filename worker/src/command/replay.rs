@@ -1,0 +1,200 @@
+//! `replay`: apply events that the stream still holds again.
+
+use std::sync::Arc;
+
+use clap::Args;
+use litestripe_contract::event::EventType;
+use litestripe_contract::{connect, shutdown};
+use serde_json::json;
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+
+use super::Failure;
+use super::moment;
+use super::progress::Progress;
+use crate::dead_letter::DeadLetters;
+use crate::erasure::Erasures;
+use crate::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
+use crate::settings::Settings;
+use crate::store::replay::Replay as Asked;
+
+/// Rows that a dry run lists, at most; `--json` lists all.
+const LIST_MAX: usize = 100;
+
+#[derive(Debug, Args)]
+pub(crate) struct Replay {
+    /// Begin at this sequence of STRIPE_EVENTS [default: the first it holds]
+    #[arg(long, value_name = "N", group = "begin")]
+    from_sequence: Option<u64>,
+    /// Begin with events stored at this time (RFC 3339) or later
+    #[arg(long, value_name = "TIME", group = "begin", value_parser = moment::at)]
+    from_time: Option<OffsetDateTime>,
+    /// Begin with events stored that long ago, such as 2h
+    #[arg(long, value_name = "AGE", group = "begin", value_parser = moment::ago)]
+    since: Option<OffsetDateTime>,
+    /// End at this sequence, or before this time (RFC 3339) or age (2h) [default: the last event there is now]
+    #[arg(long, value_name = "N|TIME|AGE", value_parser = until)]
+    until: Option<Bound>,
+    /// Only events of this type; may be given several times
+    #[arg(long = "type", value_name = "TYPE", value_parser = event_type)]
+    event_types: Vec<EventType>,
+    /// Only events of this subscription
+    #[arg(long, value_name = "SUB")]
+    subscription: Option<String>,
+    /// Who is told: nobody, of the rows that changed, or of all rows met
+    #[arg(long, value_enum, default_value_t = Signals::Changed)]
+    signals: Signals,
+    /// Show what would change, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Keep the position under this name: run again it goes on, run on several machines they share the work
+    #[arg(long)]
+    name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Replay {
+    pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
+        let nats = connect::connect(&settings.nats, "litestripe-worker replay").await?;
+        super::reach_nats(&nats, settings).await?;
+        let store = super::run::open_when_possible(&settings.database).await?;
+        super::run::check_schema(settings, &store).await?;
+        let jetstream = connect::jetstream(nats);
+        let dead_letters = DeadLetters::new(jetstream.clone());
+        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        let applier = super::run::applier(settings, &store, &dead_letters, &erasures, &Arc::default());
+        let mut replayer = Replayer { applier, jetstream: jetstream.clone(), batch: settings.batch };
+
+        let Some(asked) = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await? else {
+            return self.nothing();
+        };
+        replayer.applier.terms = replay::terms(super::run::terms(settings), &asked);
+        // Not before: until here a signal ends it at once, and nothing was begun.
+        let shutdown = shutdown::token()?;
+        if self.dry_run {
+            return self.try_out(&replayer, &asked, &shutdown).await;
+        }
+        let (replay, again) = replayer.begin(asked, OffsetDateTime::now_utc()).await?;
+        replayer.applier.terms = replay::terms(super::run::terms(settings), &replay);
+        // A replay that was begun earlier has done some of it already.
+        let mut progress = Progress::start("replay", "events", again.left(&jetstream).await.or(Some(span(&replay))));
+        let work = replayer.run(&replay, &again, &shutdown, |done| progress.advance(done.applied + done.poisoned));
+        let summary = super::while_relaying(&store, &jetstream, work).await;
+        progress.finish();
+        self.report(&replay, &summary?)
+    }
+
+    fn request(&self) -> Request {
+        let time = self.from_time.or(self.since).map(Bound::Time);
+        Request {
+            name: self.name.clone(),
+            from: self.from_sequence.map(Bound::Sequence).or(time),
+            until: self.until,
+            event_types: self.event_types.clone(),
+            stripe_subscription_id: self.subscription.clone(),
+            signals: self.signals,
+        }
+    }
+
+    fn nothing(&self) -> Result<(), Failure> {
+        if self.json {
+            super::print(&serde_json::to_string_pretty(&Summary { finished: true, ..Summary::default() })?);
+        } else {
+            super::print("STRIPE_EVENTS holds no such event: nothing to replay");
+        }
+        Ok(())
+    }
+
+    fn report(&self, replay: &Asked, summary: &Summary) -> Result<(), Failure> {
+        if self.json {
+            super::print(&serde_json::to_string_pretty(summary)?);
+        } else if summary.finished {
+            super::print(&format!(
+                "replayed events {} to {}: {} applied again, {} poisoned, {} signals",
+                summary.first_sequence, summary.last_sequence, summary.events, summary.poisoned, summary.signals
+            ));
+        }
+        for (name, owed) in &summary.owed_by_others {
+            tracing::warn!("{owed} signals wait for the end of the replay {name:?}, which was cut off: run it again");
+        }
+        if summary.finished {
+            return Ok(());
+        }
+        let how = if replay.name.is_empty() { "begins anew" } else { "goes on from there" };
+        let waiting = "rows it changed are signalled when it reaches its end";
+        Err(format!("stopped after {} events: run again, it {how}; {waiting}", summary.events).into())
+    }
+
+    async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
+        let mut progress = Progress::start("replay (dry run)", "events", Some(span(asked)));
+        let dry = replayer.dry_run(asked, shutdown, |done| progress.advance(done)).await;
+        progress.finish();
+        let dry: DryRun = dry?;
+        if !dry.finished {
+            return Err("stopped before the end: nothing was changed".into());
+        }
+        let changes = dry.changes();
+        let created = changes.iter().filter(|(_, is_new, _)| *is_new).count();
+        if self.json {
+            let rows: Vec<_> = changes
+                .iter()
+                .map(|(id, is_new, fields)| json!({ "stripe_subscription_id": id, "new": is_new, "changed": fields }))
+                .collect();
+            let report = json!({
+                "first_sequence": asked.first_sequence, "last_sequence": asked.last_sequence,
+                "events": dry.events, "poisoned": dry.poisoned, "rows": rows, "orphans": dry.orphans,
+            });
+            super::print(&serde_json::to_string_pretty(&report)?);
+            return Ok(());
+        }
+        let listed = changes.iter().take(LIST_MAX).map(|(id, is_new, fields)| {
+            [(*id).to_owned(), if *is_new { "new" } else { "changed" }.to_owned(), fields.join(", ")]
+        });
+        if !changes.is_empty() {
+            super::print_table(["subscription", "row", "fields"], listed);
+        }
+        if changes.len() > LIST_MAX {
+            super::print(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
+        }
+        super::print(&format!(
+            "a replay of events {} to {} would create {created} rows, change {}, and create {} orphans; nothing was changed",
+            asked.first_sequence,
+            asked.last_sequence,
+            changes.len() - created,
+            dry.orphans.len()
+        ));
+        Ok(())
+    }
+}
+
+/// How many events there may be between its ends.
+fn span(replay: &Asked) -> u64 {
+    replay.last_sequence - replay.first_sequence + 1
+}
+
+fn until(text: &str) -> Result<Bound, String> {
+    if let Ok(sequence) = text.parse() {
+        return Ok(Bound::Sequence(sequence));
+    }
+    let time = if text.contains('T') { moment::at(text) } else { moment::ago(text) };
+    time.map(Bound::Time)
+}
+
+fn event_type(text: &str) -> Result<EventType, String> {
+    EventType::parse(text).map_err(|error| error.to_string())
+}
+
+/// What an operator asked for in vain is a matter of the command line.
+pub(crate) fn is_misuse(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(
+            ReplayError::Name
+                | ReplayError::NoSuchSequence { .. }
+                | ReplayError::Backwards { .. }
+                | ReplayError::Differs(_)
+        )
+    )
+}

@@ -1,0 +1,80 @@
+//! `resend`: publish current rows once more, under their revision.
+
+use clap::Args;
+use litestripe_contract::{connect, shutdown};
+use serde_json::json;
+
+use super::Failure;
+use super::progress::Progress;
+use crate::resend;
+use crate::settings::Settings;
+use crate::store::{self, Store};
+
+#[derive(Debug, Args)]
+#[group(id = "rows", required = true, multiple = false)]
+struct Rows {
+    /// This subscription; may be given several times
+    #[arg(long, value_name = "SUB")]
+    subscription: Vec<String>,
+    /// Every subscription
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resend {
+    #[command(flatten)]
+    rows: Rows,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Resend {
+    pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
+        let nats = connect::connect(&settings.nats, "litestripe-worker resend").await?;
+        super::reach_nats(&nats, settings).await?;
+        let store = super::run::open_when_possible(&settings.database).await?;
+        super::run::check_schema(settings, &store).await?;
+        let jetstream = connect::jetstream(nats);
+        let sent = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
+        let waiting = store::outbox::backlog(store.connection()).await?.0;
+        if self.json {
+            super::print(&json!({ "sent": sent, "outbox": waiting }).to_string());
+        } else if waiting > 0 {
+            super::print(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
+        } else {
+            super::print(&format!("{sent} rows signalled again"));
+        }
+        Ok(())
+    }
+
+    async fn send(&self, store: &Store) -> Result<u64, Failure> {
+        if !self.rows.all {
+            let known = store::subscription::existing(store.connection(), &self.rows.subscription).await?;
+            if let Some(unknown) = self.rows.subscription.iter().find(|id| !known.contains(*id)) {
+                return Err(format!("there is no row {unknown}; nothing was sent").into());
+            }
+            return Ok(resend::some(store, self.rows.subscription.clone()).await?);
+        }
+        let shutdown = shutdown::token()?;
+        let total = store::subscription::count(store.connection()).await?;
+        let mut progress = Progress::start("resend", "rows", Some(total));
+        let mut sent = 0;
+        let mut after = String::new();
+        loop {
+            let ids = store::subscription::keys_after(store.connection(), &after, resend::AT_ONCE).await?;
+            let Some(last) = ids.last() else { break };
+            resend::room(store, &shutdown).await?;
+            if shutdown.is_cancelled() {
+                return Err(format!("stopped after {sent} rows, the last one {after}").into());
+            }
+            after.clone_from(last);
+            let some = ids.len() as u64;
+            sent += resend::some(store, ids).await?;
+            progress.advance(some);
+        }
+        progress.finish();
+        Ok(sent)
+    }
+}

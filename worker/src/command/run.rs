@@ -1,0 +1,396 @@
+//! `run`: apply events and send signals until stopped.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::jetstream;
+use backon::BackoffBuilder as _;
+use litestripe_contract::{connect, exit, shutdown, stream};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::Failure;
+use crate::backfill::Backfill;
+use crate::backfill::record::Record;
+use crate::backfill::schedule::Schedule;
+use crate::batch::{self, Applier};
+use crate::budget::Budget;
+use crate::consumer::{self, Batches};
+use crate::dead_letter::DeadLetters;
+use crate::erasure::Erasures;
+use crate::error::StoreError;
+use crate::health::{self, Dependencies, Readiness};
+use crate::kv::Bucket;
+use crate::lease::Lease;
+use crate::lookup::Lookup;
+use crate::metrics;
+use crate::orphan::Rules;
+use crate::outbox::Relay;
+use crate::plan::{Signalling, Terms};
+use crate::retention;
+use crate::settings::{DatabaseSettings, LookupSettings, Settings};
+use crate::store::Store;
+use crate::stripe_api::{ApiError, StripeApi};
+use crate::sweep::Sweep;
+
+/// How long a stopping worker may take, at most. What is unfinished then is delivered again.
+const STOP_MAX: Duration = Duration::from_secs(15);
+
+/// How long a stopping worker waits for answers of lookups and of Stripe.
+const SWEEP_MAX: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether the streams are still there.
+const TEND_STREAMS_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a stopping worker waits for the batch it is at, which takes milliseconds as a rule.
+const FINISH_MAX: Duration = Duration::from_secs(10);
+
+/// How long acks may take to leave the process at the end.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
+
+/// The schema is behind and we were not told to migrate it.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the database's schema is behind ({0} waits): run `litestripe-worker migrate up`, or set LITESTRIPE_AUTO_MIGRATE=true"
+)]
+struct SchemaBehind(String);
+
+pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
+    let shutdown = shutdown::token()?;
+    metrics::install();
+    let listener = health::listen(settings.listen).await?;
+    let nats = connect::connect(&settings.nats, "litestripe-worker").await?;
+    let store = open_unless_busy(&settings.database).await?;
+    let readiness = Arc::new(Readiness::default());
+    let dependencies = Dependencies { store: store.clone(), nats: nats.clone(), readiness: Arc::clone(&readiness) };
+    let health = tokio::spawn(health::serve(listener, dependencies, CancellationToken::new()));
+
+    let outcome = tokio::select! {
+        prepared = prepare(&settings, &store, &nats) => prepared,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let erasures = outcome?;
+    let jetstream = connect::jetstream(nats.clone());
+    let wake = Arc::new(Notify::new());
+    let relay_stop = CancellationToken::new();
+    let relay = Relay::new(store.clone(), jetstream.clone(), Arc::clone(&wake));
+    let relay = tokio::spawn(relay.run(relay_stop.clone()));
+    let dead_letters = DeadLetters::new(jetstream.clone());
+    let applier = applier(&settings, &store, &dead_letters, &erasures, &wake);
+    let stripe = stripe_api(&settings, &jetstream)?;
+    let backfill = backfill_schedule(&settings, &store, &jetstream, &erasures, stripe.clone());
+    let sweep = Sweep {
+        store,
+        jetstream: jetstream.clone(),
+        lookup: Lookup::new(&settings.lookup, &nats),
+        stripe,
+        orphans: settings.orphans.clone(),
+        erasures: erasures.clone(),
+        erase_on_customer_deleted: settings.erase_on_customer_deleted,
+        wake: Arc::clone(&applier.sweep),
+        relay: wake,
+        complained: std::sync::Mutex::default(),
+    };
+    let sweep = tokio::spawn(sweep.run(shutdown.clone()));
+    let backfill = backfill.map(|schedule| tokio::spawn(schedule.run(shutdown.clone())));
+    let erasures = tokio::spawn(erasures.follow(shutdown.clone()));
+    let retention = tokio::spawn(retention::run(jetstream.clone(), shutdown.clone()));
+    let streams = tokio::spawn(tend_streams(settings.clone(), jetstream.clone()));
+
+    tokio::select! {
+        () = consume(&settings, &jetstream, &applier, &readiness, &shutdown) => {}
+        () = patience_ends(&shutdown) => {
+            warn!("a batch is not finished {} s after the signal: it will be delivered again", FINISH_MAX.as_secs());
+        }
+    }
+
+    let stop = async {
+        dead_letters.finish().await;
+        // A question may wait for somebody else's answer for long: it comes due again.
+        let backfill = async {
+            if let Some(backfill) = backfill {
+                let _ = backfill.await;
+            }
+        };
+        let _ = tokio::time::timeout(SWEEP_MAX, async { tokio::join!(sweep, retention, backfill, erasures) }).await;
+        relay_stop.cancel();
+        let _ = relay.await;
+        let _ = tokio::time::timeout(FLUSH_MAX, nats.flush()).await;
+    };
+    if tokio::time::timeout(STOP_MAX, stop).await.is_err() {
+        warn!("gave up after {} s: what is unfinished will be delivered again", STOP_MAX.as_secs());
+    }
+    health.abort();
+    streams.abort();
+    info!("stopped");
+    Ok(())
+}
+
+/// A client of Stripe's API within the budget of all workers, if there is a key.
+pub(crate) fn stripe_api(settings: &Settings, jetstream: &jetstream::Context) -> Result<Option<StripeApi>, ApiError> {
+    let Some(stripe) = settings.stripe.clone() else { return Ok(None) };
+    let budget = Budget::new(&stripe.budget, jetstream.clone(), settings.events.replicas);
+    StripeApi::new(stripe, Arc::new(budget)).map(Some)
+}
+
+/// The backfills that this worker takes part in, if it has a key and is not told otherwise.
+fn backfill_schedule(
+    settings: &Settings,
+    store: &Store,
+    jetstream: &jetstream::Context,
+    erasures: &Erasures,
+    stripe: Option<StripeApi>,
+) -> Option<Schedule> {
+    let (stripe, key) = stripe.zip(settings.stripe.clone())?;
+    let bucket = Bucket::new(jetstream.clone(), settings.events.replicas);
+    Some(Schedule {
+        interval: key.backfill_interval?,
+        record: Record::new(bucket.clone(), key.is_live()),
+        lease: Lease::new(bucket, "backfill"),
+        backfill: Backfill { stripe, jetstream: jetstream.clone(), erasures: erasures.clone() },
+        store: store.clone(),
+        stripe: key,
+    })
+}
+
+/// Takes part in consuming while `work` runs: a command must not depend on a worker being up.
+pub(crate) async fn while_consuming<T>(
+    settings: &Settings,
+    store: &Store,
+    jetstream: &jetstream::Context,
+    erasures: &Erasures,
+    work: impl Future<Output = T>,
+) -> T {
+    let stop = CancellationToken::new();
+    let dead_letters = DeadLetters::new(jetstream.clone());
+    // Whoever relays looks by itself; questions are left to the workers' sweep.
+    let applier = applier(settings, store, &dead_letters, erasures, &Arc::new(Notify::new()));
+    let consuming = tokio::spawn({
+        let (settings, jetstream, stop) = (settings.clone(), jetstream.clone(), stop.clone());
+        async move { consume(&settings, &jetstream, &applier, &Readiness::default(), &stop).await }
+    });
+    let outcome = work.await;
+    stop.cancel();
+    // What is not finished by then is delivered again.
+    let finish = async {
+        let _ = consuming.await;
+        dead_letters.finish().await;
+    };
+    let _ = tokio::time::timeout(FINISH_MAX, finish).await;
+    outcome
+}
+
+/// What applies live events.
+pub(crate) fn applier(
+    settings: &Settings,
+    store: &Store,
+    dead_letters: &DeadLetters,
+    erasures: &Erasures,
+    relay: &Arc<Notify>,
+) -> Applier {
+    Applier {
+        store: store.clone(),
+        metadata_keys: settings.metadata_keys.clone(),
+        terms: Arc::new(terms(settings)),
+        erasures: erasures.clone(),
+        erase_on_customer_deleted: settings.erase_on_customer_deleted,
+        dead_letters: dead_letters.clone(),
+        relay: Arc::clone(relay),
+        sweep: Arc::new(Notify::new()),
+    }
+}
+
+/// What live events are applied under.
+pub(crate) fn terms(settings: &Settings) -> Terms {
+    let rules = Rules {
+        lookup: !matches!(settings.lookup, LookupSettings::None),
+        without_session: settings.orphans.without_session,
+        grace: settings.orphans.grace,
+    };
+    Terms { rules, signalling: Signalling::Now }
+}
+
+/// Waits for database and broker, and sees that schema and streams are there. Returns the erasures,
+/// without which no event may be applied.
+async fn prepare(settings: &Settings, store: &Store, nats: &async_nats::Client) -> Result<Erasures, Failure> {
+    reach(store).await?;
+    check_schema(settings, store).await?;
+    prepare_broker(settings, nats).await
+}
+
+/// Waits for the broker, and sees that its streams are there. Returns the erasures.
+pub(crate) async fn prepare_broker(settings: &Settings, nats: &async_nats::Client) -> Result<Erasures, Failure> {
+    metrics::waiting_for_broker(nats.connection_state() != State::Connected);
+    connect::connected(nats, &settings.nats).await;
+    metrics::waiting_for_broker(false);
+    let jetstream = connect::jetstream(nats.clone());
+    let mut delays = delays();
+    let mut said = false;
+    loop {
+        let error: Failure = match provide(settings, &jetstream).await {
+            Ok(()) => match Erasures::load(jetstream.clone(), settings.events.replicas).await {
+                Ok(erasures) => return Ok(erasures),
+                Err(error) => error.into(),
+            },
+            Err(error) => error.into(),
+        };
+        if !said {
+            warn!("waiting for JetStream: {}", exit::chain(error.as_ref()));
+            said = true;
+        }
+        tokio::time::sleep(delays.next().unwrap_or(STOP_MAX)).await;
+    }
+}
+
+/// Sees that the schema is current, migrating it where that is wanted.
+pub(crate) async fn check_schema(settings: &Settings, store: &Store) -> Result<(), Failure> {
+    let Some(step) = waiting_migration(store).await? else { return Ok(()) };
+    if !settings.database.auto_migrate {
+        return Err(SchemaBehind(step).into());
+    }
+    store.migrate_up().await?;
+    info!("migrated the database's schema");
+    Ok(())
+}
+
+async fn provide(settings: &Settings, jetstream: &jetstream::Context) -> Result<(), stream::ProvisionError> {
+    let replicas = settings.events.replicas;
+    stream::provide_events(jetstream, &settings.events).await?;
+    stream::provide(jetstream, stream::signals(replicas, settings.signals_max_age)).await?;
+    stream::provide(jetstream, stream::dead_letters(replicas, settings.dead_letters_max_age)).await
+}
+
+async fn patience_ends(shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(FINISH_MAX).await;
+}
+
+/// Provides streams that somebody deleted, again and again.
+async fn tend_streams(settings: Settings, jetstream: jetstream::Context) {
+    loop {
+        tokio::time::sleep(TEND_STREAMS_EVERY).await;
+        metrics::waiting_for_broker(jetstream.client().connection_state() != State::Connected);
+        if let Err(error) = provide(&settings, &jetstream).await {
+            tracing::debug!("providing streams: {}", exit::chain(&error));
+        }
+    }
+}
+
+async fn waiting_migration(store: &Store) -> Result<Option<String>, StoreError> {
+    let steps = store.migrations().await?;
+    Ok(steps.into_iter().find(|step| !step.applied).map(|step| step.name))
+}
+
+/// Opens the database and waits until it answers.
+///
+/// # Errors
+/// When it can never answer: a URL that cannot be used, a user or database that does not exist.
+pub(crate) async fn open_when_possible(settings: &DatabaseSettings) -> Result<Store, StoreError> {
+    let store = open_unless_busy(settings).await?;
+    reach(&store).await?;
+    Ok(store)
+}
+
+/// Opens the database. A SQLite file that somebody else is switching to WAL, or writes to, is
+/// waited for: no busy timeout of SQLite's covers that.
+async fn open_unless_busy(settings: &DatabaseSettings) -> Result<Store, StoreError> {
+    let mut delays = delays();
+    let mut said = false;
+    loop {
+        match Store::open(settings).await {
+            Err(error) if error.is_busy() => {
+                if !said {
+                    warn!("waiting for the database (DATABASE_URL): {}", exit::chain(&error));
+                    said = true;
+                }
+                tokio::time::sleep(delays.next().unwrap_or(STOP_MAX)).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn reach(store: &Store) -> Result<(), StoreError> {
+    let mut delays = delays();
+    let mut said = false;
+    while let Err(error) = store.ping().await {
+        if error.is_refusal() {
+            return Err(error);
+        }
+        if !said {
+            warn!("waiting for the database (DATABASE_URL): {}", exit::chain(&error));
+            said = true;
+        }
+        tokio::time::sleep(delays.next().unwrap_or(STOP_MAX)).await;
+    }
+    if said {
+        info!("the database is there");
+    }
+    Ok(())
+}
+
+/// Applies batches until `shutdown`. A consumer that is gone is opened again.
+async fn consume(
+    settings: &Settings,
+    jetstream: &jetstream::Context,
+    applier: &Applier,
+    readiness: &Readiness,
+    shutdown: &CancellationToken,
+) {
+    let mut delays = delays();
+    let mut said = false;
+    while !shutdown.is_cancelled() {
+        match consumer::open(jetstream, settings.batch, settings.events.replicas).await {
+            Ok(batches) => {
+                info!("consuming STRIPE_EVENTS");
+                readiness.consuming.store(true, Ordering::Relaxed);
+                (delays, said) = (self::delays(), false);
+                metrics::waiting_for_broker(false);
+                drain(batches, applier, shutdown).await;
+                readiness.consuming.store(false, Ordering::Relaxed);
+            }
+            Err(error) => {
+                metrics::waiting_for_broker(true);
+                if !said {
+                    warn!("waiting for JetStream: {}", exit::chain(&error));
+                    said = true;
+                }
+                let delay = delays.next().unwrap_or(STOP_MAX);
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = shutdown.cancelled() => {}
+                }
+                // Rather than wait for their turn: the consumer needs its stream.
+                if let Err(error) = provide(settings, jetstream).await {
+                    tracing::debug!("providing streams: {}", exit::chain(&error));
+                }
+            }
+        }
+    }
+}
+
+async fn drain(mut batches: Batches, applier: &Applier, shutdown: &CancellationToken) {
+    loop {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return batches.close().await,
+            batch = batches.next() => match batch {
+                Some(batch) => batch::apply(applier, batch, shutdown).await,
+                None => return,
+            },
+        }
+    }
+}
+
+/// Waits between tries: short at first, never long, never at the same moment on all workers.
+fn delays() -> impl Iterator<Item = Duration> {
+    backon::ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_secs(5))
+        .without_max_times()
+        .with_jitter()
+        .build()
+}

@@ -1,0 +1,169 @@
+//! `schema`: the signals' JSON Schemas and the AsyncAPI document, derived from the Rust types.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use litestripe_contract::signal::{Orphan, SubscriptionChanged};
+use litestripe_contract::{exit, subject};
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde_json::{Value, json};
+
+#[derive(Debug, Args)]
+pub(crate) struct Schema {
+    /// Print only this document
+    document: Option<Document>,
+    /// Write every document to a file in this folder, instead of printing it
+    #[arg(long, value_name = "FOLDER")]
+    write: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Document {
+    /// JSON Schema (2020-12) of `subscription.changed`
+    #[value(name = "subscription.changed")]
+    SubscriptionChanged,
+    /// JSON Schema (2020-12) of `orphan.created`
+    #[value(name = "orphan.created")]
+    OrphanCreated,
+    /// JSON Schema (2020-12) of `orphan.resolved`
+    #[value(name = "orphan.resolved")]
+    OrphanResolved,
+    /// AsyncAPI 3 document of all signals
+    Asyncapi,
+}
+
+const ALL: [Document; 4] =
+    [Document::SubscriptionChanged, Document::OrphanCreated, Document::OrphanResolved, Document::Asyncapi];
+
+impl Schema {
+    pub(crate) fn print(self) -> ExitCode {
+        if let Some(folder) = self.write {
+            return match write_all(&folder) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => exit::fail(exit::FAILURE, format!("cannot write to {}: {error}", folder.display())),
+            };
+        }
+        let document = match self.document {
+            Some(document) => document.content(),
+            None => ALL.into_iter().map(|document| (document.name().to_owned(), document.content())).collect(),
+        };
+        super::print(&pretty(&document));
+        ExitCode::SUCCESS
+    }
+}
+
+fn write_all(folder: &std::path::Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    ALL.into_iter()
+        .try_for_each(|document| std::fs::write(folder.join(document.file_name()), pretty(&document.content()) + "\n"))
+}
+
+impl Document {
+    fn name(self) -> &'static str {
+        match self {
+            Self::SubscriptionChanged => subject::SUBSCRIPTION_CHANGED,
+            Self::OrphanCreated => subject::ORPHAN_CREATED,
+            Self::OrphanResolved => subject::ORPHAN_RESOLVED,
+            Self::Asyncapi => "asyncapi",
+        }
+    }
+
+    fn file_name(self) -> String {
+        match self {
+            Self::Asyncapi => "asyncapi.json".to_owned(),
+            signal => format!("{}.schema.json", signal.name()),
+        }
+    }
+
+    fn content(self) -> Value {
+        match self {
+            Self::SubscriptionChanged => {
+                signal_schema::<SubscriptionChanged>(self, "A subscription's row changed, and this is what it is now.")
+            }
+            Self::OrphanCreated => signal_schema::<Orphan>(self, "A payment belongs to no known user."),
+            Self::OrphanResolved => signal_schema::<Orphan>(self, "The user of an orphaned payment was found."),
+            Self::Asyncapi => asyncapi(),
+        }
+    }
+}
+
+fn signal_schema<T: JsonSchema>(document: Document, description: &str) -> Value {
+    let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
+    let mut schema = generator.into_root_schema_for::<T>();
+    schema.insert("$id".to_owned(), json!(format!("urn:litestripe:v1:{}", document.name())));
+    schema.insert("title".to_owned(), json!(document.name()));
+    schema.insert("description".to_owned(), json!(description));
+    schema.into()
+}
+
+/// AsyncAPI: "Specification 3.0.0". The schemas stand in files beside the document.
+fn asyncapi() -> Value {
+    let signals = ALL.into_iter().filter(|document| *document != Document::Asyncapi);
+    let mut channels = serde_json::Map::new();
+    let mut operations = serde_json::Map::new();
+    for signal in signals {
+        let name = signal.name();
+        let key = name.replace('.', "-");
+        let message = json!({
+            "name": name,
+            "contentType": "application/json",
+            "headers": headers(name),
+            "payload": {
+                "schemaFormat": "application/schema+json;version=draft-2020-12",
+                "schema": { "$ref": format!("./{}", signal.file_name()) },
+            },
+        });
+        channels.insert(key.clone(), json!({ "address": name, "messages": { "signal": message } }));
+        operations.insert(
+            format!("send-{key}"),
+            json!({
+                "action": "send",
+                "channel": { "$ref": format!("#/channels/{key}") },
+                "messages": [{ "$ref": format!("#/channels/{key}/messages/signal") }],
+            }),
+        );
+    }
+    json!({
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Litestripe signals",
+            "version": "1",
+            "description": "What Litestripe publishes to the JetStream stream LITESTRIPE_SIGNALS. \
+                Delivery is at least once: ignore a signal whose `revision` is not above the highest \
+                you have seen of its subscription.",
+        },
+        "servers": { "nats": { "host": "127.0.0.1:4222", "protocol": "nats" } },
+        "channels": channels,
+        "operations": operations,
+    })
+}
+
+fn headers(name: &str) -> Value {
+    use litestripe_contract::header::{self, ce};
+    let text = json!({ "type": "string" });
+    let fixed = |value: &str| json!({ "type": "string", "const": value });
+    json!({
+        "type": "object",
+        "properties": {
+            (header::MESSAGE_ID): text,
+            (ce::SPECVERSION): fixed("1.0"),
+            (ce::ID): text,
+            (ce::SOURCE): fixed(ce::SOURCE_VALUE),
+            (ce::TYPE): fixed(&format!("{}{name}", ce::TYPE_PREFIX)),
+            (ce::TIME): { "type": "string", "format": "date-time" },
+            (ce::SUBJECT): text,
+            (ce::DATACONTENTTYPE): fixed("application/json"),
+            (header::TRACEPARENT): text,
+        },
+        "required": [header::MESSAGE_ID, ce::SPECVERSION, ce::ID, ce::SOURCE, ce::TYPE, ce::SUBJECT],
+    })
+}
+
+fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).expect("a JSON value can be written")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,338 @@
+//! The durable consumer all workers share.
+//!
+//! Owns fetching and what becomes of a message: the only file that names `AckKind`. May not know
+//! what is in a message.
+//!
+//! A message is acked only after its event was committed. One that is not acked within `ACK_WAIT`
+//! is delivered again, as often as it takes: there is no last delivery.
+
+use std::time::Duration;
+
+use async_nats::Subject;
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
+use async_nats::jetstream::stream::ConsumerErrorKind;
+use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
+use futures_util::stream::ReadyChunks;
+use futures_util::{FutureExt as _, StreamExt as _};
+use litestripe_contract::header;
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use time::OffsetDateTime;
+use tracing::debug;
+
+/// After which a message that was not acked is delivered again.
+const ACK_WAIT: Duration = Duration::from_secs(60);
+
+/// Deliveries in flight over all workers, at most. Bounds what the server remembers.
+const ACK_PENDING_MAX: i64 = 20_000;
+
+/// Bytes fetched ahead, at most: bounds memory when bodies are large. A message that is larger than
+/// this would never be delivered, so a server that takes larger ones raises it.
+const AHEAD_BYTES_MAX: usize = 8 << 20;
+
+/// How long one pull request stays open, and how often the server shows that it is still there.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+const PULL_HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// The same of a replay: who runs it again after a crash waits this long for what was in flight.
+const AGAIN_ACK_WAIT: Duration = Duration::from_secs(20);
+
+/// How long the position of a replay is kept that nobody works at.
+const AGAIN_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// How soon a message that is handed back is delivered again: at once, but not in a hot loop.
+const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
+
+/// The consumer could not be opened. Whoever waits for the broker tries again.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open consumer {WORKER_CONSUMER} on {EVENTS_STREAM}")]
+pub struct OpenError(#[source] ConsumerError);
+
+/// Messages of the durable consumer, as they come.
+pub struct Batches {
+    chunks: ReadyChunks<pull::Stream>,
+}
+
+/// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
+/// stream holds, which is harmless because merging is idempotent.
+///
+/// # Errors
+/// When the broker is away or the stream is missing.
+pub async fn open(jetstream: &jetstream::Context, batch: usize, replicas: usize) -> Result<Batches, OpenError> {
+    let config = durable(WORKER_CONSUMER, DeliverPolicy::All, replicas);
+    Batches::of(jetstream, WORKER_CONSUMER, config, batch).await.map_err(OpenError)
+}
+
+/// A consumer beside the workers', for events that are applied again.
+#[derive(Debug, Clone)]
+pub struct Again {
+    /// Its name: whoever opens it under the same name shares its work and its position.
+    pub consumer: String,
+    /// Where it begins, when it is new.
+    pub first_sequence: u64,
+    /// The subjects it delivers; none for all.
+    pub subjects: Vec<String>,
+}
+
+/// How far a consumer is.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// Everything up to this sequence is acked.
+    pub ack_floor: u64,
+    /// Messages that were not delivered yet.
+    pub pending: u64,
+    /// Messages that were delivered and not acked.
+    pub unacked: usize,
+}
+
+impl Again {
+    /// Opens it, creating it if it is missing.
+    ///
+    /// # Errors
+    /// When the broker is away or the stream is missing.
+    pub async fn open(&self, jetstream: &jetstream::Context, batch: usize) -> Result<Batches, ConsumerError> {
+        let config = pull::Config {
+            filter_subjects: self.subjects.clone(),
+            ack_wait: AGAIN_ACK_WAIT,
+            inactive_threshold: AGAIN_KEPT,
+            ..durable(
+                &self.consumer,
+                DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence },
+                // The stream's own number.
+                0,
+            )
+        };
+        Batches::of(jetstream, &self.consumer, config, batch).await
+    }
+
+    /// How many messages it has not delivered yet, if it is there.
+    pub async fn left(&self, jetstream: &jetstream::Context) -> Option<u64> {
+        self.progress(jetstream).await.ok().map(|progress| progress.pending)
+    }
+
+    /// How far it is.
+    ///
+    /// # Errors
+    /// When the broker is away or the consumer is gone.
+    pub async fn progress(&self, jetstream: &jetstream::Context) -> Result<Progress, ConsumerError> {
+        let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+        let info = stream.consumer_info(&self.consumer).await?;
+        Ok(Progress {
+            ack_floor: info.ack_floor.stream_sequence,
+            pending: info.num_pending,
+            unacked: info.num_ack_pending,
+        })
+    }
+
+    /// Removes it, if it is there.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn remove(&self, jetstream: &jetstream::Context) -> Result<(), ConsumerError> {
+        let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+        match stream.delete_consumer(&self.consumer).await {
+            Err(error) if !matches!(error.kind(), ConsumerErrorKind::JetStream(ref refused) if refused.error_code() == ErrorCode::CONSUMER_NOT_FOUND) => {
+                Err(error.into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The sequence of the first event that was stored at `time` or later; one past the last if none was.
+///
+/// # Errors
+/// When the broker is away or the stream is missing.
+pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -> Result<u64, ConsumerError> {
+    let config = pull::Config {
+        // Named, so that a broker's permissions can allow it.
+        name: Some(format!("litestripe-replay-at-{}", time.unix_timestamp_nanos())),
+        deliver_policy: DeliverPolicy::ByStartTime { start_time: time },
+        ack_policy: AckPolicy::None,
+        inactive_threshold: Duration::from_secs(5),
+        ..pull::Config::default()
+    };
+    let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+    let consumer = stream.create_consumer(config).await?;
+    // Of a consumer that delivered nothing yet, this is where it stands.
+    Ok(consumer.cached_info().delivered.stream_sequence + 1)
+}
+
+/// Why a consumer cannot be used. Whoever waits for the broker tries again.
+pub type ConsumerError = Box<dyn std::error::Error + Send + Sync>;
+
+fn durable(name: &str, deliver_policy: DeliverPolicy, replicas: usize) -> pull::Config {
+    pull::Config {
+        durable_name: Some(name.to_owned()),
+        deliver_policy,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_deliver: -1,
+        max_ack_pending: ACK_PENDING_MAX,
+        num_replicas: replicas,
+        ..pull::Config::default()
+    }
+}
+
+/// Whether everything in the stream up to `sequence` is applied, by whichever worker.
+///
+/// # Errors
+/// When the broker is away or the consumer is missing.
+pub async fn is_applied(jetstream: &jetstream::Context, sequence: u64) -> Result<bool, OpenError> {
+    let consumer = jetstream.get_consumer_from_stream::<pull::Config, _, _>(WORKER_CONSUMER, EVENTS_STREAM).await;
+    let consumer = consumer.map_err(|error| OpenError(error.into()))?;
+    let progress = consumer.cached_info();
+    let all_delivered_are_acked = progress.num_ack_pending == 0 && progress.delivered.stream_sequence >= sequence;
+    Ok(progress.ack_floor.stream_sequence >= sequence || all_delivered_are_acked)
+}
+
+impl Batches {
+    async fn of(
+        jetstream: &jetstream::Context,
+        name: &str,
+        config: pull::Config,
+        batch: usize,
+    ) -> Result<Self, ConsumerError> {
+        let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+        let consumer: Consumer<pull::Config> = stream.get_or_create_consumer(name, config).await?;
+        let messages = consumer
+            .stream()
+            .max_messages_per_batch(batch)
+            .max_bytes_per_batch(AHEAD_BYTES_MAX.max(2 * jetstream.client().max_payload()))
+            .expires(PULL_EXPIRES)
+            .heartbeat(PULL_HEARTBEAT)
+            .messages()
+            .await?;
+        Ok(Self { chunks: messages.ready_chunks(batch) })
+    }
+
+    /// The messages that are there, at least one. None when the consumer is gone and must be opened
+    /// again.
+    ///
+    /// # Cancel safety
+    /// A cancelled wait loses no message.
+    pub async fn next(&mut self) -> Option<Batch> {
+        loop {
+            let mut messages = Vec::new();
+            for item in self.chunks.next().await? {
+                match item {
+                    Ok(message) => messages.push(message),
+                    // Missing heartbeats and the like: the stream asks again by itself, or it ends.
+                    Err(error) => debug!("pulling messages: {error}"),
+                }
+            }
+            if !messages.is_empty() {
+                return Some(Batch { messages });
+            }
+        }
+    }
+
+    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`.
+    pub async fn close(mut self) {
+        while let Some(Some(items)) = self.chunks.next().now_or_never() {
+            Batch { messages: items.into_iter().filter_map(Result::ok).collect() }.hand_back().await;
+        }
+    }
+}
+
+/// Messages that are settled together.
+pub struct Batch {
+    messages: Vec<Message>,
+}
+
+/// A message, as far as the rest of the worker may know it.
+pub struct Delivery<'a> {
+    /// The event's body.
+    pub payload: &'a [u8],
+    message: &'a Message,
+}
+
+impl Delivery<'_> {
+    /// The trace it belongs to.
+    #[must_use]
+    pub fn traceparent(&self) -> Option<String> {
+        let headers = self.message.headers.as_ref()?;
+        headers.get(header::TRACEPARENT).map(|value| value.as_str().to_owned())
+    }
+
+    /// Its sequence in the stream; 0 for a message that has none, which the server never sends.
+    #[must_use]
+    pub fn stream_sequence(&self) -> u64 {
+        self.message.info().map_or(0, |info| info.stream_sequence)
+    }
+}
+
+impl Batch {
+    /// The messages, in the order in which they came.
+    pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
+        self.messages.iter().map(|message| Delivery { payload: &message.payload, message })
+    }
+
+    /// Says that all events but those at `except` are applied.
+    ///
+    /// An ack that gets lost only leads to another delivery, so it is not waited for.
+    pub async fn ack_except(&self, except: impl IntoIterator<Item = usize>) {
+        let except: Vec<usize> = except.into_iter().collect();
+        for (index, message) in self.messages.iter().enumerate() {
+            if !except.contains(&index) {
+                settle(message, AckKind::Ack).await;
+            }
+        }
+    }
+
+    /// Says that we are still at it: the server waits for another `ACK_WAIT`.
+    pub async fn keep_alive(&self) {
+        for message in &self.messages {
+            settle(message, AckKind::Progress).await;
+        }
+    }
+
+    /// Gives the messages to whichever worker asks next.
+    pub async fn hand_back(&self) {
+        for message in &self.messages {
+            settle(message, AckKind::Nak(Some(HAND_BACK_DELAY))).await;
+        }
+    }
+
+    /// Takes out the messages at `indexes`, which are to be put aside.
+    #[must_use]
+    pub fn take(self, indexes: &[usize]) -> Vec<Doomed> {
+        let wanted = |(index, message)| indexes.contains(&index).then_some(Doomed { message });
+        self.messages.into_iter().enumerate().filter_map(wanted).collect()
+    }
+}
+
+/// A message that is never to be delivered again, once its event is a dead letter.
+pub struct Doomed {
+    message: Message,
+}
+
+impl Doomed {
+    /// The subject it was stored under.
+    #[must_use]
+    pub fn subject(&self) -> &Subject {
+        &self.message.subject
+    }
+
+    /// Body and headers as they were stored.
+    #[must_use]
+    pub fn content(&self) -> (bytes::Bytes, async_nats::HeaderMap) {
+        (self.message.payload.clone(), self.message.headers.clone().unwrap_or_default())
+    }
+
+    /// Its sequence in the stream.
+    #[must_use]
+    pub fn stream_sequence(&self) -> Option<u64> {
+        self.message.info().ok().map(|info| info.stream_sequence)
+    }
+
+    /// Says that it is never to be delivered again.
+    pub async fn terminate(self) {
+        settle(&self.message, AckKind::Term).await;
+    }
+}
+
+async fn settle(message: &Message, kind: AckKind) {
+    if let Err(error) = message.ack_with(kind).await {
+        debug!("a message could not be settled and will be delivered again: {error}");
+    }
+}

@@ -1,0 +1,115 @@
+//! Events that can never be applied.
+//!
+//! Owns putting one aside with its reason. Invariant: a message is terminated only after the PubAck
+//! of its dead letter, and a poisoned event holds up nobody.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::{self, context::PublishErrorKind};
+use backon::{ExponentialBuilder, Retryable as _};
+use litestripe_contract::{exit, header, subject};
+use tokio_util::task::TaskTracker;
+use tracing::{error, warn};
+
+use crate::consumer::{Batch, Doomed};
+use crate::metrics;
+
+/// What stands for the event type of a message whose subject names none.
+const UNKNOWN_TYPE: &str = "unknown";
+
+/// Puts events aside, in tasks of its own.
+#[derive(Clone)]
+pub struct DeadLetters {
+    jetstream: jetstream::Context,
+    tasks: TaskTracker,
+}
+
+impl DeadLetters {
+    /// Publishes to `STRIPE_DEAD_LETTERS` over `jetstream`.
+    #[must_use]
+    pub fn new(jetstream: jetstream::Context) -> Self {
+        Self { jetstream, tasks: TaskTracker::new() }
+    }
+
+    /// Puts the messages of `batch` that `poisoned` names aside, each with its reason. One that
+    /// cannot be put aside is delivered again, and tried again then.
+    pub fn put_aside(&self, batch: Batch, poisoned: Vec<(usize, String)>) {
+        if poisoned.is_empty() {
+            return;
+        }
+        let mut poisoned = poisoned;
+        poisoned.sort_by_key(|(index, _)| *index);
+        let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
+        let doomed = batch.take(&indexes);
+        let jetstream = self.jetstream.clone();
+        self.tasks.spawn(async move {
+            for (message, reason) in doomed.into_iter().zip(reasons) {
+                put_one_aside(&jetstream, message, &reason).await;
+            }
+        });
+    }
+
+    /// Returns when all that was begun is done.
+    pub async fn finish(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: &str) {
+    let Some(sequence) = doomed.stream_sequence() else {
+        return error!("a message without a stream sequence cannot be put aside");
+    };
+    let event_type = subject::event_type(doomed.subject());
+    let name = event_type.as_ref().map_or(UNKNOWN_TYPE, |name| name.as_str());
+    let (body, headers) = doomed.content();
+    let headers = labelled(&headers, sequence, reason);
+    let subject = format!("{}{name}", subject::DEAD_LETTERS_PREFIX);
+    let publish = || async {
+        let ack = jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone()).await?;
+        ack.await
+    };
+    let patience = ExponentialBuilder::new().with_min_delay(Duration::from_millis(100)).with_max_times(3).with_jitter();
+    let passing = |error: &jetstream::context::PublishError| {
+        matches!(
+            error.kind(),
+            PublishErrorKind::TimedOut | PublishErrorKind::StreamNotFound | PublishErrorKind::BrokenPipe
+        )
+    };
+    match publish.retry(patience).when(passing).await {
+        Ok(_) => {
+            metrics::dead_letter();
+            warn!(
+                stream_sequence = sequence,
+                event_type = name,
+                reason,
+                "event {sequence} is now a dead letter: {reason}"
+            );
+            doomed.terminate().await;
+        }
+        Err(error) => error!(
+            stream_sequence = sequence,
+            "event {sequence} cannot be put aside and will be tried again: {}",
+            exit::chain(&error)
+        ),
+    }
+}
+
+/// The event's own headers and what a dead letter adds to them. JetStream's own spoke of the stream
+/// the event was in: `Nats-Expected-Stream` would keep it out of any other.
+fn labelled(stored: &HeaderMap, sequence: u64, reason: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, values) in stored.iter() {
+        let name: &str = name.as_ref();
+        if !name.starts_with("Nats-") {
+            values.iter().for_each(|value| headers.append(name, value.clone()));
+        }
+    }
+    headers.insert(header::MESSAGE_ID, format!("dead:{sequence}"));
+    headers.insert(header::STREAM_SEQUENCE, sequence.to_string());
+    // A header is one line of printable text.
+    let reason: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    headers.insert(header::REASON, reason.as_str());
+    headers
+}

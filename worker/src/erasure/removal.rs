@@ -1,0 +1,363 @@
+//! The erasure of one person.
+//!
+//! Owns its steps and their order: find what is theirs, see that it is applied, record the erasure,
+//! wait until every worker knows of it, remove. Whatever ends it half-way, the next run does the
+//! rest: nothing is removed before it is recorded, and what is gone is not missed. May not know who
+//! asked, an operator or an event.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use async_nats::jetstream;
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType};
+use litestripe_contract::signal::{EventReference, OutOfRange, Timestamp};
+use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use super::scan::{self, ScanError, Seen};
+use super::{Erasures, ErasuresError, Ids, LOOK_EVERY};
+use crate::error::StoreError;
+use crate::store::{self, Store};
+
+mod rows;
+
+/// How often the streams are read through because the last time brought up ids that were not known.
+/// Each brings up one more kind of them, and there are three.
+const READS_MAX: usize = 8;
+
+/// How long events may take to be applied, where a worker runs.
+const APPLIED_MAX: Duration = Duration::from_secs(5);
+
+/// How long signals may take to leave the outbox.
+const SENT_MAX: Duration = Duration::from_secs(30);
+
+/// Between two looks at either.
+const POLL: Duration = Duration::from_millis(100);
+
+/// After which every worker that runs knows of an erasure.
+const KNOWN_AFTER: Duration = LOOK_EVERY.saturating_mul(2);
+
+/// Whom to erase.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A customer, by Stripe's id.
+    Customer(String),
+    /// An orphan, by its id; with its customer, if it has one.
+    Orphan(String),
+}
+
+/// What an erasure needs.
+pub struct Erasure<'a> {
+    /// Where rows and orphans are.
+    pub store: &'a Store,
+    /// Where events and signals are.
+    pub jetstream: &'a jetstream::Context,
+    /// Where it is recorded.
+    pub erasures: &'a Erasures,
+    /// Also if an event of the person is not applied.
+    pub force: bool,
+    /// Told of every message that was looked at.
+    pub seen: &'a (dyn Fn() + Send + Sync),
+}
+
+/// What was removed, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Receipt {
+    /// The customer, if one was asked for.
+    pub customer: Option<String>,
+    /// The orphan, if one was asked for.
+    pub orphan: Option<String>,
+    /// When it was recorded: what is not younger does not come back.
+    pub recorded_at: Timestamp,
+    /// All ids of the person that are known.
+    pub ids: Vec<String>,
+    /// Messages removed from `STRIPE_EVENTS`.
+    pub events: u64,
+    /// Messages removed from `STRIPE_DEAD_LETTERS`.
+    pub dead_letters: u64,
+    /// Messages removed from `LITESTRIPE_SIGNALS`.
+    pub signals: u64,
+    /// Rows whose metadata was removed.
+    pub subscriptions: u64,
+    /// Orphans whose email was removed.
+    pub orphans: u64,
+    /// Events among those removed that no worker had applied.
+    pub unapplied: u64,
+}
+
+/// Why a person was not erased, or not wholly.
+#[derive(Debug, thiserror::Error)]
+pub enum EraseError {
+    /// There is no such orphan.
+    #[error("there is no orphan {0}: `litestripe-worker orphans list --all` shows all; nothing was changed")]
+    UnknownOrphan(String),
+    /// What it says would be lost.
+    #[error(
+        "event {0} in STRIPE_EVENTS is of this customer and no worker has applied it yet; nothing was changed. Let a worker run (`litestripe-worker run`) and try again; `--force` removes it all the same, and what it says is lost"
+    )]
+    Unapplied(u64),
+    /// An event came while the erasure was at work.
+    #[error("event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again")]
+    CameMeanwhile(u64),
+    /// The ids of the person do not come to an end.
+    #[error("ever more ids belong to this customer; nothing was changed")]
+    TooManyIds,
+    /// Signals could not be sent.
+    #[error("signals of this customer wait in the outbox; all else is erased: run it again when they are sent")]
+    SignalsWait,
+    /// A database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The KV bucket.
+    #[error(transparent)]
+    Erasures(#[from] ErasuresError),
+    /// A stream.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// The durable consumer.
+    #[error("cannot see how far the events are applied")]
+    Progress(#[source] jetstream::context::ConsumerInfoError),
+    /// The clock.
+    #[error("the clock of this machine is beyond the year 9999")]
+    Clock(#[from] OutOfRange),
+}
+
+/// What is the person's, by where it is.
+#[derive(Default)]
+struct Found {
+    events: BTreeSet<u64>,
+    dead_letters: BTreeSet<u64>,
+    /// The last event that was looked at.
+    last: u64,
+}
+
+impl Erasure<'_> {
+    /// Erases `target`.
+    ///
+    /// # Errors
+    /// When it is refused, or a step fails. The error says whether anything was changed.
+    pub async fn run(&self, target: &Target) -> Result<Receipt, EraseError> {
+        let mut ids = self.ids_of(target).await?;
+        let mut found = self.find(&mut ids).await?;
+        let mut unapplied = self.unapplied(&found.events).await?;
+        if let Some(first) = unapplied.first().filter(|_| !self.force) {
+            return Err(EraseError::Unapplied(*first));
+        }
+
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        let recorded_at = Timestamp::from_unix(now)?;
+        self.erasures.record(&ids, now).await?;
+        tokio::time::sleep(KNOWN_AFTER).await;
+        // What was delivered before every worker knew may have been applied as it came.
+        if self.find_more(&mut ids, &mut found).await? {
+            self.erasures.record(&ids, now).await?;
+            unapplied.extend(self.unapplied(&found.events).await?);
+            if let Some(first) = unapplied.first().filter(|_| !self.force) {
+                return Err(EraseError::CameMeanwhile(*first));
+            }
+        }
+
+        let events = scan::remove(self.jetstream, EVENTS_STREAM, found.events).await?;
+        let dead_letters = scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
+        let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
+        let subscriptions = self.strip_rows(&ids, &event(recorded_at)).await?;
+        let signals = self.remove_signals(&ids, &event(recorded_at)).await?;
+        self.store.forget_deleted().await?;
+        let (customer, orphan) = match target.clone() {
+            Target::Customer(id) => (Some(id), None),
+            Target::Orphan(id) => (None, Some(id)),
+        };
+        Ok(Receipt {
+            customer,
+            orphan,
+            recorded_at,
+            ids: ids.iter().map(str::to_owned).collect(),
+            events,
+            dead_letters,
+            signals,
+            subscriptions,
+            orphans,
+            unapplied: unapplied.len() as u64,
+        })
+    }
+
+    /// What is known of the person before anything was read.
+    async fn ids_of(&self, target: &Target) -> Result<Ids, EraseError> {
+        let mut ids = Ids::default();
+        match target {
+            Target::Customer(id) => ids.add([id.clone()]),
+            Target::Orphan(id) => {
+                let orphan = store::orphan::find(self.store.connection(), id).await?;
+                let orphan = orphan.ok_or_else(|| EraseError::UnknownOrphan(id.clone()))?;
+                let others = [orphan.checkout_session_id, orphan.stripe_subscription_id, orphan.stripe_customer_id];
+                ids.add(others.into_iter().flatten().chain([orphan.id]))
+            }
+        };
+        Ok(ids)
+    }
+
+    /// Reads all there is, until no id is new.
+    async fn find(&self, ids: &mut Ids) -> Result<Found, EraseError> {
+        for _ in 0..READS_MAX {
+            let before = ids.clone();
+            self.learn_from_rows(ids).await?;
+            let mut found = Found::default();
+            found.last = self.read(EVENTS_STREAM, 1, ids, &mut found.events).await?;
+            self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters).await?;
+            if *ids == before {
+                return Ok(found);
+            }
+        }
+        Err(EraseError::TooManyIds)
+    }
+
+    /// Adds what came since `found`. Returns whether there was anything.
+    async fn find_more(&self, ids: &mut Ids, found: &mut Found) -> Result<bool, EraseError> {
+        let before = (ids.clone(), found.events.len(), found.dead_letters.len());
+        self.learn_from_rows(ids).await?;
+        found.last = self.read(EVENTS_STREAM, found.last + 1, ids, &mut found.events).await?;
+        self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters).await?;
+        if *ids != before.0 {
+            *found = self.find(ids).await?;
+        }
+        Ok((&*ids, found.events.len(), found.dead_letters.len()) != (&before.0, before.1, before.2))
+    }
+
+    async fn learn_from_rows(&self, ids: &mut Ids) -> Result<(), EraseError> {
+        let db = self.store.connection();
+        let rows = store::subscription::ids_of(db, &ids.all()).await?;
+        let orphans = store::orphan::ids_of(db, &ids.all()).await?;
+        ids.add(rows.into_iter().chain(orphans));
+        Ok(())
+    }
+
+    async fn read(
+        &self,
+        stream: &'static str,
+        from: u64,
+        ids: &mut Ids,
+        found: &mut BTreeSet<u64>,
+    ) -> Result<u64, ScanError> {
+        let look = |message: Seen<'_>| {
+            (self.seen)();
+            if ids.own(message.body) {
+                found.insert(message.sequence);
+            }
+        };
+        scan::read(self.jetstream, stream, from, look).await
+    }
+
+    /// Which of `events` are not applied, once a running worker had time for them.
+    async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
+        let deadline = Instant::now() + APPLIED_MAX;
+        loop {
+            let unapplied = match self.applied_up_to().await? {
+                _ if events.is_empty() => BTreeSet::new(),
+                None => return Ok(events.clone()),
+                Some(floor) => events.range(floor.saturating_add(1)..).copied().collect(),
+            };
+            if unapplied.is_empty() || Instant::now() >= deadline {
+                return Ok(unapplied);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// The event up to which all are applied. None where no worker ever ran.
+    async fn applied_up_to(&self) -> Result<Option<u64>, EraseError> {
+        let Some(stream) = scan::find(self.jetstream, EVENTS_STREAM).await? else { return Ok(None) };
+        let consumer = match stream.consumer_info(WORKER_CONSUMER).await {
+            Ok(consumer) => consumer,
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(EraseError::Progress(error)),
+        };
+        let is_done = consumer.num_pending == 0 && consumer.num_ack_pending == 0;
+        Ok(Some(if is_done { u64::MAX } else { consumer.ack_floor.stream_sequence }))
+    }
+
+    async fn strip_rows(&self, ids: &Ids, cause: &EventReference) -> Result<u64, EraseError> {
+        let mut stripped = 0;
+        for id in ids.iter() {
+            stripped += u64::from(rows::strip(self.store, id, cause, rows::Signal::OfChange).await?);
+        }
+        Ok(stripped)
+    }
+
+    /// Removes the person's signals, all but the one that tells what a row is now and tells nothing
+    /// else. Returns how many.
+    async fn remove_signals(&self, ids: &Ids, cause: &EventReference) -> Result<u64, EraseError> {
+        self.sent(ids).await?;
+        let mut known = ids.clone();
+        let mut own = Vec::new();
+        let look = |message: Seen<'_>| {
+            (self.seen)();
+            if known.own(message.body) {
+                own.push((message.sequence, Told::read(message.body)));
+            }
+        };
+        scan::read(self.jetstream, SIGNALS_STREAM, 1, look).await?;
+        let rows = store::subscription::load(self.store.connection(), &ids.all()).await?;
+        let revisions: BTreeMap<&str, i64> = rows.iter().map(|(id, row)| (id.as_str(), row.revision)).collect();
+        let row = |told: &Told| revisions.get(told.stripe_subscription_id.as_str());
+        let is_last = |told: &Told| row(told).is_some_and(|revision| told.revision >= Some(*revision));
+        let (last, older): (Vec<_>, Vec<_>) = own.into_iter().partition(|(_, told)| is_last(told));
+        let (kept, told_too_much): (Vec<_>, Vec<_>) = last.into_iter().partition(|(_, told)| !told.has_metadata());
+        // A subscriber that has not seen it yet must not miss what the row is now.
+        let kept: BTreeSet<_> = kept.into_iter().map(|(_, told)| told.stripe_subscription_id).collect();
+        for (_, told) in told_too_much.iter().filter(|(_, told)| !kept.contains(&told.stripe_subscription_id)) {
+            rows::strip(self.store, &told.stripe_subscription_id, cause, rows::Signal::Always).await?;
+        }
+        self.sent(ids).await?;
+        let removed = older.into_iter().chain(told_too_much).map(|(sequence, _)| sequence);
+        Ok(scan::remove(self.jetstream, SIGNALS_STREAM, removed).await?)
+    }
+
+    /// Waits until no signal of the person is on its way.
+    async fn sent(&self, ids: &Ids) -> Result<(), EraseError> {
+        let deadline = Instant::now() + SENT_MAX;
+        while store::outbox::holds_any_of(self.store.connection(), &ids.all()).await? {
+            if Instant::now() >= deadline {
+                return Err(EraseError::SignalsWait);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+}
+
+/// What a signal tells, as far as it matters here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Told {
+    stripe_subscription_id: String,
+    /// None: it is an orphan's.
+    revision: Option<i64>,
+    metadata: Map<String, Value>,
+    subscription_metadata: Map<String, Value>,
+    previous: Map<String, Value>,
+}
+
+impl Told {
+    fn read(body: &[u8]) -> Self {
+        serde_json::from_slice(body).unwrap_or_default()
+    }
+
+    fn has_metadata(&self) -> bool {
+        let before =
+            ["metadata", "subscription_metadata"].into_iter().filter_map(|name| self.previous.get(name)?.as_object());
+        before.chain([&self.metadata, &self.subscription_metadata]).any(|map| !map.is_empty())
+    }
+}
+
+/// What signals say led to an erasure's changes.
+fn event(at: Timestamp) -> EventReference {
+    EventReference {
+        id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are ids"),
+        event_type: EventType::parse(ERASURE_TYPE).expect("our own types are types"),
+        created: at,
+    }
+}

@@ -1,0 +1,141 @@
+//! Reading a stream once through, and removing messages from it.
+//!
+//! Owns the readers: consumers without acks, which end with the work, and whose pulls are limited in
+//! bytes. May not know what is looked for.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use async_nats::jetstream::{self, ErrorCode, context::GetStreamErrorKind};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+
+/// Messages and bytes asked for at a time.
+const PULL_MESSAGES: usize = 500;
+const PULL_BYTES: usize = 8 << 20;
+
+/// How long one pull request stays open, and how often the server shows that it is still there.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+const PULL_HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How long a reader may hear nothing before it asks whether there is anything left.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// After which the server forgets a reader that ended without a word.
+const FORGET_AFTER: Duration = Duration::from_secs(60);
+
+/// Removals in flight at a time. Each is synced to disk.
+const REMOVALS_IN_FLIGHT: usize = 16;
+
+/// A stream could not be read to its end.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing} {stream}")]
+pub struct ScanError {
+    doing: &'static str,
+    stream: &'static str,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    doing: &'static str,
+    stream: &'static str,
+) -> impl Fn(E) -> ScanError {
+    move |source| ScanError { doing, stream, source: source.into() }
+}
+
+/// A message, as far as it is looked at.
+pub(super) struct Seen<'a> {
+    pub(super) sequence: u64,
+    pub(super) body: &'a [u8],
+}
+
+/// Shows `see` every message of `stream` from the sequence `from` up to the last that there is now.
+/// Returns that one's sequence. A stream that does not exist holds nothing.
+///
+/// # Errors
+/// When the broker stops answering.
+pub(super) async fn read(
+    jetstream: &jetstream::Context,
+    name: &'static str,
+    from: u64,
+    mut see: impl FnMut(Seen<'_>),
+) -> Result<u64, ScanError> {
+    let reading = "read";
+    let Some(stream) = find(jetstream, name).await? else { return Ok(0) };
+    let last = stream.cached_info().state.last_sequence;
+    if stream.cached_info().state.messages == 0 || last < from {
+        return Ok(last);
+    }
+    let unique = jetstream.client().new_inbox();
+    let config = pull::Config {
+        // So that an operator who lists consumers sees whose it is.
+        name: Some(format!("litestripe-erase-{}", unique.rsplit('.').next().unwrap_or_default())),
+        deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from.max(1) },
+        ack_policy: AckPolicy::None,
+        inactive_threshold: FORGET_AFTER,
+        memory_storage: true,
+        num_replicas: 1,
+        ..pull::Config::default()
+    };
+    let mut consumer = stream.create_consumer(config).await.map_err(failed(reading, name))?;
+    let mut left = consumer.cached_info().num_pending;
+    let pull = consumer.stream().max_messages_per_batch(PULL_MESSAGES);
+    let pull = pull.max_bytes_per_batch(PULL_BYTES.max(2 * jetstream.client().max_payload()));
+    let pull = pull.expires(PULL_EXPIRES).heartbeat(PULL_HEARTBEAT);
+    let mut messages = pull.messages().await.map_err(failed(reading, name))?;
+    while left > 0 {
+        let Ok(next) = tokio::time::timeout(SILENCE_MAX, messages.next()).await else {
+            // What it waits for may have been removed meanwhile.
+            left = consumer.info().await.map_err(failed(reading, name))?.num_pending;
+            if left > 0 {
+                return Err(failed(reading, name)("the NATS server is silent"));
+            }
+            break;
+        };
+        let next = next.ok_or("the reader is gone").map_err(failed(reading, name))?;
+        let message = next.map_err(failed(reading, name))?;
+        let info = message.info().map_err(failed(reading, name))?;
+        if info.stream_sequence <= last {
+            see(Seen { sequence: info.stream_sequence, body: &message.payload });
+        }
+        left = if info.stream_sequence < last { info.pending } else { 0 };
+    }
+    drop(messages);
+    // One that stays is forgotten by the server soon.
+    let _ = stream.delete_consumer(&consumer.cached_info().name).await;
+    Ok(last)
+}
+
+/// Removes messages for good: the server overwrites their bytes on disk. Returns how many were
+/// there.
+///
+/// # Errors
+/// When the broker does not remove one.
+pub(super) async fn remove(
+    jetstream: &jetstream::Context,
+    name: &'static str,
+    sequences: impl IntoIterator<Item = u64>,
+) -> Result<u64, ScanError> {
+    let Some(stream) = find(jetstream, name).await? else { return Ok(0) };
+    let removals = futures_util::stream::iter(sequences).map(|sequence| remove_one(&stream, name, sequence));
+    removals.buffer_unordered(REMOVALS_IN_FLIGHT).try_fold(0, |sum, one| async move { Ok(sum + u64::from(one)) }).await
+}
+
+async fn remove_one(stream: &Stream, name: &'static str, sequence: u64) -> Result<bool, ScanError> {
+    let Err(refused) = stream.delete_message(sequence).await else { return Ok(true) };
+    // Somebody else may have been faster, or its age.
+    match stream.get_raw_message(sequence).await {
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(false),
+        _ => Err(failed("remove a message from", name)(refused)),
+    }
+}
+
+pub(super) async fn find(jetstream: &jetstream::Context, name: &'static str) -> Result<Option<Stream>, ScanError> {
+    match jetstream.get_stream(name).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
+            _ => Err(failed("find", name)(error)),
+        },
+    }
+}

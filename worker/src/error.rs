@@ -1,0 +1,103 @@
+//! What went wrong, sorted by what the worker does about it.
+//!
+//! Owns the one thing a caller branches on. May not know which batch or command it was.
+
+use sea_orm::sqlx;
+use sea_orm::{DbErr, RuntimeErr};
+
+/// What the worker does with a message whose event could not be applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disposition {
+    /// Something else is down. Keep the message, wait with backoff, never count tries.
+    Wait,
+    /// This event can never be applied. Dead letter with the reason; the batch goes on.
+    Poison,
+}
+
+/// The database did not do what was asked of it.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing}")]
+pub struct StoreError {
+    /// What was asked, to go after "cannot".
+    pub doing: &'static str,
+    /// What the database said. Never holds a value of ours: see [`StoreError::disposition`].
+    #[source]
+    pub source: DbErr,
+}
+
+impl StoreError {
+    /// For `map_err`.
+    pub fn doing(doing: &'static str) -> impl Fn(DbErr) -> Self {
+        move |source| Self { doing, source }
+    }
+
+    /// Whether the same statement may succeed later.
+    ///
+    /// Only what the database says of the data itself is permanent. PostgreSQL: "Error Codes",
+    /// classes 22 (data exception), 23 (integrity constraint) and 54 (program limit).
+    /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
+    #[must_use]
+    pub fn disposition(&self) -> Disposition {
+        match &self.source {
+            DbErr::Json(_) | DbErr::Type(_) => Disposition::Poison,
+            error => match database_error(error) {
+                Some(error) if is_about_data(error) => Disposition::Poison,
+                _ => Disposition::Wait,
+            },
+        }
+    }
+
+    /// Whether the server refuses us for a reason that only a person can mend.
+    ///
+    /// PostgreSQL: "Error Codes", class 28 (invalid authorization) and 3D000 (no such database).
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        self.code().is_some_and(|code| code.starts_with("28") || code == "3D000")
+    }
+
+    /// Whether somebody else holds a SQLite file. SQLite: "Result Codes", BUSY and LOCKED.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        let Some(error) = database_error(&self.source) else { return false };
+        let is_sqlite = error.try_downcast_ref::<sqlx::sqlite::SqliteError>().is_some();
+        let primary = error.code().and_then(|code| code.parse::<u32>().ok()).map(|code| code & 0xff);
+        is_sqlite && matches!(primary, Some(5 | 6))
+    }
+
+    /// Whether the database cannot read a value as the type it is compared with.
+    ///
+    /// PostgreSQL: "Error Codes", 22P02 (invalid text representation) and 22003 (out of range).
+    #[must_use]
+    pub fn is_unreadable_value(&self) -> bool {
+        matches!(self.code().as_deref(), Some("22P02" | "22003"))
+    }
+
+    /// The database's own code for it, for people and metrics.
+    #[must_use]
+    pub fn code(&self) -> Option<String> {
+        database_error(&self.source)?.code().map(|code| code.into_owned())
+    }
+}
+
+fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
+    let (DbErr::Conn(RuntimeErr::SqlxError(error))
+    | DbErr::Exec(RuntimeErr::SqlxError(error))
+    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
+    else {
+        return None;
+    };
+    error.as_database_error()
+}
+
+fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {
+    const SQLITE_TOOBIG: u32 = 18;
+    const SQLITE_CONSTRAINT: u32 = 19;
+    const SQLITE_MISMATCH: u32 = 20;
+    let code = error.code().unwrap_or_default();
+    if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
+        return ["22", "23", "54"].iter().any(|class| code.starts_with(class));
+    }
+    // The low byte of an extended result code is the primary one.
+    let primary = code.parse::<u32>().map(|code| code & 0xff);
+    matches!(primary, Ok(SQLITE_TOOBIG | SQLITE_CONSTRAINT | SQLITE_MISMATCH))
+}

@@ -1,0 +1,440 @@
+//! Bytes → typed event.
+//!
+//! Owns the names of Stripe's JSON fields (only here) and what is kept of an event: a handful of
+//! fields, read by presence, never by API version, so that every rendering Stripe makes of a thing
+//! reads the same. May not know JetStream, the database, or what the worker does with an event.
+//! Invariant: what `decode` returns can be stored and signalled without a further check, and what it
+//! refuses is refused with a reason that shows none of the event's values.
+
+pub mod api;
+mod json;
+mod object;
+mod read;
+pub mod whose;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::str::FromStr;
+
+use litestripe_contract::event::{EventId, EventType, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE};
+use litestripe_contract::signal::Item;
+use serde::{Deserialize, Serialize};
+
+use json::{Leaf, Nested, objects};
+use object::Fields;
+use read::Place;
+
+/// An event of a type the worker handles, as far as it is kept.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Stripe's id of it.
+    pub id: EventId,
+    /// Its type, as the body says.
+    pub event_type: EventType,
+    /// When Stripe created it: seconds since the Unix epoch, in the range of a `Timestamp`.
+    pub created: i64,
+    /// Whether it happened in live mode.
+    pub livemode: bool,
+    /// The connected account it came from.
+    pub stripe_account_id: Option<String>,
+    /// What it is about.
+    pub body: Body,
+    /// Whether it counts without its personal data: see [`Event::redact`].
+    pub redacted: bool,
+}
+
+/// What an event is about.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Body {
+    /// `customer.subscription.*` and our own `litestripe.snapshot`.
+    Subscription(Box<SubscriptionEvent>),
+    /// `checkout.session.*`.
+    CheckoutSession(Box<CheckoutSession>),
+    /// Our own `litestripe.resolution`.
+    Resolution(Resolution),
+}
+
+/// A subscription after an event, and what the event says it was before.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SubscriptionEvent {
+    /// Stripe's id of the subscription: printable ASCII.
+    pub stripe_subscription_id: String,
+    /// The subscription after the event.
+    pub snapshot: Snapshot,
+    /// The subscription before the event.
+    pub before: Before,
+}
+
+/// What a subscription was before an event.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Before {
+    /// It did not exist: the event created it.
+    Nothing,
+    /// As after it: the event has no previous attributes, or none among the fields we keep.
+    Same,
+    /// This.
+    Snapshot(Box<Snapshot>),
+    /// It has previous attributes, but they cannot be read.
+    Unreadable,
+}
+
+/// The fields we keep of a subscription, the same whichever API version rendered it. Times are
+/// seconds since the Unix epoch, in the range of a `Timestamp`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "Stripe's own names and meanings")]
+pub struct Snapshot {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub customer: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub created: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_date: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancel_at: Option<i64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub cancel_at_period_end: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canceled_at: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial_end: Option<i64>,
+    /// The subscription's own where it has one, else the earliest of its items'.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_period_start: Option<i64>,
+    /// The subscription's own where it has one, else the latest of its items'.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_period_end: Option<i64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub items: Vec<Item>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Snapshot {
+    /// The same with no metadata.
+    #[must_use]
+    pub fn without_metadata(&self) -> Self {
+        let Self { customer, status, items, .. } = self;
+        let (customer, status, items) = (customer.clone(), status.clone(), items.clone());
+        Self { customer, status, items, metadata: BTreeMap::new(), ..*self }
+    }
+}
+
+/// A Checkout Session after an event.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[expect(missing_docs, reason = "Stripe's own names and meanings")]
+pub struct CheckoutSession {
+    /// Stripe's id of it: printable ASCII.
+    pub id: String,
+    pub mode: Option<String>,
+    pub status: Option<String>,
+    pub payment_status: Option<String>,
+    /// Never empty: an empty one counts as missing.
+    pub client_reference_id: Option<String>,
+    pub stripe_customer_id: Option<String>,
+    /// Printable ASCII.
+    pub stripe_subscription_id: Option<String>,
+    /// The email entered at checkout, else the one the session was made with.
+    pub customer_email: Option<Email>,
+    pub metadata: BTreeMap<String, String>,
+    pub created: Option<i64>,
+}
+
+impl CheckoutSession {
+    /// Whether it is a session whose payment must belong to a user.
+    ///
+    /// Stripe: "The Checkout Session object", `payment_status`: `unpaid` may still become paid, which
+    /// another event tells; `no_payment_required` is as good as paid. A session of mode `setup` never
+    /// pays anything.
+    #[must_use]
+    pub fn is_paid(&self) -> bool {
+        let pays = matches!(self.mode.as_deref(), Some("payment" | "subscription"));
+        pays && matches!(self.payment_status.as_deref(), Some("paid" | "no_payment_required"))
+    }
+}
+
+/// An operator's word on whose payment an orphan is, with what the orphan's row needs where a
+/// rebuild meets the word before the payment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolution {
+    /// Why it was one.
+    pub reason: Option<String>,
+    /// The orphan's Checkout Session.
+    pub checkout_session_id: Option<String>,
+    /// The orphan's customer.
+    pub stripe_customer_id: Option<String>,
+    /// The orphan.
+    pub orphan_id: String,
+    /// The orphan's subscription, if it has one: printable ASCII.
+    pub stripe_subscription_id: Option<String>,
+    /// The user. Never empty.
+    pub client_reference_id: String,
+}
+
+/// An email address, which no log may show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Email(String);
+
+impl Email {
+    /// The address, for the one column that may hold it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Email {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Email(…)")
+    }
+}
+
+/// Which metadata keys are kept: `LITESTRIPE_METADATA_KEYS`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetadataKeys {
+    /// `*`: all of them.
+    All,
+    /// These; for `none`, not one.
+    Only(BTreeSet<String>),
+}
+
+/// A text is not [`MetadataKeys`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("neither `*` nor metadata keys separated by commas")]
+pub struct InvalidMetadataKeys;
+
+impl FromStr for MetadataKeys {
+    type Err = InvalidMetadataKeys;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "*" => Ok(Self::All),
+            "" | "none" => Ok(Self::Only(BTreeSet::new())),
+            list => {
+                let keys: BTreeSet<String> = list.split(',').map(|key| key.trim().to_owned()).collect();
+                if keys.contains("") || keys.contains("*") {
+                    return Err(InvalidMetadataKeys);
+                }
+                Ok(Self::Only(keys))
+            }
+        }
+    }
+}
+
+impl MetadataKeys {
+    fn keeps(&self, key: &[u8]) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(keys) => std::str::from_utf8(key).is_ok_and(|key| keys.contains(key)),
+        }
+    }
+}
+
+/// Why an event can never be applied. Names fields, shows no values.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The body breaks off or breaks JSON's grammar.
+    #[error("the body is not JSON (line {line}, column {column})")]
+    NotJson {
+        /// Where, from 1.
+        line: usize,
+        /// Where, from 1.
+        column: usize,
+    },
+    /// The body is JSON of another kind.
+    #[error("the body is not an object")]
+    NotAnObject,
+    /// A field that is kept cannot be.
+    #[error("`{place}{name}` {problem}")]
+    Field {
+        /// The path to the object it is in.
+        place: &'static str,
+        /// Its name, or its path in there.
+        name: &'static str,
+        /// What is wrong with it.
+        problem: Problem,
+    },
+}
+
+/// What is wrong with a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum Problem {
+    #[error("is missing")]
+    Missing,
+    #[error("is not a valid id")]
+    NotAnId,
+    #[error("is not a valid event type")]
+    NotAType,
+    #[error("is not an object")]
+    NotAnObject,
+    #[error("is neither an id nor an object")]
+    NotAReference,
+    #[error("is not a list of objects")]
+    NotAList,
+    #[error("has more than {0} entries")]
+    TooMany(usize),
+    #[error("is not text that can be kept")]
+    NotText,
+    #[error("holds a NUL character")]
+    Nul,
+    #[error("is longer than {0} bytes")]
+    TooLong(usize),
+    #[error("is not a whole number")]
+    NotInteger,
+    #[error("lies outside the years 0 to 9999")]
+    OutOfRange,
+    #[error("is neither true nor false")]
+    NotBoolean,
+}
+
+objects! {
+    struct Envelope {
+        id: Leaf<'a> = "id",
+        event_type: Leaf<'a> = "type",
+        created: Leaf<'a> = "created",
+        livemode: Leaf<'a> = "livemode",
+        account: Leaf<'a> = "account",
+        data: Nested<Data<'a>> = "data",
+    }
+
+    struct Data {
+        object: Nested<Fields<'a>> = "object",
+        previous_attributes: Nested<Fields<'a>> = "previous_attributes",
+    }
+}
+
+const ENVELOPE: Place = Place("");
+
+/// Reads an event. `None` is an event of a type that we do not handle.
+///
+/// The type is the body's own, whatever subject it was stored under.
+///
+/// # Errors
+/// When the event can never be applied: it is poison.
+pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeError> {
+    let envelope: Envelope<'_> = match serde_json::from_slice(body) {
+        Ok(Nested::Object(envelope)) => envelope,
+        Ok(_) => return Err(DecodeError::NotAnObject),
+        Err(error) => {
+            return Err(DecodeError::NotJson { line: error.line(), column: error.column() });
+        }
+    };
+    let event_type = event_type(&envelope)?;
+    let Some(kind) = Kind::of(event_type.as_str()) else {
+        return Ok(None);
+    };
+    let id = event_id(&envelope)?;
+    let created = ENVELOPE.seconds(envelope.created, "created")?;
+    let created = created.ok_or_else(|| ENVELOPE.fault("created", Problem::Missing))?;
+    let stripe_account_id = ENVELOPE.text(envelope.account, "account", ID_BYTES_MAX)?;
+    let Nested::Object(data) = envelope.data else {
+        return Err(ENVELOPE.fault("data", missing_or_no_object(&envelope.data)));
+    };
+    let Nested::Object(object) = &data.object else {
+        return Err(ENVELOPE.fault("data.object", missing_or_no_object(&data.object)));
+    };
+    let livemode = match ENVELOPE.flag(envelope.livemode, "livemode")? {
+        Some(livemode) => livemode,
+        None => object.livemode()?.unwrap_or(false),
+    };
+    let body = match kind {
+        Kind::Snapshot if object::is_checkout_session(object) => {
+            Body::CheckoutSession(Box::new(object::checkout_session(object, keys)?))
+        }
+        Kind::Created => Body::Subscription(Box::new(object::created(object, keys)?)),
+        Kind::Subscription | Kind::Snapshot => {
+            let event = object::subscription(object, &data.previous_attributes, keys)?;
+            Body::Subscription(Box::new(event))
+        }
+        Kind::CheckoutSession => Body::CheckoutSession(Box::new(object::checkout_session(object, keys)?)),
+        Kind::Resolution => Body::Resolution(object::resolution(object)?),
+    };
+    Ok(Some(Event { id, event_type, created, livemode, stripe_account_id, body, redacted: false }))
+}
+
+impl Event {
+    /// The subscription whose row the event concerns, if it concerns one.
+    #[must_use]
+    pub fn stripe_subscription_id(&self) -> Option<&str> {
+        match &self.body {
+            Body::Subscription(event) => Some(&event.stripe_subscription_id),
+            Body::CheckoutSession(session) => session.stripe_subscription_id.as_deref(),
+            Body::Resolution(resolution) => resolution.stripe_subscription_id.as_deref(),
+        }
+    }
+
+    /// Takes email and metadata out of it: what it says of the subscription's state still counts.
+    ///
+    /// A subscription's snapshot keeps its map, which is digested and then not stored: a digest
+    /// without it would not be that of the same event merged before.
+    pub fn redact(&mut self) {
+        self.redacted = true;
+        if let Body::CheckoutSession(session) = &mut self.body {
+            session.customer_email = None;
+            session.metadata.clear();
+        }
+    }
+
+    /// The metadata that may be kept of it, if it is about an object that has some.
+    #[must_use]
+    pub fn metadata(&self) -> Option<&BTreeMap<String, String>> {
+        static NONE: BTreeMap<String, String> = BTreeMap::new();
+        match &self.body {
+            Body::Subscription(_) if self.redacted => Some(&NONE),
+            Body::Subscription(event) => Some(&event.snapshot.metadata),
+            Body::CheckoutSession(session) => Some(&session.metadata),
+            Body::Resolution(_) => None,
+        }
+    }
+}
+
+/// What kind of object events of a type carry.
+enum Kind {
+    /// A subscription, at its beginning.
+    Created,
+    Subscription,
+    CheckoutSession,
+    /// A subscription or a Checkout Session, as the object itself says.
+    Snapshot,
+    Resolution,
+}
+
+impl Kind {
+    fn of(event_type: &str) -> Option<Self> {
+        match event_type {
+            RESOLUTION_TYPE => Some(Self::Resolution),
+            SNAPSHOT_TYPE => Some(Self::Snapshot),
+            "customer.subscription.created" => Some(Self::Created),
+            other if !HANDLED_TYPES.contains(&other) => None,
+            other if other.starts_with("checkout.session.") => Some(Self::CheckoutSession),
+            _ => Some(Self::Subscription),
+        }
+    }
+}
+
+fn missing_or_no_object<T>(nested: &Nested<T>) -> Problem {
+    match nested {
+        Nested::Absent | Nested::Null => Problem::Missing,
+        _ => Problem::NotAnObject,
+    }
+}
+
+fn event_id(envelope: &Envelope<'_>) -> Result<EventId, DecodeError> {
+    let id = ENVELOPE.text(envelope.id, "id", ID_BYTES_MAX)?;
+    let id = id.ok_or_else(|| ENVELOPE.fault("id", Problem::Missing))?;
+    EventId::parse(id).map_err(|_| ENVELOPE.fault("id", Problem::NotAnId))
+}
+
+fn event_type(envelope: &Envelope<'_>) -> Result<EventType, DecodeError> {
+    let name = ENVELOPE.text(envelope.event_type, "type", ID_BYTES_MAX)?;
+    let name = name.ok_or_else(|| ENVELOPE.fault("type", Problem::Missing))?;
+    EventType::parse(name).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,120 @@
+//! What Stripe's API returns: lists of objects and of events, and the one field we want of a customer.
+
+use litestripe_contract::event::{EventId, EventType};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::Email;
+
+/// One object, as it came.
+#[derive(Debug)]
+pub struct Object {
+    /// Its id.
+    pub id: String,
+    /// Whether it exists in live mode.
+    pub livemode: bool,
+    /// All of it.
+    pub raw: Box<RawValue>,
+}
+
+/// A page of a list, in Stripe's order: newest first.
+#[derive(Debug)]
+pub struct Page {
+    /// What is on it.
+    pub objects: Vec<Object>,
+    /// Whether another page follows. Stripe: "Pagination".
+    pub has_more: bool,
+}
+
+/// An event on a page of events, as it came.
+#[derive(Debug)]
+pub struct ListedEvent {
+    /// Its id.
+    pub id: EventId,
+    /// Its type.
+    pub event_type: EventType,
+    /// All of it.
+    pub raw: Box<RawValue>,
+}
+
+/// A page of events, newest first.
+#[derive(Debug)]
+pub struct EventPage {
+    /// The events on it.
+    pub events: Vec<ListedEvent>,
+    /// What else is on it: without an id or a type that we could store it under.
+    pub skipped: usize,
+    /// Where the next page starts after, if another one follows. Stripe: "Pagination".
+    pub after: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Listed {
+    id: Option<String>,
+    #[serde(rename = "type")]
+    event_type: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct List {
+    data: Vec<Box<RawValue>>,
+    #[serde(default)]
+    has_more: bool,
+}
+
+#[derive(Deserialize)]
+struct Identified {
+    id: String,
+    #[serde(default)]
+    livemode: bool,
+}
+
+#[derive(Deserialize)]
+struct Customer {
+    email: Option<String>,
+}
+
+/// The object in `body`.
+#[must_use]
+pub fn object(body: &[u8]) -> Option<Object> {
+    identified(serde_json::from_slice(body).ok()?)
+}
+
+/// The page of a list in `body`.
+#[must_use]
+pub fn page(body: &[u8]) -> Option<Page> {
+    let List { data, has_more } = serde_json::from_slice(body).ok()?;
+    let objects = data.into_iter().map(identified).collect::<Option<_>>()?;
+    Some(Page { objects, has_more })
+}
+
+/// The page of events in `body`.
+#[must_use]
+pub fn event_page(body: &[u8]) -> Option<EventPage> {
+    let List { data, has_more } = serde_json::from_slice(body).ok()?;
+    let last = data.last().and_then(|raw| serde_json::from_str::<Listed>(raw.get()).ok()?.id);
+    let count = data.len();
+    let events: Vec<_> = data.into_iter().filter_map(listed_event).collect();
+    let skipped = count - events.len();
+    // Without an id to go on from, the pages after this one would never be seen.
+    let after = if has_more { Some(last?) } else { None };
+    Some(EventPage { events, skipped, after })
+}
+
+/// The email of the customer in `body`, if it has one.
+#[must_use]
+pub fn customer_email(body: &[u8]) -> Option<Email> {
+    let customer: Customer = serde_json::from_slice(body).ok()?;
+    customer.email.filter(|email| !email.is_empty() && !email.contains('\0')).map(Email)
+}
+
+fn identified(raw: Box<RawValue>) -> Option<Object> {
+    let Identified { id, livemode } = serde_json::from_str(raw.get()).ok()?;
+    Some(Object { id, livemode, raw })
+}
+
+fn listed_event(raw: Box<RawValue>) -> Option<ListedEvent> {
+    let Listed { id, event_type } = serde_json::from_str(raw.get()).ok()?;
+    let (id, event_type) = (EventId::parse(id?).ok()?, EventType::parse(event_type?).ok()?);
+    Some(ListedEvent { id, event_type, raw })
+}

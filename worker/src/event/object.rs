@@ -1,0 +1,333 @@
+//! Reading the objects that events carry.
+//!
+//! Owns the fields of subscriptions, Checkout Sessions and our own resolutions, and how each reads
+//! whichever API version rendered it: expanded or not, with the period on the subscription or on its
+//! items, with prices or plans. May not know the envelope around them. Invariant: a subscription
+//! before an event is read by the very rules that read it after, so that equal states read equal.
+
+use std::collections::BTreeMap;
+
+use litestripe_contract::event::{EventId, ID_BYTES_MAX};
+use litestripe_contract::signal::Item;
+
+use super::json::{self, Leaf, Nested, objects, parse_borrowed};
+use super::read::Place;
+use super::{
+    Before, CheckoutSession, DecodeError, Email, MetadataKeys, Problem, Resolution, Snapshot, SubscriptionEvent,
+};
+
+/// The longest status, mode and the like, in bytes. Stripe's longest today has 18.
+const STATUS_BYTES_MAX: usize = 64;
+/// The longest client reference id, lookup key or email, in bytes. Stripe: 200 characters for the
+/// first two, 512 for the last.
+const TEXT_BYTES_MAX: usize = 1024;
+/// The most items of one subscription. Stripe allows 20.
+const ITEMS_MAX: usize = 100;
+
+objects! {
+    /// The fields of all kinds of `data.object`: an event's type usually comes after its data, so
+    /// that one pass cannot know the kind. What another kind has under a name is never looked at.
+    pub(super) struct Fields {
+        id: Leaf<'a> = "id",
+        livemode: Leaf<'a> = "livemode",
+        created: Leaf<'a> = "created",
+        customer: Leaf<'a> = "customer",
+        metadata: Leaf<'a> = "metadata",
+        status: Leaf<'a> = "status",
+        start_date: Leaf<'a> = "start_date",
+        cancel_at: Leaf<'a> = "cancel_at",
+        cancel_at_period_end: Leaf<'a> = "cancel_at_period_end",
+        canceled_at: Leaf<'a> = "canceled_at",
+        ended_at: Leaf<'a> = "ended_at",
+        trial_end: Leaf<'a> = "trial_end",
+        current_period_start: Leaf<'a> = "current_period_start",
+        current_period_end: Leaf<'a> = "current_period_end",
+        items: Leaf<'a> = "items",
+        mode: Leaf<'a> = "mode",
+        payment_status: Leaf<'a> = "payment_status",
+        client_reference_id: Leaf<'a> = "client_reference_id",
+        subscription: Leaf<'a> = "subscription",
+        customer_email: Leaf<'a> = "customer_email",
+        customer_details: Leaf<'a> = "customer_details",
+        object: Leaf<'a> = "object",
+        orphan_id: Leaf<'a> = "orphan_id",
+        checkout_session_id: Leaf<'a> = "checkout_session_id",
+        stripe_customer_id: Leaf<'a> = "stripe_customer_id",
+        reason: Leaf<'a> = "reason",
+        stripe_subscription_id: Leaf<'a> = "stripe_subscription_id",
+    }
+
+    struct ItemList {
+        data: Leaf<'a> = "data",
+    }
+
+    struct ItemFields {
+        price: Leaf<'a> = "price",
+        plan: Leaf<'a> = "plan",
+        quantity: Leaf<'a> = "quantity",
+        current_period_start: Leaf<'a> = "current_period_start",
+        current_period_end: Leaf<'a> = "current_period_end",
+    }
+
+    struct PriceFields {
+        id: Leaf<'a> = "id",
+        product: Leaf<'a> = "product",
+        lookup_key: Leaf<'a> = "lookup_key",
+    }
+
+    struct CustomerDetails {
+        email: Leaf<'a> = "email",
+    }
+
+    struct Identified {
+        id: Leaf<'a> = "id",
+    }
+}
+
+const OBJECT: Place = Place("data.object.");
+const PREVIOUS: Place = Place("data.previous_attributes.");
+
+impl Fields<'_> {
+    pub(super) fn livemode(&self) -> Result<Option<bool>, DecodeError> {
+        OBJECT.flag(self.livemode, "livemode")
+    }
+}
+
+/// The subscription at its beginning: it starts from nothing.
+pub(super) fn created(object: &Fields<'_>, keys: &MetadataKeys) -> Result<SubscriptionEvent, DecodeError> {
+    let event = subscription(object, &Nested::Absent, keys)?;
+    Ok(SubscriptionEvent { before: Before::Nothing, ..event })
+}
+
+/// The subscription after an event, and with `previous` laid over it, before.
+pub(super) fn subscription(
+    object: &Fields<'_>,
+    previous: &Nested<Fields<'_>>,
+    keys: &MetadataKeys,
+) -> Result<SubscriptionEvent, DecodeError> {
+    let stripe_subscription_id = required_id(object.id, "id")?;
+    let mut reading = Reading::default();
+    reading.lay(object, OBJECT, keys)?;
+    OBJECT.bounded(&reading.kept.metadata, object.metadata)?;
+    let snapshot = reading.clone().snapshot();
+    let before = match previous {
+        Nested::Absent | Nested::Null => Before::Same,
+        Nested::Object(previous) if reading.lay(previous, PREVIOUS, keys).is_ok() => {
+            let before = reading.snapshot();
+            if before == snapshot { Before::Same } else { Before::Snapshot(Box::new(before)) }
+        }
+        // The event is no poison for that: it only says less about its place among those of its second.
+        _ => Before::Unreadable,
+    };
+    Ok(SubscriptionEvent { stripe_subscription_id, snapshot, before })
+}
+
+/// A subscription while it is read: the period is still where its API version put it.
+#[derive(Clone, Default)]
+struct Reading {
+    /// All but the current period.
+    kept: Snapshot,
+    own: Period,
+    of_items: Period,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Period {
+    start: Option<i64>,
+    end: Option<i64>,
+}
+
+impl Reading {
+    /// Lays `fields` over what was read so far: what is present replaces, objects key by key.
+    fn lay(&mut self, fields: &Fields<'_>, at: Place, keys: &MetadataKeys) -> Result<(), DecodeError> {
+        let kept = &mut self.kept;
+        if fields.status.is_present() {
+            kept.status = at.text(fields.status, "status", STATUS_BYTES_MAX)?;
+        }
+        if fields.cancel_at_period_end.is_present() {
+            let flag = at.flag(fields.cancel_at_period_end, "cancel_at_period_end")?;
+            kept.cancel_at_period_end = flag.unwrap_or(false);
+        }
+        for (target, leaf, name) in [
+            (&mut kept.created, fields.created, "created"),
+            (&mut kept.start_date, fields.start_date, "start_date"),
+            (&mut kept.cancel_at, fields.cancel_at, "cancel_at"),
+            (&mut kept.canceled_at, fields.canceled_at, "canceled_at"),
+            (&mut kept.ended_at, fields.ended_at, "ended_at"),
+            (&mut kept.trial_end, fields.trial_end, "trial_end"),
+            (&mut self.own.start, fields.current_period_start, "current_period_start"),
+            (&mut self.own.end, fields.current_period_end, "current_period_end"),
+        ] {
+            if leaf.is_present() {
+                *target = at.seconds(leaf, name)?;
+            }
+        }
+        lay_reference(&mut kept.customer, fields.customer, at, "customer")?;
+        at.lay_metadata(&mut kept.metadata, fields.metadata, keys)?;
+        self.lay_items(fields.items, at)
+    }
+
+    fn lay_items(&mut self, leaf: Leaf<'_>, at: Place) -> Result<(), DecodeError> {
+        if !leaf.is_present() {
+            return Ok(());
+        }
+        let data = match leaf.value() {
+            None => leaf,
+            Some(json) if json.starts_with('[') => leaf,
+            Some(json) => match parse_borrowed(json) {
+                Some(Nested::Object(ItemList { data })) if data.is_present() => data,
+                Some(Nested::Object(_)) => return Ok(()),
+                _ => return Err(at.fault("items", Problem::NotAList)),
+            },
+        };
+        (self.kept.items, self.of_items) = items(data, at)?;
+        Ok(())
+    }
+
+    fn snapshot(self) -> Snapshot {
+        Snapshot {
+            current_period_start: self.own.start.or(self.of_items.start),
+            current_period_end: self.own.end.or(self.of_items.end),
+            ..self.kept
+        }
+    }
+}
+
+/// The items in `list`, and the earliest start and latest end of their periods.
+fn items(list: Leaf<'_>, at: Place) -> Result<(Vec<Item>, Period), DecodeError> {
+    let Some(json) = list.value() else {
+        return Ok(Default::default());
+    };
+    let list: Option<Vec<Nested<ItemFields<'_>>>> = parse_borrowed(json);
+    let list = list.ok_or_else(|| at.fault("items.data", Problem::NotAList))?;
+    if list.len() > ITEMS_MAX {
+        return Err(at.fault("items.data", Problem::TooMany(ITEMS_MAX)));
+    }
+    let mut items = Vec::with_capacity(list.len());
+    let mut period = Period::default();
+    for fields in list {
+        let Nested::Object(fields) = fields else {
+            return Err(at.fault("items.data", Problem::NotAList));
+        };
+        let start = at.seconds(fields.current_period_start, "items.data[].current_period_start")?;
+        let end = at.seconds(fields.current_period_end, "items.data[].current_period_end")?;
+        period.start = period.start.into_iter().chain(start).min();
+        period.end = period.end.max(end);
+        items.push(item(&fields, at)?);
+    }
+    Ok((items, period))
+}
+
+fn item(fields: &ItemFields<'_>, at: Place) -> Result<Item, DecodeError> {
+    let item = match fields.price.value() {
+        Some(_) => priced(fields.price, at, "items.data[].price")?,
+        None => priced(fields.plan, at, "items.data[].plan")?,
+    };
+    Ok(Item { quantity: at.integer(fields.quantity, "items.data[].quantity")?, ..item })
+}
+
+/// The item of a price or a plan, which may be its id alone.
+fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeError> {
+    let mut item = Item::default();
+    match leaf.value().map(|json| json.as_bytes().first().copied()) {
+        None => {}
+        Some(Some(b'"')) => item.price = at.text(leaf, name, ID_BYTES_MAX)?,
+        Some(_) => {
+            let price = at.object(leaf, name)?.unwrap_or(PriceFields::default());
+            item.price = at.text(price.id, name, ID_BYTES_MAX)?;
+            item.lookup_key = at.text(price.lookup_key, "items.data[].price.lookup_key", TEXT_BYTES_MAX)?;
+            lay_reference(&mut item.product, price.product, at, "items.data[].price.product")?;
+        }
+    }
+    Ok(item)
+}
+
+/// Lays an id over `target`: the id itself, an object that has it, or null.
+fn lay_reference(
+    target: &mut Option<String>,
+    leaf: Leaf<'_>,
+    at: Place,
+    name: &'static str,
+) -> Result<(), DecodeError> {
+    match leaf.value().map(|json| json.as_bytes().first().copied()) {
+        None if leaf.is_present() => *target = None,
+        None => {}
+        Some(Some(b'"')) => *target = at.text(leaf, name, ID_BYTES_MAX)?,
+        Some(Some(b'{')) => {
+            let object = at.object(leaf, name)?.unwrap_or(Identified::default());
+            if object.id.is_present() {
+                *target = at.text(object.id, name, ID_BYTES_MAX)?;
+            }
+        }
+        Some(_) => return Err(at.fault(name, Problem::NotAReference)),
+    }
+    Ok(())
+}
+
+/// A Checkout Session.
+pub(super) fn checkout_session(object: &Fields<'_>, keys: &MetadataKeys) -> Result<CheckoutSession, DecodeError> {
+    let text = |leaf, name, bytes_max| OBJECT.text(leaf, name, bytes_max);
+    let reference = non_empty(text(object.client_reference_id, "client_reference_id", TEXT_BYTES_MAX)?);
+    let mut session = CheckoutSession {
+        id: required_id(object.id, "id")?,
+        mode: text(object.mode, "mode", STATUS_BYTES_MAX)?,
+        status: text(object.status, "status", STATUS_BYTES_MAX)?,
+        payment_status: text(object.payment_status, "payment_status", STATUS_BYTES_MAX)?,
+        client_reference_id: reference,
+        stripe_customer_id: None,
+        stripe_subscription_id: None,
+        customer_email: customer_email(object),
+        metadata: BTreeMap::new(),
+        created: OBJECT.seconds(object.created, "created")?,
+    };
+    lay_reference(&mut session.stripe_customer_id, object.customer, OBJECT, "customer")?;
+    let mut subscription = None;
+    lay_reference(&mut subscription, object.subscription, OBJECT, "subscription")?;
+    session.stripe_subscription_id = non_empty(subscription).map(|id| checked_id(id, "subscription")).transpose()?;
+    OBJECT.lay_metadata(&mut session.metadata, object.metadata, keys)?;
+    OBJECT.bounded(&session.metadata, object.metadata)?;
+    Ok(session)
+}
+
+/// The email entered at checkout, else the one the session was made with. One that cannot be read
+/// counts as none: only an orphan needs it, and the rest of the session matters more.
+fn customer_email(object: &Fields<'_>) -> Option<Email> {
+    let email = |leaf| non_empty(OBJECT.text(leaf, "customer_email", TEXT_BYTES_MAX).ok()?);
+    let details = OBJECT.object(object.customer_details, "customer_details").ok()?;
+    let entered = email(details.unwrap_or(CustomerDetails::default()).email);
+    entered.or_else(|| email(object.customer_email)).map(Email)
+}
+
+/// An operator's resolution of an orphan, as this program published it.
+pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError> {
+    let subscription = OBJECT.text(object.stripe_subscription_id, "stripe_subscription_id", ID_BYTES_MAX)?;
+    let reference = OBJECT.text(object.client_reference_id, "client_reference_id", TEXT_BYTES_MAX)?;
+    let missing = || OBJECT.fault("client_reference_id", Problem::Missing);
+    Ok(Resolution {
+        reason: OBJECT.text(object.reason, "reason", TEXT_BYTES_MAX)?,
+        checkout_session_id: OBJECT.text(object.checkout_session_id, "checkout_session_id", ID_BYTES_MAX)?,
+        stripe_customer_id: OBJECT.text(object.stripe_customer_id, "stripe_customer_id", ID_BYTES_MAX)?,
+        orphan_id: required_id(object.orphan_id, "orphan_id")?,
+        stripe_subscription_id: subscription.map(|id| checked_id(id, "stripe_subscription_id")).transpose()?,
+        client_reference_id: non_empty(reference).ok_or_else(missing)?,
+    })
+}
+
+/// Whether the object says of itself that it is a Checkout Session.
+pub(super) fn is_checkout_session(object: &Fields<'_>) -> bool {
+    matches!(OBJECT.text(object.object, "object", STATUS_BYTES_MAX), Ok(Some(name)) if name == "checkout.session")
+}
+
+fn non_empty(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
+fn required_id(leaf: Leaf<'_>, name: &'static str) -> Result<String, DecodeError> {
+    let id = OBJECT.text(leaf, name, ID_BYTES_MAX)?;
+    checked_id(id.ok_or_else(|| OBJECT.fault(name, Problem::Missing))?, name)
+}
+
+/// Ids that become keys, headers and message ids keep to what an event's id keeps to.
+fn checked_id(id: String, name: &'static str) -> Result<String, DecodeError> {
+    EventId::parse(id).map(String::from).map_err(|_| OBJECT.fault(name, Problem::NotAnId))
+}

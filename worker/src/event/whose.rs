@@ -1,0 +1,118 @@
+//! Whose a body is, of whatever type: an event of Stripe's or of ours, or a signal.
+//!
+//! Owns where such bodies name customers, subscriptions and Checkout Sessions. May not know what is
+//! done about it. Looser than [`super::decode`]: an event that is poison belongs to somebody, too.
+
+use serde_json::Value;
+
+/// A body, read for whose it is.
+#[derive(Debug)]
+pub struct Whose {
+    body: Value,
+    /// The customer whose object it is about.
+    pub customer: Option<String>,
+    /// The subscription and the Checkout Session that it is about.
+    pub payments: Vec<String>,
+}
+
+impl Whose {
+    /// Reads `body`. None if it is not JSON.
+    #[must_use]
+    pub fn read(body: &[u8]) -> Option<Self> {
+        let body: Value = serde_json::from_slice(body).ok()?;
+        // A signal has its fields where an event has its envelope.
+        let object = body.pointer("/data/object").unwrap_or(&body);
+        let kind = kind(&body, object);
+        let own = object["id"].as_str();
+        let customer = match kind {
+            Kind::Customer => own,
+            _ => id(&object["customer"]).or_else(|| object["stripe_customer_id"].as_str()),
+        };
+        let payment = own.filter(|_| kind == Kind::Payment);
+        let named = ["stripe_subscription_id", "checkout_session_id", "orphan_id"];
+        let named = named.into_iter().filter_map(|name| object[name].as_str());
+        let payments = payment.into_iter().chain(id(&object["subscription"])).chain(named);
+        Some(Self { customer: customer.map(str::to_owned), payments: payments.map(str::to_owned).collect(), body })
+    }
+
+    /// Whether a text anywhere in the body, as a whole, is one that `wanted` accepts.
+    pub fn names(&self, wanted: impl Fn(&str) -> bool) -> bool {
+        let mut left = vec![&self.body];
+        while let Some(value) = left.pop() {
+            match value {
+                Value::String(text) if wanted(text) => return true,
+                Value::Array(list) => left.extend(list),
+                Value::Object(map) => left.extend(map.values()),
+                _ => {}
+            }
+        }
+        false
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Customer,
+    /// A subscription or a Checkout Session.
+    Payment,
+    Other,
+}
+
+fn kind(body: &Value, object: &Value) -> Kind {
+    let event_type = body["type"].as_str().unwrap_or_default();
+    match object["object"].as_str() {
+        Some("customer") => Kind::Customer,
+        Some("subscription" | "checkout.session") => Kind::Payment,
+        None if event_type.starts_with("customer.subscription.") || event_type.starts_with("checkout.session.") => {
+            Kind::Payment
+        }
+        _ => Kind::Other,
+    }
+}
+
+/// An id, or that of an expanded object.
+fn id(reference: &Value) -> Option<&str> {
+    reference.as_str().or_else(|| reference["id"].as_str())
+}
+
+/// The customer that a `customer.deleted` event is about, and the event itself. None for every other
+/// body, and for one whose ids cannot be kept.
+#[must_use]
+pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
+    use litestripe_contract::event::{EventId, EventType, ID_BYTES_MAX};
+    use litestripe_contract::signal::{EventReference, Timestamp};
+
+    memchr::memmem::find(body, b"customer.deleted")?;
+    let body: Value = serde_json::from_slice(body).ok()?;
+    let customer = body.pointer("/data/object/id").and_then(Value::as_str)?;
+    let is_id = |id: &str| (1..=ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic());
+    if body["type"] != "customer.deleted" || !is_id(customer) {
+        return None;
+    }
+    Some(DeletedCustomer {
+        stripe_customer_id: customer.to_owned(),
+        stripe_account_id: body["account"].as_str().filter(|id| is_id(id)).map(str::to_owned),
+        livemode: body["livemode"].as_bool().unwrap_or(false),
+        event: EventReference {
+            id: EventId::parse(body["id"].as_str()?).ok()?,
+            event_type: EventType::parse("customer.deleted").ok()?,
+            created: Timestamp::from_unix(body["created"].as_i64()?).ok()?,
+        },
+    })
+}
+
+/// A customer that was deleted at Stripe.
+#[derive(Debug)]
+pub struct DeletedCustomer {
+    /// The customer: printable ASCII.
+    pub stripe_customer_id: String,
+    /// The connected account.
+    pub stripe_account_id: Option<String>,
+    /// Whether it happened in live mode.
+    pub livemode: bool,
+    /// The event that told.
+    pub event: litestripe_contract::signal::EventReference,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! Whether a client reference id is a user.
+//!
+//! Owns the three ways to ask. May not know orphans or rows. No answer is no answer: it is never
+//! taken for "unknown".
+
+use std::time::Duration;
+
+use async_nats::Client;
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, Statement};
+use serde::Deserialize;
+use tokio::sync::OnceCell;
+
+use crate::error::StoreError;
+use crate::settings::{DatabaseSettings, LookupSettings};
+use crate::store::Store;
+
+/// How long the application may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// A way to ask.
+pub enum Lookup {
+    /// Nobody is asked: every client reference id is a user's.
+    None,
+    /// A query with one parameter. It knows the id when it returns a row.
+    Sql {
+        /// Where it runs.
+        database: DatabaseSettings,
+        /// The connection, once it was needed.
+        store: OnceCell<Store>,
+        /// The query.
+        query: String,
+    },
+    /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known": false}`.
+    Nats {
+        /// Who carries it.
+        client: Client,
+        /// Where the application listens.
+        subject: String,
+    },
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// The query did not run.
+    #[error("the user lookup's query failed")]
+    Sql(#[source] StoreError),
+    /// The application did not answer.
+    #[error("the application does not answer on {subject}")]
+    Nats {
+        /// Where it should.
+        subject: String,
+        /// Why it did not.
+        source: async_nats::RequestError,
+    },
+    /// The application answered something else.
+    #[error("the answer on {subject} is not {{\"known\": true}} or {{\"known\": false}}")]
+    Answer {
+        /// Where it came from.
+        subject: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    known: bool,
+}
+
+impl Lookup {
+    /// The way that `settings` say. Nothing is opened before it is needed.
+    #[must_use]
+    pub fn new(settings: &LookupSettings, client: &Client) -> Self {
+        match settings {
+            LookupSettings::None => Self::None,
+            LookupSettings::Sql { query, database } => {
+                Self::Sql { database: database.clone(), store: OnceCell::new(), query: query.clone() }
+            }
+            LookupSettings::Nats { subject } => Self::Nats { client: client.clone(), subject: subject.clone() },
+        }
+    }
+
+    /// Whether anybody is asked at all.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        !matches!(self, Self::None)
+    }
+
+    /// Whether `client_reference_id` is a user.
+    ///
+    /// # Errors
+    /// When there is no answer. It is to be asked again.
+    pub async fn knows(&self, client_reference_id: &str) -> Result<bool, LookupError> {
+        match self {
+            Self::None => Ok(true),
+            Self::Sql { database, store, query } => {
+                let store = store.get_or_try_init(|| Store::open_to_read(database)).await.map_err(LookupError::Sql)?;
+                ask_database(store.connection(), query, client_reference_id).await
+            }
+            Self::Nats { client, subject } => ask_application(client, subject, client_reference_id).await,
+        }
+    }
+}
+
+async fn ask_database(db: &DatabaseConnection, query: &str, client_reference_id: &str) -> Result<bool, LookupError> {
+    let statement = Statement::from_sql_and_values(db.get_database_backend(), query, [client_reference_id.into()]);
+    match db.query_one_raw(statement).await.map_err(StoreError::doing("look a user up")) {
+        Ok(row) => Ok(row.is_some()),
+        // A text that is not even of the type of the users' ids is no user's.
+        Err(error) if error.is_unreadable_value() => Ok(false),
+        Err(error) => Err(LookupError::Sql(error)),
+    }
+}
+
+async fn ask_application(client: &Client, subject: &str, client_reference_id: &str) -> Result<bool, LookupError> {
+    let request =
+        async_nats::Request::new().payload(client_reference_id.as_bytes().to_vec().into()).timeout(Some(ANSWER_MAX));
+    let reply = client.send_request(subject.to_owned(), request).await;
+    let reply = reply.map_err(|source| LookupError::Nats { subject: subject.to_owned(), source })?;
+    let answer: Result<Answer, _> = serde_json::from_slice(&reply.payload);
+    answer.map(|answer| answer.known).map_err(|_| LookupError::Answer { subject: subject.to_owned() })
+}

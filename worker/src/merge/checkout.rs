@@ -1,0 +1,75 @@
+//! What Checkout Sessions say of a subscription: who it belongs to, and which session it came from.
+//!
+//! Owns the client reference id and the session. Both are last-writer-wins; the first over values
+//! that are there, so that a session without one never erases it. An operator's resolution of an
+//! orphan writes the first, as a session would.
+
+use litestripe_contract::event::EventId;
+use serde::{Deserialize, Serialize};
+
+use super::Latest;
+use crate::event::{CheckoutSession, Event, Resolution};
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Registers {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    client_reference_id: Option<Latest<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    session: Option<Latest<Session>>,
+    /// Whether any session was paid: then somebody must be found to whom it belongs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    paid: bool,
+}
+
+/// The newest session, with what stands in for a subscription's own events until one comes.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) struct Session {
+    pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) customer: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) livemode: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) account: Option<String>,
+}
+
+impl Registers {
+    pub(super) fn merge_session(&mut self, event: &Event, session: &CheckoutSession) -> bool {
+        let moved = Latest::merge(&mut self.session, event, || Session {
+            id: session.id.clone(),
+            customer: session.stripe_customer_id.clone(),
+            livemode: event.livemode,
+            account: event.stripe_account_id.clone(),
+        });
+        let first_paid = session.is_paid() && !self.paid;
+        self.paid |= first_paid;
+        let reference = session.client_reference_id.as_ref();
+        moved | first_paid | reference.is_some_and(|reference| self.merge_reference(event, reference))
+    }
+
+    pub(super) fn merge_resolution(&mut self, event: &Event, resolution: &Resolution) -> bool {
+        self.merge_reference(event, &resolution.client_reference_id)
+    }
+
+    fn merge_reference(&mut self, event: &Event, reference: &str) -> bool {
+        Latest::merge(&mut self.client_reference_id, event, || reference.to_owned())
+    }
+
+    pub(super) fn client_reference_id(&self) -> Option<&str> {
+        self.client_reference_id.as_ref().map(|latest| latest.value.as_str())
+    }
+
+    pub(super) fn session(&self) -> Option<&Session> {
+        self.session.as_ref().map(|latest| &latest.value)
+    }
+
+    pub(super) fn paid(&self) -> bool {
+        self.paid
+    }
+
+    /// The newest event among those whose values stand.
+    pub(super) fn last_event(&self) -> Option<(i64, &EventId)> {
+        let reference = self.client_reference_id.as_ref().map(Latest::stamp);
+        reference.max(self.session.as_ref().map(Latest::stamp))
+    }
+}

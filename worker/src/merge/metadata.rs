@@ -1,0 +1,46 @@
+//! Metadata as the original kept it: by event type.
+//!
+//! Owns one register per event type, with the whole map of the newest event of that type, so that a
+//! key removed at Stripe goes with the next event of the type.
+
+use std::collections::BTreeMap;
+
+use litestripe_contract::event::{EventId, EventType};
+use serde::{Deserialize, Serialize};
+
+use super::Latest;
+use crate::event::Event;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct Registers(BTreeMap<EventType, Option<Latest<BTreeMap<String, String>>>>);
+
+impl Registers {
+    pub(super) fn merge(&mut self, event: &Event, map: &BTreeMap<String, String>) -> bool {
+        let register = self.0.entry(event.event_type.clone()).or_default();
+        Latest::merge(register, event, || map.clone())
+    }
+
+    /// The type of the event `id`, if it is the newest of its type.
+    pub(super) fn type_of(&self, id: &EventId) -> Option<&EventType> {
+        let holds = |latest: &Option<Latest<_>>| latest.as_ref().is_some_and(|latest| latest.id == *id);
+        self.0.iter().find(|(_, latest)| holds(latest)).map(|(event_type, _)| event_type)
+    }
+
+    /// Empties all maps, under the stamps that they have. Returns whether one was not empty.
+    pub(super) fn erase(&mut self) -> bool {
+        let maps = self.0.values_mut().flatten().map(|latest| &mut latest.value);
+        maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
+    }
+
+    /// `<event type>.<key>` → value.
+    pub(super) fn visible(&self) -> BTreeMap<String, String> {
+        let mut visible = BTreeMap::new();
+        for (event_type, latest) in &self.0 {
+            for (key, value) in latest.iter().flat_map(|latest| &latest.value) {
+                visible.insert(format!("{event_type}.{key}"), value.clone());
+            }
+        }
+        visible
+    }
+}

@@ -1,0 +1,192 @@
+//! The snapshot register: which of a subscription's snapshots is its last.
+//!
+//! Owns the phases of a subscription's life, and the question that Stripe leaves open: several events
+//! carry the same second, so which came last? The previous attributes of each event say what it
+//! changed, so the events of a second are the edges of a walk from state to state, and a walk ends
+//! where it enters once more than it leaves, whatever order its edges are put in. Where no walk
+//! explains the events, the register says that it is uncertain, and never guesses in silence.
+
+use std::collections::BTreeMap;
+
+use litestripe_contract::event::EventId;
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+use super::walk::{self, End};
+use crate::event::{Before, Event, Snapshot, SubscriptionEvent};
+
+/// The most events of one second that are told apart. Real seconds have one to four.
+const EVENTS_MAX: usize = 32;
+
+/// The part of its life that a subscription is in. It never goes back, whatever the times say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+enum Phase {
+    /// Before the first payment.
+    #[serde(rename = "incomplete")]
+    Incomplete,
+    /// In between, unknown statuses included.
+    #[serde(rename = "live")]
+    Live,
+    /// Ended for good.
+    #[serde(rename = "terminal")]
+    Terminal,
+}
+
+impl Phase {
+    fn of(snapshot: &Snapshot) -> Self {
+        match snapshot.status.as_deref() {
+            Some("incomplete") => Self::Incomplete,
+            Some("canceled" | "incomplete_expired") => Self::Terminal,
+            _ => Self::Live,
+        }
+    }
+}
+
+/// The events of the newest second of the furthest phase.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Register {
+    phase: Phase,
+    /// `created` of all its events.
+    second: i64,
+    events: BTreeMap<EventId, Edge>,
+    /// The snapshots after the events, each once.
+    snapshots: BTreeMap<Digest, Snapshot>,
+    /// More events came in this second than are told apart: only the largest id is kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    saturated: bool,
+}
+
+/// An event as a step from one state to another. Of two renderings of one event, the larger stands.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Edge {
+    after: Digest,
+    /// None: from nothing.
+    before: Option<Digest>,
+    /// Where it came from cannot be read: `before` says that it stayed in place, but it may have moved.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    unreadable: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    livemode: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    account: Option<String>,
+}
+
+/// The snapshot that stands, and the event that led to it.
+pub(super) struct Last<'a> {
+    pub(super) id: &'a EventId,
+    pub(super) created: i64,
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) livemode: bool,
+    pub(super) account: Option<&'a str>,
+    pub(super) uncertain: bool,
+}
+
+/// Merges a subscription event. Returns whether the register changed.
+pub(super) fn merge(register: &mut Option<Register>, event: &Event, body: &SubscriptionEvent) -> bool {
+    let place = (Phase::of(&body.snapshot), event.created);
+    match register {
+        Some(held) if held.place() > place => false,
+        Some(held) if held.place() == place => held.add(event, body),
+        _ => {
+            let mut new = Register::empty(place);
+            new.add(event, body);
+            *register = Some(new);
+            true
+        }
+    }
+}
+
+impl Register {
+    fn empty((phase, second): (Phase, i64)) -> Self {
+        let (events, snapshots) = (BTreeMap::new(), BTreeMap::new());
+        Self { phase, second, events, snapshots, saturated: false }
+    }
+
+    fn place(&self) -> (Phase, i64) {
+        (self.phase, self.second)
+    }
+
+    /// Adds an event of this phase and second.
+    fn add(&mut self, event: &Event, body: &SubscriptionEvent) -> bool {
+        let edge = Edge::of(event, body);
+        if self.events.get(&event.id).is_some_and(|held| *held >= edge) {
+            return false;
+        }
+        if self.saturated && self.events.last_key_value().is_some_and(|(id, _)| *id > event.id) {
+            return false;
+        }
+        self.keep(edge.after, event, &body.snapshot);
+        self.events.insert(event.id.clone(), edge);
+        self.saturated |= self.events.len() >= EVENTS_MAX;
+        self.shrink();
+        true
+    }
+
+    /// Keeps the snapshot of an event, without metadata if that was erased. Of several events that end
+    /// the same, one whose metadata was not erased tells it, whichever comes first.
+    fn keep(&mut self, digest: Digest, event: &Event, snapshot: &Snapshot) {
+        let metadata = event.metadata().filter(|map| !map.is_empty());
+        let held = self.snapshots.entry(digest).or_insert_with(|| snapshot.without_metadata());
+        if let Some(metadata) = metadata.filter(|_| held.metadata.is_empty()) {
+            held.metadata.clone_from(metadata);
+        }
+    }
+
+    /// Empties the metadata of all snapshots. Returns whether there was any.
+    pub(super) fn erase_metadata(&mut self) -> bool {
+        let maps = self.snapshots.values_mut().map(|snapshot| &mut snapshot.metadata);
+        maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
+    }
+
+    /// Drops what nothing refers to: when saturated all events but the largest id, and always the
+    /// snapshots of no event.
+    fn shrink(&mut self) {
+        if self.saturated {
+            self.events = self.events.pop_last().into_iter().collect();
+        }
+        let events = &self.events;
+        self.snapshots.retain(|digest, _| events.values().any(|edge| edge.after == *digest));
+    }
+
+    /// Whether one of the steps of a walk cannot be read. A → B → A with the second unreadable would
+    /// otherwise look like A → B. Where all events end the same, their steps do not matter.
+    fn misses_a_step(&self) -> bool {
+        self.snapshots.len() > 1 && self.events.values().any(|edge| edge.unreadable)
+    }
+
+    /// Which snapshot is the last, and whether that is certain.
+    ///
+    /// `None` only for a state that this program did not write: every event has its snapshot.
+    pub(super) fn last(&self) -> Option<Last<'_>> {
+        let steps: Vec<_> = self.events.values().map(|edge| (edge.before, edge.after)).collect();
+        let (end, certain) = match walk::end(&steps) {
+            End::Certain(end) => (Some(end), true),
+            End::Likely(end) => (Some(end), false),
+            End::Unknown => (None, false),
+        };
+        // The largest id among those that lead there; among all, where none is known to be last.
+        let leads_there = |edge: &Edge| end.is_none_or(|end| edge.after == end);
+        let (id, edge) = self.events.iter().rev().find(|(_, edge)| leads_there(edge))?;
+        Some(Last {
+            id,
+            created: self.second,
+            snapshot: self.snapshots.get(&edge.after)?,
+            livemode: edge.livemode,
+            account: edge.account.as_deref(),
+            uncertain: self.saturated || !certain || self.misses_a_step(),
+        })
+    }
+}
+
+impl Edge {
+    fn of(event: &Event, body: &SubscriptionEvent) -> Self {
+        let after = Digest::of(&body.snapshot);
+        let before = match &body.before {
+            Before::Nothing => None,
+            Before::Same | Before::Unreadable => Some(after),
+            Before::Snapshot(snapshot) => Some(Digest::of(snapshot)),
+        };
+        let unreadable = body.before == Before::Unreadable;
+        Self { after, before, unreadable, livemode: event.livemode, account: event.stripe_account_id.clone() }
+    }
+}

@@ -1,0 +1,335 @@
+//! Histories of a subscription as Stripe would tell them: what happened, and the events of it.
+
+use std::collections::BTreeMap;
+
+use litestripe_contract::event::SNAPSHOT_TYPE;
+use litestripe_contract::signal::Subscription;
+use serde_json::{Value, json};
+
+use super::model::{ACCOUNT, CUSTOMER, Model, ModelItem, PeriodAt, SUBSCRIPTION, Shape, previous_attributes};
+use super::random::Random;
+
+const START: i64 = 1_750_000_000;
+const MONTH_S: i64 = 30 * 86_400;
+
+/// All that happened, in the order in which it did.
+pub(super) struct History {
+    pub(super) events: Vec<Told>,
+    /// The subscription at the end, unless no event of its own is among them.
+    pub(super) truth: Option<Model>,
+    pub(super) shape: Shape,
+}
+
+/// An event, and what its merge is compared with.
+pub(super) struct Told {
+    pub(super) body: Value,
+    /// The same event as another endpoint's API version renders it; the same to us.
+    pub(super) twin: Option<Value>,
+    pub(super) metadata: BTreeMap<String, String>,
+    /// The subscription after it, if it is an event of the subscription's.
+    pub(super) after: Option<Subscription>,
+    /// A second Event object for the change before it.
+    pub(super) repeats: bool,
+    pub(super) session: Option<(String, Option<&'static str>)>,
+}
+
+/// Tells a history of about `length` events.
+pub(super) fn tell(random: &mut Random, length: usize) -> History {
+    let mut teller = Teller::new(random);
+    while teller.events.len() < length {
+        teller.step();
+    }
+    teller.finish()
+}
+
+struct Teller<'a> {
+    random: &'a mut Random,
+    now: i64,
+    /// How likely the next step is in the same second.
+    same_second_percent: usize,
+    shape: Shape,
+    model: Option<Model>,
+    events: Vec<Told>,
+    counter: u64,
+}
+
+impl<'a> Teller<'a> {
+    fn new(random: &'a mut Random) -> Self {
+        let only_plan = random.percent(10);
+        let shape = Shape {
+            period: random.pick(&[PeriodAt::Subscription, PeriodAt::Items, PeriodAt::Both]),
+            customer_expanded: random.percent(10),
+            product_expanded: random.percent(10),
+            with_plan: random.percent(50),
+            only_plan,
+            nulls_absent: random.percent(10),
+        };
+        let same_second_percent = random.pick(&[0, 30, 60, 60, 90]);
+        Self { random, now: START, same_second_percent, shape, model: None, events: vec![], counter: 0 }
+    }
+
+    fn finish(self) -> History {
+        History { events: self.events, truth: self.model, shape: self.shape }
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    fn step(&mut self) {
+        if !self.random.percent(self.same_second_percent) {
+            self.now += self.random.pick(&[1, 1, 2, 3, 600, MONTH_S]);
+        }
+        if self.random.percent(if self.events.is_empty() { 20 } else { 8 }) {
+            return self.checkout_session();
+        }
+        let Some(model) = self.model.clone() else {
+            return self.create();
+        };
+        if self.random.percent(3) {
+            return self.fetch(&model);
+        }
+        match model.status {
+            "incomplete" => self.while_incomplete(model),
+            "canceled" | "incomplete_expired" => self.after_the_end(model),
+            _ => self.while_live(model),
+        }
+    }
+
+    fn create(&mut self) {
+        let status = self.random.pick(&["incomplete", "incomplete", "trialing", "active", "active"]);
+        let end = self.now + MONTH_S;
+        let item = self.item(end);
+        let model = Model {
+            status,
+            created: self.now,
+            cancel_at: None,
+            cancel_at_period_end: false,
+            canceled_at: None,
+            ended_at: None,
+            trial_end: (status == "trialing").then_some(self.now + 7 * 86_400),
+            items: vec![item],
+            metadata: BTreeMap::new(),
+            latest_invoice: 0,
+            pause_collection: false,
+            pending_update: false,
+        };
+        let object = model.render(self.shape);
+        self.tell("customer.subscription.created", &model, json!({ "object": object }));
+        self.model = Some(model);
+    }
+
+    fn item(&mut self, end: i64) -> ModelItem {
+        let quantity = if self.random.percent(20) { None } else { Some(self.random.below(3) as i64 + 1) };
+        let price = self.random.below(6) as u64;
+        ModelItem { id: self.fresh(), price, quantity, start: end - MONTH_S, end }
+    }
+
+    fn while_incomplete(&mut self, mut model: Model) {
+        match self.random.below(10) {
+            0..=5 => model.status = "active",
+            6 => model.status = "incomplete_expired",
+            7 => self.change_metadata(&mut model),
+            _ => model.latest_invoice += 1,
+        }
+        self.update(model, None);
+    }
+
+    fn after_the_end(&mut self, mut model: Model) {
+        if self.random.percent(70) {
+            self.change_metadata(&mut model);
+        } else {
+            model.latest_invoice += 1;
+        }
+        self.update(model, None);
+    }
+
+    fn while_live(&mut self, mut model: Model) {
+        let mut twin = None;
+        match self.random.below(20) {
+            0 | 1 => self.change_status(&mut model, &mut twin),
+            2 => return self.trial_will_end(model),
+            3 => self.renew(&mut model),
+            4 | 5 => self.plan_or_undo_cancellation(&mut model),
+            6 => model.items[0].price = (model.items[0].price + 1) % 4,
+            7..=9 => model.items[0].quantity = model.items[0].quantity.map(|n| n % 2 + 1),
+            10 => self.add_or_remove_item(&mut model),
+            11 => model.pause_collection = !model.pause_collection,
+            12 => model.latest_invoice += 1,
+            13 => self.pending_update(&mut model, &mut twin),
+            14 => return self.delete(model),
+            15 if self.random.percent(30) => return self.back_and_forth(model),
+            _ => self.change_metadata(&mut model),
+        }
+        self.update(model, twin);
+    }
+
+    fn change_status(&mut self, model: &mut Model, twin: &mut Option<&'static str>) {
+        let from = model.status;
+        model.status = match from {
+            "trialing" if self.random.percent(30) => "paused",
+            "active" => self.random.pick(&["past_due", "past_due", "unpaid", "renamed_by_stripe"]),
+            "past_due" => self.random.pick(&["active", "active", "unpaid"]),
+            _ => "active",
+        };
+        *twin = match (from, model.status) {
+            (_, "paused") => Some("customer.subscription.paused"),
+            ("paused", _) => Some("customer.subscription.resumed"),
+            // A trial that ends early tells so at the very moment it has ended.
+            ("trialing", _) => self.random.percent(50).then_some("customer.subscription.trial_will_end"),
+            _ => None,
+        };
+        if from == "trialing" {
+            model.trial_end = Some(self.now);
+        }
+    }
+
+    fn renew(&mut self, model: &mut Model) {
+        let only_one = self.random.percent(20);
+        for item in model.items.iter_mut().rev().take(if only_one { 1 } else { usize::MAX }) {
+            (item.start, item.end) = (item.end, item.end + MONTH_S);
+        }
+        model.latest_invoice += 1;
+    }
+
+    fn plan_or_undo_cancellation(&mut self, model: &mut Model) {
+        if model.cancel_at.is_some() {
+            model.cancel_at = None;
+            model.cancel_at_period_end = false;
+            model.canceled_at = None;
+        } else {
+            model.cancel_at = model.items.iter().map(|item| item.end).max();
+            model.cancel_at_period_end = self.random.percent(50);
+            model.canceled_at = Some(self.now);
+        }
+    }
+
+    fn add_or_remove_item(&mut self, model: &mut Model) {
+        if model.items.len() > 1 {
+            model.items.pop();
+        } else {
+            let end = model.items[0].end + self.random.pick(&[0, 0, 86_400]);
+            model.items.push(self.item(end));
+        }
+    }
+
+    fn pending_update(&mut self, model: &mut Model, twin: &mut Option<&'static str>) {
+        if model.pending_update {
+            let applied = self.random.percent(50);
+            model.items[0].price = (model.items[0].price + u64::from(applied)) % 4;
+            *twin = Some(match applied {
+                true => "customer.subscription.pending_update_applied",
+                false => "customer.subscription.pending_update_expired",
+            });
+        }
+        model.pending_update = !model.pending_update;
+    }
+
+    fn change_metadata(&mut self, model: &mut Model) {
+        let key = self.random.pick(&["plan", "seats"]);
+        match self.random.below(4) {
+            0 => drop(model.metadata.remove(key)),
+            value => drop(model.metadata.insert(key, value as u64)),
+        }
+    }
+
+    fn trial_will_end(&mut self, model: Model) {
+        let object = model.render(self.shape);
+        self.tell("customer.subscription.trial_will_end", &model, json!({ "object": object }));
+    }
+
+    fn delete(&mut self, mut model: Model) {
+        model.status = "canceled";
+        model.ended_at = Some(self.now);
+        model.canceled_at = model.canceled_at.or(Some(self.now));
+        let object = model.render(self.shape);
+        self.tell("customer.subscription.deleted", &model, json!({ "object": object }));
+        self.model = Some(model);
+    }
+
+    /// A change and its undoing within a second.
+    fn back_and_forth(&mut self, model: Model) {
+        let mut changed = model.clone();
+        self.change_metadata(&mut changed);
+        self.update(changed, None);
+        self.update(model, None);
+    }
+
+    /// An update, and with it the event that names the occasion, before or after it.
+    fn update(&mut self, model: Model, twin: Option<&'static str>) {
+        let before = self.model.replace(model.clone()).map(|before| before.render(self.shape));
+        let object = model.render(self.shape);
+        let previous = previous_attributes(&before.unwrap_or_default(), &object);
+        let occasion_first = self.random.percent(50);
+        if let Some(twin) = twin.filter(|_| occasion_first) {
+            self.tell(twin, &model, json!({ "object": object }));
+        }
+        if !previous.is_empty() {
+            let data = json!({ "object": object, "previous_attributes": previous });
+            // Stripe: "in some cases, two separate Event objects are generated".
+            self.tell("customer.subscription.updated", &model, data.clone());
+            if self.random.percent(2) {
+                self.tell("customer.subscription.updated", &model, data);
+                self.events.last_mut().expect("it was just told").repeats = true;
+            }
+        }
+        if let Some(twin) = twin.filter(|_| !occasion_first) {
+            self.tell(twin, &model, json!({ "object": object }));
+        }
+    }
+
+    /// A worker fetches the subscription: what it gets is stamped 1 s before the fetch started, and
+    /// whatever happened in that second has happened by then.
+    fn fetch(&mut self, model: &Model) {
+        let object = model.render(self.shape);
+        let event = self.event(SNAPSHOT_TYPE, self.now - 1, json!({ "object": object }));
+        let after = Some(model.shown(self.shape));
+        let metadata = BTreeMap::new();
+        self.events.push(Told { body: event, twin: None, metadata, after, repeats: false, session: None });
+    }
+
+    fn checkout_session(&mut self) {
+        let reference = self.random.pick(&[Some("user-1"), Some("user-1"), Some("user-2"), Some(""), None]);
+        let event_type = self.random.pick(&[
+            "checkout.session.completed",
+            "checkout.session.completed",
+            "checkout.session.async_payment_succeeded",
+            "checkout.session.async_payment_failed",
+        ]);
+        let id = format!("cs_{}", self.random.below(2));
+        let metadata: BTreeMap<String, String> =
+            (0..self.random.below(3)).map(|n| (format!("m{n}"), self.random.below(9).to_string())).collect();
+        let object = json!({ "id": id, "object": "checkout.session", "mode": "subscription", "status": "complete",
+            "payment_status": "paid", "customer": CUSTOMER, "subscription": SUBSCRIPTION,
+            "client_reference_id": reference, "metadata": metadata, "created": self.now - 60 });
+        let body = self.event(event_type, self.now, json!({ "object": object }));
+        let reference = reference.filter(|reference| !reference.is_empty());
+        let session = Some((id, reference));
+        self.events.push(Told { body, twin: None, metadata, after: None, repeats: false, session });
+    }
+
+    fn tell(&mut self, event_type: &str, model: &Model, data: Value) {
+        let body = self.event(event_type, self.now, data);
+        let twin = self.random.percent(5).then(|| self.rendered_otherwise(&body, model));
+        let after = Some(model.shown(self.shape));
+        self.events.push(Told { body, twin, metadata: model.shown_metadata(), after, repeats: false, session: None });
+    }
+
+    fn event(&mut self, event_type: &str, created: i64, data: Value) -> Value {
+        // Ids that say nothing of the order: Stripe's do not within a second.
+        let id = format!("evt_{:016x}", self.random.next());
+        json!({ "id": id, "object": "event", "created": created, "data": data, "livemode": true,
+            "account": ACCOUNT, "pending_webhooks": 1, "type": event_type })
+    }
+
+    /// The same event for an endpoint with other expansions. (One with another place for the period
+    /// nests its previous attributes otherwise, which the simulation has no second telling of.)
+    fn rendered_otherwise(&mut self, body: &Value, model: &Model) -> Value {
+        let mut body = body.clone();
+        let shape = Shape { customer_expanded: !self.shape.customer_expanded, ..self.shape };
+        body["data"]["object"] = model.render(shape);
+        body["pending_webhooks"] = json!(3);
+        body
+    }
+}

@@ -1,0 +1,139 @@
+//! The visible columns, as a function of the state, and what changed between two of them.
+//!
+//! Owns which register each column is read from. Every column has one owner: what a subscription's
+//! events say stands alone once one of them came, nulls included; until then customer, mode and
+//! account are the newest Checkout Session's.
+
+use litestripe_contract::event::EventId;
+use litestripe_contract::signal::{Subscription, Timestamp};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::State;
+use super::snapshot::Last;
+
+/// What a row shows of its state.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Visible {
+    /// The columns that signals carry.
+    pub subscription: Subscription,
+    /// The newest Checkout Session that names the subscription.
+    pub checkout_session_id: Option<String>,
+    /// The id and `created` of the event that the row stands on: the winning snapshot's, or until a
+    /// subscription event came the newest that said who it belongs to.
+    pub last_event: Option<(EventId, i64)>,
+    /// Whether the event of the subscription's creation was seen: only then can it be an orphan.
+    pub created_event_seen: bool,
+    /// Whether any Checkout Session was paid.
+    pub paid: bool,
+    /// The second of the newest subscription event: a fetch that settles an uncertain row starts
+    /// at least 2 s later.
+    pub head_created: Option<i64>,
+}
+
+impl State {
+    /// The columns of the row.
+    #[must_use]
+    pub fn visible(&self) -> Visible {
+        let mut visible = Visible {
+            checkout_session_id: self.checkout.session().map(|session| session.id.clone()),
+            last_event: self.checkout.last_event().map(|(created, id)| (id.clone(), created)),
+            created_event_seen: self.created_seen,
+            paid: self.checkout.paid(),
+            ..Visible::default()
+        };
+        let row = &mut visible.subscription;
+        row.client_reference_id = self.checkout.client_reference_id().map(str::to_owned);
+        row.metadata = self.metadata.visible();
+        if let Some(last) = self.subscription.as_ref().and_then(super::snapshot::Register::last) {
+            show_snapshot(&mut visible, &last);
+        } else if let Some(session) = self.checkout.session() {
+            row.stripe_customer_id.clone_from(&session.customer);
+            row.livemode = session.livemode;
+            row.stripe_account_id.clone_from(&session.account);
+        }
+        visible
+    }
+}
+
+fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
+    let snapshot = last.snapshot;
+    // Decoding let only representable times in.
+    let at = |seconds: Option<i64>| seconds.and_then(|seconds| Timestamp::from_unix(seconds).ok());
+    visible.last_event = Some((last.id.clone(), last.created));
+    visible.head_created = Some(last.created);
+    let row = &mut visible.subscription;
+    row.stripe_customer_id.clone_from(&snapshot.customer);
+    row.status.clone_from(&snapshot.status);
+    row.created = at(snapshot.created);
+    row.start_date = at(snapshot.start_date);
+    row.cancel_at = at(snapshot.cancel_at);
+    row.canceled_at = at(snapshot.canceled_at);
+    row.ended_at = at(snapshot.ended_at);
+    row.trial_end = at(snapshot.trial_end);
+    row.current_period_start = at(snapshot.current_period_start);
+    row.current_period_end = at(snapshot.current_period_end);
+    row.cancel_at_period_end = snapshot.cancel_at_period_end;
+    row.items.clone_from(&snapshot.items);
+    row.subscription_metadata.clone_from(&snapshot.metadata);
+    row.livemode = last.livemode;
+    row.stripe_account_id = last.account.map(str::to_owned);
+    row.uncertain = last.uncertain;
+}
+
+/// What a signal says of a change.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Changes {
+    /// The names of the fields that changed, in the order of the signal's fields.
+    pub changed: Vec<String>,
+    /// What they were, as a signal writes them.
+    pub previous: Map<String, Value>,
+}
+
+/// The fields in which `after` differs from `before`; `None` when in none.
+#[must_use]
+pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
+    if before == after {
+        return None;
+    }
+    let mut changes = Changes { changed: Vec::new(), previous: Map::new() };
+    // Exhaustive: a field added to the signal does not compile until it is compared here.
+    macro_rules! compare {
+        ($($field:ident),* $(,)?) => {
+            let Subscription { $($field),* } = before;
+            $(changes.compare(stringify!($field), $field, &after.$field);)*
+        };
+    }
+    compare!(
+        stripe_customer_id,
+        client_reference_id,
+        status,
+        created,
+        start_date,
+        cancel_at,
+        canceled_at,
+        ended_at,
+        trial_end,
+        current_period_start,
+        current_period_end,
+        cancel_at_period_end,
+        items,
+        metadata,
+        subscription_metadata,
+        livemode,
+        stripe_account_id,
+        uncertain,
+    );
+    Some(changes)
+}
+
+impl Changes {
+    fn compare<T: PartialEq + Serialize>(&mut self, name: &str, before: &T, after: &T) {
+        if before != after {
+            // Null only if it cannot be written at all, which no field of a signal can fail to be.
+            let previous = serde_json::to_value(before).unwrap_or(Value::Null);
+            self.changed.push(name.to_owned());
+            self.previous.insert(name.to_owned(), previous);
+        }
+    }
+}

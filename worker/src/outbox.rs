@@ -1,0 +1,258 @@
+//! The relay: the only publisher of signals.
+//!
+//! Owns their order: a signal is sent only when the one before it for the same subscription (or
+//! orphan) has its PubAck. One relay at a time works on one shard of the outbox, so that this holds
+//! over all workers. What a crashed worker left is sent by any other.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use fail::fail_point;
+use futures_util::StreamExt as _;
+use litestripe_contract::header::{self, ce};
+use litestripe_contract::{exit, signal::Timestamp};
+use litestripe_entity::signal_outbox::Model;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::error::StoreError;
+use crate::metrics;
+use crate::store::{self, Store};
+
+/// How often the outbox is looked at unasked: what a crashed worker left waits this long.
+const POLL: Duration = Duration::from_secs(1);
+
+/// How long shards are held, at most.
+const HOLD_MAX: Duration = Duration::from_secs(5);
+
+/// How long one round may take. A server that vanished without a word ends no statement.
+const ROUND_MAX: Duration = Duration::from_secs(30);
+
+/// Signals taken out at a time.
+const TAKE_MAX: u64 = 1000;
+
+/// Subscriptions whose signals are in flight at a time.
+const CHAINS_IN_FLIGHT: usize = 256;
+
+/// Why a round ended early.
+#[derive(Debug, thiserror::Error)]
+enum RelayError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("no answer from the database within {} s", ROUND_MAX.as_secs())]
+    Silence,
+    #[error("cannot publish signals")]
+    Publish(#[source] PublishError),
+    #[error("cannot lock {}", path.display())]
+    Lock { path: PathBuf, source: std::io::Error },
+}
+
+/// Sends signals from the outbox.
+pub struct Relay {
+    store: Store,
+    jetstream: jetstream::Context,
+    wake: Arc<Notify>,
+    /// Signals that are larger than the server takes, and were complained about.
+    oversized: Mutex<HashSet<i64>>,
+}
+
+/// What one round did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// It sent all there was, or another relay is at it.
+    Idle,
+    /// There may be more.
+    More,
+}
+
+impl Relay {
+    /// A relay that looks at the outbox when `wake` says so.
+    #[must_use]
+    pub fn new(store: Store, jetstream: jetstream::Context, wake: Arc<Notify>) -> Self {
+        Self { store, jetstream, wake, oversized: Mutex::default() }
+    }
+
+    /// Sends signals until `shutdown`, and then those that are still there, once.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let relay = Arc::new(self);
+        let mut waiting = false;
+        loop {
+            let last = shutdown.is_cancelled();
+            // A cancelled transaction would leave a poisoned connection in the pool.
+            let round = tokio::spawn({
+                let relay = Arc::clone(&relay);
+                async move { relay.round().await }
+            });
+            // A round that hears no more from the database goes on by itself, with its connection.
+            let outcome = match tokio::time::timeout(ROUND_MAX, round).await {
+                Ok(Ok(outcome)) => outcome,
+                Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
+                Err(_) => Err(RelayError::Silence),
+            };
+            waiting = report(&outcome, waiting);
+            match outcome {
+                Ok(Round::More) => continue,
+                _ if last => return,
+                _ => {}
+            }
+            tokio::select! {
+                () = relay.wake.notified(), if !waiting => {}
+                () = tokio::time::sleep(POLL) => {}
+                () = shutdown.cancelled() => {}
+            }
+        }
+    }
+
+    async fn round(&self) -> Result<Round, RelayError> {
+        match self.store.relay_lock_path() {
+            Some(path) => self.round_under_file_lock(path).await,
+            None => self.round_under_row_locks().await,
+        }
+    }
+
+    /// On PostgreSQL the shards' row locks are held by a transaction: death releases them.
+    async fn round_under_row_locks(&self) -> Result<Round, RelayError> {
+        if !store::outbox::is_empty(self.store.connection()).await? {
+            let tx = self.store.begin().await?;
+            let shards = store::outbox::lock_shards(&tx).await?;
+            let rows = store::outbox::oldest(&tx, &shards, TAKE_MAX).await?;
+            let sent = self.send(rows).await;
+            fail_point!("worker::after_signal", |_| std::process::abort());
+            store::outbox::delete(&tx, sent.ids).await?;
+            tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
+            return sent.round;
+        }
+        Ok(Round::Idle)
+    }
+
+    /// On SQLite all processes share one host, and a file lock beside the database is held while
+    /// signals are in flight, so that the one writer is not: death releases it.
+    async fn round_under_file_lock(&self, path: PathBuf) -> Result<Round, RelayError> {
+        let db = self.store.connection();
+        if store::outbox::is_empty(db).await? {
+            return Ok(Round::Idle);
+        }
+        let refused = |source| RelayError::Lock { path: path.clone(), source };
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(refused)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Idle),
+            Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
+        }
+        let rows = store::outbox::oldest(db, &store::outbox::all_shards(), TAKE_MAX).await?;
+        let sent = self.send(rows).await;
+        fail_point!("worker::after_signal", |_| std::process::abort());
+        store::outbox::delete(db, sent.ids).await?;
+        sent.round
+    }
+
+    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time.
+    async fn send(&self, rows: Vec<Model>) -> Sent {
+        let full = rows.len() as u64 == TAKE_MAX;
+        let deadline = Instant::now() + HOLD_MAX;
+        let sent = Mutex::new(Vec::with_capacity(rows.len()));
+        let failure = Mutex::new(None);
+        futures_util::stream::iter(chains(rows))
+            .for_each_concurrent(CHAINS_IN_FLIGHT, |chain| async {
+                for row in chain {
+                    let id = row.id;
+                    match tokio::time::timeout_at(deadline, self.publish(row)).await {
+                        Ok(Ok(())) => sent.lock().expect("nothing panics while it holds this").push(id),
+                        Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
+                            self.complain(id);
+                            return;
+                        }
+                        Ok(Err(error)) => {
+                            failure.lock().expect("nothing panics while it holds this").get_or_insert(error);
+                            return;
+                        }
+                        Err(_) => return,
+                    }
+                }
+            })
+            .await;
+        let ids = sent.into_inner().expect("nothing panics while it holds this");
+        metrics::signals_sent(ids.len());
+        let round = match failure.into_inner().expect("nothing panics while it holds this") {
+            Some(error) => Err(RelayError::Publish(error)),
+            None if full && !ids.is_empty() => Ok(Round::More),
+            None => Ok(Round::Idle),
+        };
+        Sent { ids, round }
+    }
+
+    /// Such a signal waits until the server takes it, and holds up its own subscription only.
+    fn complain(&self, id: i64) {
+        if self.oversized.lock().expect("nothing panics while it holds this").insert(id) {
+            error!(
+                outbox_id = id,
+                "signal {id} is larger than the NATS server's max_payload: raise it, the signal waits"
+            );
+        }
+    }
+
+    async fn publish(&self, row: Model) -> Result<(), PublishError> {
+        let headers = headers(&row);
+        let ack = self.jetstream.publish_with_headers(row.subject, headers, row.body.into()).await?;
+        ack.await.map(|_| ())
+    }
+}
+
+/// What became of the rows taken out.
+struct Sent {
+    ids: Vec<i64>,
+    round: Result<Round, RelayError>,
+}
+
+/// The rows by subscription or orphan, each in its order.
+fn chains(rows: Vec<Model>) -> Vec<Vec<Model>> {
+    let mut places: HashMap<String, usize> = HashMap::new();
+    let mut chains: Vec<Vec<Model>> = Vec::new();
+    for row in rows {
+        match places.get(&row.entity_id) {
+            Some(place) => chains[*place].push(row),
+            None => {
+                places.insert(row.entity_id.clone(), chains.len());
+                chains.push(vec![row]);
+            }
+        }
+    }
+    chains
+}
+
+fn headers(row: &Model) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::MESSAGE_ID, row.message_id.as_str());
+    headers.insert(ce::SPECVERSION, "1.0");
+    headers.insert(ce::ID, row.message_id.as_str());
+    headers.insert(ce::SOURCE, ce::SOURCE_VALUE);
+    headers.insert(ce::TYPE, format!("{}{}", ce::TYPE_PREFIX, row.subject));
+    headers.insert(ce::SUBJECT, row.entity_id.as_str());
+    headers.insert(ce::DATACONTENTTYPE, "application/json");
+    if let Ok(created) = Timestamp::from_unix(row.event_created) {
+        headers.insert(ce::TIME, created.to_string());
+    }
+    if let Some(traceparent) = &row.traceparent {
+        headers.insert(header::TRACEPARENT, traceparent.as_str());
+    }
+    headers
+}
+
+/// Says when waiting starts and when it ends. Returns whether the relay waits now.
+fn report(outcome: &Result<Round, RelayError>, was_waiting: bool) -> bool {
+    match outcome {
+        Ok(_) if was_waiting => info!("signals are sent again"),
+        Err(error) if !was_waiting => warn!("signals wait in the outbox: {}", exit::chain(error)),
+        _ => {}
+    }
+    metrics::waiting_for_signals(outcome.is_err());
+    outcome.is_err()
+}

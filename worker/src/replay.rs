@@ -1,0 +1,463 @@
+//! Replay: events that the stream still holds, applied again.
+//!
+//! Owns which events those are, when the end is reached, and what is signalled then. A replay merges
+//! as live events do and beside them, so it can change no row that is right already. Between its
+//! beginning and its end rows may be half rebuilt: of these, subscribers hear nothing until the end,
+//! or until a live event changes one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream;
+use litestripe_contract::event::EventType;
+use litestripe_contract::subject::{self, EVENTS_STREAM};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::batch::{self, AppliedAgain, Applier};
+use crate::consumer::{self, Again, Batches, ConsumerError};
+use crate::error::StoreError;
+use crate::plan::{Arrival, Signalling, Terms};
+use crate::store::replay::{BEAT_EVERY, Replay};
+use crate::store::{self, Store};
+
+mod dry_run;
+mod tell;
+
+pub use dry_run::DryRun;
+use tell::tell_some;
+
+/// How long nothing must come before it is looked whether the end is reached.
+const LOOK_AFTER: Duration = Duration::from_millis(300);
+
+/// Rows that are signalled in one transaction.
+const TOLD_AT_ONCE: u64 = 500;
+
+/// The longest name.
+const NAME_MAX: usize = 64;
+
+/// Where a replay begins or ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// At this sequence of the stream.
+    Sequence(u64),
+    /// At the first event that was stored at this time or later; as an end, before it.
+    Time(OffsetDateTime),
+}
+
+/// Who is told what a replay changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Signals {
+    /// Nobody.
+    None,
+    /// Each row that changed, once, at the end, with its final state.
+    Changed,
+    /// These, and the rows that did not change under their existing revision.
+    All,
+}
+
+impl Signals {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Changed => "changed",
+            Self::All => "all",
+        }
+    }
+
+    fn parse(text: &str) -> Self {
+        [Self::None, Self::All].into_iter().find(|signals| signals.as_str() == text).unwrap_or(Self::Changed)
+    }
+}
+
+/// What an operator wants replayed.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Under which name its position is kept.
+    pub name: Option<String>,
+    /// Where it begins: without, at the stream's first event.
+    pub from: Option<Bound>,
+    /// Where it ends: without, at the stream's last event.
+    pub until: Option<Bound>,
+    /// Only events of these types; all, if none is named.
+    pub event_types: Vec<EventType>,
+    /// Only events of this subscription.
+    pub stripe_subscription_id: Option<String>,
+    /// Who is told.
+    pub signals: Signals,
+}
+
+/// Why there is no replay.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The name cannot be part of a consumer's.
+    #[error("the name of a replay is 1 to {NAME_MAX} letters, digits, `-` and `_`")]
+    Name,
+    /// The stream has no such sequence.
+    #[error("{EVENTS_STREAM} has no event {asked}: it holds {first} to {last}")]
+    NoSuchSequence {
+        /// What was asked for.
+        asked: u64,
+        /// The first sequence it holds.
+        first: u64,
+        /// The last one.
+        last: u64,
+    },
+    /// It would end before it begins.
+    #[error("the replay would end (at event {last}) before it begins (at event {first})")]
+    Backwards {
+        /// Where it would begin.
+        first: u64,
+        /// Where it would end.
+        last: u64,
+    },
+    /// Only one replay at a time may change rows, or they would signal each other's intermediate states.
+    #[error("a replay {} is running since {since}: wait for its end{}", named(name), share(name))]
+    Running {
+        /// Its name.
+        name: String,
+        /// When it was started.
+        since: OffsetDateTime,
+    },
+    /// A name stands for one selection until its end is reached.
+    #[error(
+        "the replay {0} was begun with other arguments and has not reached its end: finish it, or take another --name"
+    )]
+    Differs(String),
+    /// The database is away.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The broker is away, or the stream is missing.
+    #[error("cannot read {EVENTS_STREAM}")]
+    Broker(#[source] ConsumerError),
+}
+
+fn named(name: &str) -> String {
+    if name.is_empty() { "without a name".to_owned() } else { name.to_owned() }
+}
+
+fn share(name: &str) -> String {
+    if name.is_empty() { String::new() } else { format!(", or share its work with --name {name}") }
+}
+
+/// What a replay did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Summary {
+    /// The first sequence it applied again.
+    pub first_sequence: u64,
+    /// The last one.
+    pub last_sequence: u64,
+    /// Events this process applied again.
+    pub events: u64,
+    /// Events among them that can never be applied: they are dead letters.
+    pub poisoned: u64,
+    /// Signals that were due at the end.
+    pub signals: u64,
+    /// Whether the end was reached.
+    pub finished: bool,
+    /// Replays that were cut off, and the signals they still owe.
+    pub owed_by_others: Vec<(String, u64)>,
+}
+
+/// What a replay needs.
+pub struct Replayer {
+    /// As for live events, under terms of its own.
+    pub applier: Applier,
+    /// Where the events are.
+    pub jetstream: jetstream::Context,
+    /// Events per transaction.
+    pub batch: usize,
+}
+
+impl Replayer {
+    /// What `request` comes down to. Nothing if the stream holds no such event.
+    ///
+    /// # Errors
+    /// When the request cannot be met.
+    pub async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
+        let name = request.name.clone().unwrap_or_default();
+        let fits = |name: &str| {
+            (1..=NAME_MAX).contains(&name.len())
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+        };
+        if request.name.is_some() && !fits(&name) {
+            return Err(ReplayError::Name);
+        }
+        let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
+        let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
+        let state = &stream.cached_info().state;
+        let (first, last) = (state.first_sequence, state.last_sequence);
+        let first_sequence = match request.from {
+            None => first,
+            Some(bound) => self.sequence(bound, first, last).await?.max(first),
+        };
+        let last_sequence = match request.until {
+            None => last,
+            Some(Bound::Time(time)) => self.sequence(Bound::Time(time), first, last).await?.saturating_sub(1),
+            Some(bound) => self.sequence(bound, first, last).await?,
+        };
+        let is_backwards = match (request.from, request.until) {
+            (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
+            (Some(Bound::Time(from)), Some(Bound::Time(until))) => until < from,
+            _ => false,
+        };
+        if is_backwards {
+            return Err(ReplayError::Backwards { first: first_sequence, last: last_sequence });
+        }
+        let is_empty = state.messages == 0 || first_sequence > last_sequence;
+        Ok((!is_empty).then(|| Replay {
+            name,
+            signals: request.signals.as_str().to_owned(),
+            first_sequence,
+            last_sequence,
+            event_types: request.event_types.iter().map(EventType::to_string).collect(),
+            stripe_subscription_id: request.stripe_subscription_id.clone(),
+            started: now,
+            beat: now,
+        }))
+    }
+
+    async fn sequence(&self, bound: Bound, first: u64, last: u64) -> Result<u64, ReplayError> {
+        match bound {
+            Bound::Sequence(asked) if (first..=last).contains(&asked) => Ok(asked),
+            Bound::Sequence(asked) => Err(ReplayError::NoSuchSequence { asked, first, last }),
+            Bound::Time(time) => consumer::sequence_at(&self.jetstream, time).await.map_err(ReplayError::Broker),
+        }
+    }
+
+    /// Notes the replay in the database, so that what it owes survives a crash, and returns it as it
+    /// is to be done: a name that was begun goes on, and one without a name also covers what the last
+    /// one without a name did not finish.
+    ///
+    /// # Errors
+    /// When another one is running.
+    pub async fn begin(&self, asked: Replay, now: OffsetDateTime) -> Result<(Replay, Again), ReplayError> {
+        let db = self.applier.store.connection();
+        let unfinished = store::replay::unfinished(db).await?;
+        let running = unfinished.iter().find(|other| other.is_running(now));
+        if let Some(other) = running.filter(|other| other.name != asked.name || asked.name.is_empty()) {
+            return Err(ReplayError::Running { name: other.name.clone(), since: other.started });
+        }
+        let earlier = unfinished.into_iter().find(|other| other.name == asked.name);
+        let replay = match earlier {
+            None => asked,
+            Some(begun) if begun.name.is_empty() => wider(begun, asked),
+            Some(begun) => {
+                let same = |a: &Replay, b: &Replay| {
+                    (&a.event_types, &a.stripe_subscription_id, &a.signals)
+                        == (&b.event_types, &b.stripe_subscription_id, &b.signals)
+                };
+                if !same(&begun, &asked) {
+                    return Err(ReplayError::Differs(begun.name));
+                }
+                let again = again(&begun);
+                store::replay::beat(db, &begun.name, now).await?;
+                return Ok((begun, again));
+            }
+        };
+        let again = again(&replay);
+        // Of an earlier one of this name.
+        again.remove(&self.jetstream).await.map_err(ReplayError::Broker)?;
+        store::replay::start(db, &replay).await?;
+        Ok((replay, again))
+    }
+
+    /// Applies the events again, up to the end or until `shutdown`, and signals what is due.
+    /// `progress` hears of every batch.
+    ///
+    /// # Errors
+    /// When the database gives no answer at the end. Run again, it goes on.
+    pub async fn run(
+        &self,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        mut progress: impl FnMut(AppliedAgain),
+    ) -> Result<Summary, ReplayError> {
+        let store = &self.applier.store;
+        let stop = CancellationToken::new();
+        let heart = tokio::spawn(beat(store.clone(), replay.name.clone(), stop.clone()));
+        let mut summary = Summary {
+            first_sequence: replay.first_sequence,
+            last_sequence: replay.last_sequence,
+            ..Summary::default()
+        };
+        let finished = self.apply_again(replay, again, shutdown, |applied| {
+            summary.events += applied.applied;
+            summary.poisoned += applied.poisoned;
+            progress(applied);
+        });
+        let finished = finished.await;
+        let told = if finished { self.tell(&replay.name).await } else { Ok(0) };
+        stop.cancel();
+        let _ = heart.await;
+        summary.signals = told?;
+        summary.finished = finished;
+        let now = OffsetDateTime::now_utc();
+        if finished {
+            store::replay::finish(store.connection(), &replay.name, now).await?;
+            if let Err(error) = again.remove(&self.jetstream).await {
+                warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
+            }
+        } else {
+            // Whoever runs it again need not wait until nobody is heard.
+            store::replay::beat(store.connection(), &replay.name, now - time::Duration::minutes(1)).await?;
+        }
+        for other in store::replay::unfinished(store.connection()).await? {
+            let owed = store::signal_due::count(store.connection(), &other.name).await?;
+            if other.name != replay.name && owed > 0 {
+                summary.owed_by_others.push((other.name, owed));
+            }
+        }
+        Ok(summary)
+    }
+
+    /// Whether the replay is about this event. What an erased person did is not to come back.
+    fn is_wanted(&self, replay: &Replay, arrival: &Arrival) -> bool {
+        let id = arrival.event.stripe_subscription_id();
+        let is_about = replay.stripe_subscription_id.as_deref().is_none_or(|wanted| id == Some(wanted));
+        is_about && arrival.stream_sequence <= replay.last_sequence && !self.applier.erasures.covers(&arrival.event)
+    }
+
+    /// Whether the end was reached.
+    async fn apply_again(
+        &self,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        mut applied: impl FnMut(AppliedAgain),
+    ) -> bool {
+        let wanted = |arrival: &Arrival| self.is_wanted(replay, arrival);
+        let mut said = false;
+        while !shutdown.is_cancelled() {
+            let mut batches = match again.open(&self.jetstream, self.batch).await {
+                Ok(batches) => batches,
+                Err(error) => {
+                    if !said {
+                        warn!("waiting for JetStream: {error}");
+                        said = true;
+                    }
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            };
+            said = false;
+            while let Some(batch) = next(&mut batches, shutdown).await {
+                let is_at_end = match batch {
+                    Some(batch) => {
+                        let last = batch.messages().map(|message| message.stream_sequence()).max();
+                        let Some(done) = batch::apply_again(&self.applier, batch, wanted, shutdown).await else {
+                            break;
+                        };
+                        applied(done);
+                        last.is_some_and(|last| last >= replay.last_sequence)
+                    }
+                    None => true,
+                };
+                if is_at_end && self.is_over(replay, again).await {
+                    batches.close().await;
+                    return true;
+                }
+            }
+            batches.close().await;
+        }
+        false
+    }
+
+    /// Whether every event up to the end is applied, by whichever process.
+    async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
+        match again.progress(&self.jetstream).await {
+            Ok(progress) => {
+                progress.ack_floor >= replay.last_sequence || (progress.pending == 0 && progress.unacked == 0)
+            }
+            // Whoever shared the work removed the consumer when it was over.
+            Err(_) => {
+                let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
+                unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
+            }
+        }
+    }
+
+    /// Signals what is due, and returns how many signals that are.
+    async fn tell(&self, name: &str) -> Result<u64, StoreError> {
+        let mut told = 0;
+        loop {
+            let store = self.applier.store.clone();
+            let ids = store::signal_due::owed_by(store.connection(), name, TOLD_AT_ONCE).await?;
+            if ids.is_empty() {
+                return Ok(told);
+            }
+            let name = name.to_owned();
+            // A cancelled transaction would leave a poisoned connection in the pool.
+            let task = tokio::spawn(async move { tell_some(&store, &name, &ids, OffsetDateTime::now_utc()).await });
+            told += task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
+            self.applier.relay.notify_one();
+        }
+    }
+}
+
+/// Who is told of what a replay changes.
+#[must_use]
+pub fn signalling(replay: &Replay) -> Signalling {
+    match Signals::parse(&replay.signals) {
+        Signals::None => Signalling::Never,
+        Signals::Changed => Signalling::Later { replay: replay.name.clone(), unchanged: false },
+        Signals::All => Signalling::Later { replay: replay.name.clone(), unchanged: true },
+    }
+}
+
+/// What covers both.
+fn wider(begun: Replay, asked: Replay) -> Replay {
+    let same_types = begun.event_types == asked.event_types;
+    let same_subscription = begun.stripe_subscription_id == asked.stripe_subscription_id;
+    Replay {
+        first_sequence: begun.first_sequence.min(asked.first_sequence),
+        last_sequence: begun.last_sequence.max(asked.last_sequence),
+        event_types: if same_types { asked.event_types } else { Vec::new() },
+        stripe_subscription_id: asked.stripe_subscription_id.filter(|_| same_subscription),
+        ..asked
+    }
+}
+
+fn again(replay: &Replay) -> Again {
+    let consumer = if replay.name.is_empty() {
+        "litestripe-replay".to_owned()
+    } else {
+        format!("litestripe-replay-{}", replay.name)
+    };
+    let subjects = replay.event_types.iter().map(|name| format!("{}{name}", subject::EVENTS_PREFIX)).collect();
+    Again { consumer, first_sequence: replay.first_sequence, subjects }
+}
+
+/// The next batch; `Some(None)` when none came for a while; nothing when the consumer is gone or
+/// `shutdown` came.
+async fn next(batches: &mut Batches, shutdown: &CancellationToken) -> Option<Option<consumer::Batch>> {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => None,
+        batch = tokio::time::timeout(LOOK_AFTER, batches.next()) => match batch {
+            Ok(Some(batch)) => Some(Some(batch)),
+            Ok(None) => None,
+            Err(_) => Some(None),
+        },
+    }
+}
+
+async fn beat(store: Store, name: String, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(BEAT_EVERY) => {}
+        }
+        if let Err(error) = store::replay::beat(store.connection(), &name, OffsetDateTime::now_utc()).await {
+            tracing::debug!("{error}");
+        }
+    }
+}
+
+/// Terms of a replay: the operator's rules for orphans, and nobody told before its time.
+#[must_use]
+pub fn terms(terms: Terms, replay: &Replay) -> Arc<Terms> {
+    Arc::new(Terms { signalling: signalling(replay), ..terms })
+}

@@ -1,0 +1,140 @@
+//! What a replay would change, without changing anything.
+//!
+//! Owns a table beside the table: rows as the events would leave them, kept in memory until the end.
+
+use std::collections::{BTreeSet, HashMap};
+
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{ReplayError, Replayer, again, next};
+use crate::batch::{self, Applier};
+use crate::error::StoreError;
+use crate::plan::{self, Arrival};
+use crate::store::replay::Replay;
+use crate::store::subscription::Stored;
+use crate::{merge, store};
+
+impl Replayer {
+    /// What the replay would change, without changing anything. Keeps the rows that would change in
+    /// memory.
+    ///
+    /// # Errors
+    /// When database or broker is away.
+    pub async fn dry_run(
+        &self,
+        replay: &Replay,
+        shutdown: &CancellationToken,
+        mut progress: impl FnMut(u64),
+    ) -> Result<DryRun, ReplayError> {
+        let mut again = again(replay);
+        again.consumer = format!("{}-dry-{}", again.consumer, OffsetDateTime::now_utc().unix_timestamp_nanos());
+        let mut dry = DryRun::default();
+        let mut batches = again.open(&self.jetstream, self.batch).await.map_err(ReplayError::Broker)?;
+        let outcome = loop {
+            let Some(batch) = next(&mut batches, shutdown).await else { break Ok(()) };
+            let Some(batch) = batch else {
+                if self.is_over(replay, &again).await {
+                    dry.finished = true;
+                    break Ok(());
+                }
+                continue;
+            };
+            let (arrivals, poisoned) = batch::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);
+            dry.poisoned += poisoned.len() as u64;
+            let arrivals: Vec<Arrival> =
+                arrivals.into_iter().filter(|arrival| self.is_wanted(replay, arrival)).collect();
+            if let Err(error) = dry.apply(&self.applier, &arrivals).await {
+                break Err(error.into());
+            }
+            progress(arrivals.len() as u64);
+            let last = batch.messages().map(|message| message.stream_sequence()).max();
+            batch.ack_except([]).await;
+            if last.is_some_and(|last| last >= replay.last_sequence) {
+                dry.finished = true;
+                break Ok(());
+            }
+        };
+        batches.close().await;
+        if let Err(error) = again.remove(&self.jetstream).await {
+            warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
+        }
+        outcome.map(|()| dry)
+    }
+}
+
+/// What a replay would change.
+#[derive(Debug, Default)]
+pub struct DryRun {
+    /// Events it would apply again.
+    pub events: u64,
+    /// Events among them that can never be applied.
+    pub poisoned: u64,
+    /// Orphans it would create.
+    pub orphans: BTreeSet<String>,
+    /// Whether all events were looked at.
+    pub finished: bool,
+    /// Rows that would differ: as they are (None if there is none), and as they would be.
+    rows: HashMap<String, (Option<merge::Visible>, Stored)>,
+}
+
+impl DryRun {
+    /// The rows that would change: the id, whether it is new, and the fields.
+    #[must_use]
+    pub fn changes(&self) -> Vec<(&str, bool, Vec<String>)> {
+        let mut changes: Vec<_> = self
+            .rows
+            .iter()
+            .filter_map(|(id, (before, after))| {
+                let is_new = before.is_none();
+                let before = before.clone().unwrap_or_default().subscription;
+                let changes = merge::changes(&before, &after.state.visible().subscription);
+                let fields = changes.map(|changes| changes.changed);
+                (is_new || fields.is_some()).then(|| (id.as_str(), is_new, fields.unwrap_or_default()))
+            })
+            .collect();
+        changes.sort_unstable();
+        changes
+    }
+
+    async fn apply(&mut self, applier: &Applier, arrivals: &[Arrival]) -> Result<(), StoreError> {
+        let db = applier.store.connection();
+        self.events += arrivals.len() as u64;
+        let now = OffsetDateTime::now_utc();
+        let (by_subscription, others) = batch::by_subscription(arrivals.iter().collect());
+        let ids: Vec<&str> = by_subscription.keys().copied().filter(|id| !self.rows.contains_key(*id)).collect();
+        let mut stored = store::subscription::load(db, &ids).await?;
+        let mut orphans = Vec::new();
+        for (id, arrivals) in by_subscription {
+            let (before, now_stored) = match self.rows.remove(id) {
+                Some((before, stored)) => (before, Some(stored)),
+                None => {
+                    let stored = stored.remove(id);
+                    (stored.as_ref().map(|stored| stored.state.visible()), stored)
+                }
+            };
+            let plan = plan::of_subscription(id, now_stored.clone(), arrivals, &applier.terms, now);
+            let after = match plan {
+                Some(plan) => {
+                    orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));
+                    let row = plan.row;
+                    Some(Stored { state: row.state, version: row.version, revision: row.revision, due: None })
+                }
+                // Only rows that were changed before are kept.
+                None => now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible())),
+            };
+            if let Some(after) = after {
+                self.rows.insert(id.to_owned(), (before, after));
+            }
+        }
+        let payments = others.into_iter().map(|(_, arrival)| plan::of_payment(arrival, &applier.terms.rules, now));
+        orphans.extend(payments.filter_map(|consequences| consequences.orphan.map(|(_, orphan)| orphan.id)));
+        for id in orphans {
+            if !self.orphans.contains(&id) && store::orphan::find(db, &id).await?.is_none() {
+                self.orphans.insert(id);
+            }
+        }
+        Ok(())
+    }
+}

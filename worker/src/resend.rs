@@ -1,0 +1,77 @@
+//! Resend: rows as they are, signalled once more under the revision they have.
+//!
+//! Owns which rows, and that nothing is sent which a change made meanwhile has overtaken: each row is
+//! locked while its signal is put into the outbox. For subscribers that are new, or were away longer
+//! than signals are kept.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::StoreError;
+use crate::plan;
+use crate::signal;
+use crate::store::signal_due::Due;
+use crate::store::subscription::Stored;
+use crate::store::{self, Store};
+
+/// Rows that are put into the outbox at once.
+pub const AT_ONCE: u64 = 500;
+
+/// Signals that may wait in the outbox before more are put in: a live one has to queue behind them.
+const BACKLOG_MAX: u64 = 2000;
+
+/// How often it is looked whether they are sent.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Puts the rows `ids` into the outbox. Returns how many: a row whose signal a replay owes is left to
+/// the replay's end.
+///
+/// # Errors
+/// When the database is away.
+pub async fn some(store: &Store, ids: Vec<String>) -> Result<u64, StoreError> {
+    let store = store.clone();
+    // A cancelled transaction would leave a poisoned connection in the pool.
+    let task = tokio::spawn(async move { put(&store, &ids, OffsetDateTime::now_utc()).await });
+    task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+}
+
+/// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
+///
+/// # Errors
+/// When the database is away.
+pub async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), StoreError> {
+    while !shutdown.is_cancelled() && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    Ok(())
+}
+
+async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<u64, StoreError> {
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    let tx = store.begin().await?;
+    store::subscription::lock(&tx, &ids).await?;
+    let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
+    rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    let mut signals = Vec::new();
+    let mut untold = Vec::new();
+    for (id, stored) in rows.into_iter().filter(|(_, stored)| stored.due.is_none()) {
+        let visible = stored.state.visible();
+        let Some(event) = signal::standing(&stored.state) else { continue };
+        if stored.revision > 0 {
+            signals.push(plan::of_unchanged(&id, &visible.subscription, stored.revision, event, now));
+            continue;
+        }
+        // Of a replay that told nobody: its first revision.
+        let due = Due { replay: String::new(), told: None, unchanged: false, event };
+        let overdue = plan::of_overdue(&id, stored, due, now);
+        signals.extend(overdue.signal);
+        untold.push(overdue.row);
+    }
+    store::subscription::save(&tx, untold.iter(), now).await?;
+    let put = signals.len() as u64;
+    store::outbox::insert(&tx, signals, now).await?;
+    tx.commit().await.map_err(StoreError::doing("commit signals to send again"))?;
+    Ok(put)
+}

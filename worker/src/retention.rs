@@ -1,0 +1,94 @@
+//! Room in `STRIPE_EVENTS`.
+//!
+//! Owns what is purged, and when: above 80 % of the stream's size the oldest events that are
+//! applied, so that only unapplied ones can fill it. Invariant: nothing above the durable
+//! consumer's ack floor is ever removed. Any number of workers may do it: it is idempotent.
+
+use std::time::Duration;
+
+use async_nats::jetstream;
+use async_nats::jetstream::consumer::pull;
+use litestripe_contract::exit;
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::metrics;
+
+/// How often the stream is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// How full the stream is, in percent of its size, when a purge begins and when it ends.
+const PURGE_ABOVE: u64 = 80;
+const PURGE_DOWN_TO: u64 = 70;
+
+/// What the stream holds.
+#[derive(Debug, Clone, Copy)]
+struct Fill {
+    bytes: u64,
+    bytes_max: u64,
+    messages: u64,
+    first_sequence: u64,
+    last_sequence: u64,
+    /// Every event up to this sequence is applied.
+    ack_floor: u64,
+}
+
+/// Purges until `shutdown`.
+pub async fn run(jetstream: jetstream::Context, shutdown: CancellationToken) {
+    loop {
+        if let Err(error) = look(&jetstream).await {
+            debug!("cannot look after room in STRIPE_EVENTS: {}", exit::chain(error.as_ref()));
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+async fn look(jetstream: &jetstream::Context) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+    let info = stream.cached_info();
+    let Some(bytes_max) = u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0) else { return Ok(()) };
+    metrics::events_stream_fill(info.state.bytes, bytes_max);
+    let consumer = stream.get_consumer::<pull::Config>(WORKER_CONSUMER).await?;
+    let fill = Fill {
+        bytes: info.state.bytes,
+        bytes_max,
+        messages: info.state.messages,
+        first_sequence: info.state.first_sequence,
+        last_sequence: info.state.last_sequence,
+        ack_floor: consumer.cached_info().ack_floor.stream_sequence,
+    };
+    let Some(keep_from) = keep_from(fill) else { return Ok(()) };
+    let purged = stream.purge().sequence(keep_from).await?.purged;
+    metrics::events_purged(purged);
+    warn!(
+        purged,
+        keep_from,
+        "STRIPE_EVENTS was over {PURGE_ABOVE} % full: purged the oldest {purged} events, all applied \
+         (LITESTRIPE_EVENTS_MAX_BYTES, LITESTRIPE_EVENTS_MAX_AGE)"
+    );
+    Ok(())
+}
+
+/// The first sequence to keep, if anything is to be purged.
+fn keep_from(fill: Fill) -> Option<u64> {
+    // In 128 bits, because a size in bytes times a percentage may not fit in 64.
+    let is_above = u128::from(fill.bytes) * 100 > u128::from(fill.bytes_max) * u128::from(PURGE_ABOVE);
+    if !is_above || fill.messages == 0 {
+        return None;
+    }
+    let wanted = u128::from(fill.bytes_max) * u128::from(PURGE_DOWN_TO) / 100;
+    let excess = u128::from(fill.bytes).saturating_sub(wanted);
+    // Events are of about one size over a stretch; the next look mends what is left.
+    let span = u128::from(fill.last_sequence - fill.first_sequence + 1);
+    let share = (excess * span).div_ceil(u128::from(fill.bytes.max(1)));
+    let wanted_from = fill.first_sequence.saturating_add(u64::try_from(share).unwrap_or(u64::MAX));
+    let keep_from = wanted_from.min(fill.ack_floor + 1);
+    (keep_from > fill.first_sequence).then_some(keep_from)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,23 @@
+use super::{Fill, keep_from};
+
+/// A stream of 100 events of 10 bytes from sequence 1,001 on.
+fn check(bytes_max: u64, ack_floor: u64, expected: Option<u64>) {
+    let fill = Fill { bytes: 1000, bytes_max, messages: 100, first_sequence: 1001, last_sequence: 1100, ack_floor };
+    assert_eq!(keep_from(fill), expected, "{fill:?}");
+}
+
+#[test]
+fn only_what_is_over_the_limit_and_applied_goes() {
+    check(10_000, 1100, None);
+    check(1250, 1100, None); // Exactly 80 % is not above it.
+    check(1000, 1100, Some(1031)); // Down to 70 %.
+    check(1000, 1010, Some(1011)); // No further than what is applied.
+    check(1000, 1000, None); // Nothing is applied.
+    check(1000, 0, None);
+}
+
+#[test]
+fn an_empty_stream_is_left_alone() {
+    let fill = Fill { bytes: 0, bytes_max: 0, messages: 0, first_sequence: 1, last_sequence: 0, ack_floor: 0 };
+    assert_eq!(keep_from(fill), None);
+}

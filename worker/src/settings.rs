@@ -1,0 +1,377 @@
+//! The worker's own settings.
+//!
+//! Owns their names, defaults and limits. A pure function of the texts that were given.
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use litestripe_contract::settings::{
+    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting,
+};
+use secrecy::{ExposeSecret as _, SecretString};
+
+use crate::event::MetadataKeys;
+use crate::kv;
+
+/// The settings only the worker has.
+pub const SETTINGS: &[Setting] = &[
+    Setting {
+        name: "DATABASE_URL",
+        default: Some("sqlite://litestripe.db?mode=rwc"),
+        help: "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)",
+    },
+    Setting {
+        name: "LITESTRIPE_AUTO_MIGRATE",
+        default: None,
+        help: "whether `run` migrates the schema first [default: true on SQLite, false on PostgreSQL]",
+    },
+    Setting {
+        name: "LITESTRIPE_WORKER_LISTEN",
+        default: Some("127.0.0.1:9090"),
+        help: "address of /healthz, /readyz and /metrics",
+    },
+    Setting { name: "LITESTRIPE_BATCH", default: Some("500"), help: "events per transaction, at most" },
+    Setting {
+        name: "LITESTRIPE_SIGNALS_MAX_AGE",
+        default: Some("7d"),
+        help: "how long LITESTRIPE_SIGNALS keeps signals",
+    },
+    Setting {
+        name: "LITESTRIPE_DEAD_LETTERS_MAX_AGE",
+        default: Some("90d"),
+        help: "how long STRIPE_DEAD_LETTERS keeps dead letters",
+    },
+    Setting {
+        name: "LITESTRIPE_METADATA_KEYS",
+        default: Some("*"),
+        help: "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data",
+    },
+    Setting {
+        name: "LITESTRIPE_ORPHAN_GRACE",
+        default: Some("10m"),
+        help: "how long a subscription may wait for its Checkout Session before it is an orphan",
+    },
+    Setting {
+        name: "LITESTRIPE_ORPHAN_WITHOUT_SESSION",
+        default: Some("true"),
+        help: "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API",
+    },
+    Setting {
+        name: "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE",
+        default: Some("90d"),
+        help: "when an open orphan's email is erased all the same",
+    },
+    Setting {
+        name: "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED",
+        default: Some("false"),
+        help: "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES",
+    },
+    Setting {
+        name: "LITESTRIPE_USER_LOOKUP",
+        default: Some("none"),
+        help: "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>",
+    },
+    Setting {
+        name: "LITESTRIPE_USER_DATABASE_URL",
+        default: None,
+        help: "where the sql: lookup runs [default: DATABASE_URL]",
+    },
+    Setting {
+        name: "STRIPE_SECRET_KEY",
+        default: None,
+        help: "allows calls to Stripe's API; without it everything else works",
+    },
+    Setting {
+        name: "STRIPE_API_BASE",
+        default: Some("https://api.stripe.com"),
+        help: "where Stripe's API is; for tests and proxies",
+    },
+    Setting {
+        name: "LITESTRIPE_BACKFILL_INTERVAL",
+        default: None,
+        help: "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]",
+    },
+    Setting {
+        name: "LITESTRIPE_MAX_REQUESTS_PER_MINUTE",
+        default: Some("75"),
+        help: "calls to Stripe's API per minute, at most, of all workers together",
+    },
+    Setting {
+        name: "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
+        default: Some("litestripe_stripe_api_rate_limit"),
+        help: "key in the JetStream KV bucket litestripe under which workers share that budget",
+    },
+    Setting {
+        name: "LITESTRIPE_API_RATE_LIMIT_WINDOW",
+        default: Some("1m"),
+        help: "the span that the budget is for; for tests",
+    },
+];
+
+/// The most events that one transaction may take: it bounds memory and a statement's parameters.
+const BATCH_MAX: usize = 1000;
+
+/// The longest grace period.
+const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// How often a worker with a key backfills by itself, where nothing else is set.
+const BACKFILL_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
+/// Windows of the API budget that make sense: below, a request's way takes too large a part of it.
+const WINDOWS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
+
+/// What a database's URL must be.
+const DATABASE: &str = "a URL that starts with sqlite: or postgres://";
+
+/// Everything the worker is told.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How to reach NATS.
+    pub nats: NatsSettings,
+    /// The limits of the events stream.
+    pub events: EventsSettings,
+    /// How long signals are kept.
+    pub signals_max_age: Duration,
+    /// How long dead letters are kept.
+    pub dead_letters_max_age: Duration,
+    /// Where the rows are.
+    pub database: DatabaseSettings,
+    /// Where health and metrics are served.
+    pub listen: SocketAddr,
+    /// Events per transaction, at most.
+    pub batch: usize,
+    /// The metadata that is kept.
+    pub metadata_keys: MetadataKeys,
+    /// When a payment is an orphan.
+    pub orphans: OrphanSettings,
+    /// Whether a customer that is deleted at Stripe is erased here.
+    pub erase_on_customer_deleted: bool,
+    /// How a client reference id is matched to a user.
+    pub lookup: LookupSettings,
+    /// How to call Stripe's API. None without a key.
+    pub stripe: Option<StripeSettings>,
+    /// How to log.
+    pub log: LogSettings,
+}
+
+/// When a payment is an orphan, and for how long it shows an email.
+#[derive(Debug, Clone)]
+pub struct OrphanSettings {
+    /// How long a subscription may wait for its Checkout Session.
+    pub grace: Duration,
+    /// Whether a subscription that no Checkout Session claims is an orphan at all.
+    pub without_session: bool,
+    /// When an open orphan's email is erased all the same.
+    pub email_max_age: Duration,
+}
+
+/// How a client reference id is matched to a user.
+#[derive(Debug, Clone)]
+pub enum LookupSettings {
+    /// Every client reference id is a user's.
+    None,
+    /// A query with one parameter, which knows an id when it returns a row.
+    Sql {
+        /// The query.
+        query: String,
+        /// Where it runs.
+        database: DatabaseSettings,
+    },
+    /// A subject on which the application answers.
+    Nats {
+        /// The subject.
+        subject: String,
+    },
+}
+
+/// How to call Stripe's API.
+#[derive(Debug, Clone)]
+pub struct StripeSettings {
+    /// The secret or restricted key.
+    pub key: SecretString,
+    /// Where the API is, without a slash at its end.
+    pub base: String,
+    /// How many calls all workers together may make.
+    pub budget: BudgetSettings,
+    /// How often `run` fetches what never arrived. None when it does not.
+    pub backfill_interval: Option<Duration>,
+}
+
+/// A budget of calls that processes share.
+#[derive(Debug, Clone)]
+pub struct BudgetSettings {
+    /// Calls in every window, at most.
+    pub requests: u32,
+    /// The window.
+    pub window: Duration,
+    /// The key under which it is shared.
+    pub key: String,
+}
+
+impl StripeSettings {
+    /// Whether the key is a live mode's. Stripe: "API keys".
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        let key = self.key.expose_secret();
+        key.starts_with("sk_live_") || key.starts_with("rk_live_")
+    }
+}
+
+/// Where the rows are.
+#[derive(Debug, Clone)]
+pub struct DatabaseSettings {
+    /// The database's URL. Holds a password, as a rule.
+    pub url: SecretString,
+    /// Which of the two it is.
+    pub kind: DatabaseKind,
+    /// Whether `run` migrates the schema first.
+    pub auto_migrate: bool,
+}
+
+/// The databases we know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DatabaseKind {
+    /// The embedded default: one host, one writer at a time.
+    Sqlite,
+    /// Everything larger.
+    Postgres,
+}
+
+/// The worker's settings from the texts that were given.
+///
+/// # Errors
+/// All the problems at once.
+pub fn read(given: Given) -> Result<Settings, Problems> {
+    let mut reader = Reader::new(given, &[SETTINGS, SHARED]);
+    let database = read_database(&mut reader);
+    let listen = reader.defaulted("LITESTRIPE_WORKER_LISTEN", ADDRESS, settings::address);
+    let batch = reader.defaulted("LITESTRIPE_BATCH", "a number from 1 to 1000", |value| {
+        value.parse().ok().filter(|batch| (1..=BATCH_MAX).contains(batch))
+    });
+    let signals_max_age = reader.defaulted("LITESTRIPE_SIGNALS_MAX_AGE", DURATION, settings::duration);
+    let dead_letters_max_age = reader.defaulted("LITESTRIPE_DEAD_LETTERS_MAX_AGE", DURATION, settings::duration);
+    let metadata_keys =
+        reader.defaulted("LITESTRIPE_METADATA_KEYS", "*, none, or keys, comma-separated", |value| value.parse().ok());
+    let orphans = read_orphans(&mut reader);
+    let erase_on_customer_deleted =
+        reader.defaulted("LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", "true or false", settings::flag);
+    let lookup = read_lookup(&mut reader, database.as_ref());
+    let stripe = read_stripe(&mut reader);
+    let nats = NatsSettings::read(&mut reader);
+    let events = EventsSettings::read(&mut reader);
+    let log = LogSettings::read(&mut reader);
+    let settings = nats.zip(database).zip(lookup).map(|((nats, database), lookup)| Settings {
+        nats,
+        events,
+        signals_max_age,
+        dead_letters_max_age,
+        database,
+        listen,
+        batch,
+        metadata_keys,
+        orphans,
+        erase_on_customer_deleted,
+        lookup,
+        stripe,
+        log,
+    });
+    reader.finish(settings)
+}
+
+fn read_database(reader: &mut Reader) -> Option<DatabaseSettings> {
+    let url = reader
+        .defaulted("DATABASE_URL", DATABASE, |value| kind_of(value).map(|kind| (SecretString::from(value), kind)));
+    let auto_migrate = reader.optional("LITESTRIPE_AUTO_MIGRATE", "true or false", settings::flag);
+    let (url, kind) = url;
+    let auto_migrate = auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite);
+    Some(DatabaseSettings { url: normalised(&url), kind, auto_migrate })
+}
+
+fn read_orphans(reader: &mut Reader) -> OrphanSettings {
+    OrphanSettings {
+        grace: reader.defaulted("LITESTRIPE_ORPHAN_GRACE", "a time such as 10m, at most 365d", |value| {
+            settings::duration(value).filter(|grace| *grace <= GRACE_MAX)
+        }),
+        without_session: reader.defaulted("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "true or false", settings::flag),
+        email_max_age: reader.defaulted("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", DURATION, settings::duration),
+    }
+}
+
+fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Option<LookupSettings> {
+    let elsewhere = reader.optional("LITESTRIPE_USER_DATABASE_URL", DATABASE, |value| {
+        kind_of(value).map(|kind| (SecretString::from(value), kind))
+    });
+    let database = match elsewhere {
+        Some((url, kind)) => DatabaseSettings { url: normalised(&url), kind, auto_migrate: false },
+        None => database?.clone(),
+    };
+    let expected = "none, sql:<query with $1>, or nats:<subject>";
+    Some(reader.defaulted("LITESTRIPE_USER_LOOKUP", expected, |value| {
+        if value == "none" {
+            return Some(LookupSettings::None);
+        }
+        if let Some(query) = value.strip_prefix("sql:") {
+            let query = query.trim();
+            return query
+                .contains("$1")
+                .then(|| LookupSettings::Sql { query: query.to_owned(), database: database.clone() });
+        }
+        let subject = value.strip_prefix("nats:")?.trim();
+        let valid = !subject.is_empty() && !subject.contains([' ', '*', '>']) && !subject.split('.').any(str::is_empty);
+        valid.then(|| LookupSettings::Nats { subject: subject.to_owned() })
+    }))
+}
+
+fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
+    let base = reader.defaulted("STRIPE_API_BASE", "a URL that starts with https:// or http://", |value| {
+        let is_http = value.starts_with("https://") || value.starts_with("http://");
+        is_http.then(|| value.trim_end_matches('/').to_owned())
+    });
+    let budget = BudgetSettings {
+        requests: reader.defaulted("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "a number above 0", |value| {
+            value.parse().ok().filter(|requests| *requests > 0)
+        }),
+        window: reader.defaulted("LITESTRIPE_API_RATE_LIMIT_WINDOW", "a time from 1s to 1d", |value| {
+            settings::duration(value).filter(|window| WINDOWS.contains(window))
+        }),
+        key: reader.defaulted(
+            "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
+            "a key of NATS: letters, digits and -/_=., no dot at an end",
+            |value| kv::is_key(value).then(|| value.to_owned()),
+        ),
+    };
+    let interval = |value: &str| match value {
+        "off" => Some(None),
+        interval => settings::duration(interval).filter(|interval| *interval >= Duration::from_secs(1)).map(Some),
+    };
+    let backfill_interval = reader
+        .optional("LITESTRIPE_BACKFILL_INTERVAL", "off, or a time such as 30m or 1h, at least 1s", interval)
+        .unwrap_or(Some(BACKFILL_INTERVAL));
+    let key = reader.optional("STRIPE_SECRET_KEY", "a secret or restricted key (sk_… or rk_…)", |value| {
+        let fits = value.starts_with("sk_") || value.starts_with("rk_");
+        (fits && value.bytes().all(|byte| byte.is_ascii_graphic())).then(|| SecretString::from(value))
+    })?;
+    Some(StripeSettings { key, base, budget, backfill_interval })
+}
+
+fn kind_of(url: &str) -> Option<DatabaseKind> {
+    if url.starts_with("sqlite:") {
+        Some(DatabaseKind::Sqlite)
+    } else if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+        Some(DatabaseKind::Postgres)
+    } else {
+        None
+    }
+}
+
+/// `postgresql://` is as common as `postgres://`, but sea-orm knows only the latter.
+fn normalised(url: &SecretString) -> SecretString {
+    match url.expose_secret().strip_prefix("postgresql://") {
+        Some(rest) => SecretString::from(format!("postgres://{rest}")),
+        None => url.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

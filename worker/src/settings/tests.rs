@@ -1,0 +1,45 @@
+use litestripe_contract::settings::{Given, Problems};
+use secrecy::ExposeSecret as _;
+
+use super::{DatabaseKind, Settings, read};
+
+fn check(given: &[(&'static str, &str)]) -> Result<Settings, Problems> {
+    read(given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect::<Given>())
+}
+
+#[test]
+fn defaults_are_the_embedded_database() {
+    let settings = check(&[]).expect("every setting has a default");
+    assert_eq!(settings.database.kind, DatabaseKind::Sqlite);
+    assert!(settings.database.auto_migrate);
+    assert_eq!(settings.batch, 500);
+}
+
+#[test]
+fn postgresql_is_postgres_and_is_not_migrated_unasked() {
+    let settings = check(&[("DATABASE_URL", "postgresql://u:p@h/d")]).expect("it is a URL");
+    assert_eq!(settings.database.kind, DatabaseKind::Postgres);
+    assert_eq!(settings.database.url.expose_secret(), "postgres://u:p@h/d");
+    assert!(!settings.database.auto_migrate);
+}
+
+#[test]
+fn all_problems_are_reported_and_no_value_is() {
+    let Problems(problems) = check(&[
+        ("DATABASE_URL", "mysql://u:hunter2@h/d"),
+        ("LITESTRIPE_BATCH", "0"),
+        ("LITESTRIPE_WORKER_LISTEN", "hunter2"),
+        ("LITESTRIPE_SIGNALS_MAX_AGE", "soon"),
+        ("NATS_URL", "::"),
+    ])
+    .map(|_| ())
+    .expect_err("they are all wrong");
+    assert_eq!(problems.len(), 5, "{problems:?}");
+    assert!(!problems.concat().contains("hunter2"));
+}
+
+#[test]
+fn secrets_do_not_print() {
+    let settings = check(&[("DATABASE_URL", "postgres://u:hunter2@h/d")]).expect("it is a URL");
+    assert!(!format!("{settings:?}").contains("hunter2"));
+}

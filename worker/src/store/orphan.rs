@@ -1,0 +1,249 @@
+//! `orphaned_payment`: insert once, resolve once. The only code that writes an email.
+
+use std::collections::HashSet;
+
+use litestripe_contract::event::EventId;
+use litestripe_contract::signal::OrphanReason;
+use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
+use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use sea_orm::{
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait as _,
+    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+};
+use time::OffsetDateTime;
+
+use crate::error::StoreError;
+use crate::event::Email;
+
+/// A payment that matches no user.
+#[derive(Debug, Clone)]
+pub struct NewOrphan {
+    /// The subscription's id, else the Checkout Session's.
+    pub id: String,
+    /// Why it is one.
+    pub reason: OrphanReason,
+    /// The Checkout Session that was paid.
+    pub checkout_session_id: Option<String>,
+    /// Stripe's customer.
+    pub stripe_customer_id: Option<String>,
+    /// The subscription, if there is one.
+    pub stripe_subscription_id: Option<String>,
+    /// Where the customer can be reached.
+    pub customer_email: Option<Email>,
+    /// The event that led to it.
+    pub event_id: EventId,
+    /// Whether it happened in live mode.
+    pub livemode: bool,
+}
+
+/// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
+/// were inserted.
+///
+/// An orphan that no Checkout Session had claimed learns its session and email when one comes.
+///
+/// # Errors
+/// When the database is away or refuses the data.
+pub async fn insert(
+    tx: &DatabaseTransaction,
+    orphans: &[NewOrphan],
+    now: OffsetDateTime,
+) -> Result<HashSet<String>, StoreError> {
+    let without_session = OrphanReason::NoCheckoutSession.as_str();
+    let learns = Expr::col((Entity, Column::Reason))
+        .eq(without_session)
+        .and(Expr::cust("excluded.reason").ne(without_session))
+        .and(Expr::col((Entity, Column::ResolvedAt)).is_null());
+    let once = OnConflict::column(Column::Id)
+        .update_columns([
+            Column::Reason,
+            Column::CheckoutSessionId,
+            Column::CustomerEmail,
+            Column::EventId,
+            Column::DtLastUpdated,
+        ])
+        .action_and_where(learns)
+        .to_owned();
+    let models = orphans.iter().map(|orphan| model(orphan, now));
+    let written = Entity::insert_many(models).on_conflict(once).exec_with_returning(tx).await;
+    let written = written.map_err(StoreError::doing("save orphaned payments"))?;
+    Ok(written.into_iter().filter(|row| row.dt_created == row.dt_last_updated).map(|row| row.id).collect())
+}
+
+/// Notes an operator's word, given `at`, on whose payment `orphan` is: resolves it if it is open,
+/// inserts it as resolved if it is not there yet, so that a payment that comes later is none, and
+/// takes back what an operator said before. Returns the orphan if the word counts.
+///
+/// # Errors
+/// When the database is away.
+pub async fn resolve_by_operator(
+    tx: &DatabaseTransaction,
+    orphan: &NewOrphan,
+    client_reference_id: &str,
+    at: OffsetDateTime,
+    now: OffsetDateTime,
+) -> Result<Option<Model>, StoreError> {
+    let column = |column| Expr::col((Entity, column));
+    // Of two words the later one counts; of two in one second the same one in whatever order.
+    let is_later =
+        column(Column::ResolvedAt).is_null().or(column(Column::ResolvedAt).lt(at)).or(column(Column::ResolvedAt)
+            .eq(at)
+            .and(column(Column::ResolvedClientReferenceId).lt(client_reference_id)));
+    let word = OnConflict::column(Column::Id)
+        .update_columns([
+            Column::ResolvedAt,
+            Column::ResolvedClientReferenceId,
+            Column::CustomerEmail,
+            Column::DtLastUpdated,
+        ])
+        .action_and_where(is_later)
+        .to_owned();
+    let resolved = ActiveModel {
+        customer_email: Set(None),
+        resolved_at: Set(Some(at)),
+        resolved_client_reference_id: Set(Some(client_reference_id.to_owned())),
+        ..model(orphan, now)
+    };
+    let written = Entity::insert_many([resolved]).on_conflict(word).exec_with_returning(tx).await;
+    Ok(written.map_err(StoreError::doing("resolve an orphaned payment"))?.into_iter().next())
+}
+
+fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
+    ActiveModel {
+        id: Set(orphan.id.clone()),
+        checkout_session_id: Set(orphan.checkout_session_id.clone()),
+        stripe_customer_id: Set(orphan.stripe_customer_id.clone()),
+        stripe_subscription_id: Set(orphan.stripe_subscription_id.clone()),
+        customer_email: Set(orphan.customer_email.as_ref().map(|email| email.expose().to_owned())),
+        reason: Set(orphan.reason.as_str().to_owned()),
+        event_id: Set(orphan.event_id.to_string()),
+        livemode: Set(orphan.livemode),
+        resolved_at: Set(None),
+        resolved_client_reference_id: Set(None),
+        dt_created: Set(now),
+        dt_last_updated: Set(now),
+    }
+}
+
+/// Which of `ids` are open orphans.
+///
+/// # Errors
+/// When the database is away.
+pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
+    if ids.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let open: Result<Vec<String>, _> = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(Column::Id.is_in(ids.iter().copied()))
+        .filter(Column::ResolvedAt.is_null())
+        .into_tuple()
+        .all(db)
+        .await;
+    Ok(open.map_err(StoreError::doing("look for open orphans"))?.into_iter().collect())
+}
+
+/// The orphan `id`.
+///
+/// # Errors
+/// When the database is away.
+pub async fn find<C: ConnectionTrait>(db: &C, id: &str) -> Result<Option<Model>, StoreError> {
+    Entity::find_by_id(id).one(db).await.map_err(StoreError::doing("read an orphaned payment"))
+}
+
+/// The orphans, newest first; `open` leaves out those that are resolved.
+///
+/// # Errors
+/// When the database is away.
+pub async fn list<C: ConnectionTrait>(db: &C, open: bool, limit: u64) -> Result<Vec<Model>, StoreError> {
+    let mut rows = Entity::find().order_by_desc(Column::DtCreated).order_by_asc(Column::Id).limit(limit);
+    if open {
+        rows = rows.filter(Column::ResolvedAt.is_null());
+    }
+    rows.all(db).await.map_err(StoreError::doing("list orphaned payments"))
+}
+
+/// Erases the emails of orphans that were first seen before `before`. Returns how many.
+///
+/// # Errors
+/// When the database is away.
+pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) -> Result<u64, StoreError> {
+    let erased = Entity::update_many()
+        .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
+        .filter(Column::CustomerEmail.is_not_null())
+        .filter(Column::DtCreated.lt(before))
+        .exec(db)
+        .await;
+    erased.map(|done| done.rows_affected).map_err(StoreError::doing("erase emails of old orphans"))
+}
+
+/// Erases the emails of orphans that are of any of `ids`: customers, subscriptions or Checkout
+/// Sessions. Returns how many.
+///
+/// # Errors
+/// When the database is away.
+pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<u64, StoreError> {
+    let erased = Entity::update_many()
+        .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
+        .filter(Column::CustomerEmail.is_not_null())
+        .filter(of_any(ids))
+        .exec(db)
+        .await;
+    erased.map(|done| done.rows_affected).map_err(StoreError::doing("erase a customer's emails"))
+}
+
+/// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
+///
+/// # Errors
+/// When the database is away.
+pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
+    type Row = (String, Option<String>, Option<String>, Option<String>);
+    let rows: Result<Vec<Row>, _> = Entity::find()
+        .select_only()
+        .columns([Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId])
+        .filter(of_any(ids))
+        .into_tuple()
+        .all(db)
+        .await;
+    let rows = rows.map_err(StoreError::doing("look for a customer's orphans"))?;
+    let ids =
+        rows.into_iter().flat_map(|(id, session, subscription, customer)| [Some(id), session, subscription, customer]);
+    Ok(ids.flatten().collect())
+}
+
+fn of_any(ids: &[&str]) -> Condition {
+    let columns = [Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId];
+    columns.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied())))
+}
+
+/// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns
+/// the orphan as it is then.
+///
+/// # Errors
+/// When the database is away.
+pub async fn resolve(
+    tx: &DatabaseTransaction,
+    id: &str,
+    client_reference_id: &str,
+    now: OffsetDateTime,
+) -> Result<Option<Model>, StoreError> {
+    let resolved = Entity::update_many()
+        .col_expr(Column::ResolvedAt, Expr::value(now))
+        .col_expr(Column::ResolvedClientReferenceId, Expr::value(client_reference_id))
+        .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
+        .col_expr(Column::DtLastUpdated, Expr::value(now))
+        .filter(Column::Id.eq(id))
+        .filter(Column::ResolvedAt.is_null())
+        .exec_with_returning(tx)
+        .await;
+    Ok(resolved.map_err(StoreError::doing("resolve an orphaned payment"))?.into_iter().next())
+}
+
+/// How many orphans are open.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    let open = Entity::find().filter(Column::ResolvedAt.is_null()).count(db).await;
+    open.map_err(StoreError::doing("count orphaned payments"))
+}

@@ -1,0 +1,152 @@
+//! `signal_outbox`: put signals in with the change they tell of, lock shards, take rows out.
+//!
+//! Invariant: rows of one subscription (or orphan) get their ids in the order in which they are
+//! committed, because whoever inserts them holds that row's lock.
+
+use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_entity::signal_outbox::{ActiveModel, Column, Entity, Model};
+use sea_orm::{
+    ActiveValue::{NotSet, Set},
+    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, Statement,
+};
+use time::OffsetDateTime;
+
+use crate::error::StoreError;
+
+/// Parts of the outbox. One relay at a time works on one of them; rows of one subscription are all
+/// in the same one. As many as the migration made.
+pub const SHARDS: u32 = 16;
+
+/// A signal on its way to the outbox.
+#[derive(Debug, Clone)]
+pub struct NewSignal {
+    /// The subscription's or orphan's id.
+    pub entity_id: String,
+    /// Where it is published.
+    pub subject: &'static str,
+    /// Its `Nats-Msg-Id`.
+    pub message_id: String,
+    /// `created` of the event that led to it, in seconds since the Unix epoch.
+    pub event_created: i64,
+    /// The trace it belongs to.
+    pub traceparent: Option<String>,
+    /// The body, JSON.
+    pub body: String,
+}
+
+/// Puts `signals` in, in their order.
+///
+/// # Errors
+/// When the database is away or refuses the data.
+pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<(), StoreError> {
+    let mut rows = signals.into_iter().map(|signal| ActiveModel {
+        id: NotSet,
+        shard: Set(shard_of(&signal.entity_id)),
+        entity_id: Set(signal.entity_id),
+        subject: Set(signal.subject.to_owned()),
+        message_id: Set(signal.message_id),
+        event_created: Set(signal.event_created),
+        traceparent: Set(signal.traceparent),
+        body: Set(signal.body),
+        dt_created: Set(now),
+    });
+    loop {
+        let chunk: Vec<_> = rows.by_ref().take(super::ROWS_MAX).collect();
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let inserted = Entity::insert_many(chunk).exec_without_returning(tx).await;
+        inserted.map_err(StoreError::doing("save signals"))?;
+    }
+}
+
+/// Locks the shards that have signals and that no other relay works on, for this transaction.
+///
+/// PostgreSQL only: on SQLite a file lock stands for all shards.
+///
+/// # Errors
+/// When the database is away.
+pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
+    const FREE: &str = "SELECT shard FROM signal_shard \
+        WHERE EXISTS (SELECT 1 FROM signal_outbox WHERE signal_outbox.shard = signal_shard.shard) \
+        ORDER BY shard FOR UPDATE SKIP LOCKED";
+    let doing = StoreError::doing("lock shards of the outbox");
+    let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
+    rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
+}
+
+/// Whether no signal waits.
+///
+/// # Errors
+/// When the database is away.
+pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
+    let any: Result<Option<i64>, _> = Entity::find().select_only().column(Column::Id).into_tuple().one(db).await;
+    any.map(|id| id.is_none()).map_err(StoreError::doing("look into the outbox"))
+}
+
+/// The signals of changes of the subscription `id` that wait.
+///
+/// # Errors
+/// When the database is away.
+pub async fn changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<Vec<Model>, StoreError> {
+    let waiting = Entity::find().filter(Column::EntityId.eq(id)).filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
+    waiting.all(db).await.map_err(StoreError::doing("read a subscription's signals"))
+}
+
+/// Whether a signal of any of these subscriptions and orphans waits.
+///
+/// # Errors
+/// When the database is away.
+pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
+    let any = Entity::find().select_only().column(Column::Id).filter(Column::EntityId.is_in(ids.iter().copied()));
+    let any: Result<Option<i64>, _> = any.into_tuple().one(db).await;
+    any.map(|id| id.is_some()).map_err(StoreError::doing("look into the outbox"))
+}
+
+/// Up to `limit` signals of `shards`, oldest first.
+///
+/// # Errors
+/// When the database is away.
+pub async fn oldest<C: ConnectionTrait>(db: &C, shards: &[i32], limit: u64) -> Result<Vec<Model>, StoreError> {
+    let rows = Entity::find()
+        .filter(Column::Shard.is_in(shards.iter().copied()))
+        .order_by_asc(Column::Id)
+        .limit(limit)
+        .all(db)
+        .await;
+    rows.map_err(StoreError::doing("read the outbox"))
+}
+
+/// All shards.
+#[must_use]
+pub fn all_shards() -> Vec<i32> {
+    (0..SHARDS.cast_signed()).collect()
+}
+
+/// Removes the signals that JetStream has.
+///
+/// # Errors
+/// When the database is away.
+pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(), StoreError> {
+    ids.sort_unstable();
+    let deleted = Entity::delete_many().filter(Column::Id.is_in(ids)).exec(db).await;
+    deleted.map(|_| ()).map_err(StoreError::doing("remove sent signals"))
+}
+
+/// How many signals wait, and since when the oldest does.
+///
+/// # Errors
+/// When the database is away.
+pub async fn backlog<C: ConnectionTrait>(db: &C) -> Result<(u64, Option<OffsetDateTime>), StoreError> {
+    let doing = StoreError::doing("count signals in the outbox");
+    let count = Entity::find().count(db).await.map_err(&doing)?;
+    let oldest = Entity::find().order_by_asc(Column::Id).one(db).await.map_err(&doing)?;
+    Ok((count, oldest.map(|row| row.dt_created)))
+}
+
+/// The shard of a subscription or orphan: FNV-1a, which is stable over releases and machines.
+fn shard_of(entity_id: &str) -> i32 {
+    let hash = entity_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    (hash % SHARDS).cast_signed()
+}

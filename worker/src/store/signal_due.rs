@@ -1,0 +1,169 @@
+//! `signal_due`: the signals that a replay owes when it reaches its end.
+//!
+//! Invariant: a row stands for what subscribers were told last of a subscription whose row has
+//! changed since, or that is to be told again. It goes in the transaction that tells them.
+
+use std::collections::HashMap;
+
+use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::signal::{EventReference, Subscription, Timestamp};
+use litestripe_contract::subject;
+use litestripe_entity::signal_due::{ActiveModel, Column, Entity, Model};
+use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use sea_orm::{
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
+    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+};
+use time::OffsetDateTime;
+
+use crate::error::StoreError;
+
+/// A signal of a subscription that waits for the end of a replay.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Due {
+    /// The replay.
+    pub replay: String,
+    /// What subscribers were told last; None if nothing yet.
+    pub told: Option<Subscription>,
+    /// Whether it is sent even if nothing changed, under the existing revision.
+    pub unchanged: bool,
+    /// The event that led to it.
+    pub event: EventReference,
+}
+
+/// A signal that becomes due.
+#[derive(Debug, Clone)]
+pub struct NewDue {
+    /// The subscription's or orphan's id.
+    pub entity_id: String,
+    /// Where it will be published.
+    pub subject: &'static str,
+    /// The rest of it.
+    pub due: Due,
+}
+
+/// A signal of an orphan that waits for the end of a replay.
+#[derive(Debug, Clone)]
+pub struct OrphanDue {
+    /// The orphan's id.
+    pub entity_id: String,
+    /// Where it will be published.
+    pub subject: String,
+    /// The event that led to it.
+    pub event: EventReference,
+}
+
+/// Puts `dues` in. Of one that is due already, what was told last stays.
+///
+/// # Errors
+/// When the database is away or refuses the data.
+pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTime) -> Result<(), StoreError> {
+    let doing = StoreError::doing("save signals that are due");
+    let known = OnConflict::columns([Column::EntityId, Column::Subject])
+        .update_columns([Column::EventId, Column::EventType, Column::EventCreated])
+        .value(Column::Unchanged, Expr::cust("signal_due.unchanged OR excluded.unchanged"))
+        .to_owned();
+    let rows = dues.into_iter().map(|NewDue { entity_id, subject, due }| {
+        let told = due.told.map(|told| serde_json::to_string(&told)).transpose();
+        Ok(ActiveModel {
+            entity_id: Set(entity_id),
+            subject: Set(subject.to_owned()),
+            replay: Set(due.replay),
+            told: Set(told?),
+            unchanged: Set(due.unchanged),
+            event_id: Set(due.event.id.to_string()),
+            event_type: Set(due.event.event_type.to_string()),
+            event_created: Set(due.event.created.unix()),
+            dt_created: Set(now),
+        })
+    });
+    let rows: Result<Vec<ActiveModel>, serde_json::Error> = rows.collect();
+    let mut rows = rows.map_err(|error| doing(DbErr::Json(error.to_string())))?.into_iter();
+    loop {
+        let chunk: Vec<_> = rows.by_ref().take(super::ROWS_MAX).collect();
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let put = Entity::insert_many(chunk).on_conflict(known.clone()).exec_without_returning(tx).await;
+        put.map_err(&doing)?;
+    }
+}
+
+/// Up to `limit` ids of subscriptions and orphans of which `replay` owes a signal.
+///
+/// # Errors
+/// When the database is away.
+pub async fn owed_by<C: ConnectionTrait>(db: &C, replay: &str, limit: u64) -> Result<Vec<String>, StoreError> {
+    let ids = Entity::find()
+        .select_only()
+        .column(Column::EntityId)
+        .distinct()
+        .filter(Column::Replay.eq(replay))
+        .order_by_asc(Column::EntityId)
+        .limit(limit)
+        .into_tuple()
+        .all(db)
+        .await;
+    ids.map_err(StoreError::doing("look for signals that are due"))
+}
+
+/// How many signals `replay` owes.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count<C: ConnectionTrait>(db: &C, replay: &str) -> Result<u64, StoreError> {
+    let count = Entity::find().filter(Column::Replay.eq(replay)).count(db).await;
+    count.map_err(StoreError::doing("count signals that are due"))
+}
+
+/// What `replay` owes of orphans among `ids`.
+///
+/// # Errors
+/// When the database is away.
+pub async fn of_orphans<C: ConnectionTrait>(
+    db: &C,
+    replay: &str,
+    ids: &[&str],
+) -> Result<HashMap<String, Vec<OrphanDue>>, StoreError> {
+    let rows = Entity::find()
+        .filter(Column::Replay.eq(replay))
+        .filter(Column::EntityId.is_in(ids.iter().copied()))
+        .filter(Column::Subject.ne(subject::SUBSCRIPTION_CHANGED))
+        .all(db)
+        .await;
+    let mut dues: HashMap<String, Vec<OrphanDue>> = HashMap::new();
+    for row in rows.map_err(StoreError::doing("read signals that are due"))? {
+        let Some(event) = event(&row) else { continue };
+        let due = OrphanDue { entity_id: row.entity_id.clone(), subject: row.subject, event };
+        dues.entry(row.entity_id).or_default().push(due);
+    }
+    Ok(dues)
+}
+
+/// Forgets what is due about `ids` on `subjects`.
+///
+/// # Errors
+/// When the database is away.
+pub async fn remove<C: ConnectionTrait>(db: &C, subjects: &[&str], ids: &[&str]) -> Result<(), StoreError> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let those = Column::Subject.is_in(subjects.iter().copied()).and(Column::EntityId.is_in(ids.iter().copied()));
+    let removed = Entity::delete_many().filter(those).exec(db).await;
+    removed.map(|_| ()).map_err(StoreError::doing("remove signals that were due"))
+}
+
+/// What a row says, or nothing if only a later program can read it.
+pub(super) fn due(row: Model) -> Option<Due> {
+    let event = event(&row)?;
+    let told = row.told.map(|told| serde_json::from_str(&told)).transpose().ok()?;
+    Some(Due { replay: row.replay, told, unchanged: row.unchanged, event })
+}
+
+fn event(row: &Model) -> Option<EventReference> {
+    Some(EventReference {
+        id: EventId::parse(row.event_id.as_str()).ok()?,
+        event_type: EventType::parse(row.event_type.as_str()).ok()?,
+        created: Timestamp::from_unix(row.event_created).ok()?,
+    })
+}

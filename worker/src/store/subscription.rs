@@ -1,0 +1,235 @@
+//! `stripe_subscription`: load merge states, save rows.
+//!
+//! Invariant: a row is written only over the `version` that was read.
+
+use std::collections::{HashMap, HashSet};
+
+use litestripe_contract::subject;
+use litestripe_entity::signal_due;
+use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity};
+use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict};
+use sea_orm::{
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
+    EntityTrait as _, FromQueryResult as _, Iterable as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
+    QueryResult, QuerySelect as _, QueryTrait as _, Select,
+};
+use time::OffsetDateTime;
+
+use super::signal_due::Due;
+use crate::error::StoreError;
+use crate::merge::State;
+
+/// What a row is before a batch.
+#[derive(Debug, Clone, Default)]
+pub struct Stored {
+    /// What its columns are a function of.
+    pub state: State,
+    /// Grows with every write.
+    pub version: i64,
+    /// The revision of its last signal; 0 if there was none yet.
+    pub revision: i64,
+    /// The signal that a replay owes, if it owes one.
+    pub due: Option<Due>,
+}
+
+/// A row to be written.
+#[derive(Debug)]
+pub struct Row {
+    /// The key.
+    pub stripe_subscription_id: String,
+    /// What its columns are a function of.
+    pub state: State,
+    /// The version that was read, plus one.
+    pub version: i64,
+    /// The revision of its last signal, this batch's included.
+    pub revision: i64,
+}
+
+/// The modes that rows are of: `livemode`, each value once.
+///
+/// # Errors
+/// When the database is away.
+pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> {
+    let modes = Entity::find().select_only().column(Column::Livemode).distinct().into_tuple().all(db).await;
+    modes.map_err(StoreError::doing("look at the subscriptions' mode"))
+}
+
+/// The rows that exist among `ids`.
+///
+/// # Errors
+/// When the database is away, or a row's merge state cannot be read.
+pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
+    let doing = StoreError::doing("load subscriptions");
+    let mut query = Entity::find()
+        .select_only()
+        .columns([Column::StripeSubscriptionId, Column::MergeState, Column::Version, Column::Revision])
+        .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
+        .into_query();
+    // In the same statement: nearly always nothing is due, and a batch shall not pay for asking.
+    let due = Expr::col((signal_due::Entity, signal_due::Column::EntityId))
+        .equals((Entity, Column::StripeSubscriptionId))
+        .and(Expr::col((signal_due::Entity, signal_due::Column::Subject)).eq(subject::SUBSCRIPTION_CHANGED));
+    query.join(JoinType::LeftJoin, signal_due::Entity, due);
+    for column in signal_due::Column::iter() {
+        query.expr_as(Expr::col((signal_due::Entity, column)), format!("due_{}", column.to_string()));
+    }
+    let rows = db.query_all(&query).await.map_err(&doing)?;
+    rows.iter().map(stored).collect::<Result<_, _>>().map_err(doing)
+}
+
+fn stored(row: &QueryResult) -> Result<(String, Stored), DbErr> {
+    let id = row.try_get("", "stripe_subscription_id")?;
+    let state: String = row.try_get("", "merge_state")?;
+    let stored = Stored {
+        state: serde_json::from_str(&state).map_err(|error| DbErr::Json(error.to_string()))?,
+        version: row.try_get("", "version")?,
+        revision: row.try_get("", "revision")?,
+        due: signal_due::Model::from_query_result_optional(row, "due_")?.and_then(super::signal_due::due),
+    };
+    Ok((id, stored))
+}
+
+/// Locks the rows `ids` for this transaction. On SQLite every transaction has the one write lock.
+///
+/// # Errors
+/// When the database is away.
+pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreError> {
+    if tx.get_database_backend() != DbBackend::Postgres {
+        return Ok(());
+    }
+    let rows = keys().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()));
+    let locked: Result<Vec<String>, _> =
+        rows.order_by_asc(Column::StripeSubscriptionId).lock(LockType::Update).into_tuple().all(tx).await;
+    locked.map(|_| ()).map_err(StoreError::doing("lock subscriptions"))
+}
+
+/// Which of `ids` have a row.
+///
+/// # Errors
+/// When the database is away.
+pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<HashSet<String>, StoreError> {
+    let rows = keys().filter(Column::StripeSubscriptionId.is_in(ids.iter().map(String::as_str)));
+    let ids: Result<Vec<String>, _> = rows.into_tuple().all(db).await;
+    ids.map(HashSet::from_iter).map_err(StoreError::doing("look for subscriptions"))
+}
+
+/// Up to `limit` keys after `after`, in their order.
+///
+/// # Errors
+/// When the database is away.
+pub async fn keys_after<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
+    let rows = keys().filter(Column::StripeSubscriptionId.gt(after)).order_by_asc(Column::StripeSubscriptionId);
+    rows.limit(limit).into_tuple().all(db).await.map_err(StoreError::doing("list subscriptions"))
+}
+
+/// How many rows there are.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    Entity::find().count(db).await.map_err(StoreError::doing("count subscriptions"))
+}
+
+fn keys() -> Select<Entity> {
+    Entity::find().select_only().column(Column::StripeSubscriptionId)
+}
+
+/// The ids of the subscriptions, and of their Checkout Sessions, that are of any of `ids`: customers,
+/// subscriptions or Checkout Sessions.
+///
+/// # Errors
+/// When the database is away.
+pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
+    let any = [Column::StripeCustomerId, Column::StripeSubscriptionId, Column::CheckoutSessionId];
+    let rows: Result<Vec<(String, Option<String>)>, _> = Entity::find()
+        .select_only()
+        .columns([Column::StripeSubscriptionId, Column::CheckoutSessionId])
+        .filter(any.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied()))))
+        .into_tuple()
+        .all(db)
+        .await;
+    let rows = rows.map_err(StoreError::doing("look for a customer's subscriptions"))?;
+    Ok(rows.into_iter().flat_map(|(subscription, session)| [Some(subscription), session]).flatten().collect())
+}
+
+/// A subscription that has not ended, other than `id`, and belongs to this user.
+///
+/// # Errors
+/// When the database is away.
+pub async fn other_of_user<C: ConnectionTrait>(
+    db: &C,
+    client_reference_id: &str,
+    id: Option<&str>,
+) -> Result<Option<String>, StoreError> {
+    const ENDED: [&str; 2] = ["canceled", "incomplete_expired"];
+    let mut others = Entity::find()
+        .select_only()
+        .column(Column::StripeSubscriptionId)
+        .filter(Column::ClientReferenceId.eq(client_reference_id))
+        .filter(Column::Status.is_null().or(Column::Status.is_not_in(ENDED)));
+    if let Some(id) = id {
+        others = others.filter(Column::StripeSubscriptionId.ne(id));
+    }
+    others.into_tuple().one(db).await.map_err(StoreError::doing("look for the user's subscriptions"))
+}
+
+/// Writes `rows`, in the order of their keys: two writers that take locks in different orders
+/// deadlock. Returns the keys that were written: the others were written by another worker since
+/// they were read.
+///
+/// # Errors
+/// When the database is away or refuses the data.
+pub async fn save<'a>(
+    tx: &DatabaseTransaction,
+    rows: impl Iterator<Item = &'a Row> + Clone,
+    now: OffsetDateTime,
+) -> Result<HashSet<String>, StoreError> {
+    debug_assert!(rows.clone().is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
+    let doing = StoreError::doing("save subscriptions");
+    let models = rows.map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
+    let overwritten =
+        Column::iter().filter(|column| !matches!(column, Column::StripeSubscriptionId | Column::DtCreated));
+    let read_version = Expr::col((Entity, Column::Version));
+    let guard = read_version.eq(Expr::cust("excluded.version - 1"));
+    let on_conflict =
+        OnConflict::column(Column::StripeSubscriptionId).update_columns(overwritten).action_and_where(guard).to_owned();
+    let written = Entity::insert_many(models).on_conflict(on_conflict).exec_with_returning_keys(tx).await;
+    Ok(written.map_err(&doing)?.into_iter().collect())
+}
+
+fn model(row: &Row, now: OffsetDateTime) -> Result<ActiveModel, DbErr> {
+    let json = |error: serde_json::Error| DbErr::Json(error.to_string());
+    let visible = row.state.visible();
+    let subscription = visible.subscription;
+    let (last_event_id, last_event_created) = visible.last_event.unzip();
+    let time = |at: Option<litestripe_contract::signal::Timestamp>| Set(at.map(|at| at.get()));
+    Ok(ActiveModel {
+        stripe_subscription_id: Set(row.stripe_subscription_id.clone()),
+        stripe_customer_id: Set(subscription.stripe_customer_id),
+        client_reference_id: Set(subscription.client_reference_id),
+        checkout_session_id: Set(visible.checkout_session_id),
+        status: Set(subscription.status),
+        created: time(subscription.created),
+        start_date: time(subscription.start_date),
+        cancel_at: time(subscription.cancel_at),
+        canceled_at: time(subscription.canceled_at),
+        cancel_at_period_end: Set(subscription.cancel_at_period_end),
+        current_period_start: time(subscription.current_period_start),
+        current_period_end: time(subscription.current_period_end),
+        trial_end: time(subscription.trial_end),
+        ended_at: time(subscription.ended_at),
+        items: Set(serde_json::to_value(subscription.items).map_err(json)?),
+        metadata: Set(serde_json::to_value(subscription.metadata).map_err(json)?),
+        subscription_metadata: Set(serde_json::to_value(subscription.subscription_metadata).map_err(json)?),
+        livemode: Set(subscription.livemode),
+        stripe_account_id: Set(subscription.stripe_account_id),
+        uncertain: Set(subscription.uncertain),
+        revision: Set(row.revision),
+        version: Set(row.version),
+        last_event_id: Set(last_event_id.map(String::from)),
+        last_event_created: Set(last_event_created.and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok())),
+        merge_state: Set(serde_json::to_string(&row.state).map_err(json)?),
+        dt_created: Set(now),
+        dt_last_updated: Set(now),
+    })
+}
