@@ -1,0 +1,65 @@
+//! A durable subscriber in Rust, as `docs/subscribing.md` shows it: `cargo run --example subscribe`.
+//!
+//! Needs only the contract crate's default face, async-nats, futures-util, serde_json and tokio.
+#![expect(clippy::print_stdout, reason = "what it received is its output")]
+
+use std::collections::HashMap;
+
+use async_nats::jetstream::{self, consumer::pull};
+use futures_util::StreamExt as _;
+use litestripe_contract::signal::{Orphan, SubscriptionChanged};
+use litestripe_contract::subject;
+
+/// The highest revision seen of each subscription. Stands for a column beside your own row, written
+/// in the transaction of what you do.
+type Seen = HashMap<String, i64>;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), async_nats::Error> {
+    let url = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://127.0.0.1:4222".to_owned());
+    let client = async_nats::connect(url).await?;
+    let stream = jetstream::new(client).get_stream(subject::SIGNALS_STREAM).await?;
+    let subjects = [subject::SUBSCRIPTION_CHANGED, subject::ORPHAN_CREATED, subject::ORPHAN_RESOLVED];
+    let config = pull::Config {
+        durable_name: Some("my-app".to_owned()),
+        filter_subjects: subjects.map(str::to_owned).to_vec(),
+        ..pull::Config::default()
+    };
+    let consumer = stream.get_or_create_consumer("my-app", config).await?;
+    let mut signals = consumer.messages().await?;
+    let mut seen = Seen::new();
+    while let Some(signal) = signals.next().await {
+        let signal = match signal {
+            Ok(signal) => signal,
+            Err(error) => {
+                eprintln!("waiting for the broker: {error}");
+                continue;
+            }
+        };
+        if signal.subject.as_str() == subject::SUBSCRIPTION_CHANGED {
+            changed(&mut seen, &serde_json::from_slice(&signal.payload)?);
+        } else {
+            let orphan: Orphan = serde_json::from_slice(&signal.payload)?;
+            println!("{}: {} {}", signal.subject, orphan.orphan_id, orphan.reason.as_str());
+        }
+        signal.ack().await?; // After the work: a crash before it means once more.
+    }
+    Ok(())
+}
+
+fn changed(seen: &mut Seen, signal: &SubscriptionChanged) {
+    let id = &signal.stripe_subscription_id;
+    let last = seen.get(id).copied();
+    if last.is_some_and(|last| signal.revision <= last) {
+        return println!("{id}: {} is not above {last:?}: ignored", signal.revision);
+    }
+    if let Some(previous) = signal.previous_revision.filter(|previous| Some(*previous) != last) {
+        println!("{id}: missed what came between {last:?} and {previous}; this signal has the whole row");
+    }
+    let row = &signal.subscription;
+    println!(
+        "{id}: user {:?} {:?} ({:?}), changed {:?}",
+        row.client_reference_id, signal.access, row.status, signal.changed
+    );
+    seen.insert(id.clone(), signal.revision);
+}

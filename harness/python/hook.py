@@ -1,0 +1,20 @@
+"""Posting to a hook as Stripe does, with nothing but the standard library."""
+
+import urllib.error
+import urllib.request
+
+
+def post(url, body, signature):
+    """Returns status and text of the answer; `signature` may be None."""
+    headers = {
+        "Content-Type": "application/json; charset=utf-8",
+        "User-Agent": "Stripe/1.0 (+https://stripe.com/docs/webhooks)",
+    }
+    if signature is not None:
+        headers["Stripe-Signature"] = signature
+    request = urllib.request.Request(url, data=body, headers=headers, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read().decode()

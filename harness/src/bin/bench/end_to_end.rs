@@ -1,0 +1,197 @@
+//! From a delivery to its signal, beside the same way through JetStream alone: published, consumed,
+//! published again, received.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream;
+use futures_util::future::try_join_all;
+use litestripe_harness::bridge::{Database, DatabaseKind};
+use tokio::time::{Instant, sleep_until};
+
+use crate::load::{Load, percentile};
+use crate::pool::{self, Events, Kind, Requests};
+use crate::reference::{IN, OUT};
+use crate::report::{Measurement, Sample, Target};
+use crate::rig::{self, Served, Sync};
+use crate::signals::{self, Listener};
+use crate::{Mode, in_turns};
+
+const BRIDGE: &str = "litestripe";
+const RAW: &str = "JetStream alone";
+const SPIKE: &str = "spike";
+
+/// Connections, and publications in flight.
+const CONNECTIONS: usize = 64;
+
+const FAST: Kind = Kind("fast");
+const SLOW: Kind = Kind("slow");
+
+pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement, String> {
+    let count = mode.pick(8_000, 40_000);
+    let measured_s = mode.pick(2, 6);
+    let mut measured = Measurement::new(
+        "end to end",
+        "deliveries posted (4 KiB, 64 connections, one worker on PostgreSQL) until the last one's signal is \
+         received, and from a delivery to its signal at half that rate, beside JetStream alone at half of its own; \
+         the spike only stores",
+    );
+    let requests = Arc::new(pool::requests(events, FAST, count));
+    for contenders in in_turns(mode, &[RAW, BRIDGE, SPIKE]) {
+        for contender in contenders {
+            let sample = match contender {
+                BRIDGE => bridge(events, &requests, measured_s).await?,
+                RAW => raw(events, count, measured_s).await?,
+                _ => spike(&requests).await?,
+            };
+            measured.add(contender, sample);
+        }
+    }
+    // 6,000 a second where the spike reaches 18,000.
+    measured.ratio("events/s", BRIDGE, SPIKE, |sample| sample.rate, Some(Target::AtLeast(0.333)));
+    measured.ratio("events/s", BRIDGE, RAW, |sample| sample.rate, None);
+    measured.ratio("p99", BRIDGE, RAW, |sample| sample.p99_us, Some(Target::AtMost(5.0)));
+    measured.ratio("p50", BRIDGE, RAW, |sample| sample.p50_us, None);
+    Ok(measured)
+}
+
+/// As fast as it goes, or so many a second.
+fn load(served: &Served, rate: Option<f64>) -> Load {
+    let forever = Duration::from_secs(600);
+    Load {
+        address: served.address,
+        connections: CONNECTIONS,
+        warmup: Duration::ZERO,
+        measured: forever,
+        status: 200,
+        rate,
+    }
+}
+
+async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) -> Result<Sample, String> {
+    let broker = rig::broker(Sync::Default).await;
+    let mut database = Database::prepare(DatabaseKind::Postgres);
+    database.resume().await;
+    let ingress = rig::ingress(&broker, &[]).await?;
+    let worker = rig::worker(&broker, &database.url(), &[]).await?;
+    let mut listener = Listener::start(&broker).await?;
+    let (of_ingress, of_worker) = (ingress.usage(), worker.usage());
+
+    let begin = Instant::now();
+    let (sending, count) = (load(&ingress, None), requests.len());
+    let (sent, received) =
+        rig::bounded("a run", async { tokio::join!(sending.send(requests, false), listener.wait_for(count)) }).await?;
+    sent.and(received)?;
+    let rate = count as f64 / begin.elapsed().as_secs_f64();
+    let cpu_s = of_ingress.per_10k(count) + of_worker.per_10k(count);
+
+    let half = rate / 2.0;
+    let slow = Arc::new(pool::requests(events, SLOW, (half * measured_s as f64) as usize));
+    let sending = load(&ingress, Some(half));
+    let number_of = |payload: &[u8]| Events::number(SLOW, &signals::event_id(payload)?);
+    let begin = Instant::now();
+    let (sent, arrivals) = rig::bounded("a run", async {
+        tokio::join!(sending.send(&slow, false), listener.arrivals(slow.len(), number_of))
+    })
+    .await?;
+    sent?;
+    let latencies_us = latencies_us(begin, half, arrivals?);
+    Ok(Sample {
+        rate: Some(rate),
+        p50_us: Some(percentile(&latencies_us, 0.5)),
+        p99_us: Some(percentile(&latencies_us, 0.99)),
+        cpu_s: Some(cpu_s),
+        ..Sample::default()
+    })
+}
+
+/// From the moment at which each was due to its arrival, sorted. The first tenth warms up.
+fn latencies_us(begin: Instant, rate: f64, arrivals: Vec<Option<Instant>>) -> Vec<u32> {
+    let due = |number: usize| begin + Duration::from_secs_f64(number as f64 / rate);
+    let latency = |number: usize, arrival: Instant| arrival.saturating_duration_since(due(number)).as_micros();
+    let skipped = arrivals.len() / 10;
+    let arrived = arrivals.into_iter().enumerate().skip(skipped);
+    let mut latencies_us: Vec<u32> = arrived
+        .filter_map(|(number, arrival)| Some(u32::try_from(latency(number, arrival?)).unwrap_or(u32::MAX)))
+        .collect();
+    latencies_us.sort_unstable();
+    latencies_us
+}
+
+async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample, String> {
+    let broker = rig::broker(Sync::Default).await;
+    let jetstream = rig::jetstream(&broker).await;
+    for (name, subject) in [("IN", IN), ("OUT", OUT)] {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            ..jetstream::stream::Config::default()
+        };
+        jetstream.create_stream(config).await.map_err(|problem| problem.to_string())?;
+    }
+    let _relay = rig::running("relay", &broker);
+    let mut listener = Listener::on(&broker, OUT).await?;
+    // Until the relay is at work.
+    publish(&jetstream, events, 1, None).await?;
+    rig::bounded("the relay", listener.wait_for(1)).await??;
+
+    let begin = Instant::now();
+    let (sent, received) = rig::bounded("a run", async {
+        tokio::join!(publish(&jetstream, events, count, None), listener.wait_for(count))
+    })
+    .await?;
+    sent.and(received)?;
+    let rate = count as f64 / begin.elapsed().as_secs_f64();
+
+    let half = rate / 2.0;
+    let slow = (half * measured_s as f64) as usize;
+    let number_of = |payload: &[u8]| std::str::from_utf8(payload.get(..10)?).ok()?.parse().ok();
+    let begin = Instant::now();
+    let (sent, arrivals) = rig::bounded("a run", async {
+        tokio::join!(publish(&jetstream, events, slow, Some(half)), listener.arrivals(slow, number_of))
+    })
+    .await?;
+    sent?;
+    let latencies_us = latencies_us(begin, half, arrivals?);
+    Ok(Sample {
+        rate: Some(rate),
+        p50_us: Some(percentile(&latencies_us, 0.5)),
+        p99_us: Some(percentile(&latencies_us, 0.99)),
+        ..Sample::default()
+    })
+}
+
+/// Publishes as [`Load`] posts: so many at a time, each when its PubAck is there, or so many a second.
+async fn publish(
+    jetstream: &jetstream::Context,
+    events: &Events,
+    count: usize,
+    rate: Option<f64>,
+) -> Result<(), String> {
+    let body = events.body(FAST, 0);
+    let (begin, next) = (Instant::now(), AtomicUsize::new(0));
+    let lanes = (0..CONNECTIONS).map(|_| async {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                return Ok(());
+            }
+            if let Some(rate) = rate {
+                sleep_until(begin + Duration::from_secs_f64(number as f64 / rate)).await;
+            }
+            // As long as the event, with the number in front.
+            let payload = format!("{number:010}{}", &body[10..]);
+            let ack = jetstream.publish(IN, payload.into()).await.map_err(|problem| problem.to_string())?;
+            ack.await.map_err(|problem| problem.to_string())?;
+        }
+    });
+    try_join_all(lanes).await.map(drop)
+}
+
+async fn spike(requests: &Arc<Requests>) -> Result<Sample, String> {
+    let broker = rig::broker(Sync::Default).await;
+    let served = rig::server("spike", Some(&broker)).await?;
+    let answered = rig::bounded("a run", load(&served, None).send(requests, false)).await??;
+    Ok(Sample { rate: Some(answered.rate()), ..Sample::default() })
+}

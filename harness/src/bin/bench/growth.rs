@@ -1,0 +1,153 @@
+//! Does it get slower as tables and streams grow?
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use litestripe_entity::stripe_subscription::Column;
+use litestripe_harness::bridge::{Database, DatabaseKind};
+use sea_orm::{ConnectionTrait as _, IdenStatic as _, Iterable as _};
+
+use crate::load::Load;
+use crate::pool::{self, Events, Kind};
+use crate::report::{Measurement, Sample, Target};
+use crate::rig::{self, Sync};
+use crate::signals::Listener;
+use crate::{Mode, in_turns};
+
+/// Subscriptions that are there already.
+const OLD: Kind = Kind("old");
+
+const SMALL: &str = "1,000 rows";
+const MEDIUM: &str = "100,000 rows";
+const LARGE: &str = "1,000,000 rows";
+
+/// A step between two subscriptions that are changed one after the other: a prime number, so that all
+/// have their turn and neighbours in the stream are none in the table.
+const STRIDE: usize = 7_919;
+
+pub(crate) async fn of_tables(
+    name: &'static str,
+    kind: DatabaseKind,
+    mode: Mode,
+    events: &Events,
+) -> Result<Measurement, String> {
+    let count = mode.pick(4_000, 20_000);
+    let mut measured =
+        Measurement::new(name, "changes of subscriptions all over a table of so many rows, applied and signalled");
+    let sizes: &[&'static str] = mode.pick(&[SMALL, MEDIUM], &[SMALL, MEDIUM, LARGE]);
+    for contenders in in_turns(mode, sizes) {
+        for contender in contenders {
+            let rows = match contender {
+                SMALL => 1_000,
+                MEDIUM => 100_000,
+                _ => 1_000_000,
+            };
+            measured.add(contender, run(kind, events, rows, count).await?);
+        }
+    }
+    for size in sizes.iter().skip(1) {
+        measured.ratio("events/s", size, SMALL, |sample| sample.rate, None);
+    }
+    Ok(measured)
+}
+
+async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> Result<Sample, String> {
+    let broker = rig::broker(Sync::Default).await;
+    let mut database = Database::prepare(kind);
+    database.resume().await;
+    // One row by the worker itself, the others after its pattern.
+    let mut listener = Listener::start(&broker).await?;
+    rig::fill(&broker, 1, |number| (events.id(OLD, number), events.body(OLD, number))).await?;
+    let first = rig::worker(&broker, &database.url(), &[]).await?;
+    rig::bounded("the first row", listener.wait_for(1)).await??;
+    first.program.stop().await;
+    grow(&database, kind, events, rows).await.map_err(|problem| problem.to_string())?;
+
+    let changes = Events::changes();
+    let change = |number: usize| {
+        let (subscription, later_s) = (number * STRIDE % rows, i64::try_from(number / rows).unwrap_or_default() + 1);
+        let kind = Kind("new");
+        // The event is new, its subscription old.
+        let body = changes.body_of(kind, number, subscription, later_s);
+        let body = body.replace(&changes.subscription(kind, subscription), &changes.subscription(OLD, subscription));
+        (changes.id(kind, number), body)
+    };
+    let worker = rig::worker(&broker, &database.url(), &[]).await?;
+    let usage = worker.usage();
+    let begin = Instant::now();
+    let filling = rig::fill(&broker, count, change);
+    let (filled, received) =
+        rig::bounded("applying", async { tokio::join!(filling, listener.wait_for(count)) }).await?;
+    filled.and(received)?;
+    let took = begin.elapsed();
+    Ok(Sample {
+        rate: Some(count as f64 / took.as_secs_f64()),
+        cpu_s: Some(usage.per_10k(count)),
+        memory_mib: Some(worker.memory_mib()),
+        ..Sample::default()
+    })
+}
+
+/// Copies the only row until there are so many.
+async fn grow(database: &Database, kind: DatabaseKind, events: &Events, rows: usize) -> Result<(), sea_orm::DbErr> {
+    let columns: Vec<&str> = Column::iter().skip(1).map(|column| column.as_str()).collect();
+    let columns = columns.join(",");
+    let last = events.subscription(OLD, 0);
+    let prefix = last.trim_end_matches('0');
+    let digits = last.len() - prefix.len();
+    let (numbers, key) = match kind {
+        DatabaseKind::Postgres => (
+            format!("generate_series(1, {}) AS numbers(n)", rows - 1),
+            format!("'{prefix}' || lpad(n::text, {digits}, '0')"),
+        ),
+        DatabaseKind::Sqlite => (
+            format!(
+                "(WITH RECURSIVE count(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count WHERE n < {}) SELECT n FROM \
+                 count) AS numbers",
+                rows - 1
+            ),
+            format!("'{prefix}' || printf('%0{digits}d', n)"),
+        ),
+    };
+    let copy = format!(
+        "INSERT INTO stripe_subscription (stripe_subscription_id, {columns}) \
+         SELECT {key}, {columns} FROM stripe_subscription CROSS JOIN {numbers}"
+    );
+    let connection = database.connection().await?;
+    connection.execute_unprepared(&copy).await?;
+    // As a table has been that grew by itself.
+    connection.execute_unprepared("ANALYZE").await.map(drop)
+}
+
+/// Full mode only: a stream of a million events.
+pub(crate) async fn of_stream(mode: Mode, events: &Events) -> Result<Measurement, String> {
+    const EMPTY: &str = "empty stream";
+    const FULL: &str = "1,000,000 events";
+    let mut measured = Measurement::new(
+        "growth of the stream",
+        "deliveries accepted (4 KiB, 64 connections) by a stream of so many events",
+    );
+    let requests = Arc::new(pool::requests(events, Kind("in"), 100_000));
+    let filling = "x".repeat(1_000);
+    for contenders in in_turns(mode, &[EMPTY, FULL]).into_iter().take(3) {
+        for contender in contenders {
+            let broker = rig::broker(Sync::Default).await;
+            if contender == FULL {
+                rig::fill(&broker, 1_000_000, |number| (events.id(OLD, number), filling.clone())).await?;
+            }
+            let ingress = rig::ingress(&broker, &[]).await?;
+            let load = Load {
+                address: ingress.address,
+                connections: 64,
+                warmup: Duration::from_secs(1),
+                measured: Duration::from_secs(5),
+                status: 200,
+                rate: None,
+            };
+            let answered = rig::bounded("a run", load.send(&requests, false)).await??;
+            measured.add(contender, Sample { rate: Some(answered.rate()), ..Sample::default() });
+        }
+    }
+    measured.ratio("events/s", FULL, EMPTY, |sample| sample.rate, Some(Target::AtLeast(0.9)));
+    Ok(measured)
+}

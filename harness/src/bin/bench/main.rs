@@ -1,0 +1,219 @@
+//! The program behind `scripts/bench`: how fast the programs are, beside what the machine allows.
+//!
+//! Every measurement runs its contenders in turns, several times within the same minutes, each with
+//! a broker and a database of its own, and reports the ratio: absolute figures are the machine's.
+#![expect(clippy::print_stdout, reason = "a program for people: its tables are its output")]
+
+mod end_to_end;
+mod growth;
+mod idle;
+mod ingress;
+mod load;
+mod pool;
+mod reference;
+mod report;
+mod rig;
+mod scaling;
+mod signals;
+mod usage;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use litestripe_harness::bridge::DatabaseKind::{Postgres, Sqlite};
+use litestripe_harness::tools;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::load::Load;
+use crate::pool::{Events, Kind};
+use crate::reference::Reference;
+use crate::report::Measurement;
+
+/// Measures ingress and worker beside the least that does the same work.
+#[derive(Parser)]
+#[command(name = "bench", version)]
+struct Arguments {
+    /// A look in two minutes, not a measurement.
+    #[arg(long)]
+    quick: bool,
+    /// Only measurements whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Where the figures go as JSON [default: docs/bench.json, nowhere with --quick or --only].
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// A program to compare with; started by this program itself.
+    #[command(subcommand, hide = true)]
+    Reference(Reference),
+    /// Load alone, for an ingress that runs already (with the harness's hook and secret) under a
+    /// profiler.
+    #[command(hide = true)]
+    Load { address: SocketAddr, connections: usize, seconds: u64 },
+}
+
+/// How thorough to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Quick,
+    Full,
+}
+
+impl Mode {
+    pub(crate) fn pick<T>(self, quick: T, full: T) -> T {
+        match self {
+            Self::Quick => quick,
+            Self::Full => full,
+        }
+    }
+}
+
+/// The contenders in the order of each round: every second one backwards, so that nobody always
+/// follows the same one.
+pub(crate) fn in_turns(mode: Mode, contenders: &[&'static str]) -> Vec<Vec<&'static str>> {
+    let round = |number: usize| {
+        let mut order = contenders.to_vec();
+        if !number.is_multiple_of(2) {
+            order.reverse();
+        }
+        order
+    };
+    (0..mode.pick(1, 5)).map(round).collect()
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match arguments.role {
+        // Like the programs it stands beside, a reference may use all cores.
+        Some(Role::Reference(reference)) => {
+            let runtime = tokio::runtime::Runtime::new().expect("a runtime can be made");
+            runtime.block_on(reference.run());
+            ExitCode::SUCCESS
+        }
+        Some(Role::Load { address, connections, seconds }) => on_one_thread(put_load(address, connections, seconds)),
+        None => on_one_thread(bench(&arguments)),
+    }
+}
+
+/// The load leaves the other cores to what is measured.
+fn on_one_thread(program: impl Future<Output = ExitCode>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime can be made").block_on(program)
+}
+
+async fn put_load(address: SocketAddr, connections: usize, seconds: u64) -> ExitCode {
+    let number = u64::from(std::process::id());
+    let kind = Kind(Box::leak(format!("p{number}x").into_boxed_str()));
+    let requests = Arc::new(pool::requests(&Events::new(), kind, 30_000 * usize::try_from(seconds).unwrap_or(1)));
+    let measured = Duration::from_secs(seconds);
+    let load = Load { address, connections, warmup: Duration::from_secs(1), measured, status: 200, rate: None };
+    match load.send(&requests, false).await {
+        Ok(answered) => {
+            let percentile = |share| load::percentile(&answered.latencies_us, share);
+            println!("{:.0} events/s, p50 {} µs, p99 {} µs", answered.rate(), percentile(0.5), percentile(0.99));
+            ExitCode::SUCCESS
+        }
+        Err(problem) => {
+            println!("{problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn bench(arguments: &Arguments) -> ExitCode {
+    tokio::select! {
+        code = measure(arguments) => code,
+        // Dropping what runs ends every process of ours.
+        _ = tokio::signal::ctrl_c() => ExitCode::from(130),
+    }
+}
+
+async fn measure(arguments: &Arguments) -> ExitCode {
+    let mode = if arguments.quick { Mode::Quick } else { Mode::Full };
+    if cfg!(debug_assertions) {
+        println!("This is a debug build: its figures mean nothing. scripts/bench makes a release build.");
+    }
+    let events = Events::new();
+    let mut measured = Vec::new();
+    let mut has_failed = false;
+    macro_rules! measurements {
+        ($($name:literal: $measurement:expr;)*) => {
+            $(if arguments.only.as_deref().is_none_or(|part| $name.contains(part)) {
+                match $measurement.await {
+                    Ok(measurement) => keep(measurement, &mut measured),
+                    Err(problem) => {
+                        has_failed = true;
+                        println!("\n{}: cannot be measured: {problem}", $name);
+                    }
+                }
+            })*
+        };
+    }
+    measurements! {
+        "ingress": ingress::accepted(mode, &events);
+        "bad signatures": ingress::refused(mode, &events);
+        "ingress, synced": ingress::synced(mode, &events);
+        "worker, PostgreSQL": worker::applied("worker, PostgreSQL", Postgres, mode, &events);
+        "worker, SQLite": worker::applied("worker, SQLite", Sqlite, mode, &events);
+        "end to end": end_to_end::signalled(mode, &events);
+        "scaling": scaling::scaled(mode, &events);
+        "growth, PostgreSQL": growth::of_tables("growth, PostgreSQL", Postgres, mode, &events);
+        "growth, SQLite": growth::of_tables("growth, SQLite", Sqlite, mode, &events);
+        "idle": idle::idle(mode);
+    }
+    if mode == Mode::Full {
+        measurements! { "growth of the stream": growth::of_stream(mode, &events); }
+    }
+    let is_whole = mode == Mode::Full && arguments.only.is_none() && !has_failed;
+    let default = is_whole.then(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench.json").into());
+    if let Some(path) = arguments.json.clone().or(default) {
+        let text = format!("{:#}\n", document(mode, &measured));
+        if let Err(problem) = std::fs::write(&path, text) {
+            has_failed = true;
+            println!("cannot write {}: {problem}", path.display());
+        }
+    }
+    if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn keep(measurement: Measurement, measured: &mut Vec<Value>) {
+    println!("{}", measurement.tables());
+    measured.push(measurement.json());
+}
+
+fn document(mode: Mode, measured: &[Value]) -> Value {
+    json!({
+        "measured_at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+        "mode": mode.pick("quick", "full"),
+        "machine": {
+            "cores": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+            "processor": processor(),
+            "nats_server": version(tools::nats_server().ok().map(PathBuf::from)),
+            "postgres": version(tools::postgres_bin().ok().map(|folder| folder.join("postgres"))),
+        },
+        "measurements": measured,
+    })
+}
+
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model.map(|(_, name)| name.trim().to_owned()).unwrap_or_default()
+}
+
+fn version(program: Option<PathBuf>) -> String {
+    let output = program.and_then(|program| std::process::Command::new(program).arg("--version").output().ok());
+    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+}

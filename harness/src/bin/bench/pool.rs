@@ -1,0 +1,126 @@
+//! Events in any number: bodies that differ in their ids alone, and the requests that deliver them,
+//! signed before anything is measured.
+
+use bytes::Bytes;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use litestripe_harness::bridge::{HOOK, SECRET};
+use litestripe_harness::stripe::Purchase;
+use serde_json::json;
+use sha2::Sha256;
+use time::OffsetDateTime;
+
+/// A type whose events make a row and a signal each.
+pub(crate) const TYPE: &str = "customer.subscription.created";
+
+/// The bytes of a body. Stripe's own have 2 to 60 KiB; those of subscriptions are about this long.
+pub(crate) const BODY_BYTES: usize = 4096;
+
+/// What is put into every id, so that events of one kind can be told apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind(pub(crate) &'static str);
+
+/// Makes events, one like the other: each about a subscription of its own, or about one of several.
+pub(crate) struct Events {
+    text: String,
+    event: String,
+    subscription: String,
+    created: i64,
+}
+
+/// A number of ten digits that stands in the template alone.
+const NUMBER: &str = "7531902468";
+
+impl Events {
+    /// Of new subscriptions.
+    pub(crate) fn new() -> Self {
+        Self::of(TYPE)
+    }
+
+    /// Of changes to subscriptions that exist: each changes its metadata.
+    pub(crate) fn changes() -> Self {
+        Self::of("customer.subscription.updated")
+    }
+
+    fn of(event_type: &str) -> Self {
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        let purchase = Purchase::new(now - 86_400);
+        // Nothing else of the purchase has this time.
+        let created = now - 3_607;
+        let event = |filling: usize| {
+            let metadata = json!({ "number": NUMBER, "filling": "x".repeat(filling) });
+            purchase.subscription_event(event_type, created, json!({ "metadata": metadata }))
+        };
+        let bare = event(0).compact_body().len();
+        let event = event(BODY_BYTES.saturating_sub(bare));
+        let text = String::from_utf8(event.compact_body().to_vec()).expect("an event is text");
+        Self { text, event: event.id().to_owned(), subscription: purchase.subscription, created }
+    }
+
+    /// The id of the event of that number.
+    pub(crate) fn id(&self, kind: Kind, number: usize) -> String {
+        numbered("evt_", kind, number, self.event.len())
+    }
+
+    /// The number in an event's id.
+    pub(crate) fn number(kind: Kind, id: &str) -> Option<usize> {
+        id.strip_prefix("evt_")?.strip_prefix(kind.0)?.parse().ok()
+    }
+
+    /// The id of the subscription of that number.
+    pub(crate) fn subscription(&self, kind: Kind, number: usize) -> String {
+        numbered("sub_", kind, number, self.subscription.len())
+    }
+
+    /// The body of an event about a subscription of its own.
+    pub(crate) fn body(&self, kind: Kind, number: usize) -> String {
+        self.body_of(kind, number, number, 0)
+    }
+
+    /// The body of an event about that subscription, so many seconds later.
+    pub(crate) fn body_of(&self, kind: Kind, number: usize, subscription: usize, later_s: i64) -> String {
+        self.text
+            .replace(&self.event, &self.id(kind, number))
+            .replace(&self.subscription, &self.subscription(kind, subscription))
+            .replace(NUMBER, &format!("{number:010}"))
+            .replace(&self.created.to_string(), &(self.created + later_s).to_string())
+    }
+}
+
+fn numbered(prefix: &str, kind: Kind, number: usize, length: usize) -> String {
+    format!("{prefix}{}{number:0>width$}", kind.0, width = length - prefix.len() - kind.0.len())
+}
+
+/// HTTP requests, ready to be sent.
+pub(crate) type Requests = Vec<Bytes>;
+
+/// Deliveries of that many new events, each signed.
+pub(crate) fn requests(events: &Events, kind: Kind, count: usize) -> Requests {
+    let mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
+    let timestamp = OffsetDateTime::now_utc().unix_timestamp();
+    let request = |number| {
+        let body = events.body(kind, number);
+        let mut mac = mac.clone();
+        mac.update(format!("{timestamp}.").as_bytes());
+        mac.update(body.as_bytes());
+        let signature = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        render(&body, &format!("t={timestamp},v1={signature}"))
+    };
+    (0..count).map(request).collect()
+}
+
+/// Deliveries whose signature nobody made with our secret.
+pub(crate) fn forged(events: &Events, count: usize) -> Requests {
+    let timestamp = OffsetDateTime::now_utc().unix_timestamp();
+    let signature = format!("t={timestamp},v1={}", "5a".repeat(32));
+    (0..count).map(|number| render(&events.body(Kind("forged"), number), &signature)).collect()
+}
+
+fn render(body: &str, signature: &str) -> Bytes {
+    format!(
+        "POST /ls/hook/{HOOK}/ HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json; charset=utf-8\r\n\
+         User-Agent: Stripe/1.0 (+https://stripe.com/docs/webhooks)\r\nStripe-Signature: {signature}\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .into()
+}

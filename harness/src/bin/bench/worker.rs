@@ -1,0 +1,158 @@
+//! The worker: a filled stream into a database, signals included, beside consuming alone and beside
+//! writing the same rows by hand.
+
+use std::time::Instant;
+
+use litestripe_entity::stripe_subscription::{Column, Entity, Model};
+use litestripe_harness::bridge::{Database, DatabaseKind};
+use sea_orm::{
+    ActiveModelTrait as _, ConnectionTrait as _, DatabaseConnection, EntityTrait as _, IntoActiveModel as _,
+    Iterable as _, Statement, TransactionTrait as _, Value,
+};
+
+use crate::pool::Events;
+use crate::report::{Measurement, Sample, Target};
+use crate::rig::{self, Sync, pid};
+use crate::usage::Since;
+use crate::{Mode, in_turns, signals};
+
+const WORKER: &str = "worker";
+const NATS: &str = "async-nats";
+const UPSERTS: &str = "upserts by hand";
+
+/// Events in one transaction, as many as the worker's.
+const BATCH: usize = 500;
+
+/// Rows of one statement on SQLite. (PostgreSQL takes a whole batch.)
+const SQLITE_ROWS: usize = 100;
+
+pub(crate) async fn applied(
+    name: &'static str,
+    kind: DatabaseKind,
+    mode: Mode,
+    events: &Events,
+) -> Result<Measurement, String> {
+    let count = mode.pick(5_000, 40_000);
+    let mut measured = Measurement::new(
+        name,
+        "events of a filled stream applied (4 KiB, a new subscription each) and signalled, beside async-nats alone \
+         that consumes and acks, and beside the same rows upserted 500 at a time by hand-written SQL",
+    );
+    // The first run is nobody's: it makes the rows that are written by hand.
+    let (_, rows) = run_worker(kind, events, count).await?;
+    for contenders in in_turns(mode, &[UPSERTS, WORKER, NATS]) {
+        for contender in contenders {
+            let sample = match contender {
+                WORKER => run_worker(kind, events, count).await?.0,
+                UPSERTS => run_upserts(kind, &rows).await?,
+                _ => run_nats(events, count).await?,
+            };
+            measured.add(contender, sample);
+        }
+    }
+    let target = match kind {
+        DatabaseKind::Postgres => 0.25,
+        DatabaseKind::Sqlite => 0.15,
+    };
+    measured.ratio("events/s", WORKER, UPSERTS, |sample| sample.rate, Some(Target::AtLeast(target)));
+    measured.ratio("events/s", WORKER, NATS, |sample| sample.rate, None);
+    measured.bound("memory (MiB)", WORKER, |sample| sample.memory_mib, Target::AtMost(64.0));
+    Ok(measured)
+}
+
+async fn run_worker(kind: DatabaseKind, events: &Events, count: usize) -> Result<(Sample, Vec<Model>), String> {
+    let broker = rig::broker(Sync::Default).await;
+    rig::fill_with_new(&broker, events, count).await?;
+    rig::paused_consumer(&broker).await?;
+    let mut database = Database::prepare(kind);
+    database.resume().await;
+    let worker = rig::worker(&broker, &database.url(), &[]).await?;
+    let mut signals = signals::Listener::start(&broker).await?;
+    let (usage, broker_usage) = (worker.usage(), Since::now(pid(&broker)));
+    rig::resume_consumer(&broker).await?;
+    let took = rig::bounded("applying", signals.wait_for(count)).await??;
+    let sample = Sample {
+        rate: Some(count as f64 / took.as_secs_f64()),
+        cpu_s: Some(usage.per_10k(count)),
+        broker_cpu_s: Some(broker_usage.per_10k(count)),
+        memory_mib: Some(worker.memory_mib()),
+        ..Sample::default()
+    };
+    let text = |problem: sea_orm::DbErr| problem.to_string();
+    let rows = Entity::find().all(database.connection().await.map_err(text)?).await.map_err(text)?;
+    if rows.len() == count { Ok((sample, rows)) } else { Err(format!("{} rows of {count} events", rows.len())) }
+}
+
+async fn run_nats(events: &Events, count: usize) -> Result<Sample, String> {
+    let broker = rig::broker(Sync::Default).await;
+    rig::fill_with_new(&broker, events, count).await?;
+    rig::finished("consume", &broker, &[count]).await
+}
+
+async fn run_upserts(kind: DatabaseKind, rows: &[Model]) -> Result<Sample, String> {
+    let mut database = Database::prepare(kind);
+    database.resume().await;
+    rig::migrate(&database.url()).await?;
+    let text = |problem: sea_orm::DbErr| problem.to_string();
+    let connection = database.connection().await.map_err(text)?;
+    if kind == DatabaseKind::Sqlite {
+        // As the worker's connection is.
+        for pragma in ["PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"] {
+            connection.execute_unprepared(pragma).await.map_err(text)?;
+        }
+    }
+    let rows: Vec<Vec<Value>> = rows.iter().map(values).collect();
+    let begin = Instant::now();
+    for batch in rows.chunks(BATCH) {
+        upsert(connection, kind, batch).await.map_err(text)?;
+    }
+    let took = begin.elapsed();
+    Ok(Sample { rate: Some(rows.len() as f64 / took.as_secs_f64()), ..Sample::default() })
+}
+
+fn values(row: &Model) -> Vec<Value> {
+    let row = row.clone().into_active_model();
+    Column::iter().filter_map(|column| row.get(column).into_value()).collect()
+}
+
+/// One transaction.
+async fn upsert(
+    connection: &DatabaseConnection,
+    kind: DatabaseKind,
+    batch: &[Vec<Value>],
+) -> Result<(), sea_orm::DbErr> {
+    let transaction = connection.begin().await?;
+    let rows_max = match kind {
+        DatabaseKind::Postgres => BATCH,
+        DatabaseKind::Sqlite => SQLITE_ROWS,
+    };
+    for rows in batch.chunks(rows_max) {
+        let values = rows.iter().flatten().cloned();
+        let statement =
+            Statement::from_sql_and_values(connection.get_database_backend(), sql(kind, rows.len()), values);
+        transaction.execute_raw(statement).await?;
+    }
+    transaction.commit().await
+}
+
+fn sql(kind: DatabaseKind, rows: usize) -> String {
+    use sea_orm::IdenStatic as _;
+    let columns: Vec<&str> = Column::iter().map(|column| column.as_str()).collect();
+    let mut number = 0;
+    let mut placeholder = || {
+        number += 1;
+        match kind {
+            DatabaseKind::Postgres => format!("${number}"),
+            DatabaseKind::Sqlite => "?".to_owned(),
+        }
+    };
+    let mut row = || format!("({})", columns.iter().map(|_| placeholder()).collect::<Vec<_>>().join(","));
+    let rows: Vec<String> = (0..rows).map(|_| row()).collect();
+    let sets: Vec<String> = columns.iter().skip(1).map(|column| format!("{column} = excluded.{column}")).collect();
+    format!(
+        "INSERT INTO stripe_subscription ({}) VALUES {} ON CONFLICT (stripe_subscription_id) DO UPDATE SET {}",
+        columns.join(","),
+        rows.join(","),
+        sets.join(",")
+    )
+}

@@ -1,0 +1,292 @@
+//! Broker, ingress and worker with one folder and ports of their own, so that instances do not meet.
+//!
+//! Owns the three processes and the folder: both are gone when it is dropped.
+
+use std::fmt::Display;
+use std::future::Future;
+use std::hash::{BuildHasher as _, RandomState};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use litestripe_contract::exit;
+use litestripe_harness::process::{Process, Signal};
+use litestripe_harness::program::{self, Launch, Program};
+use litestripe_harness::{nats, port, stripe, tools};
+use tempfile::TempDir;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use crate::screen::{Screen, Tone};
+
+const INGRESS: &str = "litestripe-ingress";
+const WORKER: &str = "litestripe-worker";
+const SENDER: &str = "send";
+
+/// Ready means: connected, migrated, streams there. Takes well under a second on an idle machine.
+const READY_MAX: Duration = Duration::from_secs(30);
+/// The programs give themselves up to 20 s to finish; nothing here takes them one.
+const STOP_MAX: Duration = Duration::from_secs(20);
+/// Between two looks at something.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How long a dead child is looked for when something fails: it may be the cause.
+const CAUSE_MAX: Duration = Duration::from_millis(300);
+/// The lines of a dead child's log that are shown.
+const LAST_LINES: usize = 12;
+
+/// One bridge.
+pub(crate) struct Instance {
+    // In the order of their end; the processes before the folder they write to.
+    ingress: Option<Program>,
+    worker: Option<Program>,
+    broker: nats::Server,
+    ingress_port: u16,
+    worker_port: u16,
+    uuid: Uuid,
+    secret: String,
+    folder: TempDir,
+}
+
+impl Instance {
+    /// An instance that does not run yet. `keep` leaves its folder behind.
+    pub(crate) fn prepare(keep: bool) -> Result<Self, String> {
+        let cannot = |problem: io::Error| format!("cannot make a folder for the demo: {problem}");
+        let mut folder = tempfile::Builder::new().prefix("litestripe-demo-").tempdir().map_err(cannot)?;
+        folder.disable_cleanup(keep);
+        let store = folder.path().join("broker");
+        std::fs::create_dir(&store).map_err(cannot)?;
+        let broker = nats::Server::prepare(nats::Options { folder: Some(store), ..Default::default() });
+        Ok(Self {
+            ingress: None,
+            worker: None,
+            broker: broker.map_err(cannot)?,
+            ingress_port: port::free(),
+            worker_port: port::free(),
+            uuid: random(),
+            secret: format!("whsec_{}", random().simple()),
+            folder,
+        })
+    }
+
+    /// Starts broker, ingress and worker and waits until they are ready.
+    pub(crate) async fn start(&mut self, screen: &Screen) -> Result<(), String> {
+        let title = screen.tint(Tone::Heading, "Litestripe demo");
+        let folder = self.folder.path().display();
+        screen.line(format_args!("{title}\n\n  {:<8} {folder}", "folder"))?;
+
+        let begun = Instant::now();
+        self.broker.try_resume().await.map_err(|problem| no_broker(&problem))?;
+        if let Some(process) = self.broker.process() {
+            copy_log(process, &self.log_file("broker"))?;
+        }
+        show_up(screen, "broker", &self.nats_url(), begun)?;
+
+        let begun = Instant::now();
+        let ingress = self.program(INGRESS)?;
+        let ingress = ingress
+            .env("LITESTRIPE_LISTEN", format!("127.0.0.1:{}", self.ingress_port))
+            .env("STRIPE_WEBHOOK_UUID", self.uuid.to_string())
+            .env("STRIPE_WEBHOOK_SECRET", &self.secret);
+        self.ingress = Some(launch(&ingress, INGRESS, &self.log_file("ingress"))?);
+        let worker = self.program(WORKER)?;
+        let worker = worker
+            .env("LITESTRIPE_WORKER_LISTEN", format!("127.0.0.1:{}", self.worker_port))
+            .env("DATABASE_URL", self.database_url("rwc"));
+        self.worker = Some(launch(&worker, WORKER, &self.log_file("worker"))?);
+
+        self.watch(ready("ingress", self.ingress_port)).await?;
+        show_up(screen, "ingress", &format!("http://127.0.0.1:{}", self.ingress_port), begun)?;
+        self.watch(ready("worker", self.worker_port)).await?;
+        show_up(screen, "worker", &format!("http://127.0.0.1:{}", self.worker_port), begun)
+    }
+
+    /// `work`, unless one of the processes dies before it is done.
+    pub(crate) async fn watch<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+        let problem = tokio::select! {
+            died = self.died() => return Err(died),
+            done = work => match done {
+                Ok(done) => return Ok(done),
+                Err(problem) => problem,
+            },
+        };
+        // A process that died shows in what it no longer answers, often before it is looked at.
+        Err(timeout(CAUSE_MAX, self.died()).await.unwrap_or(problem))
+    }
+
+    /// Asks the processes to stop and waits for them. What does not end is killed on drop.
+    pub(crate) async fn stop(&self) -> Result<(), String> {
+        let mut problems = Vec::new();
+        for (name, process) in self.processes() {
+            if !process.is_running() {
+                continue;
+            }
+            process.signal(Signal::Term);
+            let end = Instant::now() + STOP_MAX;
+            while process.is_running() && Instant::now() < end {
+                sleep(PAUSE).await;
+            }
+            if process.is_running() {
+                problems.push(format!("{name} did not stop within {} s and was killed", STOP_MAX.as_secs()));
+                continue;
+            }
+            let status = process.wait(STOP_MAX).await;
+            if !status.success() {
+                problems.push(format!("{name} stopped with {status}; its last log lines:\n{}", last_lines(process)));
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
+    }
+
+    /// Ends what still runs, and says which folder stays.
+    pub(crate) fn end(self) -> Option<PathBuf> {
+        let folder = self.folder.path().to_owned();
+        drop(self);
+        folder.exists().then_some(folder)
+    }
+
+    /// Where Stripe would deliver.
+    pub(crate) fn hook_url(&self) -> String {
+        format!("http://127.0.0.1:{}/ls/hook/{}/", self.ingress_port, self.uuid)
+    }
+
+    /// What deliveries are signed with.
+    pub(crate) fn secret(&self) -> &str {
+        &self.secret
+    }
+
+    /// Where the broker is.
+    pub(crate) fn nats_url(&self) -> String {
+        self.broker.url()
+    }
+
+    /// Where the rows are, in SQLite's access mode `mode`.
+    pub(crate) fn database_url(&self, mode: &str) -> String {
+        format!("sqlite://{}?mode={mode}", self.folder.path().join("litestripe.db").display())
+    }
+
+    /// Commands that work on this instance, for a shell.
+    pub(crate) fn how_to_go_on(&self) -> String {
+        let folder = program::folder().unwrap_or_default();
+        let program = |name| quoted(folder.join(name).display());
+        let (sender, worker) = (program(SENDER), program(WORKER));
+        let (hook, secret, nats) = (self.hook_url(), &self.secret, self.nats_url());
+        let database = quoted(self.database_url("rw"));
+        let place = self.folder.path().display();
+        format!(
+            "\nThe bridge stays up until Ctrl-C. Meanwhile, from another terminal:\n\n\
+             send one event (`send event --help`)\n  \
+               {sender} event \\\n    \
+                 --type customer.subscription.updated \\\n    \
+                 --url {hook} \\\n    \
+                 --secret {secret}\n\
+             see how the worker stands\n  \
+               NATS_URL={nats} \\\n    \
+                 DATABASE_URL={database} \\\n    \
+                 {worker} status\n\
+             subscribe with the NATS command line tool\n  \
+               nats --server {nats} \\\n    \
+                 subscribe --stream LITESTRIPE_SIGNALS --all\n\
+             read the logs\n  \
+               tail -f {place}/*.log\n\n\
+             Signals that arrive from now on:"
+        )
+    }
+
+    fn program(&self, name: &str) -> Result<Launch, String> {
+        let path = program::folder().map_err(|problem| problem.to_string())?.join(name);
+        if !path.exists() {
+            return Err(format!("{} is not built; scripts/demo builds it", path.display()));
+        }
+        Ok(Program::at(path).folder(self.folder.path()).env("NATS_URL", self.nats_url()))
+    }
+
+    fn log_file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.log"))
+    }
+
+    /// In the order in which they are stopped: each before what it needs.
+    fn processes(&self) -> impl Iterator<Item = (&'static str, &Process)> {
+        let ingress = self.ingress.as_deref().map(|process| ("ingress", process));
+        let worker = self.worker.as_deref().map(|process| ("worker", process));
+        let broker = self.broker.process().map(|process| ("broker", process));
+        [ingress, worker, broker].into_iter().flatten()
+    }
+
+    /// Waits for the end of any process, which nobody asked for, and says what it was.
+    async fn died(&self) -> String {
+        loop {
+            if let Some((name, process)) = self.processes().find(|(_, process)| !process.is_running()) {
+                let status = process.wait(STOP_MAX).await;
+                return format!("the {name} ended ({status}); its last log lines:\n{}", last_lines(process));
+            }
+            sleep(PAUSE).await;
+        }
+    }
+}
+
+fn no_broker(problem: &io::Error) -> String {
+    match tools::nats_server() {
+        Ok(path) if path.is_absolute() && !path.exists() => {
+            format!("there is no nats-server at {} (LITESTRIPE_NATS_SERVER); scripts/demo finds one", path.display())
+        }
+        Ok(_) => format!("cannot start the broker: {problem}"),
+        Err(problem) => format!("cannot find nats-server: {problem}"),
+    }
+}
+
+fn launch(launch: &Launch, name: &str, log: &Path) -> Result<Program, String> {
+    let program = launch.try_start().map_err(|problem| format!("cannot start {name}: {problem}"))?;
+    copy_log(&program, log)?;
+    Ok(program)
+}
+
+fn copy_log(process: &Process, file: &Path) -> Result<(), String> {
+    process.copy_log_to(file).map_err(|problem| format!("cannot write {}: {problem}", file.display()))
+}
+
+/// Waits until `/readyz` on that port answers 200.
+async fn ready(name: &str, port: u16) -> Result<(), String> {
+    let client = stripe::client();
+    let url = format!("http://127.0.0.1:{port}/readyz");
+    let end = Instant::now() + READY_MAX;
+    loop {
+        let seen = match client.get(&url).send().await {
+            Ok(answer) if answer.status() == 200 => return Ok(()),
+            Ok(answer) => answer.text().await.unwrap_or_default(),
+            Err(problem) => exit::chain(&problem.without_url()),
+        };
+        if Instant::now() > end {
+            let seconds = READY_MAX.as_secs();
+            return Err(format!("the {name} is not ready after {seconds} s; it says: {}", seen.trim()));
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+fn show_up(screen: &Screen, name: &str, address: &str, begun: Instant) -> Result<(), String> {
+    let ready = screen.tint(Tone::Good, "ready");
+    screen.line(format_args!("  {name:<8} {address:<26} {ready} after {} ms", begun.elapsed().as_millis()))
+}
+
+fn last_lines(process: &Process) -> String {
+    let log = process.log();
+    let lines: Vec<&str> = log.lines().collect();
+    let last = lines.get(lines.len().saturating_sub(LAST_LINES)..).unwrap_or_default();
+    last.iter().map(|line| format!("  {line}\n")).collect()
+}
+
+/// For a shell: a path may hold spaces, and `?` is a pattern to some shells.
+fn quoted(text: impl Display) -> String {
+    let text = text.to_string();
+    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-:".contains(c));
+    if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// Nobody else's, which is all that a hook on 127.0.0.1 with made-up events needs.
+fn random() -> Uuid {
+    let half = || RandomState::new().hash_one(()).to_be_bytes();
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&half());
+    bytes[8..].copy_from_slice(&half());
+    uuid::Builder::from_random_bytes(bytes).into_uuid()
+}

@@ -1,0 +1,183 @@
+//! Sends signed Stripe events to an ingress, by hand: the whole story, or one event.
+//!
+//! Reads `.env` when present, like the programs, so that beside a running ingress no option is
+//! needed.
+#![expect(clippy::print_stdout, reason = "a program for people: what was answered is its output")]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use bytes::Bytes;
+use clap::{Args, Parser, Subcommand};
+use litestripe_harness::stripe::{self, Delivery, Event, Purchase};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+/// Sends signed Stripe events to litestripe-ingress, as Stripe would.
+#[derive(Parser)]
+#[command(name = "send", version)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// A subscription's life from Checkout to its end, and one orphan.
+    Story,
+    /// One event.
+    Event {
+        /// An event, sent byte for byte; or an object (a subscription, a Checkout Session), sent as
+        /// the subject of a new event of --type. Without a file, a sample of --type is made.
+        #[arg(required_unless_present = "event_type")]
+        file: Option<PathBuf>,
+        /// Event type, such as customer.subscription.updated; changes that of an event in a file.
+        #[arg(long = "type", value_name = "TYPE")]
+        event_type: Option<String>,
+    },
+}
+
+#[derive(Args)]
+struct Target {
+    /// The hook's whole URL; made of the next two when not given.
+    #[arg(long, global = true)]
+    url: Option<String>,
+    /// HTTP address of the ingress.
+    #[arg(long, global = true, env = "LITESTRIPE_LISTEN", default_value = "127.0.0.1:8080")]
+    listen: String,
+    /// The UUID in the hook's path.
+    #[arg(long, global = true, env = "STRIPE_WEBHOOK_UUID", hide_env_values = true)]
+    uuid: Option<String>,
+    /// The signing secret, whsec_…; of several, comma-separated, the first is used.
+    #[arg(long, global = true, env = "STRIPE_WEBHOOK_SECRET", hide_env_values = true)]
+    secret: Option<String>,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    // A missing file is no fault, and a malformed one is the programs' to report.
+    let _ = dotenvy::dotenv();
+    match run(Arguments::parse()).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(problem) => {
+            eprintln!("send: {problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Sends what was asked for; `true` when every answer was 200.
+async fn run(arguments: Arguments) -> Result<bool, String> {
+    let url = arguments.target.url()?;
+    let secret = arguments.target.secret()?;
+    let now = OffsetDateTime::now_utc();
+    let messages = match arguments.what {
+        What::Story => stripe::story(now).into_iter().map(Message::from).collect(),
+        What::Event { file: Some(file), event_type } => vec![read(&file, event_type, now)?],
+        What::Event { file: None, event_type } => {
+            let event_type = event_type.ok_or("give a file or --type")?;
+            vec![sample(&event_type, now.unix_timestamp()).into()]
+        }
+    };
+    let client = stripe::client();
+    let mut all_accepted = true;
+    for message in messages {
+        all_accepted &= send(&client, &url, secret, message).await?;
+    }
+    Ok(all_accepted)
+}
+
+impl Target {
+    fn url(&self) -> Result<String, String> {
+        if let Some(url) = &self.url {
+            return Ok(url.clone());
+        }
+        let uuid = self.uuid.as_ref().ok_or("set STRIPE_WEBHOOK_UUID, or give --uuid or --url")?;
+        Ok(format!("http://{}/ls/hook/{uuid}/", self.listen))
+    }
+
+    fn secret(&self) -> Result<&str, String> {
+        let secrets = self.secret.as_deref().unwrap_or_default();
+        let first = secrets.split(',').map(str::trim).find(|secret| !secret.is_empty());
+        first.ok_or_else(|| "set STRIPE_WEBHOOK_SECRET or give --secret".to_owned())
+    }
+}
+
+/// A body and what to print about it.
+struct Message {
+    event: Event,
+    body: Bytes,
+}
+
+impl From<Event> for Message {
+    fn from(event: Event) -> Self {
+        Self { body: event.body(), event }
+    }
+}
+
+fn read(file: &Path, event_type: Option<String>, now: OffsetDateTime) -> Result<Message, String> {
+    let cannot = |problem: String| format!("cannot send {}: {problem}", file.display());
+    let body = std::fs::read(file).map_err(|problem| cannot(problem.to_string()))?;
+    let mut value: Value = serde_json::from_slice(&body).map_err(|problem| cannot(problem.to_string()))?;
+    match (value["object"] == "event", event_type) {
+        (true, None) => Ok(Message { event: Event { value }, body: body.into() }),
+        (true, Some(event_type)) => {
+            value["type"] = event_type.into();
+            Ok(Event { value }.into())
+        }
+        (false, Some(event_type)) => Ok(Event::new(&event_type, now.unix_timestamp(), value).into()),
+        (false, None) => Err(cannot("it holds no event; --type makes one of an object".to_owned())),
+    }
+}
+
+/// An event of that type about a purchase made just now.
+fn sample(event_type: &str, now: i64) -> Event {
+    let purchase = Purchase::new(now);
+    if event_type.starts_with("checkout.session.") {
+        let session = json!({ "client_reference_id": "user_4711" });
+        return purchase.checkout_session_event(event_type, now, session);
+    }
+    let changes = match event_type {
+        "customer.subscription.deleted" => {
+            json!({ "status": "canceled", "canceled_at": now, "ended_at": now })
+        }
+        "customer.subscription.paused" => json!({ "status": "paused" }),
+        "customer.subscription.trial_will_end" => purchase.on_trial(),
+        _ => json!({}),
+    };
+    purchase.subscription_event(event_type, now, changes)
+}
+
+/// Sends one event and prints a line about it; `true` when the answer was 200.
+async fn send(
+    client: &reqwest::Client,
+    url: &str,
+    secret: &str,
+    Message { event, body }: Message,
+) -> Result<bool, String> {
+    let answer = Delivery::new(body, secret)
+        .post(client, url)
+        .await
+        .map_err(|problem| format!("no answer from the ingress: {}", chain(&problem.without_url())))?;
+    let status = answer.status();
+    let text = answer.text().await.unwrap_or_default();
+    let mark = if status == 200 { "ok " } else { "NO " };
+    println!("{mark} {} {:<38} {}", status.as_u16(), event.event_type(), event.summary());
+    if status != 200 {
+        println!("         {}", text.trim());
+    }
+    Ok(status == 200)
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,449 @@
+//! The whole bridge on this machine: broker, database, ingress and workers, all of them the real
+//! programs.
+//!
+//! Owns how they are put together, what tests do to them (deliver, publish) and what a user would
+//! see of them: rows, orphans, signals, dead letters, pages. May not know how ingress or worker do
+//! their work. Whatever a test is about, the signals it reads are checked against the committed
+//! schemas, and [`Bridge::check`] holds rows and signals against each other.
+
+mod database;
+mod signal;
+
+use std::collections::BTreeMap;
+use std::ops::Deref;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+use async_nats::jetstream::{self, Message};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use litestripe_contract::header;
+use litestripe_contract::subject::{
+    DEAD_LETTERS_STREAM, EVENTS_PREFIX, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER,
+};
+use litestripe_entity::{orphaned_payment, stripe_subscription};
+use tokio::sync::OnceCell;
+
+use crate::program::{Launch, Program};
+use crate::stripe::{self, Delivery, Event};
+use crate::{eventually, nats, port};
+
+pub use database::{Database, DatabaseKind, shown};
+pub use signal::{Signal, of_subscription};
+
+/// The signing secret of every bridge.
+pub const SECRET: &str = "whsec_onlyTheTestsKnowThis";
+/// The UUID in its hook's path.
+pub const HOOK: &str = "6f1c1f3e-5d0b-4a55-9f43-0a4b7a1e2d6c";
+
+/// A program is up in a tenth of a second; on two cores that also compile it has taken 10 s.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Most tests' events are applied within a tenth of a second, the ten thousand of one within 20 s.
+const APPLIED_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Publications in flight at a time.
+const IN_FLIGHT: usize = 256;
+
+/// What a bridge is made of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the rows are.
+    pub database: DatabaseKind,
+    /// How many workers [`Bridge::start`] starts.
+    pub workers: usize,
+    /// Further settings of ingress.
+    pub ingress: Vec<(&'static str, String)>,
+    /// Further settings of the workers.
+    pub worker: Vec<(&'static str, String)>,
+}
+
+impl Options {
+    /// One worker, and no setting beyond what it needs.
+    #[must_use]
+    pub fn on(database: DatabaseKind) -> Self {
+        Self { database, workers: 1, ingress: Vec::new(), worker: Vec::new() }
+    }
+
+    /// The same with another number of workers.
+    #[must_use]
+    pub fn workers(self, workers: usize) -> Self {
+        Self { workers, ..self }
+    }
+
+    /// The same with a setting of the workers.
+    #[must_use]
+    pub fn worker(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.worker.push((name, value.into()));
+        self
+    }
+
+    /// The same with a setting of ingress.
+    #[must_use]
+    pub fn ingress(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.ingress.push((name, value.into()));
+        self
+    }
+}
+
+/// A running program of ours and its HTTP address. Dereferences to its [`Program`].
+#[derive(Debug)]
+pub struct Node {
+    program: Program,
+    url: String,
+}
+
+/// Broker, database, ingress and workers; all of it is gone when it is dropped.
+pub struct Bridge {
+    // Declared first, so that the programs have ended before the servers they are connected to.
+    /// The ingress, once it was started.
+    pub ingress: Option<Node>,
+    /// The workers that were started.
+    pub workers: Vec<Node>,
+    /// The broker.
+    pub broker: nats::Server,
+    /// The database.
+    pub database: Database,
+    options: Options,
+    http: reqwest::Client,
+    jetstream: OnceCell<jetstream::Context>,
+}
+
+/// An event that was put aside.
+#[derive(Debug)]
+pub struct DeadLetter {
+    /// Where it was published.
+    pub subject: String,
+    /// Its headers.
+    pub headers: BTreeMap<String, String>,
+    /// The event's body.
+    pub body: Bytes,
+}
+
+impl Bridge {
+    /// A bridge that is ready for deliveries.
+    ///
+    /// # Panics
+    /// When any part of it does not start.
+    pub async fn start(options: Options) -> Self {
+        let mut bridge = Self::prepare(options);
+        bridge.broker.resume().await;
+        bridge.database.resume().await;
+        bridge.start_ingress().wait_until_ready().await;
+        for _ in 0..bridge.options.workers {
+            bridge.start_worker();
+        }
+        for worker in &bridge.workers {
+            worker.wait_until_ready().await;
+        }
+        bridge
+    }
+
+    /// A bridge of which nothing runs yet: neither broker nor database nor programs.
+    ///
+    /// # Panics
+    /// When the servers' folders cannot be made.
+    pub fn prepare(options: Options) -> Self {
+        Self {
+            ingress: None,
+            workers: Vec::new(),
+            broker: nats::Server::prepare(nats::Options::default()).expect("a folder for nats-server can be made"),
+            database: Database::prepare(options.database),
+            options,
+            http: stripe::client(),
+            jetstream: OnceCell::new(),
+        }
+    }
+
+    /// Starts ingress, which need not be ready when this returns.
+    pub fn start_ingress(&mut self) -> &Node {
+        let address = format!("127.0.0.1:{}", port::free());
+        let launch = Program::named("litestripe-ingress")
+            .env("NATS_URL", self.broker.url())
+            .env("STRIPE_WEBHOOK_UUID", HOOK)
+            .env("STRIPE_WEBHOOK_SECRET", SECRET)
+            .env("LITESTRIPE_LISTEN", &address);
+        let launch = with(launch, &self.options.ingress);
+        self.ingress.insert(Node::start(&launch, &address))
+    }
+
+    /// Starts another worker, which need not be ready when this returns.
+    pub fn start_worker(&mut self) -> &Node {
+        let address = format!("127.0.0.1:{}", port::free());
+        let node = Node::start(&self.worker().env("LITESTRIPE_WORKER_LISTEN", &address), &address);
+        self.workers.push(node);
+        self.workers.last().expect("one was pushed just now")
+    }
+
+    /// `litestripe-worker` with the settings of this bridge's workers, for commands.
+    pub fn worker(&self) -> Launch {
+        let launch = Program::named("litestripe-worker")
+            .env("NATS_URL", self.broker.url())
+            .env("DATABASE_URL", self.database.url())
+            .env("LITESTRIPE_AUTO_MIGRATE", "true");
+        with(launch, &self.options.worker)
+    }
+
+    /// The running ingress.
+    ///
+    /// # Panics
+    /// When none was started.
+    pub fn ingress(&self) -> &Node {
+        self.ingress.as_ref().expect("this test started ingress")
+    }
+
+    /// The hook's URL.
+    pub fn hook(&self) -> String {
+        format!("{}/ls/hook/{HOOK}/", self.ingress().url)
+    }
+
+    /// Posts a delivery to the hook.
+    ///
+    /// # Panics
+    /// When no answer comes.
+    pub async fn post(&self, delivery: &Delivery) -> reqwest::Response {
+        delivery.post(&self.http, &self.hook()).await.expect("ingress answers")
+    }
+
+    /// Delivers an event as Stripe does.
+    ///
+    /// # Panics
+    /// When it is not accepted.
+    pub async fn deliver(&self, event: &Event) {
+        let answer = self.post(&Delivery::new(event.body(), SECRET)).await;
+        let status = answer.status();
+        let body = answer.text().await.unwrap_or_default();
+        assert_eq!(status, 200, "{} was answered {body}", event.summary());
+    }
+
+    /// Delivers events one after another.
+    ///
+    /// # Panics
+    /// When one is not accepted.
+    pub async fn deliver_all(&self, events: &[Event]) {
+        for event in events {
+            self.deliver(event).await;
+        }
+    }
+
+    /// Stores a body in the stream without ingress; returns its sequence.
+    ///
+    /// # Panics
+    /// When it is not stored, or taken for a duplicate.
+    pub async fn publish(&self, event_type: &str, body: impl Into<Bytes>, message_id: &str) -> u64 {
+        let message = (event_type.to_owned(), body.into(), message_id.to_owned());
+        let acks = self.publish_all(vec![message]).await;
+        let [ack] = acks.as_slice() else { panic!("one message has one ack") };
+        assert!(!ack.duplicate, "{message_id} was in the stream already");
+        ack.sequence
+    }
+
+    /// Stores bodies in the stream without ingress, each (event type, body, `Nats-Msg-Id`), in their
+    /// order and many at a time.
+    ///
+    /// # Panics
+    /// When one is not stored.
+    pub async fn publish_all(&self, messages: Vec<(String, Bytes, String)>) -> Vec<jetstream::publish::PublishAck> {
+        let jetstream = self.jetstream().await;
+        let mut acks = Vec::with_capacity(messages.len());
+        for some in messages.chunks(IN_FLIGHT) {
+            let mut sent = Vec::with_capacity(some.len());
+            for (event_type, body, message_id) in some {
+                let mut headers = HeaderMap::new();
+                headers.insert(header::MESSAGE_ID, message_id.as_str());
+                let subject = format!("{EVENTS_PREFIX}{event_type}");
+                sent.push(jetstream.publish_with_headers(subject, headers, body.clone()).await.expect("it is sent"));
+            }
+            for ack in sent {
+                acks.push(ack.await.expect("it is stored"));
+            }
+        }
+        acks
+    }
+
+    /// Waits until every event in the stream is applied and every signal of it is sent.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    #[track_caller]
+    pub fn wait_until_applied(&self) -> impl Future<Output = ()> {
+        eventually("every event to be applied and every signal sent", APPLIED_DEADLINE, async || {
+            let seen = |error: &dyn std::fmt::Display| error.to_string();
+            let jetstream = self.jetstream().await;
+            let stream = jetstream.get_stream(EVENTS_STREAM).await.map_err(|error| seen(&error))?;
+            let consumer = stream.consumer_info(WORKER_CONSUMER).await.map_err(|error| seen(&error))?;
+            let outbox = self.database.outbox().await.map_err(|error| seen(&error))?;
+            let last = stream.cached_info().state.last_sequence;
+            let delivered = consumer.delivered.stream_sequence;
+            let (pending, unacked) = (consumer.num_pending, consumer.num_ack_pending);
+            if delivered >= last && (pending, unacked, outbox) == (0, 0, 0) {
+                return Ok(());
+            }
+            Err(format!(
+                "delivered {delivered} of {last}, {pending} pending, {unacked} not acked, {outbox} in the outbox"
+            ))
+        })
+    }
+
+    /// Waits until everything is applied, and checks that rows and signals tell the same.
+    ///
+    /// Returns the signals.
+    ///
+    /// # Panics
+    /// When that takes too long; when a signal does not obey its schema or does not follow from the
+    /// one before it; when the last signal of a row does not say what the row says.
+    #[track_caller]
+    pub fn check(&self) -> impl Future<Output = Vec<Signal>> {
+        let applied = self.wait_until_applied();
+        async move {
+            applied.await;
+            let signals = self.signals().await;
+            signal::check_chains(&signals);
+            signal::check_rows(&self.rows().await, &signals);
+            signals
+        }
+    }
+
+    /// Every signal sent so far, in the order of the stream.
+    ///
+    /// # Panics
+    /// When one is not as the documents under `docs/signals` say.
+    pub async fn signals(&self) -> Vec<Signal> {
+        self.read(SIGNALS_STREAM).await.iter().map(Signal::read).collect()
+    }
+
+    /// All rows, by key.
+    ///
+    /// # Panics
+    /// When the database is away.
+    pub async fn rows(&self) -> Vec<stripe_subscription::Model> {
+        self.database.rows().await.expect("the rows can be read")
+    }
+
+    /// The row of a subscription.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub async fn row(&self, id: &str) -> stripe_subscription::Model {
+        let row = self.rows().await.into_iter().find(|row| row.stripe_subscription_id == id);
+        row.unwrap_or_else(|| panic!("{id} has no row"))
+    }
+
+    /// All orphans, by key.
+    ///
+    /// # Panics
+    /// When the database is away.
+    pub async fn orphans(&self) -> Vec<orphaned_payment::Model> {
+        self.database.orphans().await.expect("the orphans can be read")
+    }
+
+    /// All dead letters, in the order of the stream.
+    ///
+    /// # Panics
+    /// When the broker is away.
+    pub async fn dead_letters(&self) -> Vec<DeadLetter> {
+        let letter = |message: &Message| DeadLetter {
+            subject: message.subject.to_string(),
+            headers: headers(message),
+            body: message.payload.clone(),
+        };
+        self.read(DEAD_LETTERS_STREAM).await.iter().map(letter).collect()
+    }
+
+    /// The bodies of all messages of a stream, in its order.
+    ///
+    /// # Panics
+    /// When the broker is away, or the stream missing.
+    pub async fn bodies(&self, stream: &str) -> Vec<Bytes> {
+        self.read(stream).await.into_iter().map(|message| message.payload.clone()).collect()
+    }
+
+    /// How many events the stream holds.
+    ///
+    /// # Panics
+    /// When the broker is away, or the stream missing.
+    pub async fn stored_events(&self) -> u64 {
+        let stream = self.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+        stream.cached_info().state.messages
+    }
+
+    /// JetStream, for what a test does beside the programs.
+    ///
+    /// # Panics
+    /// When the broker is away the first time.
+    pub async fn jetstream(&self) -> &jetstream::Context {
+        self.jetstream.get_or_init(async || jetstream::new(self.broker.connect().await)).await
+    }
+
+    async fn read(&self, stream: &str) -> Vec<Message> {
+        let stream = self.jetstream().await.get_stream(stream).await.expect("the stream is there");
+        let count = stream.cached_info().state.messages;
+        let config = pull::OrderedConfig { deliver_policy: DeliverPolicy::All, ..Default::default() };
+        let consumer = stream.create_consumer(config).await.expect("an ordered consumer can be made");
+        let messages = consumer.messages().await.expect("messages can be pulled");
+        let count = usize::try_from(count).expect("a test's messages fit into memory");
+        messages.take(count).map(|message| message.expect("a message comes")).collect().await
+    }
+}
+
+impl Node {
+    fn start(launch: &Launch, address: &str) -> Self {
+        Self { program: launch.start(), url: format!("http://{address}") }
+    }
+
+    /// Its HTTP address, as a URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Status and body of one of its pages.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn page(&self, path: &str) -> Result<(u16, String), String> {
+        let get = async {
+            let answer = stripe::client().get(format!("{}{path}", self.url)).send().await?;
+            Ok((answer.status().as_u16(), answer.text().await?))
+        };
+        get.await.map_err(|error: reqwest::Error| error.to_string())
+    }
+
+    /// Waits until `/readyz` says so.
+    ///
+    /// # Panics
+    /// When that takes too long, or the program ends.
+    #[track_caller]
+    pub fn wait_until_ready(&self) -> impl Future<Output = ()> {
+        eventually("a program to be ready", READY_DEADLINE, async || {
+            assert!(self.program.is_running(), "it ended:\n{}", self.program.log());
+            match self.page("/readyz").await? {
+                (200, _) => Ok(()),
+                (status, body) => Err(format!("{status} {body}; its log:\n{}", self.program.log())),
+            }
+        })
+    }
+
+    /// How many lines of its log contain `text`.
+    pub fn count_in_log(&self, text: &str) -> usize {
+        self.program.log().lines().filter(|line| line.contains(text)).count()
+    }
+}
+
+impl Deref for Node {
+    type Target = Program;
+
+    fn deref(&self) -> &Program {
+        &self.program
+    }
+}
+
+fn with(launch: Launch, settings: &[(&'static str, String)]) -> Launch {
+    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value))
+}
+
+/// Of repeated headers the first.
+fn headers(message: &Message) -> BTreeMap<String, String> {
+    let headers = message.headers.iter().flat_map(HeaderMap::iter);
+    headers.filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string()))).collect()
+}

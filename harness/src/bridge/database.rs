@@ -1,0 +1,190 @@
+//! The database of a bridge, and what stands in it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use litestripe_entity::{orphaned_payment, signal_outbox, stripe_subscription};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, EntityTrait as _, PaginatorTrait as _,
+    QueryOrder as _, Statement,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
+use tokio::sync::OnceCell;
+
+use crate::postgres;
+
+/// Which database the rows are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatabaseKind {
+    /// A file in a temporary folder.
+    Sqlite,
+    /// A server of its own.
+    Postgres,
+}
+
+/// An empty database at first; gone when it is dropped.
+pub struct Database {
+    place: Place,
+    connection: OnceCell<DatabaseConnection>,
+}
+
+enum Place {
+    Sqlite(TempDir),
+    Postgres(postgres::Server),
+}
+
+impl Database {
+    /// A database whose URL is known. A PostgreSQL server does not run before [`Self::resume`].
+    ///
+    /// # Panics
+    /// When its folder cannot be made.
+    pub fn prepare(kind: DatabaseKind) -> Self {
+        let place = match kind {
+            DatabaseKind::Sqlite => {
+                let folder = tempfile::Builder::new().prefix("litestripe-sqlite-").tempdir();
+                Place::Sqlite(folder.expect("a temporary folder can be made"))
+            }
+            DatabaseKind::Postgres => {
+                let server = postgres::Server::prepare(postgres::Options::default());
+                Place::Postgres(server.unwrap_or_else(|problem| panic!("{problem}")))
+            }
+        };
+        Self { place, connection: OnceCell::new() }
+    }
+
+    /// What `DATABASE_URL` is set to.
+    pub fn url(&self) -> String {
+        match &self.place {
+            Place::Sqlite(folder) => format!("sqlite://{}?mode=rwc", folder.path().join("litestripe.db").display()),
+            Place::Postgres(server) => server.url("postgres"),
+        }
+    }
+
+    /// The folder of a SQLite file, with its log beside it.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Sqlite(folder) => Some(folder.path()),
+            Place::Postgres(_) => None,
+        }
+    }
+
+    /// Starts a PostgreSQL server, again or for the first time.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub async fn resume(&mut self) {
+        if let Place::Postgres(server) = &mut self.place {
+            server.resume().await;
+        }
+    }
+
+    /// Kills a PostgreSQL server as a crash would; the data stays.
+    ///
+    /// # Panics
+    /// When the database is SQLite, which is no process.
+    pub async fn kill(&mut self) {
+        match &mut self.place {
+            Place::Postgres(server) => server.kill().await,
+            Place::Sqlite(_) => panic!("SQLite cannot be killed"),
+        }
+    }
+
+    /// A connection to it.
+    ///
+    /// # Errors
+    /// When the URL cannot be used; a server that is away is noticed by the first query.
+    pub async fn connection(&self) -> Result<&DatabaseConnection, DbErr> {
+        let connect = || async {
+            let mut options = ConnectOptions::new(self.url());
+            options.max_connections(2).connect_lazy(true).acquire_timeout(Duration::from_secs(5)).sqlx_logging(false);
+            sea_orm::Database::connect(options).await
+        };
+        self.connection.get_or_try_init(connect).await
+    }
+
+    pub(super) async fn rows(&self) -> Result<Vec<stripe_subscription::Model>, DbErr> {
+        let by_key = stripe_subscription::Column::StripeSubscriptionId;
+        stripe_subscription::Entity::find().order_by_asc(by_key).all(self.connection().await?).await
+    }
+
+    pub(super) async fn orphans(&self) -> Result<Vec<orphaned_payment::Model>, DbErr> {
+        orphaned_payment::Entity::find().order_by_asc(orphaned_payment::Column::Id).all(self.connection().await?).await
+    }
+
+    pub(super) async fn outbox(&self) -> Result<u64, DbErr> {
+        signal_outbox::Entity::find().count(self.connection().await?).await
+    }
+
+    /// Every column of every row of every table, a line each: `table.column: text`.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn dump(&self) -> Result<Vec<String>, DbErr> {
+        let columns = match self.connection().await?.get_database_backend() {
+            DbBackend::Postgres => {
+                "SELECT table_name::text AS t, column_name::text AS c FROM information_schema.columns \
+                 WHERE table_schema = 'public' ORDER BY 1, 2"
+            }
+            _ => {
+                "SELECT m.name AS t, c.name AS c FROM sqlite_schema m, pragma_table_info(m.name) c \
+                 WHERE m.type = 'table' ORDER BY 1, 2"
+            }
+        };
+        let mut lines = Vec::new();
+        for row in self.query(columns).await? {
+            let (table, column): (String, String) = (row.try_get("", "t")?, row.try_get("", "c")?);
+            let texts = format!("SELECT CAST(\"{column}\" AS TEXT) AS v FROM \"{table}\" ORDER BY 1");
+            for row in self.query(&texts).await? {
+                let text: Option<String> = row.try_get("", "v")?;
+                lines.extend(text.map(|text| format!("{table}.{column}: {text}")));
+            }
+        }
+        Ok(lines)
+    }
+
+    /// What a query of the test's own answers.
+    ///
+    /// # Errors
+    /// When the database is away or refuses the query.
+    pub async fn query(&self, sql: &str) -> Result<Vec<sea_orm::QueryResult>, DbErr> {
+        let connection = self.connection().await?;
+        connection.query_all_raw(Statement::from_string(connection.get_database_backend(), sql)).await
+    }
+}
+
+/// The columns of a row that signals carry, as a signal writes them.
+///
+/// # Panics
+/// When a time is none that RFC 3339 can write.
+#[must_use]
+pub fn shown(row: &stripe_subscription::Model) -> Value {
+    let at = |at: Option<OffsetDateTime>| {
+        let text = |at: OffsetDateTime| at.to_offset(UtcOffset::UTC).format(&Rfc3339);
+        at.map(|at| text(at).expect("the worker keeps only such times"))
+    };
+    json!({
+        "stripe_subscription_id": row.stripe_subscription_id,
+        "stripe_customer_id": row.stripe_customer_id,
+        "client_reference_id": row.client_reference_id,
+        "status": row.status,
+        "created": at(row.created),
+        "start_date": at(row.start_date),
+        "cancel_at": at(row.cancel_at),
+        "canceled_at": at(row.canceled_at),
+        "ended_at": at(row.ended_at),
+        "trial_end": at(row.trial_end),
+        "current_period_start": at(row.current_period_start),
+        "current_period_end": at(row.current_period_end),
+        "cancel_at_period_end": row.cancel_at_period_end,
+        "items": row.items,
+        "metadata": row.metadata,
+        "subscription_metadata": row.subscription_metadata,
+        "livemode": row.livemode,
+        "stripe_account_id": row.stripe_account_id,
+        "uncertain": row.uncertain,
+        "revision": row.revision,
+    })
+}

@@ -1,0 +1,199 @@
+//! A real nats-server with JetStream on 127.0.0.1, with a port and a store of its own.
+//!
+//! It can be stopped, killed and resumed on the same port and store, which is what an outage is.
+//! May not know streams or subjects.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::process::{self, Process, Signal};
+use crate::{port, tools};
+
+/// A broker is up in some 30 ms; on two busy cores it has taken a second.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+/// A graceful stop writes what JetStream holds in memory first.
+const STOP_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What differs from a plain server with JetStream.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The port to listen on; `None` takes a free one.
+    pub port: Option<u16>,
+    /// The folder of its configuration file and its store, which the caller owns; `None` makes a
+    /// temporary one.
+    pub folder: Option<PathBuf>,
+    /// Lines for the top level of the configuration file, such as `max_payload: 64KB`.
+    pub config: String,
+    /// Lines for its `jetstream` block, such as `sync_interval: always` or `max_file_store: 64MB`.
+    pub jetstream: String,
+}
+
+/// A nats-server and its store; both are gone when it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    // Declared first, so that the process has ended before its folder is removed.
+    process: Option<Process>,
+    port: u16,
+    folder: PathBuf,
+    _own_folder: Option<TempDir>,
+}
+
+impl Server {
+    /// A running server on a free port.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn start() -> Self {
+        Self::start_with(Options::default()).await
+    }
+
+    /// A running server on that port.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn start_on(port: u16) -> Self {
+        Self::start_with(Options { port: Some(port), ..Options::default() }).await
+    }
+
+    /// A running server with these options.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn start_with(options: Options) -> Self {
+        let mut server = Self::prepare(options).expect("a folder for nats-server can be made");
+        server.resume().await;
+        server
+    }
+
+    /// A server that is not running yet: its URL is known, nobody answers until [`Self::resume`].
+    ///
+    /// # Errors
+    /// When its folder or configuration file cannot be written.
+    pub fn prepare(options: Options) -> io::Result<Self> {
+        let temporary = || tempfile::Builder::new().prefix("litestripe-nats-").tempdir();
+        let own_folder = if options.folder.is_none() { Some(temporary()?) } else { None };
+        let folder = options.folder.as_deref().or(own_folder.as_ref().map(TempDir::path));
+        let folder = folder.expect("one is made above where none is given").to_owned();
+        let port = options.port.unwrap_or_else(port::free);
+        std::fs::write(folder.join("nats.conf"), config(port, &folder, &options))?;
+        Ok(Self { process: None, port, folder, _own_folder: own_folder })
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// The port it listens on, or will.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The folder of its configuration file and its JetStream store.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The running process, to signal it or read its log.
+    pub fn process(&self) -> Option<&Process> {
+        self.process.as_ref()
+    }
+
+    /// A client of it.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub async fn connect(&self) -> async_nats::Client {
+        async_nats::connect(self.url()).await.expect("a running server accepts a client")
+    }
+
+    /// Stops it gracefully; the store stays.
+    pub async fn stop(&mut self) {
+        self.end(Signal::Term).await;
+    }
+
+    /// Kills it as a crash would; the store stays.
+    pub async fn kill(&mut self) {
+        self.end(Signal::Kill).await;
+    }
+
+    /// Stops and resumes it.
+    ///
+    /// # Panics
+    /// When it does not come back, with its log.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        self.resume().await;
+    }
+
+    /// Starts it on its port and store, again or for the first time; a running one is left alone.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn resume(&mut self) {
+        self.try_resume().await.unwrap_or_else(|problem| panic!("{problem}"));
+    }
+
+    /// [`Self::resume`] for callers that have a person to tell.
+    ///
+    /// # Errors
+    /// When there is no nats-server, or it does not answer; the text holds its log.
+    pub async fn try_resume(&mut self) -> io::Result<()> {
+        if self.process.as_ref().is_some_and(Process::is_running) {
+            return Ok(());
+        }
+        let mut command = process::command(tools::nats_server()?, Signal::Kill);
+        command.arg("-c").arg(self.folder.join("nats.conf"));
+        let process = Process::spawn("nats-server", command)?;
+        let end = Instant::now() + START_DEADLINE;
+        while !answers(self.port).await {
+            let ended = !process.is_running();
+            if ended {
+                // Returns at once, with the last of its output read.
+                process.wait(STOP_DEADLINE).await;
+            }
+            if ended || Instant::now() > end {
+                let log = process.log();
+                return Err(io::Error::other(format!("nats-server does not start:\n{log}")));
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        self.process = Some(process);
+        Ok(())
+    }
+
+    async fn end(&mut self, signal: Signal) {
+        if let Some(process) = self.process.take() {
+            process.signal(signal);
+            process.wait(STOP_DEADLINE).await;
+        }
+    }
+}
+
+fn config(port: u16, folder: &Path, options: &Options) -> String {
+    let Options { config, jetstream, .. } = options;
+    let store = folder.join("store");
+    format!(
+        "listen: \"127.0.0.1:{port}\"\n\
+         server_name: \"litestripe-{port}\"\n\
+         jetstream {{\n  store_dir: {store:?}\n{jetstream}\n}}\n\
+         {config}\n"
+    )
+}
+
+/// The server greets with `INFO {…}`, and listens only once JetStream is ready.
+async fn answers(port: u16) -> bool {
+    let greeting = async {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).await.ok()?;
+        line.starts_with("INFO ").then_some(())
+    };
+    timeout(Duration::from_secs(1), greeting).await.is_ok_and(|greeting| greeting.is_some())
+}

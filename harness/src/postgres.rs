@@ -1,0 +1,336 @@
+//! A real PostgreSQL on 127.0.0.1, with a port and a folder of its own, and a fresh database for
+//! whoever asks.
+//!
+//! `initdb` takes a second, so its result is kept beside the build's programs and copied. Under
+//! root, which `initdb` and `postgres` refuse, both run as an unprivileged user that owns the
+//! temporary folder. Durability is PostgreSQL's default (`fsync` on) unless a test asks otherwise.
+//! May not know our schema.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use sea_orm::{ConnectOptions, ConnectionTrait, Database};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::process::{self, Process, Signal};
+use crate::{port, program, tools};
+
+/// A server is up in about 0.2 s; after a kill it reads its write-ahead log first.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Grows when `init` below changes, so that no template of an older one is used.
+const RECIPE: u32 = 3;
+
+/// What differs from a plain server.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The port to listen on; `None` takes a free one.
+    pub port: Option<u16>,
+    /// Settings as for `postgresql.conf`, such as `("fsync", "off")`.
+    pub settings: Vec<(String, String)>,
+}
+
+/// A PostgreSQL server and its data; both are gone when it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    process: Option<Process>,
+    port: u16,
+    settings: Vec<(String, String)>,
+    owner: Option<Owner>,
+    databases: AtomicU32,
+    folder: TempDir,
+}
+
+impl Server {
+    /// A running server on a free port.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn start() -> Self {
+        Self::start_with(Options::default()).await
+    }
+
+    /// A running server with these options.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn start_with(options: Options) -> Self {
+        let mut server = Self::prepare(options).unwrap_or_else(|problem| panic!("{problem}"));
+        server.resume().await;
+        server
+    }
+
+    /// A server that is not running yet: its URL is known, nobody answers until [`Self::resume`].
+    ///
+    /// # Errors
+    /// When there is no PostgreSQL, `initdb` fails, or the folder cannot be written.
+    pub fn prepare(options: Options) -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("litestripe-postgres-").tempdir()?;
+        let owner = Owner::of_servers(folder.path())?;
+        let template = template(owner.as_ref())?;
+        copy(&template, &folder.path().join("data"), owner.as_ref())?;
+        if let Some(owner) = &owner {
+            owner.take(folder.path())?;
+        }
+        let port = options.port.unwrap_or_else(port::free);
+        let databases = AtomicU32::new(0);
+        Ok(Self { process: None, port, settings: options.settings, owner, databases, folder })
+    }
+
+    /// The URL of a database of that name, which need not exist; `postgres` always does.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// Makes an empty database and returns its URL.
+    ///
+    /// # Panics
+    /// When the server does not answer.
+    pub async fn database(&self) -> String {
+        let name = format!("litestripe_{}", self.databases.fetch_add(1, Ordering::Relaxed) + 1);
+        let mut options = ConnectOptions::new(self.url("postgres"));
+        options.max_connections(1).sqlx_logging(false);
+        let server = Database::connect(options).await.expect("a running server accepts a client");
+        server.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database can be made");
+        server.close().await.expect("a connection can be closed");
+        self.url(&name)
+    }
+
+    /// The port it listens on, or will.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The running process, to signal it or read its log.
+    pub fn process(&self) -> Option<&Process> {
+        self.process.as_ref()
+    }
+
+    /// Stops it, which ends every connection; the data stays.
+    pub async fn stop(&mut self) {
+        self.end(Signal::Int).await;
+    }
+
+    /// Kills it as a crash would; the data stays.
+    pub async fn kill(&mut self) {
+        self.end(Signal::Kill).await;
+    }
+
+    /// Stops and resumes it.
+    ///
+    /// # Panics
+    /// When it does not come back, with its log.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        self.resume().await;
+    }
+
+    /// Starts it on its port and data, again or for the first time; a running one is left alone.
+    ///
+    /// # Panics
+    /// When it does not start, with its log.
+    pub async fn resume(&mut self) {
+        self.try_resume().await.unwrap_or_else(|problem| panic!("{problem}"));
+    }
+
+    /// [`Self::resume`] for callers that have a person to tell.
+    ///
+    /// # Errors
+    /// When it does not answer; the text holds its log.
+    pub async fn try_resume(&mut self) -> io::Result<()> {
+        if self.process.as_ref().is_some_and(Process::is_running) {
+            return Ok(());
+        }
+        let end = Instant::now() + START_DEADLINE;
+        let mut process = self.spawn()?;
+        while !answers(self.port).await {
+            if !process.is_running() {
+                let log = process.log();
+                // A killed server's children need a moment to notice; until then they hold its
+                // shared memory, and a new server refuses to start.
+                if !log.contains("shared memory block") || Instant::now() > end {
+                    return Err(io::Error::other(format!("postgres does not start:\n{log}")));
+                }
+                process = self.spawn()?;
+            } else if Instant::now() > end {
+                let log = process.log();
+                return Err(io::Error::other(format!("postgres does not answer:\n{log}")));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        self.process = Some(process);
+        Ok(())
+    }
+
+    fn spawn(&self) -> io::Result<Process> {
+        let postgres = tools::postgres_bin()?.join("postgres");
+        let folder = self.folder.path();
+        let mut command = process::command(&postgres, Signal::Quit);
+        command.arg("-D").arg(folder.join("data"));
+        command.arg("-k").arg(folder).arg("-p").arg(self.port.to_string());
+        command.args(["-c", "listen_addresses=127.0.0.1"]);
+        for (name, value) in &self.settings {
+            command.arg("-c").arg(format!("{name}={value}"));
+        }
+        in_folder(&mut command, folder, self.owner.as_ref());
+        Process::spawn("postgres", command)
+    }
+
+    async fn end(&mut self, signal: Signal) {
+        if let Some(process) = self.process.take() {
+            process.signal(signal);
+            process.wait(STOP_DEADLINE).await;
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(process) = &self.process {
+            // A killed server leaves its piece of System V shared memory behind.
+            process.end(Signal::Quit, Duration::from_secs(5));
+        }
+    }
+}
+
+/// The user that PostgreSQL runs as when we are root.
+#[derive(Debug)]
+struct Owner {
+    user: u32,
+    group: u32,
+}
+
+impl Owner {
+    /// `None` when we are not root, as the owner of a folder just made tells.
+    fn of_servers(just_made: &Path) -> io::Result<Option<Self>> {
+        if fs::metadata(just_made)?.uid() != 0 {
+            return Ok(None);
+        }
+        let users = fs::read_to_string("/etc/passwd")?;
+        let user = ["postgres", "nobody"].iter().find_map(|wanted| Self::named(wanted, &users));
+        let missing = "PostgreSQL refuses root, and there is no user `postgres` or `nobody` here";
+        user.map(Some).ok_or_else(|| io::Error::other(missing))
+    }
+
+    /// Reads `name:password:user:group:…` lines.
+    fn named(wanted: &str, users: &str) -> Option<Self> {
+        let mut fields = users
+            .lines()
+            .map(|line| line.split(':'))
+            .find_map(|mut fields| (fields.next() == Some(wanted)).then(|| fields.skip(1)))?;
+        let user = fields.next()?.parse().ok()?;
+        let group = fields.next()?.parse().ok()?;
+        Some(Self { user, group })
+    }
+
+    fn take(&self, path: &Path) -> io::Result<()> {
+        chown(path, Some(self.user), Some(self.group))
+    }
+}
+
+/// Whose folder it is and who runs there; of the environment only `PATH`, as `PG…` variables steer
+/// both programs.
+fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
+    command.current_dir(folder).env_clear().env("LC_ALL", "C").env("TZ", "UTC");
+    command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    if let Some(owner) = owner {
+        command.uid(owner.user).gid(owner.group);
+    }
+}
+
+/// The folder that `initdb` made, by the first test of this build that needed it.
+fn template(owner: Option<&Owner>) -> io::Result<PathBuf> {
+    let initdb = tools::postgres_bin()?.join("initdb");
+    let version = Command::new(&initdb).arg("--version").output()?.stdout;
+    // `initdb (PostgreSQL) 15.18 (Debian …)`
+    let version = String::from_utf8_lossy(&version);
+    let version = version.split_whitespace().nth(2).unwrap_or("unknown");
+    let templates = program::folder()?.join("postgres-templates");
+    fs::create_dir_all(&templates)?;
+    let template = templates.join(format!("{version}-{RECIPE}"));
+    if template.exists() {
+        return Ok(template);
+    }
+    let lock = File::create(templates.join("lock"))?;
+    lock.lock()?;
+    if !template.exists() {
+        let folder = tempfile::Builder::new().prefix("litestripe-initdb-").tempdir()?;
+        if let Some(owner) = owner {
+            owner.take(folder.path())?;
+        }
+        let made = folder.path().join("data");
+        init(&initdb, folder.path(), &made, owner)?;
+        // Renamed when complete: a copy that was interrupted is never taken for a template.
+        let partial = templates.join("partial");
+        let _ = fs::remove_dir_all(&partial);
+        copy(&made, &partial, None)?;
+        fs::rename(&partial, &template)?;
+    }
+    Ok(template)
+}
+
+fn init(initdb: &Path, folder: &Path, data: &Path, owner: Option<&Owner>) -> io::Result<()> {
+    let mut command = Command::new(initdb);
+    command.arg("-D").arg(data).args(["--username=postgres", "--auth=trust"]);
+    command.args(["--encoding=UTF8", "--locale=C", "--no-sync"]);
+    in_folder(&mut command, folder, owner);
+    let output = command.output()?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(format!("initdb failed:\n{words}")));
+    }
+    // After a kill the server first syncs its 1,300 files, one by one unless told otherwise: ten
+    // seconds on a busy disk. PostgreSQL 14 and newer can do it at once, on Linux.
+    let settings = data.join("postgresql.conf");
+    let text = fs::read_to_string(&settings)?;
+    if cfg!(target_os = "linux") && text.contains("recovery_init_sync_method") {
+        fs::write(&settings, text + "\nrecovery_init_sync_method = syncfs\n")?;
+    }
+    Ok(())
+}
+
+/// Copies a folder with its permissions and gives the copy to `owner`.
+fn copy(from: &Path, to: &Path, owner: Option<&Owner>) -> io::Result<()> {
+    fs::create_dir(to)?;
+    // PostgreSQL refuses a data folder that others may enter.
+    fs::set_permissions(to, fs::Permissions::from_mode(0o700))?;
+    if let Some(owner) = owner {
+        owner.take(to)?;
+    }
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &target, owner)?;
+            continue;
+        }
+        fs::copy(entry.path(), &target)?;
+        if let Some(owner) = owner {
+            owner.take(&target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Asks as a client does: a server that is starting or recovering answers with an error (`E`), a
+/// ready one asks for authentication (`R`).
+async fn answers(port: u16) -> bool {
+    // Length, protocol 3.0, then pairs of name and value.
+    const STARTUP: &[u8] = b"\0\0\0\x29\0\x03\0\0user\0postgres\0database\0postgres\0\0";
+    let first_byte = async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+        stream.write_all(STARTUP).await.ok()?;
+        stream.read_u8().await.ok()
+    };
+    timeout(Duration::from_secs(1), first_byte).await.is_ok_and(|byte| byte == Some(b'R'))
+}

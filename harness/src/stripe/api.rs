@@ -1,0 +1,303 @@
+//! A stub of Stripe's API: the one thing in these tests that is not real.
+//!
+//! Owns what it answers (subscriptions, events, Checkout Sessions by subscription, customers; lists in
+//! pages as Stripe documents them), the trouble a test asks for, and a record of what it was asked. May not know what the worker does with it.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Response};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// The key that the stub knows: a test mode's.
+pub const API_KEY: &str = "sk_test_onlyTheStubKnowsThis4711";
+
+/// A running stub; it is gone when it is dropped.
+pub struct Api {
+    url: String,
+    shared: Arc<Shared>,
+    _server: JoinSet<()>,
+}
+
+/// A request as it arrived.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// When.
+    pub at: Instant,
+    /// Path and query, such as `/v1/checkout/sessions?subscription=sub_…&limit=100`.
+    pub path: String,
+    /// Its headers, names in lower case.
+    pub headers: BTreeMap<String, String>,
+}
+
+/// What is answered instead of an object.
+#[derive(Clone, Debug)]
+pub struct Trouble {
+    status: u16,
+    headers: Vec<(&'static str, String)>,
+}
+
+impl Trouble {
+    /// This HTTP status, such as 429.
+    #[must_use]
+    pub fn status(status: u16) -> Self {
+        Self { status, headers: Vec::new() }
+    }
+
+    /// The same with a header, such as `Retry-After`.
+    #[must_use]
+    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+}
+
+/// While it lives, requests for its path are recorded, and answered only once it is dropped, with
+/// what the stub had when they arrived.
+#[must_use]
+pub struct Hold {
+    path: &'static str,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    released: watch::Sender<()>,
+}
+
+#[derive(Default)]
+struct State {
+    subscriptions: BTreeMap<String, Value>,
+    customers: BTreeMap<String, Value>,
+    checkout_sessions: Vec<Value>,
+    /// Events, and whether every endpoint has accepted them.
+    events: Vec<(Value, bool)>,
+    troubles: Vec<(&'static str, Trouble)>,
+    held: Vec<&'static str>,
+    requests: Vec<Request>,
+}
+
+impl Api {
+    /// A stub without any object.
+    ///
+    /// # Panics
+    /// When it cannot listen.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
+        let address = listener.local_addr().expect("a listener has an address");
+        let shared = Arc::<Shared>::default();
+        let mut server = JoinSet::new();
+        server.spawn(serve(listener, Arc::clone(&shared)));
+        Self { url: format!("http://{address}"), shared, _server: server }
+    }
+
+    /// What `STRIPE_API_BASE` is set to.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Has it know this subscription, in place of another state of it.
+    pub fn put_subscription(&self, object: Value) {
+        let id = text(&object, "id");
+        self.shared.state().subscriptions.insert(id, object);
+    }
+
+    /// Has it know this customer.
+    pub fn put_customer(&self, object: Value) {
+        let id = text(&object, "id");
+        self.shared.state().customers.insert(id, object);
+    }
+
+    /// Has it list this Checkout Session.
+    pub fn put_checkout_session(&self, object: Value) {
+        self.shared.state().checkout_sessions.push(object);
+    }
+
+    /// Has it list this event, as one that an endpoint did not accept, or that all did.
+    pub fn put_event(&self, object: Value, delivered: bool) {
+        self.shared.state().events.push((object, delivered));
+    }
+
+    /// Answers the next request whose path contains `path` so. Several are answered one after another.
+    pub fn answer_next(&self, path: &'static str, trouble: Trouble) {
+        self.shared.state().troubles.push((path, trouble));
+    }
+
+    /// Holds back the answers to requests whose path contains `path`.
+    pub fn hold(&self, path: &'static str) -> Hold {
+        self.shared.state().held.push(path);
+        Hold { path, shared: Arc::clone(&self.shared) }
+    }
+
+    /// What it was asked so far whose path contains `path`.
+    pub fn requests(&self, path: &str) -> Vec<Request> {
+        let state = self.shared.state();
+        state.requests.iter().filter(|request| request.path.contains(path)).cloned().collect()
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(index) = state.held.iter().position(|held| *held == self.path) {
+            state.held.remove(index);
+        }
+        drop(state);
+        self.shared.released.send_replace(());
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    /// Records a request and answers it, once nothing holds it back.
+    async fn answer(&self, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+        let mut released = self.released.subscribe();
+        let path = request.uri().to_string();
+        let headers = request.headers().iter();
+        let headers = headers.map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into()));
+        let headers: BTreeMap<String, String> = headers.collect();
+        let authorized = headers.get("authorization") == Some(&format!("Bearer {API_KEY}"));
+        let record = Request { at: Instant::now(), path: path.clone(), headers };
+        let answer = {
+            let mut state = self.state();
+            state.requests.push(record);
+            match state.take_trouble(&path) {
+                Some(trouble) => response(&trouble, &json!({ "error": { "type": "api_error" } })),
+                None if request.method() != Method::GET => response(&Trouble::status(405), &Value::Null),
+                None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),
+                None => state.look_up(&path),
+            }
+        };
+        while self.state().held.iter().any(|held| path.contains(held)) {
+            // The sender lives as long as `self`.
+            let _ = released.changed().await;
+        }
+        answer
+    }
+}
+
+impl State {
+    fn take_trouble(&mut self, path: &str) -> Option<Trouble> {
+        let index = self.troubles.iter().position(|(wanted, _)| path.contains(wanted))?;
+        Some(self.troubles.remove(index).1)
+    }
+
+    fn look_up(&self, path: &str) -> Response<Full<Bytes>> {
+        let url = reqwest::Url::parse(&format!("http://stub{path}")).expect("a request has a path");
+        let query: Vec<(String, String)> = url.query_pairs().into_owned().collect();
+        let found = match url.path() {
+            "/v1/subscriptions" => page(self.subscriptions(&query), url.path(), &query),
+            "/v1/events" => page(self.events(&query), url.path(), &query),
+            "/v1/checkout/sessions" => page(self.checkout_sessions(&query), url.path(), &query),
+            path => {
+                let subscription = path.strip_prefix("/v1/subscriptions/").map(|id| self.subscriptions.get(id));
+                let customer = || path.strip_prefix("/v1/customers/").map(|id| self.customers.get(id));
+                subscription.or_else(customer).flatten().cloned()
+            }
+        };
+        match found {
+            Some(object) => response(&Trouble::status(200), &object),
+            None => {
+                response(&Trouble::status(404), &json!({ "error": { "code": "resource_missing", "message": "none" } }))
+            }
+        }
+    }
+
+    fn checkout_sessions(&self, query: &[(String, String)]) -> Vec<&Value> {
+        let wanted = one(query, "subscription");
+        self.checkout_sessions.iter().filter(|session| session["subscription"].as_str() == wanted).collect()
+    }
+
+    /// Stripe: "List subscriptions": `status` all, ended, or one of them; without it all but canceled.
+    /// None of a test clock.
+    fn subscriptions(&self, query: &[(String, String)]) -> Vec<&Value> {
+        let is_wanted = |status: &str| match one(query, "status") {
+            None => status != "canceled",
+            Some("all") => true,
+            Some("ended") => matches!(status, "canceled" | "incomplete_expired"),
+            Some(wanted) => status == wanted,
+        };
+        let listed = self.subscriptions.values().filter(|object| object["test_clock"].is_null());
+        listed.filter(|object| object["status"].as_str().is_some_and(is_wanted)).collect()
+    }
+
+    /// Stripe: "List all events".
+    fn events(&self, query: &[(String, String)]) -> Vec<&Value> {
+        let types: Vec<&str> = all(query, "types[]").collect();
+        let since: i64 = one(query, "created[gte]").and_then(|since| since.parse().ok()).unwrap_or(0);
+        let delivered = one(query, "delivery_success").map(|text| text == "true");
+        let wanted = self.events.iter().filter(|(event, was_delivered)| {
+            let name = event["type"].as_str().unwrap_or_default();
+            (types.is_empty() || types.contains(&name))
+                && event["created"].as_i64().is_some_and(|created| created >= since)
+                && delivered.is_none_or(|delivered| delivered == *was_delivered)
+        });
+        wanted.map(|(event, _)| event).collect()
+    }
+}
+
+fn all<'a>(query: &'a [(String, String)], name: &str) -> impl Iterator<Item = &'a str> {
+    query.iter().filter(move |(given, _)| given == name).map(|(_, value)| value.as_str())
+}
+
+fn one<'a>(query: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    all(query, name).next()
+}
+
+/// A page of a list, newest first. Nothing where `starting_after` names none of it. Stripe: "Pagination".
+fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Option<Value> {
+    objects.sort_by_key(|object| (std::cmp::Reverse(object["created"].as_i64()), object["id"].to_string()));
+    let limit = one(query, "limit").and_then(|limit| limit.parse().ok()).unwrap_or(10);
+    let first = match one(query, "starting_after") {
+        Some(after) => objects.iter().position(|object| object["id"] == after)? + 1,
+        None => 0,
+    };
+    let data: Vec<_> = objects.iter().skip(first).take(limit).collect();
+    let has_more = objects.len() > first + data.len();
+    Some(json!({ "object": "list", "url": url, "has_more": has_more, "data": data }))
+}
+
+/// Hyper adds the `Date`.
+fn response(trouble: &Trouble, body: &Value) -> Response<Full<Bytes>> {
+    let response = Response::builder()
+        .status(trouble.status)
+        .header("Content-Type", "application/json")
+        .header("Request-Id", "req_ofTheStub");
+    let response = trouble.headers.iter().fold(response, |response, (name, value)| response.header(*name, value));
+    response.body(Full::new(body.to_string().into())).expect("tests ask for headers that can be sent")
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        let shared = Arc::clone(&shared);
+        let answer = service_fn(move |request| {
+            let shared = Arc::clone(&shared);
+            async move { Ok::<_, Infallible>(shared.answer(request).await) }
+        });
+        connections.spawn(async move {
+            // It fails when the worker is killed in the middle of a request.
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+        });
+    }
+}
+
+fn text(object: &Value, field: &str) -> String {
+    object[field].as_str().expect("Stripe's objects have ids").to_owned()
+}

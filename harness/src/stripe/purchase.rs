@@ -1,0 +1,122 @@
+//! The objects of one purchase, which know each other by id, and events about them.
+//!
+//! The templates beside this file are written out as API version 2026-07-29.dahlia renders them
+//! with flexible billing: the current period stands on the items.
+
+use serde_json::{Value, json};
+
+use super::{Event, unique};
+
+/// The length of a period in these events, in seconds: 30 days.
+pub const MONTH: i64 = 30 * 86_400;
+/// The length of a trial in these events, in seconds: 14 days.
+pub const TRIAL: i64 = 14 * 86_400;
+
+/// A customer, the Checkout Session they paid in and the subscription that came of it.
+#[derive(Clone, Debug)]
+pub struct Purchase {
+    /// When it was made, in Unix seconds.
+    pub created: i64,
+    /// The subscription's `sub_…`.
+    pub subscription: String,
+    /// The customer's `cus_…`.
+    pub customer: String,
+    /// The Checkout Session's `cs_test_…`.
+    pub checkout_session: String,
+    item: String,
+    payment_method: String,
+    invoice: String,
+}
+
+impl Purchase {
+    /// A purchase with ids that nobody else has.
+    pub fn new(created: i64) -> Self {
+        Self {
+            created,
+            subscription: format!("sub_1{}", unique(23)),
+            customer: format!("cus_{}", unique(14)),
+            checkout_session: format!("cs_test_a1{}", unique(56)),
+            item: format!("si_{}", unique(14)),
+            payment_method: format!("pm_1{}", unique(23)),
+            invoice: format!("in_1{}", unique(23)),
+        }
+    }
+
+    /// The subscription as it is right after the purchase: active, in its first period.
+    pub fn subscription(&self) -> Value {
+        let mut object = template(include_str!("subscription.json"));
+        for field in ["created", "start_date", "billing_cycle_anchor"] {
+            object[field] = self.created.into();
+        }
+        object["billing_mode"]["updated_at"] = self.created.into();
+        object["id"] = self.subscription.as_str().into();
+        object["customer"] = self.customer.as_str().into();
+        object["default_payment_method"] = self.payment_method.as_str().into();
+        object["latest_invoice"] = self.invoice.as_str().into();
+        object["items"] = self.items(self.created, self.created + MONTH);
+        object
+    }
+
+    /// The subscription's `items` in a period (Unix seconds).
+    pub fn items(&self, start: i64, end: i64) -> Value {
+        let mut items = template(include_str!("subscription.json"))["items"].take();
+        items["url"] = format!("/v1/subscription_items?subscription={}", self.subscription).into();
+        let item = &mut items["data"][0];
+        item["id"] = self.item.as_str().into();
+        item["subscription"] = self.subscription.as_str().into();
+        item["created"] = self.created.into();
+        item["current_period_start"] = start.into();
+        item["current_period_end"] = end.into();
+        items
+    }
+
+    /// The Checkout Session: complete, paid, without a client reference id.
+    pub fn checkout_session(&self) -> Value {
+        let mut object = template(include_str!("checkout_session.json"));
+        object["id"] = self.checkout_session.as_str().into();
+        object["customer"] = self.customer.as_str().into();
+        object["subscription"] = self.subscription.as_str().into();
+        object["invoice"] = self.invoice.as_str().into();
+        // Opened two minutes before it was completed, open for a day.
+        object["created"] = (self.created - 120).into();
+        object["expires_at"] = (self.created - 120 + 86_400).into();
+        object
+    }
+
+    /// An event about the subscription as it is right after the purchase, with the fields of
+    /// `changes` instead (whole values; null is a value).
+    pub fn subscription_event(&self, event_type: &str, created: i64, changes: Value) -> Event {
+        Event::new(event_type, created, changed(self.subscription(), changes))
+    }
+
+    /// An event about the Checkout Session, with the fields of `changes` instead (whole values; null
+    /// is a value).
+    pub fn checkout_session_event(&self, event_type: &str, created: i64, changes: Value) -> Event {
+        Event::new(event_type, created, changed(self.checkout_session(), changes))
+    }
+
+    /// The fields that the subscription has while it is on trial.
+    pub fn on_trial(&self) -> Value {
+        let end = self.created + TRIAL;
+        json!({
+            "status": "trialing",
+            "trial_start": self.created,
+            "trial_end": end,
+            "billing_cycle_anchor": end,
+            "items": self.items(self.created, end),
+        })
+    }
+}
+
+/// `object` with the members of `changes` in place of its own.
+pub(super) fn changed(mut object: Value, changes: Value) -> Value {
+    let Value::Object(changes) = changes else { return object };
+    for (key, value) in changes {
+        object[key.as_str()] = value;
+    }
+    object
+}
+
+fn template(text: &str) -> Value {
+    serde_json::from_str(text).expect("the templates beside this file are JSON")
+}

@@ -1,0 +1,59 @@
+//! Where the programs are that the tests run: asked of the environment, else of `scripts/tools`.
+//!
+//! `scripts/test` and `scripts/demo` set the variables; a bare `cargo nextest run` works as well,
+//! because the script is asked here, and installs what is missing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The nats-server program.
+///
+/// # Errors
+/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+pub fn nats_server() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "nats", "LITESTRIPE_NATS_SERVER")
+}
+
+/// The folder that holds PostgreSQL's `initdb` and `postgres`.
+///
+/// # Errors
+/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+pub fn postgres_bin() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "postgres", "LITESTRIPE_POSTGRES_BIN")
+}
+
+/// The Python that has the packages of `harness/python/requirements.txt`.
+///
+/// # Errors
+/// When there is none and `scripts/tools` cannot make one; its words are on stderr.
+pub fn python() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "python", "LITESTRIPE_PYTHON")
+}
+
+fn locate(found: &'static OnceLock<PathBuf>, part: &str, variable: &str) -> io::Result<&'static Path> {
+    if let Some(path) = found.get() {
+        return Ok(path);
+    }
+    let path = match std::env::var_os(variable) {
+        Some(path) => PathBuf::from(path),
+        None => ask_script(part, variable)?,
+    };
+    Ok(found.get_or_init(|| path))
+}
+
+fn ask_script(part: &str, variable: &str) -> io::Result<PathBuf> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/tools");
+    // The script prints shell-quoted `export` lines, so a shell reads them.
+    let read = format!(r#"eval "$("$0" {part})" && printf %s "${variable}""#);
+    let output = Command::new("bash").args(["-euc", &read, script]).stderr(std::process::Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err(io::Error::other(format!("scripts/tools {part} failed, its words are above")));
+    }
+    let path = String::from_utf8(output.stdout).map_err(io::Error::other)?;
+    Ok(PathBuf::from(path))
+}

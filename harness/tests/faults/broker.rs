@@ -1,0 +1,238 @@
+//! What the broker may do to us, and what becomes of it.
+
+use std::time::Duration;
+
+use async_nats::jetstream::stream::State;
+use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
+use litestripe_harness::bridge::{DatabaseKind, of_subscription};
+use litestripe_harness::process::Signal;
+use litestripe_harness::stripe::{Event, Purchase};
+use litestripe_harness::{eventually, nats};
+use serde_json::json;
+use time::OffsetDateTime;
+
+use crate::check::{Stream, check, check_rows_are_merged};
+use crate::ledger::Answer;
+use crate::load::Load;
+use crate::proxy::Mode;
+use crate::rig::{DEADLINE, Rig, count_in_log};
+
+#[tokio::test]
+async fn full_stream_refuses_until_applied_events_have_made_room() {
+    let settings = [("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB"), ("LITESTRIPE_BATCH", "20")];
+    let mut rig = Rig::start(DatabaseKind::Postgres, 0, &settings).await;
+    let accepted = fill(&rig).await;
+    assert!(accepted > 100, "{accepted}");
+    let full = events(&rig).await;
+    assert_eq!((full.first_sequence, full.messages), (1, accepted), "nothing was removed to make room");
+
+    rig.start_worker(0, &[]);
+    accepts_again(&rig).await;
+    let made = events(&rig).await;
+    assert!(made.first_sequence > 1, "{made:?}");
+    rig.running(0).wait_for_log("purged the oldest", DEADLINE).await;
+
+    // With the database away nothing can be applied, and so nothing may be purged.
+    rig.bridge.wait_until_applied().await;
+    let applied = events(&rig).await.last_sequence;
+    rig.bridge.database.kill().await;
+    fill(&rig).await;
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    let kept = events(&rig).await;
+    assert!(kept.first_sequence <= applied + 1, "{kept:?}: only what was applied ({applied}) may go");
+    rig.bridge.database.resume().await;
+    accepts_again(&rig).await;
+    // Rows are compared with the merge of everything that was ever accepted.
+    check(&rig, Stream::Purged).await;
+}
+
+/// Delivers until the stream is full; returns how many were accepted.
+async fn fill(rig: &Rig) -> u64 {
+    let mut accepted = 0;
+    loop {
+        match rig.ledger.deliver(&rig.client, &rig.hook(), &bought()).await {
+            Answer::Accepted => accepted += 1,
+            Answer::Refused(503) => return accepted,
+            answer => panic!("{answer:?}"),
+        }
+    }
+}
+
+async fn accepts_again(rig: &Rig) {
+    rig.ledger.deliver_until_accepted(&rig.client, &rig.hook(), &bought()).await;
+}
+
+async fn events(rig: &Rig) -> State {
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    stream.cached_info().state.clone()
+}
+
+#[tokio::test]
+async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
+    let rig = Rig::start(DatabaseKind::Postgres, 2, &[]).await;
+    let load = Load::start(&rig.ledger, &rig.hook(), 7);
+    until_accepted(&rig, 200).await;
+
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    stream.delete_consumer(WORKER_CONSUMER).await.expect("a consumer can be deleted");
+
+    for index in 0..2 {
+        eventually("a worker to consume again", DEADLINE, async || {
+            let log = rig.running(index).log();
+            if log.matches("consuming STRIPE_EVENTS").count() == 2 { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+    until_accepted(&rig, rig.ledger.figures().accepted + 200).await;
+    load.stop().await;
+    let found = check(&rig, Stream::Whole).await;
+    assert_eq!(found.repeated_signals, 0);
+}
+
+async fn until_accepted(rig: &Rig, count: usize) {
+    eventually("deliveries", DEADLINE, async || match rig.ledger.figures() {
+        figures if figures.accepted >= count => Ok(()),
+        figures => Err(format!("{figures:?}")),
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn deleted_streams_are_made_again_and_later_events_flow() {
+    streams_deleted(&[EVENTS_STREAM, SIGNALS_STREAM, DEAD_LETTERS_STREAM]).await;
+}
+
+#[tokio::test]
+async fn deleted_signals_stream_is_made_again_and_later_signals_flow() {
+    streams_deleted(&[SIGNALS_STREAM]).await;
+}
+
+/// What was in them is gone; what comes later must not be.
+async fn streams_deleted(names: &[&str]) {
+    let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    rig.deliver_all(&[bought(), bought()]).await;
+    check(&rig, Stream::Whole).await;
+    for name in names {
+        rig.bridge.jetstream().await.delete_stream(name).await.expect("a stream can be deleted");
+    }
+
+    let purchase = purchase();
+    let updated = json!({ "metadata": { "step": "2" } });
+    let updated = purchase.subscription_event("customer.subscription.updated", purchase.created + 2, updated);
+    rig.deliver_all(&[created(&purchase), updated]).await;
+
+    rig.bridge.wait_until_applied().await;
+    check_rows_are_merged(&rig).await;
+    let signals = rig.bridge.signals().await;
+    let signals = of_subscription(&signals, &purchase.subscription);
+    let last = signals.last().unwrap_or_else(|| panic!("no signal:\n{}", rig.running(0).log()));
+    assert_eq!(last.body["subscription_metadata"], json!({ "step": "2" }));
+    assert_eq!(signals[0].body["previous_revision"], json!(null));
+}
+
+#[tokio::test]
+async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    let large = || {
+        let mut event = bought();
+        event.value["data"]["object"]["description"] = json!("x".repeat(100_000));
+        event
+    };
+    let hook = rig.hook();
+    rig.deliver_all(&[bought(), large()]).await;
+    rig.bridge.wait_until_applied().await;
+
+    // Some are stored and not yet applied when the server comes back with less.
+    rig.running(0).signal(Signal::Stop);
+    rig.deliver_all(&[bought(), large()]).await;
+    configure(&rig, |config| config + "\nmax_payload: 64KB\n");
+    rig.bridge.broker.restart().await;
+    rig.running(0).signal(Signal::Cont);
+    rig.deliver_all(&[bought()]).await;
+    assert_eq!(rig.ledger.deliver(&rig.client, &hook, &large()).await, Answer::Refused(413));
+    check(&rig, Stream::Whole).await;
+
+    configure(&rig, |config| config.replace("\nmax_payload: 64KB\n", ""));
+    rig.bridge.broker.restart().await;
+    rig.deliver_all(&[large()]).await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn revoked_authorization_is_waited_for_and_said() {
+    let users = |password: &str| {
+        format!(
+            "authorization {{ users = [\n  {{ user: tests, password: tests }}\n  \
+             {{ user: litestripe, password: {password:?} }}\n] }}\nno_auth_user: tests\n"
+        )
+    };
+    let (good, other) = ("secret-of-the-tests", "another-secret");
+    let broker = nats::Options { config: users(good), ..nats::Options::default() };
+    let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
+    for (name, value) in [("NATS_USER", "litestripe"), ("NATS_PASSWORD", good)] {
+        rig.settings.push((name.to_owned(), value.to_owned()));
+    }
+    rig.start_ingress(&[]);
+    rig.start_worker(0, &[]);
+    rig.until_ingress_is_ready().await;
+    rig.until_worker_is_ready(0).await;
+    rig.deliver_all(&[bought()]).await;
+    rig.bridge.wait_until_applied().await;
+
+    configure(&rig, |config| config.replace(good, other));
+    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    for program in [rig.ingress(), rig.running(0)] {
+        program.wait_for_log("connection to NATS lost", DEADLINE).await;
+    }
+    assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), &bought()).await, Answer::Refused(503));
+    // The reason is said, and the password is not.
+    for program in [rig.ingress(), rig.running(0)] {
+        eventually("the reason in the log", DEADLINE, async || {
+            let log = program.log();
+            let log_lower = log.to_lowercase();
+            if log_lower.contains("authorization") || log_lower.contains("authentication") { Ok(()) } else { Err(log) }
+        })
+        .await;
+        assert_eq!(count_in_log(program, good), 0);
+        assert!(program.is_running(), "{}", program.log());
+    }
+
+    configure(&rig, |config| config.replace(other, good));
+    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.deliver_all(&[bought()]).await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn broker_host_that_is_gone_without_a_word_is_noticed() {
+    let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    rig.deliver_all(&[bought()]).await;
+    rig.bridge.wait_until_applied().await;
+    for link in [&rig.ingress_to_nats, &rig.worker_to_nats] {
+        link.set(Mode::Strand);
+    }
+    rig.deliver_all(&[bought(), bought()]).await;
+    check(&rig, Stream::Whole).await;
+    assert_eq!(count_in_log(rig.running(0), "connection to NATS lost"), 1, "{}", rig.running(0).log());
+}
+
+/// Changes the broker's configuration file, which it reads when it is started or told to.
+fn configure(rig: &Rig, change: impl FnOnce(String) -> String) {
+    let path = rig.bridge.broker.folder().join("nats.conf");
+    let config = std::fs::read_to_string(&path).expect("the harness wrote it");
+    std::fs::write(&path, change(config)).expect("the folder is ours");
+}
+
+fn purchase() -> Purchase {
+    let minute = Duration::from_secs(60);
+    Purchase::new((OffsetDateTime::now_utc() - minute).unix_timestamp())
+}
+
+fn created(purchase: &Purchase) -> Event {
+    purchase.subscription_event("customer.subscription.created", purchase.created, json!({}))
+}
+
+/// The creation of a subscription that nobody has yet.
+fn bought() -> Event {
+    created(&purchase())
+}

@@ -1,0 +1,229 @@
+//! What must hold when everything is well again, whatever happened before.
+//!
+//! Owns the oracle: rows are compared with the pure merge of the events, signals with one another
+//! and with the rows, the stream with the ledger.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream as JetStream};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use litestripe_contract::header;
+use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_entity::stripe_subscription;
+use litestripe_harness::bridge::{Signal, shown};
+use litestripe_worker::event::{self, MetadataKeys};
+use litestripe_worker::merge::State;
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use crate::rig::Rig;
+
+/// Deliveries of one event within this are stored once.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(300);
+
+/// What a check found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Found {
+    /// Events in the stream.
+    pub(crate) events: usize,
+    pub(crate) rows: usize,
+    /// Signals, without repetitions.
+    pub(crate) signals: usize,
+    /// Signals with a `Nats-Msg-Id` that was there before.
+    pub(crate) repeated_signals: usize,
+    pub(crate) dead_letters: usize,
+}
+
+/// What a test did that the check has to allow for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    /// Nothing was taken out of the streams: all that was accepted is there.
+    Whole,
+    /// Applied events were purged.
+    Purged,
+}
+
+/// Waits until everything is applied, and checks that nothing was lost, doubled or reordered.
+pub(crate) async fn check(rig: &Rig, stream: Stream) -> Found {
+    rig.bridge.wait_until_applied().await;
+    let stored = stored(rig).await;
+    let accepted = rig.ledger.accepted();
+    check_stream(&stored, &accepted, stream);
+
+    let bodies = stored.iter().map(|stored| stored.body.clone()).chain(accepted.into_values());
+    let rows = rig.bridge.rows().await;
+    check_rows(&rows, &merged(bodies));
+    let signals = rig.bridge.signals().await;
+    let found = Found { events: stored.len(), rows: rows.len(), ..check_signals(&signals, &rows) };
+    check_orphans(rig, &signals).await;
+    Found { dead_letters: check_dead_letters(rig, &stored, stream).await, ..found }
+}
+
+/// Checks that rows are the merge of what was accepted, whatever became of the streams.
+pub(crate) async fn check_rows_are_merged(rig: &Rig) {
+    check_rows(&rig.bridge.rows().await, &merged(rig.ledger.accepted().into_values()));
+}
+
+/// An event as it stands in the stream.
+struct Stored {
+    sequence: u64,
+    message_id: String,
+    at: OffsetDateTime,
+    body: Bytes,
+}
+
+/// Messages asked for at a time. A consumer would have more of them on the way than the broker lets
+/// a connection hold, when they are large, and be cut off.
+const ASKED_AT_A_TIME: usize = 16;
+
+async fn stored(rig: &Rig) -> Vec<Stored> {
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let state = &stream.cached_info().state;
+    let sequences = state.first_sequence..=state.last_sequence;
+    let messages = futures_util::stream::iter(sequences).map(|sequence| at(&stream, sequence));
+    messages.buffered(ASKED_AT_A_TIME).filter_map(async |message| message.map(read)).collect().await
+}
+
+/// The message at `sequence`, unless it was removed. Any replica answers a direct get; one that has
+/// not caught up knows of nothing, so then the leader is asked.
+async fn at(stream: &JetStream, sequence: u64) -> Option<StreamMessage> {
+    if let Ok(message) = stream.direct_get(sequence).await {
+        return Some(message);
+    }
+    match stream.get_raw_message(sequence).await {
+        Ok(message) => Some(message),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => None,
+        Err(error) => panic!("a message can be read: {error}"),
+    }
+}
+
+fn read(message: StreamMessage) -> Stored {
+    let id = message.headers.get(header::MESSAGE_ID);
+    Stored {
+        sequence: message.sequence,
+        message_id: id.map(|id| id.as_str().to_owned()).expect("whoever publishes events gives them an id"),
+        at: message.time,
+        body: message.payload,
+    }
+}
+
+fn check_stream(stored: &[Stored], accepted: &BTreeMap<String, Bytes>, stream: Stream) {
+    let mut by_id: BTreeMap<&str, Vec<&Stored>> = BTreeMap::new();
+    for stored in stored {
+        by_id.entry(&stored.message_id).or_default().push(stored);
+    }
+    let lost: Vec<_> = accepted.keys().filter(|id| !by_id.contains_key(id.as_str())).collect();
+    assert!(stream == Stream::Purged || lost.is_empty(), "{} accepted events are not stored: {lost:?}", lost.len());
+    for (id, copies) in by_id {
+        for pair in copies.windows(2) {
+            let between = pair[1].at - pair[0].at;
+            assert!(between >= DUPLICATE_WINDOW, "{id} is stored twice within {between}");
+        }
+        if let Some(body) = accepted.get(id) {
+            assert!(copies.iter().all(|copy| copy.body == body), "{id} is stored with another body");
+        }
+    }
+}
+
+/// The state that each row must have, as the merge alone makes it.
+fn merged(bodies: impl Iterator<Item = Bytes>) -> BTreeMap<String, State> {
+    let mut states: BTreeMap<String, State> = BTreeMap::new();
+    for body in bodies {
+        let Ok(Some(event)) = event::decode(&body, &MetadataKeys::All) else { continue };
+        let Some(id) = event.stripe_subscription_id() else { continue };
+        states.entry(id.to_owned()).or_default().merge(&event);
+    }
+    states
+}
+
+fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, State>) {
+    let ids: BTreeSet<_> = rows.iter().map(|row| &row.stripe_subscription_id).collect();
+    assert_eq!(ids, states.keys().collect(), "there is a row for every subscription that events tell of");
+    for row in rows {
+        let id = &row.stripe_subscription_id;
+        let state = &states[id];
+        let stored: State = serde_json::from_str(&row.merge_state).expect("a merge state is JSON");
+        assert_eq!(&stored, state, "the merge state of {id} is not the merge of its events");
+        let visible = state.visible();
+        let expected = serde_json::to_value(&visible.subscription).expect("a row is JSON");
+        let shown = shown(row);
+        for (field, value) in expected.as_object().expect("a row is an object") {
+            assert_eq!(&shown[field], value, "`{field}` of {id} is not what its events make of it");
+        }
+        assert_eq!(row.checkout_session_id, visible.checkout_session_id, "of {id}");
+        assert_eq!(row.last_event_id, visible.last_event.map(|(id, _)| String::from(id)), "of {id}");
+    }
+}
+
+/// Checks that the signals of each subscription follow from one another without a hole, up to what
+/// its row says.
+fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Found {
+    let mut first: BTreeMap<&str, &Signal> = BTreeMap::new();
+    let mut last: BTreeMap<&str, &Signal> = BTreeMap::new();
+    let mut found = Found::default();
+    for signal in signals {
+        let message_id = signal.headers["Nats-Msg-Id"].as_str();
+        if let Some(earlier) = first.get(message_id) {
+            assert_eq!(earlier.body, signal.body, "{message_id} was sent with two bodies");
+            found.repeated_signals += 1;
+            continue;
+        }
+        first.insert(message_id, signal);
+        found.signals += 1;
+        let Some(id) = changed(signal) else { continue };
+        let (revision, previous) = (&signal.body["revision"], &signal.body["previous_revision"]);
+        let before = last.get(id).map_or(&Value::Null, |before| &before.body["revision"]);
+        assert_eq!(previous, before, "the revision before {revision} of {id}: one was lost, doubled or overtaken");
+        assert!(revision.as_i64() > before.as_i64(), "the revision of {id} grows: {before}, {revision}");
+        last.insert(id, signal);
+    }
+    for row in rows {
+        let id = row.stripe_subscription_id.as_str();
+        let signal = last.remove(id).unwrap_or_else(|| panic!("{id} has a row and no signal"));
+        let row = shown(row);
+        for field in row.as_object().expect("it is made as one").keys() {
+            assert_eq!(row[field], signal.body[field], "`{field}` of the row {id} and its last signal");
+        }
+    }
+    assert!(last.is_empty(), "signals of no row: {:?}", last.keys());
+    found
+}
+
+/// The subscription of which a `subscription.changed` tells.
+fn changed(signal: &Signal) -> Option<&str> {
+    if signal.subject == "subscription.changed" { signal.body["stripe_subscription_id"].as_str() } else { None }
+}
+
+/// Checks that every orphan was signalled once, and nobody else as one.
+async fn check_orphans(rig: &Rig, signals: &[Signal]) {
+    let created: BTreeMap<_, _> = signals
+        .iter()
+        .filter(|signal| signal.subject == "orphan.created")
+        .map(|signal| (signal.headers["Nats-Msg-Id"].clone(), signal.body["orphan_id"].clone()))
+        .collect();
+    let mut signalled: Vec<_> = created.values().filter_map(Value::as_str).collect();
+    signalled.sort_unstable();
+    let orphans = rig.bridge.orphans().await;
+    let orphans: Vec<_> = orphans.iter().map(|orphan| orphan.id.as_str()).collect();
+    assert_eq!(signalled, orphans, "signals of orphans, and orphans");
+}
+
+/// Checks that the dead letters are the events that nobody can decode, and no other.
+async fn check_dead_letters(rig: &Rig, stored: &[Stored], stream: Stream) -> usize {
+    let poison: BTreeSet<u64> = stored
+        .iter()
+        .filter(|stored| event::decode(&stored.body, &MetadataKeys::All).is_err())
+        .map(|stored| stored.sequence)
+        .collect();
+    let sequence = |headers: &BTreeMap<String, String>| headers[header::STREAM_SEQUENCE].parse::<u64>();
+    let letters = rig.bridge.dead_letters().await;
+    let letters: BTreeSet<u64> =
+        letters.iter().map(|letter| sequence(&letter.headers).expect("it is a number")).collect();
+    if stream == Stream::Whole {
+        assert_eq!(letters, poison, "the stream sequences of dead letters, and of events that are poison");
+    }
+    letters.len()
+}

@@ -1,0 +1,324 @@
+//! What the database may do to us. It is never the events' fault.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_harness::bridge::DatabaseKind;
+use litestripe_harness::eventually;
+use litestripe_harness::process::Signal;
+use litestripe_harness::stripe::{Event, Purchase};
+use sea_orm::{ConnectionTrait as _, DatabaseTransaction, TransactionTrait as _};
+use serde_json::json;
+use time::OffsetDateTime;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::check::{Stream, check};
+use crate::proxy::Mode;
+use crate::rig::{DEADLINE, Rig, count_in_log};
+
+const WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 1";
+/// After which a worker no longer waits for an answer that cannot come.
+const PATIENCE: Duration = Duration::from_secs(90);
+const NOT_WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 0";
+
+#[tokio::test]
+async fn read_only_database_is_waited_for() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    for sql in ["ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"] {
+        rig.bridge.database.query(sql).await.expect("the server answers");
+    }
+    // Sessions see it when they next are idle.
+    eventually("the database to be read-only", DEADLINE, async || {
+        let shown = rig.bridge.database.query("SHOW default_transaction_read_only").await;
+        let shown: Option<String> = shown.ok().and_then(|rows| rows.first()?.try_get_by_index(0).ok());
+        if shown.as_deref() == Some("on") { Ok(()) } else { Err(format!("{shown:?}")) }
+    })
+    .await;
+
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    for sql in ["ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()"] {
+        rig.bridge.database.query(sql).await.expect("the server answers");
+    }
+    goes_on(&rig).await;
+}
+
+#[tokio::test]
+async fn exhausted_connection_slots_are_waited_for() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    let port = rig.bridge.database.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
+    let hogs = tokio::spawn(hog(port.expect("a PostgreSQL URL names a port")));
+    eventually("the slots to be taken", DEADLINE, async || {
+        let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hog'";
+        let rows = rig.bridge.database.query(count).await.map_err(|error| error.to_string())?;
+        let count: i64 = rows[0].try_get_by_index(0).map_err(|error| error.to_string())?;
+        if count > 80 { Ok(()) } else { Err(format!("{count} of some 90")) }
+    })
+    .await;
+    // Whatever slot is freed, a hog has it before the worker.
+    let kick = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'litestripe-worker'";
+    rig.bridge.database.query(kick).await.expect("the server answers");
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    rig.bridge.database.query(kick).await.expect("the server answers");
+
+    hogs.abort();
+    goes_on(&rig).await;
+}
+
+/// Takes every slot there is, and keeps it.
+async fn hog(port: u16) {
+    let mut hogs = JoinSet::new();
+    for _ in 0..110 {
+        hogs.spawn(async move {
+            loop {
+                // The server ends a connection that has no slot.
+                if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await
+                    && stream.write_all(&startup()).await.is_ok()
+                {
+                    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+    }
+    hogs.join_all().await;
+}
+
+/// PostgreSQL's "Message Formats", StartupMessage: length, protocol 3.0, pairs of name and value.
+fn startup() -> Vec<u8> {
+    let pairs = b"user\0postgres\0database\0postgres\0application_name\0hog\0\0";
+    let length = u32::try_from(8 + pairs.len()).expect("it is short");
+    [&length.to_be_bytes()[..], &0x0003_0000_u32.to_be_bytes(), pairs].concat()
+}
+
+#[tokio::test]
+async fn row_locked_by_another_session_is_waited_for() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    let lock = locked(&rig, &row_of(&purchases[0])).await;
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    lock.rollback().await.expect("the transaction is open");
+    goes_on(&rig).await;
+}
+
+#[tokio::test]
+async fn sqlite_locked_by_another_process_is_waited_for() {
+    let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    // SQLite has one writer: this one, whatever it writes.
+    let other = locked(&rig, "UPDATE stripe_subscription SET version = version").await;
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    other.rollback().await.expect("the transaction is open");
+    goes_on(&rig).await;
+}
+
+#[tokio::test]
+async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
+    // A new file has to become a WAL one, which takes a lock that no busy timeout waits for: of
+    // several workers that start at once, all but one may find it taken.
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    let other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    rig.start_worker(0, &[]);
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    other.rollback().await.expect("the transaction is open");
+    rig.until_worker_is_ready(0).await;
+    start_with(&rig, 3).await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn database_restarted_under_way_is_waited_for() {
+    let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    rig.bridge.database.kill().await;
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    rig.bridge.database.resume().await;
+    goes_on(&rig).await;
+}
+
+#[tokio::test]
+async fn deadlock_with_another_session_is_waited_out() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let mut purchases = start_with(&rig, 2).await;
+    purchases.sort_by(|a, b| a.subscription.cmp(&b.subscription));
+    // The worker takes rows in the order of their keys; the other session has the second already.
+    let other = locked(&rig, &row_of(&purchases[1])).await;
+    other.execute_unprepared("SET LOCAL deadlock_timeout = '10min'").await.expect("the tests' user may");
+    rig.running(0).signal(Signal::Stop);
+    rig.deliver_all(&update(&purchases, 3)).await;
+    rig.running(0).signal(Signal::Cont);
+    until_a_statement_waits(&rig).await;
+    // Whose statement goes is the server's choice: the worker's, because it looks first.
+    other.execute_unprepared(&row_of(&purchases[0])).await.expect("the worker's statement was ended");
+    waits(&rig).await;
+    other.rollback().await.expect("the transaction is open");
+    goes_on(&rig).await;
+}
+
+#[tokio::test]
+async fn serialization_failures_make_no_dead_letters() {
+    // Four workers whose transactions the server may not run side by side.
+    let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[("LITESTRIPE_BATCH", "5")]).await;
+    for sql in ["ALTER SYSTEM SET default_transaction_isolation = 'serializable'", "SELECT pg_reload_conf()"] {
+        rig.bridge.database.query(sql).await.expect("the server answers");
+    }
+    let now = OffsetDateTime::now_utc().unix_timestamp() - 600;
+    let purchases: Vec<_> = (0..5).map(|_| Purchase::new(now)).collect();
+    for worker in 0..4 {
+        rig.start_worker(worker, &[]);
+        rig.until_worker_is_ready(worker).await;
+        rig.running(worker).signal(Signal::Stop);
+    }
+    rig.deliver_all(&update(&purchases, 200)).await;
+    // All at once, or the first one would do it all.
+    (0..4).for_each(|worker| rig.running(worker).signal(Signal::Cont));
+    check(&rig, Stream::Whole).await;
+    assert_eq!(rig.bridge.dead_letters().await.len(), 0);
+    let refused = |worker: usize| count_in_log(rig.running(worker), "waiting for the database");
+    assert!((0..4).map(refused).sum::<usize>() > 0, "no transaction was refused: this test shows nothing");
+}
+
+#[tokio::test]
+async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_ever() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::Strand).await;
+    // It notices within its patience, connects anew and applies what it had begun.
+    eventually("the worker to apply again", PATIENCE, async || {
+        let rows = rig.bridge.rows().await;
+        let steps: Vec<_> = rows.iter().map(|row| row.subscription_metadata["step"].clone()).collect();
+        if steps.iter().all(|step| step == "12") { Ok(()) } else { Err(format!("{steps:?}\n{}", rig.running(0).log())) }
+    })
+    .await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn database_host_that_is_gone_without_a_word_does_not_hold_up_signals_for_ever() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    in_the_middle_of_a_statement(&rig, &purchases, "LOCK TABLE signal_shard", Mode::Strand).await;
+    eventually("the worker to send signals again", PATIENCE, async || {
+        let waiting = rig.bridge.database.query("SELECT message_id FROM signal_outbox").await;
+        let waiting = waiting.map_err(|error| error.to_string())?.len();
+        if waiting == 0 { Ok(()) } else { Err(format!("{waiting} wait\n{}", rig.running(0).log())) }
+    })
+    .await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn stop_is_bounded_while_the_database_does_not_answer() {
+    let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::HalfOpen).await;
+    rig.running(0).signal(Signal::Term);
+    rig.running(0).wait(Duration::from_secs(30)).await;
+    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(Mode::Pass);
+    rig.start_worker(0, &[]);
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn second_signal_ends_a_worker_at_once() {
+    let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchases = start_with(&rig, 3).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::HalfOpen).await;
+    rig.running(0).signal(Signal::Term);
+    rig.running(0).wait_for_log("finishing what is in flight", DEADLINE).await;
+    let begun = Instant::now();
+    rig.running(0).signal(Signal::Term);
+    rig.running(0).wait(DEADLINE).await;
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(Mode::Pass);
+    rig.start_worker(0, &[]);
+    check(&rig, Stream::Whole).await;
+}
+
+/// Delivers updates and breaks the link to the database while a statement of the worker is under
+/// way: it waits for a lock of another session, which is released when the answer cannot come any
+/// more.
+async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &str, mode: Mode) {
+    let lock = locked(rig, lock).await;
+    rig.deliver_all(&update(purchases, 12)).await;
+    until_a_statement_waits(rig).await;
+    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(mode);
+    lock.rollback().await.expect("the transaction is open");
+}
+
+async fn until_a_statement_waits(rig: &Rig) {
+    eventually("a statement of the worker to wait for the lock", DEADLINE, async || {
+        let waiting = "SELECT pid FROM pg_stat_activity \
+            WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
+        let rows = rig.bridge.database.query(waiting).await.map_err(|error| error.to_string())?;
+        if rows.is_empty() { Err("none does".to_owned()) } else { Ok(()) }
+    })
+    .await;
+}
+
+/// A transaction of another session that holds a lock.
+async fn locked(rig: &Rig, lock: &str) -> DatabaseTransaction {
+    let other = rig.bridge.database.connection().await.expect("the server answers").begin().await;
+    let other = other.expect("a transaction can be begun");
+    other.execute_unprepared(lock).await.expect("nobody else has it");
+    other
+}
+
+/// Locks the row of a subscription.
+fn row_of(purchase: &Purchase) -> String {
+    let id = &purchase.subscription;
+    format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{id}' FOR UPDATE")
+}
+
+/// Subscriptions that have their first row.
+async fn start_with(rig: &Rig, count: usize) -> Vec<Purchase> {
+    let now = OffsetDateTime::now_utc().unix_timestamp() - 600;
+    let purchases: Vec<_> = (0..count).map(|_| Purchase::new(now)).collect();
+    let created = |purchase: &Purchase| purchase.subscription_event("customer.subscription.created", now, json!({}));
+    rig.deliver_all(&purchases.iter().map(created).collect::<Vec<_>>()).await;
+    rig.bridge.wait_until_applied().await;
+    purchases
+}
+
+/// That many updates of each.
+fn update(purchases: &[Purchase], count: i64) -> Vec<Event> {
+    let event = |purchase: &Purchase, step: i64| {
+        let changes = json!({ "metadata": { "step": step.to_string() } });
+        purchase.subscription_event("customer.subscription.updated", purchase.created + step, changes)
+    };
+    (1..=count).flat_map(|step| purchases.iter().map(move |purchase| event(purchase, step))).collect()
+}
+
+/// The worker waits, and its page says so.
+async fn waits(rig: &Rig) {
+    let worker = rig.running(0);
+    worker.wait_for_log("waiting for the database", DEADLINE).await;
+    eventually("the metric to say so", DEADLINE, async || {
+        let page = rig.worker_metrics(0).await;
+        if page.contains(WAITING) { Ok(()) } else { Err(page) }
+    })
+    .await;
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("it is there");
+    let info = stream.consumer_info("litestripe-worker").await.expect("it is there");
+    assert!(info.num_ack_pending > 0, "what was not applied was not acked: {info:?}");
+}
+
+/// The worker goes on by itself, said it once, and blamed no event.
+async fn goes_on(rig: &Rig) {
+    check(rig, Stream::Whole).await;
+    let worker = rig.running(0);
+    assert_eq!(count_in_log(worker, "waiting for the database"), 1, "{}", worker.log());
+    assert_eq!(count_in_log(worker, "the database is back"), 1, "{}", worker.log());
+    assert_eq!(count_in_log(worker, "ERROR"), 0, "{}", worker.log());
+    assert_eq!(rig.bridge.dead_letters().await.len(), 0);
+    assert!(rig.worker_metrics(0).await.contains(NOT_WAITING));
+}

@@ -1,0 +1,98 @@
+//! What operators do about poison: list, show, retry, drop.
+
+use litestripe_harness::bridge::{DatabaseKind, of_subscription};
+use litestripe_harness::program::Finished;
+use litestripe_harness::stripe::Purchase;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use crate::ledger::Answer;
+use crate::rig::{DEADLINE, Rig};
+
+const CREATED: &str = "customer.subscription.created";
+
+#[tokio::test]
+async fn sqlite_dead_letters_are_listed_shown_retried_and_dropped() {
+    dead_letters(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn postgres_dead_letters_are_listed_shown_retried_and_dropped() {
+    dead_letters(DatabaseKind::Postgres).await;
+}
+
+async fn dead_letters(database: DatabaseKind) {
+    let rig = Rig::start(database, 1, &[]).await;
+    let now = OffsetDateTime::now_utc().unix_timestamp() - 60;
+    let [curable, hopeless, well] = [(); 3].map(|()| Purchase::new(now));
+    let with_nul = json!({ "metadata": { "plan": "team", "note": "Jo Doe\u{0}" } });
+    let events = [
+        curable.subscription_event(CREATED, now, with_nul),
+        hopeless.subscription_event(CREATED, now, json!({ "trial_end": i64::MAX })),
+        well.subscription_event(CREATED, now, json!({})),
+    ];
+    for event in &events {
+        assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), event).await, Answer::Accepted);
+    }
+    rig.bridge.wait_until_applied().await;
+    assert_eq!(rig.bridge.rows().await.len(), 1, "poison holds up nobody");
+
+    let letters = listed(&rig).await;
+    assert_eq!(letters.len(), 2, "{letters:?}");
+    let letter = |field: &str| {
+        let letter = letters.iter().find(|letter| letter["reason"].as_str().is_some_and(|why| why.contains(field)));
+        let letter = letter.unwrap_or_else(|| panic!("no reason names `{field}`: {letters:?}"));
+        assert_eq!(letter["event_type"], CREATED);
+        letter["sequence"].to_string()
+    };
+    let (curable_letter, hopeless_letter) = (letter("metadata"), letter("trial_end"));
+    let table = run(&rig, &["list"], &[]).await;
+    assert!(table.stdout.contains("trial_end"), "{table:?}");
+    assert!(!table.stdout.contains("Jo Doe"), "{table:?}");
+
+    let shown = run(&rig, &["show", &curable_letter, "--json"], &[]).await;
+    let shown: Value = serde_json::from_str(&shown.stdout).expect("it is JSON");
+    assert_eq!((&shown["event_type"], &shown["body"]), (&json!(CREATED), &Value::Null), "no body unasked");
+    let body = run(&rig, &["show", &curable_letter, "--body", "--json"], &[]).await;
+    assert!(body.stdout.contains(events[0].id()), "{body:?}");
+
+    // Nothing was mended: it is what it was, and stays where it is.
+    let retried = run(&rig, &["retry", &curable_letter], &[]).await;
+    assert_eq!(retried.status.code(), Some(1), "{retried:?}");
+    assert!(retried.stderr.contains("still poison"), "{retried:?}");
+    assert_eq!(listed(&rig).await.len(), 2);
+
+    // Mended for one of them: the metadata that nobody can store is not asked for any more.
+    let retried = run(&rig, &["retry", "--all", "--json"], &[("LITESTRIPE_METADATA_KEYS", "plan")]).await;
+    assert_eq!(retried.status.code(), Some(1), "{retried:?}");
+    let report: Value = serde_json::from_str(&retried.stdout).expect("it is JSON");
+    let applied = |letter: &Value| letter["applied"] == json!(true);
+    assert_eq!(report.as_array().map(|report| report.iter().filter(|letter| applied(letter)).count()), Some(1));
+    let left = listed(&rig).await;
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert_eq!(left[0]["sequence"].to_string(), hopeless_letter);
+
+    rig.bridge.wait_until_applied().await;
+    assert_eq!(rig.bridge.row(&curable.subscription).await.subscription_metadata, json!({ "plan": "team" }));
+    let again = run(&rig, &["retry", &curable_letter], &[("LITESTRIPE_METADATA_KEYS", "plan")]).await;
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    assert!(again.stderr.contains("there is no dead letter"), "{again:?}");
+    let signals = rig.bridge.signals().await;
+    assert_eq!(of_subscription(&signals, &curable.subscription).len(), 1, "it is applied once");
+
+    assert!(run(&rig, &["drop", &hopeless_letter], &[]).await.status.success());
+    assert_eq!(run(&rig, &["drop", &hopeless_letter], &[]).await.status.code(), Some(1));
+    assert_eq!(listed(&rig).await, Vec::<Value>::new());
+    assert_eq!(rig.bridge.rows().await.len(), 2);
+}
+
+async fn listed(rig: &Rig) -> Vec<Value> {
+    let finished = run(rig, &["list", "--json"], &[]).await;
+    assert!(finished.status.success(), "{finished:?}");
+    serde_json::from_str(&finished.stdout).expect("it is a list in JSON")
+}
+
+async fn run(rig: &Rig, arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
+    let launch = rig.worker().arg("dead-letters").args(arguments.iter().copied());
+    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value)).run(DEADLINE).await
+}

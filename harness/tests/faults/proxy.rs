@@ -1,0 +1,174 @@
+//! A TCP proxy on 127.0.0.1 that misbehaves when told to.
+//!
+//! Owns what can go wrong with a connection between two programs that are both well. May not know
+//! what is said over it. Bytes that were dropped are never followed by later ones of the same
+//! connection: whoever lost some also loses the connection when the fault ends.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use litestripe_harness::port;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// Bytes that are passed on at a time.
+const CHUNK_BYTES: usize = 16 << 10;
+
+/// How a proxy treats its connections, those that are there and those that come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// It passes everything on.
+    Pass,
+    /// It passes on every chunk after a while.
+    Delay(Duration),
+    /// It resets every connection and accepts none.
+    Cut,
+    /// It reads nothing, in either direction: the link is down and nobody has noticed.
+    HalfOpen,
+    /// The connections that are there are half-open for good, new ones are well: a host that is gone
+    /// without a word, and another one in its place.
+    Strand,
+    /// It passes on what the client sends and drops what the server answers.
+    DropReplies,
+    /// It resets each connection after that many bytes, in the middle of whatever they are.
+    ResetAfter(usize),
+}
+
+/// A listening proxy; it and its connections are gone when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Proxy {
+    port: u16,
+    mode: watch::Sender<Mode>,
+    task: JoinHandle<()>,
+}
+
+impl Proxy {
+    /// A proxy in front of that port of 127.0.0.1, which passes everything on.
+    pub(crate) async fn start(target: u16) -> Self {
+        let port = port::free();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.expect("the port is ours");
+        let mode = watch::Sender::new(Mode::Pass);
+        let task = tokio::spawn(accept(listener, target, mode.subscribe()));
+        Self { port, mode, task }
+    }
+
+    /// Where clients connect.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Treats its connections so from now on.
+    pub(crate) fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, target: u16, mode: watch::Receiver<Mode>) {
+    // Dropped with this task, which ends the connections.
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((client, _)) = accepted else { continue };
+                connections.spawn(connection(client, target, mode.clone()));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+/// How one direction of a connection ended.
+#[derive(PartialEq, Eq)]
+enum End {
+    Closed,
+    Reset,
+}
+
+async fn connection(mut client: TcpStream, target: u16, mode: watch::Receiver<Mode>) {
+    if *mode.borrow() == Mode::Cut {
+        let _ = client.set_zero_linger();
+        return;
+    }
+    let Ok(mut server) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let passed = AtomicUsize::new(0);
+    let is_new = *mode.borrow() == Mode::Strand;
+    let end = {
+        let (from_client, to_client) = client.split();
+        let (from_server, to_server) = server.split();
+        tokio::select! {
+            biased;
+            () = stranded(mode.clone()), if !is_new => std::future::pending().await,
+            end = pass(from_client, to_server, false, mode.clone(), &passed) => end,
+            end = pass(from_server, to_client, true, mode, &passed) => end,
+        }
+    };
+    if end == End::Reset {
+        // Closing then sends a reset and forgets what was not sent.
+        let _ = (client.set_zero_linger(), server.set_zero_linger());
+    }
+}
+
+/// Returns when the connection is to be forgotten.
+async fn stranded(mut mode: watch::Receiver<Mode>) {
+    if mode.wait_for(|mode| *mode == Mode::Strand).await.is_err() {
+        std::future::pending().await
+    }
+}
+
+/// One direction of a connection, until it ends.
+async fn pass(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    is_reply: bool,
+    mut mode: watch::Receiver<Mode>,
+    passed: &AtomicUsize,
+) -> End {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut has_dropped = false;
+    loop {
+        let now = *mode.borrow_and_update();
+        if now == Mode::Cut || (has_dropped && now != Mode::DropReplies) {
+            return End::Reset;
+        }
+        let count = tokio::select! {
+            biased;
+            changed = mode.changed() => if changed.is_ok() { continue } else { return End::Reset },
+            count = from.read(&mut chunk), if now != Mode::HalfOpen => count,
+        };
+        let Ok(count @ 1..) = count else { return End::Closed };
+        let mut part = &chunk[..count];
+        match now {
+            Mode::DropReplies if is_reply => {
+                has_dropped = true;
+                continue;
+            }
+            Mode::Delay(delay) => tokio::time::sleep(delay).await,
+            Mode::ResetAfter(limit) => {
+                let before = passed.fetch_add(count, Ordering::Relaxed);
+                part = &chunk[..count.min(limit.saturating_sub(before))];
+            }
+            _ => {}
+        }
+        // Whoever should read may be frozen.
+        let written = tokio::select! {
+            written = to.write_all(part) => written,
+            _ = mode.wait_for(|mode| *mode == Mode::Cut) => return End::Reset,
+        };
+        match written {
+            Err(_) => return End::Closed,
+            Ok(()) if part.len() < count => return End::Reset,
+            Ok(()) => {}
+        }
+    }
+}

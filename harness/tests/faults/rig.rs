@@ -1,0 +1,214 @@
+//! A bridge whose parts can be hurt one by one: programs that keep their addresses when they are
+//! started again, and a proxy on every connection between them and the servers.
+//!
+//! Owns how it is put together and put right again. Reads what came of it through the harness's
+//! [`Bridge`], past the proxies.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, pull};
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
+use litestripe_harness::program::{Launch, Program};
+use litestripe_harness::{eventually, nats, port, stripe};
+
+use crate::ledger::Ledger;
+use crate::proxy::Proxy;
+
+/// How long whatever a test waits for may take on two busy cores.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a killed worker had not acked comes again after this. In production it is a minute.
+const ACK_WAIT: Duration = Duration::from_secs(3);
+
+/// Further settings of a program.
+pub(crate) type Settings<'a> = &'a [(&'a str, &'a str)];
+
+/// Everything; all of it is gone when it is dropped.
+pub(crate) struct Rig {
+    // Declared first, so that the programs have ended before what they are connected to.
+    pub(crate) ingress: Option<Program>,
+    pub(crate) workers: Vec<Option<Program>>,
+    pub(crate) ingress_to_nats: Proxy,
+    pub(crate) worker_to_nats: Proxy,
+    /// In front of PostgreSQL.
+    pub(crate) worker_to_database: Option<Proxy>,
+    /// Broker, database, and what can be read of them.
+    pub(crate) bridge: Bridge,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) client: reqwest::Client,
+    /// Settings of ingress, and of the workers, beyond what they need.
+    pub(crate) settings: Vec<(String, String)>,
+    ingress_port: u16,
+    worker_ports: Vec<u16>,
+}
+
+impl Rig {
+    /// Broker and database, without programs.
+    pub(crate) async fn servers(kind: DatabaseKind, broker: nats::Options) -> Self {
+        let mut bridge = Bridge::prepare(Options::on(kind));
+        bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
+        bridge.broker.resume().await;
+        bridge.database.resume().await;
+        let worker_to_database = match kind {
+            DatabaseKind::Sqlite => None,
+            DatabaseKind::Postgres => Some(Proxy::start(database_port(&bridge)).await),
+        };
+        Self {
+            ingress: None,
+            workers: Vec::new(),
+            ingress_to_nats: Proxy::start(bridge.broker.port()).await,
+            worker_to_nats: Proxy::start(bridge.broker.port()).await,
+            worker_to_database,
+            bridge,
+            ledger: Arc::default(),
+            client: stripe::client(),
+
+            settings: Vec::new(),
+            ingress_port: port::free(),
+            worker_ports: Vec::new(),
+        }
+    }
+
+    /// Servers, ingress and that many workers, ready; what a killed worker had not acked comes again
+    /// within seconds.
+    pub(crate) async fn start(kind: DatabaseKind, workers: usize, settings: Settings<'_>) -> Self {
+        let mut rig = Self::servers(kind, nats::Options::default()).await;
+        rig.settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        rig.start_ingress(&[]);
+        rig.until_ingress_is_ready().await;
+        rig.make_consumer(1).await;
+        for index in 0..workers {
+            rig.start_worker(index, &[]);
+            rig.until_worker_is_ready(index).await;
+        }
+        rig
+    }
+
+    /// Makes the workers' consumer, with less patience than they would give it. They leave a consumer
+    /// that exists as it is.
+    pub(crate) async fn make_consumer(&self, replicas: usize) {
+        let stream = self.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+        let config = pull::Config {
+            durable_name: Some(WORKER_CONSUMER.to_owned()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: ACK_WAIT,
+            max_ack_pending: 20_000,
+            num_replicas: replicas,
+            ..pull::Config::default()
+        };
+        stream.create_consumer(config).await.expect("a consumer can be made");
+    }
+
+    /// Starts ingress, again at the same address.
+    pub(crate) fn start_ingress(&mut self, more: Settings<'_>) {
+        let launch = Program::named("litestripe-ingress")
+            .env("NATS_URL", format!("nats://127.0.0.1:{}", self.ingress_to_nats.port()))
+            .env("STRIPE_WEBHOOK_UUID", HOOK)
+            .env("STRIPE_WEBHOOK_SECRET", SECRET)
+            .env("LITESTRIPE_LISTEN", format!("127.0.0.1:{}", self.ingress_port));
+        self.ingress = Some(self.with_settings(launch, more).start());
+    }
+
+    /// Starts that worker, again at the same address.
+    pub(crate) fn start_worker(&mut self, index: usize, more: Settings<'_>) {
+        while self.workers.len() <= index {
+            self.workers.push(None);
+            self.worker_ports.push(port::free());
+        }
+        let listen = format!("127.0.0.1:{}", self.worker_ports[index]);
+        let launch = self.worker().env("LITESTRIPE_WORKER_LISTEN", listen);
+        self.workers[index] = Some(with(launch, more).start());
+    }
+
+    /// `litestripe-worker` as the workers are started, for commands.
+    pub(crate) fn worker(&self) -> Launch {
+        let url = self.bridge.database.url();
+        let url = match &self.worker_to_database {
+            Some(proxy) => url.replace(&format!(":{}/", database_port(&self.bridge)), &format!(":{}/", proxy.port())),
+            None => url,
+        };
+        let launch = Program::named("litestripe-worker")
+            .env("NATS_URL", format!("nats://127.0.0.1:{}", self.worker_to_nats.port()))
+            .env("DATABASE_URL", url)
+            .env("LITESTRIPE_AUTO_MIGRATE", "true");
+        self.with_settings(launch, &[])
+    }
+
+    /// The running worker of that index.
+    pub(crate) fn running(&self, index: usize) -> &Program {
+        self.workers[index].as_ref().expect("this test started it")
+    }
+
+    pub(crate) fn ingress(&self) -> &Program {
+        self.ingress.as_ref().expect("this test started it")
+    }
+
+    /// The hook's URL, the same for every ingress of this rig.
+    pub(crate) fn hook(&self) -> String {
+        format!("http://127.0.0.1:{}/ls/hook/{HOOK}/", self.ingress_port)
+    }
+
+    /// Delivers events one after another, each until it is accepted.
+    pub(crate) async fn deliver_all(&self, events: &[stripe::Event]) {
+        let hook = self.hook();
+        for event in events {
+            self.ledger.deliver_until_accepted(&self.client, &hook, event).await;
+        }
+    }
+
+    pub(crate) async fn until_ingress_is_ready(&self) {
+        let page = || self.page(self.ingress_port, "/readyz");
+        until_ready(self.ingress(), page).await;
+    }
+
+    pub(crate) async fn until_worker_is_ready(&self, index: usize) {
+        let page = || self.page(self.worker_ports[index], "/readyz");
+        until_ready(self.running(index), page).await;
+    }
+
+    /// The worker's `/metrics`.
+    pub(crate) async fn worker_metrics(&self, index: usize) -> String {
+        self.page(self.worker_ports[index], "/metrics").await.map(|(_, page)| page).unwrap_or_default()
+    }
+
+    async fn page(&self, port: u16, path: &str) -> Result<(u16, String), String> {
+        let get = async {
+            let answer = self.client.get(format!("http://127.0.0.1:{port}{path}")).send().await?;
+            Ok((answer.status().as_u16(), answer.text().await?))
+        };
+        get.await.map_err(|error: reqwest::Error| error.to_string())
+    }
+
+    fn with_settings(&self, launch: Launch, more: Settings<'_>) -> Launch {
+        let launch = self.settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value));
+        with(launch, more)
+    }
+}
+
+async fn until_ready<F: Future<Output = Result<(u16, String), String>>>(program: &Program, page: impl Fn() -> F) {
+    eventually("a program to be ready", DEADLINE, async || {
+        assert!(program.is_running(), "it ended:\n{}", program.log());
+        match page().await? {
+            (200, _) => Ok(()),
+            (status, body) => Err(format!("{status} {body}")),
+        }
+    })
+    .await;
+}
+
+fn with(launch: Launch, settings: Settings<'_>) -> Launch {
+    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value))
+}
+
+fn database_port(bridge: &Bridge) -> u16 {
+    let url = bridge.database.url();
+    let port = url.rsplit_once(':').and_then(|(_, rest)| rest.split('/').next());
+    port.and_then(|port| port.parse().ok()).expect("a PostgreSQL URL of ours names a port")
+}
+
+/// How many lines of a program's log contain `text`.
+pub(crate) fn count_in_log(program: &Program, text: &str) -> usize {
+    program.log().lines().filter(|line| line.contains(text)).count()
+}

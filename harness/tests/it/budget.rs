@@ -1,0 +1,160 @@
+//! The budget of calls to Stripe's API: all workers keep to it together, and use it.
+
+use std::time::{Duration, Instant};
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::eventually;
+use litestripe_harness::program::Program;
+use litestripe_harness::stripe::Purchase;
+use litestripe_harness::stripe::api::{API_KEY, Api};
+use serde_json::json;
+
+use crate::orphans::{UPDATED, now};
+
+/// The budget: that many requests in every window. A permit may be used, and its request be on its
+/// way, for a fortieth of the window each, half a second: longer than a busy machine stalls as a rule.
+const REQUESTS: usize = 120;
+const WINDOW: Duration = Duration::from_secs(20);
+
+/// What a request may be later than that: windows are looked at without it, and a budget that is not
+/// shared, or that is a fixed window's, is exceeded all the same.
+const STALL: Duration = Duration::from_secs(1);
+
+/// All of it takes 35 s; on a machine that also compiles, longer.
+const DEADLINE: Duration = Duration::from_secs(150);
+
+#[tokio::test]
+async fn four_processes_keep_to_one_budget_and_use_it() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    // A stub for each process: each has to do its part.
+    let mut apis = Vec::new();
+    for _ in 0..4 {
+        apis.push(Api::start().await);
+    }
+    let start = |api: &Api| {
+        let address = format!("127.0.0.1:{}", litestripe_harness::port::free());
+        bridge
+            .worker()
+            .env("LITESTRIPE_WORKER_LISTEN", address)
+            .env("STRIPE_API_BASE", api.url())
+            .env("STRIPE_SECRET_KEY", API_KEY)
+            .env("LITESTRIPE_BACKFILL_INTERVAL", "off")
+            .env("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", REQUESTS.to_string())
+            .env("LITESTRIPE_API_RATE_LIMIT_WINDOW", format!("{}s", WINDOW.as_secs()))
+            .start()
+    };
+    let workers: Vec<Program> = apis.iter().map(start).collect();
+    for worker in &workers {
+        worker.wait_for_log("consuming STRIPE_EVENTS", DEADLINE).await;
+    }
+
+    // Each subscription is fetched once: it changed there and back within a second.
+    let work = REQUESTS * 7 / 4;
+    let purchases: Vec<_> = (0..work).map(|_| Purchase::new(now() - 60)).collect();
+    let mut events = Vec::new();
+    for purchase in &purchases {
+        for api in &apis {
+            api.put_subscription(purchase.subscription());
+        }
+        for seats in ["1", "2"] {
+            let metadata = json!({ "metadata": { "seats": seats } });
+            let event = purchase.subscription_event(UPDATED, purchase.created + 5, metadata);
+            events.push((event.event_type().to_owned(), event.body(), event.id().to_owned()));
+        }
+    }
+    bridge.publish_all(events).await;
+    let arrivals = eventually("all to be fetched", DEADLINE, async || {
+        let arrivals = arrivals(&apis);
+        if arrivals.len() >= work { Ok(arrivals) } else { Err(format!("{} of {work}", arrivals.len())) }
+    })
+    .await;
+
+    let most = (0..arrivals.len()).map(|first| held(&arrivals[first..], WINDOW)).max().unwrap_or(0);
+    // What each process has in hand at the end is no work that waits.
+    let waiting = &arrivals[..work - 16];
+    let took = waiting.last().zip(waiting.first()).map(|(last, first)| *last - *first).unwrap_or_default();
+    let could = took.as_secs_f64() / WINDOW.as_secs_f64() * REQUESTS as f64;
+    let used = (waiting.len() - 1) as f64 / could;
+    let each: Vec<_> = apis.iter().map(|api| api.requests("").len()).collect();
+    eprintln!(
+        "at most {most} of {REQUESTS} in any {WINDOW:?}; {:.1} % used in {took:?}; by process {each:?}",
+        used * 100.0
+    );
+
+    for first in 0..arrivals.len() {
+        let count = held(&arrivals[first..], WINDOW - STALL);
+        assert!(count <= REQUESTS, "{count} requests within {:?}", WINDOW - STALL);
+    }
+    assert!(used >= 0.9, "{used} of the budget was used");
+    for (worker, count) in workers.iter().zip(each) {
+        assert!(count >= work / 16, "a process made {count} of {work} requests");
+        assert!(worker.is_running());
+    }
+}
+
+/// Of these arrivals, in their order, those within `length` from the first.
+fn held(arrivals: &[Instant], length: Duration) -> usize {
+    let Some(first) = arrivals.first() else { return 0 };
+    arrivals.iter().take_while(|at| **at - *first < length).count()
+}
+
+fn arrivals(apis: &[Api]) -> Vec<Instant> {
+    let mut arrivals: Vec<_> = apis.iter().flat_map(|api| api.requests("/v1/")).map(|request| request.at).collect();
+    arrivals.sort();
+    arrivals
+}
+
+#[tokio::test]
+async fn nobody_calls_stripe_while_the_broker_is_away_and_budget_and_bucket_come_back() {
+    let api = Api::start().await;
+    let options = Options::on(DatabaseKind::Sqlite)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
+        .worker("LITESTRIPE_API_RATE_LIMIT_CACHE_KEY", "of.our/own");
+    let mut bridge = Bridge::start(options).await;
+    let (first, second, third) = (Purchase::new(now() - 60), Purchase::new(now() - 60), Purchase::new(now() - 60));
+    for purchase in [&first, &second, &third] {
+        api.put_subscription(purchase.subscription());
+    }
+    uncertain(&bridge, &first, 5).await;
+    until_fetched(&api, &first).await;
+    let entry = async |bridge: &Bridge| {
+        let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
+        bucket.get("of.our/own").await.expect("it can be read").is_some()
+    };
+    assert!(entry(&bridge).await, "under the key of the setting");
+
+    bridge.jetstream().await.delete_key_value("litestripe").await.expect("it can be deleted");
+    uncertain(&bridge, &second, 5).await;
+    until_fetched(&api, &second).await;
+    assert!(entry(&bridge).await, "it was made again");
+
+    // A question about a second that is yet to come is asked after it.
+    uncertain(&bridge, &third, 65).await;
+    bridge.wait_until_applied().await;
+    bridge.broker.kill().await;
+    bridge.workers[0].wait_for_log("wait for their shared budget", DEADLINE).await;
+    assert_eq!(api.requests(&third.subscription).len(), 0);
+    bridge.broker.resume().await;
+    until_fetched(&api, &third).await;
+    bridge.workers[0].wait_for_log("calls to Stripe's API go on", DEADLINE).await;
+}
+
+/// Two states of one second, neither of which says what was before.
+async fn uncertain(bridge: &Bridge, purchase: &Purchase, at: i64) {
+    for seats in ["1", "2"] {
+        let metadata = json!({ "metadata": { "seats": seats } });
+        bridge.deliver(&purchase.subscription_event(UPDATED, purchase.created + at, metadata)).await;
+    }
+}
+
+async fn until_fetched(api: &Api, purchase: &Purchase) {
+    eventually("a subscription to be fetched", DEADLINE, async || {
+        let count = api.requests(&purchase.subscription).len();
+        if count > 0 { Ok(()) } else { Err("not yet".to_owned()) }
+    })
+    .await;
+}

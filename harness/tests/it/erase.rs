@@ -1,0 +1,385 @@
+//! `litestripe-worker erase`: what is stored of one customer goes, and does not come back.
+
+use std::path::Path;
+use std::time::Duration;
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, of_subscription, shown};
+use litestripe_harness::eventually;
+use litestripe_harness::program::Finished;
+use litestripe_harness::stripe::api::{API_KEY, Api};
+use litestripe_harness::stripe::{Event, Purchase};
+use serde_json::{Value, json};
+
+use crate::orphans::{COMPLETED, CREATED, DEADLINE, UPDATED, apply, now, orphan, with};
+
+mod trigger;
+
+on_both_databases!(
+    all_that_is_stored_of_a_customer_is_gone_and_rows_stay,
+    a_last_signal_that_tells_too_much_is_replaced,
+    it_is_refused_while_an_event_is_not_applied,
+    late_events_count_but_bring_nothing_back,
+    a_payment_without_a_customer_is_erased_by_its_orphan,
+    nothing_is_known_of_a_stranger,
+);
+
+/// An erasure waits 2 s until all workers know of it.
+const COMMAND: Duration = Duration::from_secs(90);
+
+/// In everything personal of the customer that is erased.
+const ERASED: &str = "ERASED";
+/// In everything personal of the one who stays.
+const KEPT: &str = "KEPT";
+
+async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    // A second subscription of the customer, of a known user, and a payment that has none.
+    let second = of_the_same(&user, now() - 60);
+    let once = of_the_same(&user, now() - 60);
+    let one_time = json!({ "mode": "payment", "subscription": null });
+    bridge.deliver_all(&[session(&user, ERASED, json!({})), subscription(&user, CREATED, ERASED, 0)]).await;
+    bridge.deliver(&session(&second, ERASED, json!({ "client_reference_id": "user_1" }))).await;
+    bridge.deliver(&session(&once, ERASED, one_time)).await;
+    bridge.deliver_all(&[subscription(&user, UPDATED, ERASED, 5), customer(&user, "customer.updated", ERASED)]).await;
+    bridge.deliver_all(&[session(&other, KEPT, json!({})), subscription(&other, CREATED, KEPT, 0)]).await;
+    bridge.deliver_all(&[customer(&other, "customer.updated", KEPT), naming(&other, &user.customer)]).await;
+    bridge.publish(UPDATED, poison(&user, ERASED), "poison").await;
+    bridge.publish(UPDATED, poison(&other, KEPT), "other poison").await;
+    bridge.check().await;
+    assert!(!places(&bridge, ERASED).await.is_empty());
+    let kept = places(&bridge, KEPT).await;
+    let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
+
+    let receipt = erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    let counts = ["events", "dead_letters", "subscriptions", "orphans", "unapplied"].map(|name| &receipt[name]);
+    // The poison is in both streams.
+    assert_eq!(counts, [&json!(7), &json!(1), &json!(2), &json!(2), &json!(0)], "{receipt:#}");
+    assert_eq!((&receipt["customer"], &receipt["orphan"]), (&json!(user.customer), &json!(null)));
+    let ids = [&user, &second, &once].map(|of| [&of.customer, &of.checkout_session]).concat();
+    for id in ids.into_iter().chain([&user.subscription, &second.subscription]) {
+        assert!(receipt["ids"].as_array().is_some_and(|ids| ids.contains(&json!(id))), "{id}: {receipt:#}");
+    }
+    let at = receipt["recorded_at"].as_str().expect("it says when");
+    assert!(at.ends_with('Z'), "{at}");
+
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
+    assert_eq!(bytes(&bridge, ERASED), Vec::<String>::new());
+    assert_eq!(places(&bridge, KEPT).await, kept, "others are untouched");
+    let signals = bridge.signals().await;
+    for before in &rows {
+        let row = bridge.row(&before.stripe_subscription_id).await;
+        let told = of_subscription(&signals, &row.stripe_subscription_id);
+        check_last(&told, &shown(&row));
+        if before.stripe_customer_id.as_deref() != Some(&user.customer) {
+            assert_eq!(&row, before);
+            continue;
+        }
+        let cleared = with(shown(before), json!({ "metadata": {}, "subscription_metadata": {} }));
+        assert_eq!(
+            with(shown(&row), json!({ "revision": before.revision })),
+            cleared,
+            "but for metadata it is as before"
+        );
+        assert_eq!(told.len(), 1, "what is older is gone: {told:#?}");
+        let of_orphans = signals.iter().filter(|signal| signal.body["orphan_id"] == json!(row.stripe_subscription_id));
+        assert_eq!(of_orphans.count(), 0);
+        let changed = told[0].changed();
+        assert!(changed.contains(&"metadata"), "{changed:?}");
+        assert_eq!(
+            (&told[0].body["previous"], &told[0].body["event"]["type"]),
+            (&json!({}), &json!("litestripe.erasure"))
+        );
+    }
+    for before in orphans {
+        let after = orphan(&bridge, &before.id).await;
+        let is_theirs = before.stripe_customer_id.as_deref() == Some(&user.customer);
+        let email = before.customer_email.clone().filter(|_| !is_theirs);
+        assert_eq!((after.customer_email, after.resolved_at, after.reason), (email, before.resolved_at, before.reason));
+    }
+
+    let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    for count in ["events", "dead_letters", "signals", "subscriptions", "orphans"] {
+        assert_eq!(again[count], 0, "{again:#}");
+    }
+    assert_eq!(places(&bridge, KEPT).await, kept);
+    let table = erase(&bridge, &user.customer, &[]).await;
+    assert_eq!(table.status.code(), Some(0), "{}", table.stderr);
+    assert!(table.stdout.contains("messages in STRIPE_EVENTS") && table.stdout.contains("recorded at 20"), "{table:?}");
+    for node in bridge.workers.iter().chain(&bridge.ingress) {
+        assert_eq!((node.count_in_log(ERASED), node.count_in_log("ERROR")), (0, 0), "{}", node.log());
+    }
+}
+
+async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let user = Purchase::new(now() - 60);
+    apply(&bridge, &subscription(&user, UPDATED, ERASED, 0)).await;
+    let emptied = json!({ "status": "past_due", "metadata": {} });
+    apply(&bridge, &user.subscription_event(UPDATED, user.created + 1, emptied)).await;
+    let before = bridge.check().await;
+    let last = of_subscription(&before, &user.subscription).pop().expect("it was signalled");
+    assert!(last.body["previous"].to_string().contains(ERASED));
+
+    let receipt = erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    assert_eq!((&receipt["subscriptions"], &receipt["signals"]), (&json!(0), &json!(2)));
+    let signals = bridge.signals().await;
+    let told = of_subscription(&signals, &user.subscription);
+    check_last(&told, &shown(&bridge.row(&user.subscription).await));
+    assert_eq!((told.len(), &told[0].body["status"]), (1, &json!("past_due")));
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
+    let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    assert_eq!(again["signals"], 0);
+}
+
+async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    apply(&bridge, &session(&user, ERASED, json!({}))).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    bridge.deliver(&subscription(&user, CREATED, ERASED, 0)).await;
+    let (rows, orphans, signals) = (bridge.rows().await, bridge.orphans().await, bridge.signals().await.len());
+
+    let refused = erase(&bridge, &user.customer, &["--json"]).await;
+    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    let told = ["event 2", "nothing was changed", "litestripe-worker run", "--force"];
+    assert!(told.iter().all(|word| refused.stderr.contains(word)), "{}", refused.stderr);
+    assert_eq!((bridge.rows().await, bridge.orphans().await), (rows, orphans));
+    assert_eq!((bridge.stored_events().await, bridge.signals().await.len()), (2, signals));
+    assert_eq!(recorded(&bridge, &user.customer).await, None);
+
+    // Another customer's backlog is nobody else's obstacle.
+    let stranger = erased(&erase(&bridge, &other.customer, &["--json"]).await);
+    assert_eq!(stranger["events"], 0);
+
+    let forced = erased(&erase(&bridge, &user.customer, &["--force", "--json"]).await);
+    assert_eq!((&forced["events"], &forced["unapplied"]), (&json!(2), &json!(1)));
+    assert!(recorded(&bridge, &user.customer).await.is_some());
+    bridge.start_worker();
+    apply(&bridge, &subscription(&other, CREATED, KEPT, 0)).await;
+    assert_eq!(bridge.row(&user.subscription).await.status, None, "what it said is lost");
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
+}
+
+async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s").workers(2)).await;
+    let user = Purchase::new(now() - 60);
+    let paid = session(&user, ERASED, json!({}));
+    let created = subscription(&user, CREATED, ERASED, 0);
+    bridge.deliver_all(&[paid.clone(), created.clone()]).await;
+    bridge.check().await;
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+
+    // Repeated, changed a second later, and paid for the first time, all of it before the erasure.
+    bridge.publish(COMPLETED, paid.body(), "again").await;
+    bridge.publish(CREATED, created.body(), "created again").await;
+    let mut late = subscription(&user, UPDATED, ERASED, 5);
+    late.value["data"]["object"]["status"] = json!("past_due");
+    bridge.deliver(&late).await;
+    let third = of_the_same(&user, now() - 30);
+    bridge.deliver(&session(&third, ERASED, json!({}))).await;
+    bridge.wait_until_applied().await;
+
+    let row = bridge.row(&user.subscription).await;
+    assert_eq!((row.status.as_deref(), row.uncertain), (Some("past_due"), false), "what it says counts");
+    assert_eq!((row.metadata, row.subscription_metadata), (json!({}), json!({})));
+    let found = orphan(&bridge, &third.subscription).await;
+    assert_eq!((found.customer_email, found.reason.as_str()), (None, "missing_client_reference_id"));
+    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
+    eventually("late events to be removed from the stream", DEADLINE, async || {
+        let stored = bridge.stored_events().await;
+        if stored == 0 { Ok(()) } else { Err(stored.to_string()) }
+    })
+    .await;
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
+
+    // What is younger than the erasure is news.
+    let news = user.subscription_event(UPDATED, now() + 60, json!({ "metadata": { "note": KEPT } }));
+    apply(&bridge, &news).await;
+    let row = bridge.row(&user.subscription).await;
+    assert_eq!(row.subscription_metadata, json!({ "note": KEPT }));
+}
+
+async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let (guest, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    let once = json!({ "mode": "payment", "subscription": null, "customer": null });
+    let paid = session(&guest, ERASED, once.clone());
+    bridge.deliver_all(&[paid.clone(), session(&other, KEPT, once)]).await;
+    bridge.check().await;
+    let unknown = run(&bridge, &["--orphan", &guest.subscription]).await;
+    assert_eq!((unknown.status.code(), unknown.stdout.as_str()), (Some(1), ""));
+    assert!(unknown.stderr.contains("no orphan") && unknown.stderr.contains(&guest.subscription), "{unknown:?}");
+
+    let receipt = erased(&run(&bridge, &["--orphan", &guest.checkout_session, "--json"]).await);
+    let counts = ["events", "orphans", "signals", "subscriptions"].map(|name| &receipt[name]);
+    assert_eq!(counts, [&json!(1), &json!(1), &json!(1), &json!(0)], "{receipt:#}");
+    assert_eq!(receipt["orphan"], json!(guest.checkout_session));
+    bridge.publish(COMPLETED, paid.body(), "again").await;
+    bridge.wait_until_applied().await;
+    assert_eq!(orphan(&bridge, &guest.checkout_session).await.customer_email, None);
+    assert!(orphan(&bridge, &other.checkout_session).await.customer_email.is_some());
+}
+
+async fn nothing_is_known_of_a_stranger(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let user = Purchase::new(now() - 60);
+    apply(&bridge, &session(&user, KEPT, json!({}))).await;
+    let kept = places(&bridge, KEPT).await;
+    let receipt = erased(&erase(&bridge, "cus_nobody", &["--json"]).await);
+    for count in ["events", "dead_letters", "signals", "subscriptions", "orphans", "unapplied"] {
+        assert_eq!(receipt[count], 0, "{receipt:#}");
+    }
+    assert!(recorded(&bridge, "cus_nobody").await.is_some());
+    assert_eq!(places(&bridge, KEPT).await, kept);
+    for arguments in
+        [&[][..], &["--customer", "cus_1", "--orphan", "sub_1"], &["--customer", ""], &["--customer", "a b"]]
+    {
+        let refused = run(&bridge, arguments).await;
+        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(2), ""), "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn backfill_reconcile_and_replay_bring_nothing_back() {
+    let api = Api::start().await;
+    let options = Options::on(DatabaseKind::Sqlite)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
+    let mut bridge = Bridge::start(options).await;
+    let user = Purchase::new(now() - 60);
+    let created = subscription(&user, CREATED, ERASED, 0);
+    bridge.deliver_all(&[session(&user, ERASED, json!({})), created.clone()]).await;
+    bridge.check().await;
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    for worker in bridge.workers.drain(..) {
+        worker.stop().await;
+    }
+
+    // Stripe has all of it still.
+    api.put_event(created.value.clone(), true);
+    api.put_subscription(created.value["data"]["object"].clone());
+    let stored = bridge.stored_events().await;
+    let summary = erased(&command(&bridge, &["backfill", "--since", "1h", "--json"]).await);
+    assert_eq!((&summary["published"], &summary["skipped"]), (&json!(0), &json!(1)), "{summary:#}");
+    let report = erased(&command(&bridge, &["reconcile", "--repair", "--json"]).await);
+    assert_eq!(report["different"], 0, "{report:#}");
+    assert_eq!(bridge.stored_events().await, stored);
+
+    // And a delivery that came late is in the stream when the rows are rebuilt.
+    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
+    bridge.publish(CREATED, created.body(), "late").await;
+    let replayed = erased(&command(&bridge, &["replay", "--json"]).await);
+    assert_eq!((&replayed["finished"], &replayed["events"]), (&json!(true), &json!(0)), "{replayed:#}");
+    assert_eq!(bridge.rows().await, []);
+}
+
+/// The last signal of a row says what the row says, and nothing of what was before.
+fn check_last(signals: &[&Signal], row: &Value) {
+    let last = signals.last().expect("the row is signalled");
+    for (field, value) in row.as_object().expect("it is made as one") {
+        assert_eq!(&last.body[field], value, "`{field}` of the row and its last signal");
+    }
+}
+
+/// A paid session with an email, a name and metadata of `whom`.
+pub(crate) fn session(purchase: &Purchase, whom: &str, changes: Value) -> Event {
+    let email = format!("{whom}@example.com");
+    let personal = json!({
+        "customer_email": email,
+        "customer_details": { "email": email, "name": whom, "phone": null, "address": null },
+        "metadata": { "note": whom },
+    });
+    purchase.checkout_session_event(COMPLETED, purchase.created, with(personal, changes))
+}
+
+/// Another purchase of a customer's.
+fn of_the_same(customer: &Purchase, created: i64) -> Purchase {
+    let mut purchase = Purchase::new(created);
+    purchase.customer.clone_from(&customer.customer);
+    purchase
+}
+
+/// A subscription event with metadata of `whom`.
+pub(crate) fn subscription(purchase: &Purchase, event_type: &str, whom: &str, second: i64) -> Event {
+    let changes = json!({ "metadata": { "note": whom }, "description": whom });
+    purchase.subscription_event(event_type, purchase.created + second, changes)
+}
+
+pub(crate) fn customer(purchase: &Purchase, event_type: &str, whom: &str) -> Event {
+    let email = format!("{whom}@example.com");
+    let object = json!({ "id": purchase.customer, "object": "customer", "email": email, "name": whom });
+    Event::new(event_type, now(), object)
+}
+
+/// An event of another customer's that names `mentioned`.
+fn naming(purchase: &Purchase, mentioned: &str) -> Event {
+    let changes = json!({ "metadata": { "note": KEPT, "recommended_by": mentioned } });
+    purchase.subscription_event(UPDATED, purchase.created + 1, changes)
+}
+
+/// An event that can never be applied.
+fn poison(purchase: &Purchase, whom: &str) -> bytes::Bytes {
+    let mut event = subscription(purchase, UPDATED, whom, 9);
+    event.value["created"] = json!("yesterday");
+    event.body()
+}
+
+/// Where `text` stands in any message or row.
+pub(crate) async fn places(bridge: &Bridge, text: &str) -> Vec<String> {
+    let mut places = Vec::new();
+    for stream in ["STRIPE_EVENTS", "STRIPE_DEAD_LETTERS", "LITESTRIPE_SIGNALS"] {
+        let bodies = bridge.bodies(stream).await;
+        let bodies = bodies.iter().map(|body| format!("{stream}: {}", String::from_utf8_lossy(body)));
+        places.extend(bodies.filter(|body| body.contains(text)));
+    }
+    let rows = bridge.database.dump().await.expect("the database answers");
+    places.extend(rows.into_iter().filter(|row| row.contains(text)));
+    places
+}
+
+/// In which files of the broker and of SQLite `text` still stands.
+fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
+    let mut left: Vec<_> =
+        bridge.database.folder().into_iter().chain([bridge.broker.folder()]).map(Path::to_owned).collect();
+    let mut found = Vec::new();
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            let entries = std::fs::read_dir(&path).expect("it can be listed");
+            left.extend(entries.map(|entry| entry.expect("it can be listed").path()));
+        } else if let Ok(bytes) = std::fs::read(&path)
+            && bytes.windows(text.len()).any(|window| window == text.as_bytes())
+        {
+            found.push(path.display().to_string());
+        }
+    }
+    found
+}
+
+/// What the KV bucket says of an id.
+async fn recorded(bridge: &Bridge, id: &str) -> Option<Value> {
+    let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
+    let value = bucket.get(format!("erased.{id}")).await.expect("it answers")?;
+    Some(serde_json::from_slice(&value).expect("it is JSON"))
+}
+
+pub(crate) async fn erase(bridge: &Bridge, customer: &str, arguments: &[&str]) -> Finished {
+    run(bridge, &[&["--customer", customer], arguments].concat()).await
+}
+
+/// Another command of the worker's.
+async fn command(bridge: &Bridge, arguments: &[&str]) -> Finished {
+    bridge.worker().args(arguments).run(COMMAND).await
+}
+
+async fn run(bridge: &Bridge, arguments: &[&str]) -> Finished {
+    bridge.worker().arg("erase").args(arguments).run(COMMAND).await
+}
+
+fn erased(finished: &Finished) -> Value {
+    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
+    assert!(!finished.stderr.contains(ERASED), "{}", finished.stderr);
+    serde_json::from_str(&finished.stdout).expect("it prints JSON")
+}

@@ -1,0 +1,23 @@
+//! Integration tests: real broker, real databases, our real programs; a module per feature.
+
+#[macro_use]
+mod bridge;
+mod any_order;
+mod backfill;
+mod budget;
+mod demo;
+mod erase;
+mod group_commit;
+mod infra;
+mod ingress;
+mod least_privilege;
+mod localstripe;
+mod operators;
+mod orphans;
+mod outages;
+mod reconcile;
+mod replay;
+mod resend;
+mod scale;
+mod sdk;
+mod stripe_api;

@@ -1,0 +1,202 @@
+//! What operators see: commands, exit codes, settings, the schema.
+
+mod schema;
+mod settings;
+
+use std::time::Duration;
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::program::{Finished, Launch};
+use litestripe_harness::{eventually, stripe};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn sqlite_migrates_up_and_down() {
+    migrates_up_and_down(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn postgres_migrates_up_and_down() {
+    migrates_up_and_down(DatabaseKind::Postgres).await;
+}
+
+async fn migrates_up_and_down(database: DatabaseKind) {
+    let mut bridge = Bridge::prepare(Options::on(database));
+    bridge.database.resume().await;
+    let migrate = async |arguments: &[&str]| {
+        let finished = run(bridge.worker().arg("migrate").args(arguments)).await;
+        assert!(finished.status.success(), "{finished:?}");
+        finished.stdout
+    };
+    let applied = async || {
+        let steps: Value = serde_json::from_str(&migrate(&["status", "--json"]).await).expect("it is JSON");
+        let steps = steps.as_array().expect("it is a list").clone();
+        steps.iter().map(|step| step["applied"] == true).collect::<Vec<_>>()
+    };
+
+    let count = applied().await.len();
+    assert!(count >= 3);
+    assert_eq!(applied().await, vec![false; count]);
+    assert_eq!(tables(&bridge).await, Vec::<String>::new(), "asking changes nothing");
+
+    let table = migrate(&["up"]).await;
+    assert_eq!(table.lines().filter(|line| line.trim_end().ends_with("yes")).count(), count, "{table}");
+    let all = tables(&bridge).await;
+    for wanted in ["orphaned_payment", "signal_outbox", "stripe_subscription"] {
+        assert!(all.iter().any(|table| table == wanted), "{wanted} is not among {all:?}");
+    }
+    assert_eq!(applied().await, vec![true; count]);
+    assert_eq!(migrate(&["up"]).await, table, "nothing was left to do");
+
+    migrate(&["down"]).await;
+    assert_eq!(applied().await, [vec![true; count - 1], vec![false]].concat());
+    migrate(&["down", "--steps", &(count - 1).to_string()]).await;
+    assert_eq!(tables(&bridge).await, ["seaql_migrations"]);
+    assert!(migrate(&["status"]).await.contains("no"));
+
+    migrate(&["up"]).await;
+    assert_eq!(tables(&bridge).await, all);
+}
+
+#[tokio::test]
+async fn sqlite_is_migrated_once_by_four_workers_that_start_at_once() {
+    four_workers_start_at_once(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn postgres_is_migrated_once_by_four_workers_that_start_at_once() {
+    four_workers_start_at_once(DatabaseKind::Postgres).await;
+}
+
+async fn four_workers_start_at_once(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).workers(4)).await;
+    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge.check().await;
+    for worker in &bridge.workers {
+        assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
+    }
+}
+
+#[tokio::test]
+async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    let port = format!("127.0.0.1:{}", litestripe_harness::port::free());
+    let worker = || bridge.worker().env("LITESTRIPE_WORKER_LISTEN", &port);
+    // Off, and off by default on PostgreSQL.
+    for auto_migrate in ["false", ""] {
+        let finished = run(worker().env("LITESTRIPE_AUTO_MIGRATE", auto_migrate)).await;
+        assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+        assert!(finished.stderr.contains("LITESTRIPE_AUTO_MIGRATE"), "{finished:?}");
+        assert!(finished.stderr.contains("litestripe-worker migrate up"), "{finished:?}");
+    }
+    assert_eq!(tables(&bridge).await, Vec::<String>::new(), "it changed nothing");
+
+    assert!(run(bridge.worker().args(["migrate", "up"])).await.status.success());
+    let started = worker().env("LITESTRIPE_AUTO_MIGRATE", "false").start();
+    started.wait_for_log("consuming STRIPE_EVENTS", DEADLINE).await;
+}
+
+#[tokio::test]
+async fn status_shows_how_far_the_workers_are() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge.publish("customer.subscription.created", "no event", "poison").await;
+    bridge.check().await;
+    // Orphans may be found a moment after their events are applied.
+    let report = eventually("the report to be complete", DEADLINE, async || {
+        let finished = run(bridge.worker().args(["status", "--json"])).await;
+        assert!(finished.status.success(), "{finished:?}");
+        let report: Value = serde_json::from_str(&finished.stdout).expect("it is JSON");
+        if report["open_orphans"] == 1 { Ok(report) } else { Err(report.to_string()) }
+    })
+    .await;
+    for (name, value) in [
+        ("events", json!(9)),
+        ("lag", json!(0)),
+        ("pending_acks", json!(0)),
+        ("ack_floor", json!(9)),
+        ("outbox", json!(0)),
+        ("outbox_oldest_age_s", json!(null)),
+        ("dead_letters", json!(1)),
+        ("schema_current", json!(true)),
+    ] {
+        assert_eq!(report[name], value, "`{name}` of {report:#}");
+    }
+    let version = report["schema_version"].as_str().expect("there is one");
+
+    let finished = run(bridge.worker().arg("status")).await;
+    for (name, value) in [
+        ("events", "9"),
+        ("lag", "0"),
+        ("pending acks", "0"),
+        ("ack floor", "9"),
+        ("outbox", "0"),
+        ("dead letters", "1"),
+        ("open orphans", "1"),
+        ("schema", version),
+    ] {
+        let rest = finished.stdout.lines().find_map(|line| line.trim().strip_prefix(name));
+        let shown = rest.and_then(|rest| rest.split_whitespace().next());
+        assert_eq!(shown, Some(value), "`{name}` in\n{}", finished.stdout);
+    }
+}
+
+#[tokio::test]
+async fn status_before_the_first_start_shows_that_nothing_is_there() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    bridge.broker.resume().await;
+    let finished = run(bridge.worker().args(["status", "--json"])).await;
+    assert!(finished.status.success(), "{finished:?}");
+    let report: Value = serde_json::from_str(&finished.stdout).expect("it is JSON");
+    assert_eq!((&report["events"], &report["lag"]), (&Value::Null, &Value::Null));
+    assert_eq!((&report["schema_version"], &report["schema_current"]), (&Value::Null, &json!(false)));
+    let finished = run(bridge.worker().arg("status")).await;
+    assert!(finished.stdout.contains("litestripe-worker migrate up"), "{finished:?}");
+}
+
+#[tokio::test]
+async fn status_without_broker_or_database_fails_and_names_the_setting() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    bridge.database.resume().await;
+    let finished = run(bridge.worker().args(["status", "--json"])).await;
+    assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("NATS_URL"), "{finished:?}");
+    assert_eq!(finished.stdout, "");
+
+    bridge.broker.resume().await;
+    bridge.database.kill().await;
+    let finished = run(bridge.worker().arg("status")).await;
+    assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("schema version"), "it says what it could not do: {finished:?}");
+}
+
+#[tokio::test]
+async fn command_that_does_not_exist_is_refused() {
+    let bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    for arguments in [&["nonsense"][..], &["migrate"], &["migrate", "down", "--steps", "x"], &["status", "--xml"]] {
+        let finished = run(bridge.worker().args(arguments.iter().copied())).await;
+        assert_eq!(finished.status.code(), Some(2), "{arguments:?}: {finished:?}");
+        assert!(finished.stderr.contains("--help"), "{arguments:?}: {finished:?}");
+    }
+}
+
+async fn run(launch: Launch) -> Finished {
+    launch.run(DEADLINE).await
+}
+
+/// The names of the database's tables.
+async fn tables(bridge: &Bridge) -> Vec<String> {
+    let url = bridge.database.url();
+    let sql = if url.starts_with("sqlite:") {
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY 1"
+    } else {
+        "SELECT table_name::text AS name FROM information_schema.tables WHERE table_schema = 'public' ORDER BY 1"
+    };
+    let rows = bridge.database.query(sql).await.expect("the database answers");
+    rows.iter().map(|row| row.try_get("", "name").expect("a table has a name")).collect()
+}

@@ -1,0 +1,252 @@
+//! Settings: what is refused and how, and that all places which list them agree.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use litestripe_harness::program::{Finished, Program};
+
+use super::run;
+
+const INGRESS: &str = "litestripe-ingress";
+const WORKER: &str = "litestripe-worker";
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// Stands for a password in every malformed value.
+const SECRET: &str = "hunter2";
+
+/// Malformed settings of both programs.
+const SHARED: [(&str, &str); 6] = [
+    ("NATS_URL", "nats://user:hunter2@:::"),
+    ("NATS_PASSWORD", "hunter2"),
+    ("LITESTRIPE_STREAM_REPLICAS", "hunter2"),
+    ("LITESTRIPE_EVENTS_MAX_AGE", "hunter2"),
+    ("LITESTRIPE_EVENTS_MAX_BYTES", "hunter2"),
+    ("LITESTRIPE_LOG_FORMAT", "hunter2"),
+];
+
+#[tokio::test]
+async fn missing_settings_of_ingress_are_listed_all_at_once() {
+    let finished = run(Program::named(INGRESS)).await;
+    check_refused(&finished, &["STRIPE_WEBHOOK_UUID", "STRIPE_WEBHOOK_SECRET"]);
+    assert!(finished.stderr.contains("STRIPE_WEBHOOK_SECRET_FILE"), "{finished:?}");
+}
+
+#[tokio::test]
+async fn malformed_settings_of_ingress_are_listed_all_at_once_without_their_values() {
+    let own = [
+        ("STRIPE_WEBHOOK_UUID", "hunter2"),
+        ("STRIPE_WEBHOOK_SECRET", "whsec_hunter2,hunter2"),
+        ("STRIPE_WEBHOOK_TOLERANCE", "hunter2"),
+        ("LITESTRIPE_LISTEN", "hunter2"),
+        ("LITESTRIPE_EVENT_TYPES", "hunter2 and more"),
+        ("LITESTRIPE_BODY_LIMIT", "hunter2"),
+    ];
+    malformed_are_listed(INGRESS, &own).await;
+}
+
+#[tokio::test]
+async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_values() {
+    let own = [
+        ("DATABASE_URL", "mysql://user:hunter2@localhost/db"),
+        ("LITESTRIPE_AUTO_MIGRATE", "hunter2"),
+        ("LITESTRIPE_WORKER_LISTEN", "hunter2"),
+        ("LITESTRIPE_BATCH", "0hunter2"),
+        ("LITESTRIPE_SIGNALS_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_DEAD_LETTERS_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_METADATA_KEYS", "*,hunter2"),
+        ("LITESTRIPE_ORPHAN_GRACE", "hunter2"),
+        ("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "hunter2"),
+        ("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", "hunter2"),
+        ("LITESTRIPE_USER_LOOKUP", "hunter2"),
+        ("LITESTRIPE_USER_DATABASE_URL", "mysql://user:hunter2@localhost/db"),
+        ("STRIPE_SECRET_KEY", "hunter2 and more"),
+        ("STRIPE_API_BASE", "hunter2"),
+        ("LITESTRIPE_BACKFILL_INTERVAL", "hunter2"),
+        ("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "hunter2"),
+        ("LITESTRIPE_API_RATE_LIMIT_CACHE_KEY", "hunter2 and more"),
+        ("LITESTRIPE_API_RATE_LIMIT_WINDOW", "hunter2"),
+    ];
+    malformed_are_listed(WORKER, &own).await;
+}
+
+/// As environment, as flags, and in `.env`.
+async fn malformed_are_listed(program: &str, own: &[(&str, &str)]) {
+    let given: Vec<_> = own.iter().chain(&SHARED).copied().collect();
+    // The password is not malformed: its user is missing.
+    let expected: Vec<_> =
+        given.iter().map(|(name, _)| if *name == "NATS_PASSWORD" { "NATS_USER" } else { *name }).collect();
+
+    let launch = Program::named(program);
+    check_refused(
+        &run(given.iter().fold(launch.clone(), |launch, (name, value)| launch.env(*name, *value))).await,
+        &expected,
+    );
+
+    let flag = |name: &str| format!("--{}", name.to_lowercase().replace('_', "-"));
+    check_refused(
+        &run(given.iter().fold(launch.clone(), |launch, (name, value)| launch.arg(flag(name)).arg(*value))).await,
+        &expected,
+    );
+
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let lines: String = given.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+    fs::write(folder.path().join(".env"), lines).expect("it can be written");
+    check_refused(&run(launch.folder(folder.path())).await, &expected);
+}
+
+#[tokio::test]
+async fn malformed_dotenv_is_refused_without_its_lines() {
+    for program in [INGRESS, WORKER] {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        fs::write(folder.path().join(".env"), "NATS_URL=nats://127.0.0.1:1\nsome words and hunter2\n")
+            .expect("written");
+        let finished = run(Program::named(program).folder(folder.path())).await;
+        assert_eq!(finished.status.code(), Some(2), "{finished:?}");
+        assert!(finished.stderr.contains(".env"), "{finished:?}");
+        assert!(!finished.stderr.contains(SECRET), "{finished:?}");
+    }
+}
+
+/// Exit code 2, a line for each of these settings, and nothing secret.
+fn check_refused(finished: &Finished, names: &[&str]) {
+    assert_eq!(finished.status.code(), Some(2), "{finished:?}");
+    assert_eq!(finished.stdout, "");
+    for name in names {
+        let told = finished.stderr.lines().filter(|line| line.split_whitespace().next() == Some(name)).count();
+        assert_eq!(told, 1, "{name} is told {told} times: {}", finished.stderr);
+    }
+    let lines = finished.stderr.lines().filter(|line| line.starts_with("  ")).count();
+    assert_eq!(lines, names.len(), "other problems than these {names:?}: {}", finished.stderr);
+    assert!(!finished.stderr.contains(SECRET), "{}", finished.stderr);
+}
+
+#[tokio::test]
+async fn help_and_env_example_list_the_same_settings_and_defaults() {
+    let text = fs::read_to_string(format!("{ROOT}/.env.example")).expect("there is a .env.example");
+    let settings = helped().await;
+    let mut listed = example(&text);
+    let mut problems = Vec::new();
+    for (name, setting) in &settings {
+        // A default that is a sentence or another setting's value is told beside it.
+        let plain = |default: &&str| !default.contains(' ') && !settings.contains_key(*default);
+        let expected = setting.default.as_deref().filter(plain).unwrap_or_default();
+        match listed.remove(name) {
+            None => problems.push(format!("{name} is not there")),
+            Some(value) if value == expected || (name == "LITESTRIPE_BATCH" && value.is_empty()) => {}
+            Some(value) => problems.push(format!("{name}={value}, but {expected:?} in --help")),
+        }
+    }
+    check_listed(".env.example", problems, listed);
+}
+
+/// README's table: rows of | `NAME` | program | default | meaning |.
+#[tokio::test]
+async fn help_and_readme_list_the_same_settings_and_defaults() {
+    let text = fs::read_to_string(format!("{ROOT}/README.md")).expect("there is a README.md");
+    let mut listed = table(&text);
+    let mut problems = Vec::new();
+    for (name, setting) in helped().await {
+        let Some(row) = listed.remove(&name) else {
+            problems.push(format!("{name} is not there"));
+            continue;
+        };
+        if row.program != setting.program {
+            problems.push(format!("{name} is a setting of {}, not of {}", setting.program, row.program));
+        }
+        let default = row.default.trim_start_matches("as ");
+        let is_none = ["", "-", "–", "—", "none", "required"].contains(&default);
+        if setting.default.as_deref().map_or(!is_none, |expected| expected != default) {
+            problems.push(format!("{name} has the default {default:?}, but {:?} in --help", setting.default));
+        }
+    }
+    check_listed("README.md", problems, listed);
+}
+
+fn check_listed<T>(place: &str, mut problems: Vec<String>, rest: BTreeMap<String, T>) {
+    // STRIPE_PUBLIC_KEY belongs to a front end.
+    let rest = rest.into_keys().filter(|name| name != "STRIPE_PUBLIC_KEY");
+    problems.extend(rest.map(|name| format!("{name} is in no --help")));
+    assert!(problems.is_empty(), "{place} and --help disagree:\n  {}", problems.join("\n  "));
+}
+
+/// What is told of a setting.
+#[derive(Debug, PartialEq)]
+struct Told {
+    /// `ingress`, `worker` or `both`.
+    program: &'static str,
+    default: Option<String>,
+}
+
+/// A row of README's table.
+struct Row {
+    program: String,
+    default: String,
+}
+
+/// All settings that the programs' `--help` lists.
+async fn helped() -> BTreeMap<String, Told> {
+    let mut all: BTreeMap<String, Told> = BTreeMap::new();
+    for (program, short) in [(INGRESS, "ingress"), (WORKER, "worker")] {
+        let finished = run(Program::named(program).arg("--help")).await;
+        assert!(finished.status.success());
+        // An entry begins with its flag and is wrapped; within it only single blanks matter.
+        let words = finished.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+        for entry in words.split(" --").skip(1) {
+            let Some(name) = within(entry, "[env: ") else { continue };
+            assert!(entry.starts_with(&name.to_lowercase().replace('_', "-")), "the flag of {name} is of another name");
+            let told = Told { program: short, default: within(entry, "[default: ") };
+            if let Some(other) = all.insert(name.clone(), told) {
+                let told = all.get_mut(&name).expect("it was inserted just now");
+                assert_eq!(told.default, other.default, "{name} has two defaults");
+                told.program = "both";
+            }
+        }
+    }
+    assert!(all.len() > 20, "{all:?}");
+    all
+}
+
+/// What stands between `opening` and the next `]`.
+fn within(text: &str, opening: &str) -> Option<String> {
+    let (_, rest) = text.split_once(opening)?;
+    Some(rest.split(']').next().unwrap_or_default().to_owned())
+}
+
+/// `NAME=value` and `# NAME=value`, except for what compose.yml alone reads.
+fn example(text: &str) -> BTreeMap<String, String> {
+    let mut section = "";
+    let mut values = BTreeMap::new();
+    for line in text.lines() {
+        if let Some(title) = line.strip_prefix("## ") {
+            section = title;
+        }
+        let line = line.trim_start_matches("# ");
+        let Some((name, value)) = line.split_once('=') else { continue };
+        let is_name = name.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_');
+        if is_name && !section.contains("compose.yml only") {
+            values.insert(name.to_owned(), value.trim_matches('\'').to_owned());
+        }
+    }
+    values
+}
+
+fn table(text: &str) -> BTreeMap<String, Row> {
+    let mut rows = BTreeMap::new();
+    for line in text.lines().filter(|line| line.trim_start().starts_with("| `")) {
+        let cells: Vec<_> = line.split('|').skip(1).map(|cell| cell.trim().replace("\\", "")).collect();
+        let [names, program, default, _meaning, ..] = cells.as_slice() else { continue };
+        // Streams and tables are listed in tables as well.
+        if !["ingress", "worker", "both"].contains(&program.as_str()) {
+            continue;
+        }
+        // One row may list several settings that go together.
+        for name in names.split('`').skip(1).step_by(2) {
+            if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_') {
+                let row = Row { program: program.clone(), default: default.replace('`', "") };
+                assert!(rows.insert(name.to_owned(), row).is_none(), "{name} is in README.md's table twice");
+            }
+        }
+    }
+    rows
+}

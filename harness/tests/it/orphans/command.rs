@@ -1,0 +1,235 @@
+//! `litestripe-worker orphans`: what support staff do about orphans.
+
+use std::time::Duration;
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::eventually;
+use litestripe_harness::program::Finished;
+use litestripe_harness::stripe::Purchase;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use super::{COMPLETED, CREATED, DEADLINE, EMAIL, apply, counted, now, of, orphan, until};
+
+on_both_databases!(
+    orphans_are_listed_and_shown,
+    resolution_reaches_row_orphan_and_subscribers,
+    resolution_of_a_payment_without_a_subscription,
+    nothing_is_done_by_halves,
+    resolution_without_a_worker_is_applied_later,
+    competing_resolutions_leave_row_and_orphan_agreed,
+);
+
+/// A command waits 10 s for a worker.
+const COMMAND: Duration = Duration::from_secs(60);
+
+async fn orphans_are_listed_and_shown(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let none = orphans(&bridge, &["list"]).await;
+    assert_eq!((none.status.code(), none.stdout.trim()), (Some(0), "no open orphans"));
+    let none = orphans(&bridge, &["list", "--json"]).await;
+    assert_eq!(json_of(&none), json!([]));
+
+    let purchase = paid(&bridge).await;
+    let listed = orphans(&bridge, &["list"]).await;
+    let [header, line] = listed.stdout.lines().collect::<Vec<_>>()[..] else { panic!("{}", listed.stdout) };
+    assert_eq!(words(header), ["id", "reason", "email", "customer", "mode", "since", "state"]);
+    let since = words(line)[5].to_owned();
+    let customer = purchase.customer.as_str();
+    let expected = [&purchase.subscription, "missing_client_reference_id", EMAIL, customer, "test", &since, "open"];
+    assert_eq!(words(line), expected);
+    let listed = orphans(&bridge, &["list", "--json"]).await;
+    let shown = orphans(&bridge, &["show", &purchase.subscription, "--json"]).await;
+    let shown = json_of(&shown);
+    assert_eq!(json_of(&listed), json!([shown]));
+    let expected = json!({
+        "orphan_id": purchase.subscription,
+        "reason": "missing_client_reference_id",
+        "customer_email": EMAIL,
+        "checkout_session_id": purchase.checkout_session,
+        "stripe_customer_id": purchase.customer,
+        "stripe_subscription_id": purchase.subscription,
+        "event_id": orphan(&bridge, &purchase.subscription).await.event_id,
+        "livemode": false,
+        "resolved_at": null,
+        "resolved_client_reference_id": null,
+        "dt_created": since,
+        "dt_last_updated": since,
+    });
+    assert_eq!(shown, expected);
+    let table = orphans(&bridge, &["show", &purchase.subscription]).await;
+    assert!(table.stdout.lines().any(|line| words(line) == ["customer_email", EMAIL]), "{}", table.stdout);
+
+    resolve(&bridge, &purchase.subscription, "user_1").await;
+    assert_eq!(orphans(&bridge, &["list"]).await.stdout.trim(), "no open orphans");
+    let all = orphans(&bridge, &["list", "--all"]).await;
+    assert!(all.stdout.contains("resolved: user_1") && !all.stdout.contains(EMAIL), "{}", all.stdout);
+}
+
+async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let missing = paid(&bridge).await;
+    bridge.deliver(&missing.subscription_event(CREATED, missing.created, json!({}))).await;
+    let unclaimed = Purchase::new(now() - 60);
+    apply(&bridge, &unclaimed.subscription_event(CREATED, unclaimed.created, json!({}))).await;
+    until(&bridge, &unclaimed.subscription, |_| true).await;
+
+    for (user, purchase) in [("user_1", &missing), ("user 2 of Müller & Söhne", &unclaimed)] {
+        let id = purchase.subscription.as_str();
+        let done = resolve(&bridge, id, user).await;
+        assert_eq!((done.status.code(), done.stderr.as_str()), (Some(0), ""), "{}", done.stdout);
+        assert_eq!(done.stdout.trim(), format!("{id} is resolved to client reference id {user}"));
+        let signals = bridge.check().await;
+        let found = orphan(&bridge, id).await;
+        assert!(found.resolved_at.is_some());
+        assert_eq!(found.resolved_client_reference_id.as_deref(), Some(user));
+        assert_eq!(found.customer_email, None);
+        assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some(user));
+        assert_eq!(of(&signals, "orphan.resolved", id).len(), 1);
+        assert_eq!(of(&signals, "orphan.resolved", id)[0].body["event"]["type"], "litestripe.resolution");
+        let last = of_subscription(&signals, id).pop().expect("the row was signalled").clone();
+        assert_eq!((last.changed(), &last.body["client_reference_id"]), (vec!["client_reference_id"], &json!(user)));
+    }
+    // A session that comes after the resolution, of before it, changes nothing of it.
+    let session = unclaimed.checkout_session_event(COMPLETED, unclaimed.created, json!({}));
+    apply(&bridge, &session).await;
+    let signals = bridge.check().await;
+    assert_eq!(orphan(&bridge, &unclaimed.subscription).await.customer_email, None);
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (2, 2));
+}
+
+async fn resolution_of_a_payment_without_a_subscription(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let purchase = Purchase::new(now() - 60);
+    let once = json!({ "mode": "payment", "subscription": null });
+    let session = purchase.checkout_session_event(COMPLETED, purchase.created, once);
+    apply(&bridge, &session).await;
+    let done = resolve(&bridge, &purchase.checkout_session, "user_1").await;
+    assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
+    bridge.publish(COMPLETED, session.body(), "again").await;
+
+    let signals = bridge.check().await;
+    let found = orphan(&bridge, &purchase.checkout_session).await;
+    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_1"), None));
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(bridge.rows().await, []);
+}
+
+async fn nothing_is_done_by_halves(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let (first, second, third) = (paid(&bridge).await, paid(&bridge).await, paid(&bridge).await);
+    assert_eq!(resolve(&bridge, &first.subscription, "user_1").await.status.code(), Some(0));
+    bridge.check().await;
+    let stored = bridge.stored_events().await;
+    let (rows, before) = (bridge.rows().await, bridge.orphans().await);
+
+    let refused = async |id: &str, user: &str, words: &[&str]| {
+        let refused = resolve(&bridge, id, user).await;
+        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""), "{id} to {user}");
+        assert!(words.iter().all(|word| refused.stderr.contains(word)), "{}", refused.stderr);
+        assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
+    };
+    refused(&first.subscription, "user_1", &["resolved already", "user_1", "nothing was changed"]).await;
+    refused(&first.subscription, "user_2", &["resolved already", "user_1", "nothing was changed"]).await;
+    refused("sub_nobody", "user_2", &["no orphan sub_nobody"]).await;
+    refused("' OR 1=1 --", "user_2", &["no orphan"]).await;
+    refused(&second.subscription, "user_1", &[&first.subscription, "nothing was changed", "--force"]).await;
+    refused(&second.subscription, "user\n2", &["control characters"]).await;
+    let empty = resolve(&bridge, &second.subscription, "").await;
+    assert_eq!(empty.status.code(), Some(2), "{}", empty.stderr);
+    let shown = orphans(&bridge, &["show", "sub_nobody"]).await;
+    assert_eq!((shown.status.code(), shown.stdout.as_str()), (Some(1), ""));
+
+    bridge.check().await;
+    assert_eq!((bridge.rows().await, bridge.orphans().await), (rows, before));
+    assert_eq!(bridge.stored_events().await, stored);
+
+    // Meant as it is said.
+    let arguments = ["resolve", &second.subscription, "--client-reference-id", "user_1", "--force", "--json"];
+    let forced = orphans(&bridge, &arguments).await;
+    assert_eq!(json_of(&forced)["resolved_client_reference_id"], "user_1");
+    assert_eq!(json_of(&forced)["customer_email"], Value::Null);
+    // What has ended is no obstacle.
+    for purchase in [&first, &second] {
+        let ended = json!({ "status": "canceled", "ended_at": now() });
+        apply(&bridge, &purchase.subscription_event("customer.subscription.deleted", now(), ended)).await;
+    }
+    let done = resolve(&bridge, &third.subscription, "user_1").await;
+    assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
+}
+
+async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let purchase = paid(&bridge).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    let stored = resolve(&bridge, &purchase.subscription, "user_1").await;
+    assert_eq!(stored.status.code(), Some(0), "{}", stored.stderr);
+    assert!(stored.stdout.contains("takes effect when a worker runs"), "{}", stored.stdout);
+    assert_eq!(orphan(&bridge, &purchase.subscription).await.customer_email.as_deref(), Some(EMAIL));
+
+    bridge.start_worker();
+    let signals = bridge.check().await;
+    let found = orphan(&bridge, &purchase.subscription).await;
+    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_1"), None));
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+}
+
+async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKind) {
+    // One event at a time, so that the first resolution is applied before the second.
+    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
+    let purchase = paid(&bridge).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    let stored = bridge.stored_events().await;
+    let id = purchase.subscription.as_str();
+    let first = bridge.worker().args(["orphans", "resolve", id, "--client-reference-id", "user_1"]).start();
+    let at = until_stored(&bridge, stored + 1).await;
+    eventually("the next second", DEADLINE, async || if now() > at { Ok(()) } else { Err(at.to_string()) }).await;
+    let second = bridge.worker().args(["orphans", "resolve", id, "--client-reference-id", "user_2"]).start();
+    until_stored(&bridge, stored + 2).await;
+    bridge.start_worker();
+    let (_, _) = (first.wait(COMMAND).await, second.wait(COMMAND).await);
+
+    bridge.check().await;
+    let (row, found) = (bridge.row(id).await, orphan(&bridge, id).await);
+    assert!(found.resolved_at.is_some());
+    assert_eq!(row.client_reference_id, found.resolved_client_reference_id);
+    let user = found.resolved_client_reference_id.unwrap_or_default();
+    let told = if user == "user_2" { &second } else { &first };
+    let says_so = told.stdout().contains(&format!("{id} is resolved to client reference id {user}"));
+    assert!(says_so, "{user} was told {:?}", told.log());
+    // The other one may have looked before it was overruled, and was right then.
+    assert_eq!(user, "user_2", "the later word counts");
+}
+
+/// Waits until the stream holds that many events; returns the second in which it was seen.
+async fn until_stored(bridge: &Bridge, count: u64) -> i64 {
+    eventually("a resolution to be stored", DEADLINE, async || {
+        let stored = bridge.stored_events().await;
+        if stored >= count { Ok(OffsetDateTime::now_utc().unix_timestamp()) } else { Err(stored.to_string()) }
+    })
+    .await
+}
+
+/// A payment that is an orphan.
+async fn paid(bridge: &Bridge) -> Purchase {
+    let purchase = Purchase::new(now() - 60);
+    apply(bridge, &purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+    purchase
+}
+
+pub(super) async fn resolve(bridge: &Bridge, id: &str, user: &str) -> Finished {
+    orphans(bridge, &["resolve", id, "--client-reference-id", user]).await
+}
+
+async fn orphans(bridge: &Bridge, arguments: &[&str]) -> Finished {
+    bridge.worker().arg("orphans").args(arguments).run(COMMAND).await
+}
+
+fn json_of(finished: &Finished) -> Value {
+    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
+    serde_json::from_str(&finished.stdout).expect("it prints JSON")
+}
+
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}

@@ -1,0 +1,152 @@
+//! A database that was lost: the events that the stream still holds give the same orphans.
+
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_entity::{orphaned_payment, stripe_subscription};
+use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
+use litestripe_harness::stripe::Purchase;
+use serde_json::json;
+use time::OffsetDateTime;
+
+use super::command::resolve;
+use super::{COMPLETED, CREATED, SUCCEEDED, UPDATED, apply, counted, now, orphan, until, until_nothing_is_asked};
+
+on_both_databases!(
+    lost_database_is_rebuilt_with_the_same_orphans,
+    everything_delivered_again_changes_and_signals_nothing,
+);
+
+async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let lives = live(&bridge).await;
+    bridge.check().await;
+    let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
+
+    // In one batch, then event by event: what comes together must make no difference.
+    for batch in ["500", "1"] {
+        for worker in bridge.workers.drain(..) {
+            worker.stop().await;
+        }
+        forget_what_was_delivered(&bridge).await;
+        bridge.database = Database::prepare(database);
+        bridge.database.resume().await;
+        // A setting that is given twice is the later one.
+        let worker = bridge.worker().env("LITESTRIPE_BATCH", batch).env("LITESTRIPE_WORKER_LISTEN", "127.0.0.1:0");
+        let worker = worker.start();
+        bridge.wait_until_applied().await;
+        until_nothing_is_asked(&bridge).await;
+
+        assert_eq!(lasting(bridge.rows().await), lasting(rows.clone()), "batches of {batch}");
+        let open = |orphans: &[orphaned_payment::Model]| -> Vec<_> {
+            let open = orphans.iter().filter(|orphan| orphan.resolved_at.is_none()).cloned();
+            open.map(|orphan| orphaned_payment::Model {
+                dt_created: OffsetDateTime::UNIX_EPOCH,
+                dt_last_updated: OffsetDateTime::UNIX_EPOCH,
+                ..orphan
+            })
+            .collect()
+        };
+        let rebuilt = bridge.orphans().await;
+        assert_eq!(open(&rebuilt), open(&orphans), "batches of {batch}");
+        assert_eq!(open(&rebuilt).len(), lives.open, "batches of {batch}");
+        for (id, user) in &lives.resolved {
+            let found = orphan(&bridge, id).await;
+            assert_eq!(found.resolved_client_reference_id.as_ref(), Some(user), "{id}, batches of {batch}");
+            assert_eq!(found.customer_email, None, "{id}, batches of {batch}");
+            let before = orphans.iter().find(|orphan| orphan.id == *id).expect("it was one");
+            assert_eq!((&found.reason, &found.checkout_session_id), (&before.reason, &before.checkout_session_id));
+            assert_eq!(found.stripe_customer_id, before.stripe_customer_id);
+        }
+        let emails = rebuilt.iter().filter(|orphan| orphan.customer_email.is_some()).count();
+        assert_eq!(emails, lives.emails, "batches of {batch}: {rebuilt:#?}");
+        worker.stop().await;
+    }
+}
+
+async fn everything_delivered_again_changes_and_signals_nothing(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).workers(2).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    live(&bridge).await;
+    let signals = bridge.check().await;
+    let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
+
+    // The running workers make the consumer anew, and it delivers everything.
+    forget_what_was_delivered(&bridge).await;
+    assert_eq!(bridge.check().await.len(), signals.len());
+    until_nothing_is_asked(&bridge).await;
+    assert_eq!(bridge.rows().await, rows, "not even the version grew");
+    assert_eq!(bridge.orphans().await, orphans);
+    assert_eq!(bridge.check().await.len(), signals.len());
+}
+
+/// What became of the orphans of [`live`].
+struct Lives {
+    /// How many are open, and how many of those have an email.
+    open: usize,
+    emails: usize,
+    /// Which were resolved by hand, and to whom.
+    resolved: Vec<(String, String)>,
+}
+
+/// Brings orphans of each kind, some of them resolved.
+async fn live(bridge: &Bridge) -> Lives {
+    let purchase = || Purchase::new(now() - 3600);
+    let created = |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
+    let session = |purchase: &Purchase, changes| purchase.checkout_session_event(COMPLETED, purchase.created, changes);
+    let once = json!({ "mode": "payment", "subscription": null });
+    let missing = [purchase(), purchase(), purchase()];
+    let payments = [purchase(), purchase()];
+    let unclaimed = [purchase(), purchase(), purchase()];
+    for purchase in &missing {
+        apply(bridge, &session(purchase, json!({}))).await;
+        apply(bridge, &created(purchase)).await;
+    }
+    for purchase in &payments {
+        apply(bridge, &session(purchase, once.clone())).await;
+    }
+    for purchase in &unclaimed {
+        apply(bridge, &created(purchase)).await;
+    }
+    for purchase in &unclaimed {
+        until(bridge, &purchase.subscription, |_| true).await;
+    }
+    let late = |purchase: &Purchase| {
+        let user = json!({ "client_reference_id": "user_late" });
+        purchase.checkout_session_event(SUCCEEDED, purchase.created + 60, user)
+    };
+    apply(bridge, &late(&missing[1])).await;
+    apply(bridge, &late(&unclaimed[1])).await;
+    let mut resolved = Vec::new();
+    for (id, user) in [
+        (&missing[2].subscription, "user_missing"),
+        (&payments[1].checkout_session, "user_payment"),
+        (&unclaimed[2].subscription, "user_unclaimed"),
+    ] {
+        let done = resolve(bridge, id, user).await;
+        assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
+        resolved.push((id.clone(), user.to_owned()));
+    }
+    for purchase in missing.iter().chain(&unclaimed) {
+        let renewed = json!({ "items": purchase.items(now(), now() + 86_400) });
+        bridge.deliver(&purchase.subscription_event(UPDATED, now(), renewed)).await;
+    }
+    let signals = bridge.check().await;
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (8, 5));
+    Lives { open: 3, emails: 2, resolved }
+}
+
+/// Deletes the durable consumer: made anew, it delivers all that the stream holds.
+pub(crate) async fn forget_what_was_delivered(bridge: &Bridge) {
+    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    stream.delete_consumer(WORKER_CONSUMER).await.expect("it can be deleted");
+}
+
+/// The rows without what a rebuild makes anew.
+pub(crate) fn lasting(rows: Vec<stripe_subscription::Model>) -> Vec<stripe_subscription::Model> {
+    let lasting = |row| stripe_subscription::Model {
+        version: 0,
+        revision: 0,
+        dt_created: OffsetDateTime::UNIX_EPOCH,
+        dt_last_updated: OffsetDateTime::UNIX_EPOCH,
+        ..row
+    };
+    rows.into_iter().map(lasting).collect()
+}

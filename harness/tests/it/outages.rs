@@ -1,0 +1,274 @@
+//! Something is down: nothing is lost, nobody is blamed, and it is said once.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::stream;
+use bytes::Bytes;
+use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::eventually;
+use litestripe_harness::process::Signal;
+use litestripe_harness::stripe::{self, Event, Purchase};
+use serde_json::json;
+use time::OffsetDateTime;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const CREATED: &str = "customer.subscription.created";
+const UPDATED: &str = "customer.subscription.updated";
+
+#[tokio::test]
+async fn worker_waits_for_a_broker_that_is_absent_and_says_so_once() {
+    // The library tells of each attempt to connect, so that the test sees several fail.
+    let options = Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,async_nats=debug");
+    let mut bridge = Bridge::prepare(options);
+    bridge.start_worker();
+    let worker = &bridge.workers[0];
+    eventually("several attempts to connect", DEADLINE, async || match worker.count_in_log("connecting to server") {
+        attempts if attempts >= 6 => Ok(()),
+        attempts => Err(format!("{attempts} of them:\n{}", worker.log())),
+    })
+    .await;
+    worker.wait_for_log("waiting for NATS", DEADLINE).await;
+    let alive = worker.page("/healthz").await.expect("it answers");
+    assert_eq!(alive.0, 200);
+    let (status, why) = worker.page("/readyz").await.expect("it answers");
+    assert_eq!((status, why.contains("NATS")), (503, true), "{why}");
+
+    bridge.broker.resume().await;
+
+    worker.wait_until_ready().await;
+    assert_eq!(worker.count_in_log("waiting for NATS"), 1, "{}", worker.log());
+    assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
+    bridge.start_ingress().wait_until_ready().await;
+    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge.check().await;
+}
+
+#[tokio::test]
+async fn worker_waits_for_a_postgres_that_is_absent_and_says_so_once() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    bridge.broker.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    bridge.start_worker();
+    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
+    let (status, why) = bridge.workers[0].page("/readyz").await.expect("it answers");
+    assert_eq!((status, why.contains("database")), (503, true), "{why}");
+    // Stripe is none the wiser.
+    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+
+    bridge.database.resume().await;
+
+    bridge.workers[0].wait_until_ready().await;
+    bridge.check().await;
+    assert_eq!(bridge.rows().await.len(), 2);
+    let worker = &bridge.workers[0];
+    assert_eq!(worker.count_in_log("waiting for the database"), 1, "{}", worker.log());
+    assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
+}
+
+#[tokio::test]
+async fn postgres_killed_in_the_middle_of_traffic_loses_nothing() {
+    let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_BATCH", "20");
+    let mut bridge = Bridge::start(options).await;
+    let (events, ids) = traffic(40, 10);
+    let (before, after) = events.split_at(200);
+    bridge.publish_all(messages(before)).await;
+    until_rows(&bridge, 5).await;
+
+    bridge.database.kill().await;
+    bridge.publish_all(messages(after)).await;
+    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
+    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge.database.resume().await;
+
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 10).await;
+    assert_eq!(bridge.dead_letters().await.len(), 0);
+    let worker = &bridge.workers[0];
+    assert_eq!(worker.count_in_log("waiting for the database"), 1, "{}", worker.log());
+    assert_eq!(worker.count_in_log("the database is back"), 1, "{}", worker.log());
+    assert!(worker.count_in_log("signals wait in the outbox") <= 1, "{}", worker.log());
+    assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
+}
+
+#[tokio::test]
+async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0).worker("LITESTRIPE_BATCH", "20")).await;
+    have_consumer_with_short_patience(&bridge).await;
+    bridge.start_worker();
+    let (events, ids) = traffic(40, 10);
+    let (before, after) = events.split_at(200);
+    bridge.publish_all(messages(before)).await;
+    until_rows(&bridge, 5).await;
+
+    bridge.broker.kill().await;
+    bridge.workers[0].wait_for_log("connection to NATS lost", DEADLINE).await;
+    bridge.broker.resume().await;
+    bridge.ingress().wait_until_ready().await;
+    bridge.deliver_all(after).await;
+
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 10).await;
+    assert_eq!(bridge.dead_letters().await.len(), 0);
+    let worker = &bridge.workers[0];
+    assert_eq!(worker.count_in_log("connection to NATS lost"), 1, "{}", worker.log());
+    assert!(worker.count_in_log("signals wait in the outbox") <= 1, "{}", worker.log());
+    assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
+}
+
+#[tokio::test]
+async fn sqlite_worker_killed_in_the_middle_is_continued_by_the_next() {
+    worker_killed_in_the_middle(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn postgres_worker_killed_in_the_middle_is_continued_by_the_next() {
+    worker_killed_in_the_middle(DatabaseKind::Postgres).await;
+}
+
+async fn worker_killed_in_the_middle(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database).workers(0).worker("LITESTRIPE_BATCH", "50")).await;
+    have_consumer_with_short_patience(&bridge).await;
+    let (events, ids) = traffic(100, 20);
+    // However fast the worker is, it is killed before it has seen all.
+    let (most, last) = events.split_at(1900);
+    bridge.publish_all(messages(most)).await;
+    bridge.start_worker();
+    until_rows(&bridge, 10).await;
+    bridge.workers[0].kill().await;
+    bridge.publish_all(messages(last)).await;
+
+    bridge.start_worker();
+
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 20).await;
+    assert_eq!(bridge.dead_letters().await.len(), 0);
+}
+
+#[tokio::test]
+async fn second_worker_finishes_what_a_killed_one_began() {
+    let options = Options::on(DatabaseKind::Postgres).workers(0).worker("LITESTRIPE_BATCH", "50");
+    let mut bridge = Bridge::start(options).await;
+    have_consumer_with_short_patience(&bridge).await;
+    bridge.start_worker();
+    bridge.start_worker();
+    for worker in &bridge.workers {
+        worker.wait_until_ready().await;
+    }
+    let (events, ids) = traffic(100, 20);
+    let (most, last) = events.split_at(1900);
+    bridge.publish_all(messages(most)).await;
+    until_rows(&bridge, 10).await;
+    bridge.workers[0].kill().await;
+    bridge.publish_all(messages(last)).await;
+
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 20).await;
+    let survivor = &bridge.workers[1];
+    assert_eq!(survivor.count_in_log("ERROR"), 0, "{}", survivor.log());
+}
+
+#[tokio::test]
+async fn stopped_worker_hands_back_what_it_could_not_apply() {
+    // The consumer is as in production: what is not handed back comes again after a minute.
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    bridge.database.kill().await;
+    let (events, ids) = traffic(10, 10);
+    bridge.publish_all(messages(&events)).await;
+    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
+
+    let stopped = bridge.workers.remove(0);
+    stopped.signal(Signal::Term);
+    let status = stopped.wait(DEADLINE).await;
+    assert!(status.success(), "{status}: {}", stopped.log());
+    bridge.database.resume().await;
+    bridge.start_worker().wait_until_ready().await;
+
+    eventually("what was handed back to be applied", Duration::from_secs(30), async || {
+        match bridge.rows().await.iter().filter(|row| row.items[0]["quantity"] == 10).count() {
+            10 => Ok(()),
+            count => Err(format!("{count} of 10 subscriptions are at their last event")),
+        }
+    })
+    .await;
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 10).await;
+}
+
+#[tokio::test]
+async fn worker_stopped_in_the_middle_ends_well_and_the_next_goes_on_at_once() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0).worker("LITESTRIPE_BATCH", "20")).await;
+    let (events, ids) = traffic(100, 20);
+    let (most, last) = events.split_at(1900);
+    bridge.publish_all(messages(most)).await;
+    bridge.start_worker();
+    until_rows(&bridge, 10).await;
+    let status = bridge.workers[0].stop().await;
+    assert!(status.success(), "{status}: {}", bridge.workers[0].log());
+    bridge.publish_all(messages(last)).await;
+    bridge.start_worker();
+
+    let before = std::time::Instant::now();
+    bridge.check().await;
+    // Else it would have waited for the minute after which what was not acked comes again.
+    assert!(before.elapsed() < Duration::from_secs(45), "{:?}", before.elapsed());
+    check_last_quantities(&bridge, &ids, 20).await;
+}
+
+/// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed
+/// worker had not acked comes again after that. Workers leave a consumer that exists as it is.
+async fn have_consumer_with_short_patience(bridge: &Bridge) {
+    let stream: stream::Stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    let config = pull::Config {
+        durable_name: Some(WORKER_CONSUMER.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: Duration::from_secs(2),
+        max_ack_pending: 20_000,
+        filter_subject: format!("{EVENTS_PREFIX}>"),
+        ..pull::Config::default()
+    };
+    stream.create_consumer(config).await.expect("a consumer can be made");
+}
+
+/// Events of that many subscriptions, each created and then updated to a quantity of 2, 3, … up to
+/// `length`, in turns.
+fn traffic(subscriptions: usize, length: i64) -> (Vec<Event>, BTreeSet<String>) {
+    let now = OffsetDateTime::now_utc().unix_timestamp();
+    let purchases: Vec<_> = (0..subscriptions).map(|_| Purchase::new(now - 86_400)).collect();
+    let event = |purchase: &Purchase, quantity: i64| {
+        let mut items = purchase.items(purchase.created, now);
+        items["data"][0]["quantity"] = json!(quantity);
+        let event_type = if quantity == 1 { CREATED } else { UPDATED };
+        purchase.subscription_event(event_type, purchase.created + quantity, json!({ "items": items }))
+    };
+    let events = (1..=length).flat_map(|quantity| purchases.iter().map(move |purchase| event(purchase, quantity)));
+    (events.collect(), purchases.iter().map(|purchase| purchase.subscription.clone()).collect())
+}
+
+fn messages(events: &[Event]) -> Vec<(String, Bytes, String)> {
+    events.iter().map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).collect()
+}
+
+/// Waits until the worker is at work.
+async fn until_rows(bridge: &Bridge, count: usize) {
+    eventually("the first rows", DEADLINE, async || {
+        let rows = bridge.database.query("SELECT stripe_subscription_id FROM stripe_subscription").await;
+        match rows.map_err(|error| error.to_string())?.len() {
+            rows if rows >= count => Ok(()),
+            rows => Err(format!("{rows} rows")),
+        }
+    })
+    .await;
+}
+
+async fn check_last_quantities(bridge: &Bridge, ids: &BTreeSet<String>, quantity: i64) {
+    let rows = bridge.rows().await;
+    let ours: Vec<_> = rows.iter().filter(|row| ids.contains(&row.stripe_subscription_id)).collect();
+    assert_eq!(ours.len(), ids.len());
+    for row in ours {
+        assert_eq!(row.items[0]["quantity"], quantity, "{}", row.stripe_subscription_id);
+        assert!(!row.uncertain, "{}", row.stripe_subscription_id);
+    }
+}

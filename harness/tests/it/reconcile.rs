@@ -1,0 +1,683 @@
+//! `litestripe-worker reconcile`: a table that is not as Stripe has it is found out and mended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use litestripe_entity::stripe_subscription::Model;
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::eventually;
+use litestripe_harness::process::Signal;
+use litestripe_harness::program::Finished;
+use litestripe_harness::stripe::api::{API_KEY, Api, Trouble};
+use litestripe_harness::stripe::{MONTH, Purchase};
+use serde_json::{Value, json};
+
+use crate::orphans::{COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, until, with};
+
+on_both_databases!(
+    damaged_table_is_found_exactly_and_mended_without_a_worker,
+    damaged_table_is_found_exactly_and_mended_beside_workers,
+    existing_account_is_imported_into_an_empty_database,
+    lost_user_of_a_resolved_orphan_comes_back,
+);
+
+/// A command compares twice, some seconds apart.
+const COMMAND: Duration = Duration::from_secs(120);
+
+const LIST: &str = "/v1/subscriptions?";
+
+/// Text that an operator put into metadata, and that nobody has to read.
+const PRIVATE: &str = "the words of an operator";
+
+/// A subscription that Stripe knows, and whose it is.
+struct Customer {
+    purchase: Purchase,
+    user: Option<String>,
+    changes: Value,
+}
+
+async fn damaged_table_is_found_exactly_and_mended_without_a_worker(database: DatabaseKind) {
+    let api = Api::start().await;
+    let mut bridge = Bridge::start(options(database, &api)).await;
+    let damage = damage(&mut bridge, &api).await;
+    for worker in bridge.workers.drain(..) {
+        worker.stop().await;
+    }
+    found_exactly_and_mended(&bridge, &api, damage).await;
+}
+
+async fn damaged_table_is_found_exactly_and_mended_beside_workers(database: DatabaseKind) {
+    let api = Api::start().await;
+    let mut bridge = Bridge::start(options(database, &api).workers(2)).await;
+    let damage = damage(&mut bridge, &api).await;
+    found_exactly_and_mended(&bridge, &api, damage).await;
+}
+
+/// What was done to a table.
+struct Damage {
+    before: Vec<Model>,
+    /// What is to be found, by subscription: the problem and the fields.
+    expected: BTreeMap<String, (&'static str, BTreeSet<String>)>,
+    /// Rows whose columns alone are wrong: subscribers know better.
+    columns_only: Vec<String>,
+    /// The row that was deleted.
+    deleted: String,
+}
+
+/// A table with a history, and then with damages of every kind.
+async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
+    let is_sqlite = bridge.database.url().starts_with("sqlite:");
+    let customers: Vec<_> = (0..15).map(|index| Customer::new(Some(index))).collect();
+    for customer in &customers {
+        customer.buy(bridge).await;
+        customer.put(api);
+    }
+    bridge.wait_until_applied().await;
+    // One of them changed since, and its merge state will be set back to before that.
+    let set_back = &customers[5];
+    let id = set_back.id();
+    let before = bridge.row(id).await.merge_state;
+    let upgraded = json!({ "metadata": { "seats": "9" } });
+    let update = set_back.purchase.subscription_event(UPDATED, set_back.purchase.created + 60, upgraded.clone());
+    apply(bridge, &update).await;
+    api.put_subscription(with(set_back.purchase.subscription(), upgraded));
+    bridge.check().await;
+    let rows = bridge.rows().await;
+
+    let end = "2030-01-01T00:00:00+00:00";
+    let before = before.replace('\'', "''");
+    let metadata = format!(r#"{{"seats":"2","note":"{PRIVATE}"}}"#);
+    let broken_items = if is_sqlite { "items = 'no JSON'" } else { r#"items = '"no list"'"# };
+    let sets = [
+        ("status = 'past_due'".to_owned(), "different", vec!["status"]),
+        ("client_reference_id = NULL".to_owned(), "different", vec!["client_reference_id"]),
+        (String::new(), "missing", vec![]),
+        (
+            format!("current_period_end = '{end}', trial_end = '{end}'"),
+            "different",
+            vec!["current_period_end", "trial_end"],
+        ),
+        ("items = '[]'".to_owned(), "different", vec!["items"]),
+        (format!("merge_state = '{before}'"), "different", vec!["merge_state"]),
+        (format!("subscription_metadata = '{metadata}'"), "different", vec!["subscription_metadata"]),
+        ("merge_state = 'no JSON'".to_owned(), "unreadable", vec![]),
+        ("merge_state = '{}'".to_owned(), "different", vec!["merge_state"]),
+        (
+            "stripe_customer_id = NULL, cancel_at_period_end = TRUE".to_owned(),
+            "different",
+            vec!["stripe_customer_id", "cancel_at_period_end"],
+        ),
+        (
+            "merge_state = '{}', client_reference_id = NULL, checkout_session_id = NULL, status = 'active'".to_owned(),
+            "different",
+            vec!["merge_state", "client_reference_id", "checkout_session_id"],
+        ),
+        ("livemode = TRUE, created = NULL".to_owned(), "different", vec!["livemode", "created"]),
+        (
+            broken_items.to_owned(),
+            if is_sqlite { "unreadable" } else { "different" },
+            if is_sqlite { vec![] } else { vec!["items"] },
+        ),
+        (
+            "merge_state = '', client_reference_id = 'somebody else'".to_owned(),
+            "unreadable",
+            vec!["client_reference_id"],
+        ),
+    ];
+    assert_eq!(sets.len() + 1, customers.len(), "one is left alone");
+    let mut expected = BTreeMap::new();
+    for (customer, (set, problem, fields)) in customers.iter().zip(sets) {
+        let statement = if set.is_empty() {
+            "DELETE FROM stripe_subscription".to_owned()
+        } else {
+            format!("UPDATE stripe_subscription SET {set}")
+        };
+        execute(bridge, &format!("{statement} WHERE stripe_subscription_id = '{}'", customer.id())).await;
+        expected.insert(customer.id().to_owned(), (problem, fields.into_iter().map(str::to_owned).collect()));
+    }
+    let ids = |indexes: &[usize]| indexes.iter().map(|index| customers[*index].id().to_owned()).collect();
+    Damage {
+        before: rows,
+        expected,
+        columns_only: ids(&[0, 1, 3, 4, 6, 9, 11, 12]),
+        deleted: customers[2].id().to_owned(),
+    }
+}
+
+async fn found_exactly_and_mended(bridge: &Bridge, api: &Api, damage: Damage) {
+    let signals = bridge.signals().await.len();
+    let events = bridge.stored_events().await;
+    let found = reconcile(bridge, &["--json"]).await;
+    assert_eq!(found.status.code(), Some(3), "{found:?}");
+    let report = json_of(&found);
+    assert_eq!(findings(&report), damage.expected, "{report:#}");
+    let count = damage.expected.len();
+    for (name, value) in [
+        ("complete", json!(true)),
+        ("compared", json!(count + 1)),
+        ("equal", json!(1)),
+        ("different", json!(count)),
+        ("repaired", json!(0)),
+        ("remaining", json!(count)),
+        ("unknown_to_stripe", json!(0)),
+        ("calls", json!(api.requests("/v1/").len())),
+    ] {
+        assert_eq!(report[name], value, "`{name}` of {report:#}");
+    }
+    let status = difference(&report, damage.columns_only[0].as_str(), "status");
+    assert_eq!((&status["row"], &status["stripe"]), (&json!("past_due"), &json!("active")));
+    let metadata = difference(&report, damage.columns_only[4].as_str(), "subscription_metadata");
+    assert_eq!((&metadata["row"], &metadata["stripe"]), (&json!(["note", "seats"]), &json!(["seats"])));
+
+    let table = reconcile(bridge, &[]).await;
+    assert_eq!(table.status.code(), Some(3), "{table:?}");
+    assert!(table.stderr.contains("reconcile --repair"), "it says what mends it: {table:?}");
+    for (id, (_, fields)) in &damage.expected {
+        for field in fields {
+            let is_it = |line: &str| line.contains(id.as_str()) && line.contains(field.as_str());
+            assert!(table.stdout.lines().any(is_it), "{id} {field} in\n{}", table.stdout);
+        }
+        assert!(table.stdout.contains(id.as_str()), "{id} in\n{}", table.stdout);
+    }
+    assert_eq!(bridge.stored_events().await, events, "comparing stores nothing");
+    assert_eq!(bridge.signals().await.len(), signals);
+
+    let mended = reconcile(bridge, &["--repair", "--json"]).await;
+    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    let report = json_of(&mended);
+    assert_eq!(findings(&report), damage.expected, "{report:#}");
+    assert_eq!((&report["repaired"], &report["remaining"]), (&json!(count), &json!(0)), "{report:#}");
+    for output in [&found, &table, &mended] {
+        for private in [PRIVATE, EMAIL, API_KEY] {
+            assert!(!format!("{output:?}").contains(private), "{private}");
+        }
+    }
+    bridge.wait_until_applied().await;
+    let rows = bridge.rows().await;
+    assert_eq!(of_stripe(&rows), of_stripe(&damage.before));
+
+    // The deleted row comes back as a new one, under a revision that subscribers do not know yet.
+    let signals = bridge.signals().await;
+    let of_deleted = of_subscription(&signals, &damage.deleted);
+    let [.., known, back] = of_deleted.as_slice() else { panic!("{of_deleted:?}") };
+    assert!(back.body["revision"].as_i64() > known.body["revision"].as_i64(), "{back:?}");
+    for row in &rows {
+        let before = damage.before.iter().find(|before| before.stripe_subscription_id == row.stripe_subscription_id);
+        let before = before.expect("no row is new");
+        assert!(row.revision >= before.revision, "{row:?}");
+        let last = of_subscription(&signals, &row.stripe_subscription_id).pop().expect("it was signalled");
+        assert_eq!(last.body["revision"], row.revision, "subscribers know the row");
+        if damage.columns_only.contains(&row.stripe_subscription_id) {
+            assert_eq!(row.revision, before.revision, "subscribers knew it all along: {row:?}");
+            assert_eq!(row.metadata, before.metadata);
+        }
+    }
+    assert_eq!(bridge.orphans().await, []);
+    assert_eq!(bridge.dead_letters().await.len(), 0);
+
+    let nothing = reconcile(bridge, &["--json"]).await;
+    assert_eq!(nothing.status.code(), Some(0), "{nothing:?}");
+    assert_eq!(json_of(&nothing)["differences"], json!([]));
+    let nothing = reconcile(bridge, &["--repair"]).await;
+    assert_eq!(nothing.status.code(), Some(0), "{nothing:?}");
+    assert!(nothing.stdout.contains(" 0 different"), "{nothing:?}");
+}
+
+async fn existing_account_is_imported_into_an_empty_database(database: DatabaseKind) {
+    let api = Api::start().await;
+    let bridge = empty(database, &api).await;
+    let customers: Vec<_> = (0..250)
+        .map(|index| match index % 25 {
+            0 => Customer::new(None),
+            1 => Customer::new(Some(index)).with(json!({ "status": "canceled", "ended_at": now() - 60 })),
+            _ => Customer::new(Some(index)),
+        })
+        .collect();
+    for customer in &customers {
+        customer.put(&api);
+    }
+    let found = reconcile(&bridge, &["--json"]).await;
+    assert_eq!(found.status.code(), Some(3), "{found:?}");
+    let report = json_of(&found);
+    assert!(findings(&report).values().all(|(problem, fields)| *problem == "missing" && fields.is_empty()));
+    assert_eq!((&report["different"], &report["calls"]), (&json!(250), &json!(3)), "whose they are is not asked yet");
+
+    let imported = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!(imported.status.code(), Some(0), "{imported:?}");
+    let report = json_of(&imported);
+    assert_eq!((&report["compared"], &report["repaired"]), (&json!(250), &json!(250)));
+    assert_eq!(report["calls"], 3 + 250, "three pages, and the session of each");
+    let signals = bridge.check().await;
+    assert_eq!(counted(&signals, "orphan.created"), 0);
+    assert_eq!(bridge.orphans().await, []);
+    let questions = bridge.database.query("SELECT 1 FROM due_check").await.expect("the database answers");
+    assert_eq!(questions.len(), 0, "none waits for its session");
+    for customer in &customers {
+        let row = bridge.row(customer.id()).await;
+        assert_eq!(row.client_reference_id, customer.user);
+        assert_eq!(row.checkout_session_id, customer.user.as_ref().map(|_| customer.purchase.checkout_session.clone()));
+        let status = customer.changes["status"].as_str().unwrap_or("active");
+        assert_eq!(row.status.as_deref(), Some(status));
+        let told = of_subscription(&signals, customer.id()).pop().expect("it is signalled");
+        assert_eq!(told.body["client_reference_id"], json!(customer.user));
+    }
+
+    let nothing = reconcile(&bridge, &[]).await;
+    assert_eq!(nothing.status.code(), Some(0), "{nothing:?}");
+    assert!(nothing.stdout.contains("250 equal, 0 different"), "{nothing:?}");
+    assert_eq!(bridge.signals().await.len(), signals.len());
+}
+
+/// The operator's word stands beside the row, so it outlives the row, whatever the session says.
+async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
+    let api = Api::start().await;
+    let lookup = "sql:SELECT 1 WHERE $1 = 'user_4711'";
+    let bridge = Bridge::start(options(database, &api).worker("LITESTRIPE_USER_LOOKUP", lookup)).await;
+    let customers = [Customer::new(Some(1)).without_user(), Customer::new(Some(2))];
+    for customer in &customers {
+        customer.buy(&bridge).await;
+        customer.put(&api);
+        until(&bridge, customer.id(), |_| true).await;
+        let resolution = ["orphans", "resolve", customer.id(), "--client-reference-id", "user_4711", "--force"];
+        assert!(bridge.worker().args(resolution).run(COMMAND).await.status.success());
+        until(&bridge, customer.id(), |orphan| orphan.resolved_at.is_some()).await;
+    }
+    bridge.wait_until_applied().await;
+    let orphans = bridge.orphans().await;
+    execute(&bridge, "DELETE FROM stripe_subscription").await;
+
+    let mended = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    bridge.wait_until_applied().await;
+    for customer in &customers {
+        assert_eq!(bridge.row(customer.id()).await.client_reference_id.as_deref(), Some("user_4711"));
+    }
+    assert_eq!(bridge.orphans().await, orphans);
+    assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
+    // In the column alone it is wrong, and the session would say something else.
+    execute(&bridge, "UPDATE stripe_subscription SET client_reference_id = 'user_2'").await;
+    let found = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!((found.status.code(), &json_of(&found)["repaired"]), (Some(0), &json!(2)), "{found:?}");
+    assert_eq!(bridge.row(customers[1].id()).await.client_reference_id.as_deref(), Some("user_4711"));
+}
+
+#[tokio::test]
+async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended() {
+    let api = Api::start().await;
+    let bridge = empty(DatabaseKind::Sqlite, &api).await;
+    let running = Customer::new(Some(1)).without_user();
+    let ended = Customer::new(Some(2)).without_user().with(json!({ "status": "canceled" }));
+    for customer in [&running, &ended] {
+        customer.put(&api);
+    }
+    let mended = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    let orphans = bridge.orphans().await;
+    assert_eq!(orphans.iter().map(|orphan| orphan.id.as_str()).collect::<Vec<_>>(), [running.id()]);
+    assert_eq!(orphans[0].customer_email.as_deref(), Some(EMAIL));
+    assert!(!format!("{mended:?}").contains(EMAIL));
+    assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0), "and that is no difference");
+}
+
+/// Its row is all that knows the user: writing it would lose him.
+#[tokio::test]
+async fn row_that_alone_knows_its_user_is_reported_and_left_alone() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
+    let customer = Customer::new(Some(1));
+    customer.buy(&bridge).await;
+    bridge.wait_until_applied().await;
+    api.put_subscription(customer.purchase.subscription());
+    execute(&bridge, "UPDATE stripe_subscription SET merge_state = '{}'").await;
+    let row = bridge.row(customer.id()).await;
+
+    let report = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!(report.status.code(), Some(3), "{report:?}");
+    assert!(report.stdout.contains("not repairable"), "{report:?}");
+    assert_eq!(bridge.row(customer.id()).await, row);
+}
+
+#[tokio::test]
+async fn change_meanwhile_is_no_difference() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
+    // More than a page: the second one is held back while things happen.
+    let customers: Vec<_> = (0..101).map(|index| Customer::new(Some(index))).collect();
+    for customer in &customers {
+        customer.buy(&bridge).await;
+        customer.put(&api);
+    }
+    bridge.wait_until_applied().await;
+    let newest = customers.iter().map(|customer| customer.purchase.created).max().unwrap_or_default();
+    let (in_flight, still) = (Customer::at(newest + 10, 1), Customer::at(newest + 11, 2));
+    // Stripe's change of this one is on its way to us when the first page is read.
+    let changed = json!({ "metadata": { "seats": "9" } });
+    in_flight.buy(&bridge).await;
+    api.put_subscription(with(in_flight.purchase.subscription(), changed.clone()));
+    // This one changes while the first page is on its way to us.
+    still.buy(&bridge).await;
+    still.put(&api);
+    bridge.wait_until_applied().await;
+
+    for arguments in [&["--json"][..], &["--repair", "--json"]] {
+        let asked = api.requests(LIST).len();
+        let (first, second) = (api.hold(LIST), api.hold("starting_after"));
+        let running = bridge.worker().arg("reconcile").args(arguments.iter().copied()).start();
+        until_asked(&api, asked + 1).await;
+        let at = now();
+        let ended = json!({ "cancel_at": at + MONTH, "metadata": { "at": at.to_string() } });
+        apply(&bridge, &still.purchase.subscription_event(UPDATED, at, ended.clone())).await;
+        api.put_subscription(with(still.purchase.subscription(), ended));
+        drop(first);
+        until_asked(&api, asked + 2).await;
+        let update = in_flight.purchase.subscription_event(UPDATED, newest + 20, changed.clone());
+        apply(&bridge, &update).await;
+        drop(second);
+        let status = running.wait(COMMAND).await;
+        let report: Value = serde_json::from_str(&running.stdout()).expect("it is JSON");
+        assert_eq!(status.code(), Some(0), "{report:#}\n{}", running.stderr());
+        assert_eq!(report["compared"], 103);
+        assert_eq!(bridge.row(still.id()).await.subscription_metadata, json!({ "at": at.to_string() }));
+        assert_eq!(bridge.row(in_flight.id()).await.subscription_metadata, json!({ "seats": "9" }));
+    }
+    bridge.check().await;
+}
+
+#[tokio::test]
+async fn outage_of_stripe_halfway_leaves_what_is_done_and_the_next_run_does_the_rest() {
+    let api = Api::start().await;
+    let bridge = empty(DatabaseKind::Sqlite, &api).await;
+    let customers: Vec<_> = (0..130).map(|index| Customer::new(Some(index))).collect();
+    for customer in &customers {
+        customer.put(&api);
+    }
+    api.answer_next("starting_after", Trouble::status(503).header("Stripe-Should-Retry", "false"));
+    let broken = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!(broken.status.code(), Some(1), "{broken:?}");
+    for said in ["100 subscriptions", "100 rows repaired", "503", "req_ofTheStub", "running it again is safe"] {
+        assert!(broken.stderr.contains(said), "{said}: {}", broken.stderr);
+    }
+    let report = json_of(&broken);
+    assert_eq!((&report["complete"], &report["repaired"]), (&json!(false), &json!(100)));
+    assert_eq!(bridge.rows().await.len(), 100);
+
+    let again = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!(again.status.code(), Some(0), "{again:?}");
+    let report = json_of(&again);
+    assert_eq!((&report["equal"], &report["repaired"]), (&json!(100), &json!(30)));
+    assert_eq!(bridge.rows().await.len(), 130);
+    bridge.check().await;
+}
+
+#[tokio::test]
+async fn interrupted_walk_says_what_was_done() {
+    let api = Api::start().await;
+    let bridge = empty(DatabaseKind::Sqlite, &api).await;
+    for index in 0..130 {
+        Customer::new(Some(index)).put(&api);
+    }
+    let held = api.hold("starting_after");
+    let running = bridge.worker().args(["reconcile", "--repair", "--json"]).start();
+    until_asked(&api, 2).await;
+    running.signal(Signal::Int);
+    drop(held);
+    let status = running.wait(COMMAND).await;
+    assert_eq!(status.code(), Some(1), "{}", running.stderr());
+    assert!(running.stderr().contains("told to stop"), "{}", running.stderr());
+    let report: Value = serde_json::from_str(&running.stdout()).expect("it is JSON");
+    assert_eq!(report["complete"], false);
+    let rows = bridge.rows().await.len();
+    assert_eq!(report["repaired"], rows, "{report:#}");
+    assert!(rows >= 100, "what was begun is done: {rows}");
+    bridge.check().await;
+}
+
+#[tokio::test]
+async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
+    let without = bridge.worker().env("STRIPE_SECRET_KEY", "").args(["reconcile", "--repair"]).run(COMMAND).await;
+    assert_eq!(without.status.code(), Some(2), "{without:?}");
+    assert!(without.stderr.contains("STRIPE_SECRET_KEY is missing"), "{without:?}");
+
+    // An empty table is of no mode.
+    assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
+    let asked = api.requests("").len();
+    let customer = Customer::new(Some(1));
+    customer.buy(&bridge).await;
+    customer.put(&api);
+    bridge.wait_until_applied().await;
+    let live = "sk_live_theOtherModes";
+    let other = bridge.worker().env("STRIPE_SECRET_KEY", live).args(["reconcile", "--repair"]).run(COMMAND).await;
+    assert_eq!(other.status.code(), Some(2), "{other:?}");
+    for said in ["STRIPE_SECRET_KEY", "live mode key", "test mode", "--any-mode"] {
+        assert!(other.stderr.contains(said), "{said}: {other:?}");
+    }
+    assert!(!other.stderr.contains("theOtherModes"), "{other:?}");
+
+    execute(&bridge, "UPDATE stripe_subscription SET livemode = TRUE").await;
+    let other = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(other.status.code(), Some(2), "{other:?}");
+    assert!(other.stderr.contains("test mode key") && other.stderr.contains("live mode"), "{other:?}");
+    assert_eq!(api.requests("").len(), asked, "Stripe was not asked");
+    let mended = reconcile(&bridge, &["--repair", "--any-mode"]).await;
+    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    assert!(!bridge.row(customer.id()).await.livemode);
+}
+
+#[tokio::test]
+async fn only_subscriptions_of_the_wanted_status_are_compared() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
+    let [late, ended, unknown] =
+        ["past_due", "canceled", "active"].map(|status| Customer::new(Some(1)).with(json!({ "status": status })));
+    late.put(&api);
+    ended.put(&api);
+    unknown.buy(&bridge).await;
+    bridge.wait_until_applied().await;
+    for (status, expected) in [("past_due", vec![late.id()]), ("ended", vec![ended.id()]), ("paused", vec![])] {
+        let found = reconcile(&bridge, &["--json", "--status", status]).await;
+        let report = json_of(&found);
+        assert_eq!(findings(&report).keys().collect::<Vec<_>>(), expected, "{status}");
+        assert_eq!(found.status.code(), Some(if expected.is_empty() { 0 } else { 3 }), "{found:?}");
+        assert_eq!(api.requests(&format!("status={status}")).len(), 1);
+    }
+    let wrong = reconcile(&bridge, &["--status", "alive"]).await;
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
+    assert!(wrong.stderr.contains("alive") && wrong.stderr.contains("incomplete_expired"), "{wrong:?}");
+}
+
+#[tokio::test]
+async fn rows_that_stripe_does_not_know_are_reported_and_those_it_does_not_list_are_compared() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
+    let customers: Vec<_> = (0..4).map(|index| Customer::new(Some(index))).collect();
+    let [listed, unknown, on_a_clock, connected] = customers.as_slice() else { panic!("there are four") };
+    for customer in [listed, unknown, on_a_clock] {
+        customer.buy(&bridge).await;
+    }
+    let mut event = connected.purchase.subscription_event(CREATED, connected.purchase.created, json!({}));
+    event.value["account"] = json!("acct_1Connected");
+    apply(&bridge, &event).await;
+    bridge.wait_until_applied().await;
+    listed.put(&api);
+    // Stripe leaves those of test clocks out of its lists.
+    let changes = with(on_a_clock.changes.clone(), json!({ "test_clock": "clock_1", "status": "past_due" }));
+    api.put_subscription(with(on_a_clock.purchase.subscription(), changes));
+    let row = bridge.row(unknown.id()).await;
+
+    let found = reconcile(&bridge, &["--json"]).await;
+    assert_eq!(found.status.code(), Some(3), "{found:?}");
+    let expected = BTreeMap::from([
+        (unknown.id().to_owned(), ("unknown_to_stripe", BTreeSet::new())),
+        (on_a_clock.id().to_owned(), ("different", BTreeSet::from(["status".to_owned()]))),
+    ]);
+    let report = json_of(&found);
+    assert_eq!(findings(&report), expected);
+    assert_eq!((&report["unknown_to_stripe"], &report["compared"]), (&json!(1), &json!(2)));
+
+    let mended = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(mended.status.code(), Some(3), "{mended:?}");
+    assert!(mended.stdout.contains("1 unknown to Stripe") && mended.stdout.contains("not repairable"), "{mended:?}");
+    assert_eq!(bridge.row(unknown.id()).await, row, "it is left alone");
+    assert_eq!(bridge.row(on_a_clock.id()).await.status.as_deref(), Some("past_due"));
+}
+
+#[tokio::test]
+async fn subscription_that_cannot_be_kept_is_reported_and_not_stored() {
+    let api = Api::start().await;
+    let bridge = empty(DatabaseKind::Sqlite, &api).await;
+    let (good, bad) = (Customer::new(Some(1)), Customer::new(Some(2)).with(json!({ "status": { "is": PRIVATE } })));
+    good.put(&api);
+    // Whatever filter a list has, Stripe would list it.
+    api.put_subscription(with(bad.purchase.subscription(), json!({ "cancel_at": PRIVATE })));
+    let report = reconcile(&bridge, &["--repair", "--json"]).await;
+    assert_eq!(report.status.code(), Some(3), "{report:?}");
+    let found = json_of(&report);
+    assert_eq!(findings(&found)[bad.id()].0, "cannot_be_kept");
+    assert!(report.stdout.contains("`data.object.cancel_at`") && !report.stdout.contains(PRIVATE), "{report:?}");
+    assert_eq!(bridge.rows().await.len(), 1);
+    assert_eq!(bridge.dead_letters().await.len(), 0);
+}
+
+#[tokio::test]
+async fn what_is_away_is_named() {
+    let api = Api::start().await;
+    let mut bridge = Bridge::prepare(options(DatabaseKind::Sqlite, &api));
+    // Comparing needs the broker too: the budget of calls to Stripe is there.
+    for arguments in [&["--repair"][..], &[]] {
+        let away = reconcile(&bridge, arguments).await;
+        assert_eq!(away.status.code(), Some(1), "{away:?}");
+        assert!(away.stderr.contains("NATS_URL"), "{away:?}");
+    }
+    assert_eq!(api.requests("").len(), 0);
+    bridge.broker.resume().await;
+    let behind =
+        bridge.worker().env("LITESTRIPE_AUTO_MIGRATE", "false").env("DATABASE_URL", "sqlite://new.db?mode=rwc");
+    let behind = behind.args(["reconcile", "--repair"]).run(COMMAND).await;
+    assert_eq!(behind.status.code(), Some(1), "{behind:?}");
+    assert!(behind.stderr.contains("litestripe-worker migrate up"), "{behind:?}");
+}
+
+impl Customer {
+    /// The owner of a subscription, bought an hour ago through Checkout, or by API.
+    fn new(index: Option<i64>) -> Self {
+        let (created, user) = (now() - 3600 - index.unwrap_or(0), index.map(|index| format!("user_{index}")));
+        Self { purchase: Purchase::new(created), user, changes: json!({ "metadata": { "seats": "1" } }) }
+    }
+
+    fn at(created: i64, index: i64) -> Self {
+        Self { purchase: Purchase::new(created), ..Self::new(Some(index)) }
+    }
+
+    fn without_user(self) -> Self {
+        Self { user: Some(String::new()), ..self }
+    }
+
+    fn with(self, changes: Value) -> Self {
+        Self { changes: with(self.changes, changes), ..self }
+    }
+
+    fn id(&self) -> &str {
+        &self.purchase.subscription
+    }
+
+    fn session(&self) -> Option<Value> {
+        self.user.as_ref().map(|user| json!({ "client_reference_id": user }))
+    }
+
+    /// Has Stripe know it.
+    fn put(&self, api: &Api) {
+        api.put_subscription(with(self.purchase.subscription(), self.changes.clone()));
+        if let Some(session) = self.session() {
+            api.put_checkout_session(with(self.purchase.checkout_session(), session));
+        }
+    }
+
+    /// Has Stripe tell of it.
+    async fn buy(&self, bridge: &Bridge) {
+        let created = self.purchase.created;
+        bridge.deliver(&self.purchase.subscription_event(CREATED, created, self.changes.clone())).await;
+        if let Some(session) = self.session() {
+            bridge.deliver(&self.purchase.checkout_session_event(COMPLETED, created, session)).await;
+        }
+    }
+}
+
+fn options(database: DatabaseKind, api: &Api) -> Options {
+    Options::on(database)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
+        // What a backfill would bring is not what is mended here.
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
+}
+
+/// Broker and database before anything ever ran.
+async fn empty(database: DatabaseKind, api: &Api) -> Bridge {
+    let mut bridge = Bridge::prepare(options(database, api));
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    bridge
+}
+
+async fn reconcile(bridge: &Bridge, arguments: &[&str]) -> Finished {
+    bridge.worker().arg("reconcile").args(arguments.iter().copied()).run(COMMAND).await
+}
+
+async fn execute(bridge: &Bridge, sql: &str) {
+    bridge.database.query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+async fn until_asked(api: &Api, count: usize) {
+    eventually("a list to be asked for", DEADLINE, async || {
+        let asked = api.requests(LIST).len();
+        if asked >= count { Ok(()) } else { Err(asked.to_string()) }
+    })
+    .await;
+}
+
+fn json_of(finished: &Finished) -> Value {
+    serde_json::from_str(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {finished:?}"))
+}
+
+/// What was found, by subscription: the problem and the fields.
+fn findings(report: &Value) -> BTreeMap<String, (&str, BTreeSet<String>)> {
+    let text = |value: &Value| value.as_str().expect("it is a text").to_owned();
+    let differences = report["differences"].as_array().expect("it is a list");
+    let by_id: BTreeMap<_, _> = differences
+        .iter()
+        .map(|finding| {
+            let fields = finding["differences"].as_array().expect("it is a list");
+            let fields = fields.iter().map(|difference| text(&difference["field"])).collect();
+            let problem = finding["problem"].as_str().expect("it is a text");
+            (text(&finding["stripe_subscription_id"]), (problem, fields))
+        })
+        .collect();
+    assert_eq!(by_id.len(), differences.len(), "each is reported once: {report:#}");
+    by_id
+}
+
+fn difference<'a>(report: &'a Value, id: &str, field: &str) -> &'a Value {
+    let findings = report["differences"].as_array().expect("it is a list");
+    let finding = findings.iter().find(|finding| finding["stripe_subscription_id"] == id).expect("it was found");
+    let differences = finding["differences"].as_array().expect("it is a list");
+    differences.iter().find(|difference| difference["field"] == field).expect("it differs in that")
+}
+
+/// The columns that Stripe's objects tell.
+fn of_stripe(rows: &[Model]) -> Vec<Model> {
+    let at = time::OffsetDateTime::UNIX_EPOCH;
+    let of_stripe = |row: &Model| Model {
+        metadata: json!(null),
+        revision: 0,
+        version: 0,
+        last_event_id: None,
+        last_event_created: None,
+        merge_state: String::new(),
+        dt_created: at,
+        dt_last_updated: at,
+        ..row.clone()
+    };
+    rows.iter().map(of_stripe).collect()
+}

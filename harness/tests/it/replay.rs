@@ -1,0 +1,357 @@
+//! `replay`: events of the stream applied again, beside live traffic, into an empty database, cut off
+//! halfway.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_entity::orphaned_payment;
+use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options, Signal, of_subscription};
+use litestripe_harness::eventually;
+use litestripe_harness::process::Signal as ProcessSignal;
+use litestripe_harness::program::{Finished, Program};
+use litestripe_harness::stripe::{Event, Purchase};
+use serde_json::{Value, json};
+
+use crate::any_order::history::{self, History};
+use crate::any_order::message;
+use crate::any_order::random::Random;
+use crate::orphans::rebuild::lasting;
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, counted, now, orphan};
+
+mod cut_off;
+mod selection;
+
+on_both_databases!(
+    empty_database_is_rebuilt_and_each_row_is_signalled_once,
+    live_table_is_left_as_it_is_and_nobody_is_told,
+    live_traffic_goes_on_beside_a_replay,
+    orphans_are_told_as_they_stand_at_the_end,
+    questions_wait_for_the_end_of_a_replay,
+    all_rows_are_sent_again_where_that_is_asked_for,
+    nobody_is_told_where_that_is_asked_for,
+    dry_run_tells_what_would_change_and_changes_nothing,
+);
+
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// What is rebuilt, 20 events each: 50,000 events, and fewer where every commit is a sync of the file.
+fn rebuilt(database: DatabaseKind) -> usize {
+    match database {
+        DatabaseKind::Postgres => 2_500,
+        DatabaseKind::Sqlite => 500,
+    }
+}
+
+async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let events = publish_many(&bridge, rebuilt(database)).await;
+    bridge.wait_until_applied().await;
+    let (rows, position) = (bridge.rows().await, position(&bridge).await);
+    let revisions: BTreeMap<_, _> = rows.iter().map(|row| (row.stripe_subscription_id.clone(), row.revision)).collect();
+    let last_signal = last_signal(&bridge).await;
+
+    forget_rows(&mut bridge, database).await;
+    let replayed = replay(&bridge, &["--json"]).await;
+    let summary = json_of(&replayed);
+    assert_eq!((&summary["finished"], &summary["poisoned"]), (&json!(true), &json!(0)), "{summary}");
+    assert_eq!(summary["events"].as_u64(), Some(events));
+
+    assert!(lasting(bridge.rows().await) == lasting(rows.clone()), "other rows than before");
+    assert_eq!(self::position(&bridge).await, position, "the workers' consumer was touched");
+    let signals = signals_after(&bridge, last_signal).await;
+    let changed: Vec<_> = signals.iter().filter(|signal| signal.subject == "subscription.changed").collect();
+    assert_eq!(changed.len(), rows.len(), "one signal for each row");
+    for row in bridge.rows().await {
+        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else { panic!("not one signal") };
+        assert_eq!(signal.body["status"], json!(row.status), "the final state");
+        assert_eq!(signal.body["revision"], row.revision);
+        assert_eq!((&signal.body["replayed"], &signal.body["previous_revision"]), (&json!(true), &Value::Null));
+        assert!(row.revision > revisions[&row.stripe_subscription_id], "subscribers would ignore it");
+        assert_eq!(signal.body["event"]["id"], json!(row.last_event_id), "{:#}", signal.body);
+    }
+    assert_eq!(owed(&bridge).await, 0);
+}
+
+async fn live_table_is_left_as_it_is_and_nobody_is_told(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    publish(&bridge, &told(50)).await;
+    let signals = bridge.check().await.len();
+    let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
+    for arguments in [&[][..], &["--name", "again"], &["--signals", "none"]] {
+        let replayed = replay(&bridge, arguments).await;
+        assert_eq!(replayed.status.code(), Some(0), "{}", replayed.stderr);
+        assert!(replayed.stdout.contains("replayed events 1 to 1000"), "{}", replayed.stdout);
+        assert!(bridge.rows().await == rows, "{arguments:?}: not even a version grew");
+        assert!(bridge.orphans().await == orphans);
+        assert_eq!(bridge.check().await.len(), signals, "{arguments:?}");
+    }
+}
+
+async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database).workers(2)).await;
+    let mut random = Random::start();
+    let (mut past, mut live): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
+    for history in told(200) {
+        let mut events = history.events;
+        random.shuffle(&mut events);
+        live.extend(events.split_off(10));
+        past.extend(events);
+    }
+    bridge.publish_all(past.iter().map(message).collect()).await;
+    bridge.wait_until_applied().await;
+    forget_rows(&mut bridge, database).await;
+    let last_signal = last_signal(&bridge).await;
+    bridge.start_worker();
+    bridge.start_worker();
+
+    // Two processes share the replay, in small batches, while the other half of the events comes.
+    let launch = bridge.worker().env("LITESTRIPE_BATCH", "20").args(["replay", "--name", "shared", "--json"]);
+    let replays = [launch.start(), launch.start()];
+    for some in live.chunks(100) {
+        bridge.publish_all(some.iter().map(message).collect()).await;
+    }
+    let mut events = 0;
+    for replay in &replays {
+        assert_eq!(replay.wait(DEADLINE).await.code(), Some(0), "{}", replay.stderr());
+        let summary: Value = serde_json::from_str(&replay.stdout()).expect("it prints JSON");
+        events += summary["events"].as_u64().unwrap_or_default();
+    }
+    assert!(events >= past.len() as u64, "{events} of {}", past.len());
+    bridge.wait_until_applied().await;
+    assert_eq!(owed(&bridge).await, 0);
+
+    // What one worker makes of all of it, each event once.
+    let once = Bridge::start(Options::on(database)).await;
+    once.publish_all(past.iter().chain(&live).map(message).collect()).await;
+    once.check().await;
+    assert!(lasting(bridge.rows().await) == lasting(once.rows().await), "the rows differ");
+    let signals = signals_after(&bridge, last_signal).await;
+    let rows = bridge.rows().await;
+    for row in &rows {
+        let told = of_subscription(&signals, &row.stripe_subscription_id);
+        let mut before = Value::Null;
+        for signal in &told {
+            assert_eq!(signal.body["previous_revision"], before, "a hole, or one twice");
+            before = signal.body["revision"].clone();
+        }
+        let last = told.last().expect("every row is told of");
+        assert_eq!(last.body["revision"], row.revision);
+        assert_eq!(last.body["status"], json!(row.status));
+        assert_eq!(last.body["client_reference_id"], json!(row.client_reference_id));
+    }
+}
+
+async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
+    let (open, resolved) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    for purchase in [&open, &resolved] {
+        apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+    }
+    let late = json!({ "client_reference_id": "user_1" });
+    apply(&bridge, &resolved.checkout_session_event(COMPLETED, now(), late)).await;
+    bridge.check().await;
+    let last_signal = last_signal(&bridge).await;
+
+    forget_rows(&mut bridge, database).await;
+    assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
+    let signals = signals_after(&bridge, last_signal).await;
+    assert_eq!(
+        (counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")),
+        (0, 0),
+        "dropped as repeats"
+    );
+    // Within the duplicate window JetStream knows what it was told; what was put into the outbox shows.
+    assert!(orphan(&bridge, &open.subscription).await.resolved_at.is_none());
+    let is_open = |orphan: &orphaned_payment::Model| orphan.id == resolved.subscription && orphan.resolved_at.is_none();
+    assert!(!bridge.orphans().await.iter().any(is_open));
+    assert_eq!(owed(&bridge).await, 0);
+
+    // A stream that was made anew knows nothing: now the one signal that is due is seen.
+    forget_rows(&mut bridge, database).await;
+    bridge.jetstream().await.delete_stream("LITESTRIPE_SIGNALS").await.expect("it can be deleted");
+    bridge.start_worker().wait_until_ready().await;
+    eventually("the stream of signals to be made anew", DEADLINE, async || {
+        bridge.jetstream().await.get_stream("LITESTRIPE_SIGNALS").await.map(|_| ()).map_err(|error| error.to_string())
+    })
+    .await;
+    assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
+    bridge.wait_until_applied().await;
+    let signals = bridge.signals().await;
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 0));
+    let created = signals.iter().find(|signal| signal.subject == "orphan.created").expect("it was counted");
+    assert_eq!(created.body["orphan_id"], open.subscription.as_str());
+}
+
+async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
+    let options = Options::on(database).workers(0).worker("LITESTRIPE_ORPHAN_GRACE", "1s");
+    let mut bridge = Bridge::start(options).await;
+    bridge.start_worker().wait_until_ready().await;
+    let purchase = Purchase::new(now() - 60);
+    let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
+    let session = json!({ "client_reference_id": "user_1" });
+    let session = purchase.checkout_session_event(COMPLETED, purchase.created, session);
+    bridge.deliver_all(&[created, session]).await;
+    bridge.check().await;
+
+    // A replay that applied the creation and died before the session: for all that the database knows,
+    // the grace period is over.
+    forget_rows(&mut bridge, database).await;
+    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0));
+    let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 2";
+    bridge.database.query(unfinished).await.expect("it can be written");
+    cut_off::last_heard_of(&bridge, 60).await;
+    bridge.start_worker().wait_until_ready().await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(bridge.orphans().await, [], "a payment that has its session is called an orphan");
+
+    assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
+    bridge.wait_until_applied().await;
+    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
+    crate::orphans::until_nothing_is_asked(&bridge).await;
+    assert_eq!(bridge.orphans().await, []);
+}
+
+async fn all_rows_are_sent_again_where_that_is_asked_for(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    publish(&bridge, &told(30)).await;
+    let before = bridge.check().await.len();
+    let revisions: Vec<_> = bridge.rows().await.iter().map(|row| row.revision).collect();
+    assert_eq!(replay(&bridge, &["--signals", "all"]).await.status.code(), Some(0));
+    // That they say what the rows say, under the revision they have, is checked by the bridge.
+    assert_eq!(bridge.check().await.len(), before + revisions.len());
+    let after: Vec<_> = bridge.rows().await.iter().map(|row| row.revision).collect();
+    assert_eq!(after, revisions, "the existing revision");
+}
+
+async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    publish(&bridge, &told(30)).await;
+    bridge.check().await;
+    let (rows, last_signal) = (bridge.rows().await, last_signal(&bridge).await);
+    forget_rows(&mut bridge, database).await;
+    assert_eq!(replay(&bridge, &["--signals", "none"]).await.status.code(), Some(0));
+    assert!(lasting(bridge.rows().await) == lasting(rows));
+    assert_eq!(signals_after(&bridge, last_signal).await.len(), 0);
+}
+
+async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let (known, lost) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
+    for purchase in [&known, &lost] {
+        bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    }
+    let orphan = Purchase::new(now() - 60);
+    bridge.deliver(&orphan.checkout_session_event(COMPLETED, orphan.created, json!({}))).await;
+    bridge.check().await;
+    let dry = json_of(&replay(&bridge, &["--dry-run", "--json"]).await);
+    assert_eq!((&dry["rows"], &dry["orphans"]), (&json!([]), &json!([])), "nothing to do");
+
+    let last_signal = last_signal(&bridge).await;
+    forget_rows(&mut bridge, database).await;
+    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0), "one row is there");
+    let told = signals_after(&bridge, last_signal).await.len();
+    let change = known.subscription_event(UPDATED, known.created + 5, json!({ "status": "past_due" }));
+    bridge.publish(UPDATED, change.body(), change.id()).await;
+    let dump = bridge.database.dump().await.expect("the database answers");
+    let dry = json_of(&replay(&bridge, &["--dry-run", "--json"]).await);
+    let rows = dry["rows"].as_array().expect("it lists rows");
+    assert_eq!(rows.len(), 3, "{dry:#}");
+    for row in rows {
+        let is_known = row["stripe_subscription_id"] == known.subscription.as_str();
+        assert_eq!(row["new"], !is_known, "{row}");
+        if is_known {
+            let changed: Vec<_> = row["changed"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            assert!(changed.contains(&"status"), "{row}");
+        }
+    }
+    assert_eq!(dry["orphans"], json!([orphan.subscription]));
+    let table = replay(&bridge, &["--dry-run"]).await;
+    assert!(table.stdout.contains("would create 2 rows, change 1, and create 1 orphans"), "{}", table.stdout);
+    assert_eq!(bridge.database.dump().await.expect("the database answers"), dump, "nothing is written");
+    assert_eq!(signals_after(&bridge, last_signal).await.len(), told);
+    let consumers = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    assert_eq!(consumers.cached_info().state.consumer_count, 1, "only the workers' consumer is left");
+}
+
+fn told(subscriptions: usize) -> Vec<History> {
+    let mut random = Random::start();
+    (0..subscriptions).map(|_| history::tell(&mut random, now() - 600 * 86_400, 20)).collect()
+}
+
+/// Publishes so many histories as they happened, and returns how many events that are. Only their
+/// bodies are kept: as values they would take gigabytes.
+async fn publish_many(bridge: &Bridge, subscriptions: usize) -> u64 {
+    let mut random = Random::start();
+    let mut events = Vec::new();
+    for _ in 0..subscriptions {
+        let history = history::tell(&mut random, now() - 600 * 86_400, 20);
+        events.extend(history.events.iter().map(|event| (event.created(), message(event))));
+    }
+    events.sort_by_key(|(created, _)| *created);
+    let count = events.len() as u64;
+    bridge.publish_all(events.into_iter().map(|(_, message)| message).collect()).await;
+    count
+}
+
+async fn publish(bridge: &Bridge, histories: &[History]) {
+    // As they happened, so that a rebuild passes through every state there was.
+    let mut events: Vec<&Event> = histories.iter().flat_map(|history| &history.events).collect();
+    events.sort_by_key(|event| event.created());
+    bridge.publish_all(events.into_iter().map(message).collect()).await;
+}
+
+/// Stops the workers and puts an empty database in place of theirs; the stream stays.
+async fn forget_rows(bridge: &mut Bridge, database: DatabaseKind) {
+    for worker in bridge.workers.drain(..) {
+        worker.stop().await;
+    }
+    bridge.database = Database::prepare(database);
+    bridge.database.resume().await;
+}
+
+async fn replay(bridge: &Bridge, arguments: &[&str]) -> Finished {
+    bridge.worker().arg("replay").args(arguments).run(DEADLINE).await
+}
+
+fn json_of(finished: &Finished) -> Value {
+    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
+    serde_json::from_str(&finished.stdout).expect("it prints JSON")
+}
+
+/// Where the workers' consumer stands.
+async fn position(bridge: &Bridge) -> (u64, u64) {
+    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let consumer = stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there");
+    (consumer.delivered.stream_sequence, consumer.ack_floor.stream_sequence)
+}
+
+async fn last_signal(bridge: &Bridge) -> u64 {
+    bridge.signals().await.last().map_or(0, |signal| signal.sequence)
+}
+
+async fn signals_after(bridge: &Bridge, sequence: u64) -> Vec<Signal> {
+    bridge.signals().await.into_iter().filter(|signal| signal.sequence > sequence).collect()
+}
+
+/// How many signals are due at the end of a replay.
+async fn owed(bridge: &Bridge) -> usize {
+    bridge.database.query("SELECT entity_id FROM signal_due").await.expect("the database answers").len()
+}
+
+/// A replay that is killed once it owes signals.
+async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
+    let launch = bridge.worker().env("LITESTRIPE_BATCH", "1").arg("replay").args(arguments);
+    let replay: Program = launch.start();
+    eventually("a replay to owe signals", DEADLINE, async || match owed_if_migrated(bridge).await {
+        0..10 => Err("too few".to_owned()),
+        _ => Ok(()),
+    })
+    .await;
+    replay.signal(ProcessSignal::Kill);
+    replay.wait(DEADLINE).await;
+}
+
+async fn owed_if_migrated(bridge: &Bridge) -> usize {
+    bridge.database.query("SELECT entity_id FROM signal_due").await.map_or(0, |rows| rows.len())
+}

@@ -1,0 +1,77 @@
+//! Which events a replay takes, and what is said to one who asks for others.
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::stripe::Purchase;
+use serde_json::json;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::{forget_rows, json_of, replay};
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
+
+#[tokio::test]
+async fn only_what_is_asked_for_is_applied_again() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let (one, other) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
+    apply(&bridge, &one.subscription_event(CREATED, one.created, json!({}))).await;
+    apply(&bridge, &other.subscription_event(CREATED, other.created, json!({}))).await;
+    let session = json!({ "client_reference_id": "user_1" });
+    apply(&bridge, &one.checkout_session_event(COMPLETED, one.created, session)).await;
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let between = OffsetDateTime::now_utc().format(&Rfc3339).expect("it can be written");
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    apply(&bridge, &one.subscription_event(UPDATED, now(), json!({ "status": "past_due" }))).await;
+
+    let cases: [(&[&str], usize, u64); 9] = [
+        (&["--until", "2"], 2, 2),
+        (&["--from-sequence", "2", "--until", "3"], 2, 2),
+        (&["--type", UPDATED], 1, 1),
+        (&["--type", UPDATED, "--type", COMPLETED], 1, 2),
+        (&["--subscription", &one.subscription], 1, 3),
+        (&["--from-time", &between], 1, 1),
+        (&["--until", &between], 2, 3),
+        (&["--since", "1h"], 2, 4),
+        (&["--subscription", "sub_unknown"], 0, 0),
+    ];
+    for (arguments, rows, events) in cases {
+        forget_rows(&mut bridge, DatabaseKind::Sqlite).await;
+        let summary = json_of(&replay(&bridge, &[arguments, &["--json"]].concat()).await);
+        assert_eq!(summary["events"], events, "{arguments:?}: {summary}");
+        assert_eq!(bridge.rows().await.len(), rows, "{arguments:?}");
+    }
+    let after_all = replay(&bridge, &["--from-time", &now_text()]).await;
+    assert_eq!(after_all.status.code(), Some(0), "{}", after_all.stderr);
+    assert!(after_all.stdout.contains("nothing to replay"), "{}", after_all.stdout);
+}
+
+#[tokio::test]
+async fn what_cannot_be_asked_for_is_said_clearly() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    for _ in 0..3 {
+        let purchase = Purchase::new(now() - 600);
+        apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    }
+    let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.expect("the stream is there");
+    stream.delete_message(1).await.expect("it can be deleted");
+    let cases: [(&[&str], &str); 10] = [
+        (&["--from-sequence", "1"], "it holds 2 to 3"),
+        (&["--from-sequence", "0"], "it holds 2 to 3"),
+        (&["--from-sequence", "4"], "it holds 2 to 3"),
+        (&["--until", "9"], "it holds 2 to 3"),
+        (&["--from-sequence", "3", "--until", "2"], "before it begins"),
+        (&["--from-time", "2999-01-01T00:00:00Z"], "lies in the future"),
+        (&["--from-time", "yesterday"], "RFC 3339"),
+        (&["--since", "soon"], "a time such as"),
+        (&["--name", "a b"], "letters, digits"),
+        (&["--type", "Not A Type"], "event type"),
+    ];
+    for (arguments, text) in cases {
+        let refused = replay(&bridge, arguments).await;
+        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains(text), "{arguments:?}: {}", refused.stderr);
+    }
+}
+
+fn now_text() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).expect("it can be written")
+}

@@ -1,0 +1,193 @@
+//! Clients that were not written here: Stripe's official SDK signs and judges, nats-py subscribes.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET};
+use litestripe_harness::program::{Launch, Program};
+use litestripe_harness::stripe::{Event, MONTH, Purchase};
+use litestripe_harness::tools;
+use litestripe_ingress::signature::{self, SigningSecret};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+const DEADLINE: Duration = Duration::from_secs(90);
+
+#[tokio::test]
+async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let (purchase, event) = purchase();
+    let file = file_of(&event);
+    let launch = python("deliver.py").args([&bridge.hook(), &bridge.broker.url(), SECRET]).arg(file.path());
+
+    let [received] = lines(&launch).await.try_into().expect("it prints one object");
+
+    assert_eq!(received["status"], 200);
+    assert_eq!(received["answer"], json!({ "status": "success" }));
+    assert_eq!(received["subject"], "subscription.changed");
+    let row = bridge.row(&purchase.subscription).await;
+    let at = |unix_s: i64| {
+        let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("it is a time of our days");
+        at.format(&Rfc3339).expect("it has four digits of a year")
+    };
+    assert_eq!(
+        received["body"],
+        json!({
+            "stripe_subscription_id": purchase.subscription,
+            "stripe_customer_id": purchase.customer,
+            "client_reference_id": null,
+            "status": "active",
+            "access": "granted",
+            "created": at(purchase.created),
+            "start_date": at(purchase.created),
+            "cancel_at": null,
+            "canceled_at": null,
+            "ended_at": null,
+            "trial_end": null,
+            "current_period_start": at(purchase.created),
+            "current_period_end": at(purchase.created + MONTH),
+            "cancel_at_period_end": false,
+            "items": [{
+                "price": "price_1QyTpwLkdIwHu7ixT3aM0nth",
+                "product": "prod_RsAIwXl5kSTEam",
+                "quantity": 1,
+                "lookup_key": "team_monthly",
+            }],
+            "metadata": { "customer.subscription.created.workspace": "acme" },
+            "subscription_metadata": { "workspace": "acme" },
+            "livemode": false,
+            "stripe_account_id": null,
+            "uncertain": false,
+            "revision": row.revision,
+            "previous_revision": null,
+            "changed": [
+                "stripe_customer_id", "status", "created", "start_date", "current_period_start",
+                "current_period_end", "items", "metadata", "subscription_metadata",
+            ],
+            "previous": {
+                "stripe_customer_id": null,
+                "status": null,
+                "created": null,
+                "start_date": null,
+                "current_period_start": null,
+                "current_period_end": null,
+                "items": [],
+                "metadata": {},
+                "subscription_metadata": {},
+            },
+            "event": {
+                "id": event.id(),
+                "type": "customer.subscription.created",
+                "created": at(purchase.created),
+            },
+            "replayed": false,
+        })
+    );
+    let id = format!("{}:{}", purchase.subscription, row.revision);
+    for (name, value) in [
+        ("Nats-Msg-Id", id.as_str()),
+        ("ce-id", &id),
+        ("ce-specversion", "1.0"),
+        ("ce-type", "litestripe.v1.subscription.changed"),
+        ("ce-subject", &purchase.subscription),
+        ("ce-time", &at(purchase.created)),
+    ] {
+        assert_eq!(received["headers"][name], value, "{name}");
+    }
+    bridge.check().await;
+}
+
+#[tokio::test]
+async fn what_stripes_sdk_did_not_sign_like_this_is_refused_and_not_stored() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let (_, event) = purchase();
+    let file = file_of(&event);
+    let answers = lines(&python("refused.py").args([&bridge.hook(), SECRET]).arg(file.path())).await;
+
+    let told: Vec<_> = answers.iter().map(|answer| (answer["name"].as_str(), answer["status"].as_u64())).collect();
+    let expected = [
+        ("tampered body", 400),
+        ("old timestamp", 400),
+        ("wrong secret", 400),
+        ("missing header", 400),
+        ("empty header", 400),
+        ("another scheme", 400),
+        ("unknown UUID", 404),
+        ("body over the limit", 413),
+        ("no JSON", 400),
+        ("JSON that is no object", 400),
+        ("no id", 400),
+        ("no type", 400),
+        ("accepted", 200),
+    ];
+    assert_eq!(told, expected.map(|(name, status)| (Some(name), Some(status))));
+    for answer in &answers {
+        let body: Value = serde_json::from_str(answer["answer"].as_str().expect("it is text")).expect("it is JSON");
+        let (name, status) = (&answer["name"], &answer["status"]);
+        assert_eq!(body["error"].is_string(), status != 200, "{name}: {body}");
+        // What the SDK refuses we refuse; beyond that it neither knows our hook nor demands an event.
+        assert!(answer["sdk"] == true || status == 400, "{name}: the SDK refuses it");
+    }
+    assert_eq!(bridge.stored_events().await, 1, "nothing but what was accepted is stored");
+    bridge.check().await;
+}
+
+/// Headers of all kinds, each with the SDK's verdict. `SEED` makes another set of them.
+#[tokio::test]
+async fn ingress_accepts_exactly_what_stripes_sdk_accepts() {
+    const COUNT: usize = 6000;
+    let seed = std::env::var("SEED").unwrap_or_else(|_| OffsetDateTime::now_utc().unix_timestamp().to_string());
+    eprintln!("SEED={seed}");
+    let cases = lines(&python("verdicts.py").args([&seed, &COUNT.to_string()])).await;
+    assert_eq!(cases.len(), COUNT);
+
+    let accepted = cases.iter().filter(|case| case["accepted"] == true).count();
+    assert!((COUNT / 6..COUNT * 5 / 6).contains(&accepted), "{accepted} of {COUNT} are accepted: too one-sided");
+    let disagreements: Vec<_> = cases.iter().filter(|case| is_accepted(case) != (case["accepted"] == true)).collect();
+    assert!(disagreements.is_empty(), "{} disagreements with the SDK:\n{disagreements:#?}", disagreements.len());
+}
+
+fn is_accepted(case: &Value) -> bool {
+    let text = |field: &str| case[field].as_str().expect("it is text");
+    let secrets = case["secrets"].as_array().expect("it is a list").iter().filter_map(Value::as_str);
+    let secrets: Vec<_> = secrets.map(SigningSecret::new).collect();
+    let now_s = case["now"].as_f64().expect("it is a number");
+    // Eighths of a second: exact in both.
+    let received = OffsetDateTime::UNIX_EPOCH + time::Duration::seconds_f64(now_s);
+    let tolerance = Duration::from_secs(case["tolerance"].as_u64().expect("it is a number"));
+    signature::verify(text("header"), bytes_of(text("body")), &secrets, received, tolerance).is_ok()
+}
+
+fn bytes_of(hex: &str) -> Bytes {
+    let pairs = (0..hex.len()).step_by(2).map(|at| &hex[at..at + 2]);
+    pairs.map(|pair| u8::from_str_radix(pair, 16).expect("it is hexadecimal")).collect()
+}
+
+fn purchase() -> (Purchase, Event) {
+    let purchase = Purchase::new(OffsetDateTime::now_utc().unix_timestamp() - 10);
+    let changes = json!({ "metadata": { "workspace": "acme" } });
+    let event = purchase.subscription_event("customer.subscription.created", purchase.created, changes);
+    (purchase, event)
+}
+
+fn file_of(event: &Event) -> NamedTempFile {
+    let file = NamedTempFile::new().expect("a file can be made");
+    std::fs::write(file.path(), event.body()).expect("it can be written");
+    file
+}
+
+/// A script of `harness/python`.
+pub(crate) fn python(script: &str) -> Launch {
+    let python = tools::python().expect("there is a Python, or one can be made");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/python");
+    Program::at(python).env("PYTHONDONTWRITEBYTECODE", "1").arg(format!("{folder}/{script}"))
+}
+
+/// What a script prints, a JSON value a line.
+pub(crate) async fn lines(launch: &Launch) -> Vec<Value> {
+    let finished = launch.run(DEADLINE).await;
+    assert!(finished.status.success(), "{}:\n{}\n{}", finished.status, finished.stdout, finished.stderr);
+    finished.stdout.lines().map(|line| serde_json::from_str(line).expect("it prints JSON")).collect()
+}
