@@ -34,6 +34,9 @@ pub(crate) enum Document {
     Asyncapi,
 }
 
+/// Where an AsyncAPI document has its schemas.
+const SCHEMAS: &str = "/components/schemas";
+
 const ALL: [Document; 4] =
     [Document::SubscriptionChanged, Document::OrphanCreated, Document::OrphanResolved, Document::Asyncapi];
 
@@ -98,22 +101,25 @@ fn signal_schema<T: JsonSchema>(document: Document, description: &str) -> Value 
     schema.into()
 }
 
-/// AsyncAPI: "Specification 3.0.0". The schemas stand in files beside the document.
+/// AsyncAPI: "Specification 3.0.0". It holds the schemas itself, so that it can be read by itself.
 fn asyncapi() -> Value {
-    let signals = ALL.into_iter().filter(|document| *document != Document::Asyncapi);
+    let settings = SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = SCHEMAS.into());
+    let mut generator = settings.for_serialize().into_generator();
+    let signals = [
+        (Document::SubscriptionChanged, generator.subschema_for::<SubscriptionChanged>()),
+        (Document::OrphanCreated, generator.subschema_for::<Orphan>()),
+        (Document::OrphanResolved, generator.subschema_for::<Orphan>()),
+    ];
     let mut channels = serde_json::Map::new();
     let mut operations = serde_json::Map::new();
-    for signal in signals {
+    for (signal, schema) in signals {
         let name = signal.name();
         let key = name.replace('.', "-");
         let message = json!({
             "name": name,
             "contentType": "application/json",
             "headers": headers(name),
-            "payload": {
-                "schemaFormat": "application/schema+json;version=draft-2020-12",
-                "schema": { "$ref": format!("./{}", signal.file_name()) },
-            },
+            "payload": schema,
         });
         channels.insert(key.clone(), json!({ "address": name, "messages": { "signal": message } }));
         operations.insert(
@@ -137,6 +143,7 @@ fn asyncapi() -> Value {
         "servers": { "nats": { "host": "127.0.0.1:4222", "protocol": "nats" } },
         "channels": channels,
         "operations": operations,
+        "components": { "schemas": generator.take_definitions(true) },
     })
 }
 

@@ -46,7 +46,7 @@ async fn schemas_are_written_to_a_folder() {
 }
 
 #[tokio::test]
-async fn asyncapi_document_points_at_the_schemas_and_names_the_headers() {
+async fn asyncapi_document_holds_the_schemas_and_names_the_headers() {
     let document = printed(&["asyncapi"]).await;
     assert_eq!(document["asyncapi"], "3.0.0");
     let channels = document["channels"].as_object().expect("there are channels");
@@ -54,13 +54,30 @@ async fn asyncapi_document_points_at_the_schemas_and_names_the_headers() {
     for channel in channels.values() {
         let subject = channel["address"].as_str().expect("a channel has an address");
         let message = &channel["messages"]["signal"];
-        assert_eq!(message["payload"]["schema"]["$ref"], format!("./{subject}.schema.json"));
+        let payload = resolved(&document, &message["payload"]);
+        let alone = printed(&[subject]).await;
+        assert_eq!(payload["properties"], pointing_at(&alone["properties"], "#/$defs/", "#/components/schemas/"));
         assert_eq!(message["headers"]["properties"]["ce-type"]["const"], format!("litestripe.v1.{subject}"));
     }
     for operation in document["operations"].as_object().expect("there are operations").values() {
-        let channel = operation["channel"]["$ref"].as_str().expect("an operation has a channel");
-        assert!(document.pointer(&channel[1..]).is_some(), "{channel} is nowhere");
+        resolved(&document, &operation["channel"]);
     }
+    let text = document.to_string();
+    for reference in text.split(r##""$ref":"#"##).skip(1) {
+        let pointer = reference.split('"').next().unwrap_or_default();
+        assert!(document.pointer(pointer).is_some(), "#{pointer} is nowhere");
+    }
+    assert_eq!(text.matches(r#""$ref":"#).count(), text.matches(r##""$ref":"#"##).count(), "it needs no other file");
+}
+
+/// What a `$ref` within `document` stands for.
+fn resolved<'a>(document: &'a Value, reference: &Value) -> &'a Value {
+    let pointer = reference["$ref"].as_str().and_then(|text| text.strip_prefix('#')).expect("it is a reference");
+    document.pointer(pointer).unwrap_or_else(|| panic!("#{pointer} is nowhere"))
+}
+
+fn pointing_at(schema: &Value, from: &str, to: &str) -> Value {
+    serde_json::from_str(&schema.to_string().replace(from, to)).expect("it is still JSON")
 }
 
 /// What is not a signal has to be refused, or the schemas would say nothing.
