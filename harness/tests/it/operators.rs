@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::program::{Finished, Launch};
-use litestripe_harness::{eventually, stripe};
+use litestripe_harness::{eventually, nats, stripe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -173,6 +173,19 @@ async fn status_without_broker_or_database_fails_and_names_the_setting() {
     let finished = run(bridge.worker().arg("status")).await;
     assert_eq!(finished.status.code(), Some(1), "{finished:?}");
     assert!(finished.stderr.contains("schema version"), "it says what it could not do: {finished:?}");
+}
+
+/// A broker that does not tell must not look like a bridge with nothing in it.
+#[tokio::test]
+async fn status_where_jetstream_does_not_answer_fails() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    let broker = nats::Options { jetstream: "enabled: false".to_owned(), ..nats::Options::default() };
+    bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
+    bridge.broker.resume().await;
+    let finished = run(bridge.worker().args(["status", "--json"])).await;
+    assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("STRIPE_EVENTS"), "{finished:?}");
+    assert_eq!(finished.stdout, "");
 }
 
 #[tokio::test]

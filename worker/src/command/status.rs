@@ -1,10 +1,11 @@
 //! `status`: how far the workers are, at a glance.
 
-use async_nats::jetstream;
-use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
+use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::{self, ErrorCode, consumer};
 use clap::Args;
-use litestripe_contract::connect;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_contract::{connect, exit};
 use serde::Serialize;
 use time::OffsetDateTime;
 
@@ -81,14 +82,13 @@ impl Status {
 }
 
 async fn report(jetstream: &jetstream::Context, store: &Store) -> Result<Report, Failure> {
-    let events = jetstream.get_stream(EVENTS_STREAM).await.ok();
+    let events = stream(jetstream, EVENTS_STREAM).await?;
     let consumer = match &events {
-        Some(stream) => stream.get_consumer::<pull::Config>(WORKER_CONSUMER).await.ok(),
+        Some(stream) => consumer(stream).await?,
         None => None,
     };
-    let consumer = consumer.as_ref().map(|consumer| consumer.cached_info());
     let state = events.as_ref().map(|stream| &stream.cached_info().state);
-    let dead_letters = jetstream.get_stream(DEAD_LETTERS_STREAM).await.ok();
+    let dead_letters = stream(jetstream, DEAD_LETTERS_STREAM).await?;
     let steps = store.migrations().await?;
     let schema_current = steps.iter().all(|step| step.applied);
     let schema_version = steps.iter().rev().find(|step| step.applied).map(|step| step.name.clone());
@@ -101,10 +101,10 @@ async fn report(jetstream: &jetstream::Context, store: &Store) -> Result<Report,
         (None, None, None, Vec::new())
     };
     Ok(Report {
-        lag: consumer.map(|consumer| consumer.num_pending),
-        pending_acks: consumer.map(|consumer| consumer.num_ack_pending),
-        redelivered: consumer.map(|consumer| consumer.num_redelivered),
-        ack_floor: consumer.map(|consumer| consumer.ack_floor.stream_sequence),
+        lag: consumer.as_ref().map(|consumer| consumer.num_pending),
+        pending_acks: consumer.as_ref().map(|consumer| consumer.num_ack_pending),
+        redelivered: consumer.as_ref().map(|consumer| consumer.num_redelivered),
+        ack_floor: consumer.as_ref().map(|consumer| consumer.ack_floor.stream_sequence),
         events: state.map(|state| state.messages),
         events_bytes: state.map(|state| state.bytes),
         outbox,
@@ -115,6 +115,25 @@ async fn report(jetstream: &jetstream::Context, store: &Store) -> Result<Report,
         schema_version,
         schema_current,
     })
+}
+
+/// A stream that is not there yet is none. Anything else that goes wrong must not look like that.
+async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Stream>, Failure> {
+    match jetstream.get_stream(name).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
+            _ => Err(format!("cannot ask JetStream about {name}: {}", exit::chain(&error)).into()),
+        },
+    }
+}
+
+async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
+    match events.consumer_info(WORKER_CONSUMER).await {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("cannot ask JetStream about {WORKER_CONSUMER}: {}", exit::chain(&error)).into()),
+    }
 }
 
 async fn replays(store: &Store) -> Result<Vec<ReplayReport>, Failure> {
