@@ -68,14 +68,37 @@ struct Fields<'a> {
     object: Option<&'a RawValue>,
 }
 
-#[derive(Deserialize)]
-#[serde(field_identifier, rename_all = "lowercase")]
 enum Name {
     Id,
     Type,
     Object,
-    #[serde(other)]
     Other,
+}
+
+/// From bytes: serde's derived one refuses a key with a lone surrogate, which no one reads.
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_bytes(NameVisitor)
+    }
+}
+
+struct NameVisitor;
+
+impl Visitor<'_> for NameVisitor {
+    type Value = Name;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
+        Ok(match key {
+            b"id" => Name::Id,
+            b"type" => Name::Type,
+            b"object" => Name::Object,
+            _ => Name::Other,
+        })
+    }
 }
 
 impl<'de> Deserialize<'de> for Fields<'de> {

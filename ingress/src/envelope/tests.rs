@@ -50,4 +50,5 @@ fn what_nobody_reads_may_be_odd() {
     for odd in [deep.as_str(), "1e999", "-0", r#""\ud800""#, "123456789012345678901234567890", r#"{"a":1,"a":2}"#] {
         check(&format!(r#"{{"id":"evt_1","data":{odd},"type":"a"}}"#), Ok(("evt_1", "a", false)));
     }
+    check(r#"{"id":"evt_1","\ud800":1,"":2,"ty\u0070e":"a"}"#, Ok(("evt_1", "a", false)));
 }
