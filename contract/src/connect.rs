@@ -3,11 +3,14 @@
 //! Owns timeouts, pings and what is logged when the connection comes and goes. A broker that is
 //! away is waited for: only settings that can never work are an error.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, jetstream};
+use nkeys::KeyPair;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use secrecy::ExposeSecret as _;
 use tracing::{debug, info, warn};
 
@@ -35,7 +38,7 @@ pub enum ConnectError {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The options were refused, before anything was sent.
     #[error("cannot connect to NATS")]
@@ -61,12 +64,15 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
             std::future::ready(())
         });
     if let Some(ca) = &settings.tls_ca {
-        readable("NATS_TLS_CA", ca)?;
+        certificates("NATS_TLS_CA", ca)?;
         options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((certificate, key)) = &settings.tls_client {
-        readable("NATS_TLS_CERT", certificate)?;
-        readable("NATS_TLS_KEY", key)?;
+        certificates("NATS_TLS_CERT", certificate)?;
+        let text = std::fs::read(key).map_err(unusable("NATS_TLS_KEY", key))?;
+        // The parser's own message may quote a line of the key.
+        PrivateKeyDer::from_pem_slice(&text)
+            .map_err(|_| unusable("NATS_TLS_KEY", key)("it holds no PEM private key"))?;
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     options.connect(settings.servers.as_slice()).await.map_err(ConnectError::Options)
@@ -91,15 +97,12 @@ pub async fn connected(client: &Client, settings: &NatsSettings) {
 }
 
 async fn identify(options: ConnectOptions, identity: &Identity) -> Result<ConnectOptions, ConnectError> {
-    let refused = |setting, path: &PathBuf| {
-        let path = path.clone();
-        move |source| ConnectError::File { setting, path, source }
-    };
     Ok(match identity {
         Identity::Anonymous => options,
-        Identity::Credentials(file) => options.credentials_file(file).await.map_err(refused("NATS_CREDS", file))?,
+        Identity::Credentials(file) => options.credentials_file(file).await.map_err(unusable("NATS_CREDS", file))?,
         Identity::Nkey(file) => {
-            let seed = std::fs::read_to_string(file).map_err(refused("NATS_NKEY_SEED_FILE", file))?;
+            let seed = std::fs::read_to_string(file).map_err(unusable("NATS_NKEY_SEED_FILE", file))?;
+            KeyPair::from_seed(seed.trim()).map_err(unusable("NATS_NKEY_SEED_FILE", file))?;
             options.nkey(seed.trim().to_owned())
         }
         Identity::Password(user, password) => {
@@ -108,11 +111,22 @@ async fn identify(options: ConnectOptions, identity: &Identity) -> Result<Connec
     })
 }
 
-fn readable(setting: &'static str, path: &PathBuf) -> Result<(), ConnectError> {
-    match std::fs::File::open(path) {
-        Ok(_) => Ok(()),
-        Err(source) => Err(ConnectError::File { setting, path: path.clone(), source }),
+/// Files are looked into before anything is sent: async-nats does it at every attempt to connect, and
+/// one that can never work would look like a broker that is away.
+fn certificates(setting: &'static str, path: &Path) -> Result<(), ConnectError> {
+    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match found.map_err(unusable(setting, path))?.as_slice() {
+        [] => Err(unusable(setting, path)("it holds no PEM certificate")),
+        _ => Ok(()),
     }
+}
+
+fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    setting: &'static str,
+    path: &Path,
+) -> impl FnOnce(E) -> ConnectError {
+    let path = path.to_owned();
+    move |source| ConnectError::File { setting, path, source: source.into() }
 }
 
 fn report(event: &Event, hosts: &str) {

@@ -10,6 +10,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use async_nats::ServerAddr;
 use clap::{Arg, ArgMatches, Command};
 use secrecy::SecretString;
 
@@ -256,7 +257,7 @@ pub fn address(value: &str) -> Option<std::net::SocketAddr> {
 #[derive(Debug, Clone)]
 pub struct NatsSettings {
     /// The servers, each a URL. May hold passwords: never print them, see [`NatsSettings::hosts`].
-    pub servers: Vec<async_nats::ServerAddr>,
+    pub servers: Vec<ServerAddr>,
     /// Who we are.
     pub identity: Identity,
     /// The CA certificates that servers must have. Makes TLS required.
@@ -289,7 +290,9 @@ impl NatsSettings {
     /// Reads the settings that say how to reach NATS.
     pub fn read(reader: &mut Reader) -> Option<Self> {
         let servers = reader.defaulted("NATS_URL", "one or more URLs such as nats://127.0.0.1:4222", |value| {
-            value.split(',').map(|url| url.trim().parse().ok()).collect::<Option<Vec<_>>>()
+            // A host that is missing, as after a last comma, would be taken for an empty name.
+            let server = |url: &str| url.trim().parse::<ServerAddr>().ok().filter(|server| !server.host().is_empty());
+            value.split(',').map(server).collect::<Option<Vec<_>>>()
         });
         let credentials = reader.optional("NATS_CREDS", "a path", path);
         let nkey = reader.optional("NATS_NKEY_SEED_FILE", "a path", path);

@@ -4,12 +4,16 @@
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
     self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting,
 };
+use sea_orm::sqlx::postgres::PgConnectOptions;
+use sea_orm::sqlx::sqlite::SqliteConnectOptions;
 use secrecy::{ExposeSecret as _, SecretString};
+use url::Url;
 
 use crate::event::MetadataKeys;
 use crate::kv;
@@ -122,7 +126,8 @@ const BACKFILL_INTERVAL: Duration = Duration::from_secs(60 * 60);
 const WINDOWS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
 /// What a database's URL must be.
-const DATABASE: &str = "a URL that starts with sqlite: or postgres://";
+const DATABASE: &str =
+    "a URL that starts with sqlite: or postgres://, with / # ? @ % of a password written as %2F %23 %3F %40 %25";
 
 /// Everything the worker is told.
 #[derive(Debug, Clone)]
@@ -280,12 +285,9 @@ pub fn read(given: Given) -> Result<Settings, Problems> {
 }
 
 fn read_database(reader: &mut Reader) -> Option<DatabaseSettings> {
-    let url = reader
-        .defaulted("DATABASE_URL", DATABASE, |value| kind_of(value).map(|kind| (SecretString::from(value), kind)));
+    let (url, kind) = reader.defaulted("DATABASE_URL", DATABASE, database_url);
     let auto_migrate = reader.optional("LITESTRIPE_AUTO_MIGRATE", "true or false", settings::flag);
-    let (url, kind) = url;
-    let auto_migrate = auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite);
-    Some(DatabaseSettings { url: normalised(&url), kind, auto_migrate })
+    Some(DatabaseSettings { url, kind, auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite) })
 }
 
 fn read_orphans(reader: &mut Reader) -> OrphanSettings {
@@ -299,11 +301,8 @@ fn read_orphans(reader: &mut Reader) -> OrphanSettings {
 }
 
 fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Option<LookupSettings> {
-    let elsewhere = reader.optional("LITESTRIPE_USER_DATABASE_URL", DATABASE, |value| {
-        kind_of(value).map(|kind| (SecretString::from(value), kind))
-    });
-    let database = match elsewhere {
-        Some((url, kind)) => DatabaseSettings { url: normalised(&url), kind, auto_migrate: false },
+    let database = match reader.optional("LITESTRIPE_USER_DATABASE_URL", DATABASE, database_url) {
+        Some((url, kind)) => DatabaseSettings { url, kind, auto_migrate: false },
         None => database?.clone(),
     };
     let expected = "none, sql:<query with $1>, or nats:<subject>";
@@ -355,22 +354,21 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
     Some(StripeSettings { key, base, budget, backfill_interval })
 }
 
-fn kind_of(url: &str) -> Option<DatabaseKind> {
-    if url.starts_with("sqlite:") {
-        Some(DatabaseKind::Sqlite)
-    } else if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-        Some(DatabaseKind::Postgres)
-    } else {
-        None
+/// A URL that sea-orm and sqlx take. They are asked here, because later their own messages would
+/// print it, with a password that has an unescaped `/`, `#` or `?`.
+fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
+    let url = Url::parse(value).ok()?;
+    if value.starts_with("sqlite:") {
+        SqliteConnectOptions::from_str(value).ok()?;
+        return Some((SecretString::from(value), DatabaseKind::Sqlite));
     }
-}
-
-/// `postgresql://` is as common as `postgres://`, but sea-orm knows only the latter.
-fn normalised(url: &SecretString) -> SecretString {
-    match url.expose_secret().strip_prefix("postgresql://") {
-        Some(rest) => SecretString::from(format!("postgres://{rest}")),
-        None => url.clone(),
-    }
+    // `postgresql://` is as common as `postgres://`, but sea-orm knows only the latter.
+    let rest = value.strip_prefix("postgres://").or_else(|| value.strip_prefix("postgresql://"))?;
+    let value = format!("postgres://{rest}");
+    PgConnectOptions::from_str(&value).ok()?;
+    // A password that begins like a port leaves its `@` in what follows.
+    let is_split_early = value.contains('@') && url.username().is_empty();
+    (!is_split_early).then(|| (SecretString::from(value), DatabaseKind::Postgres))
 }
 
 #[cfg(test)]

@@ -58,6 +58,19 @@ fn every_problem_is_reported_by_name_and_without_its_value() {
 }
 
 #[test]
+fn nats_servers_are_urls_with_a_host() {
+    let read = |value| {
+        let mut reader = reader(&[("NATS_URL", value)]);
+        let nats = NatsSettings::read(&mut reader);
+        reader.finish(nats).map(|nats| nats.hosts()).ok()
+    };
+    assert_eq!(read("nats://a:1, b"), Some("a:1, b:4222".to_owned()));
+    for value in ["nats://a:1,", ",", "nats://", "nats://a:x"] {
+        assert_eq!(read(value), None, "{value}");
+    }
+}
+
+#[test]
 fn a_required_setting_that_is_missing_is_a_problem_once() {
     let mut reader = reader(&[]);
     assert_eq!(reader.required("NATS_CREDS", "a path", super::text), None);

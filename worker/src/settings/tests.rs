@@ -39,6 +39,28 @@ fn all_problems_are_reported_and_no_value_is() {
 }
 
 #[test]
+fn a_database_url_that_a_password_breaks_is_refused_without_it() {
+    for url in [
+        "postgres://u:hunter2/x@h/d",
+        "postgres://u:hunter2#x@h/d",
+        "postgres://u:hunter2?x@h/d",
+        "postgres://u:5432/hunter2@h/d",
+        "postgres://u:5432?hunter2@h/d",
+        "postgres://u:5432#hunter2@h/d",
+        "postgres://u:hunter2@h:port/d",
+        "postgres://u:hunter2@h/d?sslmode=hunter2",
+        "sqlite://d.db?mode=hunter2",
+    ] {
+        for name in ["DATABASE_URL", "LITESTRIPE_USER_DATABASE_URL"] {
+            let Problems(problems) = check(&[(name, url)]).map(|_| ()).expect_err(url);
+            assert!(problems.len() == 1 && problems[0].starts_with(name), "{problems:?}");
+            assert!(!problems[0].contains("hunter2"), "{problems:?}");
+        }
+    }
+    check(&[("DATABASE_URL", "postgres://u:hunter2%2Fx@h/d")]).expect("it is escaped");
+}
+
+#[test]
 fn secrets_do_not_print() {
     let settings = check(&[("DATABASE_URL", "postgres://u:hunter2@h/d")]).expect("it is a URL");
     assert!(!format!("{settings:?}").contains("hunter2"));

@@ -47,7 +47,7 @@ async fn malformed_settings_of_ingress_are_listed_all_at_once_without_their_valu
 #[tokio::test]
 async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_values() {
     let own = [
-        ("DATABASE_URL", "mysql://user:hunter2@localhost/db"),
+        ("DATABASE_URL", "postgres://user:hunter2/@localhost/db"),
         ("LITESTRIPE_AUTO_MIGRATE", "hunter2"),
         ("LITESTRIPE_WORKER_LISTEN", "hunter2"),
         ("LITESTRIPE_BATCH", "0hunter2"),
@@ -105,6 +105,31 @@ async fn malformed_dotenv_is_refused_without_its_lines() {
         assert_eq!(finished.status.code(), Some(2), "{finished:?}");
         assert!(finished.stderr.contains(".env"), "{finished:?}");
         assert!(!finished.stderr.contains(SECRET), "{finished:?}");
+    }
+}
+
+/// A file of the wrong content would otherwise look like a broker that does not answer.
+#[tokio::test]
+async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let file = folder.path().join("file");
+    fs::write(&file, "-----BEGIN PRIVATE KEY-----hunter2").expect("it can be written");
+    let certificate = folder.path().join("certificate.pem");
+    fs::write(&certificate, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").expect("written");
+    for (name, other) in [
+        ("NATS_CREDS", None),
+        ("NATS_NKEY_SEED_FILE", None),
+        ("NATS_TLS_CA", None),
+        ("NATS_TLS_KEY", Some("NATS_TLS_CERT")),
+    ] {
+        for path in [file.clone(), folder.path().join("missing")] {
+            let launch = Program::named(WORKER).arg("status").env(name, &path);
+            let launch = other.into_iter().fold(launch, |launch, other| launch.env(other, &certificate));
+            let finished = run(launch).await;
+            assert_eq!(finished.status.code(), Some(2), "{finished:?}");
+            assert!(finished.stderr.contains(name), "{finished:?}");
+            assert!(!finished.stderr.contains(SECRET), "{finished:?}");
+        }
     }
 }
 
