@@ -94,6 +94,38 @@ async fn four_workers_make_one_backfill_per_interval() {
 }
 
 #[tokio::test]
+async fn workers_that_are_started_again_backfill_once_however_short_they_were_away() {
+    let api = Api::start().await;
+    let options = with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", "1h");
+    let mut bridge = Bridge::start(options).await;
+    let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
+    let complete = eventually("the first backfill to be complete", DEADLINE, async || {
+        let second = bucket.get("backfill.test").await.map_err(|error| error.to_string())?;
+        second.ok_or_else(|| "it is not".to_owned())
+    })
+    .await;
+    let complete: i64 = String::from_utf8_lossy(&complete).parse().expect("it is a second");
+    bridge.workers.pop().expect("there is one").stop().await;
+    put(&api, &purchases(1), false);
+    // What began about when a worker was started would count as made after its start.
+    eventually("the next backfill to be another one", DEADLINE, async || {
+        if now() > complete + 3 { Ok(()) } else { Err(now().to_string()) }
+    })
+    .await;
+    for _ in 0..3 {
+        bridge.start_worker();
+    }
+    eventually("the row of the missed event", DEADLINE, async || {
+        if bridge.rows().await.is_empty() { Err("no row".to_owned()) } else { Ok(()) }
+    })
+    .await;
+    for worker in &bridge.workers {
+        worker.wait_until_ready().await;
+    }
+    assert_eq!(api.requests(EVENTS).len(), 2, "one for each start");
+}
+
+#[tokio::test]
 async fn backfill_of_a_worker_that_died_is_taken_over() {
     let (first, second) = (Api::start().await, Api::start().await);
     let missed = Purchase::new(now() - 600);

@@ -1,7 +1,8 @@
 //! Backfills that workers make by themselves.
 //!
-//! Owns when: shortly after start and then every interval, by one worker at a time. Never in the way
-//! of a batch, and never the end of a worker: what fails is tried again.
+//! Owns when: after a start, for whatever the worker was away for, and then every interval, by one
+//! worker at a time. Never in the way of a batch, and never the end of a worker: what fails is tried
+//! again.
 
 use std::time::Duration;
 
@@ -25,6 +26,10 @@ use crate::store::Store;
 /// How often it is looked whether one is due, at least: other workers come and go.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// A backfill that began no longer than this before a worker was started is one after its start:
+/// workers that are started together make one. The record has whole seconds.
+const TOGETHER: Duration = Duration::from_secs(2);
+
 /// How soon a backfill that failed is tried again: doubles with each.
 const RETRY_FIRST: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
@@ -35,6 +40,8 @@ pub struct Schedule {
     pub backfill: Backfill,
     /// How often.
     pub interval: Duration,
+    /// When this process was started: the first one is due unless it was made since.
+    pub started: OffsetDateTime,
     /// What is known of earlier ones.
     pub record: Record,
     /// Who does it.
@@ -85,14 +92,14 @@ impl Schedule {
 
     /// Backfills if one is due and nobody else is at it. Returns the time until the next is due.
     async fn turn(&mut self, shutdown: &CancellationToken) -> Result<Duration, ScheduleError> {
-        let Self { backfill, interval, record, lease, store, stripe } = self;
-        let left = due_in(record, *interval).await?;
+        let Self { backfill, interval, started, record, lease, store, stripe } = self;
+        let left = due_in(record, *interval, *started).await?;
         if !left.is_zero() {
             return Ok(left);
         }
         let work = async {
             // Somebody may have done it just before we got the lease.
-            let left = due_in(record, *interval).await?;
+            let left = due_in(record, *interval, *started).await?;
             if !left.is_zero() {
                 return Ok(left);
             }
@@ -153,8 +160,9 @@ fn complain(error: &ScheduleError, again: bool) {
 }
 
 /// The time until a backfill is due.
-async fn due_in(record: &Record, interval: Duration) -> Result<Duration, KvError> {
-    let Some(last) = record.last_complete().await? else { return Ok(Duration::ZERO) };
+async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) -> Result<Duration, KvError> {
+    let last = record.last_complete().await?;
+    let Some(last) = last.filter(|last| *last >= started - TOGETHER) else { return Ok(Duration::ZERO) };
     // Another host's clock may be ahead of ours.
     let passed = Duration::try_from(OffsetDateTime::now_utc() - last).unwrap_or_default();
     Ok(interval.saturating_sub(passed))

@@ -8,6 +8,7 @@ use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::BackoffBuilder as _;
 use litestripe_contract::{connect, exit, shutdown, stream};
+use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -59,6 +60,7 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 struct SchemaBehind(String);
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
+    let started = OffsetDateTime::now_utc();
     let shutdown = shutdown::token()?;
     metrics::install();
     let listener = health::listen(settings.listen).await?;
@@ -81,7 +83,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let dead_letters = DeadLetters::new(jetstream.clone());
     let applier = applier(&settings, &store, &dead_letters, &erasures, &wake);
     let stripe = stripe_api(&settings, &jetstream)?;
-    let backfill = backfill_schedule(&settings, &store, &jetstream, &erasures, stripe.clone());
+    let backfill = backfill_schedule(&settings, &store, &jetstream, &erasures, stripe.clone(), started);
     let sweep = Sweep {
         store,
         jetstream: jetstream.clone(),
@@ -143,11 +145,13 @@ fn backfill_schedule(
     jetstream: &jetstream::Context,
     erasures: &Erasures,
     stripe: Option<StripeApi>,
+    started: OffsetDateTime,
 ) -> Option<Schedule> {
     let (stripe, key) = stripe.zip(settings.stripe.clone())?;
     let bucket = Bucket::new(jetstream.clone(), settings.events.replicas);
     Some(Schedule {
         interval: key.backfill_interval?,
+        started,
         record: Record::new(bucket.clone(), key.is_live()),
         lease: Lease::new(bucket, "backfill"),
         backfill: Backfill { stripe, jetstream: jetstream.clone(), erasures: erasures.clone() },
