@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
 use crate::event::whose::DeletedCustomer;
@@ -111,6 +112,12 @@ impl Erasures {
             }
             waiting = looked.is_err();
         }
+    }
+
+    /// Looks for new ones every second, for as long as what is returned lives.
+    #[must_use]
+    pub fn followed(&self) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(tokio::spawn(self.clone().follow(CancellationToken::new())))
     }
 
     /// Reads what is new since the last look.

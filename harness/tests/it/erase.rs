@@ -276,6 +276,46 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
     assert_eq!(bridge.rows().await, []);
 }
 
+#[tokio::test]
+async fn commands_that_run_already_bring_nothing_back() {
+    let api = Api::start().await;
+    let options = Options::on(DatabaseKind::Sqlite)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
+    let bridge = Bridge::start(options).await;
+    let user = Purchase::new(now() - 60);
+    let created = subscription(&user, CREATED, ERASED, 0);
+    bridge.deliver(&created).await;
+    bridge.check().await;
+    api.put_event(created.value.clone(), true);
+    api.put_subscription(created.value["data"]["object"].clone());
+    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
+
+    // Both have asked, and get their answers after the erasure.
+    let held = [api.hold("/v1/events"), api.hold("/v1/subscriptions?")];
+    let commands = [&["backfill", "--since", "1h"][..], &["reconcile", "--repair"]];
+    let running = commands.map(|arguments| bridge.worker().args(arguments.iter().copied()).start());
+    for path in ["/v1/events", "/v1/subscriptions?"] {
+        eventually("Stripe to be asked", DEADLINE, async || {
+            if api.requests(path).is_empty() { Err(path.to_owned()) } else { Ok(()) }
+        })
+        .await;
+    }
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    drop(held);
+    for command in running {
+        assert_eq!(command.wait(COMMAND).await.code(), Some(0), "{}", command.log());
+    }
+    bridge.wait_until_applied().await;
+    eventually("what was stored late to be gone", DEADLINE, async || {
+        let places = places(&bridge, ERASED).await;
+        if places.is_empty() { Ok(()) } else { Err(places.join("\n")) }
+    })
+    .await;
+}
+
 /// The last signal of a row says what the row says, and nothing of what was before.
 fn check_last(signals: &[&Signal], row: &Value) {
     let last = signals.last().expect("the row is signalled");

@@ -67,6 +67,7 @@ impl Backfill {
         let stripe = run::stripe_api(settings, &jetstream)?.ok_or(NoKey)?;
         let record = Record::new(Bucket::new(jetstream.clone(), settings.events.replicas), key.is_live());
         let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        let _followed = erasures.followed();
         self.backfill(&backfill::Backfill { stripe, jetstream, erasures }, &record, &shutdown).await
     }
 

@@ -56,6 +56,7 @@ impl Reconcile {
         let nats = connect::connect(&settings.nats, "litestripe-worker reconcile").await?;
         super::reach_nats(&nats, &settings).await?;
         let erasures = super::run::prepare_broker(&settings, &nats).await?;
+        let _followed = erasures.followed();
         let jetstream = connect::jetstream(nats);
         let stripe = super::run::stripe_api(&settings, &jetstream)?.ok_or(NoKey)?;
         // Until here nothing was done that would have to be finished.

@@ -64,6 +64,7 @@ impl Replay {
         let jetstream = connect::jetstream(nats);
         let dead_letters = DeadLetters::new(jetstream.clone());
         let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        let _followed = erasures.followed();
         let applier = super::run::applier(settings, &store, &dead_letters, &erasures, &Arc::default());
         let mut replayer = Replayer { applier, jetstream: jetstream.clone(), batch: settings.batch };
 
