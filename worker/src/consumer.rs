@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_nats::Subject;
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
 use futures_util::stream::ReadyChunks;
@@ -183,6 +184,22 @@ pub async fn is_applied(jetstream: &jetstream::Context, sequence: u64) -> Result
     let progress = consumer.cached_info();
     let all_delivered_are_acked = progress.num_ack_pending == 0 && progress.delivered.stream_sequence >= sequence;
     Ok(progress.ack_floor.stream_sequence >= sequence || all_delivered_are_acked)
+}
+
+/// Everything in the stream up to this sequence is applied, by whichever worker; 0 when no worker was
+/// ever there.
+///
+/// # Errors
+/// When the broker is away or the stream is missing.
+pub async fn applied_until(jetstream: &jetstream::Context) -> Result<u64, ConsumerError> {
+    let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+    let progress = match stream.consumer_info(WORKER_CONSUMER).await {
+        Ok(progress) => progress,
+        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error.into()),
+    };
+    let all_delivered_are_acked = progress.num_ack_pending == 0;
+    Ok(if all_delivered_are_acked { progress.delivered } else { progress.ack_floor }.stream_sequence)
 }
 
 impl Batches {

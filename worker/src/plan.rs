@@ -30,7 +30,7 @@ pub enum Signalling {
         /// Whether rows that did not change are sent too, under their existing revision.
         unchanged: bool,
     },
-    /// Nobody is.
+    /// Nobody is. A row that changes still gets another revision, under which it can be sent.
     Never,
 }
 
@@ -154,6 +154,9 @@ pub fn of_subscription<'a>(
                 subject: subject::SUBSCRIPTION_CHANGED,
                 due: Due { replay: replay.clone(), told: teller.told.clone(), unchanged: *unchanged, event },
             });
+        }
+        (Signalling::Never, None) if revision > 0 && teller.differs(&after.subscription) => {
+            teller.revision = next_revision(revision, now);
         }
         (Signalling::Now | Signalling::Never, _) => {}
     }

@@ -47,9 +47,9 @@ pub enum Bound {
 }
 
 /// Who is told what a replay changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Signals {
-    /// Nobody.
+    /// Nobody, of events that are applied; of the others the workers will tell.
     None,
     /// Each row that changed, once, at the end, with its final state.
     Changed,
@@ -196,6 +196,14 @@ impl Replayer {
             None => last,
             Some(Bound::Time(time)) => self.sequence(Bound::Time(time), first, last).await?.saturating_sub(1),
             Some(bound) => self.sequence(bound, first, last).await?,
+        };
+        let last_sequence = match request.signals {
+            // What it applied silently, a worker would merge to nothing, and nobody would ever be told.
+            Signals::None => {
+                let applied = consumer::applied_until(&self.jetstream).await;
+                last_sequence.min(applied.map_err(ReplayError::Broker)?)
+            }
+            Signals::Changed | Signals::All => last_sequence,
         };
         let is_backwards = match (request.from, request.until) {
             (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
@@ -407,11 +415,13 @@ pub fn signalling(replay: &Replay) -> Signalling {
     }
 }
 
-/// What covers both.
+/// What covers both, and tells whomever either was to tell.
 fn wider(begun: Replay, asked: Replay) -> Replay {
+    let signals = Signals::parse(&begun.signals).max(Signals::parse(&asked.signals));
     let same_types = begun.event_types == asked.event_types;
     let same_subscription = begun.stripe_subscription_id == asked.stripe_subscription_id;
     Replay {
+        signals: signals.as_str().to_owned(),
         first_sequence: begun.first_sequence.min(asked.first_sequence),
         last_sequence: begun.last_sequence.max(asked.last_sequence),
         event_types: if same_types { asked.event_types } else { Vec::new() },

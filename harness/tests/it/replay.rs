@@ -30,6 +30,7 @@ on_both_databases!(
     questions_wait_for_the_end_of_a_replay,
     all_rows_are_sent_again_where_that_is_asked_for,
     nobody_is_told_where_that_is_asked_for,
+    silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell,
     dry_run_tells_what_would_change_and_changes_nothing,
 );
 
@@ -233,6 +234,42 @@ async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
     assert_eq!(replay(&bridge, &["--signals", "none"]).await.status.code(), Some(0));
     assert!(lasting(bridge.rows().await) == lasting(rows));
     assert_eq!(signals_after(&bridge, last_signal).await.len(), 0);
+}
+
+async fn silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let purchase = Purchase::new(now() - 600);
+    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    let backup = "CREATE TABLE backup AS SELECT * FROM stripe_subscription";
+    bridge.database.query(backup).await.expect("it can be made");
+    let canceled = purchase.subscription_event(UPDATED, now() - 60, json!({ "status": "canceled" }));
+    bridge.publish(UPDATED, canceled.body(), canceled.id()).await;
+
+    let silent = ["--signals", "none"];
+    let summary = json_of(&replay(&bridge, &[&silent[..], &["--json"]].concat()).await);
+    assert_eq!((&summary["last_sequence"], &summary["events"]), (&json!(1), &json!(1)), "{summary}");
+    let nothing = replay(&bridge, &[&silent[..], &["--from-sequence", "2"]].concat()).await;
+    assert!(nothing.stdout.contains("no such event that is applied already"), "{}", nothing.stdout);
+    bridge.start_worker().wait_until_ready().await;
+    let told = bridge.check().await;
+    assert_eq!(told.last().expect("there is one").body["status"], "canceled");
+
+    // A row that an older backup brought back changes silently, and can be sent all the same.
+    bridge.workers.pop().expect("there is one").stop().await;
+    for restore in ["DELETE FROM stripe_subscription", "INSERT INTO stripe_subscription SELECT * FROM backup"] {
+        bridge.database.query(restore).await.expect("it can be restored");
+    }
+    assert_eq!(replay(&bridge, &silent).await.status.code(), Some(0));
+    let row = bridge.row(&purchase.subscription).await;
+    let highest = told.iter().filter_map(|signal| signal.body["revision"].as_i64()).max();
+    assert_eq!(row.status.as_deref(), Some("canceled"));
+    assert!(Some(row.revision) > highest, "subscribers would ignore it");
+    assert_eq!(bridge.signals().await.len(), told.len());
+    let sent = bridge.worker().args(["resend", "--all"]).run(DEADLINE).await;
+    assert_eq!(sent.status.code(), Some(0), "{}", sent.stderr);
+    let last = bridge.signals().await.pop().expect("there is one");
+    assert_eq!((&last.body["status"], &last.body["revision"]), (&json!("canceled"), &json!(row.revision)));
 }
 
 async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseKind) {

@@ -41,7 +41,8 @@ pub(crate) struct Replay {
     /// Only events of this subscription
     #[arg(long, value_name = "SUB")]
     subscription: Option<String>,
-    /// Who is told: nobody, of the rows that changed, or of all rows met
+    /// Who is told: nobody (of events that are applied: it ends before the others), of the rows that
+    /// changed, or of all rows met
     #[arg(long, value_enum, default_value_t = Signals::Changed)]
     signals: Signals,
     /// Show what would change, and change nothing
@@ -103,7 +104,8 @@ impl Replay {
         if self.json {
             super::print(&serde_json::to_string_pretty(&Summary { finished: true, ..Summary::default() })?);
         } else {
-            super::print("STRIPE_EVENTS holds no such event: nothing to replay");
+            let applied = if self.signals == Signals::None { " that is applied already" } else { "" };
+            super::print(&format!("STRIPE_EVENTS holds no such event{applied}: nothing to replay"));
         }
         Ok(())
     }
