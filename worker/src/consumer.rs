@@ -50,7 +50,10 @@ pub struct OpenError(#[source] ConsumerError);
 
 /// Messages of the durable consumer, as they come.
 pub struct Batches {
+    consumer: Consumer<pull::Config>,
     chunks: ReadyChunks<pull::Stream>,
+    /// Whether pulling failed since the consumer was last seen.
+    is_doubted: bool,
 }
 
 /// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
@@ -219,7 +222,7 @@ impl Batches {
             .heartbeat(PULL_HEARTBEAT)
             .messages()
             .await?;
-        Ok(Self { chunks: messages.ready_chunks(batch) })
+        Ok(Self { consumer, chunks: messages.ready_chunks(batch), is_doubted: false })
     }
 
     /// The messages that are there, at least one. None when the consumer is gone and must be opened
@@ -229,18 +232,34 @@ impl Batches {
     /// A cancelled wait loses no message.
     pub async fn next(&mut self) -> Option<Batch> {
         loop {
+            if self.is_doubted && self.is_gone().await {
+                return None;
+            }
+            self.is_doubted = false;
             let mut messages = Vec::new();
             for item in self.chunks.next().await? {
                 match item {
                     Ok(message) => messages.push(message),
-                    // Missing heartbeats and the like: the stream asks again by itself, or it ends.
-                    Err(error) => debug!("pulling messages: {error}"),
+                    // Missing heartbeats and the like. The library asks for messages again by itself,
+                    // also of a consumer that vanished while nobody could be told.
+                    Err(error) => {
+                        debug!("pulling messages: {error}");
+                        self.is_doubted = true;
+                    }
                 }
             }
             if !messages.is_empty() {
                 return Some(Batch { messages });
             }
         }
+    }
+
+    /// Whether the server says that there is no such consumer or stream. An election, in which nobody
+    /// answers, is waited out.
+    async fn is_gone(&self) -> bool {
+        let Err(error) = self.consumer.get_info().await else { return false };
+        debug!("looking for the consumer: {error}");
+        matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound)
     }
 
     /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`.

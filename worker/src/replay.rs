@@ -339,6 +339,11 @@ impl Replayer {
         let wanted = |arrival: &Arrival| self.is_wanted(replay, arrival);
         let mut said = false;
         while !shutdown.is_cancelled() {
+            // Whoever shared the work removed the consumer when it was over. Else it is made again, and
+            // delivers all of it again.
+            if self.is_finished(replay).await {
+                return true;
+            }
             let mut batches = match again.open(&self.jetstream, self.batch).await {
                 Ok(batches) => batches,
                 Err(error) => {
@@ -375,16 +380,16 @@ impl Replayer {
 
     /// Whether every event up to the end is applied, by whichever process.
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
-        match again.progress(&self.jetstream).await {
-            Ok(progress) => {
-                progress.ack_floor >= replay.last_sequence || (progress.pending == 0 && progress.unacked == 0)
-            }
-            // Whoever shared the work removed the consumer when it was over.
-            Err(_) => {
-                let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
-                unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
-            }
-        }
+        let progress = again.progress(&self.jetstream).await;
+        progress.is_ok_and(|progress| {
+            progress.ack_floor >= replay.last_sequence || (progress.pending == 0 && progress.unacked == 0)
+        })
+    }
+
+    /// Whether another process has reached the end under this name.
+    async fn is_finished(&self, replay: &Replay) -> bool {
+        let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
+        unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
     }
 
     /// Signals what is due, and returns how many signals that are.

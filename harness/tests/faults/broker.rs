@@ -12,6 +12,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use crate::check::{Stream, check, check_rows_are_merged};
+use crate::database::{locked, row_of, until_a_statement_waits};
 use crate::ledger::Answer;
 use crate::load::Load;
 use crate::proxy::Mode;
@@ -87,6 +88,56 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
     load.stop().await;
     let found = check(&rig, Stream::Whole).await;
     assert_eq!(found.repeated_signals, 0);
+}
+
+#[tokio::test]
+async fn consumer_deleted_while_nobody_could_be_told_is_made_again() {
+    let rig = Rig::start(DatabaseKind::Sqlite, 2, &[]).await;
+    rig.deliver_all(&[bought()]).await;
+    rig.bridge.wait_until_applied().await;
+    while_workers_are_cut_off(&rig, WORKER_CONSUMER).await;
+    rig.deliver_all(&[bought()]).await;
+    check(&rig, Stream::Whole).await;
+    assert_eq!(count_in_log(rig.running(0), "connection to NATS lost"), 1, "{}", rig.running(0).log());
+}
+
+#[tokio::test]
+async fn broker_that_lost_its_store_is_given_streams_and_consumer_again() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    rig.deliver_all(&[bought()]).await;
+    rig.bridge.wait_until_applied().await;
+    rig.bridge.broker.kill().await;
+    std::fs::remove_dir_all(rig.bridge.broker.folder().join("store")).expect("the folder is ours");
+    rig.bridge.broker.resume().await;
+    rig.deliver_all(&[bought()]).await;
+    rig.bridge.wait_until_applied().await;
+    check_rows_are_merged(&rig).await;
+    assert_eq!(rig.bridge.signals().await.len(), 1, "the other was in the store that is lost");
+}
+
+#[tokio::test]
+async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
+    let purchase = purchase();
+    rig.deliver_all(&[created(&purchase), bought(), bought()]).await;
+    rig.bridge.wait_until_applied().await;
+    let lock = locked(&rig, &row_of(&purchase)).await;
+    let replay = rig.worker().args(["replay", "--signals", "all"]).start();
+    until_a_statement_waits(&rig).await;
+    while_workers_are_cut_off(&rig, "litestripe-replay").await;
+    lock.rollback().await.expect("the transaction is open");
+    let status = replay.wait(DEADLINE).await;
+    assert!(status.success(), "{status}: {}", replay.log());
+    assert!(replay.stdout().contains("replayed events 1 to 3"), "{}", replay.log());
+}
+
+/// Deletes a consumer while the workers have no connection.
+async fn while_workers_are_cut_off(rig: &Rig, consumer: &str) {
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    rig.worker_to_nats.set(Mode::Cut);
+    rig.running(0).wait_for_log("connection to NATS lost", DEADLINE).await;
+    stream.delete_consumer(consumer).await.expect("a consumer can be deleted");
+    rig.worker_to_nats.set(Mode::Pass);
 }
 
 async fn until_accepted(rig: &Rig, count: usize) {

@@ -255,7 +255,7 @@ async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &
     lock.rollback().await.expect("the transaction is open");
 }
 
-async fn until_a_statement_waits(rig: &Rig) {
+pub(crate) async fn until_a_statement_waits(rig: &Rig) {
     eventually("a statement of the worker to wait for the lock", DEADLINE, async || {
         let waiting = "SELECT pid FROM pg_stat_activity \
             WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
@@ -266,7 +266,7 @@ async fn until_a_statement_waits(rig: &Rig) {
 }
 
 /// A transaction of another session that holds a lock.
-async fn locked(rig: &Rig, lock: &str) -> DatabaseTransaction {
+pub(crate) async fn locked(rig: &Rig, lock: &str) -> DatabaseTransaction {
     let other = rig.bridge.database.connection().await.expect("the server answers").begin().await;
     let other = other.expect("a transaction can be begun");
     other.execute_unprepared(lock).await.expect("nobody else has it");
@@ -274,7 +274,7 @@ async fn locked(rig: &Rig, lock: &str) -> DatabaseTransaction {
 }
 
 /// Locks the row of a subscription.
-fn row_of(purchase: &Purchase) -> String {
+pub(crate) fn row_of(purchase: &Purchase) -> String {
     let id = &purchase.subscription;
     format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{id}' FOR UPDATE")
 }
