@@ -61,8 +61,8 @@ pub struct Batches {
 ///
 /// # Errors
 /// When the broker is away or the stream is missing.
-pub async fn open(jetstream: &jetstream::Context, batch: usize, replicas: usize) -> Result<Batches, OpenError> {
-    let config = durable(WORKER_CONSUMER, DeliverPolicy::All, replicas);
+pub async fn open(jetstream: &jetstream::Context, batch: usize) -> Result<Batches, OpenError> {
+    let config = durable(WORKER_CONSUMER, DeliverPolicy::All);
     Batches::of(jetstream, WORKER_CONSUMER, config, batch).await.map_err(OpenError)
 }
 
@@ -98,12 +98,7 @@ impl Again {
             filter_subjects: self.subjects.clone(),
             ack_wait: AGAIN_ACK_WAIT,
             inactive_threshold: AGAIN_KEPT,
-            ..durable(
-                &self.consumer,
-                DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence },
-                // The stream's own number.
-                0,
-            )
+            ..durable(&self.consumer, DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence })
         };
         Batches::of(jetstream, &self.consumer, config, batch).await
     }
@@ -164,7 +159,7 @@ pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -
 /// Why a consumer cannot be used. Whoever waits for the broker tries again.
 pub type ConsumerError = Box<dyn std::error::Error + Send + Sync>;
 
-fn durable(name: &str, deliver_policy: DeliverPolicy, replicas: usize) -> pull::Config {
+fn durable(name: &str, deliver_policy: DeliverPolicy) -> pull::Config {
     pull::Config {
         durable_name: Some(name.to_owned()),
         deliver_policy,
@@ -172,7 +167,8 @@ fn durable(name: &str, deliver_policy: DeliverPolicy, replicas: usize) -> pull::
         ack_wait: ACK_WAIT,
         max_deliver: -1,
         max_ack_pending: ACK_PENDING_MAX,
-        num_replicas: replicas,
+        // As many as the stream has, whatever LITESTRIPE_STREAM_REPLICAS says by now.
+        num_replicas: 0,
         ..pull::Config::default()
     }
 }

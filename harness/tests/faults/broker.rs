@@ -116,6 +116,17 @@ async fn broker_that_lost_its_store_is_given_streams_and_consumer_again() {
 }
 
 #[tokio::test]
+async fn consumer_has_as_many_replicas_as_the_stream_whatever_the_setting_says_by_now() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
+    rig.running(0).stop().await;
+    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    stream.delete_consumer(WORKER_CONSUMER).await.expect("a consumer can be deleted");
+    // A single server refuses a consumer with three.
+    rig.start_worker(0, &[("LITESTRIPE_STREAM_REPLICAS", "3")]);
+    rig.until_worker_is_ready(0).await;
+}
+
+#[tokio::test]
 async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchase = purchase();

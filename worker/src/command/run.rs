@@ -347,7 +347,7 @@ async fn consume(
     let mut delays = delays();
     let mut said = false;
     while !shutdown.is_cancelled() {
-        match consumer::open(jetstream, settings.batch, settings.events.replicas).await {
+        match consumer::open(jetstream, settings.batch).await {
             Ok(batches) => {
                 info!("consuming STRIPE_EVENTS");
                 readiness.consuming.store(true, Ordering::Relaxed);
