@@ -18,7 +18,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
-use tracing::debug;
+use tracing::{debug, info};
 
 /// After which a message that was not acked is delivered again.
 const ACK_WAIT: Duration = Duration::from_secs(60);
@@ -258,10 +258,17 @@ impl Batches {
         matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound)
     }
 
-    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`.
+    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`. What was asked
+    /// for and is still on its way (the library asks by itself) comes again only after that.
     pub async fn close(mut self) {
+        let mut handed_back = 0;
         while let Some(Some(items)) = self.chunks.next().now_or_never() {
-            Batch { messages: items.into_iter().filter_map(Result::ok).collect() }.hand_back().await;
+            let batch = Batch { messages: items.into_iter().filter_map(Result::ok).collect() };
+            batch.hand_back().await;
+            handed_back += batch.messages.len();
+        }
+        if handed_back > 0 {
+            info!(messages = handed_back, "handed back {handed_back} messages that were fetched ahead");
         }
     }
 }
