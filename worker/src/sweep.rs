@@ -47,7 +47,7 @@ const ASKED_OF_STRIPE_MAX: usize = 4;
 /// A question without an answer is logged no more often than this.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
-/// How often old emails are looked for.
+/// How often old emails are looked for, at least.
 const ERASE_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// How soon a question without an answer is asked again.
@@ -164,8 +164,10 @@ impl Sweep {
 
     /// Erases emails as they become too old.
     async fn erase(self: Arc<Self>, shutdown: CancellationToken) {
+        // None is seen for longer than half again as long as it may be.
+        let every = (self.orphans.email_max_age / 2).clamp(POLL, ERASE_EVERY);
         while !shutdown.is_cancelled() {
-            let again = if self.erase_old_emails().await { ERASE_EVERY } else { POLL };
+            let again = if self.erase_old_emails().await { every } else { POLL };
             tokio::select! {
                 () = tokio::time::sleep(again) => {}
                 () = shutdown.cancelled() => {}
