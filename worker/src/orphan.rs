@@ -84,19 +84,25 @@ pub fn lookup(event: &Event, stream_sequence: u64, now: OffsetDateTime) -> Optio
     })
 }
 
-/// The question whether a new subscription's Checkout Session came in time. The grace period starts
-/// at the later of Stripe's `created` and now.
+/// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
+/// grace period.
 #[must_use]
-pub fn grace(event: &Event, stream_sequence: u64, row: &Visible, rules: &Rules, now: OffsetDateTime) -> Option<Check> {
+pub fn grace(event: &Event, stream_sequence: u64, row: &Visible, rules: &Rules, end: OffsetDateTime) -> Option<Check> {
     let waits = row.created_event_seen && row.checkout_session_id.is_none();
     if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
         return None;
     }
-    let created = row.subscription.created.map_or(now, |created| created.get());
-    let due_at = later(now.max(created), rules.grace);
     let stripe_customer_id = row.subscription.stripe_customer_id.clone();
     let id = event.stripe_subscription_id()?;
-    Some(Check { stripe_customer_id, ..check(Kind::Grace, id, event, stream_sequence, due_at) })
+    Some(Check { stripe_customer_id, ..check(Kind::Grace, id, event, stream_sequence, end) })
+}
+
+/// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
+/// of that and Stripe's `created`, and asking in vain does not move it.
+#[must_use]
+pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) -> OffsetDateTime {
+    let created = row.subscription.created.map_or(dt_created, |created| created.get());
+    later(dt_created.max(created), grace)
 }
 
 /// The question what Stripe says an uncertain subscription is.

@@ -120,7 +120,7 @@ pub fn of_subscription<'a>(
     now: OffsetDateTime,
 ) -> Option<Plan<'a>> {
     arrivals.sort_by(|a, b| (a.event.created, &a.event.id).cmp(&(b.event.created, &b.event.id)));
-    let Stored { mut state, version, revision, due } = stored.unwrap_or_default();
+    let Stored { mut state, version, revision, dt_created, due } = stored.unwrap_or_default();
     let before = state.visible();
     let mut teller = Teller::new(id, revision, due.as_ref(), &before);
     let mut after = before.clone();
@@ -164,7 +164,10 @@ pub fn of_subscription<'a>(
         return None;
     }
     let consequences = match merged.last() {
-        Some(&last) => of_row(&merged, last, &before, &after, &terms.rules, now),
+        Some(&last) => {
+            let step = Step { before: &before, after: &after, dt_created: dt_created.unwrap_or(now), now };
+            of_row(&merged, last, &step, &terms.rules)
+        }
         None => Consequences::default(),
     };
     let row = Row { stripe_subscription_id: id.to_owned(), state, version: version + 1, revision: teller.revision };
@@ -278,15 +281,18 @@ impl<'a> Teller<'a> {
     }
 }
 
-/// What the step from `before` to `after` means for the row's orphan and open questions.
-fn of_row<'a>(
-    merged: &[&'a Arrival],
-    last: &'a Arrival,
-    before: &Visible,
-    after: &Visible,
-    rules: &Rules,
+/// What a batch makes of a row.
+struct Step<'r> {
+    before: &'r Visible,
+    after: &'r Visible,
+    /// When the row was first written.
+    dt_created: OffsetDateTime,
     now: OffsetDateTime,
-) -> Consequences<'a> {
+}
+
+/// What a step means for the row's orphan and open questions.
+fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules: &Rules) -> Consequences<'a> {
+    let &Step { before, after, dt_created, now } = step;
     let mut consequences = Consequences::default();
     let sessions = || merged.iter().copied().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)));
     match &after.subscription.client_reference_id {
@@ -316,11 +322,14 @@ fn of_row<'a>(
         }
     }
     let claimed = |row: &Visible| row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some();
+    let may_be_paid = |row: &Visible| orphan::may_be_paid(row.subscription.status.as_deref());
     if claimed(after) && before.created_event_seen && !claimed(before) {
         consequences.answered.push(Kind::Grace);
-    } else if after.created_event_seen && !before.created_event_seen {
+    } else if after.created_event_seen && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before))) {
+        // The sweep forgets the question while nothing was paid.
         let created = merged.iter().copied().find(|arrival| arrival.is_creation()).unwrap_or(last);
-        consequences.checks.extend(orphan::grace(&created.event, created.stream_sequence, after, rules, now));
+        let end = orphan::end_of_grace(after, dt_created, rules.grace);
+        consequences.checks.extend(orphan::grace(&created.event, created.stream_sequence, after, rules, end));
     }
     if after.subscription.uncertain {
         consequences.checks.extend(orphan::fetch(&last.event, last.stream_sequence, after, now));

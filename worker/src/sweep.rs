@@ -301,15 +301,16 @@ impl Sweep {
     /// Ends a grace period, once every event received before its end is applied: a backlog makes
     /// no orphans.
     async fn end_grace(&self, check: &Check) -> Result<Outcome, SweepError> {
-        if !self.is_applied_until(check.due_at).await? {
-            return Ok(Outcome::Again(RETRY));
-        }
         let Some(stored) = self.unclaimed(check).await? else { return self.forget(check).await };
-        let status = stored.state.visible().subscription.status;
-        if !orphan::may_be_paid(status.as_deref()) {
-            // It may still be paid within a day, and is given up then.
-            let given_up = status.as_deref() == Some("incomplete_expired");
-            return if given_up { self.forget(check).await } else { Ok(Outcome::Again(UNKNOWN_MAX / 12)) };
+        let row = stored.state.visible();
+        if !orphan::may_be_paid(row.subscription.status.as_deref()) {
+            // The batch in which it is paid asks again.
+            return self.forget(check).await;
+        }
+        // A session that is applied from here on conflicts with the row as it was read.
+        let end = orphan::end_of_grace(&row, stored.dt_created.unwrap_or(check.due_at), self.orphans.grace);
+        if !self.is_applied_until(end).await? {
+            return Ok(Outcome::Again(RETRY));
         }
         let mut email = None;
         let asked = |stripe: &&StripeApi| stripe.sees(check.livemode) && !self.is_erased(check);

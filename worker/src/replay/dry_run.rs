@@ -13,7 +13,7 @@ use crate::batch::{self, Applier};
 use crate::error::StoreError;
 use crate::plan::{self, Arrival};
 use crate::store::replay::Replay;
-use crate::store::subscription::Stored;
+use crate::store::subscription::{Row, Stored};
 use crate::{merge, store};
 
 impl Replayer {
@@ -118,8 +118,9 @@ impl DryRun {
             let after = match plan {
                 Some(plan) => {
                     orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));
-                    let row = plan.row;
-                    Some(Stored { state: row.state, version: row.version, revision: row.revision, due: None })
+                    let dt_created = now_stored.and_then(|stored| stored.dt_created);
+                    let Row { state, version, revision, .. } = plan.row;
+                    Some(Stored { state, version, revision, dt_created, due: None })
                 }
                 // Only rows that were changed before are kept.
                 None => now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible())),

@@ -28,6 +28,8 @@ pub struct Stored {
     pub version: i64,
     /// The revision of its last signal; 0 if there was none yet.
     pub revision: i64,
+    /// When it was first written. None if it was not, or if that cannot be read.
+    pub dt_created: Option<OffsetDateTime>,
     /// The signal that a replay owes, if it owes one.
     pub due: Option<Due>,
 }
@@ -63,6 +65,7 @@ pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<St
     let mut query = Entity::find()
         .select_only()
         .columns([Column::StripeSubscriptionId, Column::MergeState, Column::Version, Column::Revision])
+        .column(Column::DtCreated)
         .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
         .into_query();
     // In the same statement: nearly always nothing is due, and a batch shall not pay for asking.
@@ -84,6 +87,7 @@ fn stored(row: &QueryResult) -> Result<(String, Stored), DbErr> {
         state: serde_json::from_str(&state).map_err(|error| DbErr::Json(error.to_string()))?,
         version: row.try_get("", "version")?,
         revision: row.try_get("", "revision")?,
+        dt_created: row.try_get("", "dt_created").ok(),
         due: signal_due::Model::from_query_result_optional(row, "due_")?.and_then(super::signal_due::due),
     };
     Ok((id, stored))

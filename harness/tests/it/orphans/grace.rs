@@ -5,6 +5,7 @@ use std::time::Duration;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::{MONTH, Purchase};
+use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 use serde_json::json;
 
 use super::{
@@ -20,6 +21,7 @@ on_both_databases!(
     subscriptions_without_a_session_may_be_wanted,
     old_account_makes_no_orphans,
     subscription_that_was_never_paid_is_no_orphan,
+    subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once,
     backlog_makes_no_orphans,
     times_at_the_end_of_the_calendar_stop_nobody,
 );
@@ -173,6 +175,63 @@ async fn subscription_that_was_never_paid_is_no_orphan(database: DatabaseKind) {
     bridge.wait_until_applied().await;
     until(&bridge, &trial.subscription, |orphan| orphan.reason == "no_checkout_session").await;
     assert_eq!(bridge.orphans().await.len(), 1, "a trial is somebody's");
+}
+
+async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let purchase = Purchase::new(now() - 60);
+    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({ "status": "incomplete" }))).await;
+    until_nothing_is_asked(&bridge).await;
+    assert_eq!(bridge.orphans().await, [], "nothing was paid");
+
+    apply(&bridge, &purchase.subscription_event(UPDATED, purchase.created + 30, json!({ "status": "active" }))).await;
+    until(&bridge, &purchase.subscription, |orphan| orphan.reason == "no_checkout_session").await;
+    let signals = bridge.check().await;
+    assert_eq!(counted(&signals, "orphan.created"), 1);
+}
+
+#[tokio::test]
+async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
+    let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_ORPHAN_GRACE", "3s");
+    let bridge = Bridge::start(options.worker("LITESTRIPE_BATCH", "1")).await;
+    let (purchase, before, after) = (Purchase::new(now()), Purchase::new(now()), Purchase::new(now()));
+    for other in [&before, &after] {
+        apply(&bridge, &other.checkout_session_event(COMPLETED, now(), json!({}))).await;
+    }
+    // A worker that lags: what comes about a locked row waits.
+    let hold = async |other: &Purchase| {
+        let tx = bridge.database.connection().await.expect("the database answers").begin().await;
+        let tx = tx.expect("a transaction can begin");
+        let lock = format!(
+            "SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE",
+            other.subscription
+        );
+        tx.execute_unprepared(&lock).await.expect("the row is there");
+        tx
+    };
+    let held = hold(&before).await;
+    let events = [
+        purchase.subscription_event(CREATED, purchase.created, json!({})),
+        before.subscription_event(CREATED, before.created, json!({})),
+    ];
+    bridge
+        .publish_all(events.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).into())
+        .await;
+    eventually("the end of the grace period to be looked at", DEADLINE, async || {
+        let asked = "SELECT 1 FROM due_check WHERE kind = 'grace' AND attempts > 0";
+        let asked = bridge.database.query(asked).await.expect("the database answers");
+        if asked.len() == 1 { Ok(()) } else { Err(format!("{:?}", questions(&bridge).await)) }
+    })
+    .await;
+    assert_eq!(bridge.orphans().await.len(), 2, "what came before the end may yet tell whose it is");
+
+    let still_held = hold(&after).await;
+    bridge.deliver(&after.subscription_event(CREATED, after.created, json!({}))).await;
+    held.rollback().await.expect("the database answers");
+    until(&bridge, &purchase.subscription, |orphan| orphan.reason == "no_checkout_session").await;
+    assert_eq!(bridge.row(&after.subscription).await.status, None, "its event still waits");
+    still_held.rollback().await.expect("the database answers");
+    bridge.check().await;
 }
 
 async fn backlog_makes_no_orphans(database: DatabaseKind) {
