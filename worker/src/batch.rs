@@ -318,11 +318,12 @@ async fn save_resolutions(
 ) -> Result<Vec<OrphanSignal>, StoreError> {
     let ids: Vec<&str> = resolutions.iter().map(|resolution| resolution.id.as_str()).collect();
     // Nearly every subscription finds its user without ever having been an orphan.
-    let open = store::orphan::open_among(tx, &ids).await?;
+    let mut open = store::orphan::open_among(tx, &ids).await?;
     let mut signals = Vec::new();
     for resolution in &resolutions {
         let user = resolution.client_reference_id.as_str();
-        let is_open = open.contains(&resolution.id);
+        // Told once, however many words about it came together.
+        let is_open = open.remove(&resolution.id);
         let resolved = match &resolution.by_operator {
             Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, now).await?,
             None if is_open => store::orphan::resolve(tx, &resolution.id, user, now).await?,
@@ -361,18 +362,23 @@ impl OrphanSignal {
 /// Events by the id of the subscription whose row they concern.
 pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
 
-/// The events by subscription, in the order of its key, and the others by the id of their payment.
+/// The events by subscription, in the order of its key, and those about a payment by its id.
+///
+/// An operator's word is among both: the orphan follows it also where the row has a newer client
+/// reference id and does not.
 #[must_use]
 pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
     let mut by_subscription = BySubscription::new();
     let mut others = Vec::new();
     for arrival in pending {
-        match (arrival.event.stripe_subscription_id(), &arrival.event.body) {
-            (Some(id), _) => by_subscription.entry(id).or_default().push(arrival),
-            (None, Body::CheckoutSession(session)) => others.push((session.id.as_str(), arrival)),
-            (None, Body::Resolution(resolution)) => others.push((resolution.orphan_id.as_str(), arrival)),
-            // A subscription event always names its subscription.
-            (None, Body::Subscription(_)) => {}
+        let id = arrival.event.stripe_subscription_id();
+        if let Some(id) = id {
+            by_subscription.entry(id).or_default().push(arrival);
+        }
+        match &arrival.event.body {
+            Body::CheckoutSession(session) if id.is_none() => others.push((session.id.as_str(), arrival)),
+            Body::Resolution(resolution) => others.push((resolution.orphan_id.as_str(), arrival)),
+            Body::CheckoutSession(_) | Body::Subscription(_) => {}
         }
     }
     others.sort_by_key(|(id, _)| *id);

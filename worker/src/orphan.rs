@@ -74,11 +74,10 @@ pub fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
 #[must_use]
 pub fn lookup(event: &Event, stream_sequence: u64, now: OffsetDateTime) -> Option<Check> {
     let Body::CheckoutSession(session) = &event.body else { return None };
-    let client_reference_id = session.client_reference_id.clone()?;
     Some(Check {
         checkout_session_id: Some(session.id.clone()),
         stripe_customer_id: session.stripe_customer_id.clone(),
-        client_reference_id: Some(client_reference_id),
+        client_reference_id: session.client_reference_id.clone(),
         is_paid: session.is_paid(),
         ..check(Kind::Lookup, payment_id(session), event, stream_sequence, now)
     })

@@ -301,16 +301,19 @@ fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules:
         }
         None => {}
         Some(client_reference_id) => {
-            let resolved = merged.iter().copied().rev().find_map(by_operator);
             let is_new = before.subscription.client_reference_id.as_ref() != Some(client_reference_id);
-            if resolved.is_some() {
+            if merged.iter().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
+                // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
                 consequences.answered.push(Kind::Lookup);
-                consequences.resolution = resolved;
             } else if rules.lookup {
                 let asked =
                     sessions().filter_map(|arrival| orphan::lookup(&arrival.event, arrival.stream_sequence, now));
-                // A paid session is what makes the payment somebody's.
-                consequences.checks.extend(asked.max_by_key(|check| check.is_paid));
+                // One session may say that it is paid and another whose it is, in any order: the row knows both.
+                consequences.checks.extend(asked.max_by_key(|check| check.is_paid).map(|check| Check {
+                    client_reference_id: Some(client_reference_id.clone()),
+                    is_paid: after.paid,
+                    ..check
+                }));
             } else if is_new {
                 consequences.resolution = Some(Resolution {
                     id: last.event.stripe_subscription_id().unwrap_or_default().to_owned(),
@@ -352,7 +355,7 @@ pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) 
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));
     if rules.lookup {
         let check = orphan::lookup(&arrival.event, arrival.stream_sequence, now);
-        consequences.checks.extend(check.filter(|check| check.is_paid));
+        consequences.checks.extend(check.filter(|check| check.is_paid && check.client_reference_id.is_some()));
     }
     if consequences.resolution.is_some() {
         consequences.answered.push(Kind::Lookup);
@@ -386,3 +389,6 @@ pub fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
     let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
     milliseconds.max(revision + 1)
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,6 +29,8 @@ on_both_databases!(
     reference_that_came_during_a_lookup_is_looked_up_too,
     orphan_never_gets_the_email_of_another_customer,
     operators_word_stands_against_the_lookup,
+    operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it,
+    payment_is_an_orphan_whichever_session_says_that_it_was_paid,
 );
 
 /// The orphan's reason.
@@ -290,6 +292,50 @@ async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
     assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_2"), None));
     assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some("user_2"));
     assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+}
+
+async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it(database: DatabaseKind) {
+    let bridge = Bridge::start(asking_the_application(database)).await;
+    let application = Application::start(&bridge).await;
+    application.answer("user_1", Answer::Known(false));
+    // Stripe's clock may run ahead of the operator's.
+    let (purchase, ahead) = (Purchase::new(now() - 60), now() + 3600);
+    let id = purchase.subscription.as_str();
+    let unknown = json!({ "client_reference_id": "user_1" });
+    apply(&bridge, &purchase.checkout_session_event(COMPLETED, ahead, unknown)).await;
+    until(&bridge, id, |orphan| orphan.reason == UNKNOWN).await;
+
+    let done = resolve(&bridge, id, "user_2").await;
+    let said = format!("{id} is resolved to client reference id user_2");
+    assert_eq!((done.status.code(), done.stdout.trim()), (Some(0), said.as_str()), "{}", done.stderr);
+    until_nothing_is_asked(&bridge).await;
+    let signals = bridge.check().await;
+    let found = orphan(&bridge, id).await;
+    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_2"), None));
+    assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some("user_1"), "the newest stands");
+    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+}
+
+async fn payment_is_an_orphan_whichever_session_says_that_it_was_paid(database: DatabaseKind) {
+    let bridge = Bridge::start(asking_the_application(database)).await;
+    let application = Application::start(&bridge).await;
+    application.answer("user_1", Answer::Known(false));
+    let paid = json!({});
+    let unpaid = json!({ "payment_status": "unpaid", "client_reference_id": "user_1" });
+    for backwards in [false, true] {
+        let purchase = Purchase::new(now() - 60);
+        let mut events = vec![
+            purchase.checkout_session_event(COMPLETED, purchase.created, unpaid.clone()),
+            purchase.checkout_session_event(SUCCEEDED, purchase.created + 9, paid.clone()),
+        ];
+        if backwards {
+            events.reverse();
+        }
+        for event in &events {
+            apply(&bridge, event).await;
+        }
+        until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_none()).await;
+    }
 }
 
 /// Has users and strangers pay, and checks who is an orphan.

@@ -1,0 +1,208 @@
+//! The law of orphans: in whatever order and batches a subscription's events come, once every
+//! question is answered there is one row, and the same payments are open orphans.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::*;
+use crate::batch;
+use crate::event::{Before, CheckoutSession, Resolution as Word, Snapshot, SubscriptionEvent};
+
+const SUBSCRIPTION: &str = "sub_1";
+/// The one client reference id that the lookup knows.
+const USER: &str = "user_1";
+const NOW: OffsetDateTime = time::macros::datetime!(2026-11-25 12:00 UTC);
+
+proptest! {
+    #![proptest_config(cases())]
+    #[test]
+    fn every_order_and_every_batch_leave_the_same_payments_open(
+        (told, order, ends) in prop::collection::vec(event(), 1..7).prop_flat_map(|told| {
+            // Some come again.
+            let again = prop::collection::vec(0..told.len(), 0..3);
+            let order = again.prop_map({
+                let all = 0..told.len();
+                move |again| all.clone().chain(again).collect::<Vec<_>>()
+            });
+            (Just(told), order.prop_shuffle(), prop::collection::vec(any::<bool>(), 9))
+        }),
+        lookup in any::<bool>(),
+    ) {
+        let rules = Rules { lookup, without_session: true, grace: Duration::from_secs(600) };
+        let terms = Terms { rules, signalling: Signalling::Now };
+        let arrivals: Vec<_> = told.into_iter().enumerate().map(|(index, told)| arrival(index, told)).collect();
+        let mut once = Table::default();
+        once.apply(arrivals.iter().collect(), &terms);
+
+        let mut table = Table::default();
+        let mut batch = Vec::new();
+        for (index, end) in order.into_iter().zip(ends) {
+            batch.push(&arrivals[index]);
+            if end {
+                table.apply(std::mem::take(&mut batch), &terms);
+                table.sweep_too_early();
+            }
+        }
+        table.apply(batch, &terms);
+        prop_assert_eq!(table.end(), once.end());
+    }
+}
+
+/// How many histories there are; `LITESTRIPE_LONG` says how many more.
+fn cases() -> ProptestConfig {
+    let long = std::env::var("LITESTRIPE_LONG").ok().and_then(|cases| cases.parse().ok());
+    ProptestConfig { cases: long.unwrap_or(2_000), failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// What happens, and in which second.
+fn event() -> impl Strategy<Value = (i64, Body)> {
+    let reference = || select(&[None, Some(USER), Some("stranger")][..]);
+    let session = (select(&["cs_1", "cs_2"][..]), reference(), select(&["paid", "unpaid"][..]));
+    let payment = (reference(), select(&["paid", "unpaid"][..]));
+    let statuses = &["incomplete", "incomplete_expired", "active", "canceled"][..];
+    let body = prop_oneof![
+        (select(statuses), any::<bool>()).prop_map(|(status, created)| subscription(status, created)),
+        session.prop_map(|(id, reference, paid)| checkout_session(id, Some(SUBSCRIPTION), reference, paid)),
+        // Without a subscription: a session has one client reference id for good.
+        payment.prop_map(|(reference, paid)| checkout_session(reference.unwrap_or("cs_once"), None, reference, paid)),
+        Just(word(SUBSCRIPTION, Some(SUBSCRIPTION))),
+        Just(word("cs_once", None)),
+        Just(word("stranger", None)),
+    ];
+    (0..4_i64, body)
+}
+
+fn subscription(status: &str, created: bool) -> Body {
+    Body::Subscription(Box::new(SubscriptionEvent {
+        stripe_subscription_id: SUBSCRIPTION.to_owned(),
+        snapshot: Snapshot { status: Some(status.to_owned()), ..Snapshot::default() },
+        before: if created { Before::Nothing } else { Before::Same },
+    }))
+}
+
+fn checkout_session(id: &str, subscription: Option<&str>, reference: Option<&str>, payment_status: &str) -> Body {
+    Body::CheckoutSession(Box::new(CheckoutSession {
+        id: id.to_owned(),
+        mode: Some(if subscription.is_some() { "subscription" } else { "payment" }.to_owned()),
+        payment_status: Some(payment_status.to_owned()),
+        client_reference_id: reference.map(str::to_owned),
+        stripe_subscription_id: subscription.map(str::to_owned),
+        ..CheckoutSession::default()
+    }))
+}
+
+/// An operator's word on whose payment it is.
+fn word(orphan_id: &str, subscription: Option<&str>) -> Body {
+    Body::Resolution(Word {
+        reason: None,
+        checkout_session_id: None,
+        stripe_customer_id: None,
+        orphan_id: orphan_id.to_owned(),
+        stripe_subscription_id: subscription.map(str::to_owned),
+        client_reference_id: "said_by_operator".to_owned(),
+    })
+}
+
+fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
+    let event_type = match &body {
+        Body::Subscription(_) => "customer.subscription.updated",
+        Body::CheckoutSession(_) => "checkout.session.completed",
+        Body::Resolution(_) => RESOLUTION_TYPE,
+    };
+    let event = Event {
+        id: EventId::parse(format!("evt_{index}")).expect("it is an id"),
+        event_type: EventType::parse(event_type).expect("it is a type"),
+        created: NOW.unix_timestamp() - 60 + second,
+        livemode: false,
+        stripe_account_id: None,
+        body,
+        redacted: false,
+    };
+    Arrival { index, event, traceparent: None, stream_sequence: 1 + index as u64 }
+}
+
+/// The tables, as far as orphans go.
+#[derive(Default)]
+struct Table {
+    row: Option<Stored>,
+    /// Whether each orphan is open.
+    orphans: BTreeMap<String, bool>,
+    questions: BTreeMap<(String, Kind), Check>,
+}
+
+impl Table {
+    fn apply(&mut self, batch: Vec<&Arrival>, terms: &Terms) {
+        let (by_subscription, others) = batch::by_subscription(batch);
+        for (id, arrivals) in by_subscription {
+            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, terms, NOW) else { continue };
+            let Row { state, version, revision, .. } = plan.row;
+            self.row = Some(Stored { state, version, revision, ..Stored::default() });
+            self.follow(id, plan.consequences);
+        }
+        for (id, arrival) in others {
+            self.follow(id, of_payment(arrival, &terms.rules, NOW));
+        }
+    }
+
+    fn follow(&mut self, id: &str, consequences: Consequences<'_>) {
+        if let Some((_, orphan)) = consequences.orphan {
+            self.orphans.entry(orphan.id).or_insert(true);
+        }
+        if let Some(resolution) = consequences.resolution {
+            match resolution.by_operator {
+                Some(_) => drop(self.orphans.insert(resolution.id, false)),
+                None => self.resolve(&resolution.id),
+            }
+        }
+        for kind in consequences.answered {
+            self.questions.remove(&(id.to_owned(), kind));
+        }
+        for mut check in consequences.checks {
+            let key = (check.entity_id.clone(), check.kind);
+            check.is_paid |= self.questions.get(&key).is_some_and(|held| held.is_paid);
+            self.questions.insert(key, check);
+        }
+    }
+
+    fn resolve(&mut self, id: &str) {
+        self.orphans.entry(id.to_owned()).and_modify(|open| *open = false);
+    }
+
+    /// A grace period that ends in between: nothing was paid yet, so nobody need wait.
+    fn sweep_too_early(&mut self) {
+        if !self.may_be_paid() {
+            self.questions.remove(&(SUBSCRIPTION.to_owned(), Kind::Grace));
+        }
+    }
+
+    fn may_be_paid(&self) -> bool {
+        orphan::may_be_paid(self.visible().subscription.status.as_deref())
+    }
+
+    fn visible(&self) -> Visible {
+        self.row.as_ref().map(|row| row.state.visible()).unwrap_or_default()
+    }
+
+    /// The row and the open orphans, once the sweep has asked everything.
+    fn end(mut self) -> (Visible, Vec<String>) {
+        let row = self.visible();
+        for ((id, kind), check) in std::mem::take(&mut self.questions) {
+            let reference = match &check.stripe_subscription_id {
+                Some(_) => row.subscription.client_reference_id.clone(),
+                None => check.client_reference_id.clone(),
+            };
+            match kind {
+                Kind::Lookup if reference.as_deref() == Some(USER) => self.resolve(&id),
+                Kind::Lookup if check.is_paid => drop(self.orphans.entry(id).or_insert(true)),
+                Kind::Grace if self.may_be_paid() => drop(self.orphans.entry(id).or_insert(true)),
+                Kind::Lookup | Kind::Grace | Kind::Fetch | Kind::Erase => {}
+            }
+        }
+        let open = self.orphans.into_iter().filter(|(_, open)| *open).map(|(id, _)| id).collect();
+        (row, open)
+    }
+}
