@@ -148,12 +148,14 @@ impl CheckoutSession {
     /// Whether it is a session whose payment must belong to a user.
     ///
     /// Stripe: "The Checkout Session object", `payment_status`: `unpaid` may still become paid, which
-    /// another event tells; `no_payment_required` is as good as paid. A session of mode `setup` never
-    /// pays anything.
+    /// another event tells; `no_payment_required` is as good as paid, but stands there before the session
+    /// is complete too, and after it expired. Old API versions have no `status`. A session of mode
+    /// `setup` never pays anything.
     #[must_use]
     pub fn is_paid(&self) -> bool {
         let pays = matches!(self.mode.as_deref(), Some("payment" | "subscription"));
-        pays && matches!(self.payment_status.as_deref(), Some("paid" | "no_payment_required"))
+        let completed = matches!(self.status.as_deref(), None | Some("complete"));
+        pays && completed && matches!(self.payment_status.as_deref(), Some("paid" | "no_payment_required"))
     }
 }
 

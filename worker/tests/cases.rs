@@ -71,6 +71,7 @@ fn reading(body: &[u8]) -> Result<Value, Box<dyn Error>> {
             "id": session.id,
             "mode": session.mode,
             "payment_status": session.payment_status,
+            "is_paid": session.is_paid(),
             "client_reference_id": session.client_reference_id,
             "stripe_customer_id": session.stripe_customer_id,
             "stripe_subscription_id": session.stripe_subscription_id,

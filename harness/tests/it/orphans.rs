@@ -50,6 +50,11 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
         ("unpaid, then paid", vec![(COMPLETED, unpaid.clone()), (SUCCEEDED, json!({}))], true),
         ("unpaid, then failed", vec![(COMPLETED, unpaid.clone()), (FAILED, unpaid.clone())], false),
         ("expired", vec![("checkout.session.expired", with(unpaid.clone(), json!({ "status": "expired" })))], false),
+        (
+            "expired, nothing to pay",
+            vec![("checkout.session.expired", with(free.clone(), json!({ "status": "expired" })))],
+            false,
+        ),
         ("once, paid", vec![(COMPLETED, once(json!({})))], true),
         ("once, paid, empty reference", vec![(COMPLETED, once(empty))], true),
         ("once, paid, of a user", vec![(COMPLETED, once(named))], false),
