@@ -21,7 +21,7 @@ const APPLIED_MAX: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
 
 /// Orphans listed, at most.
-const LIST_MAX: u64 = 1000;
+const LIST_MAX: usize = 1000;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Orphans {
@@ -108,7 +108,11 @@ impl Orphans {
 
 impl List {
     async fn execute(self, store: &Store) -> Result<(), Failure> {
-        let orphans = store::orphan::list(store.connection(), !self.all, LIST_MAX).await?;
+        let mut orphans = store::orphan::list(store.connection(), !self.all, LIST_MAX as u64 + 1).await?;
+        if orphans.len() > LIST_MAX {
+            orphans.truncate(LIST_MAX);
+            eprintln!("only the newest {LIST_MAX} are listed");
+        }
         if self.json {
             let orphans: Vec<Value> = orphans.iter().map(as_json).collect();
             super::print(&serde_json::to_string_pretty(&orphans)?);
@@ -188,6 +192,14 @@ impl Resolve {
                     ));
                 }
             }
+            Err(_) if self.json => {
+                let stored = json!({
+                    "orphan_id": orphan.id,
+                    "client_reference_id": self.client_reference_id,
+                    "state": "stored",
+                });
+                super::print(&serde_json::to_string_pretty(&stored)?);
+            }
             Err(_) => super::print(&format!(
                 "the resolution of {} is stored; it takes effect when a worker runs (`litestripe-worker run`)",
                 orphan.id
@@ -206,9 +218,10 @@ impl Resolve {
         if self.force {
             return Ok(());
         }
-        let this = orphan.stripe_subscription_id.as_deref();
-        match store::subscription::other_of_user(store.connection(), &self.client_reference_id, this).await? {
-            Some(other) => Err(Refusal::HasAnother(self.client_reference_id.clone(), other).into()),
+        let (this, user) = (orphan.stripe_subscription_id.as_deref(), &self.client_reference_id);
+        // What a user tried in test mode says nothing about live mode.
+        match store::subscription::other_of_user(store.connection(), user, orphan.livemode, this).await? {
+            Some(other) => Err(Refusal::HasAnother(user.clone(), other).into()),
             None => Ok(()),
         }
     }

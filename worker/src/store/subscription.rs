@@ -156,13 +156,14 @@ pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<Stri
     Ok(rows.into_iter().flat_map(|(subscription, session)| [Some(subscription), session]).flatten().collect())
 }
 
-/// A subscription that has not ended, other than `id`, and belongs to this user.
+/// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
 ///
 /// # Errors
 /// When the database is away.
 pub async fn other_of_user<C: ConnectionTrait>(
     db: &C,
     client_reference_id: &str,
+    livemode: bool,
     id: Option<&str>,
 ) -> Result<Option<String>, StoreError> {
     const ENDED: [&str; 2] = ["canceled", "incomplete_expired"];
@@ -170,6 +171,7 @@ pub async fn other_of_user<C: ConnectionTrait>(
         .select_only()
         .column(Column::StripeSubscriptionId)
         .filter(Column::ClientReferenceId.eq(client_reference_id))
+        .filter(Column::Livemode.eq(livemode))
         .filter(Column::Status.is_null().or(Column::Status.is_not_in(ENDED)));
     if let Some(id) = id {
         others = others.filter(Column::StripeSubscriptionId.ne(id));

@@ -13,6 +13,8 @@ use super::{COMPLETED, CREATED, DEADLINE, EMAIL, apply, counted, now, of, orphan
 
 on_both_databases!(
     orphans_are_listed_and_shown,
+    list_says_that_it_leaves_out_what_is_beyond_a_thousand,
+    other_mode_is_no_obstacle_to_a_resolution,
     resolution_reaches_row_orphan_and_subscribers,
     resolution_of_a_payment_without_a_subscription,
     nothing_is_done_by_halves,
@@ -64,6 +66,36 @@ async fn orphans_are_listed_and_shown(database: DatabaseKind) {
     assert_eq!(orphans(&bridge, &["list"]).await.stdout.trim(), "no open orphans");
     let all = orphans(&bridge, &["list", "--all"]).await;
     assert!(all.stdout.contains("resolved: user_1") && !all.stdout.contains(EMAIL), "{}", all.stdout);
+}
+
+async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    paid(&bridge).await;
+    let more = "INSERT INTO orphaned_payment (id, reason, event_id, livemode, dt_created, dt_last_updated) \
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) \
+        SELECT 'cs_' || i, reason, event_id, livemode, dt_created, dt_last_updated FROM n, orphaned_payment";
+    bridge.database.query(more).await.expect("the rows can be made");
+
+    let listed = orphans(&bridge, &["list"]).await;
+    assert_eq!(listed.stdout.lines().count(), 1 + 1000);
+    assert_eq!(listed.stderr.trim(), "only the newest 1000 are listed");
+    let listed = orphans(&bridge, &["list", "--json"]).await;
+    assert_eq!(json_of(&listed).as_array().map(Vec::len), Some(1000));
+    assert_eq!(listed.stderr.trim(), "only the newest 1000 are listed");
+    bridge.database.query("DELETE FROM orphaned_payment WHERE id = 'cs_1'").await.expect("it can be deleted");
+    assert_eq!(orphans(&bridge, &["list"]).await.stderr, "");
+}
+
+async fn other_mode_is_no_obstacle_to_a_resolution(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let (live, user) = (Purchase::new(now() - 60), json!({ "client_reference_id": "user_1" }));
+    let mut session = live.checkout_session_event(COMPLETED, live.created, user);
+    session.value["livemode"] = true.into();
+    apply(&bridge, &session).await;
+    let test = paid(&bridge).await;
+
+    let done = resolve(&bridge, &test.subscription, "user_1").await;
+    assert_eq!((done.status.code(), done.stderr.as_str()), (Some(0), ""), "{}", done.stdout);
 }
 
 async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
@@ -162,8 +194,12 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchase = paid(&bridge).await;
     bridge.workers.pop().expect("there is one").stop().await;
-    let stored = resolve(&bridge, &purchase.subscription, "user_1").await;
+    let id = purchase.subscription.as_str();
+    let arguments = ["resolve", id, "--client-reference-id", "user_1", "--json"];
+    let (stored, told) = tokio::join!(resolve(&bridge, id, "user_1"), orphans(&bridge, &arguments));
     assert_eq!(stored.status.code(), Some(0), "{}", stored.stderr);
+    let expected = json!({ "orphan_id": id, "client_reference_id": "user_1", "state": "stored" });
+    assert_eq!(json_of(&told), expected);
     assert!(stored.stdout.contains("takes effect when a worker runs"), "{}", stored.stdout);
     assert_eq!(orphan(&bridge, &purchase.subscription).await.customer_email.as_deref(), Some(EMAIL));
 
