@@ -115,7 +115,6 @@ impl Erasures {
     }
 
     /// Looks for new ones every second, for as long as what is returned lives.
-    #[must_use]
     pub fn followed(&self) -> AbortOnDropHandle<()> {
         AbortOnDropHandle::new(tokio::spawn(self.clone().follow(CancellationToken::new())))
     }
