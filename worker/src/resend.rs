@@ -4,6 +4,7 @@
 //! locked while its signal is put into the outbox. For subscribers that are new, or were away longer
 //! than signals are kept.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use time::OffsetDateTime;
@@ -25,12 +26,20 @@ const BACKLOG_MAX: u64 = 2000;
 /// How often it is looked whether they are sent.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Puts the rows `ids` into the outbox. Returns how many: a row whose signal a replay owes is left to
-/// the replay's end.
+/// What became of some rows.
+#[derive(Debug, Default)]
+pub struct Put {
+    /// Rows that are in the outbox.
+    pub sent: u64,
+    /// Rows whose signal a replay owes, by its name: they are left to the replay's end.
+    pub left: BTreeMap<String, u64>,
+}
+
+/// Puts the rows `ids` into the outbox.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn some(store: &Store, ids: Vec<String>) -> Result<u64, StoreError> {
+pub async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
     let store = store.clone();
     // A cancelled transaction would leave a poisoned connection in the pool.
     let task = tokio::spawn(async move { put(&store, &ids, OffsetDateTime::now_utc()).await });
@@ -48,7 +57,7 @@ pub async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), Sto
     Ok(())
 }
 
-async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<u64, StoreError> {
+async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<Put, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     let tx = store.begin().await?;
     store::subscription::lock(&tx, &ids).await?;
@@ -56,7 +65,12 @@ async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<u64, 
     rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let mut signals = Vec::new();
     let mut untold = Vec::new();
-    for (id, stored) in rows.into_iter().filter(|(_, stored)| stored.due.is_none()) {
+    let mut left = BTreeMap::new();
+    for (id, stored) in rows {
+        if let Some(due) = stored.due {
+            *left.entry(due.replay).or_default() += 1;
+            continue;
+        }
         let visible = stored.state.visible();
         let Some(event) = signal::standing(&stored.state) else { continue };
         if stored.revision > 0 {
@@ -70,7 +84,7 @@ async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<u64, 
         untold.push(overdue.row);
     }
     store::subscription::save(&tx, untold.iter(), now).await?;
-    let put = signals.len() as u64;
+    let put = Put { sent: signals.len() as u64, left };
     store::outbox::insert(&tx, signals, now).await?;
     tx.commit().await.map_err(StoreError::doing("commit signals to send again"))?;
     Ok(put)

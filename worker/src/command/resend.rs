@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Failure;
 use super::progress::Progress;
-use crate::resend;
+use crate::resend::{self, Put};
 use crate::settings::Settings;
 use crate::store::{self, Store};
 
@@ -37,19 +37,22 @@ impl Resend {
         let store = super::run::open_when_possible(&settings.database).await?;
         super::run::check_schema(settings, &store).await?;
         let jetstream = connect::jetstream(nats);
-        let sent = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
+        let Put { sent, left } = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.json {
-            super::print(&json!({ "sent": sent, "outbox": waiting }).to_string());
+            super::print(&json!({ "sent": sent, "outbox": waiting, "left_to_replays": left }).to_string());
         } else if waiting > 0 {
             super::print(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
         } else {
             super::print(&format!("{sent} rows signalled again"));
         }
+        for (name, rows) in &left {
+            tracing::warn!("{rows} rows are left to the end of the replay {name:?}: if it was cut off, run it again");
+        }
         Ok(())
     }
 
-    async fn send(&self, store: &Store) -> Result<u64, Failure> {
+    async fn send(&self, store: &Store) -> Result<Put, Failure> {
         if !self.rows.all {
             let known = store::subscription::existing(store.connection(), &self.rows.subscription).await?;
             if let Some(unknown) = self.rows.subscription.iter().find(|id| !known.contains(*id)) {
@@ -60,21 +63,23 @@ impl Resend {
         let shutdown = shutdown::token()?;
         let total = store::subscription::count(store.connection()).await?;
         let mut progress = Progress::start("resend", "rows", Some(total));
-        let mut sent = 0;
+        let mut put = Put::default();
         let mut after = String::new();
         loop {
             let ids = store::subscription::keys_after(store.connection(), &after, resend::AT_ONCE).await?;
             let Some(last) = ids.last() else { break };
             resend::room(store, &shutdown).await?;
             if shutdown.is_cancelled() {
-                return Err(format!("stopped after {sent} rows, the last one {after}").into());
+                return Err(format!("stopped after {} rows, the last one {after}", put.sent).into());
             }
             after.clone_from(last);
             let some = ids.len() as u64;
-            sent += resend::some(store, ids).await?;
+            let Put { sent, left } = resend::some(store, ids).await?;
+            put.sent += sent;
+            left.into_iter().for_each(|(name, rows)| *put.left.entry(name).or_default() += rows);
             progress.advance(some);
         }
         progress.finish();
-        Ok(sent)
+        Ok(put)
     }
 }
