@@ -94,16 +94,17 @@ pub struct AppliedAgain {
     pub poisoned: u64,
 }
 
-/// Applies the events of `batch` that are `wanted` again: what [`apply`] does, but poison, which is a
+/// Applies the events of `batch` that are `wanted`, by their sequence and unless they cannot be read, again: what [`apply`] does, but poison, which is a
 /// dead letter already, is only counted. None when `shutdown` came while the database was away.
 pub async fn apply_again(
     applier: &Applier,
     batch: Batch,
-    wanted: impl Fn(&Arrival) -> bool,
+    wanted: impl Fn(u64, Option<&Arrival>) -> bool,
     shutdown: &CancellationToken,
 ) -> Option<AppliedAgain> {
     let (mut arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
-    arrivals.retain(wanted);
+    let poisoned = wanted_poison(&batch, &poisoned, &wanted);
+    arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
     let Some(refused) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
         batch.hand_back().await;
@@ -111,7 +112,18 @@ pub async fn apply_again(
     };
     batch.ack_except([]).await;
     let refused = refused.len() as u64;
-    Some(AppliedAgain { applied: events - refused, poisoned: refused + poisoned.len() as u64 })
+    Some(AppliedAgain { applied: events - refused, poisoned: refused + poisoned })
+}
+
+/// How many of the poisoned messages are `wanted`.
+pub fn wanted_poison(
+    batch: &Batch,
+    poisoned: &[(usize, String)],
+    wanted: impl Fn(u64, Option<&Arrival>) -> bool,
+) -> u64 {
+    let messages = batch.messages().enumerate();
+    let poisoned = messages.filter(|(index, _)| poisoned.iter().any(|(poisoned, _)| poisoned == index));
+    poisoned.filter(|(_, message)| wanted(message.stream_sequence(), None)).count() as u64
 }
 
 /// Reads the events of a batch. The second list says which messages are poison, and why.

@@ -88,6 +88,14 @@ pub struct Progress {
     pub unacked: usize,
 }
 
+impl Progress {
+    /// Whether everything up to `sequence` is acked, or all there is.
+    #[must_use]
+    pub fn has_reached(&self, sequence: u64) -> bool {
+        self.ack_floor >= sequence || (self.pending == 0 && self.unacked == 0)
+    }
+}
+
 impl Again {
     /// Opens it, creating it if it is missing.
     ///
@@ -101,11 +109,6 @@ impl Again {
             ..durable(&self.consumer, DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence })
         };
         Batches::of(jetstream, &self.consumer, config, batch).await
-    }
-
-    /// How many messages it has not delivered yet, if it is there.
-    pub async fn left(&self, jetstream: &jetstream::Context) -> Option<u64> {
-        self.progress(jetstream).await.ok().map(|progress| progress.pending)
     }
 
     /// How far it is.
@@ -158,6 +161,13 @@ pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -
 
 /// Why a consumer cannot be used. Whoever waits for the broker tries again.
 pub type ConsumerError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Whether the broker has understood what is asked for and will not do it, however often it is asked.
+#[must_use]
+pub fn is_refusal(error: &ConsumerError) -> bool {
+    let refused = error.downcast_ref::<jetstream::stream::ConsumerError>().map(|error| error.kind());
+    matches!(refused, Some(ConsumerErrorKind::JetStream(refused)) if refused.code() == 400)
+}
 
 fn durable(name: &str, deliver_policy: DeliverPolicy) -> pull::Config {
     pull::Config {
@@ -304,6 +314,12 @@ impl Batch {
     /// The messages, in the order in which they came.
     pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
         self.messages.iter().map(|message| Delivery { payload: &message.payload, message })
+    }
+
+    /// The highest sequence among them.
+    #[must_use]
+    pub fn last_sequence(&self) -> u64 {
+        self.messages().map(|message| message.stream_sequence()).max().unwrap_or(0)
     }
 
     /// Says that all events but those at `except` are applied.

@@ -5,6 +5,7 @@
 //! beginning and its end rows may be half rebuilt: of these, subscribers hear nothing until the end,
 //! or until a live event changes one.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,13 +27,9 @@ mod dry_run;
 mod tell;
 
 pub use dry_run::DryRun;
-use tell::tell_some;
 
 /// How long nothing must come before it is looked whether the end is reached.
 const LOOK_AFTER: Duration = Duration::from_millis(300);
-
-/// Rows that are signalled in one transaction.
-const TOLD_AT_ONCE: u64 = 500;
 
 /// The longest name.
 const NAME_MAX: usize = 64;
@@ -88,6 +85,33 @@ pub struct Request {
     pub signals: Signals,
 }
 
+impl Request {
+    /// The name; empty for none.
+    fn name(&self) -> Result<String, ReplayError> {
+        let fits = |name: &str| {
+            (1..=NAME_MAX).contains(&name.len())
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+        };
+        match &self.name {
+            None => Ok(String::new()),
+            Some(name) if fits(name) => Ok(name.clone()),
+            Some(_) => Err(ReplayError::Name),
+        }
+    }
+
+    /// Each type once: JetStream refuses subjects that overlap.
+    fn event_types(&self) -> Vec<String> {
+        let types: BTreeSet<_> = self.event_types.iter().map(EventType::to_string).collect();
+        types.into_iter().collect()
+    }
+
+    /// Whether `begun` is the same but for its bounds.
+    fn is(&self, begun: &Replay) -> bool {
+        (self.event_types(), &self.stripe_subscription_id, self.signals.as_str())
+            == (begun.event_types.clone(), &begun.stripe_subscription_id, &begun.signals)
+    }
+}
+
 /// Why there is no replay.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
@@ -122,13 +146,17 @@ pub enum ReplayError {
     },
     /// A name stands for one selection until its end is reached.
     #[error(
-        "the replay {0} was begun with other arguments and has not reached its end: finish it, or take another --name"
+        "the replay {} was begun with other arguments ({}) and has not reached its end: finish it with these, or \
+         take another --name", .0.name, arguments(.0)
     )]
-    Differs(String),
+    Differs(Box<Replay>),
+    /// What it owes cannot be read.
+    #[error("{0} signals that are due cannot be told: their rows cannot be read, or a later version wrote what is due")]
+    Untold(u64),
     /// The database is away.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The broker is away, or the stream is missing.
+    /// The broker is away, or refuses; or the stream is missing.
     #[error("cannot read {EVENTS_STREAM}")]
     Broker(#[source] ConsumerError),
 }
@@ -139,6 +167,14 @@ fn named(name: &str) -> String {
 
 fn share(name: &str) -> String {
     if name.is_empty() { String::new() } else { format!(", or share its work with --name {name}") }
+}
+
+/// What was asked for, but for bounds, as the command line has it.
+fn arguments(replay: &Replay) -> String {
+    let types = replay.event_types.iter().map(|name| format!("--type {name}"));
+    let subscription = replay.stripe_subscription_id.iter().map(|id| format!("--subscription {id}"));
+    let signals = [format!("--signals {}", replay.signals)];
+    types.chain(subscription).chain(signals).collect::<Vec<_>>().join(" ")
 }
 
 /// What a replay did.
@@ -176,14 +212,7 @@ impl Replayer {
     /// # Errors
     /// When the request cannot be met.
     pub async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
-        let name = request.name.clone().unwrap_or_default();
-        let fits = |name: &str| {
-            (1..=NAME_MAX).contains(&name.len())
-                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
-        };
-        if request.name.is_some() && !fits(&name) {
-            return Err(ReplayError::Name);
-        }
+        let name = request.name()?;
         let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
         let state = &stream.cached_info().state;
@@ -219,7 +248,7 @@ impl Replayer {
             signals: request.signals.as_str().to_owned(),
             first_sequence,
             last_sequence,
-            event_types: request.event_types.iter().map(EventType::to_string).collect(),
+            event_types: request.event_types(),
             stripe_subscription_id: request.stripe_subscription_id.clone(),
             started: now,
             beat: now,
@@ -236,74 +265,60 @@ impl Replayer {
 
     /// Notes the replay in the database, so that what it owes survives a crash, and returns it as it
     /// is to be done: a name that was begun goes on, and one without a name also covers what the last
-    /// one without a name did not finish.
+    /// one without a name did not finish. Nothing if there is nothing to do.
     ///
     /// # Errors
-    /// When another one is running.
-    pub async fn begin(&self, asked: Replay, now: OffsetDateTime) -> Result<(Replay, Again), ReplayError> {
+    /// When another one is running, or the request cannot be met.
+    pub async fn begin(&self, request: &Request, now: OffsetDateTime) -> Result<Option<(Replay, Again)>, ReplayError> {
         let db = self.applier.store.connection();
+        let name = request.name()?;
         let unfinished = store::replay::unfinished(db).await?;
         let running = unfinished.iter().find(|other| other.is_running(now));
-        if let Some(other) = running.filter(|other| other.name != asked.name || asked.name.is_empty()) {
+        if let Some(other) = running.filter(|other| other.name != name || name.is_empty()) {
             return Err(ReplayError::Running { name: other.name.clone(), since: other.started });
         }
-        let earlier = unfinished.into_iter().find(|other| other.name == asked.name);
-        let replay = match earlier {
-            None => asked,
-            Some(begun) if begun.name.is_empty() => wider(begun, asked),
-            Some(begun) => {
-                let same = |a: &Replay, b: &Replay| {
-                    (&a.event_types, &a.stripe_subscription_id, &a.signals)
-                        == (&b.event_types, &b.stripe_subscription_id, &b.signals)
-                };
-                if !same(&begun, &asked) {
-                    return Err(ReplayError::Differs(begun.name));
-                }
-                let again = again(&begun);
-                store::replay::beat(db, &begun.name, now).await?;
-                return Ok((begun, again));
+        // Before it is looked what the stream holds: that may have moved on, and signals are owed yet.
+        let begun = unfinished.into_iter().find(|other| other.name == name);
+        if let Some(begun) = begun.as_ref().filter(|begun| !begun.name.is_empty()) {
+            if !request.is(begun) {
+                return Err(ReplayError::Differs(Box::new(begun.clone())));
             }
+            store::replay::beat(db, &begun.name, now).await?;
+            return Ok(Some((begun.clone(), again(begun))));
+        }
+        let replay = match (begun, self.resolve(request, now).await?) {
+            (Some(begun), Some(asked)) => wider(begun, asked),
+            (Some(begun), None) => Replay { beat: now, ..begun },
+            (None, Some(asked)) => asked,
+            (None, None) => return Ok(None),
         };
         let again = again(&replay);
         // Of an earlier one of this name.
         again.remove(&self.jetstream).await.map_err(ReplayError::Broker)?;
         store::replay::start(db, &replay).await?;
-        Ok((replay, again))
+        Ok(Some((replay, again)))
     }
 
     /// Applies the events again, up to the end or until `shutdown`, and signals what is due.
-    /// `progress` hears of every batch.
+    /// `progress` hears of every batch up to which sequence it goes.
     ///
     /// # Errors
-    /// When the database gives no answer at the end. Run again, it goes on.
+    /// When the broker refuses, or the database gives no answer at the end. Run again, it goes on.
     pub async fn run(
         &self,
         replay: &Replay,
         again: &Again,
         shutdown: &CancellationToken,
-        mut progress: impl FnMut(AppliedAgain),
+        progress: impl FnMut(u64),
     ) -> Result<Summary, ReplayError> {
         let store = &self.applier.store;
         let stop = CancellationToken::new();
         let heart = tokio::spawn(beat(store.clone(), replay.name.clone(), stop.clone()));
-        let mut summary = Summary {
-            first_sequence: replay.first_sequence,
-            last_sequence: replay.last_sequence,
-            ..Summary::default()
-        };
-        let finished = self.apply_again(replay, again, shutdown, |applied| {
-            summary.events += applied.applied;
-            summary.poisoned += applied.poisoned;
-            progress(applied);
-        });
-        let finished = finished.await;
-        let told = if finished { self.tell(&replay.name).await } else { Ok(0) };
+        let outcome = self.apply_and_tell(replay, again, shutdown, progress).await;
         stop.cancel();
         let _ = heart.await;
-        summary.signals = told?;
-        summary.finished = finished;
         let now = OffsetDateTime::now_utc();
-        if finished {
+        if outcome.as_ref().is_ok_and(|summary| summary.finished) {
             store::replay::finish(store.connection(), &replay.name, now).await?;
             if let Err(error) = again.remove(&self.jetstream).await {
                 warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
@@ -312,6 +327,7 @@ impl Replayer {
             // Whoever runs it again need not wait until nobody is heard.
             store::replay::beat(store.connection(), &replay.name, now - time::Duration::minutes(1)).await?;
         }
+        let mut summary = outcome?;
         for other in store::replay::unfinished(store.connection()).await? {
             let owed = store::signal_due::count(store.connection(), &other.name).await?;
             if other.name != replay.name && owed > 0 {
@@ -321,11 +337,41 @@ impl Replayer {
         Ok(summary)
     }
 
-    /// Whether the replay is about this event. What an erased person did is not to come back.
-    fn is_wanted(&self, replay: &Replay, arrival: &Arrival) -> bool {
-        let id = arrival.event.stripe_subscription_id();
-        let is_about = replay.stripe_subscription_id.as_deref().is_none_or(|wanted| id == Some(wanted));
-        is_about && arrival.stream_sequence <= replay.last_sequence && !self.applier.erasures.covers(&arrival.event)
+    async fn apply_and_tell(
+        &self,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        mut progress: impl FnMut(u64),
+    ) -> Result<Summary, ReplayError> {
+        let mut summary = Summary {
+            first_sequence: replay.first_sequence,
+            last_sequence: replay.last_sequence,
+            ..Summary::default()
+        };
+        let is_at_end = self.apply_again(replay, again, shutdown, |applied, sequence| {
+            summary.events += applied.applied;
+            summary.poisoned += applied.poisoned;
+            progress(sequence);
+        });
+        if is_at_end.await? {
+            (summary.signals, summary.finished) = self.tell(&replay.name, shutdown).await?;
+        }
+        Ok(summary)
+    }
+
+    /// Whether the replay is about the event of this sequence; None for one that cannot be read. What an
+    /// erased person did is not to come back.
+    fn is_wanted(&self, replay: &Replay, sequence: u64, arrival: Option<&Arrival>) -> bool {
+        let wanted = replay.stripe_subscription_id.as_deref();
+        let is_about = match arrival {
+            Some(arrival) => {
+                let is_erased = self.applier.erasures.covers(&arrival.event);
+                wanted.is_none_or(|wanted| arrival.event.stripe_subscription_id() == Some(wanted)) && !is_erased
+            }
+            None => wanted.is_none(),
+        };
+        is_about && sequence <= replay.last_sequence
     }
 
     /// Whether the end was reached.
@@ -334,24 +380,28 @@ impl Replayer {
         replay: &Replay,
         again: &Again,
         shutdown: &CancellationToken,
-        mut applied: impl FnMut(AppliedAgain),
-    ) -> bool {
-        let wanted = |arrival: &Arrival| self.is_wanted(replay, arrival);
+        mut applied: impl FnMut(AppliedAgain, u64),
+    ) -> Result<bool, ReplayError> {
+        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let mut said = false;
         while !shutdown.is_cancelled() {
             // Whoever shared the work removed the consumer when it was over. Else it is made again, and
             // delivers all of it again.
             if self.is_finished(replay).await {
-                return true;
+                return Ok(true);
             }
             let mut batches = match again.open(&self.jetstream, self.batch).await {
                 Ok(batches) => batches,
+                Err(error) if consumer::is_refusal(&error) => return Err(ReplayError::Broker(error)),
                 Err(error) => {
                     if !said {
                         warn!("waiting for JetStream: {error}");
                         said = true;
                     }
-                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                        () = shutdown.cancelled() => {}
+                    }
                     continue;
                 }
             };
@@ -359,54 +409,34 @@ impl Replayer {
             while let Some(batch) = next(&mut batches, shutdown).await {
                 let is_at_end = match batch {
                     Some(batch) => {
-                        let last = batch.messages().map(|message| message.stream_sequence()).max();
+                        let last = batch.last_sequence();
                         let Some(done) = batch::apply_again(&self.applier, batch, wanted, shutdown).await else {
                             break;
                         };
-                        applied(done);
-                        last.is_some_and(|last| last >= replay.last_sequence)
+                        applied(done, last.min(replay.last_sequence));
+                        last >= replay.last_sequence
                     }
                     None => true,
                 };
                 if is_at_end && self.is_over(replay, again).await {
                     batches.close().await;
-                    return true;
+                    return Ok(true);
                 }
             }
             batches.close().await;
         }
-        false
+        Ok(false)
     }
 
     /// Whether every event up to the end is applied, by whichever process.
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
-        let progress = again.progress(&self.jetstream).await;
-        progress.is_ok_and(|progress| {
-            progress.ack_floor >= replay.last_sequence || (progress.pending == 0 && progress.unacked == 0)
-        })
+        again.progress(&self.jetstream).await.is_ok_and(|progress| progress.has_reached(replay.last_sequence))
     }
 
     /// Whether another process has reached the end under this name.
     async fn is_finished(&self, replay: &Replay) -> bool {
         let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
         unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
-    }
-
-    /// Signals what is due, and returns how many signals that are.
-    async fn tell(&self, name: &str) -> Result<u64, StoreError> {
-        let mut told = 0;
-        loop {
-            let store = self.applier.store.clone();
-            let ids = store::signal_due::owed_by(store.connection(), name, TOLD_AT_ONCE).await?;
-            if ids.is_empty() {
-                return Ok(told);
-            }
-            let name = name.to_owned();
-            // A cancelled transaction would leave a poisoned connection in the pool.
-            let task = tokio::spawn(async move { tell_some(&store, &name, &ids, OffsetDateTime::now_utc()).await });
-            told += task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
-            self.applier.relay.notify_one();
-        }
     }
 }
 
@@ -431,6 +461,7 @@ fn wider(begun: Replay, asked: Replay) -> Replay {
         last_sequence: begun.last_sequence.max(asked.last_sequence),
         event_types: if same_types { asked.event_types } else { Vec::new() },
         stripe_subscription_id: asked.stripe_subscription_id.filter(|_| same_subscription),
+        started: begun.started,
         ..asked
     }
 }

@@ -19,6 +19,30 @@ pub(crate) struct Progress {
     last_line: Instant,
 }
 
+/// Progress through a stream: by positions, because nobody knows how many of its events are wanted.
+pub(crate) struct Positions {
+    progress: Progress,
+    reached: u64,
+}
+
+impl Positions {
+    /// Progress of `what` from after the sequence `done` to the sequence `last`.
+    pub(crate) fn start(what: &'static str, done: u64, last: u64) -> Self {
+        Self { progress: Progress::start(what, "events", Some(last.saturating_sub(done))), reached: done }
+    }
+
+    /// Everything up to `sequence` is done.
+    pub(crate) fn reached(&mut self, sequence: u64) {
+        self.progress.advance(sequence.saturating_sub(self.reached));
+        self.reached = self.reached.max(sequence);
+    }
+
+    /// It is over: the summary follows.
+    pub(crate) fn finish(self) {
+        self.progress.finish();
+    }
+}
+
 impl Progress {
     /// Progress of `what` (`replay`), counted in `unit` (`events`), of which there are `total` if that
     /// is known.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use super::moment;
-use super::progress::Progress;
+use super::progress::Positions;
 use crate::dead_letter::DeadLetters;
 use crate::erasure::Erasures;
 use crate::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
@@ -69,20 +69,21 @@ impl Replay {
         let applier = super::run::applier(settings, &store, &dead_letters, &erasures, &Arc::default());
         let mut replayer = Replayer { applier, jetstream: jetstream.clone(), batch: settings.batch };
 
-        let Some(asked) = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await? else {
-            return self.nothing();
-        };
-        replayer.applier.terms = replay::terms(super::run::terms(settings), &asked);
         // Not before: until here a signal ends it at once, and nothing was begun.
         let shutdown = shutdown::token()?;
         if self.dry_run {
+            let asked = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await?;
+            let Some(asked) = asked else { return self.nothing() };
+            replayer.applier.terms = replay::terms(super::run::terms(settings), &asked);
             return self.try_out(&replayer, &asked, &shutdown).await;
         }
-        let (replay, again) = replayer.begin(asked, OffsetDateTime::now_utc()).await?;
+        let begun = replayer.begin(&self.request(), OffsetDateTime::now_utc()).await?;
+        let Some((replay, again)) = begun else { return self.nothing() };
         replayer.applier.terms = replay::terms(super::run::terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
-        let mut progress = Progress::start("replay", "events", again.left(&jetstream).await.or(Some(span(&replay))));
-        let work = replayer.run(&replay, &again, &shutdown, |done| progress.advance(done.applied + done.poisoned));
+        let done = again.progress(&jetstream).await.map_or(0, |progress| progress.ack_floor);
+        let mut progress = Positions::start("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
+        let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
         let summary = super::while_relaying(&store, &jetstream, work).await;
         progress.finish();
         self.report(&replay, &summary?)
@@ -131,8 +132,8 @@ impl Replay {
     }
 
     async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
-        let mut progress = Progress::start("replay (dry run)", "events", Some(span(asked)));
-        let dry = replayer.dry_run(asked, shutdown, |done| progress.advance(done)).await;
+        let mut progress = Positions::start("replay (dry run)", asked.first_sequence - 1, asked.last_sequence);
+        let dry = replayer.dry_run(asked, shutdown, |sequence| progress.reached(sequence)).await;
         progress.finish();
         let dry: DryRun = dry?;
         if !dry.finished {
@@ -170,11 +171,6 @@ impl Replay {
         ));
         Ok(())
     }
-}
-
-/// How many events there may be between its ends.
-fn span(replay: &Asked) -> u64 {
-    replay.last_sequence - replay.first_sequence + 1
 }
 
 fn until(text: &str) -> Result<Bound, String> {

@@ -18,10 +18,10 @@ use crate::{merge, store};
 
 impl Replayer {
     /// What the replay would change, without changing anything. Keeps the rows that would change in
-    /// memory.
+    /// memory. `progress` hears of every batch up to which sequence it goes.
     ///
     /// # Errors
-    /// When database or broker is away.
+    /// When database or broker is away, also for a moment: half of it would look like the whole.
     pub async fn dry_run(
         &self,
         replay: &Replay,
@@ -35,23 +35,28 @@ impl Replayer {
         let outcome = loop {
             let Some(batch) = next(&mut batches, shutdown).await else { break Ok(()) };
             let Some(batch) = batch else {
-                if self.is_over(replay, &again).await {
-                    dry.finished = true;
-                    break Ok(());
+                // Nobody shares this consumer: that it cannot be seen says nothing of the end.
+                match again.progress(&self.jetstream).await {
+                    Ok(progress) if progress.has_reached(replay.last_sequence) => {
+                        dry.finished = true;
+                        break Ok(());
+                    }
+                    Ok(_) => continue,
+                    Err(error) => break Err(ReplayError::Broker(error)),
                 }
-                continue;
             };
             let (arrivals, poisoned) = batch::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);
-            dry.poisoned += poisoned.len() as u64;
+            let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+            dry.poisoned += batch::wanted_poison(&batch, &poisoned, wanted);
             let arrivals: Vec<Arrival> =
-                arrivals.into_iter().filter(|arrival| self.is_wanted(replay, arrival)).collect();
+                arrivals.into_iter().filter(|arrival| wanted(arrival.stream_sequence, Some(arrival))).collect();
             if let Err(error) = dry.apply(&self.applier, &arrivals).await {
                 break Err(error.into());
             }
-            progress(arrivals.len() as u64);
-            let last = batch.messages().map(|message| message.stream_sequence()).max();
+            let last = batch.last_sequence();
+            progress(last.min(replay.last_sequence));
             batch.ack_except([]).await;
-            if last.is_some_and(|last| last >= replay.last_sequence) {
+            if last >= replay.last_sequence {
                 dry.finished = true;
                 break Ok(());
             }

@@ -1,26 +1,101 @@
 //! What is signalled when a replay has reached its end.
 //!
 //! Owns the transaction: each row that changed is signalled once, with its final state, and the debt
-//! goes with it. What another process wrote meanwhile stays due.
+//! goes with it, also that of a row that is gone. What another process wrote meanwhile stays due.
 
+use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
 use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
-use crate::error::StoreError;
+use super::{ReplayError, Replayer};
+use crate::error::{Disposition, StoreError};
 use crate::plan::{self, Overdue};
 use crate::signal::{self, Cause};
 use crate::store::{self, Store};
 
+/// Rows that are signalled in one transaction.
+const TOLD_AT_ONCE: u64 = 500;
+
+/// Passes over all that is due in which nothing was settled, in a row: what another process is at, it
+/// settles meanwhile.
+const FRUITLESS_MAX: u32 = 3;
+
+/// What became of some debts.
+#[derive(Default)]
+struct Told {
+    signals: u64,
+    /// Debts that are there no more.
+    settled: u64,
+}
+
+impl Replayer {
+    /// Signals what is due. Returns how many signals that are, and whether that was all: it stops between
+    /// two transactions when `shutdown` came.
+    pub(super) async fn tell(&self, name: &str, shutdown: &CancellationToken) -> Result<(u64, bool), ReplayError> {
+        let db = self.applier.store.connection();
+        let (mut signals, mut fruitless) = (0, 0);
+        while fruitless < FRUITLESS_MAX {
+            let (mut settled, mut after) = (0, String::new());
+            loop {
+                if shutdown.is_cancelled() {
+                    return Ok((signals, false));
+                }
+                let ids = store::signal_due::owed_by(db, name, &after, TOLD_AT_ONCE).await?;
+                let Some(last) = ids.last() else { break };
+                after.clone_from(last);
+                let told = self.tell_readable(name, ids).await?;
+                signals += told.signals;
+                settled += told.settled;
+                self.applier.relay.notify_one();
+            }
+            if after.is_empty() {
+                return Ok((signals, true));
+            }
+            fruitless = if settled == 0 { fruitless + 1 } else { 0 };
+        }
+        Err(ReplayError::Untold(store::signal_due::count(db, name).await?))
+    }
+
+    /// Signals what is owed of `ids`, as far as their rows can be read: one that cannot must not keep
+    /// the others from being told.
+    async fn tell_readable(&self, replay: &str, ids: Vec<String>) -> Result<Told, StoreError> {
+        match self.tell_in_own_task(replay, ids.clone()).await {
+            Err(error) if error.disposition() == Disposition::Poison => {}
+            outcome => return outcome,
+        }
+        let mut all = Told::default();
+        for id in ids {
+            match self.tell_in_own_task(replay, vec![id.clone()]).await {
+                Ok(told) => {
+                    all.signals += told.signals;
+                    all.settled += told.settled;
+                }
+                Err(error) if error.disposition() == Disposition::Poison => {
+                    warn!("the signal of {id} stays due: {}", exit::chain(&error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
+    /// A cancelled transaction would leave a poisoned connection in the pool, so nothing cancels it.
+    async fn tell_in_own_task(&self, replay: &str, ids: Vec<String>) -> Result<Told, StoreError> {
+        let (store, replay) = (self.applier.store.clone(), replay.to_owned());
+        let task = tokio::spawn(async move { tell_some(&store, &replay, &ids, OffsetDateTime::now_utc()).await });
+        task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+    }
+}
+
 /// Signals what `replay` owes of `ids`. Rows that another process wrote meanwhile stay due.
-pub(super) async fn tell_some(
-    store: &Store,
-    replay: &str,
-    ids: &[String],
-    now: OffsetDateTime,
-) -> Result<u64, StoreError> {
+async fn tell_some(store: &Store, replay: &str, ids: &[String], now: OffsetDateTime) -> Result<Told, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     let tx = store.begin().await?;
     let stored = store::subscription::load(&tx, &ids).await?;
+    // Nothing is left to tell of a row that somebody deleted.
+    let mut settled: Vec<&str> = ids.iter().copied().filter(|id| !stored.contains_key(*id)).collect();
     let mut overdue: Vec<(String, Overdue)> = Vec::new();
     for (id, stored) in stored {
         let due = stored.due.clone().filter(|due| due.replay == replay);
@@ -28,7 +103,6 @@ pub(super) async fn tell_some(
     }
     overdue.sort_by(|(a, _), (b, _)| a.cmp(b));
     let written = store::subscription::save(&tx, overdue.iter().map(|(_, overdue)| &overdue.row), now).await?;
-    let mut settled = Vec::new();
     let mut signals = Vec::new();
     for (id, overdue) in &mut overdue {
         if written.contains(id) {
@@ -47,9 +121,9 @@ pub(super) async fn tell_some(
     }
     let told = signals.len() as u64;
     store::outbox::insert(&tx, signals, now).await?;
-    store::signal_due::remove(&tx, &[SUBSCRIPTION_CHANGED], &settled).await?;
+    let of_rows = store::signal_due::remove(&tx, &[SUBSCRIPTION_CHANGED], &settled).await?;
     let orphans: Vec<&str> = orphans.keys().map(String::as_str).collect();
-    store::signal_due::remove(&tx, &[ORPHAN_CREATED, ORPHAN_RESOLVED], &orphans).await?;
+    let of_orphans = store::signal_due::remove(&tx, &[ORPHAN_CREATED, ORPHAN_RESOLVED], &orphans).await?;
     tx.commit().await.map_err(StoreError::doing("commit signals that were due"))?;
-    Ok(told)
+    Ok(Told { signals: told, settled: of_rows + of_orphans })
 }

@@ -89,16 +89,23 @@ pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTim
     }
 }
 
-/// Up to `limit` ids of subscriptions and orphans of which `replay` owes a signal.
+/// Up to `limit` ids after `after`, in their order, of subscriptions and orphans of which `replay` owes a
+/// signal.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn owed_by<C: ConnectionTrait>(db: &C, replay: &str, limit: u64) -> Result<Vec<String>, StoreError> {
+pub async fn owed_by<C: ConnectionTrait>(
+    db: &C,
+    replay: &str,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<String>, StoreError> {
     let ids = Entity::find()
         .select_only()
         .column(Column::EntityId)
         .distinct()
         .filter(Column::Replay.eq(replay))
+        .filter(Column::EntityId.gt(after))
         .order_by_asc(Column::EntityId)
         .limit(limit)
         .into_tuple()
@@ -140,17 +147,17 @@ pub async fn of_orphans<C: ConnectionTrait>(
     Ok(dues)
 }
 
-/// Forgets what is due about `ids` on `subjects`.
+/// Forgets what is due about `ids` on `subjects`. Returns how many signals that were.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn remove<C: ConnectionTrait>(db: &C, subjects: &[&str], ids: &[&str]) -> Result<(), StoreError> {
+pub async fn remove<C: ConnectionTrait>(db: &C, subjects: &[&str], ids: &[&str]) -> Result<u64, StoreError> {
     if ids.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let those = Column::Subject.is_in(subjects.iter().copied()).and(Column::EntityId.is_in(ids.iter().copied()));
     let removed = Entity::delete_many().filter(those).exec(db).await;
-    removed.map(|_| ()).map_err(StoreError::doing("remove signals that were due"))
+    removed.map(|removed| removed.rows_affected).map_err(StoreError::doing("remove signals that were due"))
 }
 
 /// What a row says, or nothing if only a later program can read it.

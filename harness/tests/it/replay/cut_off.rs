@@ -19,6 +19,8 @@ on_both_databases!(
     live_event_signals_a_row_that_is_due_at_once,
     stopped_replay_goes_on_where_it_was,
     second_replay_waits_for_the_first,
+    replay_is_finished_although_the_stream_moved_on,
+    what_cannot_be_told_is_dropped_or_named_and_keeps_nobody_else_waiting,
 );
 
 async fn replay_that_was_killed_tells_when_it_is_run_again(database: DatabaseKind) {
@@ -132,9 +134,76 @@ async fn second_replay_waits_for_the_first(database: DatabaseKind) {
     }
     let differs = replay(&bridge, &["--name", "first", "--type", UPDATED]).await;
     assert_eq!(differs.status.code(), Some(2), "{}", differs.stderr);
+    assert!(differs.stderr.contains("with other arguments (--signals changed)"), "{}", differs.stderr);
     assert!(differs.stderr.contains("--name"), "{}", differs.stderr);
     let joined = replay(&bridge, &["--name", "first"]).await;
     assert_eq!(joined.status.code(), Some(0), "{}", joined.stderr);
+}
+
+async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind) {
+    for name in [&[][..], &["--name", "rebuild"]] {
+        let mut bridge = Bridge::start(Options::on(database)).await;
+        publish(&bridge, &told(50)).await;
+        bridge.check().await;
+        let last = last_signal(&bridge).await;
+        forget_rows(&mut bridge, database).await;
+        let arguments = [&["--since", "1h"], name].concat();
+        cut_off(&bridge, &arguments).await;
+        let due = owed(&bridge).await;
+
+        // Meanwhile, rows that are due are left to it.
+        let resent = bridge.worker().args(["resend", "--all"]).run(DEADLINE).await;
+        let left = format!("{due} rows are left to the end of the replay {:?}", name.get(1).unwrap_or(&""));
+        assert!(resent.stdout.contains("0 rows signalled again") && resent.stderr.contains(&left), "{resent:?}");
+
+        let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.expect("the stream is there");
+        stream.purge().await.expect("it can be emptied");
+        last_heard_of(&bridge, 60).await;
+        let again = replay(&bridge, &arguments).await;
+        assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
+        assert!(again.stdout.contains(&format!("{due} signals")), "{}", again.stdout);
+        assert_eq!((owed(&bridge).await, signals_after(&bridge, last).await.len()), (0, due));
+        assert!(replay(&bridge, &arguments).await.stdout.contains("nothing to replay"));
+    }
+}
+
+async fn what_cannot_be_told_is_dropped_or_named_and_keeps_nobody_else_waiting(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    publish(&bridge, &told(3)).await;
+    let rows = bridge.check().await.len();
+    let owe = async |id: &str, event_type: &str| {
+        let due = format!(
+            "INSERT INTO signal_due (entity_id, subject, replay, unchanged, event_id, event_type, event_created, \
+             dt_created) VALUES ('{id}', 'subscription.changed', '', FALSE, 'evt_1', '{event_type}', 1, \
+             '2026-11-25 00:00:00+00:00')"
+        );
+        bridge.database.query(&due).await.expect("it can be written");
+    };
+    owe("sub_gone", UPDATED).await;
+    let finished = replay(&bridge, &[]).await;
+    assert_eq!((finished.status.code(), owed(&bridge).await), (Some(0), 0), "{}", finished.stderr);
+
+    let [unreadable, damaged, whole] = &bridge.rows().await[..] else { panic!("not three rows") };
+    owe(&unreadable.stripe_subscription_id, "of a later version").await;
+    for row in [damaged, whole] {
+        owe(&row.stripe_subscription_id, UPDATED).await;
+    }
+    let damage = format!(
+        "UPDATE stripe_subscription SET merge_state = 'no JSON' WHERE stripe_subscription_id = '{}'",
+        damaged.stripe_subscription_id
+    );
+    bridge.database.query(&damage).await.expect("it can be written");
+    let named = replay(&bridge, &[]).await;
+    assert_eq!(named.status.code(), Some(1), "{}", named.stdout);
+    assert!(named.stderr.contains("2 signals that are due cannot be told"), "{}", named.stderr);
+    assert!(named.stderr.contains(&damaged.stripe_subscription_id), "{}", named.stderr);
+    bridge.wait_until_applied().await;
+    let signals = bridge.signals().await;
+    assert_eq!(signals.len(), rows + 1, "the whole one is told");
+    assert_eq!(
+        of_subscription(&signals, &whole.stripe_subscription_id).last().expect("there is one").body["replayed"],
+        true
+    );
 }
 
 /// Has the database believe that whoever is at a replay was last heard of that many seconds ago.

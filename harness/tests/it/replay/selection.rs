@@ -1,6 +1,9 @@
 //! Which events a replay takes, and what is said to one who asks for others.
 
+use async_nats::jetstream::stream;
+use futures_util::StreamExt as _;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -22,11 +25,16 @@ async fn only_what_is_asked_for_is_applied_again() {
     tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     apply(&bridge, &one.subscription_event(UPDATED, now(), json!({ "status": "past_due" }))).await;
 
-    let cases: [(&[&str], usize, u64); 9] = [
+    let poison = json!({ "id": "evt_poison", "object": "event", "type": UPDATED, "created": "yesterday" });
+    bridge.publish(UPDATED, poison.to_string(), "evt_poison").await;
+    bridge.wait_until_applied().await;
+
+    let cases: [(&[&str], usize, u64); 10] = [
         (&["--until", "2"], 2, 2),
         (&["--from-sequence", "2", "--until", "3"], 2, 2),
         (&["--type", UPDATED], 1, 1),
         (&["--type", UPDATED, "--type", COMPLETED], 1, 2),
+        (&["--type", UPDATED, "--type", UPDATED], 1, 1),
         (&["--subscription", &one.subscription], 1, 3),
         (&["--from-time", &between], 1, 1),
         (&["--until", &between], 2, 3),
@@ -38,6 +46,11 @@ async fn only_what_is_asked_for_is_applied_again() {
         let summary = json_of(&replay(&bridge, &[arguments, &["--json"]].concat()).await);
         assert_eq!(summary["events"], events, "{arguments:?}: {summary}");
         assert_eq!(bridge.rows().await.len(), rows, "{arguments:?}");
+        // Whose it is cannot be read, and where it lies is after these ends.
+        let is_met = !arguments.contains(&"--until") && !arguments.contains(&"--subscription");
+        assert_eq!(summary["poisoned"], u64::from(is_met), "{arguments:?}");
+        let dry = json_of(&replay(&bridge, &[arguments, &["--dry-run", "--json"]].concat()).await);
+        assert_eq!((&dry["events"], &dry["poisoned"]), (&summary["events"], &summary["poisoned"]), "{arguments:?}");
     }
     let after_all = replay(&bridge, &["--from-time", &now_text()]).await;
     assert_eq!(after_all.status.code(), Some(0), "{}", after_all.stderr);
@@ -70,6 +83,51 @@ async fn what_cannot_be_asked_for_is_said_clearly() {
         assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {}", refused.stderr);
         assert!(refused.stderr.contains(text), "{arguments:?}: {}", refused.stderr);
     }
+}
+
+#[tokio::test]
+async fn dry_run_that_loses_the_broker_is_no_result() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    super::publish(&bridge, &super::told(100)).await;
+    bridge.wait_until_applied().await;
+    let dry = bridge.worker().env("LITESTRIPE_BATCH", "1").args(["replay", "--dry-run", "--json"]).start();
+    eventually("a dry run to be halfway", super::DEADLINE, async || {
+        let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.map_err(|error| error.to_string())?;
+        let consumers: Vec<_> = stream.consumers().collect().await;
+        let halfway = consumers.iter().flatten().find(|consumer| consumer.name.starts_with("litestripe-replay-dry-"));
+        match halfway.map(|consumer| (consumer.ack_floor.stream_sequence, consumer.num_pending)) {
+            Some((1.., 1..)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    bridge.broker.kill().await;
+    assert_eq!(dry.wait(super::DEADLINE).await.code(), Some(1), "{}", dry.log());
+    assert_eq!(dry.stdout(), "");
+    assert!(dry.stderr().contains("cannot read STRIPE_EVENTS"), "{}", dry.stderr());
+}
+
+#[tokio::test]
+async fn broker_that_refuses_is_not_waited_for() {
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    // Room for the workers' consumer alone.
+    let config = stream::Config {
+        name: "STRIPE_EVENTS".to_owned(),
+        subjects: vec!["stripe.events.>".to_owned()],
+        max_consumers: 1,
+        ..stream::Config::default()
+    };
+    bridge.jetstream().await.create_stream(config).await.expect("it can be made");
+    bridge.start_worker().wait_until_ready().await;
+    let purchase = Purchase::new(now() - 600);
+    let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
+    bridge.publish(CREATED, created.body(), created.id()).await;
+    bridge.wait_until_applied().await;
+    let refused = replay(&bridge, &[]).await;
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stdout);
+    assert!(refused.stderr.contains("maximum consumers limit reached"), "{}", refused.stderr);
 }
 
 fn now_text() -> String {
