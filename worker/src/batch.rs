@@ -24,12 +24,13 @@ use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
 use crate::event::{self, Body, MetadataKeys, whose};
 use crate::metrics;
-use crate::plan::{self, Arrival, Consequences, Plan, Resolution, Signalling, Terms};
+use crate::plan::{self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms};
 use crate::signal::{self, Cause};
 use crate::store::due::Kind;
 use crate::store::orphan::NewOrphan;
 use crate::store::outbox::NewSignal;
 use crate::store::signal_due::{Due, NewDue};
+use crate::store::subscription::Found;
 use crate::store::{self, Store};
 
 /// How long a batch may take. The server ends a statement sooner, but a server that vanished without
@@ -248,11 +249,21 @@ async fn save_once<'a>(
     let (by_subscription, others) = by_subscription(pending);
     let ids: Vec<&str> = by_subscription.keys().copied().collect();
     let tx = store.begin().await?;
-    let mut stored = store::subscription::load(&tx, &ids).await?;
+    let Found { rows: mut stored, rebuilding } = store::subscription::find(&tx, &ids, now).await?;
+    let rebuilding = rebuilding.as_ref();
+    let circumstances = Circumstances { terms, rebuilding, now };
     let plans: Vec<Plan<'a>> = by_subscription
         .into_iter()
-        .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, terms, now))
+        .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
         .collect();
+    if let Some(rebuilding) = rebuilding.filter(|_| plans.iter().any(|plan| plan.is_withheld))
+        && !store::replay::hold(&tx, &rebuilding.replay).await?
+    {
+        // It ended meanwhile, and would not tell what is left to it.
+        tx.rollback().await.map_err(StoreError::doing("begin a batch anew"))?;
+        let planned = plans.into_iter().flat_map(|plan| plan.arrivals);
+        return Ok(planned.chain(others.into_iter().map(|(_, arrival)| arrival)).collect());
+    }
     let written = store::subscription::save(&tx, plans.iter().map(|plan| &plan.row), now).await?;
     let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
 

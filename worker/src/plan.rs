@@ -14,6 +14,7 @@ use crate::signal::{self, Cause};
 use crate::store::due::{Check, Kind};
 use crate::store::orphan::NewOrphan;
 use crate::store::outbox::NewSignal;
+use crate::store::replay::Rebuilding;
 use crate::store::signal_due::{Due, NewDue};
 use crate::store::subscription::{Row, Stored};
 
@@ -41,6 +42,17 @@ pub struct Terms {
     pub rules: Rules,
     /// Who is told.
     pub signalling: Signalling,
+}
+
+/// What a batch is applied under, and what it met.
+#[derive(Debug, Clone, Copy)]
+pub struct Circumstances<'a> {
+    /// The terms.
+    pub terms: &'a Terms,
+    /// The replay that may not have reached an event of the same row yet.
+    pub rebuilding: Option<&'a Rebuilding>,
+    /// When.
+    pub now: OffsetDateTime,
 }
 
 /// An event of a batch, and where it came from.
@@ -105,6 +117,8 @@ pub struct Plan<'a> {
     pub due: Option<NewDue>,
     /// Whether the signal that was due is among `signals`, or needless.
     pub settles_due: bool,
+    /// Whether what live events would tell is left to the end of the replay that was met.
+    pub is_withheld: bool,
     /// What follows for orphans and open questions.
     pub consequences: Consequences<'a>,
 }
@@ -116,9 +130,9 @@ pub fn of_subscription<'a>(
     id: &'a str,
     stored: Option<Stored>,
     mut arrivals: Vec<&'a Arrival>,
-    terms: &Terms,
-    now: OffsetDateTime,
+    circumstances: Circumstances<'_>,
 ) -> Option<Plan<'a>> {
+    let Circumstances { terms, now, .. } = circumstances;
     arrivals.sort_by(|a, b| (a.event.created, &a.event.id).cmp(&(b.event.created, &b.event.id)));
     let Stored { mut state, version, revision, dt_created, due } = stored.unwrap_or_default();
     let before = state.visible();
@@ -138,7 +152,27 @@ pub fn of_subscription<'a>(
     }
     let mut new_due = None;
     let mut settles_due = false;
+    let withheld_for = circumstances.rebuilding.filter(|rebuilding| {
+        terms.signalling == Signalling::Now && is_half_built(rebuilding, version, due.is_some(), &after, &arrivals)
+    });
+    if withheld_for.is_some() {
+        teller = Teller::new(id, revision, due.as_ref(), &before);
+    }
     match (&terms.signalling, due) {
+        // No signal, and what is due stays so.
+        (Signalling::Now, Some(_)) if withheld_for.is_some() => {}
+        (Signalling::Now, None) => {
+            new_due = withheld_for.zip(merged.last()).map(|(rebuilding, last)| NewDue {
+                entity_id: id.to_owned(),
+                subject: subject::SUBSCRIPTION_CHANGED,
+                due: Due {
+                    replay: rebuilding.replay.clone(),
+                    told: None,
+                    unchanged: false,
+                    event: signal::reference(&last.event),
+                },
+            });
+        }
         (Signalling::Now, Some(due)) => {
             // A live event signals such a row at once, whether or not it changed it.
             let event = signal::standing(&state).unwrap_or(due.event);
@@ -158,7 +192,7 @@ pub fn of_subscription<'a>(
         (Signalling::Never, None) if revision > 0 && teller.differs(&after.subscription) => {
             teller.revision = next_revision(revision, now);
         }
-        (Signalling::Now | Signalling::Never, _) => {}
+        (Signalling::Never, _) => {}
     }
     if merged.is_empty() && new_due.is_none() && !settles_due {
         return None;
@@ -171,7 +205,33 @@ pub fn of_subscription<'a>(
         None => Consequences::default(),
     };
     let row = Row { stripe_subscription_id: id.to_owned(), state, version: version + 1, revision: teller.revision };
-    Some(Plan { id, arrivals, row, signals: teller.signals, due: new_due, settles_due, consequences })
+    Some(Plan {
+        id,
+        arrivals,
+        row,
+        signals: teller.signals,
+        due: new_due,
+        settles_due,
+        is_withheld: withheld_for.is_some(),
+        consequences,
+    })
+}
+
+/// Whether a live event may show a row half built: it makes the row, of what is older than the replay, or
+/// leaves it without the state that only the replay can bring. Told, it would revoke a paying customer.
+fn is_half_built(rebuilding: &Rebuilding, version: i64, is_due: bool, after: &Visible, arrivals: &[&Arrival]) -> bool {
+    if is_due {
+        return after.subscription.status.is_none();
+    }
+    let of_session = || {
+        let sessions = arrivals.iter().filter_map(|arrival| match &arrival.event.body {
+            Body::CheckoutSession(session) => session.created,
+            Body::Subscription(_) | Body::Resolution(_) => None,
+        });
+        sessions.min()
+    };
+    let created = after.subscription.created.map(|created| created.unix()).or_else(of_session);
+    version == 0 && created.is_none_or(|created| created < rebuilding.started.unix_timestamp())
 }
 
 /// A row of which a replay that reached its end owes a signal, and the signal.

@@ -319,7 +319,6 @@ impl Replayer {
         let _ = heart.await;
         let now = OffsetDateTime::now_utc();
         if outcome.as_ref().is_ok_and(|summary| summary.finished) {
-            store::replay::finish(store.connection(), &replay.name, now).await?;
             if let Err(error) = again.remove(&self.jetstream).await {
                 warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
             }

@@ -28,6 +28,7 @@ on_both_databases!(
     live_traffic_goes_on_beside_a_replay,
     orphans_are_told_as_they_stand_at_the_end,
     questions_wait_for_the_end_of_a_replay,
+    half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay,
     all_rows_are_sent_again_where_that_is_asked_for,
     nobody_is_told_where_that_is_asked_for,
     silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell,
@@ -211,6 +212,44 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
     assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
     crate::orphans::until_nothing_is_asked(&bridge).await;
     assert_eq!(bridge.orphans().await, []);
+}
+
+async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let (first, known) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
+    let user = |paid: &str| json!({ "client_reference_id": "user_1", "payment_status": paid });
+    for purchase in [&first, &known] {
+        apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    }
+    apply(&bridge, &known.checkout_session_event(COMPLETED, known.created, user("unpaid"))).await;
+    bridge.check().await;
+    let last_signal = last_signal(&bridge).await;
+
+    // A replay that has come to the first of three events, as far as the database knows.
+    forget_rows(&mut bridge, database).await;
+    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0));
+    let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 3";
+    bridge.database.query(unfinished).await.expect("it can be written");
+    bridge.start_worker().wait_until_ready().await;
+    let paid = known.checkout_session_event("checkout.session.async_payment_succeeded", now(), user("paid"));
+    apply(&bridge, &paid).await;
+    apply(&bridge, &known.checkout_session_event(COMPLETED, now(), user("paid"))).await;
+    let bought = Purchase::new(now() + 5);
+    apply(&bridge, &bought.subscription_event(CREATED, bought.created, json!({}))).await;
+    let of_known = async || of_subscription(&signals_after(&bridge, last_signal).await, &known.subscription).len();
+    assert_eq!(bridge.row(&known.subscription).await.status, None);
+    assert_eq!((of_known().await, owed(&bridge).await), (0, 1), "a paying customer would be revoked");
+    let signals = signals_after(&bridge, last_signal).await;
+    assert_eq!(of_subscription(&signals, &bought.subscription).len(), 1, "what is new is told at once");
+
+    cut_off::last_heard_of(&bridge, 60).await;
+    assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
+    bridge.wait_until_applied().await;
+    let signals = signals_after(&bridge, last_signal).await;
+    let [signal] = of_subscription(&signals, &known.subscription)[..] else { panic!("not one: {signals:#?}") };
+    assert_eq!((&signal.body["access"], &signal.body["replayed"]), (&json!("granted"), &json!(true)));
+    assert_eq!(signal.body["client_reference_id"], "user_1");
+    assert_eq!(owed(&bridge).await, 0);
 }
 
 async fn all_rows_are_sent_again_where_that_is_asked_for(database: DatabaseKind) {

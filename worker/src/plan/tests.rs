@@ -138,7 +138,8 @@ impl Table {
     fn apply(&mut self, batch: Vec<&Arrival>, terms: &Terms) {
         let (by_subscription, others) = batch::by_subscription(batch);
         for (id, arrivals) in by_subscription {
-            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, terms, NOW) else { continue };
+            let circumstances = Circumstances { terms, rebuilding: None, now: NOW };
+            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else { continue };
             let Row { state, version, revision, .. } = plan.row;
             self.row = Some(Stored { state, version, revision, ..Stored::default() });
             self.follow(id, plan.consequences);

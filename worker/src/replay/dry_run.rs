@@ -11,7 +11,7 @@ use tracing::warn;
 use super::{ReplayError, Replayer, again, next};
 use crate::batch::{self, Applier};
 use crate::error::StoreError;
-use crate::plan::{self, Arrival};
+use crate::plan::{self, Arrival, Circumstances};
 use crate::store::replay::Replay;
 use crate::store::subscription::{Row, Stored};
 use crate::{merge, store};
@@ -119,7 +119,8 @@ impl DryRun {
                     (stored.as_ref().map(|stored| stored.state.visible()), stored)
                 }
             };
-            let plan = plan::of_subscription(id, now_stored.clone(), arrivals, &applier.terms, now);
+            let circumstances = Circumstances { terms: &applier.terms, rebuilding: None, now };
+            let plan = plan::of_subscription(id, now_stored.clone(), arrivals, circumstances);
             let after = match plan {
                 Some(plan) => {
                     orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));

@@ -31,8 +31,8 @@ struct Told {
 }
 
 impl Replayer {
-    /// Signals what is due. Returns how many signals that are, and whether that was all: it stops between
-    /// two transactions when `shutdown` came.
+    /// Signals what is due, and notes the replay's end. Returns how many signals that are, and whether
+    /// that was all: it stops between two transactions when `shutdown` came.
     pub(super) async fn tell(&self, name: &str, shutdown: &CancellationToken) -> Result<(u64, bool), ReplayError> {
         let db = self.applier.store.connection();
         let (mut signals, mut fruitless) = (0, 0);
@@ -50,7 +50,8 @@ impl Replayer {
                 settled += told.settled;
                 self.applier.relay.notify_one();
             }
-            if after.is_empty() {
+            // Live events may have left some more to it.
+            if after.is_empty() && self.finish(name).await? {
                 return Ok((signals, true));
             }
             fruitless = if settled == 0 { fruitless + 1 } else { 0 };
@@ -79,6 +80,12 @@ impl Replayer {
             }
         }
         Ok(all)
+    }
+
+    async fn finish(&self, replay: &str) -> Result<bool, StoreError> {
+        let (store, replay) = (self.applier.store.clone(), replay.to_owned());
+        let task = tokio::spawn(async move { store::replay::finish(&store, &replay, OffsetDateTime::now_utc()).await });
+        task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
     }
 
     /// A cancelled transaction would leave a poisoned connection in the pool, so nothing cancels it.

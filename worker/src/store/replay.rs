@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, OnConflict};
+use sea_orm::sea_query::{Expr, LockType, OnConflict, SelectStatement};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _, QueryFilter as _, QueryOrder as _,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
+    QueryFilter as _, QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
+use super::Store;
 use crate::error::StoreError;
 
 /// How often whoever is at a replay says so.
@@ -48,6 +50,46 @@ impl Replay {
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
         now - self.beat < BEAT_MAX
     }
+}
+
+/// A replay that has not reached its end, and will tell then what it changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebuilding {
+    /// Its name; empty for the one without.
+    pub replay: String,
+    /// When it was started first.
+    pub started: OffsetDateTime,
+}
+
+/// What [`rebuilding`] reads: the latest replay that is rebuilding, if there is one.
+pub(super) fn latest_unfinished() -> SelectStatement {
+    Entity::find()
+        .select_only()
+        .columns([Column::Name, Column::DtStarted, Column::DtBeat])
+        .filter(Column::DtFinished.is_null())
+        .filter(Column::Signals.ne("none"))
+        .order_by_desc(Column::DtBeat)
+        .limit(1)
+        .into_query()
+}
+
+pub(super) fn rebuilding(row: &QueryResult, now: OffsetDateTime) -> Result<Option<Rebuilding>, DbErr> {
+    let Some(replay) = row.try_get("", "name")? else { return Ok(None) };
+    let (started, beat): (OffsetDateTime, OffsetDateTime) =
+        (row.try_get("", "dt_started")?, row.try_get("", "dt_beat")?);
+    Ok((now - beat < CUT_OFF_MAX).then_some(Rebuilding { replay, started }))
+}
+
+/// Sees that `name` does not end before `tx`, which leaves a signal to its end. Returns whether it has
+/// not ended yet.
+///
+/// # Errors
+/// When the database is away.
+pub async fn hold(tx: &DatabaseTransaction, name: &str) -> Result<bool, StoreError> {
+    let unfinished = Entity::find_by_id(name).filter(Column::DtFinished.is_null());
+    // Beats write no key, and so do not wait for this.
+    let held = unfinished.lock(LockType::KeyShare).one(tx).await;
+    held.map(|held| held.is_some()).map_err(StoreError::doing("look whether a replay is over"))
 }
 
 /// The replays that have not reached their end.
@@ -110,12 +152,24 @@ pub async fn beat<C: ConnectionTrait>(db: &C, name: &str, at: OffsetDateTime) ->
     set(db, name, Column::DtBeat, at).await
 }
 
-/// Says that `name` reached its end and owes no signal.
+/// Says that `name` reached its end, unless it owes a signal. Returns whether it owes none.
+///
+/// # Cancel safety
+/// None, as of [`Store::begin`].
 ///
 /// # Errors
 /// When the database is away.
-pub async fn finish<C: ConnectionTrait>(db: &C, name: &str, now: OffsetDateTime) -> Result<(), StoreError> {
-    set(db, name, Column::DtFinished, now).await
+pub async fn finish(store: &Store, name: &str, now: OffsetDateTime) -> Result<bool, StoreError> {
+    let tx = store.begin().await?;
+    // Behind those that hold it, and before it is counted what they left to it.
+    let locked = Entity::find_by_id(name).lock(LockType::Update).one(&tx).await;
+    locked.map_err(StoreError::doing("end a replay"))?;
+    let owes_none = super::signal_due::count(&tx, name).await? == 0;
+    if owes_none {
+        set(&tx, name, Column::DtFinished, now).await?;
+    }
+    tx.commit().await.map_err(StoreError::doing("commit a replay's end"))?;
+    Ok(owes_none)
 }
 
 async fn set<C: ConnectionTrait>(db: &C, name: &str, column: Column, at: OffsetDateTime) -> Result<(), StoreError> {

@@ -5,16 +5,17 @@
 use std::collections::{HashMap, HashSet};
 
 use litestripe_contract::subject;
-use litestripe_entity::signal_due;
 use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity};
-use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict};
+use litestripe_entity::{replay, signal_due};
+use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict, Query};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
     EntityTrait as _, FromQueryResult as _, Iterable as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
-    QueryResult, QuerySelect as _, QueryTrait as _, Select,
+    QueryResult, QuerySelect as _, Select,
 };
 use time::OffsetDateTime;
 
+use super::replay::Rebuilding;
 use super::signal_due::Due;
 use crate::error::StoreError;
 use crate::merge::State;
@@ -56,32 +57,60 @@ pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> 
     modes.map_err(StoreError::doing("look at the subscriptions' mode"))
 }
 
+/// What a batch finds.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The rows that exist, by key.
+    pub rows: HashMap<String, Stored>,
+    /// The replay that rows may be waiting for, those that do not exist yet among them.
+    pub rebuilding: Option<Rebuilding>,
+}
+
 /// The rows that exist among `ids`.
 ///
 /// # Errors
 /// When the database is away, or a row's merge state cannot be read.
 pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
+    Ok(find(db, ids, OffsetDateTime::now_utc()).await?.rows)
+}
+
+/// The rows that exist among `ids`, and whether a replay is rebuilding others.
+///
+/// # Errors
+/// When the database is away, or a row's merge state cannot be read.
+pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime) -> Result<Found, StoreError> {
     let doing = StoreError::doing("load subscriptions");
-    let mut query = Entity::find()
-        .select_only()
-        .columns([Column::StripeSubscriptionId, Column::MergeState, Column::Version, Column::Revision])
-        .column(Column::DtCreated)
-        .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
-        .into_query();
-    // In the same statement: nearly always nothing is due, and a batch shall not pay for asking.
+    // One statement: nearly always no signal is due and no replay runs, and a batch shall not pay for
+    // asking. It begins with a row of its own, because none of the others need exist.
+    let mut query = Query::select();
+    query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
+    query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
+    let wanted = Expr::col((Entity, Column::StripeSubscriptionId)).is_in(ids.iter().copied());
+    query.join(JoinType::LeftJoin, Entity, wanted);
     let due = Expr::col((signal_due::Entity, signal_due::Column::EntityId))
         .equals((Entity, Column::StripeSubscriptionId))
         .and(Expr::col((signal_due::Entity, signal_due::Column::Subject)).eq(subject::SUBSCRIPTION_CHANGED));
     query.join(JoinType::LeftJoin, signal_due::Entity, due);
+    let own = [Column::StripeSubscriptionId, Column::MergeState, Column::Version, Column::Revision, Column::DtCreated];
+    for column in own {
+        query.column((Entity, column));
+    }
+    for column in [replay::Column::Name, replay::Column::DtStarted, replay::Column::DtBeat] {
+        query.column(("rebuilding", column));
+    }
     for column in signal_due::Column::iter() {
         query.expr_as(Expr::col((signal_due::Entity, column)), format!("due_{}", column.to_string()));
     }
-    let rows = db.query_all(&query).await.map_err(&doing)?;
-    rows.iter().map(stored).collect::<Result<_, _>>().map_err(doing)
+    let mut found = Found::default();
+    for row in db.query_all(&query).await.map_err(&doing)? {
+        found.rows.extend(stored(&row).map_err(&doing)?);
+        found.rebuilding = super::replay::rebuilding(&row, now).map_err(&doing)?;
+    }
+    Ok(found)
 }
 
-fn stored(row: &QueryResult) -> Result<(String, Stored), DbErr> {
-    let id = row.try_get("", "stripe_subscription_id")?;
+fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, DbErr> {
+    let Some(id) = row.try_get("", "stripe_subscription_id")? else { return Ok(None) };
     let state: String = row.try_get("", "merge_state")?;
     let stored = Stored {
         state: serde_json::from_str(&state).map_err(|error| DbErr::Json(error.to_string()))?,
@@ -90,7 +119,7 @@ fn stored(row: &QueryResult) -> Result<(String, Stored), DbErr> {
         dt_created: row.try_get("", "dt_created").ok(),
         due: signal_due::Model::from_query_result_optional(row, "due_")?.and_then(super::signal_due::due),
     };
-    Ok((id, stored))
+    Ok(Some((id, stored)))
 }
 
 /// Locks the rows `ids` for this transaction. On SQLite every transaction has the one write lock.

@@ -149,7 +149,8 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
         forget_rows(&mut bridge, database).await;
         let arguments = [&["--since", "1h"], name].concat();
         cut_off(&bridge, &arguments).await;
-        let due = owed(&bridge).await;
+        let of_rows = "SELECT entity_id FROM signal_due WHERE subject = 'subscription.changed'";
+        let due = bridge.database.query(of_rows).await.expect("the database answers").len();
 
         // Meanwhile, rows that are due are left to it.
         let resent = bridge.worker().args(["resend", "--all"]).run(DEADLINE).await;
@@ -161,8 +162,9 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
         last_heard_of(&bridge, 60).await;
         let again = replay(&bridge, &arguments).await;
         assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
-        assert!(again.stdout.contains(&format!("{due} signals")), "{}", again.stdout);
-        assert_eq!((owed(&bridge).await, signals_after(&bridge, last).await.len()), (0, due));
+        let signals = signals_after(&bridge, last).await;
+        let told = signals.iter().filter(|signal| signal.subject == "subscription.changed").count();
+        assert_eq!((owed(&bridge).await, told), (0, due), "{}", again.stdout);
         assert!(replay(&bridge, &arguments).await.stdout.contains("nothing to replay"));
     }
 }
