@@ -196,7 +196,7 @@ pub struct Sources<'a> {
     pub metadata_keys: &'a MetadataKeys,
     /// Where repairs are stored, for somebody to apply them. None: nothing is changed.
     pub repair: Option<&'a jetstream::Context>,
-    /// Whose subscriptions are not to come back.
+    /// Whose personal data is not to come back.
     pub erasures: &'a Erasures,
     /// Ends it early.
     pub stop: &'a CancellationToken,
@@ -218,6 +218,8 @@ struct Fetched {
     object: api::Object,
     as_of: i64,
     shown: Subscription,
+    /// Whether it is an erased person's: then nothing personal is compared, asked for, or stored.
+    is_erased: bool,
 }
 
 /// A row that has to be looked at again.
@@ -416,9 +418,6 @@ impl<'a> Reconcile<'a> {
         let mut wanted = Vec::new();
         for object in objects {
             self.report.compared += u64::from(is_first);
-            if self.sources.is_erased(&object, as_of)? {
-                continue;
-            }
             match self.sources.read(object, as_of)? {
                 Ok(fetched) => wanted.push(fetched),
                 Err(finding) => self.report.findings.push(finding),
@@ -545,19 +544,15 @@ impl Sources<'_> {
     fn read(&self, object: api::Object, as_of: i64) -> Result<Result<Fetched, Finding>, ReconcileError> {
         match self.decode(&object, as_of)? {
             Ok(Some(event)) => {
+                let is_erased = self.erasures.covers(&event);
+                let object = if is_erased { object.impersonal().unwrap_or(object) } else { object };
                 let mut state = State::default();
-                state.merge(&event);
-                Ok(Ok(Fetched { shown: state.visible().subscription, object, as_of }))
+                state.merge(&self.erasures.redacted(event));
+                Ok(Ok(Fetched { shown: state.visible().subscription, object, as_of, is_erased }))
             }
             Ok(None) => Ok(Err(Finding::new(&object.id, Problem::CannotBeKept))),
             Err(error) => Ok(Err(Finding::new(&object.id, Problem::CannotBeKept).with_note(error.to_string()))),
         }
-    }
-
-    /// Whether it is an erased person's, created before the erasure.
-    fn is_erased(&self, object: &api::Object, as_of: i64) -> Result<bool, ReconcileError> {
-        let event = self.decode(object, as_of)?;
-        Ok(event.is_ok_and(|event| event.is_some_and(|event| self.erasures.covers(&event))))
     }
 
     fn decode(
@@ -577,6 +572,7 @@ impl Sources<'_> {
         let column = row.and_then(|row| row.columns.as_ref()).and_then(|row| row.client_reference_id.as_ref());
         // A row that is missing is different, whosever it is: only its repair has to know.
         let is_asked = (user.is_none() || user != column) && (row.is_some() || self.repair.is_some());
+        let is_asked = is_asked && !fetched.is_erased;
         let has_session = visible.as_ref().is_some_and(|visible| visible.checkout_session_id.is_some());
         let claims = if is_asked { self.claims(&fetched, has_session, calls).await? } else { Claims::default() };
         let is_newer = visible.and_then(|visible| visible.head_created).is_some_and(|head| head >= fetched.as_of);
@@ -667,7 +663,9 @@ impl Sources<'_> {
 fn finding_of(fetched: &Fetched, claim: &Claim, row: Option<&Whole>) -> Option<Finding> {
     let finding = |problem| Finding::new(&fetched.object.id, problem);
     let Some(row) = row else { return Some(finding(Problem::Missing)) };
-    let differences = difference::differences(&fetched.shown, claim, row);
+    let mut differences = difference::differences(&fetched.shown, claim, row);
+    // What Stripe has of it is not to come back, and what the row has is younger than the erasure.
+    differences.retain(|difference| !fetched.is_erased || difference.field != "subscription_metadata");
     if row.columns.is_none() || row.state.is_none() {
         let what = if row.columns.is_none() { "a column" } else { "merge_state" };
         let finding = finding(Problem::Unreadable).with_note(format!("{what} cannot be read"));

@@ -268,6 +268,19 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
     assert_eq!(report["different"], 0, "{report:#}");
     assert_eq!(bridge.stored_events().await, stored);
 
+    // A state that was missed is mended, without what is personal of it.
+    api.put_subscription(with(created.value["data"]["object"].clone(), json!({ "status": "canceled" })));
+    let different = command(&bridge, &["reconcile", "--json"]).await;
+    assert_eq!(different.status.code(), Some(3), "{different:?}");
+    let report: Value = serde_json::from_str(&different.stdout).expect("it prints JSON");
+    let fields = report["differences"][0]["differences"].as_array().expect("there is one");
+    assert_eq!(fields.iter().map(|field| &field["field"]).collect::<Vec<_>>(), ["status"], "{report:#}");
+    let report = erased(&command(&bridge, &["reconcile", "--repair", "--json"]).await);
+    assert_eq!((&report["different"], &report["repaired"]), (&json!(1), &json!(1)), "{report:#}");
+    let row = bridge.row(&user.subscription).await;
+    assert_eq!((row.status.as_deref(), row.subscription_metadata), (Some("canceled"), json!({})));
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
+
     // And a delivery that came late is in the stream when the rows are rebuilt.
     bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
     bridge.publish(CREATED, created.body(), "late").await;

@@ -17,6 +17,37 @@ pub struct Object {
     pub raw: Box<RawValue>,
 }
 
+/// What is kept of a subscription, but for the operator's text. Ids, states and dates are nobody's name.
+const IMPERSONAL: [&str; 15] = [
+    "cancel_at",
+    "cancel_at_period_end",
+    "canceled_at",
+    "created",
+    "current_period_end",
+    "current_period_start",
+    "customer",
+    "ended_at",
+    "id",
+    "items",
+    "livemode",
+    "object",
+    "start_date",
+    "status",
+    "trial_end",
+];
+
+impl Object {
+    /// A subscription of somebody who was erased: the rest of it is not to be stored again. None for what
+    /// is no object.
+    #[must_use]
+    pub fn impersonal(&self) -> Option<Self> {
+        let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.raw.get()).ok()?;
+        fields.retain(|name, _| IMPERSONAL.contains(&name.as_str()));
+        let raw = serde_json::value::to_raw_value(&fields).ok()?;
+        Some(Self { id: self.id.clone(), livemode: self.livemode, raw })
+    }
+}
+
 /// A page of a list, in Stripe's order: newest first.
 #[derive(Debug)]
 pub struct Page {
