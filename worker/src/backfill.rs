@@ -24,7 +24,9 @@ use tracing::warn;
 
 use crate::erasure::Erasures;
 use crate::event::api::{self, EventPage, ListedEvent};
+use crate::event::whose::{self, DeletedCustomer};
 use crate::event::{self, MetadataKeys};
+use crate::settings::Settings;
 use crate::stripe_api::{ApiError, StripeApi};
 
 mod present;
@@ -57,6 +59,15 @@ pub struct Backfill {
     pub jetstream: jetstream::Context,
     /// Whose events are not to come back.
     pub erasures: Erasures,
+    /// The types that are asked for.
+    pub types: Vec<&'static str>,
+}
+
+/// The types of events that workers act upon.
+#[must_use]
+pub fn types(settings: &Settings) -> Vec<&'static str> {
+    let deleted = settings.erase_on_customer_deleted.then_some("customer.deleted");
+    HANDLED_TYPES.into_iter().chain(deleted).collect()
 }
 
 /// Which events are asked for.
@@ -151,7 +162,7 @@ impl Backfill {
 
     async fn list(&self, wanted: Wanted, after: Option<&str>) -> Result<EventPage, ApiError> {
         let since = wanted.since.unix_timestamp();
-        let answer = self.stripe.events(&HANDLED_TYPES, since, wanted.undelivered_only, after).await?;
+        let answer = self.stripe.events(&self.types, since, wanted.undelivered_only, after).await?;
         api::event_page(&answer.body).ok_or(ApiError::Answer("it is no list of events"))
     }
 
@@ -185,12 +196,20 @@ impl Backfill {
     /// Whether an event may enter the stream by a backfill. All do that are of the types that were
     /// asked for, but for what an erased person did: that is not to come back.
     fn is_wanted(&self, event: &ListedEvent) -> bool {
+        let body = event.raw.get().as_bytes();
         let is_erased = || {
-            let keys = MetadataKeys::Only(BTreeSet::new());
-            let event = event::decode(event.raw.get().as_bytes(), &keys);
+            let event = event::decode(body, &MetadataKeys::Only(BTreeSet::new()));
             event.is_ok_and(|event| event.is_some_and(|event| self.erasures.covers(&event)))
         };
-        HANDLED_TYPES.contains(&event.event_type.as_str()) && !is_erased()
+        // Its erasure has removed the event that led to it: it would be done again and again.
+        let is_done = || {
+            let deleted = whose::deleted_customer(body);
+            let is_covered = |deleted: DeletedCustomer| {
+                self.erasures.covers_object([deleted.stripe_customer_id.as_str()], deleted.event.created.unix())
+            };
+            deleted.is_some_and(is_covered)
+        };
+        self.types.contains(&event.event_type.as_str()) && !is_erased() && !is_done()
     }
 
     async fn publish(&self, event: ListedEvent) -> Result<Published, BackfillError> {

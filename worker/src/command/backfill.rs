@@ -68,7 +68,12 @@ impl Backfill {
         let record = Record::new(Bucket::new(jetstream.clone(), settings.events.replicas), key.is_live());
         let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
         let _followed = erasures.followed();
-        self.backfill(&backfill::Backfill { stripe, jetstream, erasures }, &record, &shutdown).await
+        self.backfill(
+            &backfill::Backfill { stripe, jetstream, erasures, types: backfill::types(settings) },
+            &record,
+            &shutdown,
+        )
+        .await
     }
 
     async fn backfill(

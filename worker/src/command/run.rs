@@ -14,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Failure;
-use crate::backfill::Backfill;
 use crate::backfill::record::Record;
 use crate::backfill::schedule::Schedule;
+use crate::backfill::{self, Backfill};
 use crate::batch::{self, Applier};
 use crate::budget::Budget;
 use crate::consumer::{self, Batches};
@@ -154,7 +154,12 @@ fn backfill_schedule(
         started,
         record: Record::new(bucket.clone(), key.is_live()),
         lease: Lease::new(bucket, "backfill"),
-        backfill: Backfill { stripe, jetstream: jetstream.clone(), erasures: erasures.clone() },
+        backfill: Backfill {
+            stripe,
+            jetstream: jetstream.clone(),
+            erasures: erasures.clone(),
+            types: backfill::types(settings),
+        },
         store: store.clone(),
         stripe: key,
     })

@@ -3,7 +3,8 @@
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
-use serde_json::json;
+use litestripe_harness::stripe::api::{API_KEY, Api};
+use serde_json::{Value, json};
 
 use super::{ERASED, KEPT, customer, places, session, subscription};
 use crate::orphans::{CREATED, DEADLINE, now, orphan, questions};
@@ -24,6 +25,26 @@ async fn a_deleted_customer_is_erased_where_that_is_wanted(database: DatabaseKin
     assert_eq!(bridge.row(&user.subscription).await.status.as_deref(), Some("active"));
     assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
     assert!(orphan(&bridge, &other.subscription).await.customer_email.is_some());
+}
+
+#[tokio::test]
+async fn a_deletion_that_never_arrived_is_fetched_once() {
+    let api = Api::start().await;
+    let options = Options::on(DatabaseKind::Sqlite)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
+        .worker(SETTING, "true");
+    let bridge = Bridge::start(options).await;
+    let (user, _) = purchases(&bridge).await;
+    api.put_event(customer(&user, "customer.deleted", ERASED).value, false);
+    for (published, skipped) in [(1, 0), (0, 1)] {
+        let backfill = bridge.worker().args(["backfill", "--since", "1h", "--json"]).run(DEADLINE).await;
+        let summary: Value = serde_json::from_str(&backfill.stdout).expect("it prints JSON");
+        assert_eq!((&summary["published"], &summary["skipped"]), (&json!(published), &json!(skipped)), "{summary}");
+        until_erased(&bridge, &user).await;
+    }
+    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
 }
 
 /// Waits until a worker says that it erased the customer. Streams are not read meanwhile: what is
