@@ -5,8 +5,9 @@ mod settings;
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::{Finished, Launch};
+use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::{eventually, nats, stripe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -59,6 +60,34 @@ async fn migrates_up_and_down(database: DatabaseKind) {
 
     migrate(&["up"]).await;
     assert_eq!(tables(&bridge).await, all);
+}
+
+#[tokio::test]
+async fn commands_that_only_look_do_not_migrate() {
+    let api = Api::start().await;
+    let options = Options::on(DatabaseKind::Sqlite)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
+    let mut bridge = Bridge::start(options).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    bridge.database = Database::prepare(DatabaseKind::Sqlite);
+    bridge.database.resume().await;
+    for arguments in [
+        &["replay", "--dry-run"][..],
+        &["reconcile"],
+        &["resend", "--all"],
+        &["orphans", "list"],
+        &["erase", "--customer", "cus_1"],
+        &["dead-letters", "retry", "--all"],
+    ] {
+        let refused = run(bridge.worker().args(arguments.iter().copied())).await;
+        assert_eq!(refused.status.code(), Some(1), "{arguments:?}: {refused:?}");
+        assert!(refused.stderr.contains("litestripe-worker migrate up"), "{arguments:?}: {}", refused.stderr);
+        assert_eq!(tables(&bridge).await, Vec::<String>::new(), "{arguments:?}");
+    }
+    let imported = run(bridge.worker().args(["reconcile", "--repair"])).await;
+    assert_eq!(imported.status.code(), Some(0), "{imported:?}");
 }
 
 #[tokio::test]

@@ -236,6 +236,8 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     for customer in &customers {
         customer.put(&api);
     }
+    let migrated = bridge.worker().args(["migrate", "up"]).run(DEADLINE).await;
+    assert!(migrated.status.success(), "to look only is no reason to migrate: {migrated:?}");
     let found = reconcile(&bridge, &["--json"]).await;
     assert_eq!(found.status.code(), Some(3), "{found:?}");
     let report = json_of(&found);

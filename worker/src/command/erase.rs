@@ -48,6 +48,7 @@ impl Erase {
             (None, None) => return Err("whose data? --customer or --orphan says it".into()),
         };
         let store = super::run::open_when_possible(&settings.database).await?;
+        super::run::require_schema(&store).await?;
         let nats = connect::connect(&settings.nats, "litestripe-worker erase").await?;
         super::reach_nats(&nats, settings).await?;
         let jetstream = connect::jetstream(nats);

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::progress::Progress;
 use super::{Failure, NoKey};
+use crate::erasure::Erasures;
 use crate::mode;
 use crate::reconcile::{self, Finding, Problem, ReconcileError, Report, Sources, Status};
 use crate::settings::Settings;
@@ -48,16 +49,23 @@ impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
         let key = settings.stripe.as_ref().ok_or(NoKey)?;
         let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::check_schema(&settings, &store).await?;
+        match self.repair {
+            // It may be the import on the first day.
+            true => super::run::check_schema(&settings, &store).await?,
+            false => super::run::require_schema(&store).await?,
+        }
         if let Some(mismatch) = mode::mismatch(&store, key).await?.filter(|_| !self.any_mode) {
             return Err(mismatch.into());
         }
         // The budget of calls to Stripe is there, too.
         let nats = connect::connect(&settings.nats, "litestripe-worker reconcile").await?;
         super::reach_nats(&nats, &settings).await?;
-        let erasures = super::run::prepare_broker(&settings, &nats).await?;
+        let jetstream = connect::jetstream(nats.clone());
+        let erasures = match self.repair {
+            true => super::run::prepare_broker(&settings, &nats).await?,
+            false => Erasures::load(jetstream.clone(), settings.events.replicas).await?,
+        };
         let _followed = erasures.followed();
-        let jetstream = connect::jetstream(nats);
         let stripe = super::run::stripe_api(&settings, &jetstream)?.ok_or(NoKey)?;
         // Until here nothing was done that would have to be finished.
         let stop = shutdown::token()?;

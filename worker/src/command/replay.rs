@@ -61,7 +61,11 @@ impl Replay {
         let nats = connect::connect(&settings.nats, "litestripe-worker replay").await?;
         super::reach_nats(&nats, settings).await?;
         let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::check_schema(settings, &store).await?;
+        match self.dry_run {
+            true => super::run::require_schema(&store).await?,
+            // Into an empty database, nobody need have been before.
+            false => super::run::check_schema(settings, &store).await?,
+        }
         let jetstream = connect::jetstream(nats);
         let dead_letters = DeadLetters::new(jetstream.clone());
         let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
@@ -137,7 +141,7 @@ impl Replay {
         progress.finish();
         let dry: DryRun = dry?;
         if !dry.finished {
-            return Err("stopped before the end: nothing was changed".into());
+            return Err("stopped before the end: no row was changed".into());
         }
         let changes = dry.changes();
         let created = changes.iter().filter(|(_, is_new, _)| *is_new).count();
@@ -163,7 +167,7 @@ impl Replay {
             super::print(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
         }
         super::print(&format!(
-            "a replay of events {} to {} would create {created} rows, change {}, and create {} orphans; nothing was changed",
+            "a replay of events {} to {} would create {created} rows, change {}, and create {} orphans; no row was changed",
             asked.first_sequence,
             asked.last_sequence,
             changes.len() - created,

@@ -35,7 +35,7 @@ impl Resend {
         let nats = connect::connect(&settings.nats, "litestripe-worker resend").await?;
         super::reach_nats(&nats, settings).await?;
         let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::check_schema(settings, &store).await?;
+        super::run::require_schema(&store).await?;
         let jetstream = connect::jetstream(nats);
         let Put { sent, left } = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;

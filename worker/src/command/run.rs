@@ -55,7 +55,8 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 /// The schema is behind and we were not told to migrate it.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the database's schema is behind ({0} waits): run `litestripe-worker migrate up`, or set LITESTRIPE_AUTO_MIGRATE=true"
+    "the database's schema is behind ({0} waits): run `litestripe-worker migrate up`, or `litestripe-worker run` with \
+     LITESTRIPE_AUTO_MIGRATE=true"
 )]
 struct SchemaBehind(String);
 
@@ -254,11 +255,21 @@ pub(crate) async fn prepare_broker(settings: &Settings, nats: &async_nats::Clien
     }
 }
 
+/// Sees that the schema is current, for commands that are no reason to change it.
+pub(crate) async fn require_schema(store: &Store) -> Result<(), Failure> {
+    match waiting_migration(store).await? {
+        Some(step) => Err(SchemaBehind(step).into()),
+        None => Ok(()),
+    }
+}
+
 /// Sees that the schema is current, migrating it where that is wanted.
 pub(crate) async fn check_schema(settings: &Settings, store: &Store) -> Result<(), Failure> {
-    let Some(step) = waiting_migration(store).await? else { return Ok(()) };
     if !settings.database.auto_migrate {
-        return Err(SchemaBehind(step).into());
+        return require_schema(store).await;
+    }
+    if waiting_migration(store).await?.is_none() {
+        return Ok(());
     }
     store.migrate_up().await?;
     info!("migrated the database's schema");
