@@ -163,7 +163,7 @@ impl Backfill {
     async fn list(&self, wanted: Wanted, after: Option<&str>) -> Result<EventPage, ApiError> {
         let since = wanted.since.unix_timestamp();
         let answer = self.stripe.events(&self.types, since, wanted.undelivered_only, after).await?;
-        api::event_page(&answer.body).ok_or(ApiError::Answer("it is no list of events"))
+        api::event_page(&answer.body).ok_or_else(|| answer.unusable("it is no list of events"))
     }
 
     async fn publish_lacking(

@@ -313,10 +313,10 @@ impl<'a> Reconcile<'a> {
             self.calls.fetch_add(1, Ordering::Relaxed);
             let list = self.sources.stripe.subscriptions(Some(status.as_str()), after.as_deref());
             let answer = self.sources.answer(list).await??;
-            let page = api::page(&answer.body).ok_or(ApiError::Answer("it is no list of subscriptions"))?;
+            let page = api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list of subscriptions"))?;
             listed.extend(page.objects.iter().map(|object| hash(&object.id)));
             after = page.objects.last().map(|object| object.id.clone());
-            self.look_at(page.objects, answer.as_of, None).await?;
+            self.look_at(page.objects, answer.as_of()?, None).await?;
             if !page.has_more || after.is_none() {
                 break;
             }
@@ -398,8 +398,8 @@ impl<'a> Reconcile<'a> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         match self.sources.answer(self.sources.stripe.subscription(id, None)).await? {
             Ok(answer) => {
-                let object = api::object(&answer.body).ok_or(ApiError::Answer("it is no subscription"))?;
-                Ok(Some((object, answer.as_of)))
+                let object = api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;
+                Ok(Some((object, answer.as_of()?)))
             }
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error.into()),
@@ -596,8 +596,9 @@ impl Sources<'_> {
         let id = fetched.object.id.as_str();
         let (listed, as_of) = match self.answer(self.stripe.checkout_sessions_of(id, None)).await? {
             Ok(answer) => {
-                let page = api::page(&answer.body).ok_or(ApiError::Answer("it is no list of Checkout Sessions"))?;
-                (page.objects, answer.as_of)
+                let page =
+                    api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
+                (page.objects, answer.as_of()?)
             }
             Err(error) if error.is_not_found() => (Vec::new(), fetched.as_of),
             Err(error) => return Err(error.into()),

@@ -31,8 +31,11 @@ const TRIES_MAX: u32 = 5;
 /// How long is waited before the second try, at least; doubles with each.
 const FIRST_DELAY: Duration = Duration::from_millis(500);
 
-/// The longest wait between two tries, whatever `Retry-After` says.
+/// The longest wait between two tries that we choose.
 const DELAY_MAX: Duration = Duration::from_secs(15);
+
+/// The longest wait that Stripe may ask for in `Retry-After`: after a longer one nobody waits here.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// Objects on a page, the most that Stripe gives. Stripe: "Pagination".
 const PAGE: &str = "100";
@@ -48,12 +51,38 @@ pub enum ApiError {
         /// Stripe's `Request-Id`, by which its support finds the request.
         request_id: String,
     },
+    /// Stripe wants to be left alone for longer than we wait.
+    #[error("Stripe answered {status} and asks to wait {} s (request {request_id})", .after.as_secs())]
+    Later {
+        /// The HTTP status.
+        status: StatusCode,
+        /// For how long.
+        after: Duration,
+        /// Stripe's `Request-Id`.
+        request_id: String,
+    },
+    /// Stripe's API redirects nobody; a proxy may, and whoever it names is not to see the key.
+    #[error("the API at STRIPE_API_BASE redirects to another address, which is not followed")]
+    Redirected,
     /// No answer came.
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
+    /// The answer did not come to its end.
+    #[error("Stripe's answer broke off (request {request_id})")]
+    BrokeOff {
+        /// Stripe's `Request-Id`.
+        request_id: String,
+        /// How.
+        source: reqwest::Error,
+    },
     /// The answer is not what Stripe documents.
-    #[error("Stripe's answer cannot be used: {0}")]
-    Answer(&'static str),
+    #[error("Stripe's answer cannot be used: {problem} (request {request_id})")]
+    Answer {
+        /// What is wrong with it.
+        problem: &'static str,
+        /// Stripe's `Request-Id`.
+        request_id: String,
+    },
 }
 
 impl ApiError {
@@ -69,9 +98,25 @@ impl ApiError {
 pub struct Answer {
     /// The body as it came.
     pub body: Bytes,
+    as_of: Option<i64>,
+    request_id: String,
+}
+
+impl Answer {
     /// The second, in Stripe's clock, up to which every change is in the body: the answer's `Date`
     /// less the time the request took, less one second.
-    pub as_of: i64,
+    ///
+    /// # Errors
+    /// When the answer has no `Date`.
+    pub fn as_of(&self) -> Result<i64, ApiError> {
+        self.as_of.ok_or_else(|| self.unusable("it has no Date"))
+    }
+
+    /// That it cannot be used, and why.
+    #[must_use]
+    pub fn unusable(&self, problem: &'static str) -> ApiError {
+        ApiError::Answer { problem, request_id: self.request_id.clone() }
+    }
 }
 
 /// A client of Stripe's API. Clones share its connections and its budget.
@@ -90,6 +135,8 @@ impl StripeApi {
     pub fn new(settings: StripeSettings, budget: Arc<Budget>) -> Result<Self, ApiError> {
         let http = reqwest::Client::builder()
             .timeout(REQUEST_TIMEOUT)
+            // A second request, beside the budget, to whoever.
+            .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("litestripe/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(ApiError::Transport)?;
@@ -166,18 +213,30 @@ impl StripeApi {
             self.budget.acquire().await;
             let started = std::time::Instant::now();
             let (error, retry_after) = match self.send(path, query, account).await {
-                Ok(response) if response.status().is_success() => return answer(response, started).await,
-                Ok(response) if may_retry(&response) => (refusal(&response), retry_after(response.headers())),
+                Ok(response) if response.status().is_success() => match answer(response, started).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => (error, None),
+                },
+                Ok(response) if response.status().is_redirection() => {
+                    return Err(ApiError::Redirected);
+                }
+                Ok(response) if may_retry(&response) => match retry_after(response.headers()) {
+                    Some(after) if after > RETRY_AFTER_MAX => {
+                        let (status, request_id) = (response.status(), request_id(&response));
+                        return Err(ApiError::Later { status, after, request_id });
+                    }
+                    after => (refusal(&response), after),
+                },
                 Ok(response) => return Err(refusal(&response)),
                 Err(error) => (ApiError::Transport(error.without_url()), None),
             };
             if attempt == TRIES_MAX {
                 return Err(error);
             }
-            let delay = delays.next().unwrap_or(DELAY_MAX);
+            let delay = delays.next().unwrap_or(DELAY_MAX).min(DELAY_MAX);
             // Never before Stripe asks for, and not all workers at the same moment then either.
             let delay = retry_after.map_or(delay, |least| least + delay / 4);
-            tokio::time::sleep(delay.min(DELAY_MAX)).await;
+            tokio::time::sleep(delay).await;
         }
         unreachable!("the loop above ends by returning")
     }
@@ -210,10 +269,13 @@ fn delays() -> impl Iterator<Item = Duration> {
 async fn answer(response: Response, started: std::time::Instant) -> Result<Answer, ApiError> {
     let date = response.headers().get(DATE).and_then(|date| date.to_str().ok());
     let date = date.and_then(|date| OffsetDateTime::parse(date, &Rfc2822).ok());
-    let date = date.ok_or(ApiError::Answer("it has no Date"))?;
     let took = i64::try_from(started.elapsed().as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
-    let body = response.bytes().await.map_err(|error| ApiError::Transport(error.without_url()))?;
-    Ok(Answer { body, as_of: date.unix_timestamp().saturating_sub(took).saturating_sub(1) })
+    let as_of = date.map(|date| date.unix_timestamp().saturating_sub(took).saturating_sub(1));
+    let request_id = request_id(&response);
+    match response.bytes().await {
+        Ok(body) => Ok(Answer { body, as_of, request_id }),
+        Err(error) => Err(ApiError::BrokeOff { request_id, source: error.without_url() }),
+    }
 }
 
 /// Stripe says so in `Stripe-Should-Retry`; where it does not, conflicts, rate limits and its own
@@ -234,6 +296,9 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 fn refusal(response: &Response) -> ApiError {
-    let request_id = response.headers().get("Request-Id").and_then(|id| id.to_str().ok()).unwrap_or("unknown");
-    ApiError::Status { status: response.status(), request_id: request_id.to_owned() }
+    ApiError::Status { status: response.status(), request_id: request_id(response) }
+}
+
+fn request_id(response: &Response) -> String {
+    response.headers().get("Request-Id").and_then(|id| id.to_str().ok()).unwrap_or("unknown").to_owned()
 }

@@ -37,8 +37,8 @@ use crate::stripe_api::{ApiError, StripeApi};
 const POLL: Duration = Duration::from_secs(1);
 
 /// How long a question is with one worker before another may take it: longer than the longest
-/// answer, which is two of Stripe's with all their tries.
-const LEASE: Duration = Duration::from_secs(5 * 60);
+/// answer, which is two of Stripe's with all their tries and the waits that it asks for.
+const LEASE: Duration = Duration::from_secs(12 * 60);
 
 /// Questions of one kind that are asked at a time. Few where Stripe's budget makes them queue.
 const ASKED_MAX: usize = 16;
@@ -336,10 +336,11 @@ impl Sweep {
     async fn publish_sessions(&self, stripe: &StripeApi, check: &Check) -> Result<bool, SweepError> {
         let account = check.stripe_account_id.as_deref();
         let answer = stripe.checkout_sessions_of(&check.entity_id, account).await?;
-        let sessions = api::page(&answer.body).ok_or(ApiError::Answer("it is no list of Checkout Sessions"))?.objects;
+        let sessions =
+            api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?.objects;
         for session in &sessions {
             let scope = Scope { livemode: session.livemode, account };
-            own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, answer.as_of, scope).await?;
+            own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, answer.as_of()?, scope).await?;
         }
         Ok(!sessions.is_empty())
     }
@@ -392,14 +393,14 @@ impl Sweep {
             }
             Err(error) => return Err(error.into()),
         };
-        let behind = row.head_created.unwrap_or_default() - answer.as_of;
+        let behind = row.head_created.unwrap_or_default() - answer.as_of()?;
         if let Ok(behind @ 0..) = u64::try_from(behind) {
             // Our clock is ahead of Stripe's: the answer may not have the last second's events.
             return Ok(Outcome::Again(Duration::from_secs(behind + 1)));
         }
-        let object = api::object(&answer.body).ok_or(ApiError::Answer("it is no subscription"))?;
+        let object = api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;
         let scope = Scope { livemode: check.livemode, account };
-        own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, answer.as_of, scope).await?;
+        own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, answer.as_of()?, scope).await?;
         self.forget(check).await
     }
 

@@ -96,11 +96,23 @@ impl Api {
     /// # Panics
     /// When it cannot listen.
     pub async fn start() -> Self {
+        Self::start_with(true).await
+    }
+
+    /// A stub whose answers have no `Date`, as some proxies leave them.
+    ///
+    /// # Panics
+    /// When it cannot listen.
+    pub async fn start_without_date() -> Self {
+        Self::start_with(false).await
+    }
+
+    async fn start_with(date: bool) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
         let shared = Arc::<Shared>::default();
         let mut server = JoinSet::new();
-        server.spawn(serve(listener, Arc::clone(&shared)));
+        server.spawn(serve(listener, Arc::clone(&shared), date));
         Self { url: format!("http://{address}"), shared, _server: server }
     }
 
@@ -273,7 +285,7 @@ fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Opti
     Some(json!({ "object": "list", "url": url, "has_more": has_more, "data": data }))
 }
 
-/// Hyper adds the `Date`.
+/// Hyper adds the `Date`, if it shall.
 fn response(trouble: &Trouble, body: &Value) -> Response<Full<Bytes>> {
     let response = Response::builder()
         .status(trouble.status)
@@ -283,7 +295,7 @@ fn response(trouble: &Trouble, body: &Value) -> Response<Full<Bytes>> {
     response.body(Full::new(body.to_string().into())).expect("tests ask for headers that can be sent")
 }
 
-async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+async fn serve(listener: TcpListener, shared: Arc<Shared>, date: bool) {
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         let shared = Arc::clone(&shared);
@@ -293,7 +305,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         });
         connections.spawn(async move {
             // It fails when the worker is killed in the middle of a request.
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+            let _ = http1::Builder::new().auto_date_header(date).serve_connection(TokioIo::new(stream), answer).await;
         });
     }
 }

@@ -247,6 +247,44 @@ async fn request_is_tried_again_as_stripe_asks_for() {
 }
 
 #[tokio::test]
+async fn answers_that_are_none_are_named_and_tried_again_where_that_helps() {
+    const RETRY_AFTER: Duration = Duration::from_secs(16);
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
+    let backfill = async || bridge.worker().args(["backfill", "--since", "1h"]).run(DEADLINE).await;
+    let asked = || api.requests("/v1/events").len();
+
+    api.answer_next("/v1/events", Trouble::status(302).header("Location", "/v1/events?elsewhere=1"));
+    let redirected = backfill().await;
+    assert!(redirected.stderr.contains("redirects to another address"), "{redirected:?}");
+    assert_eq!((redirected.status.code(), asked()), (Some(1), 1), "whoever it names must not see the key");
+
+    api.answer_next("/v1/events", Trouble::status(429).header("Retry-After", "61"));
+    let later = backfill().await;
+    assert!(later.stderr.contains("asks to wait 61 s (request req_ofTheStub)"), "{later:?}");
+    assert_eq!((later.status.code(), asked()), (Some(1), 2));
+
+    // The body is shorter than it says, and then Stripe asks for more patience than we have by ourselves.
+    api.answer_next("/v1/events", Trouble::status(200).header("Content-Length", "1000"));
+    api.answer_next("/v1/events", Trouble::status(429).header("Retry-After", RETRY_AFTER.as_secs().to_string()));
+    let whole = backfill().await;
+    assert_eq!((whole.status.code(), asked()), (Some(0), 5), "{whole:?}");
+    let requests = api.requests("/v1/events");
+    assert!(requests[4].at - requests[3].at >= RETRY_AFTER, "{requests:?}");
+}
+
+#[tokio::test]
+async fn answer_without_a_date_is_enough_where_no_time_is_needed() {
+    let api = Api::start_without_date().await;
+    let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
+    let backfill = bridge.worker().args(["backfill", "--since", "1h"]).run(DEADLINE).await;
+    assert_eq!(backfill.status.code(), Some(0), "{backfill:?}");
+    let reconcile = bridge.worker().arg("reconcile").run(DEADLINE).await;
+    assert_eq!(reconcile.status.code(), Some(1), "{reconcile:?}");
+    assert!(reconcile.stderr.contains("it has no Date (request req_ofTheStub)"), "{reconcile:?}");
+}
+
+#[tokio::test]
 async fn subscription_that_stripe_does_not_know_stays_uncertain() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
