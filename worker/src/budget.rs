@@ -1,11 +1,12 @@
 //! The budget of calls to Stripe's API, which all workers share.
 //!
 //! Owns when a request may be sent. The budget's slots (`plan`) are dealt out through one key of the
-//! KV bucket, which holds the next free one: a process takes a block of them by compare-and-set, no
-//! more than are asked for at that moment, and uses each at its time on the broker's clock (`clock`),
-//! or shortly after, or never. A leaky bucket keeps one process to about its budget whatever somebody
+//! KV bucket, which holds the next free one: a process takes a block of them by compare-and-set, as many
+//! as are asked for and, while it uses them up in time, some ahead, so that most calls cost no round trip
+//! to the broker. It uses each at its time on the broker's clock (`clock`), or shortly after, or never. A leaky bucket keeps one process to about its budget whatever somebody
 //! does to that key. Without the broker nobody gets a permit: the limit fails safe.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
@@ -57,6 +58,18 @@ struct Dealer {
     clock: Clock,
     /// What we wrote last: while nobody else writes, nobody has to read.
     entry: Option<Entry>,
+    /// Permits of the last block that nobody has asked for yet.
+    spare: VecDeque<Permit>,
+    last: Option<LastBlock>,
+}
+
+/// The block that was taken last.
+#[derive(Debug, Clone, Copy)]
+struct LastBlock {
+    size: usize,
+    last: Permit,
+    /// Whether a permit of it was not asked for in time.
+    is_wasted: bool,
 }
 
 /// Why no block was taken.
@@ -75,7 +88,15 @@ impl Budget {
     pub fn new(settings: &BudgetSettings, jetstream: jetstream::Context, replicas: usize) -> Self {
         let plan = Plan::new(settings.requests, settings.window);
         let bucket = Bucket::new(jetstream, replicas);
-        let dealer = Dealer { plan, bucket, key: settings.key.clone(), clock: Clock::default(), entry: None };
+        let dealer = Dealer {
+            plan,
+            bucket,
+            key: settings.key.clone(),
+            clock: Clock::default(),
+            entry: None,
+            spare: VecDeque::new(),
+            last: None,
+        };
         let pace = pace(plan);
         let (asked, asking) = mpsc::channel(ASKED);
         Self { asked, pace, _dealer: AbortOnDropHandle::new(tokio::spawn(dealer.run(asking))) }
@@ -107,20 +128,49 @@ impl Dealer {
     async fn run(mut self, mut asking: mpsc::Receiver<oneshot::Sender<Permit>>) {
         let mut waiting = Vec::new();
         while asking.recv_many(&mut waiting, self.plan.block()).await > 0 {
-            waiting.retain(|asked| !asked.is_closed());
+            self.deal(&mut waiting);
             if waiting.is_empty() {
                 continue;
             }
-            let permits = self.take(waiting.len()).await;
-            let last = permits.last().map(|permit| permit.from);
-            for (asked, permit) in waiting.drain(..).zip(permits) {
-                // Whoever asked may have gone: the permit is lost.
-                let _ = asked.send(permit);
-            }
             // One block at a time, so that a process that dies takes no more with it.
-            if let Some(next) = last.and_then(|last| last.checked_sub(AHEAD)) {
+            if let Some(next) = self.last.and_then(|block| block.last.from.checked_sub(AHEAD)) {
                 tokio::time::sleep_until(next.into()).await;
             }
+            let room = self.plan.block().saturating_sub(waiting.len());
+            waiting.extend(std::iter::from_fn(|| asking.try_recv().ok()).take(room));
+            let size = self.next_size().clamp(waiting.len(), self.plan.block().max(waiting.len()));
+            self.spare = self.take(size).await.into();
+            self.last = self.spare.back().map(|last| LastBlock { size, last: *last, is_wasted: false });
+            self.deal(&mut waiting);
+        }
+    }
+
+    /// Gives what is there to whoever asked first.
+    fn deal(&mut self, waiting: &mut Vec<oneshot::Sender<Permit>>) {
+        waiting.retain(|asked| !asked.is_closed());
+        let now = Instant::now();
+        let taken = self.spare.len();
+        self.spare.retain(|permit| permit.until > now);
+        if let Some(block) = self.last.as_mut().filter(|_| self.spare.len() < taken) {
+            block.is_wasted = true;
+        }
+        let count = self.spare.len().min(waiting.len());
+        for (asked, permit) in waiting.drain(..count).zip(self.spare.drain(..count)) {
+            // Whoever asked may have gone: the permit is lost.
+            let _ = asked.send(permit);
+        }
+    }
+
+    /// How many slots are worth taking, whoever asks for them: more than last time, if those were used
+    /// up in time, just now.
+    fn next_size(&self) -> usize {
+        let now = Instant::now();
+        match self.last {
+            Some(block) if !block.is_wasted && now <= block.last.until => {
+                let due = block.last.from + self.plan.interval();
+                self.plan.next_size(block.size, now.saturating_duration_since(due))
+            }
+            _ => 1,
         }
     }
 

@@ -64,6 +64,14 @@ impl Plan {
         self.block
     }
 
+    /// Slots in the next block of a process that has used up one of `size` slots, and asks for the next slot
+    /// so late after it: twice as many while it is punctual. One that lags behind the slots would come too
+    /// late for the last ones of a larger block, and nobody could use them.
+    pub(super) fn next_size(&self, size: usize, late: Duration) -> usize {
+        let next = if late <= self.lateness / 4 { size.saturating_mul(2) } else { size / 2 };
+        next.clamp(1, self.block)
+    }
+
     /// Slots that one process may use at once, because it woke up late.
     pub(super) fn burst(&self) -> usize {
         let slots = self.lateness.as_micros() / self.interval.as_micros().max(1);

@@ -57,6 +57,15 @@ fn block_is_small_and_never_empty() {
 }
 
 #[test]
+fn block_grows_while_slots_are_used_in_time() {
+    let plan = Plan::new(6000, MINUTE);
+    let (punctual, late) = (Duration::ZERO, plan.lateness() / 2);
+    let sizes = std::iter::successors(Some(1), |size| Some(plan.next_size(*size, punctual)));
+    assert_eq!(sizes.take(11).collect::<Vec<_>>(), [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
+    assert_eq!((plan.next_size(300, late), plan.next_size(1, late)), (150, 1));
+}
+
+#[test]
 fn value_that_nobody_planned_is_waited_out() {
     let plan = Plan::new(60, MINUTE);
     let now = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
