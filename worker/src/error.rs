@@ -47,21 +47,20 @@ impl StoreError {
         }
     }
 
-    /// Whether the server refuses us for a reason that only a person can mend.
-    ///
-    /// PostgreSQL: "Error Codes", class 28 (invalid authorization) and 3D000 (no such database).
+    /// Whether a start that failed for this reason may succeed later without a person's help: the
+    /// database is away, busy, restarting, full or read-only.
     #[must_use]
-    pub fn is_refusal(&self) -> bool {
-        self.code().is_some_and(|code| code.starts_with("28") || code == "3D000")
-    }
-
-    /// Whether somebody else holds a SQLite file. SQLite: "Result Codes", BUSY and LOCKED.
-    #[must_use]
-    pub fn is_busy(&self) -> bool {
-        let Some(error) = database_error(&self.source) else { return false };
-        let is_sqlite = error.try_downcast_ref::<sqlx::sqlite::SqliteError>().is_some();
-        let primary = error.code().and_then(|code| code.parse::<u32>().ok()).map(|code| code & 0xff);
-        is_sqlite && matches!(primary, Some(5 | 6))
+    pub fn may_pass(&self) -> bool {
+        match &self.source {
+            DbErr::ConnectionAcquire(_) => true,
+            DbErr::Conn(RuntimeErr::SqlxError(error))
+            | DbErr::Exec(RuntimeErr::SqlxError(error))
+            | DbErr::Query(RuntimeErr::SqlxError(error)) => match error.as_database_error() {
+                Some(error) => is_passing(error),
+                None => !matches!(**error, sqlx::Error::Configuration(_)),
+            },
+            _ => false,
+        }
     }
 
     /// Whether the database cannot read a value as the type it is compared with.
@@ -87,6 +86,18 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
         return None;
     };
     error.as_database_error()
+}
+
+/// PostgreSQL: "Error Codes"; what stays is 28 (invalid authorization), 3D (no such database), 3F (no
+/// such schema), 42 (access rule, or SQL it does not know), 0A (feature), and what is about data.
+/// SQLite: "Result Codes"; what passes is BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
+fn is_passing(error: &dyn sqlx::error::DatabaseError) -> bool {
+    let code = error.code().unwrap_or_default();
+    if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
+        return !is_about_data(error) && !["28", "3D", "3F", "42", "0A"].iter().any(|class| code.starts_with(class));
+    }
+    let primary = code.parse::<u32>().map(|code| code & 0xff);
+    matches!(primary, Ok(5 | 6 | 7 | 10 | 13 | 15))
 }
 
 fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {

@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -21,15 +21,15 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// What readiness depends on, filled in as it comes.
 #[derive(Default)]
 pub struct Readiness {
-    /// Whether the schema is current and the consumer is open.
+    /// The database, once it answered and its schema is current.
+    pub store: OnceLock<Store>,
+    /// Whether the consumer is open.
     pub consuming: AtomicBool,
 }
 
 /// What the worker is connected to.
 #[derive(Clone)]
 pub struct Dependencies {
-    /// The database.
-    pub store: Store,
     /// The broker.
     pub nats: async_nats::Client,
     /// How far the worker has come.
@@ -72,14 +72,16 @@ async fn readiness(dependencies: &Dependencies) -> WithStatus<Json> {
     if dependencies.nats.connection_state() != State::Connected {
         return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for NATS");
     }
+    let Some(store) = dependencies.readiness.store.get().cloned() else {
+        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
+    };
     // In its own task: a cancelled query may leave its connection in the middle of an answer.
-    let store = dependencies.store.clone();
     let ping = tokio::spawn(async move { store.ping().await });
     if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(Ok(())))) {
         return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
     }
     if !dependencies.readiness.consuming.load(Ordering::Relaxed) {
-        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the schema and the streams");
+        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the streams");
     }
     answer(StatusCode::OK, "ready")
 }

@@ -37,8 +37,9 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one statement may take. A batch of 500 takes some 10 ms.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long SQLite waits for another writer, and PostgreSQL for a row lock.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long SQLite waits for another writer, and PostgreSQL for a row lock. Less than a connection is
+/// waited for, so that a SQLite file that is locked while it is opened is named as the reason.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Rows of one statement, at most: bounds its parameters, well below SQLite's 32,766.
 const ROWS_MAX: usize = 1000;

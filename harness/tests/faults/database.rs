@@ -8,7 +8,9 @@ use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{Event, Purchase};
-use sea_orm::{ConnectionTrait as _, DatabaseTransaction, TransactionTrait as _};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseTransaction, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
+};
 use serde_json::json;
 use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt as _;
@@ -28,23 +30,26 @@ const NOT_WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 0";
 async fn read_only_database_is_waited_for() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    for sql in ["ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"] {
+    set_read_only(&rig, true).await;
+    rig.deliver_all(&update(&purchases, 3)).await;
+    waits(&rig).await;
+    set_read_only(&rig, false).await;
+    goes_on(&rig).await;
+}
+
+async fn set_read_only(rig: &Rig, read_only: bool) {
+    let wanted = if read_only { "on" } else { "off" };
+    let set = format!("ALTER SYSTEM SET default_transaction_read_only = {wanted}");
+    for sql in [set.as_str(), "SELECT pg_reload_conf()"] {
         rig.bridge.database.query(sql).await.expect("the server answers");
     }
     // Sessions see it when they next are idle.
-    eventually("the database to be read-only", DEADLINE, async || {
+    eventually("the setting to be seen", DEADLINE, async || {
         let shown = rig.bridge.database.query("SHOW default_transaction_read_only").await;
         let shown: Option<String> = shown.ok().and_then(|rows| rows.first()?.try_get_by_index(0).ok());
-        if shown.as_deref() == Some("on") { Ok(()) } else { Err(format!("{shown:?}")) }
+        if shown.as_deref() == Some(wanted) { Ok(()) } else { Err(format!("{shown:?}")) }
     })
     .await;
-
-    rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
-    for sql in ["ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()"] {
-        rig.bridge.database.query(sql).await.expect("the server answers");
-    }
-    goes_on(&rig).await;
 }
 
 #[tokio::test]
@@ -132,6 +137,50 @@ async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
     rig.until_worker_is_ready(0).await;
     start_with(&rig, 3).await;
     check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    let exclusive =
+        TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Exclusive), ..Default::default() };
+    let database = rig.bridge.database.connection().await.expect("the file can be made");
+    let other = database.begin_with_options(exclusive).await.expect("nobody else has it");
+    rig.start_worker(0, &[]);
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    other.rollback().await.expect("the transaction is open");
+    rig.until_worker_is_ready(0).await;
+}
+
+#[tokio::test]
+async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_for() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    rig.bridge.database.query("PRAGMA journal_mode = WAL").await.expect("the file can be made");
+    let other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    rig.start_worker(0, &[]);
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    other.rollback().await.expect("the transaction is open");
+    rig.until_worker_is_ready(0).await;
+}
+
+#[tokio::test]
+async fn worker_that_waits_for_a_locked_sqlite_at_its_start_stops_when_told() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    let _other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    rig.start_worker(0, &[]);
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    let status = rig.running(0).stop().await;
+    assert!(status.success(), "{status}: {}", rig.running(0).log());
+}
+
+#[tokio::test]
+async fn database_that_is_read_only_while_a_worker_migrates_is_waited_for() {
+    let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[]).await;
+    set_read_only(&rig, true).await;
+    rig.start_worker(0, &[]);
+    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    set_read_only(&rig, false).await;
+    rig.until_worker_is_ready(0).await;
 }
 
 #[tokio::test]

@@ -137,8 +137,7 @@ impl Show {
 
 impl Retry {
     async fn execute(self, settings: &Settings, stream: &Stream, erasures: &Erasures) -> Result<(), Failure> {
-        let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::require_schema(&store).await?;
+        let store = super::run::open_current(&settings.database).await?;
         let terms = Arc::new(super::run::terms(settings));
         let letters = match self.sequence {
             Some(sequence) => vec![find(stream, sequence).await?],

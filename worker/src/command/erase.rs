@@ -47,8 +47,7 @@ impl Erase {
             (None, Some(orphan)) => Target::Orphan(orphan),
             (None, None) => return Err("whose data? --customer or --orphan says it".into()),
         };
-        let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::require_schema(&store).await?;
+        let store = super::run::open_current(&settings.database).await?;
         let nats = connect::connect(&settings.nats, "litestripe-worker erase").await?;
         super::reach_nats(&nats, settings).await?;
         let jetstream = connect::jetstream(nats);

@@ -97,8 +97,7 @@ impl Refusal {
 
 impl Orphans {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::require_schema(&store).await?;
+        let store = super::run::open_current(&settings.database).await?;
         match self {
             Self::List(list) => list.execute(&store).await,
             Self::Show(show) => show.execute(&store).await,

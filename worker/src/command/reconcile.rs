@@ -48,12 +48,11 @@ struct BrokenOff {
 impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
         let key = settings.stripe.as_ref().ok_or(NoKey)?;
-        let store = super::run::open_when_possible(&settings.database).await?;
-        match self.repair {
+        let store = match self.repair {
             // It may be the import on the first day.
-            true => super::run::check_schema(&settings, &store).await?,
-            false => super::run::require_schema(&store).await?,
-        }
+            true => super::run::open_migrated(&settings).await?,
+            false => super::run::open_current(&settings.database).await?,
+        };
         if let Some(mismatch) = mode::mismatch(&store, key).await?.filter(|_| !self.any_mode) {
             return Err(mismatch.into());
         }

@@ -60,12 +60,11 @@ impl Replay {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let nats = connect::connect(&settings.nats, "litestripe-worker replay").await?;
         super::reach_nats(&nats, settings).await?;
-        let store = super::run::open_when_possible(&settings.database).await?;
-        match self.dry_run {
-            true => super::run::require_schema(&store).await?,
+        let store = match self.dry_run {
+            true => super::run::open_current(&settings.database).await?,
             // Into an empty database, nobody need have been before.
-            false => super::run::check_schema(settings, &store).await?,
-        }
+            false => super::run::open_migrated(settings).await?,
+        };
         let jetstream = connect::jetstream(nats);
         let dead_letters = DeadLetters::new(jetstream.clone());
         let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;

@@ -34,8 +34,7 @@ impl Resend {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let nats = connect::connect(&settings.nats, "litestripe-worker resend").await?;
         super::reach_nats(&nats, settings).await?;
-        let store = super::run::open_when_possible(&settings.database).await?;
-        super::run::require_schema(&store).await?;
+        let store = super::run::open_current(&settings.database).await?;
         let jetstream = connect::jetstream(nats);
         let Put { sent, left } = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;

@@ -66,16 +66,15 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     metrics::install();
     let listener = health::listen(settings.listen).await?;
     let nats = connect::connect(&settings.nats, "litestripe-worker").await?;
-    let store = open_unless_busy(&settings.database).await?;
     let readiness = Arc::new(Readiness::default());
-    let dependencies = Dependencies { store: store.clone(), nats: nats.clone(), readiness: Arc::clone(&readiness) };
+    let dependencies = Dependencies { nats: nats.clone(), readiness: Arc::clone(&readiness) };
     let health = tokio::spawn(health::serve(listener, dependencies, CancellationToken::new()));
 
-    let outcome = tokio::select! {
-        prepared = prepare(&settings, &store, &nats) => prepared,
+    let prepared = tokio::select! {
+        prepared = prepare(&settings, &readiness, &nats) => prepared,
         () = shutdown.cancelled() => return Ok(()),
     };
-    let erasures = outcome?;
+    let (store, erasures) = prepared?;
     let jetstream = connect::jetstream(nats.clone());
     let wake = Arc::new(Notify::new());
     let relay_stop = CancellationToken::new();
@@ -223,12 +222,16 @@ pub(crate) fn terms(settings: &Settings) -> Terms {
     Terms { rules, signalling: Signalling::Now }
 }
 
-/// Waits for database and broker, and sees that schema and streams are there. Returns the erasures,
-/// without which no event may be applied.
-async fn prepare(settings: &Settings, store: &Store, nats: &async_nats::Client) -> Result<Erasures, Failure> {
-    reach(store).await?;
-    check_schema(settings, store).await?;
-    prepare_broker(settings, nats).await
+/// Waits for database and broker, and sees that schema and streams are there. Returns the database
+/// and the erasures, without which no event may be applied.
+async fn prepare(
+    settings: &Settings,
+    readiness: &Readiness,
+    nats: &async_nats::Client,
+) -> Result<(Store, Erasures), Failure> {
+    let store = open_migrated(settings).await?;
+    let _ = readiness.store.set(store.clone());
+    Ok((store, prepare_broker(settings, nats).await?))
 }
 
 /// Waits for the broker, and sees that its streams are there. Returns the erasures.
@@ -256,7 +259,7 @@ pub(crate) async fn prepare_broker(settings: &Settings, nats: &async_nats::Clien
 }
 
 /// Sees that the schema is current, for commands that are no reason to change it.
-pub(crate) async fn require_schema(store: &Store) -> Result<(), Failure> {
+async fn require_schema(store: &Store) -> Result<(), Failure> {
     match waiting_migration(store).await? {
         Some(step) => Err(SchemaBehind(step).into()),
         None => Ok(()),
@@ -264,7 +267,7 @@ pub(crate) async fn require_schema(store: &Store) -> Result<(), Failure> {
 }
 
 /// Sees that the schema is current, migrating it where that is wanted.
-pub(crate) async fn check_schema(settings: &Settings, store: &Store) -> Result<(), Failure> {
+async fn check_schema(settings: &Settings, store: &Store) -> Result<(), Failure> {
     if !settings.database.auto_migrate {
         return require_schema(store).await;
     }
@@ -307,49 +310,67 @@ async fn waiting_migration(store: &Store) -> Result<Option<String>, StoreError> 
 /// Opens the database and waits until it answers.
 ///
 /// # Errors
-/// When it can never answer: a URL that cannot be used, a user or database that does not exist.
-pub(crate) async fn open_when_possible(settings: &DatabaseSettings) -> Result<Store, StoreError> {
-    let store = open_unless_busy(settings).await?;
-    reach(&store).await?;
+/// When only a person can help: a URL that cannot be used, a user or database that does not exist.
+pub(crate) async fn open_when_possible(settings: &DatabaseSettings) -> Result<Store, Failure> {
+    when_possible(async || open(settings).await).await
+}
+
+/// The same, and sees that the schema is current, for commands that are no reason to change it.
+///
+/// # Errors
+/// The same, and when the schema is behind.
+pub(crate) async fn open_current(settings: &DatabaseSettings) -> Result<Store, Failure> {
+    let attempt = async || {
+        let store = open(settings).await?;
+        require_schema(&store).await?;
+        Ok(store)
+    };
+    when_possible(attempt).await
+}
+
+/// The same, and migrates it where that is wanted.
+///
+/// # Errors
+/// The same, where it may not be migrated.
+pub(crate) async fn open_migrated(settings: &Settings) -> Result<Store, Failure> {
+    let attempt = async || {
+        let store = open(&settings.database).await?;
+        check_schema(settings, &store).await?;
+        Ok(store)
+    };
+    when_possible(attempt).await
+}
+
+async fn open(settings: &DatabaseSettings) -> Result<Store, Failure> {
+    let store = Store::open(settings).await?;
+    store.ping().await?;
     Ok(store)
 }
 
-/// Opens the database. A SQLite file that somebody else is switching to WAL, or writes to, is
-/// waited for: no busy timeout of SQLite's covers that.
-async fn open_unless_busy(settings: &DatabaseSettings) -> Result<Store, StoreError> {
+/// Tries until it succeeds, or fails for a reason that does not pass. Says once that it waits.
+async fn when_possible(attempt: impl AsyncFn() -> Result<Store, Failure>) -> Result<Store, Failure> {
+    let may_pass = |error: &Failure| error.downcast_ref().is_some_and(StoreError::may_pass);
     let mut delays = delays();
     let mut said = false;
     loop {
-        match Store::open(settings).await {
-            Err(error) if error.is_busy() => {
+        match attempt().await {
+            Err(error) if may_pass(&error) => {
                 if !said {
-                    warn!("waiting for the database (DATABASE_URL): {}", exit::chain(&error));
+                    metrics::waiting_for_database(true);
+                    warn!("waiting for the database (DATABASE_URL): {}", exit::chain(error.as_ref()));
                     said = true;
                 }
                 tokio::time::sleep(delays.next().unwrap_or(STOP_MAX)).await;
             }
-            outcome => return outcome,
+            outcome => {
+                if said && outcome.is_ok() {
+                    metrics::waiting_for_database(false);
+                    info!("the database is there");
+                }
+                return outcome;
+            }
         }
     }
-}
-
-async fn reach(store: &Store) -> Result<(), StoreError> {
-    let mut delays = delays();
-    let mut said = false;
-    while let Err(error) = store.ping().await {
-        if error.is_refusal() {
-            return Err(error);
-        }
-        if !said {
-            warn!("waiting for the database (DATABASE_URL): {}", exit::chain(&error));
-            said = true;
-        }
-        tokio::time::sleep(delays.next().unwrap_or(STOP_MAX)).await;
-    }
-    if said {
-        info!("the database is there");
-    }
-    Ok(())
 }
 
 /// Applies batches until `shutdown`. A consumer that is gone is opened again.
