@@ -16,6 +16,7 @@ pub mod settings;
 pub mod signature;
 pub mod throttle;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::body::Budget;
 use crate::metrics::Metrics;
@@ -43,7 +44,7 @@ const FOLD_EVERY: Duration = Duration::from_secs(5);
 /// How long NATS may take to be sent the last bytes.
 const FLUSH_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why ingress cannot serve: nothing but its settings can help.
+/// Why ingress cannot serve, or does not any more.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// There is no signing secret.
@@ -52,13 +53,17 @@ pub enum RunError {
     /// NATS cannot be reached with these settings.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// What tends the connection, the metrics or the secret panicked. Whoever supervises ingress
+    /// starts it again.
+    #[error("a part of ingress panicked, which is a bug")]
+    Panicked,
 }
 
 /// Serves on `listener` until `shutdown`, then finishes what is in flight. A broker that is away is
 /// waited for while serving.
 ///
 /// # Errors
-/// When the settings can never work.
+/// When the settings can never work, or a part of it panics.
 pub async fn run(settings: Settings, listener: TcpListener, shutdown: CancellationToken) -> Result<(), RunError> {
     let client = connect::connect(&settings.nats, NAME).await?;
     let Some(secrets) = shutdown.run_until_cancelled(secret::obtain(&settings.secrets)).await else {
@@ -95,11 +100,21 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
     if let Ok(address) = listener.local_addr() {
         info!(%address, "listening on http://{address}");
     }
-    connection::serve(listener, route::service(Arc::new(ingress)), &shutdown).await;
+    let mut serving = pin!(connection::serve(listener, route::service(Arc::new(ingress)), &shutdown));
+    let outcome = tokio::select! {
+        () = &mut serving => Ok(()),
+        // None of them ends by itself.
+        _ = background.join_next() => {
+            error!("a part of ingress panicked, which is a bug: stopping, to be started again");
+            shutdown.cancel();
+            serving.await;
+            Err(RunError::Panicked)
+        }
+    };
     background.shutdown().await;
     if timeout(FLUSH_WITHIN, publisher.flush()).await.is_err() {
         warn!("NATS did not take the last bytes; they belong to deliveries that were not answered 200");
     }
     info!("stopped");
-    Ok(())
+    outcome
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Command;
 use litestripe_contract::settings::{Given, SHARED, declare, dotenv};
 use litestripe_contract::{exit, shutdown, telemetry};
+use litestripe_ingress::RunError;
 use litestripe_ingress::secret;
 use litestripe_ingress::settings::{self, SETTINGS, Settings};
 use tokio::net::TcpListener;
@@ -51,6 +52,7 @@ async fn serve(settings: Settings) -> ExitCode {
     };
     match litestripe_ingress::run(settings, listener, token).await {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ RunError::Panicked) => exit::fail(exit::FAILURE, exit::chain(&error)),
         Err(error) => exit::fail(exit::CONFIGURATION, exit::chain(&error)),
     }
 }

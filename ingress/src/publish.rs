@@ -20,6 +20,7 @@ use async_nats::connection::State;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::{self, ErrorCode};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
+use fail::fail_point;
 use litestripe_contract::settings::{EventsSettings, NatsSettings};
 use litestripe_contract::{connect, exit, stream, subject};
 use tokio::sync::watch;
@@ -252,6 +253,7 @@ impl Publisher {
         let statistics = self.client.statistics();
         let mut connects = 0;
         loop {
+            fail_point!("ingress::tending");
             let is_connected = self.client.connection_state() == State::Connected;
             let changed = self.lost_since.send_if_modified(|since| {
                 let changed = since.is_none() != is_connected;

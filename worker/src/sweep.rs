@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::{self, stream::RawMessageErrorKind};
+use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_contract::signal::OrphanReason;
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
@@ -127,7 +128,10 @@ impl Sweep {
             loops.spawn(Arc::clone(&sweep).ask(kind, at_a_time, shutdown.clone()));
         }
         loops.spawn(sweep.erase(shutdown));
-        while loops.join_next().await.is_some() {}
+        while let Some(ended) = loops.join_next().await {
+            // Questions of one kind would not be asked any more, and nobody would know.
+            ended.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
+        }
     }
 
     /// Takes questions of one kind as they come due, and asks several at a time. One that has to
@@ -136,6 +140,7 @@ impl Sweep {
         let mut asked = JoinSet::new();
         let mut waiting = false;
         while !shutdown.is_cancelled() {
+            fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}
             let room = at_a_time - asked.len();
             // In its own task: a cancelled transaction would leave a poisoned connection in the pool.

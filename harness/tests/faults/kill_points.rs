@@ -114,6 +114,37 @@ async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
     assert_eq!((found.events, found.rows), (events.len() + later.len(), 30), "each event is stored once");
 }
 
+#[tokio::test]
+async fn worker_whose_relay_panics_ends_with_a_failure_and_the_next_goes_on() {
+    worker_panics(DatabaseKind::Postgres, "worker::after_signal", "the relay panicked").await;
+}
+
+#[tokio::test]
+async fn worker_whose_sweep_panics_ends_with_a_failure_and_the_next_goes_on() {
+    worker_panics(DatabaseKind::Sqlite, "worker::before_question", "the sweep panicked").await;
+}
+
+async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {
+    let mut rig = Rig::start(database, 0, &[]).await;
+    let (events, later) = lives(4, 2);
+    rig.deliver_all(&events).await;
+    rig.start_worker(0, &[("FAILPOINTS", &format!("{point}=panic"))]);
+    rig.running(0).wait_for_log(said, DEADLINE).await;
+    assert_eq!(rig.running(0).wait(DEADLINE).await.code(), Some(1), "{}", rig.running(0).log());
+    rig.start_worker(0, &[]);
+    rig.deliver_all(&later).await;
+    check(&rig, Stream::Whole).await;
+}
+
+#[tokio::test]
+async fn ingress_that_does_not_tend_its_connection_any_more_ends_with_a_failure() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    assert!(rig.ingress().stop().await.success());
+    rig.start_ingress(&[("FAILPOINTS", "ingress::tending=20*off->panic")]);
+    rig.ingress().wait_for_log("a part of ingress panicked", DEADLINE).await;
+    assert_eq!(rig.ingress().wait(DEADLINE).await.code(), Some(1), "{}", rig.ingress().log());
+}
+
 /// Events of that many subscriptions, in turns: all but the last of each, and the last.
 fn lives(subscriptions: usize, length: i64) -> (Vec<Event>, Vec<Event>) {
     let now = OffsetDateTime::now_utc().unix_timestamp() - 3600;

@@ -7,11 +7,14 @@ use std::time::Duration;
 use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::BackoffBuilder as _;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use litestripe_contract::{connect, exit, shutdown, stream};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::Failure;
 use crate::backfill::record::Record;
@@ -60,6 +63,11 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 )]
 struct SchemaBehind(String);
 
+/// A part of the worker panicked. Whoever supervises it starts it again.
+#[derive(Debug, thiserror::Error)]
+#[error("a part of the worker panicked, which is a bug: what is unfinished will be delivered again")]
+struct Panicked;
+
 pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let started = OffsetDateTime::now_utc();
     let shutdown = shutdown::token()?;
@@ -68,18 +76,20 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let nats = connect::connect(&settings.nats, "litestripe-worker").await?;
     let readiness = Arc::new(Readiness::default());
     let dependencies = Dependencies { nats: nats.clone(), readiness: Arc::clone(&readiness) };
-    let health = tokio::spawn(health::serve(listener, dependencies, CancellationToken::new()));
+    let panicked = CancellationToken::new();
+    let spawn = |name, work| spawn_watched(name, work, &panicked, &shutdown);
+    let _health = spawn("health", health::serve(listener, dependencies, CancellationToken::new()).boxed());
 
     let prepared = tokio::select! {
         prepared = prepare(&settings, &readiness, &nats) => prepared,
-        () = shutdown.cancelled() => return Ok(()),
+        () = shutdown.cancelled() => return if panicked.is_cancelled() { Err(Panicked.into()) } else { Ok(()) },
     };
     let (store, erasures) = prepared?;
     let jetstream = connect::jetstream(nats.clone());
     let wake = Arc::new(Notify::new());
     let relay_stop = CancellationToken::new();
     let relay = Relay::new(store.clone(), jetstream.clone(), Arc::clone(&wake));
-    let relay = tokio::spawn(relay.run(relay_stop.clone()));
+    let relay = spawn("the relay", relay.run(relay_stop.clone()).boxed());
     let dead_letters = DeadLetters::new(jetstream.clone());
     let applier = applier(&settings, &store, &dead_letters, &erasures, &wake);
     let stripe = stripe_api(&settings, &jetstream)?;
@@ -96,11 +106,11 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         relay: wake,
         complained: std::sync::Mutex::default(),
     };
-    let sweep = tokio::spawn(sweep.run(shutdown.clone()));
-    let backfill = backfill.map(|schedule| tokio::spawn(schedule.run(shutdown.clone())));
-    let erasures = tokio::spawn(erasures.follow(shutdown.clone()));
-    let retention = tokio::spawn(retention::run(jetstream.clone(), shutdown.clone()));
-    let streams = tokio::spawn(tend_streams(settings.clone(), jetstream.clone()));
+    let sweep = spawn("the sweep", sweep.run(shutdown.clone()).boxed());
+    let backfill = backfill.map(|schedule| spawn("the backfill", schedule.run(shutdown.clone()).boxed()));
+    let erasures = spawn("the reader of erasures", erasures.follow(shutdown.clone()).boxed());
+    let retention = spawn("the retention", retention::run(jetstream.clone(), shutdown.clone()).boxed());
+    let _streams = spawn("the care of streams", tend_streams(settings.clone(), jetstream.clone()).boxed());
 
     tokio::select! {
         () = consume(&settings, &jetstream, &applier, &readiness, &shutdown) => {}
@@ -125,10 +135,26 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     if tokio::time::timeout(STOP_MAX, stop).await.is_err() {
         warn!("gave up after {} s: what is unfinished will be delivered again", STOP_MAX.as_secs());
     }
-    health.abort();
-    streams.abort();
     info!("stopped");
-    Ok(())
+    if panicked.is_cancelled() { Err(Panicked.into()) } else { Ok(()) }
+}
+
+/// Spawns a part without which the worker does only some of its work. If it panics, the worker says
+/// so, stops as if it was told to, and ends with a failure.
+fn spawn_watched(
+    name: &'static str,
+    work: BoxFuture<'static, ()>,
+    panicked: &CancellationToken,
+    shutdown: &CancellationToken,
+) -> JoinHandle<()> {
+    let (work, panicked, shutdown) = (tokio::spawn(work), panicked.clone(), shutdown.clone());
+    tokio::spawn(async move {
+        if work.await.is_err_and(|error| error.is_panic()) {
+            error!("{name} panicked, which is a bug: stopping, to be started again");
+            panicked.cancel();
+            shutdown.cancel();
+        }
+    })
 }
 
 /// A client of Stripe's API within the budget of all workers, if there is a key.
