@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -39,6 +39,13 @@ const ROUND_MAX: Duration = Duration::from_secs(30);
 /// Signals taken out at a time.
 const TAKE_MAX: u64 = 1000;
 
+/// How long a subscription with a signal that is too large is passed over before it is tried again:
+/// the signal may be gone.
+const PASSED_OVER: Duration = Duration::from_secs(60);
+
+/// Subscriptions that are passed over, at most. With more of them others may wait.
+const PASSED_OVER_MAX: usize = 10_000;
+
 /// Subscriptions whose signals are in flight at a time.
 const CHAINS_IN_FLIGHT: usize = 256;
 
@@ -60,8 +67,19 @@ pub struct Relay {
     store: Store,
     jetstream: jetstream::Context,
     wake: Arc<Notify>,
-    /// Signals that are larger than the server takes, and were complained about.
-    oversized: Mutex<HashSet<i64>>,
+    blocked: Mutex<Blocked>,
+}
+
+/// Subscriptions and orphans whose next signal is larger than the server takes. They wait until it
+/// takes it, and are passed over: read again and again, enough of them would hold up all others.
+#[derive(Default)]
+struct Blocked {
+    /// What the server took when they were found out.
+    max_payload: usize,
+    /// Since when each is passed over.
+    since: HashMap<String, Instant>,
+    /// The signals that were complained about.
+    complained: HashSet<i64>,
 }
 
 /// What one round did.
@@ -77,7 +95,7 @@ impl Relay {
     /// A relay that looks at the outbox when `wake` says so.
     #[must_use]
     pub fn new(store: Store, jetstream: jetstream::Context, wake: Arc<Notify>) -> Self {
-        Self { store, jetstream, wake, oversized: Mutex::default() }
+        Self { store, jetstream, wake, blocked: Mutex::default() }
     }
 
     /// Sends signals until `shutdown`, and then those that are still there, once.
@@ -98,6 +116,7 @@ impl Relay {
                 Err(_) => Err(RelayError::Silence),
             };
             waiting = report(&outcome, waiting);
+            metrics::waiting_for_signals(waiting || !relay.blocked().since.is_empty());
             match outcome {
                 Ok(Round::More) => continue,
                 _ if last => return,
@@ -123,7 +142,7 @@ impl Relay {
         if !store::outbox::is_empty(self.store.connection()).await? {
             let tx = self.store.begin().await?;
             let shards = store::outbox::lock_shards(&tx).await?;
-            let rows = store::outbox::oldest(&tx, &shards, TAKE_MAX).await?;
+            let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
             let sent = self.send(rows).await;
             fail_point!("worker::after_signal", |_| std::process::abort());
             store::outbox::delete(&tx, sent.ids).await?;
@@ -147,7 +166,7 @@ impl Relay {
             Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Idle),
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
-        let rows = store::outbox::oldest(db, &store::outbox::all_shards(), TAKE_MAX).await?;
+        let rows = store::outbox::oldest(db, &store::outbox::all_shards(), &self.passed_over(), TAKE_MAX).await?;
         let sent = self.send(rows).await;
         fail_point!("worker::after_signal", |_| std::process::abort());
         store::outbox::delete(db, sent.ids).await?;
@@ -158,16 +177,17 @@ impl Relay {
     async fn send(&self, rows: Vec<Model>) -> Sent {
         let full = rows.len() as u64 == TAKE_MAX;
         let deadline = Instant::now() + HOLD_MAX;
+        let blocked_before = self.blocked().since.len();
         let sent = Mutex::new(Vec::with_capacity(rows.len()));
         let failure = Mutex::new(None);
         futures_util::stream::iter(chains(rows))
             .for_each_concurrent(CHAINS_IN_FLIGHT, |chain| async {
                 for row in chain {
-                    let id = row.id;
+                    let (id, entity_id) = (row.id, row.entity_id.clone());
                     match tokio::time::timeout_at(deadline, self.publish(row)).await {
                         Ok(Ok(())) => sent.lock().expect("nothing panics while it holds this").push(id),
                         Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
-                            self.complain(id);
+                            self.block(entity_id, id);
                             return;
                         }
                         Ok(Err(error)) => {
@@ -183,20 +203,40 @@ impl Relay {
         metrics::signals_sent(ids.len());
         let round = match failure.into_inner().expect("nothing panics while it holds this") {
             Some(error) => Err(RelayError::Publish(error)),
-            None if full && !ids.is_empty() => Ok(Round::More),
+            None if full && (!ids.is_empty() || self.blocked().since.len() > blocked_before) => Ok(Round::More),
             None => Ok(Round::Idle),
         };
         Sent { ids, round }
     }
 
-    /// Such a signal waits until the server takes it, and holds up its own subscription only.
-    fn complain(&self, id: i64) {
-        if self.oversized.lock().expect("nothing panics while it holds this").insert(id) {
+    /// Passes the subscription over, with the signals behind this one, and says so once.
+    fn block(&self, entity_id: String, id: i64) {
+        let mut blocked = self.blocked();
+        if blocked.since.len() >= PASSED_OVER_MAX {
+            return;
+        }
+        blocked.since.insert(entity_id, Instant::now());
+        if blocked.complained.insert(id) {
             error!(
                 outbox_id = id,
                 "signal {id} is larger than the NATS server's max_payload: raise it, the signal waits"
             );
         }
+    }
+
+    /// Whose signals are not to be read now. Nobody's, once the server may take more.
+    fn passed_over(&self) -> Vec<String> {
+        let mut blocked = self.blocked();
+        let max_payload = self.jetstream.client().max_payload();
+        if blocked.max_payload != max_payload {
+            *blocked = Blocked { max_payload, ..Blocked::default() };
+        }
+        blocked.since.retain(|_, since| since.elapsed() < PASSED_OVER);
+        blocked.since.keys().cloned().collect()
+    }
+
+    fn blocked(&self) -> MutexGuard<'_, Blocked> {
+        self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn publish(&self, row: Model) -> Result<(), PublishError> {
@@ -253,6 +293,5 @@ fn report(outcome: &Result<Round, RelayError>, was_waiting: bool) -> bool {
         Err(error) if !was_waiting => warn!("signals wait in the outbox: {}", exit::chain(error)),
         _ => {}
     }
-    metrics::waiting_for_signals(outcome.is_err());
     outcome.is_err()
 }

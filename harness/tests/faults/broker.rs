@@ -221,6 +221,58 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
 }
 
 #[tokio::test]
+async fn sqlite_signals_that_are_too_large_hold_up_their_own_subscriptions_only() {
+    signals_too_large(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn postgres_signals_that_are_too_large_hold_up_their_own_subscriptions_only() {
+    signals_too_large(DatabaseKind::Postgres).await;
+}
+
+async fn signals_too_large(database: DatabaseKind) {
+    const WAITING: &str = "litestripe_worker_waiting{for=\"signals\"} 1";
+    let broker = nats::Options { config: "max_payload: 40KB".to_owned(), ..nats::Options::default() };
+    let mut rig = Rig::servers(database, broker).await;
+    rig.start_ingress(&[]);
+    rig.start_worker(0, &[]);
+    rig.until_worker_is_ready(0).await;
+    // More than one round of the relay reads, of 200 subscriptions, each with a small one behind them.
+    let body = "x".repeat(50_000);
+    for (count, body, prefix) in [(1200, body.as_str(), "large"), (200, "small", "small")] {
+        let insert = format!(
+            "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO signal_outbox \
+             (shard, entity_id, subject, message_id, event_created, body, dt_created) SELECT k % 4, \
+             'sub_' || (k % 200), 'subscription.changed', '{prefix}' || k, 1700000000, '{body}', \
+             '2026-01-01 00:00:00+00:00' FROM n"
+        );
+        rig.bridge.database.query(&insert).await.expect("the table is there");
+    }
+    rig.running(0).wait_for_log("larger than the NATS server's max_payload", DEADLINE).await;
+    rig.deliver_all(&[bought()]).await;
+    let sent = async || {
+        let stream = rig.bridge.jetstream().await.get_stream(SIGNALS_STREAM).await.expect("the worker made it");
+        stream.cached_info().state.messages
+    };
+    eventually("the signal of another subscription", DEADLINE, async || match sent().await {
+        1 => Ok(()),
+        sent => Err(format!("{sent} sent")),
+    })
+    .await;
+    assert!(rig.worker_metrics(0).await.contains(WAITING));
+    assert_eq!(sent().await, 1, "what is behind a large one waits with it");
+
+    configure(&rig, |config| config.replace("max_payload: 40KB", "max_payload: 1MB"));
+    rig.bridge.broker.restart().await;
+    rig.bridge.wait_until_applied().await;
+    eventually("the metric to say so", DEADLINE, async || {
+        let page = rig.worker_metrics(0).await;
+        if page.contains(WAITING) { Err(page) } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn revoked_authorization_is_waited_for_and_said() {
     let users = |password: &str| {
         format!(

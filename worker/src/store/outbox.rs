@@ -104,13 +104,19 @@ pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bo
     any.map(|id| id.is_some()).map_err(StoreError::doing("look into the outbox"))
 }
 
-/// Up to `limit` signals of `shards`, oldest first.
+/// Up to `limit` signals of `shards`, oldest first, but none of the subscriptions and orphans `except`.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn oldest<C: ConnectionTrait>(db: &C, shards: &[i32], limit: u64) -> Result<Vec<Model>, StoreError> {
+pub async fn oldest<C: ConnectionTrait>(
+    db: &C,
+    shards: &[i32],
+    except: &[String],
+    limit: u64,
+) -> Result<Vec<Model>, StoreError> {
     let rows = Entity::find()
         .filter(Column::Shard.is_in(shards.iter().copied()))
+        .filter(Column::EntityId.is_not_in(except))
         .order_by_asc(Column::Id)
         .limit(limit)
         .all(db)
