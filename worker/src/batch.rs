@@ -83,7 +83,7 @@ pub async fn apply(applier: &Applier, batch: Batch, shutdown: &CancellationToken
     }
     metrics::applied(events);
     applier.erasures.remove_late(late);
-    applier.dead_letters.put_aside(batch, poisoned);
+    applier.dead_letters.put_aside(batch, poisoned).await;
 }
 
 /// What became of a batch that was applied again.

@@ -374,6 +374,12 @@ impl Doomed {
         (self.message.payload.clone(), self.message.headers.clone().unwrap_or_default())
     }
 
+    /// How large it is, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.message.length
+    }
+
     /// Its sequence in the stream.
     #[must_use]
     pub fn stream_sequence(&self) -> Option<u64> {

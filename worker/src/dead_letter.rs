@@ -3,17 +3,27 @@
 //! Owns putting one aside with its reason. Invariant: a message is terminated only after the PubAck
 //! of its dead letter, and a poisoned event holds up nobody.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishErrorKind};
 use backon::{ExponentialBuilder, Retryable as _};
+use futures_util::StreamExt as _;
 use litestripe_contract::{exit, header, subject};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
 use crate::consumer::{Batch, Doomed};
 use crate::metrics;
+
+/// Bytes that are on their way, at most: beyond it the next batch waits. One that is larger waits until
+/// no other is.
+const OUTSTANDING_BYTES_MAX: u32 = 16 << 20;
+
+/// Dead letters of one batch that are published at a time.
+const PUBLISHED_AT_A_TIME: usize = 16;
 
 /// What stands for the event type of a message whose subject names none.
 const UNKNOWN_TYPE: &str = "unknown";
@@ -23,18 +33,21 @@ const UNKNOWN_TYPE: &str = "unknown";
 pub struct DeadLetters {
     jetstream: jetstream::Context,
     tasks: TaskTracker,
+    room: Arc<Semaphore>,
 }
 
 impl DeadLetters {
     /// Publishes to `STRIPE_DEAD_LETTERS` over `jetstream`.
     #[must_use]
     pub fn new(jetstream: jetstream::Context) -> Self {
-        Self { jetstream, tasks: TaskTracker::new() }
+        let room = Arc::new(Semaphore::new(OUTSTANDING_BYTES_MAX as usize));
+        Self { jetstream, tasks: TaskTracker::new(), room }
     }
 
     /// Puts the messages of `batch` that `poisoned` names aside, each with its reason. One that
-    /// cannot be put aside is delivered again, and tried again then.
-    pub fn put_aside(&self, batch: Batch, poisoned: Vec<(usize, String)>) {
+    /// cannot be put aside is delivered again, and tried again then. Returns once they are on their way,
+    /// which takes a while only when there are many or large ones.
+    pub async fn put_aside(&self, batch: Batch, poisoned: Vec<(usize, String)>) {
         if poisoned.is_empty() {
             return;
         }
@@ -42,11 +55,15 @@ impl DeadLetters {
         poisoned.sort_by_key(|(index, _)| *index);
         let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
         let doomed = batch.take(&indexes);
+        let bytes = doomed.iter().map(Doomed::bytes).sum::<usize>();
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(OUTSTANDING_BYTES_MAX);
+        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else { return };
         let jetstream = self.jetstream.clone();
         self.tasks.spawn(async move {
-            for (message, reason) in doomed.into_iter().zip(reasons) {
-                put_one_aside(&jetstream, message, &reason).await;
-            }
+            let letters = doomed.into_iter().zip(reasons);
+            let put_aside = |(message, reason): (Doomed, String)| put_one_aside(&jetstream, message, reason);
+            futures_util::stream::iter(letters).for_each_concurrent(PUBLISHED_AT_A_TIME, put_aside).await;
+            drop(room);
         });
     }
 
@@ -57,14 +74,14 @@ impl DeadLetters {
     }
 }
 
-async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: &str) {
+async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: String) {
     let Some(sequence) = doomed.stream_sequence() else {
         return error!("a message without a stream sequence cannot be put aside");
     };
     let event_type = subject::event_type(doomed.subject());
     let name = event_type.as_ref().map_or(UNKNOWN_TYPE, |name| name.as_str());
     let (body, headers) = doomed.content();
-    let headers = labelled(&headers, sequence, reason);
+    let headers = labelled(&headers, sequence, &reason);
     let subject = format!("{}{name}", subject::DEAD_LETTERS_PREFIX);
     let publish = || async {
         let ack = jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone()).await?;
