@@ -10,7 +10,8 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishErrorKind};
 use backon::{ExponentialBuilder, Retryable as _};
 use futures_util::StreamExt as _;
-use litestripe_contract::{exit, header, subject};
+use litestripe_contract::subject::{self, DEAD_LETTERS_STREAM};
+use litestripe_contract::{exit, header};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
@@ -95,6 +96,11 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: S
         )
     };
     match publish.retry(patience).when(passing).await {
+        Ok(ack) if ack.duplicate && !is_stored(jetstream, ack.sequence, &body).await => warn!(
+            stream_sequence = sequence,
+            "event {sequence} cannot be put aside yet: the dead letter of another event {sequence}, of before STRIPE_EVENTS \
+             was made anew, is in the duplicate window"
+        ),
         Ok(_) => {
             metrics::dead_letter();
             warn!(
@@ -111,6 +117,13 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: S
             exit::chain(&error)
         ),
     }
+}
+
+/// Whether the dead letter at `sequence` is of this event. A duplicate is as a rule, after a PubAck or
+/// a termination that was lost.
+async fn is_stored(jetstream: &jetstream::Context, sequence: u64, body: &[u8]) -> bool {
+    let Ok(stream) = jetstream.get_stream_no_info(DEAD_LETTERS_STREAM).await else { return false };
+    stream.get_raw_message(sequence).await.is_ok_and(|letter| letter.payload == body)
 }
 
 /// The event's own headers and what a dead letter adds to them. JetStream's own spoke of the stream

@@ -1,6 +1,11 @@
 //! What operators do about poison: list, show, retry, drop.
 
+use std::time::Duration;
+
+use async_nats::{HeaderMap, jetstream};
+use litestripe_contract::{header, stream};
 use litestripe_harness::bridge::{DatabaseKind, of_subscription};
+use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
 use serde_json::{Value, json};
@@ -84,6 +89,32 @@ async fn dead_letters(database: DatabaseKind) {
     assert_eq!(run(&rig, &["drop", &hopeless_letter], &[]).await.status.code(), Some(1));
     assert_eq!(listed(&rig).await, Vec::<Value>::new());
     assert_eq!(rig.bridge.rows().await.len(), 2);
+}
+
+#[tokio::test]
+async fn dead_letter_of_another_event_with_the_same_sequence_swallows_none() {
+    let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
+    let now = OffsetDateTime::now_utc().unix_timestamp() - 60;
+    let poison = Purchase::new(now).subscription_event(CREATED, now, json!({ "trial_end": i64::MAX }));
+    rig.deliver_all(std::slice::from_ref(&poison)).await;
+    // As if STRIPE_EVENTS had been made anew since: the first event of the old one was poison too.
+    let jetstream = rig.bridge.jetstream().await;
+    let letters = stream::dead_letters(1, Duration::ZERO);
+    let letters = jetstream::stream::Config { duplicate_window: Duration::from_secs(10), ..letters };
+    jetstream.create_stream(letters).await.expect("a stream can be made");
+    let mut headers = HeaderMap::new();
+    headers.insert(header::MESSAGE_ID, "dead:1");
+    let other = jetstream.publish_with_headers(format!("stripe.dead.{CREATED}"), headers, "{}".into()).await;
+    other.expect("it is sent").await.expect("it is stored");
+
+    rig.start_worker(0, &[]);
+    eventually("the event to be stored beside it", DEADLINE, async || {
+        let letters = rig.bridge.dead_letters().await;
+        if letters.iter().any(|letter| letter.body == poison.body()) { Ok(()) } else { Err(rig.running(0).log()) }
+    })
+    .await;
+    rig.bridge.wait_until_applied().await;
+    assert_eq!(rig.bridge.dead_letters().await.len(), 2);
 }
 
 async fn listed(rig: &Rig) -> Vec<Value> {
