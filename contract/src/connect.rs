@@ -3,7 +3,9 @@
 //! Owns timeouts, pings and what is logged when the connection comes and goes. A broker that is
 //! away is waited for: only settings that can never work are an error.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -53,6 +55,7 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
     // A dependency that brings a second crypto backend must not make the first handshake panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let hosts = settings.hosts();
+    let said = Mutex::new(HashSet::new());
     let mut options = identify(ConnectOptions::new(), &settings.identity)
         .await?
         .name(name)
@@ -60,7 +63,7 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .event_callback(move |event| {
-            report(&event, &hosts);
+            report(&event, &hosts, &said);
             std::future::ready(())
         });
     if let Some(ca) = &settings.tls_ca {
@@ -129,13 +132,25 @@ fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     move |source| ConnectError::File { setting, path, source: source.into() }
 }
 
-fn report(event: &Event, hosts: &str) {
+/// `said` are the reasons that were given since there is no connection.
+fn report(event: &Event, hosts: &str, said: &Mutex<HashSet<String>>) {
+    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
     match event {
-        Event::Connected => info!(servers = hosts, "connected to NATS at {hosts}"),
+        Event::Connected => {
+            said.clear();
+            info!(servers = hosts, "connected to NATS at {hosts}");
+        }
         Event::Disconnected => warn!(servers = hosts, "connection to NATS lost; reconnecting to {hosts}"),
         Event::ServerError(error) => warn!("NATS says: {error}"),
-        // Also once per attempt to reconnect: what matters was said when the connection was lost.
-        Event::ClientError(error) => debug!("NATS connection: {error}"),
+        // Once per attempt to connect. That nobody answers is said by whoever waits; that somebody
+        // refuses us, by nobody else. The text is the library's and names no credentials.
+        Event::ClientError(error) => {
+            let error = error.to_string();
+            debug!("NATS connection: {error}");
+            if !error.contains("IO error") && said.insert(error.clone()) {
+                warn!(servers = hosts, "cannot connect to NATS at {hosts}: {error}");
+            }
+        }
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining | Event::Closed => {
             info!("NATS connection: {event}")
         }

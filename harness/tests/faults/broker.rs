@@ -273,13 +273,34 @@ async fn signals_too_large(database: DatabaseKind) {
 }
 
 #[tokio::test]
+async fn wrong_password_at_the_start_is_named_and_waited_for() {
+    let broker = nats::Options { config: users("another-secret"), ..nats::Options::default() };
+    let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
+    let wrong = "secret-of-the-tests";
+    rig.settings = [("NATS_USER", "litestripe"), ("NATS_PASSWORD", wrong)].map(|(a, b)| (a.into(), b.into())).to_vec();
+    rig.start_ingress(&[]);
+    rig.start_worker(0, &[]);
+    for program in [rig.ingress(), rig.running(0)] {
+        program.wait_for_log("waiting for NATS", DEADLINE).await;
+        assert_eq!(count_in_log(program, "authorization violation"), 1, "{}", program.log());
+        assert_eq!(count_in_log(program, wrong), 0);
+    }
+    configure(&rig, |config| config.replace("another-secret", wrong));
+    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.until_ingress_is_ready().await;
+    rig.until_worker_is_ready(0).await;
+}
+
+/// Two users: the tests need no password, the programs that one.
+fn users(password: &str) -> String {
+    format!(
+        "authorization {{ users = [\n  {{ user: tests, password: tests }}\n  \
+         {{ user: litestripe, password: {password:?} }}\n] }}\nno_auth_user: tests\n"
+    )
+}
+
+#[tokio::test]
 async fn revoked_authorization_is_waited_for_and_said() {
-    let users = |password: &str| {
-        format!(
-            "authorization {{ users = [\n  {{ user: tests, password: tests }}\n  \
-             {{ user: litestripe, password: {password:?} }}\n] }}\nno_auth_user: tests\n"
-        )
-    };
     let (good, other) = ("secret-of-the-tests", "another-secret");
     let broker = nats::Options { config: users(good), ..nats::Options::default() };
     let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
