@@ -26,6 +26,10 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Short, because async-nats neither fails nor resends what was in flight when a connection broke.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How often it is asked at most whether the server takes larger messages by now, while somebody
+/// has one.
+pub const MAX_PAYLOAD_AGAIN: Duration = Duration::from_secs(10);
+
 /// How often a missing connection is looked at again while we wait for it.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -52,20 +56,37 @@ pub enum ConnectError {
 /// # Errors
 /// When the settings can never work; not when the broker is away.
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
-    // A dependency that brings a second crypto backend must not make the first handshake panic.
-    let _ = rustls::crypto::ring::default_provider().install_default();
     let hosts = settings.hosts();
     let said = Mutex::new(HashSet::new());
+    let options = options(settings, name).await?.retry_on_initial_connect().event_callback(move |event| {
+        report(&event, &hosts, &said);
+        std::future::ready(())
+    });
+    options.connect(settings.servers.as_slice()).await.map_err(ConnectError::Options)
+}
+
+/// Connects `client` anew if the server takes larger messages by now: a server that was told to by a
+/// reload says so to new connections alone. Asked over a connection beside it, because what is in
+/// flight on the old one has to be sent again.
+pub async fn follow_max_payload(client: &Client, settings: &NatsSettings, name: &str) {
+    let Ok(options) = options(settings, name).await else { return };
+    let probe = tokio::time::timeout(REQUEST_TIMEOUT, options.connect(settings.servers.as_slice())).await;
+    let (before, Ok(Ok(probe))) = (client.max_payload(), probe) else { return };
+    if probe.max_payload() > before {
+        info!("NATS takes messages of {} bytes now, of {before} before: connecting anew", probe.max_payload());
+        // Fails only for a client that was closed.
+        let _ = client.force_reconnect().await;
+    }
+}
+
+async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, ConnectError> {
+    // A dependency that brings a second crypto backend must not make the first handshake panic.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let mut options = identify(ConnectOptions::new(), &settings.identity)
         .await?
         .name(name)
-        .retry_on_initial_connect()
         .ping_interval(PING_INTERVAL)
-        .request_timeout(Some(REQUEST_TIMEOUT))
-        .event_callback(move |event| {
-            report(&event, &hosts, &said);
-            std::future::ready(())
-        });
+        .request_timeout(Some(REQUEST_TIMEOUT));
     if let Some(ca) = &settings.tls_ca {
         certificates("NATS_TLS_CA", ca)?;
         options = options.add_root_certificates(ca.clone()).require_tls(true);
@@ -78,7 +99,7 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
             .map_err(|_| unusable("NATS_TLS_KEY", key)("it holds no PEM private key"))?;
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
-    options.connect(settings.servers.as_slice()).await.map_err(ConnectError::Options)
+    Ok(options)
 }
 
 /// JetStream over `client`, with our timeouts.

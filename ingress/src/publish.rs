@@ -23,7 +23,7 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use fail::fail_point;
 use litestripe_contract::settings::{EventsSettings, NatsSettings};
 use litestripe_contract::{connect, exit, stream, subject};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::{debug, info, warn};
 
@@ -119,6 +119,8 @@ pub struct Publisher {
     broken: watch::Sender<u64>,
     /// Whether the stream was there when we looked, and nothing has spoken against it since.
     is_provided: watch::Sender<bool>,
+    /// Says that an event was larger than the server is known to take.
+    too_large: Notify,
     report: Report,
 }
 
@@ -139,6 +141,7 @@ impl Publisher {
             events,
             lost_since: watch::Sender::new(Some(Instant::now())),
             is_provided: watch::Sender::new(false),
+            too_large: Notify::new(),
             report: Report::new(),
         }
     }
@@ -147,6 +150,11 @@ impl Publisher {
     #[must_use]
     pub fn body_bytes_max(&self) -> usize {
         self.client.max_payload().saturating_sub(HEADERS_BYTES)
+    }
+
+    /// Makes it look whether the server takes larger events by now.
+    pub fn doubt_body_bytes_max(&self) {
+        self.too_large.notify_one();
     }
 
     /// Whether deliveries can be stored, or why not.
@@ -242,11 +250,19 @@ impl Publisher {
     /// # Cancel safety
     /// Nothing is lost.
     pub async fn tend(&self) {
-        tokio::join!(self.watch_connection(), self.keep_stream(), self.make_batches());
+        tokio::join!(self.watch_connection(), self.keep_stream(), self.make_batches(), self.follow_max_payload());
     }
 
     async fn make_batches(&self) {
         self.batches.lock().await.run().await;
+    }
+
+    async fn follow_max_payload(&self) {
+        loop {
+            self.too_large.notified().await;
+            connect::follow_max_payload(&self.client, &self.nats, crate::NAME).await;
+            sleep(connect::MAX_PAYLOAD_AGAIN).await;
+        }
     }
 
     async fn watch_connection(&self) {

@@ -129,6 +129,10 @@ async fn hook<B: Buf>(
     match delivered {
         Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
         Err(refusal) => {
+            let is_too_large = refusal.status() == StatusCode::PAYLOAD_TOO_LARGE;
+            if is_too_large && ingress.publisher.body_bytes_max() < ingress.body_limit {
+                ingress.publisher.doubt_body_bytes_max();
+            }
             refusal.log(&ingress.refused);
             refusal.answer()
         }

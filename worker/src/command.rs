@@ -180,9 +180,14 @@ async fn reach_nats(nats: &async_nats::Client, settings: &Settings) -> Result<()
 
 /// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
 /// depend on a worker being up.
-async fn while_relaying<T>(store: &Store, jetstream: &jetstream::Context, work: impl Future<Output = T>) -> T {
+async fn while_relaying<T>(
+    settings: &Settings,
+    store: &Store,
+    jetstream: &jetstream::Context,
+    work: impl Future<Output = T>,
+) -> T {
     let stop = CancellationToken::new();
-    let relay = Relay::new(store.clone(), jetstream.clone(), Arc::new(Notify::new()));
+    let relay = Relay::new(store.clone(), jetstream.clone(), settings.nats.clone(), Arc::new(Notify::new()));
     let relay = tokio::spawn(relay.run(stop.clone()));
     let outcome = work.await;
     stop.cancel();

@@ -16,7 +16,8 @@ use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use fail::fail_point;
 use futures_util::StreamExt as _;
 use litestripe_contract::header::{self, ce};
-use litestripe_contract::{exit, signal::Timestamp};
+use litestripe_contract::settings::NatsSettings;
+use litestripe_contract::{connect, exit, signal::Timestamp};
 use litestripe_entity::signal_outbox::Model;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -66,6 +67,7 @@ enum RelayError {
 pub struct Relay {
     store: Store,
     jetstream: jetstream::Context,
+    nats: NatsSettings,
     wake: Arc<Notify>,
     blocked: Mutex<Blocked>,
 }
@@ -94,14 +96,15 @@ enum Round {
 impl Relay {
     /// A relay that looks at the outbox when `wake` says so.
     #[must_use]
-    pub fn new(store: Store, jetstream: jetstream::Context, wake: Arc<Notify>) -> Self {
-        Self { store, jetstream, wake, blocked: Mutex::default() }
+    pub fn new(store: Store, jetstream: jetstream::Context, nats: NatsSettings, wake: Arc<Notify>) -> Self {
+        Self { store, jetstream, nats, wake, blocked: Mutex::default() }
     }
 
     /// Sends signals until `shutdown`, and then those that are still there, once.
     pub async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
         let mut waiting = false;
+        let mut asked = Instant::now();
         loop {
             let last = shutdown.is_cancelled();
             // A cancelled transaction would leave a poisoned connection in the pool.
@@ -116,7 +119,12 @@ impl Relay {
                 Err(_) => Err(RelayError::Silence),
             };
             waiting = report(&outcome, waiting);
-            metrics::waiting_for_signals(waiting || !relay.blocked().since.is_empty());
+            let is_blocked = !relay.blocked().since.is_empty();
+            metrics::waiting_for_signals(waiting || is_blocked);
+            if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_AGAIN {
+                asked = Instant::now();
+                connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
+            }
             match outcome {
                 Ok(Round::More) => continue,
                 _ if last => return,

@@ -221,6 +221,30 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
 }
 
 #[tokio::test]
+async fn max_payload_raised_by_a_reload_is_noticed_when_something_was_too_large() {
+    let broker = nats::Options { config: "max_payload: 64KB".to_owned(), ..nats::Options::default() };
+    let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
+    rig.start_ingress(&[]);
+    rig.start_worker(0, &[]);
+    rig.until_ingress_is_ready().await;
+    rig.until_worker_is_ready(0).await;
+    let mut large = bought();
+    large.value["data"]["object"]["description"] = json!("x".repeat(100_000));
+    assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), &large).await, Answer::Refused(413));
+    let insert = signals_to_insert(1, &"x".repeat(100_000), "large");
+    rig.bridge.database.query(&insert).await.expect("the table is there");
+    rig.running(0).wait_for_log("larger than the NATS server's max_payload", DEADLINE).await;
+
+    configure(&rig, |config| config.replace("max_payload: 64KB", "max_payload: 1MB"));
+    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.deliver_all(&[large]).await;
+    rig.bridge.wait_until_applied().await;
+    for program in [rig.ingress(), rig.running(0)] {
+        assert_eq!(count_in_log(program, "connection to NATS lost"), 1, "{}", program.log());
+    }
+}
+
+#[tokio::test]
 async fn sqlite_signals_that_are_too_large_hold_up_their_own_subscriptions_only() {
     signals_too_large(DatabaseKind::Sqlite).await;
 }
@@ -240,12 +264,7 @@ async fn signals_too_large(database: DatabaseKind) {
     // More than one round of the relay reads, of 200 subscriptions, each with a small one behind them.
     let body = "x".repeat(50_000);
     for (count, body, prefix) in [(1200, body.as_str(), "large"), (200, "small", "small")] {
-        let insert = format!(
-            "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO signal_outbox \
-             (shard, entity_id, subject, message_id, event_created, body, dt_created) SELECT k % 4, \
-             'sub_' || (k % 200), 'subscription.changed', '{prefix}' || k, 1700000000, '{body}', \
-             '2026-01-01 00:00:00+00:00' FROM n"
-        );
+        let insert = signals_to_insert(count, body, prefix);
         rig.bridge.database.query(&insert).await.expect("the table is there");
     }
     rig.running(0).wait_for_log("larger than the NATS server's max_payload", DEADLINE).await;
@@ -270,6 +289,15 @@ async fn signals_too_large(database: DatabaseKind) {
         if page.contains(WAITING) { Err(page) } else { Ok(()) }
     })
     .await;
+}
+
+/// An insertion of that many signals with that body, of at most 200 subscriptions.
+fn signals_to_insert(count: usize, body: &str, prefix: &str) -> String {
+    format!(
+        "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO signal_outbox \
+         (shard, entity_id, subject, message_id, event_created, body, dt_created) SELECT k % 4, 'sub_' || (k % 200), \
+         'subscription.changed', '{prefix}' || k, 1700000000, '{body}', '2026-01-01 00:00:00+00:00' FROM n"
+    )
 }
 
 #[tokio::test]

@@ -57,7 +57,7 @@ impl Erase {
         let seen = || progress.lock().unwrap_or_else(PoisonError::into_inner).advance(1);
         let erasure =
             Erasure { store: &store, jetstream: &jetstream, erasures: &erasures, force: self.force, seen: &seen };
-        let receipt = super::while_relaying(&store, &jetstream, erasure.run(&target)).await;
+        let receipt = super::while_relaying(settings, &store, &jetstream, erasure.run(&target)).await;
         progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
         print(&receipt?, self.json)
     }

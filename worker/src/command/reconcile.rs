@@ -79,7 +79,7 @@ impl Reconcile {
         let walk = self.walk(sources);
         let (report, outcome) = if self.repair {
             let consuming = super::run::while_consuming(&settings, &store, &jetstream, &erasures, walk);
-            super::while_relaying(&store, &jetstream, consuming).await
+            super::while_relaying(&settings, &store, &jetstream, consuming).await
         } else {
             walk.await
         };

@@ -87,7 +87,7 @@ impl Replay {
         let done = again.progress(&jetstream).await.map_or(0, |progress| progress.ack_floor);
         let mut progress = Positions::start("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
         let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
-        let summary = super::while_relaying(&store, &jetstream, work).await;
+        let summary = super::while_relaying(settings, &store, &jetstream, work).await;
         progress.finish();
         self.report(&replay, &summary?)
     }

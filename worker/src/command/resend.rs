@@ -36,7 +36,7 @@ impl Resend {
         super::reach_nats(&nats, settings).await?;
         let store = super::run::open_current(&settings.database).await?;
         let jetstream = connect::jetstream(nats);
-        let Put { sent, left } = super::while_relaying(&store, &jetstream, self.send(&store)).await?;
+        let Put { sent, left } = super::while_relaying(settings, &store, &jetstream, self.send(&store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.json {
             super::print(&json!({ "sent": sent, "outbox": waiting, "left_to_replays": left }).to_string());

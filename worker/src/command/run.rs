@@ -88,7 +88,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let jetstream = connect::jetstream(nats.clone());
     let wake = Arc::new(Notify::new());
     let relay_stop = CancellationToken::new();
-    let relay = Relay::new(store.clone(), jetstream.clone(), Arc::clone(&wake));
+    let relay = Relay::new(store.clone(), jetstream.clone(), settings.nats.clone(), Arc::clone(&wake));
     let relay = spawn("the relay", relay.run(relay_stop.clone()).boxed());
     let dead_letters = DeadLetters::new(jetstream.clone());
     let applier = applier(&settings, &store, &dead_letters, &erasures, &wake);
