@@ -125,6 +125,23 @@ impl Again {
         })
     }
 
+    /// The first event that the stream holds, and the last one before which all are applied again.
+    /// Nothing is of a consumer that is not there.
+    ///
+    /// # Errors
+    /// When the broker is away or the stream is missing.
+    pub async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ConsumerError> {
+        let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+        let first_sequence = stream.cached_info().state.first_sequence;
+        let floor = match stream.consumer_info(&self.consumer).await {
+            Ok(info) if info.num_pending == 0 && info.num_ack_pending == 0 => u64::MAX,
+            Ok(info) => info.ack_floor.stream_sequence,
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 0,
+            Err(error) => return Err(error.into()),
+        };
+        Ok((first_sequence, floor.max(self.first_sequence.saturating_sub(1))))
+    }
+
     /// Removes it, if it is there.
     ///
     /// # Errors

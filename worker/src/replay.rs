@@ -389,6 +389,16 @@ impl Replayer {
             if self.is_finished(replay).await {
                 return Ok(true);
             }
+            if let Ok((first, floor)) = again.floor(&self.jetstream).await
+                && first > floor.saturating_add(1)
+            {
+                warn!(
+                    "events {} to {} are not in {EVENTS_STREAM} any more: what was not applied again yet comes back by \
+                     `backfill` or `reconcile` only",
+                    floor + 1,
+                    first - 1
+                );
+            }
             let mut batches = match again.open(&self.jetstream, self.batch).await {
                 Ok(batches) => batches,
                 Err(error) if consumer::is_refusal(&error) => return Err(ReplayError::Broker(error)),
@@ -447,6 +457,20 @@ pub fn signalling(replay: &Replay) -> Signalling {
         Signals::Changed => Signalling::Later { replay: replay.name.clone(), unchanged: false },
         Signals::All => Signalling::Later { replay: replay.name.clone(), unchanged: true },
     }
+}
+
+/// Up to which event all open replays have applied all again: what is above may not be purged.
+///
+/// # Errors
+/// When database or broker is away.
+pub async fn floor(store: &Store, jetstream: &jetstream::Context) -> Result<u64, ReplayError> {
+    let now = OffsetDateTime::now_utc();
+    let mut lowest = u64::MAX;
+    for replay in store::replay::unfinished(store.connection()).await?.iter().filter(|replay| replay.is_open(now)) {
+        let (_, floor) = again(replay).floor(jetstream).await.map_err(ReplayError::Broker)?;
+        lowest = lowest.min(floor);
+    }
+    Ok(lowest)
 }
 
 /// What covers both, and tells whomever either was to tell.

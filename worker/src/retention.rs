@@ -2,7 +2,8 @@
 //!
 //! Owns what is purged, and when: above 80 % of the stream's size the oldest events that are
 //! applied, so that only unapplied ones can fill it. Invariant: nothing above the durable
-//! consumer's ack floor is ever removed. Any number of workers may do it: it is idempotent.
+//! consumer's ack floor, or above that of an open replay, is ever removed. Any number of workers may
+//! do it: it is idempotent.
 
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::metrics;
+use crate::store::Store;
+use crate::{metrics, replay};
 
 /// How often the stream is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -30,14 +32,17 @@ struct Fill {
     messages: u64,
     first_sequence: u64,
     last_sequence: u64,
-    /// Every event up to this sequence is applied.
+    /// Every event up to this sequence is applied, and nobody still has to apply it again.
     ack_floor: u64,
 }
 
 /// Purges until `shutdown`.
-pub async fn run(jetstream: jetstream::Context, shutdown: CancellationToken) {
+pub async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
+    // While the database is away it stays what it was: no replay begins then.
+    let mut replayed_until = 0;
     loop {
-        if let Err(error) = look(&jetstream).await {
+        replayed_until = replay_floor(&store, &jetstream).await.unwrap_or(replayed_until);
+        if let Err(error) = look(&jetstream, replayed_until).await {
             debug!("cannot look after room in STRIPE_EVENTS: {}", exit::chain(error.as_ref()));
         }
         tokio::select! {
@@ -47,7 +52,18 @@ pub async fn run(jetstream: jetstream::Context, shutdown: CancellationToken) {
     }
 }
 
-async fn look(jetstream: &jetstream::Context) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+/// Up to which event all open replays are done. None when database or broker do not say.
+async fn replay_floor(store: &Store, jetstream: &jetstream::Context) -> Option<u64> {
+    let (store, jetstream) = (store.clone(), jetstream.clone());
+    // In its own task: a cancelled query may leave its connection in the middle of an answer.
+    let floor = tokio::spawn(async move { replay::floor(&store, &jetstream).await });
+    tokio::time::timeout(LOOK_EVERY, floor).await.ok()?.ok()?.ok()
+}
+
+async fn look(
+    jetstream: &jetstream::Context,
+    replayed_until: u64,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let stream = jetstream.get_stream(EVENTS_STREAM).await?;
     let info = stream.cached_info();
     let Some(bytes_max) = u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0) else { return Ok(()) };
@@ -59,7 +75,7 @@ async fn look(jetstream: &jetstream::Context) -> Result<(), Box<dyn std::error::
         messages: info.state.messages,
         first_sequence: info.state.first_sequence,
         last_sequence: info.state.last_sequence,
-        ack_floor: consumer.cached_info().ack_floor.stream_sequence,
+        ack_floor: consumer.cached_info().ack_floor.stream_sequence.min(replayed_until),
     };
     let Some(keep_from) = keep_from(fill) else { return Ok(()) };
     let purged = stream.purge().sequence(keep_from).await?.purged;

@@ -47,6 +47,34 @@ async fn full_stream_refuses_until_applied_events_have_made_room() {
     check(&rig, Stream::Purged).await;
 }
 
+#[tokio::test]
+async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
+    let settings = [("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB")];
+    let rig = Rig::start(DatabaseKind::Postgres, 1, &settings).await;
+    let purchase = purchase();
+    rig.deliver_all(&[created(&purchase)]).await;
+    rig.bridge.wait_until_applied().await;
+    let lock = locked(&rig, &row_of(&purchase)).await;
+    let replay = rig.worker().args(["replay", "--signals", "all"]).start();
+    until_a_statement_waits(&rig).await;
+    fill(&rig).await;
+    rig.bridge.wait_until_applied().await;
+    // The worker looks after room every 10 s; it shows that it did by the size of the stream.
+    let bytes = events(&rig).await.bytes;
+    eventually("the worker to look after room", DEADLINE, async || {
+        let page = rig.worker_metrics(0).await;
+        if page.contains(&format!("events_stream_bytes {bytes}\n")) { Ok(()) } else { Err(page) }
+    })
+    .await;
+    assert_eq!(events(&rig).await.first_sequence, 1, "the replay is at the first event");
+
+    lock.rollback().await.expect("the transaction is open");
+    assert!(replay.wait(DEADLINE).await.success(), "{}", replay.log());
+    accepts_again(&rig).await;
+    rig.bridge.wait_until_applied().await;
+    check_rows_are_merged(&rig).await;
+}
+
 /// Delivers until the stream is full; returns how many were accepted.
 async fn fill(rig: &Rig) -> u64 {
     let mut accepted = 0;

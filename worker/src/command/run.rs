@@ -95,7 +95,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let stripe = stripe_api(&settings, &jetstream)?;
     let backfill = backfill_schedule(&settings, &store, &jetstream, &erasures, stripe.clone(), started);
     let sweep = Sweep {
-        store,
+        store: store.clone(),
         jetstream: jetstream.clone(),
         lookup: Lookup::new(&settings.lookup, &nats),
         stripe,
@@ -109,7 +109,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let sweep = spawn("the sweep", sweep.run(shutdown.clone()).boxed());
     let backfill = backfill.map(|schedule| spawn("the backfill", schedule.run(shutdown.clone()).boxed()));
     let erasures = spawn("the reader of erasures", erasures.follow(shutdown.clone()).boxed());
-    let retention = spawn("the retention", retention::run(jetstream.clone(), shutdown.clone()).boxed());
+    let retention = spawn("the retention", retention::run(store, jetstream.clone(), shutdown.clone()).boxed());
     let _streams = spawn("the care of streams", tend_streams(settings.clone(), jetstream.clone()).boxed());
 
     tokio::select! {

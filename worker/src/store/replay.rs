@@ -50,6 +50,12 @@ impl Replay {
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
         now - self.beat < BEAT_MAX
     }
+
+    /// Whether somebody is at it or will finish it.
+    #[must_use]
+    pub fn is_open(&self, now: OffsetDateTime) -> bool {
+        now - self.beat < CUT_OFF_MAX
+    }
 }
 
 /// A replay that has not reached its end, and will tell then what it changed.
@@ -108,7 +114,7 @@ pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, Store
 /// When the database is away.
 pub async fn rebuilding_until<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<Option<u64>, StoreError> {
     let unfinished = unfinished(db).await?;
-    let open = unfinished.iter().filter(|replay| now - replay.beat < CUT_OFF_MAX);
+    let open = unfinished.iter().filter(|replay| replay.is_open(now));
     Ok(open.map(|replay| replay.last_sequence).max())
 }
 
