@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use async_nats::{HeaderMap, jetstream};
+use futures_util::future::join_all;
 use litestripe_contract::{header, stream};
 use litestripe_harness::bridge::{DatabaseKind, of_subscription};
-use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
+use litestripe_harness::{eventually, nats};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -115,6 +116,22 @@ async fn dead_letter_of_another_event_with_the_same_sequence_swallows_none() {
     .await;
     rig.bridge.wait_until_applied().await;
     assert_eq!(rig.bridge.dead_letters().await.len(), 2);
+}
+
+#[tokio::test]
+async fn all_dead_letters_are_listed_however_many_there_are() {
+    const COUNT: usize = 10_050;
+    let rig = Rig::servers(DatabaseKind::Sqlite, nats::Options::default()).await;
+    let jetstream = rig.bridge.jetstream().await;
+    jetstream.create_stream(stream::dead_letters(1, Duration::ZERO)).await.expect("a stream can be made");
+    for _ in 0..COUNT / 50 {
+        let sent = (0..50).map(|_| async {
+            let sent = jetstream.publish(format!("stripe.dead.{CREATED}"), "{}".into()).await;
+            sent.expect("it is sent").await.expect("it is stored")
+        });
+        join_all(sent).await;
+    }
+    assert_eq!(listed(&rig).await.len(), COUNT);
 }
 
 async fn listed(rig: &Rig) -> Vec<Value> {

@@ -17,9 +17,6 @@ use crate::event;
 use crate::plan::Arrival;
 use crate::settings::Settings;
 
-/// Dead letters listed or retried at a time, at most.
-const LIST_MAX: usize = 10_000;
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
     /// List dead letters, oldest first
@@ -100,18 +97,23 @@ impl DeadLetters {
 
 impl List {
     async fn execute(self, stream: &Stream) -> Result<(), Failure> {
-        let letters = all(stream).await?;
+        let mut listed = Vec::new();
+        let mut after = 0;
+        while let Some(letter) = next(stream, after).await? {
+            after = letter.sequence;
+            listed.push(as_json(&letter));
+        }
         if self.json {
-            let letters: Vec<Value> = letters.iter().map(as_json).collect();
-            super::print(&serde_json::to_string_pretty(&letters)?);
-        } else if letters.is_empty() {
+            super::print(&serde_json::to_string_pretty(&listed)?);
+        } else if listed.is_empty() {
             super::print("no dead letters");
         } else {
-            let rows = letters.iter().map(|letter| {
-                let label = |name| labelled(letter, name).unwrap_or_else(|| "-".to_owned());
-                let since = Timestamp::from(letter.time.truncate_to_second()).to_string();
-                let event = label(header::STREAM_SEQUENCE);
-                [letter.sequence.to_string(), event, event_type(letter), since, label(header::REASON)]
+            let rows = listed.iter().map(|letter| {
+                ["sequence", "stream_sequence", "event_type", "since", "reason"].map(|field| match &letter[field] {
+                    Value::Null => "-".to_owned(),
+                    Value::String(text) => text.clone(),
+                    other => other.to_string(),
+                })
             });
             super::print_table(["sequence", "event sequence", "type", "since", "reason"], rows);
         }
@@ -139,26 +141,28 @@ impl Retry {
     async fn execute(self, settings: &Settings, stream: &Stream, erasures: &Erasures) -> Result<(), Failure> {
         let store = super::run::open_current(&settings.database).await?;
         let terms = Arc::new(super::run::terms(settings));
-        let letters = match self.sequence {
-            Some(sequence) => vec![find(stream, sequence).await?],
-            None => all(stream).await?,
-        };
         let mut report = Vec::new();
-        for letter in &letters {
-            let outcome = match event::decode(&letter.payload, &settings.metadata_keys) {
-                Ok(Some(event)) => batch::apply_one(&store, &terms, arrival(letter, erasures.redacted(event))).await?,
+        let mut letter = match self.sequence {
+            Some(sequence) => Some(find(stream, sequence).await?),
+            None => next(stream, 0).await?,
+        };
+        while let Some(one) = &letter {
+            let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
+                Ok(Some(event)) => batch::apply_one(&store, &terms, arrival(one, erasures.redacted(event))).await?,
                 Ok(None) => Some("of a type that is not handled".to_owned()),
                 Err(error) => Some(error.to_string()),
             };
             // Applied first, removed then: in between it would only be applied again, to no effect.
             if outcome.is_none() {
-                remove(stream, letter.sequence).await?;
+                remove(stream, one.sequence).await?;
             }
-            report.push((letter.sequence, outcome));
+            report.push((one.sequence, outcome));
+            letter = if self.all { next(stream, one.sequence).await? } else { None };
         }
+        let retried = report.len();
         let poison = report.iter().filter(|(_, outcome)| outcome.is_some()).count();
         self.print(report)?;
-        if poison > 0 { Err(Refusal::StillPoison(poison, letters.len()).into()) } else { Ok(()) }
+        if poison > 0 { Err(Refusal::StillPoison(poison, retried).into()) } else { Ok(()) }
     }
 
     fn print(&self, report: Vec<(u64, Option<String>)>) -> Result<(), Failure> {
@@ -200,17 +204,14 @@ fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
     }
 }
 
-async fn all(stream: &Stream) -> Result<Vec<StreamMessage>, Failure> {
-    let mut letters: Vec<StreamMessage> = Vec::new();
-    while letters.len() < LIST_MAX {
-        let after = letters.last().map_or(1, |letter| letter.sequence + 1);
-        match stream.get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after).await {
-            Ok(letter) => letters.push(letter),
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => break,
-            Err(error) => return Err(error.into()),
-        }
+/// The first dead letter after that sequence, of those that there were when the command began: one at
+/// a time, because each may be as large as a message can be.
+async fn next(stream: &Stream, after: u64) -> Result<Option<StreamMessage>, Failure> {
+    match stream.get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after + 1).await {
+        Ok(letter) => Ok((letter.sequence <= stream.cached_info().state.last_sequence).then_some(letter)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(error.into()),
     }
-    Ok(letters)
 }
 
 async fn find(stream: &Stream, sequence: u64) -> Result<StreamMessage, Failure> {
