@@ -95,8 +95,9 @@ pub struct AppliedAgain {
     pub poisoned: u64,
 }
 
-/// Applies the events of `batch` that are `wanted`, by their sequence and unless they cannot be read, again: what [`apply`] does, but poison, which is a
-/// dead letter already, is only counted. None when `shutdown` came while the database was away.
+/// Applies those events of `batch` again that are `wanted`: what [`apply`] does, but poison, which is a
+/// dead letter already, is only counted. `wanted` hears an event's sequence, and the event if it can be
+/// read. None when `shutdown` came while the database was away.
 pub async fn apply_again(
     applier: &Applier,
     batch: Batch,

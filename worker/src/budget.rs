@@ -3,8 +3,9 @@
 //! Owns when a request may be sent. The budget's slots (`plan`) are dealt out through one key of the
 //! KV bucket, which holds the next free one: a process takes a block of them by compare-and-set, as many
 //! as are asked for and, while it uses them up in time, some ahead, so that most calls cost no round trip
-//! to the broker. It uses each at its time on the broker's clock (`clock`), or shortly after, or never. A leaky bucket keeps one process to about its budget whatever somebody
-//! does to that key. Without the broker nobody gets a permit: the limit fails safe.
+//! to the broker. It uses each at its time on the broker's clock (`clock`), or shortly after, or never. A
+//! leaky bucket keeps one process to about its budget whatever somebody does to that key. Without the
+//! broker nobody gets a permit: the limit fails safe.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

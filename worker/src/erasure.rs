@@ -2,9 +2,9 @@
 //!
 //! Owns what is remembered of an erasure (JetStream KV bucket `litestripe`, `erased.<id>`, for each of
 //! the person's ids) and what it covers: what happened up to its second and is of one of those ids.
-//! Live workers apply what it covers without its personal data, and reconcile compares and mends without
-//! it; backfill and replay drop it. How the data is removed is in the modules below. An erasure is never forgotten: Stripe still
-//! lists a subscription years after it was created.
+//! Live workers apply what it covers without its personal data, and reconcile compares and mends
+//! without it; backfill and replay drop it. How the data is removed is in the modules below. An erasure
+//! is never forgotten: Stripe still lists a subscription years after it was created.
 
 mod ids;
 mod removal;
