@@ -240,15 +240,19 @@ async fn nothing_is_known_of_a_stranger(database: DatabaseKind) {
     }
 }
 
-#[tokio::test]
-async fn backfill_reconcile_and_replay_bring_nothing_back() {
-    let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+/// Workers and commands that may ask Stripe, and do so only when told.
+fn asking(api: &Api) -> Options {
+    Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
-        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
-    let mut bridge = Bridge::start(options).await;
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
+}
+
+#[tokio::test]
+async fn backfill_reconcile_and_replay_bring_nothing_back() {
+    let api = Api::start().await;
+    let mut bridge = Bridge::start(asking(&api)).await;
     let user = Purchase::new(now() - 60);
     let created = subscription(&user, CREATED, ERASED, 0);
     bridge.deliver_all(&[session(&user, ERASED, json!({})), created.clone()]).await;
@@ -292,12 +296,7 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
 #[tokio::test]
 async fn commands_that_run_already_bring_nothing_back() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
-        .worker("STRIPE_API_BASE", api.url())
-        .worker("STRIPE_SECRET_KEY", API_KEY)
-        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
-        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
-    let bridge = Bridge::start(options).await;
+    let bridge = Bridge::start(asking(&api)).await;
     let user = Purchase::new(now() - 60);
     let created = subscription(&user, CREATED, ERASED, 0);
     bridge.deliver(&created).await;
