@@ -5,7 +5,7 @@ use bytes::Bytes;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use litestripe_harness::bridge::{HOOK, SECRET};
 use litestripe_harness::stripe::Purchase;
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::Sha256;
 use time::OffsetDateTime;
 
@@ -46,12 +46,18 @@ impl Events {
         let purchase = Purchase::new(now - 86_400);
         // Nothing else of the purchase has this time.
         let created = now - 3_607;
-        let event = |filling: usize| {
-            let metadata = json!({ "number": NUMBER, "filling": "x".repeat(filling) });
-            purchase.subscription_event(event_type, created, json!({ "metadata": metadata }))
+        // What makes Stripe's events long is what nobody keeps.
+        let event = |tax_rates: usize, filling: usize| {
+            let changes = json!({
+                "metadata": { "number": NUMBER },
+                "default_tax_rates": vec![tax_rate(purchase.created); tax_rates],
+                "description": "x".repeat(filling),
+            });
+            purchase.subscription_event(event_type, created, changes)
         };
-        let bare = event(0).compact_body().len();
-        let event = event(BODY_BYTES.saturating_sub(bare));
+        let bytes = |tax_rates| event(tax_rates, 0).compact_body().len();
+        let tax_rates = (BODY_BYTES - bytes(0)) / (bytes(2) - bytes(1));
+        let event = event(tax_rates, BODY_BYTES.saturating_sub(bytes(tax_rates)));
         let text = String::from_utf8(event.compact_body().to_vec()).expect("an event is text");
         Self { text, event: event.id().to_owned(), subscription: purchase.subscription, created }
     }
@@ -84,6 +90,30 @@ impl Events {
             .replace(NUMBER, &format!("{number:010}"))
             .replace(&self.created.to_string(), &(self.created + later_s).to_string())
     }
+}
+
+/// As the API renders one, in a subscription's `default_tax_rates`.
+fn tax_rate(created: i64) -> Value {
+    json!({
+        "id": "txr_1RnGk2JNcmPzuWtRVvq9ufxB",
+        "object": "tax_rate",
+        "active": true,
+        "country": "DE",
+        "created": created,
+        "description": "VAT Germany",
+        "display_name": "VAT",
+        "effective_percentage": 19.0,
+        "flat_amount": null,
+        "inclusive": false,
+        "jurisdiction": "DE",
+        "jurisdiction_level": "country",
+        "livemode": false,
+        "metadata": {},
+        "percentage": 19.0,
+        "rate_type": "percentage",
+        "state": null,
+        "tax_type": "vat",
+    })
 }
 
 fn numbered(prefix: &str, kind: Kind, number: usize, length: usize) -> String {
