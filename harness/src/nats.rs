@@ -28,6 +28,8 @@ pub struct Options {
     /// The folder of its configuration file and its store, which the caller owns; `None` makes a
     /// temporary one.
     pub folder: Option<PathBuf>,
+    /// The file of its log; `None` keeps it from view.
+    pub log: Option<PathBuf>,
     /// Lines for the top level of the configuration file, such as `max_payload: 64KB`.
     pub config: String,
     /// Lines for its `jetstream` block, such as `sync_interval: always` or `max_file_store: 64MB`.
@@ -41,6 +43,7 @@ pub struct Server {
     process: Option<Process>,
     port: u16,
     folder: PathBuf,
+    log: Option<PathBuf>,
     _own_folder: Option<TempDir>,
 }
 
@@ -82,7 +85,7 @@ impl Server {
         let folder = folder.expect("one is made above where none is given").to_owned();
         let port = options.port.unwrap_or_else(port::free);
         std::fs::write(folder.join("nats.conf"), config(port, &folder, &options))?;
-        Ok(Self { process: None, port, folder, _own_folder: own_folder })
+        Ok(Self { process: None, port, folder, log: options.log, _own_folder: own_folder })
     }
 
     /// Where clients connect.
@@ -150,7 +153,7 @@ impl Server {
         }
         let mut command = process::command(tools::nats_server()?, Signal::Kill);
         command.arg("-c").arg(self.folder.join("nats.conf"));
-        let process = Process::spawn("nats-server", command)?;
+        let process = Process::spawn("nats-server", command, self.log.as_deref())?;
         let end = Instant::now() + START_DEADLINE;
         while !answers(self.port).await {
             let ended = !process.is_running();

@@ -183,7 +183,7 @@ impl Server {
             command.arg("-c").arg(format!("{name}={value}"));
         }
         in_folder(&mut command, folder, self.owner.as_ref());
-        Process::spawn("postgres", command)
+        Process::spawn("postgres", command, None)
     }
 
     async fn end(&mut self, signal: Signal) {

@@ -4,14 +4,13 @@
 //! Only the pid of a child that has not been reaped is ever signalled, so nobody else's process can
 //! be hit. May not know which program it runs.
 
-use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write as _};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
-use std::thread::JoinHandle;
+use std::sync::{Mutex, MutexGuard, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::eventually;
@@ -54,26 +53,9 @@ impl Signal {
 pub struct Process {
     name: String,
     child: Mutex<Child>,
-    output: Arc<Mutex<Output>>,
-    readers: Mutex<Vec<JoinHandle<()>>>,
-}
-
-#[derive(Debug, Default)]
-struct Output {
-    lines: Vec<Line>,
-    copy: Option<File>,
-}
-
-#[derive(Debug)]
-struct Line {
-    source: Source,
-    text: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Stdout,
-    Stderr,
+    // Files, not pipes: what it wrote before it answered can be read after the answer.
+    stdout: File,
+    stderr: File,
 }
 
 /// A command that runs `program` and gets `signal` when this process dies without dropping it.
@@ -112,18 +94,20 @@ fn setpriv() -> Option<&'static Path> {
 impl Process {
     /// Starts `command` with its output captured and no standard input.
     ///
-    /// `name` heads its log when a test fails.
+    /// `name` heads its log when a test fails. What it writes to stderr goes to the file `log`, behind
+    /// what that holds, or else to one that nobody sees.
     ///
     /// # Errors
     /// When the program cannot be started at all.
-    pub(crate) fn spawn(name: &str, mut command: Command) -> io::Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = spawn_from_lasting_thread(command)?;
-        let output = Arc::<Mutex<Output>>::default();
-        let stdout = child.stdout.take().expect("stdout is piped above");
-        let stderr = child.stderr.take().expect("stderr is piped above");
-        let readers = vec![read_lines(stdout, Source::Stdout, &output), read_lines(stderr, Source::Stderr, &output)];
-        Ok(Self { name: name.to_owned(), child: Mutex::new(child), output, readers: Mutex::new(readers) })
+    pub(crate) fn spawn(name: &str, mut command: Command, log: Option<&Path>) -> io::Result<Self> {
+        let stdout = tempfile::tempfile()?;
+        let stderr = match log {
+            Some(path) => File::options().create(true).read(true).append(true).open(path)?,
+            None => tempfile::tempfile()?,
+        };
+        command.stdin(Stdio::null()).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
+        let child = Mutex::new(spawn_from_lasting_thread(command)?);
+        Ok(Self { name: name.to_owned(), child, stdout, stderr })
     }
 
     /// The process id.
@@ -136,33 +120,19 @@ impl Process {
         self.try_wait().is_none()
     }
 
-    /// Everything it has written so far, stdout and stderr as they came.
+    /// Everything it has written so far, first what it wrote to stdout.
     pub fn log(&self) -> String {
-        self.text(|_| true)
-    }
-
-    /// Writes its output, what there is and what will come, to that new file as well.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub fn copy_log_to(&self, path: &Path) -> io::Result<()> {
-        let mut file = File::create(path)?;
-        let mut output = self.output();
-        for line in &output.lines {
-            writeln!(file, "{}", line.text)?;
-        }
-        output.copy = Some(file);
-        Ok(())
+        self.stdout() + &self.stderr()
     }
 
     /// What it has written to stdout so far.
     pub fn stdout(&self) -> String {
-        self.text(|source| source == Source::Stdout)
+        read(&self.stdout)
     }
 
     /// What it has written to stderr so far.
     pub fn stderr(&self) -> String {
-        self.text(|source| source == Source::Stderr)
+        read(&self.stderr)
     }
 
     /// Waits for a line that contains `text`, also one written before the call, and returns it.
@@ -172,20 +142,18 @@ impl Process {
     pub async fn wait_for_log(&self, text: &str, deadline: Duration) -> String {
         let what = format!("{} to log {text:?}", self.name);
         eventually(&what, deadline, async || {
+            // Looked at first: what it wrote before its end is there to be read.
             let ended = self.try_wait();
-            if ended.is_some() {
-                self.read_to_the_end().await;
+            let log = self.log();
+            let is_whole = |line: &&str| line.ends_with('\n') || ended.is_some();
+            let mut lines = log.split_inclusive('\n').filter(is_whole);
+            if let Some(line) = lines.find(|line| line.contains(text)) {
+                return Ok(line.trim_end().to_owned());
             }
-            let output = self.output();
-            if let Some(line) = output.lines.iter().find(|line| line.text.contains(text)) {
-                return Ok(line.text.clone());
-            }
-            let last = output.lines.last().map_or("", |line| line.text.as_str()).to_owned();
-            drop(output);
             if let Some(status) = ended {
-                panic!("waited for {what}, but it ended ({status}):\n{}", self.log());
+                panic!("waited for {what}, but it ended ({status}):\n{log}");
             }
-            Err(last)
+            Err(log.lines().next_back().unwrap_or_default().to_owned())
         })
         .await
     }
@@ -206,18 +174,16 @@ impl Process {
         assert!(status.success(), "`{kill}` failed");
     }
 
-    /// Waits for its end and for the last of its output.
+    /// Waits for its end.
     ///
     /// # Panics
     /// When it is still running after `deadline`.
     pub async fn wait(&self, deadline: Duration) -> ExitStatus {
         let what = format!("{} to end", self.name);
-        let status = eventually(&what, deadline, async || {
+        eventually(&what, deadline, async || {
             self.try_wait().ok_or_else(|| format!("it runs; its log:\n{}", self.log()))
         })
-        .await;
-        self.read_to_the_end().await;
-        status
+        .await
     }
 
     /// Sends `signal` and gives the process `bound` to end, without an executor: for `Drop`.
@@ -229,31 +195,12 @@ impl Process {
         }
     }
 
-    /// The readers end with the pipes, unless a grandchild keeps those open: hence a bound.
-    async fn read_to_the_end(&self) {
-        let end = Instant::now() + Duration::from_secs(2);
-        while Instant::now() < end && !self.readers.lock().expect(LOCK).iter().all(JoinHandle::is_finished) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
     fn try_wait(&self) -> Option<ExitStatus> {
         self.child().try_wait().expect("a child of ours can be waited for")
     }
 
-    fn text(&self, wanted: impl Fn(Source) -> bool) -> String {
-        self.output().lines.iter().filter(|line| wanted(line.source)).fold(String::new(), |mut text, line| {
-            let _ = writeln!(text, "{}", line.text);
-            text
-        })
-    }
-
     fn child(&self) -> MutexGuard<'_, Child> {
         self.child.lock().expect(LOCK)
-    }
-
-    fn output(&self) -> MutexGuard<'_, Output> {
-        self.output.lock().expect(LOCK)
     }
 }
 
@@ -293,18 +240,9 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     answer.recv().expect("the spawner answers every request")
 }
 
-fn read_lines(pipe: impl Read + Send + 'static, source: Source, output: &Arc<Mutex<Output>>) -> JoinHandle<()> {
-    let output = Arc::clone(output);
-    std::thread::spawn(move || {
-        for line in BufReader::new(pipe).split(b'\n') {
-            let Ok(line) = line else { return };
-            let text = String::from_utf8_lossy(&line).into_owned();
-            let mut output = output.lock().expect(LOCK);
-            if let Some(copy) = &mut output.copy {
-                // A full disk must not stop the reading, or the child would hang on its pipe.
-                let _ = writeln!(copy, "{text}");
-            }
-            output.lines.push(Line { source, text });
-        }
-    })
+fn read(file: &File) -> String {
+    let length = file.metadata().expect("an open file has a length").len();
+    let mut bytes = vec![0; usize::try_from(length).expect("a log fits into memory")];
+    file.read_exact_at(&mut bytes, 0).expect("what was written can be read");
+    String::from_utf8_lossy(&bytes).into_owned()
 }

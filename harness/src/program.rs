@@ -23,6 +23,7 @@ pub struct Launch {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     folder: Option<PathBuf>,
+    log: Option<PathBuf>,
 }
 
 /// A started program; it is killed and its own folder removed when it is dropped.
@@ -60,7 +61,7 @@ impl Program {
 
     /// Any program, such as the Python of [`crate::tools::python`].
     pub fn at(path: impl Into<PathBuf>) -> Launch {
-        Launch { path: path.into(), arguments: Vec::new(), environment: Vec::new(), folder: None }
+        Launch { path: path.into(), arguments: Vec::new(), environment: Vec::new(), folder: None, log: None }
     }
 
     /// Its working folder.
@@ -124,6 +125,13 @@ impl Launch {
         self
     }
 
+    /// Has it log to that file, behind what it holds, instead of one that nobody sees.
+    #[must_use]
+    pub fn log(mut self, log: impl Into<PathBuf>) -> Self {
+        self.log = Some(log.into());
+        self
+    }
+
     /// Starts it.
     ///
     /// # Panics
@@ -146,7 +154,7 @@ impl Launch {
         command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let name = self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy();
-        let process = Process::spawn(&name, command)?;
+        let process = Process::spawn(&name, command, self.log.as_deref())?;
         Ok(Program { process, folder, _own_folder: own_folder })
     }
 

@@ -55,7 +55,8 @@ impl Instance {
         folder.disable_cleanup(keep);
         let store = folder.path().join("broker");
         std::fs::create_dir(&store).map_err(cannot)?;
-        let broker = nats::Server::prepare(nats::Options { folder: Some(store), ..Default::default() });
+        let log = Some(log_file(folder.path(), "broker"));
+        let broker = nats::Server::prepare(nats::Options { folder: Some(store), log, ..Default::default() });
         Ok(Self {
             ingress: None,
             worker: None,
@@ -76,23 +77,22 @@ impl Instance {
 
         let begun = Instant::now();
         self.broker.try_resume().await.map_err(|problem| no_broker(&problem))?;
-        if let Some(process) = self.broker.process() {
-            copy_log(process, &self.log_file("broker"))?;
-        }
         show_up(screen, "broker", &self.nats_url(), begun)?;
 
         let begun = Instant::now();
         let ingress = self.program(INGRESS)?;
         let ingress = ingress
+            .log(log_file(self.folder.path(), "ingress"))
             .env("LITESTRIPE_LISTEN", format!("127.0.0.1:{}", self.ingress_port))
             .env("STRIPE_WEBHOOK_UUID", self.uuid.to_string())
             .env("STRIPE_WEBHOOK_SECRET", &self.secret);
-        self.ingress = Some(launch(&ingress, INGRESS, &self.log_file("ingress"))?);
+        self.ingress = Some(launch(&ingress, INGRESS)?);
         let worker = self.program(WORKER)?;
         let worker = worker
+            .log(log_file(self.folder.path(), "worker"))
             .env("LITESTRIPE_WORKER_LISTEN", format!("127.0.0.1:{}", self.worker_port))
             .env("DATABASE_URL", self.database_url("rwc"));
-        self.worker = Some(launch(&worker, WORKER, &self.log_file("worker"))?);
+        self.worker = Some(launch(&worker, WORKER)?);
 
         self.watch(ready("ingress", self.ingress_port)).await?;
         show_up(screen, "ingress", &format!("http://127.0.0.1:{}", self.ingress_port), begun)?;
@@ -200,10 +200,6 @@ impl Instance {
         Ok(Program::at(path).folder(self.folder.path()).env("NATS_URL", self.nats_url()))
     }
 
-    fn log_file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(format!("{name}.log"))
-    }
-
     /// In the order in which they are stopped: each before what it needs.
     fn processes(&self) -> impl Iterator<Item = (&'static str, &Process)> {
         let ingress = self.ingress.as_deref().map(|process| ("ingress", process));
@@ -234,14 +230,12 @@ fn no_broker(problem: &io::Error) -> String {
     }
 }
 
-fn launch(launch: &Launch, name: &str, log: &Path) -> Result<Program, String> {
-    let program = launch.try_start().map_err(|problem| format!("cannot start {name}: {problem}"))?;
-    copy_log(&program, log)?;
-    Ok(program)
+fn log_file(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.log"))
 }
 
-fn copy_log(process: &Process, file: &Path) -> Result<(), String> {
-    process.copy_log_to(file).map_err(|problem| format!("cannot write {}: {problem}", file.display()))
+fn launch(launch: &Launch, name: &str) -> Result<Program, String> {
+    launch.try_start().map_err(|problem| format!("cannot start {name}: {problem}"))
 }
 
 /// Waits until `/readyz` on that port answers 200.
