@@ -57,7 +57,7 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
     database.resume().await;
     // One row by the worker itself, the others after its pattern.
     let mut listener = Listener::start(&broker).await?;
-    rig::fill(&broker, 1, |number| (events.id(OLD, number), events.body(OLD, number))).await?;
+    rig::fill(rig::jetstream(&broker).await, 1, |number| (events.id(OLD, number), events.body(OLD, number))).await?;
     let first = rig::worker(&broker, &database.url(), &[]).await?;
     rig::bounded("the first row", listener.wait_for(1)).await??;
     first.program.stop().await;
@@ -75,7 +75,7 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
     let worker = rig::worker(&broker, &database.url(), &[]).await?;
     let usage = worker.usage();
     let begin = Instant::now();
-    let filling = rig::fill(&broker, count, change);
+    let filling = rig::fill(rig::jetstream(&broker).await, count, change);
     let (filled, received) =
         rig::bounded("applying", async { tokio::join!(filling, listener.wait_for(count)) }).await?;
     filled.and(received)?;
@@ -133,7 +133,8 @@ pub(crate) async fn of_stream(mode: Mode, events: &Events) -> Result<Measurement
         for contender in contenders {
             let broker = rig::broker(Sync::Default).await;
             if contender == FULL {
-                rig::fill(&broker, 1_000_000, |number| (events.id(OLD, number), filling.clone())).await?;
+                rig::fill(rig::jetstream(&broker).await, 1_000_000, |number| (events.id(OLD, number), filling.clone()))
+                    .await?;
             }
             let ingress = rig::ingress(&broker, &[]).await?;
             let load = Load {

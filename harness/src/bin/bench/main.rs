@@ -62,6 +62,9 @@ enum Role {
     /// profiler.
     #[command(hide = true)]
     Load { address: SocketAddr, connections: usize, seconds: u64 },
+    /// A stream filled with that many events of new subscriptions, for a worker under a profiler.
+    #[command(hide = true)]
+    Fill { nats: String, count: usize },
 }
 
 /// How thorough to be.
@@ -103,6 +106,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Some(Role::Load { address, connections, seconds }) => on_one_thread(put_load(address, connections, seconds)),
+        Some(Role::Fill { nats, count }) => on_one_thread(fill(&nats, count)),
         None => on_one_thread(bench(&arguments)),
     }
 }
@@ -125,6 +129,21 @@ async fn put_load(address: SocketAddr, connections: usize, seconds: u64) -> Exit
             println!("{:.0} events/s, p50 {} µs, p99 {} µs", answered.rate(), percentile(0.5), percentile(0.99));
             ExitCode::SUCCESS
         }
+        Err(problem) => {
+            println!("{problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn fill(nats: &str, count: usize) -> ExitCode {
+    let client = async_nats::connect(nats).await.map_err(|problem| problem.to_string());
+    let filled = match client {
+        Ok(client) => rig::fill_with_new(async_nats::jetstream::new(client), &Events::new(), count).await,
+        Err(problem) => Err(problem),
+    };
+    match filled {
+        Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             println!("{problem}");
             ExitCode::FAILURE
@@ -167,6 +186,8 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         "ingress, synced": ingress::synced(mode, &events);
         "worker, PostgreSQL": worker::applied("worker, PostgreSQL", Postgres, mode, &events);
         "worker, SQLite": worker::applied("worker, SQLite", Sqlite, mode, &events);
+        "replay, PostgreSQL": worker::replayed("replay, PostgreSQL", Postgres, mode, &events);
+        "replay, SQLite": worker::replayed("replay, SQLite", Sqlite, mode, &events);
         "end to end": end_to_end::signalled(mode, &events);
         "scaling": scaling::scaled(mode, &events);
         "growth, PostgreSQL": growth::of_tables("growth, PostgreSQL", Postgres, mode, &events);

@@ -23,7 +23,7 @@ use crate::report::Sample;
 use crate::usage::Since;
 
 /// Whatever is waited for takes less, or has gone wrong.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Publications in flight while a stream is filled.
 const IN_FLIGHT: usize = 512;
@@ -172,11 +172,10 @@ pub(crate) async fn jetstream(broker: &nats::Server) -> jetstream::Context {
 
 /// Puts that many events into the events stream, which is made if need be.
 pub(crate) async fn fill(
-    broker: &nats::Server,
+    jetstream: jetstream::Context,
     count: usize,
     event: impl Fn(usize) -> (String, String),
 ) -> Result<(), String> {
-    let jetstream = jetstream(broker).await;
     let text = |problem: &dyn std::error::Error| problem.to_string();
     stream::provide_events(&jetstream, &events_settings()).await.map_err(|problem| text(&problem))?;
     let mut acks = std::collections::VecDeque::new();
@@ -199,8 +198,8 @@ pub(crate) async fn fill(
 }
 
 /// [`fill`] with events of that many new subscriptions.
-pub(crate) async fn fill_with_new(broker: &nats::Server, events: &Events, count: usize) -> Result<(), String> {
-    fill(broker, count, |number| (events.id(Kind("w"), number), events.body(Kind("w"), number))).await
+pub(crate) async fn fill_with_new(jetstream: jetstream::Context, events: &Events, count: usize) -> Result<(), String> {
+    fill(jetstream, count, |number| (events.id(Kind("w"), number), events.body(Kind("w"), number))).await
 }
 
 /// Makes the workers' consumer as they would, but paused: they can get ready with nothing to do.

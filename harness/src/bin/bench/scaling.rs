@@ -14,7 +14,7 @@ use crate::{Mode, in_turns};
 /// How much longer a commit takes: PostgreSQL itself waits before it writes.
 const COMMIT_DELAY_US: u32 = 5_000;
 
-/// Events in one transaction. With the default of 500 a worker is busy computing while it commits,
+/// Events in one transaction. With the default a worker is busy computing while it commits,
 /// and two cores are soon all in use: what is asked here is whether workers wait for each other.
 const BATCH: &str = "5";
 
@@ -75,7 +75,7 @@ async fn commit() -> Result<Sample, String> {
 
 async fn run(events: &Events, count: usize, workers: usize) -> Result<Sample, String> {
     let broker = rig::broker(Sync::Default).await;
-    rig::fill_with_new(&broker, events, count).await?;
+    rig::fill_with_new(rig::jetstream(&broker).await, events, count).await?;
     rig::paused_consumer(&broker).await?;
     let server = database().await;
     let database = server.database().await;

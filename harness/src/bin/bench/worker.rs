@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use litestripe_entity::stripe_subscription::{Column, Entity, Model};
 use litestripe_harness::bridge::{Database, DatabaseKind};
+use litestripe_harness::nats;
+use litestripe_harness::program::Program;
 use sea_orm::{
     ActiveModelTrait as _, ConnectionTrait as _, DatabaseConnection, EntityTrait as _, IntoActiveModel as _,
     Iterable as _, Statement, TransactionTrait as _, Value,
@@ -60,32 +62,80 @@ pub(crate) async fn applied(
     Ok(measured)
 }
 
+/// The same events once more, after all of them were applied.
+pub(crate) async fn replayed(
+    name: &'static str,
+    kind: DatabaseKind,
+    mode: Mode,
+    events: &Events,
+) -> Result<Measurement, String> {
+    const FIRST: &str = "first pass";
+    const REPLAY: &str = "replay";
+    let count = mode.pick(10_000, 60_000);
+    let mut measured = Measurement::new(
+        name,
+        "events of a filled stream applied by a worker (4 KiB, a new subscription each) and signalled, and then \
+         applied again by `litestripe-worker replay --from-sequence 1`, its start and end included",
+    );
+    for _ in in_turns(mode, &[FIRST]) {
+        let broker = filled(events, count).await?;
+        let mut database = Database::prepare(kind);
+        database.resume().await;
+        measured.add(FIRST, apply(&broker, &database, count).await?);
+        let replay = Program::named("litestripe-worker")
+            .args(["replay", "--from-sequence", "1"])
+            .env("NATS_URL", broker.url())
+            .env("DATABASE_URL", database.url());
+        let begin = Instant::now();
+        let finished = replay.run(rig::PATIENCE).await;
+        let rate = count as f64 / begin.elapsed().as_secs_f64();
+        let expected = format!("{count} applied again, 0 poisoned, 0 signals");
+        if !finished.stdout.contains(&expected) {
+            return Err(format!("a replay: {finished:?}"));
+        }
+        measured.add(REPLAY, Sample { rate: Some(rate), ..Sample::default() });
+    }
+    measured.ratio("events/s", REPLAY, FIRST, |sample| sample.rate, Some(Target::AtLeast(2.0)));
+    Ok(measured)
+}
+
 async fn run_worker(kind: DatabaseKind, events: &Events, count: usize) -> Result<(Sample, Vec<Model>), String> {
-    let broker = rig::broker(Sync::Default).await;
-    rig::fill_with_new(&broker, events, count).await?;
-    rig::paused_consumer(&broker).await?;
+    let broker = filled(events, count).await?;
     let mut database = Database::prepare(kind);
     database.resume().await;
-    let worker = rig::worker(&broker, &database.url(), &[]).await?;
-    let mut signals = signals::Listener::start(&broker).await?;
-    let (usage, broker_usage) = (worker.usage(), Since::now(pid(&broker)));
-    rig::resume_consumer(&broker).await?;
-    let took = rig::bounded("applying", signals.wait_for(count)).await??;
-    let sample = Sample {
-        rate: Some(count as f64 / took.as_secs_f64()),
-        cpu_s: Some(usage.per_10k(count)),
-        broker_cpu_s: Some(broker_usage.per_10k(count)),
-        memory_mib: Some(worker.memory_mib()),
-        ..Sample::default()
-    };
+    let sample = apply(&broker, &database, count).await?;
     let text = |problem: sea_orm::DbErr| problem.to_string();
     let rows = Entity::find().all(database.connection().await.map_err(text)?).await.map_err(text)?;
     if rows.len() == count { Ok((sample, rows)) } else { Err(format!("{} rows of {count} events", rows.len())) }
 }
 
+/// A broker with that many events, which nobody gets yet.
+async fn filled(events: &Events, count: usize) -> Result<nats::Server, String> {
+    let broker = rig::broker(Sync::Default).await;
+    rig::fill_with_new(rig::jetstream(&broker).await, events, count).await?;
+    rig::paused_consumer(&broker).await?;
+    Ok(broker)
+}
+
+/// Has a worker apply them, until the last signal is received.
+async fn apply(broker: &nats::Server, database: &Database, count: usize) -> Result<Sample, String> {
+    let worker = rig::worker(broker, &database.url(), &[]).await?;
+    let mut signals = signals::Listener::start(broker).await?;
+    let (usage, broker_usage) = (worker.usage(), Since::now(pid(broker)));
+    rig::resume_consumer(broker).await?;
+    let took = rig::bounded("applying", signals.wait_for(count)).await??;
+    Ok(Sample {
+        rate: Some(count as f64 / took.as_secs_f64()),
+        cpu_s: Some(usage.per_10k(count)),
+        broker_cpu_s: Some(broker_usage.per_10k(count)),
+        memory_mib: Some(worker.memory_mib()),
+        ..Sample::default()
+    })
+}
+
 async fn run_nats(events: &Events, count: usize) -> Result<Sample, String> {
     let broker = rig::broker(Sync::Default).await;
-    rig::fill_with_new(&broker, events, count).await?;
+    rig::fill_with_new(rig::jetstream(&broker).await, events, count).await?;
     rig::finished("consume", &broker, &[count]).await
 }
 
