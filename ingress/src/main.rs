@@ -8,7 +8,11 @@ use litestripe_contract::{exit, shutdown, telemetry};
 use litestripe_ingress::RunError;
 use litestripe_ingress::secret;
 use litestripe_ingress::settings::{self, SETTINGS, Settings};
+use mimalloc::MiMalloc;
 use tokio::net::TcpListener;
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]

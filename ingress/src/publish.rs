@@ -195,7 +195,7 @@ impl Publisher {
 
     async fn attempts(&self, delivery: &Arc<Delivery>) -> Result<Stored, StoreError> {
         let deadline = Instant::now() + STORE_WITHIN;
-        let mut delays = backoff(RETRY_AFTER_MIN, RETRY_AFTER_MAX);
+        let mut delays = None;
         loop {
             self.connection().await;
             let attempt = timeout_at(deadline, self.group.publish(delivery)).await;
@@ -208,6 +208,7 @@ impl Publisher {
             if trouble == Trouble::NoStream {
                 self.is_provided.send_if_modified(std::mem::take);
             }
+            let delays = delays.get_or_insert_with(|| backoff(RETRY_AFTER_MIN, RETRY_AFTER_MAX));
             let next = Instant::now() + delays.next().unwrap_or(RETRY_AFTER_MAX);
             if next >= deadline {
                 return Err(StoreError::Unavailable(trouble));

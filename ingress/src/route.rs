@@ -16,7 +16,8 @@ use hyper::{Request, Response};
 use hyper_util::service::TowerToHyperService;
 use litestripe_contract::event::EventType;
 use litestripe_contract::header;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 use time::OffsetDateTime;
 use tracing::{Level, debug, enabled, warn};
 use warp::Filter;
@@ -341,12 +342,17 @@ fn traceparent(headers: &HeaderMap) -> Option<String> {
     valid.then(|| text.to_owned())
 }
 
-fn error(status: StatusCode, message: &str) -> warp::reply::Response {
-    json(status, &json!({ "error": message }))
+#[derive(Serialize)]
+struct Complaint<'a> {
+    error: &'a str,
 }
 
-fn json(status: StatusCode, body: &Value) -> warp::reply::Response {
-    answer(status, body.to_string().into())
+fn error(status: StatusCode, message: &str) -> warp::reply::Response {
+    json(status, &Complaint { error: message })
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> warp::reply::Response {
+    answer(status, serde_json::to_vec(body).expect("texts can be written").into())
 }
 
 fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
