@@ -3,8 +3,9 @@
 //! Owns the order of effects: decode → load → merge → save → ack → wake the relay. No other code
 //! may order them. May not know SQL (the store's) or how a message is acknowledged (the consumer's).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use backon::BackoffBuilder as _;
@@ -37,6 +38,9 @@ use crate::store::{self, Store};
 /// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
 const SAVE_MAX: Duration = Duration::from_secs(60);
 
+/// How long it is waited between two tries to reach the database, at most.
+const WAIT_MAX: Duration = Duration::from_secs(5);
+
 /// What applying a batch needs.
 #[derive(Clone)]
 pub struct Applier {
@@ -56,14 +60,52 @@ pub struct Applier {
     pub relay: Arc<Notify>,
     /// Wakes the sweep when there may be users to look up.
     pub sweep: Arc<Notify>,
+    /// Which batches wait for the database.
+    pub outage: Arc<Outage>,
 }
 
-/// Applies `batch`: commit, then ack, then wake the relay.
+/// How many batches of a worker wait for the database. That it is away is said once.
+#[derive(Debug, Default)]
+pub struct Outage(AtomicUsize);
+
+/// A batch whose events were read.
+pub struct Decoded {
+    batch: Batch,
+    arrivals: Vec<Arrival>,
+    poisoned: Vec<(usize, String)>,
+    concerns: Arc<HashSet<String>>,
+}
+
+impl Decoded {
+    /// Reads the events of `batch`.
+    #[must_use]
+    pub fn of(applier: &Applier, batch: Batch) -> Self {
+        let (arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+        let (by_subscription, others) = by_subscription(arrivals.iter().collect());
+        let ids = by_subscription.into_keys().chain(others.into_iter().map(|(id, _)| id));
+        let concerns = Arc::new(ids.map(str::to_owned).collect());
+        Self { batch, arrivals, poisoned, concerns }
+    }
+
+    /// The ids of the subscriptions and payments that its events are about. Batches that have one in
+    /// common are applied one after the other, or a subscriber would not hear of states between.
+    #[must_use]
+    pub fn concerns(&self) -> &Arc<HashSet<String>> {
+        &self.concerns
+    }
+
+    /// Gives the messages to whichever worker asks next.
+    pub async fn hand_back(self) {
+        self.batch.hand_back().await;
+    }
+}
+
+/// Applies a batch: commit, then ack, then wake the relay.
 ///
 /// A database that is away is waited for, with the batch's messages kept alive. When `shutdown`
 /// comes while waiting, the messages are handed back.
-pub async fn apply(applier: &Applier, batch: Batch, shutdown: &CancellationToken) {
-    let (arrivals, mut poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
+    let Decoded { batch, arrivals, mut poisoned, .. } = decoded;
     let events = arrivals.len();
     let late: Vec<_> = arrivals.iter().filter(|late| late.event.redacted).map(|late| late.stream_sequence).collect();
     if applier.erase_on_customer_deleted && queue_erasures(applier, &batch, shutdown).await.is_none() {
@@ -156,7 +198,7 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
         Some(erasure::due(customer, message.stream_sequence(), now))
     });
     let checks: Vec<_> = deleted.collect();
-    let mut waits = Waits::default();
+    let mut waits = Waits::new(&applier.outage);
     while !checks.is_empty() {
         let (store, checks) = (applier.store.clone(), checks.clone());
         let task = tokio::spawn(async move {
@@ -165,11 +207,13 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
             tx.commit().await.map_err(StoreError::doing("commit erasures"))
         });
         match task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic())) {
-            Ok(()) => break,
+            Ok(()) => {
+                waits.over();
+                break;
+            }
             Err(error) => waits.next(&error, batch, shutdown).await?,
         }
     }
-    waits.over();
     Some(())
 }
 
@@ -184,7 +228,7 @@ async fn save_when_possible(
     let mut refused = Vec::new();
     // A refused set is halved until the event that is at fault stands alone.
     let mut sets = vec![Arc::new(arrivals)];
-    let mut waits = Waits::default();
+    let mut waits = Waits::new(&applier.outage);
     while let Some(set) = sets.pop() {
         match save_in_own_task(&applier.store, &applier.terms, Arc::clone(&set)).await {
             Ok(()) => waits.over(),
@@ -253,7 +297,7 @@ async fn save_once<'a>(
     let Found { rows: mut stored, rebuilding } = store::subscription::find(&tx, &ids, now).await?;
     let rebuilding = rebuilding.as_ref();
     let circumstances = Circumstances { terms, rebuilding, now };
-    let plans: Vec<Plan<'a>> = by_subscription
+    let mut plans: Vec<Plan<'a>> = by_subscription
         .into_iter()
         .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
         .collect();
@@ -265,7 +309,8 @@ async fn save_once<'a>(
         let planned = plans.into_iter().flat_map(|plan| plan.arrivals);
         return Ok(planned.chain(others.into_iter().map(|(_, arrival)| arrival)).collect());
     }
-    let written = store::subscription::save(&tx, plans.iter().map(|plan| &plan.row), now).await?;
+    let rows = plans.iter_mut().map(|plan| std::mem::take(&mut plan.row)).collect();
+    let written = store::subscription::save(&tx, rows, now).await?;
     let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
 
     let mut signals = Vec::new();
@@ -409,26 +454,26 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
     (by_subscription, others)
 }
 
-/// Waits between tries to reach the database, and says so when it starts and when it ends.
-#[derive(Default)]
-struct Waits {
-    delays: Option<backon::ExponentialBackoff>,
+/// Waits between tries to reach the database, and says so when the first batch starts and when the last
+/// one ends.
+struct Waits<'a> {
+    outage: &'a Outage,
+    is_waiting: bool,
+    delays: backon::ExponentialBackoff,
 }
 
-impl Waits {
+impl<'a> Waits<'a> {
+    fn new(outage: &'a Outage) -> Self {
+        Self { outage, is_waiting: false, delays: delays() }
+    }
+
     /// Waits for the next try, with the batch kept alive. Nothing when `shutdown` came first.
     async fn next(&mut self, error: &StoreError, batch: &Batch, shutdown: &CancellationToken) -> Option<()> {
-        let delays = self.delays.get_or_insert_with(|| {
+        if !std::mem::replace(&mut self.is_waiting, true) && self.outage.0.fetch_add(1, Ordering::Relaxed) == 0 {
             warn!(error = exit::chain(error), code = error.code(), "waiting for the database: {}", exit::chain(error));
             metrics::waiting_for_database(true);
-            backon::ExponentialBuilder::new()
-                .with_min_delay(Duration::from_millis(50))
-                .with_max_delay(Duration::from_secs(5))
-                .without_max_times()
-                .with_jitter()
-                .build()
-        });
-        let delay = delays.next().unwrap_or(Duration::from_secs(5));
+        }
+        let delay = self.delays.next().unwrap_or(WAIT_MAX);
         debug!(error = exit::chain(error), "the database is still away: {}", exit::chain(error));
         batch.keep_alive().await;
         tokio::select! {
@@ -438,9 +483,30 @@ impl Waits {
     }
 
     fn over(&mut self) {
-        if self.delays.take().is_some() {
+        if self.is_last() {
             metrics::waiting_for_database(false);
             info!("the database is back");
         }
+        self.delays = delays();
     }
+
+    /// Ends the waiting. Returns whether no batch waits any more.
+    fn is_last(&mut self) -> bool {
+        std::mem::take(&mut self.is_waiting) && self.outage.0.fetch_sub(1, Ordering::Relaxed) == 1
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.is_last();
+    }
+}
+
+fn delays() -> backon::ExponentialBackoff {
+    backon::ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(50))
+        .with_max_delay(WAIT_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
 }

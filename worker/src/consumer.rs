@@ -260,7 +260,8 @@ impl Batches {
             }
             self.is_doubted = false;
             let mut messages = Vec::new();
-            for item in self.chunks.next().await? {
+            // Tokio would have us pause after some sixty messages, and a batch end there.
+            for item in tokio::task::unconstrained(self.chunks.next()).await? {
                 match item {
                     Ok(message) => messages.push(message),
                     // Missing heartbeats and the like. The library asks for messages again by itself,
@@ -289,7 +290,7 @@ impl Batches {
     /// for and is still on its way (the library asks by itself) comes again only after that.
     pub async fn close(mut self) {
         let mut handed_back = 0;
-        while let Some(Some(items)) = self.chunks.next().now_or_never() {
+        while let Some(Some(items)) = tokio::task::unconstrained(self.chunks.next()).now_or_never() {
             let batch = Batch { messages: items.into_iter().filter_map(Result::ok).collect() };
             batch.hand_back().await;
             handed_back += batch.messages.len();

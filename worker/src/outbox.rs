@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
+use async_nats::header::HeaderName;
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use fail::fail_point;
@@ -30,6 +31,9 @@ use crate::store::{self, Store};
 
 /// How often the outbox is looked at unasked: what a crashed worker left waits this long.
 const POLL: Duration = Duration::from_secs(1);
+
+/// How often while another relay is at it, which may end before it sees what came last.
+const BUSY_POLL: Duration = Duration::from_millis(20);
 
 /// How long shards are held, at most.
 const HOLD_MAX: Duration = Duration::from_secs(5);
@@ -87,8 +91,10 @@ struct Blocked {
 /// What one round did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// It sent all there was, or another relay is at it.
+    /// It sent all there was.
     Idle,
+    /// Another relay is at it, and may not know of what came last.
+    Busy,
     /// There may be more.
     More,
 }
@@ -104,13 +110,14 @@ impl Relay {
     pub async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
         let mut waiting = false;
+        let mut is_woken = false;
         let mut asked = Instant::now();
         loop {
             let last = shutdown.is_cancelled();
             // A cancelled transaction would leave a poisoned connection in the pool.
             let round = tokio::spawn({
                 let relay = Arc::clone(&relay);
-                async move { relay.round().await }
+                async move { relay.round(is_woken).await }
             });
             // A round that hears no more from the database goes on by itself, with its connection.
             let outcome = match tokio::time::timeout(ROUND_MAX, round).await {
@@ -125,20 +132,28 @@ impl Relay {
                 asked = Instant::now();
                 connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
             }
-            match outcome {
-                Ok(Round::More) => continue,
+            let pause = match outcome {
+                Ok(Round::More) => {
+                    is_woken = true;
+                    continue;
+                }
                 _ if last => return,
-                _ => {}
-            }
-            tokio::select! {
-                () = relay.wake.notified(), if !waiting => {}
-                () = tokio::time::sleep(POLL) => {}
-                () = shutdown.cancelled() => {}
-            }
+                Ok(Round::Busy) => BUSY_POLL,
+                Ok(Round::Idle) | Err(_) => POLL,
+            };
+            is_woken = tokio::select! {
+                () = relay.wake.notified(), if !waiting => true,
+                () = tokio::time::sleep(pause) => false,
+                () = shutdown.cancelled() => false,
+            };
         }
     }
 
-    async fn round(&self) -> Result<Round, RelayError> {
+    /// Whoever was woken need not look whether there is anything.
+    async fn round(&self, is_woken: bool) -> Result<Round, RelayError> {
+        if !is_woken && store::outbox::is_empty(self.store.connection()).await? {
+            return Ok(Round::Idle);
+        }
         match self.store.relay_lock_path() {
             Some(path) => self.round_under_file_lock(path).await,
             None => self.round_under_row_locks().await,
@@ -147,34 +162,39 @@ impl Relay {
 
     /// On PostgreSQL the shards' row locks are held by a transaction: death releases them.
     async fn round_under_row_locks(&self) -> Result<Round, RelayError> {
-        if !store::outbox::is_empty(self.store.connection()).await? {
-            let tx = self.store.begin().await?;
-            let shards = store::outbox::lock_shards(&tx).await?;
-            let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
-            let sent = self.send(rows).await;
-            fail_point!("worker::after_signal", |_| std::process::abort());
-            store::outbox::delete(&tx, sent.ids).await?;
-            tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
-            return sent.round;
+        let tx = self.store.begin().await?;
+        let shards = store::outbox::lock_shards(&tx).await?;
+        if shards.is_empty() {
+            tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
+            return Ok(Round::Busy);
         }
-        Ok(Round::Idle)
+        let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
+        if rows.is_empty() {
+            tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
+            return Ok(Round::Idle);
+        }
+        let sent = self.send(rows).await;
+        fail_point!("worker::after_signal", |_| std::process::abort());
+        store::outbox::delete_soon(&tx, sent.ids).await?;
+        tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
+        sent.round
     }
 
     /// On SQLite all processes share one host, and a file lock beside the database is held while
     /// signals are in flight, so that the one writer is not: death releases it.
     async fn round_under_file_lock(&self, path: PathBuf) -> Result<Round, RelayError> {
         let db = self.store.connection();
-        if store::outbox::is_empty(db).await? {
-            return Ok(Round::Idle);
-        }
         let refused = |source| RelayError::Lock { path: path.clone(), source };
         let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(refused)?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Idle),
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Busy),
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
         let rows = store::outbox::oldest(db, &store::outbox::all_shards(), &self.passed_over(), TAKE_MAX).await?;
+        if rows.is_empty() {
+            return Ok(Round::Idle);
+        }
         let sent = self.send(rows).await;
         fail_point!("worker::after_signal", |_| std::process::abort());
         store::outbox::delete(db, sent.ids).await?;
@@ -278,18 +298,19 @@ fn chains(rows: Vec<Model>) -> Vec<Vec<Model>> {
 
 fn headers(row: &Model) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    headers.insert(header::MESSAGE_ID, row.message_id.as_str());
-    headers.insert(ce::SPECVERSION, "1.0");
-    headers.insert(ce::ID, row.message_id.as_str());
-    headers.insert(ce::SOURCE, ce::SOURCE_VALUE);
-    headers.insert(ce::TYPE, format!("{}{}", ce::TYPE_PREFIX, row.subject));
-    headers.insert(ce::SUBJECT, row.entity_id.as_str());
-    headers.insert(ce::DATACONTENTTYPE, "application/json");
+    let mut insert = |name, value: &str| headers.insert(HeaderName::from_static(name), value);
+    insert(header::MESSAGE_ID, &row.message_id);
+    insert(ce::SPECVERSION, "1.0");
+    insert(ce::ID, &row.message_id);
+    insert(ce::SOURCE, ce::SOURCE_VALUE);
+    insert(ce::TYPE, &format!("{}{}", ce::TYPE_PREFIX, row.subject));
+    insert(ce::SUBJECT, &row.entity_id);
+    insert(ce::DATACONTENTTYPE, "application/json");
     if let Ok(created) = Timestamp::from_unix(row.event_created) {
-        headers.insert(ce::TIME, created.to_string());
+        insert(ce::TIME, &created.to_string());
     }
     if let Some(traceparent) = &row.traceparent {
-        headers.insert(header::TRACEPARENT, traceparent.as_str());
+        insert(header::TRACEPARENT, traceparent);
     }
     headers
 }

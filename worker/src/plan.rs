@@ -204,7 +204,13 @@ pub fn of_subscription<'a>(
         }
         None => Consequences::default(),
     };
-    let row = Row { stripe_subscription_id: id.to_owned(), state, version: version + 1, revision: teller.revision };
+    let row = Row {
+        stripe_subscription_id: id.to_owned(),
+        state,
+        visible: after,
+        version: version + 1,
+        revision: teller.revision,
+    };
     Some(Plan {
         id,
         arrivals,
@@ -257,6 +263,7 @@ pub fn of_overdue(id: &str, stored: Stored, due: Due, now: OffsetDateTime) -> Ov
     let row = Row {
         stripe_subscription_id: id.to_owned(),
         state: stored.state,
+        visible,
         version: stored.version + 1,
         revision: teller.revision,
     };

@@ -83,7 +83,7 @@ async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<Put, 
         signals.extend(overdue.signal);
         untold.push(overdue.row);
     }
-    store::subscription::save(&tx, untold.iter(), now).await?;
+    store::subscription::save(&tx, untold, now).await?;
     let put = Put { sent: signals.len() as u64, left };
     store::outbox::insert(&tx, signals, now).await?;
     tx.commit().await.map_err(StoreError::doing("commit signals to send again"))?;

@@ -35,7 +35,7 @@ pub const SETTINGS: &[Setting] = &[
         default: Some("127.0.0.1:9090"),
         help: "address of /healthz, /readyz and /metrics",
     },
-    Setting { name: "LITESTRIPE_BATCH", default: Some("500"), help: "events per transaction, at most" },
+    Setting { name: "LITESTRIPE_BATCH", default: Some("250"), help: "events per transaction, at most" },
     Setting {
         name: "LITESTRIPE_SIGNALS_MAX_AGE",
         default: Some("7d"),

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use litestripe_migration::{Migrator, MigratorTrait as _};
+use sea_orm::sea_query::extension::postgres::PgExpr as _;
+use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
 use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction, DbErr, RuntimeErr,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait as _,
+    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
+    RuntimeErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -23,6 +25,7 @@ pub mod due;
 pub mod orphan;
 pub mod outbox;
 pub mod replay;
+mod rows;
 pub mod signal_due;
 pub mod subscription;
 pub mod whole;
@@ -41,8 +44,13 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// waited for, so that a SQLite file that is locked while it is opened is named as the reason.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Rows of one statement, at most: bounds its parameters, well below SQLite's 32,766.
-const ROWS_MAX: usize = 1000;
+/// SQLite's page cache in KiB, which is what a negative number means. Its default of 2 MB does not hold the
+/// upper parts of the trees of a large table.
+const SQLITE_CACHE: &str = "-8192";
+
+/// After how many pages of 4 KiB SQLite takes its log into the database. With its default of 1,000 a batch of
+/// rows all over a large table would, each time.
+const SQLITE_CHECKPOINT: &str = "10000";
 
 /// Under this number one migration at a time runs on a PostgreSQL database.
 const MIGRATION_LOCK: i64 = 0x6c69_7465_7374_7270;
@@ -201,6 +209,19 @@ impl Store {
     }
 }
 
+/// Whether `column` is one of `values`. PostgreSQL gets them as one array: the text of the statement, and
+/// with it what was prepared for it, does not depend on how many there are.
+fn among<V>(backend: DbBackend, column: impl IntoColumnRef, values: impl IntoIterator<Item = V>) -> Expr
+where
+    V: Into<Value> + ValueType,
+{
+    let column = Expr::col(column);
+    match backend {
+        DbBackend::Postgres => column.eq_any(values),
+        _ => column.is_in(values),
+    }
+}
+
 /// One migration.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Step {
@@ -234,6 +255,8 @@ fn configure_sqlite(options: &mut ConnectOptions) {
             .synchronous(SqliteSynchronous::Full)
             // What is deleted or overwritten would stay in the file, an erased email among it.
             .pragma("secure_delete", "ON")
+            .pragma("cache_size", SQLITE_CACHE)
+            .pragma("wal_autocheckpoint", SQLITE_CHECKPOINT)
             .busy_timeout(LOCK_TIMEOUT)
     });
     // A COMMIT that failed (disk full, I/O error) ends the transaction in SQLite and not in sqlx, which

@@ -479,9 +479,10 @@ async fn rewrite(
         stripe_subscription_id: check.entity_id.clone(),
         version: stored.version + 1,
         revision: stored.revision,
+        visible: stored.state.visible(),
         state: stored.state,
     };
-    Ok(!store::subscription::save(tx, std::iter::once(&row), now).await?.is_empty())
+    Ok(!store::subscription::save(tx, vec![row], now).await?.is_empty())
 }
 
 /// The client reference id to ask about: the row's, or where there is no row the session's.

@@ -26,6 +26,7 @@ macro_rules! on_both_databases {
     };
 }
 
+mod batches;
 mod orphans;
 mod personal;
 mod poison;

@@ -1,5 +1,6 @@
 //! `run`: apply events and send signals until stopped.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,8 +8,9 @@ use std::time::Duration;
 use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::BackoffBuilder as _;
-use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::{connect, exit, shutdown, stream};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -20,7 +22,7 @@ use super::Failure;
 use crate::backfill::record::Record;
 use crate::backfill::schedule::Schedule;
 use crate::backfill::{self, Backfill};
-use crate::batch::{self, Applier};
+use crate::batch::{self, Applier, Decoded};
 use crate::budget::Budget;
 use crate::consumer::{self, Batches};
 use crate::dead_letter::DeadLetters;
@@ -51,6 +53,9 @@ const TEND_STREAMS_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a stopping worker waits for the batch it is at, which takes milliseconds as a rule.
 const FINISH_MAX: Duration = Duration::from_secs(10);
+
+/// Batches that are applied at the same time: one is decoded and merged while the database has another.
+const BATCHES_IN_FLIGHT: usize = 2;
 
 /// How long acks may take to leave the process at the end.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
@@ -235,6 +240,7 @@ pub(crate) fn applier(
         dead_letters: dead_letters.clone(),
         relay: Arc::clone(relay),
         sweep: Arc::new(Notify::new()),
+        outage: Arc::default(),
     }
 }
 
@@ -439,16 +445,37 @@ async fn consume(
     }
 }
 
+/// Applies a batch while the database has another one, if they concern nothing in common.
 async fn drain(mut batches: Batches, applier: &Applier, shutdown: &CancellationToken) {
+    let mut applying = FuturesUnordered::new();
+    let mut busy: Vec<Arc<HashSet<String>>> = Vec::new();
+    let mut next: Option<Decoded> = None;
     loop {
+        let is_free = |decoded: &mut Decoded| busy.iter().all(|busy| busy.is_disjoint(decoded.concerns()));
+        if let Some(decoded) = next.take_if(is_free) {
+            let concerns = Arc::clone(decoded.concerns());
+            busy.push(Arc::clone(&concerns));
+            applying.push(async move {
+                batch::apply(applier, decoded, shutdown).await;
+                concerns
+            });
+        }
         tokio::select! {
             biased;
-            () = shutdown.cancelled() => return batches.close().await,
-            batch = batches.next() => match batch {
-                Some(batch) => batch::apply(applier, batch, shutdown).await,
-                None => return,
+            () = shutdown.cancelled() => {
+                batches.close().await;
+                break;
+            }
+            Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
+            batch = batches.next(), if next.is_none() && applying.len() < BATCHES_IN_FLIGHT => match batch {
+                Some(batch) => next = Some(Decoded::of(applier, batch)),
+                None => break,
             },
         }
+    }
+    while applying.next().await.is_some() {}
+    if let Some(decoded) = next {
+        decoded.hand_back().await;
     }
 }
 

@@ -3,6 +3,8 @@
 //! Owns the transaction: each row that changed is signalled once, with its final state, and the debt
 //! goes with it, also that of a row that is gone. What another process wrote meanwhile stays due.
 
+use std::collections::HashMap;
+
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
 use time::OffsetDateTime;
@@ -13,6 +15,7 @@ use super::{ReplayError, Replayer};
 use crate::error::{Disposition, StoreError};
 use crate::plan::{self, Overdue};
 use crate::signal::{self, Cause};
+use crate::store::outbox::NewSignal;
 use crate::store::{self, Store};
 
 /// Rows that are signalled in one transaction.
@@ -103,19 +106,20 @@ async fn tell_some(store: &Store, replay: &str, ids: &[String], now: OffsetDateT
     let stored = store::subscription::load(&tx, &ids).await?;
     // Nothing is left to tell of a row that somebody deleted.
     let mut settled: Vec<&str> = ids.iter().copied().filter(|id| !stored.contains_key(*id)).collect();
-    let mut overdue: Vec<(String, Overdue)> = Vec::new();
+    let mut rows = Vec::new();
+    let mut owed: HashMap<String, Option<NewSignal>> = HashMap::new();
     for (id, stored) in stored {
-        let due = stored.due.clone().filter(|due| due.replay == replay);
-        overdue.extend(due.map(|due| (id.clone(), plan::of_overdue(&id, stored, due, now))));
+        let Some(due) = stored.due.clone().filter(|due| due.replay == replay) else { continue };
+        let Overdue { row, signal } = plan::of_overdue(&id, stored, due, now);
+        rows.push(row);
+        owed.insert(id, signal);
     }
-    overdue.sort_by(|(a, _), (b, _)| a.cmp(b));
-    let written = store::subscription::save(&tx, overdue.iter().map(|(_, overdue)| &overdue.row), now).await?;
+    rows.sort_by(|a, b| a.stripe_subscription_id.cmp(&b.stripe_subscription_id));
+    let written = store::subscription::save(&tx, rows, now).await?;
     let mut signals = Vec::new();
-    for (id, overdue) in &mut overdue {
-        if written.contains(id) {
-            settled.push(id.as_str());
-            signals.extend(overdue.signal.take());
-        }
+    for id in ids.iter().copied().filter(|id| written.contains(*id)) {
+        settled.push(id);
+        signals.extend(owed.remove(id).flatten());
     }
     let orphans = store::signal_due::of_orphans(&tx, replay, &ids).await?;
     for (id, dues) in &orphans {

@@ -12,7 +12,7 @@ fn defaults_are_the_embedded_database() {
     let settings = check(&[]).expect("every setting has a default");
     assert_eq!(settings.database.kind, DatabaseKind::Sqlite);
     assert!(settings.database.auto_migrate);
-    assert_eq!(settings.batch, 500);
+    assert_eq!(settings.batch, 250);
 }
 
 #[test]

@@ -104,7 +104,7 @@ pub async fn put(tx: &DatabaseTransaction, mut checks: Vec<Check>) -> Result<(),
         // Paid stays paid, whichever of a session's events comes last.
         .value(Column::IsPaid, Expr::cust("due_check.is_paid OR excluded.is_paid"))
         .to_owned();
-    let mut rows = checks.into_iter().map(|check| ActiveModel {
+    let rows = checks.into_iter().map(|check| ActiveModel {
         entity_id: Set(check.entity_id),
         kind: Set(check.kind.as_str().to_owned()),
         due_at: Set(check.due_at),
@@ -121,14 +121,8 @@ pub async fn put(tx: &DatabaseTransaction, mut checks: Vec<Check>) -> Result<(),
         event_created: Set(check.event.created.unix()),
         stream_sequence: Set(check.stream_sequence.cast_signed()),
     });
-    loop {
-        let chunk: Vec<_> = rows.by_ref().take(super::ROWS_MAX).collect();
-        if chunk.is_empty() {
-            return Ok(());
-        }
-        let put = Entity::insert_many(chunk).on_conflict(anew.clone()).exec_without_returning(tx).await;
-        put.map_err(StoreError::doing("save due checks"))?;
-    }
+    let put = super::rows::insert(tx, rows.collect(), Some(&anew), None).await;
+    put.map(drop).map_err(StoreError::doing("save due checks"))
 }
 
 /// Takes up to `limit` checks of `kinds` that are due. Each comes due again after `lease`.
@@ -217,7 +211,11 @@ pub async fn remove<C: ConnectionTrait>(db: &C, kind: Kind, entity_ids: &[&str])
     if entity_ids.is_empty() {
         return Ok(());
     }
-    let those = Column::Kind.eq(kind.as_str()).and(Column::EntityId.is_in(entity_ids.iter().copied()));
+    let those = Column::Kind.eq(kind.as_str()).and(super::among(
+        db.get_database_backend(),
+        Column::EntityId,
+        entity_ids.iter().copied().map(str::to_owned),
+    ));
     let removed = Entity::delete_many().filter(those).exec(db).await;
     removed.map(|_| ()).map_err(StoreError::doing("remove due checks"))
 }

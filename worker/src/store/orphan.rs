@@ -135,7 +135,7 @@ pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Hash
     let open: Result<Vec<String>, _> = Entity::find()
         .select_only()
         .column(Column::Id)
-        .filter(Column::Id.is_in(ids.iter().copied()))
+        .filter(super::among(db.get_database_backend(), Column::Id, ids.iter().copied().map(str::to_owned)))
         .filter(Column::ResolvedAt.is_null())
         .into_tuple()
         .all(db)

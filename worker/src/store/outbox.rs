@@ -40,7 +40,7 @@ pub struct NewSignal {
 /// # Errors
 /// When the database is away or refuses the data.
 pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<(), StoreError> {
-    let mut rows = signals.into_iter().map(|signal| ActiveModel {
+    let rows = signals.into_iter().map(|signal| ActiveModel {
         id: NotSet,
         shard: Set(shard_of(&signal.entity_id)),
         entity_id: Set(signal.entity_id),
@@ -51,29 +51,8 @@ pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: Offs
         body: Set(signal.body),
         dt_created: Set(now),
     });
-    loop {
-        let chunk: Vec<_> = rows.by_ref().take(super::ROWS_MAX).collect();
-        if chunk.is_empty() {
-            return Ok(());
-        }
-        let inserted = Entity::insert_many(chunk).exec_without_returning(tx).await;
-        inserted.map_err(StoreError::doing("save signals"))?;
-    }
-}
-
-/// Locks the shards that have signals and that no other relay works on, for this transaction.
-///
-/// PostgreSQL only: on SQLite a file lock stands for all shards.
-///
-/// # Errors
-/// When the database is away.
-pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
-    const FREE: &str = "SELECT shard FROM signal_shard \
-        WHERE EXISTS (SELECT 1 FROM signal_outbox WHERE signal_outbox.shard = signal_shard.shard) \
-        ORDER BY shard FOR UPDATE SKIP LOCKED";
-    let doing = StoreError::doing("lock shards of the outbox");
-    let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
-    rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
+    let inserted = super::rows::insert(tx, rows.collect(), None, None).await;
+    inserted.map(drop).map_err(StoreError::doing("save signals"))
 }
 
 /// Whether no signal waits.
@@ -81,8 +60,23 @@ pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreErro
 /// # Errors
 /// When the database is away.
 pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
-    let any: Result<Option<i64>, _> = Entity::find().select_only().column(Column::Id).into_tuple().one(db).await;
-    any.map(|id| id.is_none()).map_err(StoreError::doing("look into the outbox"))
+    // By the key, or PostgreSQL would walk through all that was sent and not vacuumed yet.
+    let first = Entity::find().select_only().column(Column::Id).order_by_asc(Column::Id).limit(1);
+    let first: Result<Option<i64>, _> = first.into_tuple().one(db).await;
+    first.map(|id| id.is_none()).map_err(StoreError::doing("look into the outbox"))
+}
+
+/// Locks the shards that no other relay works on, for this transaction.
+///
+/// PostgreSQL only: on SQLite a file lock stands for all shards.
+///
+/// # Errors
+/// When the database is away.
+pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
+    const FREE: &str = "SELECT shard FROM signal_shard ORDER BY shard FOR UPDATE SKIP LOCKED";
+    let doing = StoreError::doing("lock shards of the outbox");
+    let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
+    rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
 }
 
 /// The signals of changes of the subscription `id` that wait.
@@ -136,8 +130,20 @@ pub fn all_shards() -> Vec<i32> {
 /// When the database is away.
 pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(), StoreError> {
     ids.sort_unstable();
-    let deleted = Entity::delete_many().filter(Column::Id.is_in(ids)).exec(db).await;
+    let those = super::among(db.get_database_backend(), Column::Id, ids);
+    let deleted = Entity::delete_many().filter(those).exec(db).await;
     deleted.map(|_| ()).map_err(StoreError::doing("remove sent signals"))
+}
+
+/// The same on PostgreSQL, in a transaction whose commit does not wait for the disk: after a crash of the server they
+/// may be there again, and are sent again under their message ids.
+///
+/// # Errors
+/// When the database is away.
+pub async fn delete_soon(tx: &DatabaseTransaction, ids: Vec<i64>) -> Result<(), StoreError> {
+    let doing = StoreError::doing("remove sent signals");
+    tx.execute_unprepared("SET LOCAL synchronous_commit = off").await.map_err(&doing)?;
+    delete(tx, ids).await
 }
 
 /// How many signals wait, and since when the oldest does.

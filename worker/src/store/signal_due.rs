@@ -78,15 +78,8 @@ pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTim
         })
     });
     let rows: Result<Vec<ActiveModel>, serde_json::Error> = rows.collect();
-    let mut rows = rows.map_err(|error| doing(DbErr::Json(error.to_string())))?.into_iter();
-    loop {
-        let chunk: Vec<_> = rows.by_ref().take(super::ROWS_MAX).collect();
-        if chunk.is_empty() {
-            return Ok(());
-        }
-        let put = Entity::insert_many(chunk).on_conflict(known.clone()).exec_without_returning(tx).await;
-        put.map_err(&doing)?;
-    }
+    let rows = rows.map_err(|error| doing(DbErr::Json(error.to_string())))?;
+    super::rows::insert(tx, rows, Some(&known), None).await.map(drop).map_err(&doing)
 }
 
 /// Up to `limit` ids after `after`, in their order, of subscriptions and orphans of which `replay` owes a
@@ -155,7 +148,11 @@ pub async fn remove<C: ConnectionTrait>(db: &C, subjects: &[&str], ids: &[&str])
     if ids.is_empty() {
         return Ok(0);
     }
-    let those = Column::Subject.is_in(subjects.iter().copied()).and(Column::EntityId.is_in(ids.iter().copied()));
+    let those = Column::Subject.is_in(subjects.iter().copied()).and(super::among(
+        db.get_database_backend(),
+        Column::EntityId,
+        ids.iter().copied().map(str::to_owned),
+    ));
     let removed = Entity::delete_many().filter(those).exec(db).await;
     removed.map(|removed| removed.rows_affected).map_err(StoreError::doing("remove signals that were due"))
 }

@@ -18,7 +18,9 @@ use time::OffsetDateTime;
 use super::replay::Rebuilding;
 use super::signal_due::Due;
 use crate::error::StoreError;
-use crate::merge::State;
+use crate::merge::{State, Visible};
+
+const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 /// What a row is before a batch.
 #[derive(Debug, Clone, Default)]
@@ -36,12 +38,14 @@ pub struct Stored {
 }
 
 /// A row to be written.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Row {
     /// The key.
     pub stripe_subscription_id: String,
     /// What its columns are a function of.
     pub state: State,
+    /// Its columns.
+    pub visible: Visible,
     /// The version that was read, plus one.
     pub version: i64,
     /// The revision of its last signal, this batch's included.
@@ -85,7 +89,7 @@ pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime)
     let mut query = Query::select();
     query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
     query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
-    let wanted = Expr::col((Entity, Column::StripeSubscriptionId)).is_in(ids.iter().copied());
+    let wanted = super::among(db.get_database_backend(), KEY, ids.iter().copied().map(str::to_owned));
     query.join(JoinType::LeftJoin, Entity, wanted);
     let due = Expr::col((signal_due::Entity, signal_due::Column::EntityId))
         .equals((Entity, Column::StripeSubscriptionId))
@@ -130,7 +134,7 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());
     }
-    let rows = keys().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()));
+    let rows = keys().filter(super::among(tx.get_database_backend(), KEY, ids.iter().copied().map(str::to_owned)));
     let locked: Result<Vec<String>, _> =
         rows.order_by_asc(Column::StripeSubscriptionId).lock(LockType::Update).into_tuple().all(tx).await;
     locked.map(|_| ()).map_err(StoreError::doing("lock subscriptions"))
@@ -141,7 +145,7 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
 /// # Errors
 /// When the database is away.
 pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<HashSet<String>, StoreError> {
-    let rows = keys().filter(Column::StripeSubscriptionId.is_in(ids.iter().map(String::as_str)));
+    let rows = keys().filter(super::among(db.get_database_backend(), KEY, ids.iter().cloned()));
     let ids: Result<Vec<String>, _> = rows.into_tuple().all(db).await;
     ids.map(HashSet::from_iter).map_err(StoreError::doing("look for subscriptions"))
 }
@@ -214,32 +218,34 @@ pub async fn other_of_user<C: ConnectionTrait>(
 ///
 /// # Errors
 /// When the database is away or refuses the data.
-pub async fn save<'a>(
+pub async fn save(
     tx: &DatabaseTransaction,
-    rows: impl Iterator<Item = &'a Row> + Clone,
+    rows: Vec<Row>,
     now: OffsetDateTime,
 ) -> Result<HashSet<String>, StoreError> {
-    debug_assert!(rows.clone().is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
+    debug_assert!(rows.is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
     let doing = StoreError::doing("save subscriptions");
-    let models = rows.map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
+    let models = rows.into_iter().map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
     let overwritten =
         Column::iter().filter(|column| !matches!(column, Column::StripeSubscriptionId | Column::DtCreated));
     let read_version = Expr::col((Entity, Column::Version));
     let guard = read_version.eq(Expr::cust("excluded.version - 1"));
     let on_conflict =
         OnConflict::column(Column::StripeSubscriptionId).update_columns(overwritten).action_and_where(guard).to_owned();
-    let written = Entity::insert_many(models).on_conflict(on_conflict).exec_with_returning_keys(tx).await;
-    Ok(written.map_err(&doing)?.into_iter().collect())
+    let written = super::rows::insert(tx, models, Some(&on_conflict), Some(Column::StripeSubscriptionId)).await;
+    let keys: Result<_, _> =
+        written.map_err(&doing)?.iter().map(|row| row.try_get("", "stripe_subscription_id")).collect();
+    keys.map_err(&doing)
 }
 
-fn model(row: &Row, now: OffsetDateTime) -> Result<ActiveModel, DbErr> {
+fn model(row: Row, now: OffsetDateTime) -> Result<ActiveModel, DbErr> {
     let json = |error: serde_json::Error| DbErr::Json(error.to_string());
-    let visible = row.state.visible();
+    let visible = row.visible;
     let subscription = visible.subscription;
     let (last_event_id, last_event_created) = visible.last_event.unzip();
     let time = |at: Option<litestripe_contract::signal::Timestamp>| Set(at.map(|at| at.get()));
     Ok(ActiveModel {
-        stripe_subscription_id: Set(row.stripe_subscription_id.clone()),
+        stripe_subscription_id: Set(row.stripe_subscription_id),
         stripe_customer_id: Set(subscription.stripe_customer_id),
         client_reference_id: Set(subscription.client_reference_id),
         checkout_session_id: Set(visible.checkout_session_id),

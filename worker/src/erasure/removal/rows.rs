@@ -58,7 +58,8 @@ async fn strip_once(
     let stripped = stored.state.erase_metadata();
     let waiting = store::outbox::changes_of(&tx, id).await?;
     let superseded = waiting.iter().any(|row| Told::read(row.body.as_bytes()).has_metadata());
-    let after = stored.state.visible().subscription;
+    let visible = stored.state.visible();
+    let after = visible.subscription.clone();
     let changes = merge::changes(&before, &after);
     let due = stored.due.take();
     // What a replay owes of a row is not told before its end.
@@ -90,8 +91,8 @@ async fn strip_once(
         store::outbox::insert(&tx, vec![signal::subscription_changed(&told, None)], now).await?;
     }
     let (state, version) = (stored.state, stored.version + 1);
-    let row = Row { stripe_subscription_id: id.to_owned(), state, version, revision };
-    if store::subscription::save(&tx, std::iter::once(&row), now).await?.is_empty() {
+    let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version, revision };
+    if store::subscription::save(&tx, vec![row], now).await?.is_empty() {
         return Ok(None);
     }
     tx.commit().await.map_err(StoreError::doing("commit an erasure"))?;

@@ -1,0 +1,73 @@
+//! Many events at a time: what depends on how they are cut into batches and bound to statements.
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::stripe::Purchase;
+use serde_json::json;
+
+use super::{COMPLETED, CREATED, UPDATED, now};
+
+on_both_databases!(
+    states_between_are_told_however_batches_follow_each_other,
+    texts_are_kept_as_they_are,
+    rows_of_every_number_are_written,
+);
+
+/// A worker applies one batch while the database has another.
+async fn states_between_are_told_however_batches_follow_each_other(database: DatabaseKind) {
+    const CHANGES: i64 = 40;
+    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
+    let purchase = Purchase::new(now() - 3_600);
+    let mut events = vec![purchase.subscription_event(CREATED, purchase.created, json!({}))];
+    for change in 1..=CHANGES {
+        let changed = json!({ "metadata": { "change": change.to_string() } });
+        events.push(purchase.subscription_event(UPDATED, purchase.created + change, changed));
+    }
+    bridge.deliver_all(&events).await;
+
+    let signals = bridge.check().await;
+    let told: Vec<_> = signals.iter().map(|signal| signal.body["subscription_metadata"]["change"].as_str()).collect();
+    let expected: Vec<_> = (1..=CHANGES).map(|change| change.to_string()).collect();
+    assert_eq!(told.len(), expected.len() + 1, "{told:?}");
+    assert!(told.iter().skip(1).copied().eq(expected.iter().map(|change| Some(change.as_str()))), "{told:?}");
+}
+
+/// PostgreSQL gets them as arrays, in which some characters and one word mean something.
+async fn texts_are_kept_as_they_are(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::on(database)).await;
+    let texts = [r#"a "quoted" one"#, r"back\slash", "{braces},comma", "NULL", "null", " spaced ", "Grüße ☺", "'; --"];
+    for text in texts {
+        let purchase = Purchase::new(now() - 60);
+        let session = json!({ "client_reference_id": text, "metadata": { "text": text } });
+        let subscription = json!({ "status": text, "metadata": { text: text } });
+        bridge
+            .deliver_all(&[
+                purchase.checkout_session_event(COMPLETED, purchase.created, session),
+                purchase.subscription_event(CREATED, purchase.created, subscription),
+            ])
+            .await;
+        bridge.wait_until_applied().await;
+        let row = bridge.row(&purchase.subscription).await;
+        assert_eq!((row.client_reference_id.as_deref(), row.status.as_deref()), (Some(text), Some(text)));
+        assert_eq!(row.subscription_metadata, json!({ text: text }));
+        assert_eq!(row.cancel_at, None);
+    }
+    bridge.check().await;
+}
+
+/// SQLite gets them in statements of a few lengths.
+async fn rows_of_every_number_are_written(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let mut expected = 0;
+    for count in [1, 7, 9, 63, 65, 137] {
+        let purchases = (0..count).map(|_| Purchase::new(now() - 60));
+        let events = purchases.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
+        bridge.deliver_all(&events.collect::<Vec<_>>()).await;
+        // All of them are there when it comes.
+        bridge.start_worker();
+        bridge.wait_until_applied().await;
+        bridge.workers.pop().expect("it was started").stop().await;
+        expected += count;
+        assert_eq!(bridge.rows().await.len(), expected);
+    }
+    assert_eq!(bridge.check().await.len(), expected);
+}
