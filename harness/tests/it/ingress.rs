@@ -17,6 +17,9 @@ use time::format_description::well_known::Rfc3339;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+mod broker;
+mod life;
+
 const UUID: &str = "0b7f8c1e-6f0a-4a51-9d55-0a4d3f6b7c21";
 const SECRET: &str = "whsec_integrationTests0123456789";
 const TYPE: &str = "customer.subscription.updated";
@@ -155,6 +158,15 @@ async fn check_error(answer: Response, status: u16, case: &str) {
     assert_eq!(answer.headers()["content-type"], "application/json", "{case}");
     let body: Value = answer.json().await.expect("an error is JSON");
     assert!(body["error"].as_str().is_some_and(|text| !text.is_empty()), "{case}: {body}");
+}
+
+/// Returns once a body is in flight.
+async fn in_flight(ingress: &Ingress) {
+    eventually("a body to be in flight", DEADLINE, async || {
+        let held = ingress.metric("litestripe_ingress_bodies_in_flight_bytes").await;
+        if held > 0.0 { Ok(()) } else { Err(held.to_string()) }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -438,254 +450,4 @@ async fn waiting_bodies_have_a_bound() {
         if held == 0.0 { Ok(()) } else { Err(held.to_string()) }
     })
     .await;
-}
-
-#[tokio::test]
-async fn a_broker_may_come_later() {
-    let mut broker = nats::Server::prepare(nats::Options::default()).expect("a server can be prepared");
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET", SECRET));
-    ingress.program.wait_for_log("waiting for NATS", DEADLINE).await;
-    assert_eq!(ingress.get("/healthz").await.status(), StatusCode::OK);
-    check_error(ingress.get("/readyz").await, 503, "not ready").await;
-    let start = Instant::now();
-    let answer = ingress.post(&Delivery::new(event("evt_1", TYPE), SECRET)).await;
-    assert!(start.elapsed() < ANSWER_WITHIN);
-    assert!(answer.headers().contains_key("retry-after"));
-    check_error(answer, 503, "no broker").await;
-    // Who is not Stripe learns nothing about the broker.
-    let forged = Delivery::new(event("evt_1", TYPE), "whsec_other");
-    check_error(ingress.post(&forged).await, 400, "forged").await;
-
-    broker.resume().await;
-    ingress.until_ready().await;
-    assert_eq!(ingress.post_event("evt_1").await, StatusCode::OK);
-    let log = ingress.program.log();
-    assert_eq!(log.matches("waiting for NATS").count(), 1, "{log}");
-}
-
-#[tokio::test]
-async fn a_broker_that_dies_during_a_request_costs_a_503() {
-    let Setup { mut broker, ingress } = Setup::new().await;
-    broker.process().expect("the broker runs").signal(Signal::Stop);
-    let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
-    let start = Instant::now();
-    let (answer, ()) = tokio::join!(ingress.post(&delivery), async {
-        in_flight(&ingress).await;
-        broker.kill().await;
-    });
-    assert!(start.elapsed() < ANSWER_WITHIN, "{:?}", start.elapsed());
-    assert!(answer.headers().contains_key("retry-after"));
-    check_error(answer, 503, "the broker died").await;
-    check_error(ingress.get("/readyz").await, 503, "not ready").await;
-    for n in 0..20 {
-        let start = Instant::now();
-        let answer = ingress.post(&Delivery::new(event(&format!("evt_x{n}"), TYPE), SECRET)).await;
-        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(start.elapsed() < Duration::from_secs(2), "at once, once the connection is given up");
-    }
-
-    broker.resume().await;
-    ingress.until_ready().await;
-    assert_eq!(ingress.post(&delivery).await.status(), StatusCode::OK);
-    let log = ingress.program.log();
-    assert_eq!(log.matches("events are not stored").count(), 1, "{log}");
-    assert_eq!(log.matches("events are stored again").count(), 1, "{log}");
-    let setup = Setup { broker, ingress };
-    assert_eq!(setup.state().await.messages, 1);
-}
-
-/// Returns once a body is in flight.
-async fn in_flight(ingress: &Ingress) {
-    eventually("a body to be in flight", DEADLINE, async || {
-        let held = ingress.metric("litestripe_ingress_bodies_in_flight_bytes").await;
-        if held > 0.0 { Ok(()) } else { Err(held.to_string()) }
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_stream_that_was_deleted_is_made_again() {
-    let setup = Setup::new().await;
-    let jetstream = async_nats::jetstream::new(setup.broker.connect().await);
-    jetstream.delete_stream(subject::EVENTS_STREAM).await.expect("a stream can be deleted");
-    assert_eq!(setup.ingress.post_event("evt_1").await, StatusCode::OK);
-    assert_eq!(setup.state().await.messages, 1);
-}
-
-#[tokio::test]
-async fn a_full_stream_is_answered_503_at_once_and_logged_once() {
-    let setup =
-        Setup::with(nats::Options::default(), |launch| launch.env("LITESTRIPE_EVENTS_MAX_BYTES", "64KiB")).await;
-    let mut full = 0;
-    for n in 0..12 {
-        let start = Instant::now();
-        let answer = setup.ingress.post(&Delivery::new(event_of(&format!("evt_{n}"), 20_000), SECRET)).await;
-        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-        if answer.status() != StatusCode::OK {
-            assert!(answer.headers().contains_key("retry-after"));
-            check_error(answer, 503, "full").await;
-            full += 1;
-        }
-    }
-    assert!((9..12).contains(&full), "three of them fit, {full} did not");
-    let log = setup.ingress.program.log();
-    assert_eq!(log.matches("events are not stored").count(), 1, "{log}");
-}
-
-#[tokio::test]
-async fn a_request_in_flight_is_finished_before_the_end() {
-    let setup = Setup::new().await;
-    let broker = setup.broker.process().expect("the broker runs");
-    broker.signal(Signal::Stop);
-    let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
-    let (answer, ()) = tokio::join!(setup.ingress.post(&delivery), async {
-        in_flight(&setup.ingress).await;
-        setup.ingress.program.signal(Signal::Term);
-        setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
-        broker.signal(Signal::Cont);
-    });
-    assert_eq!(answer.status(), StatusCode::OK);
-    let status = setup.ingress.program.wait(DEADLINE).await;
-    assert_eq!(status.code(), Some(0));
-    assert_eq!(setup.state().await.messages, 1);
-}
-
-#[tokio::test]
-async fn idle_connections_do_not_hold_up_the_end() {
-    let setup = Setup::new().await;
-    let silent = TcpStream::connect(setup.ingress.address).await.expect("ingress listens");
-    assert_eq!(setup.ingress.post_event("evt_1").await, StatusCode::OK);
-    let start = Instant::now();
-    assert_eq!(setup.ingress.program.stop().await.code(), Some(0));
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
-    drop(silent);
-}
-
-#[tokio::test]
-async fn a_second_signal_ends_it_at_once() {
-    let setup = Setup::new().await;
-    let broker = setup.broker.process().expect("the broker runs");
-    broker.signal(Signal::Stop);
-    let client = setup.ingress.client.clone();
-    let url = setup.ingress.hook();
-    let post = tokio::spawn(async move { Delivery::new(event("evt_1", TYPE), SECRET).post(&client, &url).await });
-    in_flight(&setup.ingress).await;
-    setup.ingress.program.signal(Signal::Term);
-    setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
-    let start = Instant::now();
-    setup.ingress.program.signal(Signal::Term);
-    let status = setup.ingress.program.wait(DEADLINE).await;
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-    assert_ne!(status.code(), Some(0));
-    assert!(post.await.expect("it does not panic").is_err(), "nobody promised anything");
-    broker.signal(Signal::Cont);
-}
-
-#[tokio::test]
-async fn every_missing_or_malformed_setting_is_named_at_once() {
-    let finished = Program::named("litestripe-ingress").run(DEADLINE).await;
-    assert_eq!(finished.status.code(), Some(2));
-    for name in ["STRIPE_WEBHOOK_UUID", "STRIPE_WEBHOOK_SECRET", "STRIPE_WEBHOOK_SECRET_FILE"] {
-        assert!(finished.stderr.contains(name), "{name}: {}", finished.stderr);
-    }
-
-    let names = [
-        "STRIPE_WEBHOOK_UUID",
-        "STRIPE_WEBHOOK_SECRET",
-        "STRIPE_WEBHOOK_TOLERANCE",
-        "LITESTRIPE_LISTEN",
-        "LITESTRIPE_BODY_LIMIT",
-        "LITESTRIPE_EVENTS_MAX_AGE",
-        "LITESTRIPE_LOG_FORMAT",
-    ];
-    let launch = names.iter().fold(Program::named("litestripe-ingress"), |launch, name| launch.env(name, "hunter2"));
-    let finished = launch.run(DEADLINE).await;
-    assert_eq!(finished.status.code(), Some(2));
-    for name in names {
-        assert!(finished.stderr.contains(name), "{name}: {}", finished.stderr);
-    }
-    assert!(!finished.stderr.contains("hunter2"), "{}", finished.stderr);
-}
-
-#[tokio::test]
-async fn help_names_every_setting_and_shows_no_value() {
-    let launch = Program::named("litestripe-ingress").env("STRIPE_WEBHOOK_SECRET", SECRET);
-    let help = launch.arg("--help").run(DEADLINE).await;
-    assert_eq!(help.status.code(), Some(0));
-    assert!(!help.stdout.contains(SECRET), "{}", help.stdout);
-    for setting in litestripe_ingress::settings::SETTINGS.iter().chain(litestripe_contract::settings::SHARED) {
-        assert!(help.stdout.contains(setting.name), "{}: {}", setting.name, help.stdout);
-        assert!(help.stdout.contains(&format!("--{}", setting.flag())), "{}: {}", setting.name, help.stdout);
-    }
-    let version = Program::named("litestripe-ingress").arg("--version").run(DEADLINE).await;
-    assert_eq!(version.stdout, format!("litestripe-ingress {}\n", env!("CARGO_PKG_VERSION")));
-}
-
-#[tokio::test]
-async fn a_secret_file_may_come_late_and_change() {
-    let broker = nats::Server::start().await;
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let path = folder.path().join("secret");
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET_FILE", &path));
-    ingress.program.wait_for_log("waiting for a signing secret", DEADLINE).await;
-    std::fs::write(&path, format!("> Ready! Your webhook signing secret is {SECRET} (^C to quit)\n")).expect("written");
-    ingress.until_ready().await;
-    assert_eq!(ingress.post_event("evt_1").await, StatusCode::OK);
-
-    let rolled = "whsec_rolled";
-    std::fs::write(&path, rolled).expect("written");
-    let status_with = async |secret: &str| ingress.post(&Delivery::new(event("evt_2", TYPE), secret)).await.status();
-    eventually("the new secret to be used", DEADLINE, async || {
-        let status = status_with(rolled).await;
-        if status == StatusCode::OK { Ok(()) } else { Err(status.to_string()) }
-    })
-    .await;
-    assert_eq!(status_with(SECRET).await, StatusCode::BAD_REQUEST, "the old one is out of use");
-
-    std::fs::remove_file(&path).expect("removed");
-    ingress.program.wait_for_log("keeping the last one", DEADLINE).await;
-    assert_eq!(status_with(rolled).await, StatusCode::OK);
-    let log = ingress.program.log();
-    assert!(!log.contains(SECRET) && !log.contains(rolled), "{log}");
-}
-
-#[tokio::test]
-async fn without_a_secret_it_refuses_to_start() {
-    let broker = nats::Server::start().await;
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET_FILE", "no/such/file"));
-    let start = Instant::now();
-    assert_eq!(ingress.program.wait(DEADLINE).await.code(), Some(2));
-    assert!(start.elapsed() >= Duration::from_secs(17), "ten tries, two seconds apart: {:?}", start.elapsed());
-    let log = ingress.program.log();
-    // Not the last line for certain: the connection to NATS ends beside it.
-    let refusal = log.lines().find(|line| line.starts_with("error:")).unwrap_or_else(|| panic!("no refusal: {log}"));
-    for text in ["STRIPE_WEBHOOK_SECRET ", "STRIPE_WEBHOOK_SECRET_FILE", "no/such/file"] {
-        assert!(refusal.contains(text), "{text}: {log}");
-    }
-}
-
-#[tokio::test]
-async fn several_secrets_are_in_use_at_once() {
-    let broker = nats::Server::start().await;
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET", format!("whsec_old, {SECRET}")));
-    ingress.until_ready().await;
-    for (secret, status) in [("whsec_old", 200), (SECRET, 200), ("whsec_other", 400)] {
-        let answer = ingress.post(&Delivery::new(event("evt_1", TYPE), secret)).await;
-        assert_eq!(answer.status().as_u16(), status, "{secret}");
-    }
-}
-
-#[tokio::test]
-async fn a_port_that_is_taken_is_a_clear_message() {
-    let broker = nats::Server::start().await;
-    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("there is a port");
-    let address = taken.local_addr().expect("it is bound").to_string();
-    let launch = Program::named("litestripe-ingress")
-        .env("STRIPE_WEBHOOK_UUID", UUID)
-        .env("STRIPE_WEBHOOK_SECRET", SECRET)
-        .env("NATS_URL", broker.url())
-        .env("LITESTRIPE_LISTEN", &address);
-    let finished = launch.run(DEADLINE).await;
-    assert_eq!(finished.status.code(), Some(1));
-    assert!(finished.stderr.contains("LITESTRIPE_LISTEN") && finished.stderr.contains(&address), "{}", finished.stderr);
 }
