@@ -1,16 +1,39 @@
 //! Many events at a time: what depends on how they are cut into batches and bound to statements.
 
+use std::collections::BTreeMap;
+
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::stripe::Purchase;
 use serde_json::json;
+use time::OffsetDateTime;
 
 use super::{COMPLETED, CREATED, UPDATED, now};
 
 on_both_databases!(
+    what_is_there_is_applied_together,
     states_between_are_told_however_batches_follow_each_other,
     texts_are_kept_as_they_are,
     rows_of_every_number_are_written,
 );
+
+/// Tokio would have a task that takes messages pause after some sixty of them.
+async fn what_is_there_is_applied_together(database: DatabaseKind) {
+    const EVENTS: usize = 600;
+    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let events = (0..EVENTS).map(|_| Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({})));
+    let events = events.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned()));
+    bridge.publish_all(events.collect()).await;
+    bridge.start_worker();
+    bridge.wait_until_applied().await;
+
+    let rows = bridge.rows().await;
+    assert_eq!(rows.len(), EVENTS);
+    // Rows of one batch are written at one time.
+    let mut together: BTreeMap<OffsetDateTime, usize> = BTreeMap::new();
+    rows.iter().for_each(|row| *together.entry(row.dt_created).or_default() += 1);
+    assert!(together.values().any(|rows| *rows > 128), "{together:?}");
+    assert!(together.values().all(|rows| *rows <= 250), "{together:?}");
+}
 
 /// A worker applies one batch while the database has another.
 async fn states_between_are_told_however_batches_follow_each_other(database: DatabaseKind) {
