@@ -46,7 +46,8 @@ pub(crate) async fn of_tables(
         }
     }
     for size in sizes.iter().skip(1) {
-        measured.ratio("events/s", size, SMALL, |sample| sample.rate, None);
+        let target = (*size == LARGE).then_some(Target::AtLeast(0.8));
+        measured.ratio("events/s", size, SMALL, |sample| sample.rate, target);
     }
     Ok(measured)
 }

@@ -195,7 +195,10 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         "idle": idle::idle(mode);
     }
     if mode == Mode::Full {
-        measurements! { "growth of the stream": growth::of_stream(mode, &events); }
+        measurements! {
+            "growth of the stream": growth::of_stream(mode, &events);
+            "outage": worker::caught_up(&events);
+        }
     }
     let is_whole = mode == Mode::Full && arguments.only.is_none() && !has_failed;
     let default = is_whole.then(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench.json").into());

@@ -99,6 +99,21 @@ pub(crate) async fn replayed(
     Ok(measured)
 }
 
+/// Full mode only: what came during an outage, or an hour of the heaviest load, all at once.
+pub(crate) async fn caught_up(events: &Events) -> Result<Measurement, String> {
+    const COUNT: usize = 1_000_000;
+    let mut measured =
+        Measurement::new("outage", "a million events (4 KiB, a new subscription each) that wait when a worker starts");
+    for (name, kind) in [("PostgreSQL", DatabaseKind::Postgres), ("SQLite", DatabaseKind::Sqlite)] {
+        let broker = filled(events, COUNT).await?;
+        let mut database = Database::prepare(kind);
+        database.resume().await;
+        measured.add(name, apply(&broker, &database, COUNT).await?);
+        measured.bound("memory (MiB)", name, |sample| sample.memory_mib, Target::AtMost(64.0));
+    }
+    Ok(measured)
+}
+
 async fn run_worker(kind: DatabaseKind, events: &Events, count: usize) -> Result<(Sample, Vec<Model>), String> {
     let broker = filled(events, count).await?;
     let mut database = Database::prepare(kind);
