@@ -222,6 +222,11 @@ where
     }
 }
 
+/// [`among`] of ids.
+fn among_ids(backend: DbBackend, column: impl IntoColumnRef, ids: &[&str]) -> Expr {
+    among(backend, column, ids.iter().copied().map(str::to_owned))
+}
+
 /// One migration.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Step {

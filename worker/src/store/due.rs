@@ -211,11 +211,8 @@ pub async fn remove<C: ConnectionTrait>(db: &C, kind: Kind, entity_ids: &[&str])
     if entity_ids.is_empty() {
         return Ok(());
     }
-    let those = Column::Kind.eq(kind.as_str()).and(super::among(
-        db.get_database_backend(),
-        Column::EntityId,
-        entity_ids.iter().copied().map(str::to_owned),
-    ));
+    let about = super::among_ids(db.get_database_backend(), Column::EntityId, entity_ids);
+    let those = Column::Kind.eq(kind.as_str()).and(about);
     let removed = Entity::delete_many().filter(those).exec(db).await;
     removed.map(|_| ()).map_err(StoreError::doing("remove due checks"))
 }

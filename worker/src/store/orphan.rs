@@ -135,7 +135,7 @@ pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Hash
     let open: Result<Vec<String>, _> = Entity::find()
         .select_only()
         .column(Column::Id)
-        .filter(super::among(db.get_database_backend(), Column::Id, ids.iter().copied().map(str::to_owned)))
+        .filter(super::among_ids(db.get_database_backend(), Column::Id, ids))
         .filter(Column::ResolvedAt.is_null())
         .into_tuple()
         .all(db)

@@ -135,8 +135,8 @@ pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(),
     deleted.map(|_| ()).map_err(StoreError::doing("remove sent signals"))
 }
 
-/// The same on PostgreSQL, in a transaction whose commit does not wait for the disk: after a crash of the server they
-/// may be there again, and are sent again under their message ids.
+/// The same on PostgreSQL, in a transaction whose commit then does not wait for the disk: after a crash
+/// of the server they may be there again, and are sent again under their message ids.
 ///
 /// # Errors
 /// When the database is away.

@@ -44,11 +44,10 @@ pub(super) async fn insert<A: ActiveModelTrait>(
             _ => SQLITE_ROWS.into_iter().find(|rows| *rows <= models.len()).unwrap_or(1),
         };
         let rows = models.by_ref().take(count);
-        let (insert, values) = match backend {
+        let (mut insert, values) = match backend {
             DbBackend::Postgres => arrays(&columns, rows.collect())?,
             _ => singly(&columns, rows)?,
         };
-        let mut insert = insert;
         insert.into_table(A::Entity::default().table_ref());
         if let Some(on_conflict) = on_conflict {
             insert.on_conflict(on_conflict.clone());

@@ -148,11 +148,8 @@ pub async fn remove<C: ConnectionTrait>(db: &C, subjects: &[&str], ids: &[&str])
     if ids.is_empty() {
         return Ok(0);
     }
-    let those = Column::Subject.is_in(subjects.iter().copied()).and(super::among(
-        db.get_database_backend(),
-        Column::EntityId,
-        ids.iter().copied().map(str::to_owned),
-    ));
+    let about = super::among_ids(db.get_database_backend(), Column::EntityId, ids);
+    let those = Column::Subject.is_in(subjects.iter().copied()).and(about);
     let removed = Entity::delete_many().filter(those).exec(db).await;
     removed.map(|removed| removed.rows_affected).map_err(StoreError::doing("remove signals that were due"))
 }

@@ -89,7 +89,7 @@ pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime)
     let mut query = Query::select();
     query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
     query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
-    let wanted = super::among(db.get_database_backend(), KEY, ids.iter().copied().map(str::to_owned));
+    let wanted = super::among_ids(db.get_database_backend(), KEY, ids);
     query.join(JoinType::LeftJoin, Entity, wanted);
     let due = Expr::col((signal_due::Entity, signal_due::Column::EntityId))
         .equals((Entity, Column::StripeSubscriptionId))
@@ -134,7 +134,7 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());
     }
-    let rows = keys().filter(super::among(tx.get_database_backend(), KEY, ids.iter().copied().map(str::to_owned)));
+    let rows = keys().filter(super::among_ids(tx.get_database_backend(), KEY, ids));
     let locked: Result<Vec<String>, _> =
         rows.order_by_asc(Column::StripeSubscriptionId).lock(LockType::Update).into_tuple().all(tx).await;
     locked.map(|_| ()).map_err(StoreError::doing("lock subscriptions"))
