@@ -8,12 +8,12 @@ use litestripe_contract::{exit, shutdown, telemetry};
 use litestripe_ingress::RunError;
 use litestripe_ingress::secret;
 use litestripe_ingress::settings::{self, SETTINGS, Settings};
-use mimalloc::MiMalloc;
+use tikv_jemallocator::Jemalloc;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 
 #[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]
