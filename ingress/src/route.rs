@@ -111,7 +111,9 @@ fn routes(
         .and(ingress)
         .map(|method, ingress: Arc<Ingress>| read_only(&method, || metrics(&ingress)));
     let elsewhere = warp::any().map(|| close(error(StatusCode::NOT_FOUND, "not found")));
-    hook.or(healthz).unify().or(readyz).unify().or(metrics).unify().or(elsewhere).unify()
+    let others = healthz.or(readyz).unify().or(metrics).unify().or(elsewhere).unify();
+    // One `or` around the hook, not four: each moves and polls what it holds once more.
+    hook.or(others).unify()
 }
 
 async fn hook<B: Buf>(
@@ -302,7 +304,9 @@ fn metrics(ingress: &Ingress) -> warp::reply::Response {
 
 fn read_only(method: &Method, answer: impl FnOnce() -> warp::reply::Response) -> warp::reply::Response {
     if method == Method::GET || method == Method::HEAD {
-        return answer();
+        let mut answer = answer();
+        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        return answer;
     }
     let mut answer = error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
     answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -359,7 +363,6 @@ fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
     let mut answer = Response::new(body.into());
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answer
 }
 
