@@ -64,7 +64,7 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
     first.program.stop().await;
     grow(&database, kind, events, rows).await.map_err(|problem| problem.to_string())?;
 
-    let changes = Events::changes();
+    let changes = events.changes();
     let change = |number: usize| {
         let (subscription, later_s) = (number * STRIDE % rows, i64::try_from(number / rows).unwrap_or_default() + 1);
         let kind = Kind("new");

@@ -21,9 +21,9 @@ pub(crate) struct Kind(pub(crate) &'static str);
 
 /// Makes events, one like the other: each about a subscription of its own, or about one of several.
 pub(crate) struct Events {
+    purchase: Purchase,
     text: String,
     event: String,
-    subscription: String,
     created: i64,
 }
 
@@ -33,19 +33,18 @@ const NUMBER: &str = "7531902468";
 impl Events {
     /// Of new subscriptions.
     pub(crate) fn new() -> Self {
-        Self::of(TYPE)
-    }
-
-    /// Of changes to subscriptions that exist: each changes its metadata.
-    pub(crate) fn changes() -> Self {
-        Self::of("customer.subscription.updated")
-    }
-
-    fn of(event_type: &str) -> Self {
         let now = OffsetDateTime::now_utc().unix_timestamp();
-        let purchase = Purchase::new(now - 86_400);
+        Self::of(Purchase::new(now - 86_400), TYPE)
+    }
+
+    /// Of changes to the subscriptions of these: each changes its metadata.
+    pub(crate) fn changes(&self) -> Self {
+        Self::of(self.purchase.clone(), "customer.subscription.updated")
+    }
+
+    fn of(purchase: Purchase, event_type: &str) -> Self {
         // Nothing else of the purchase has this time.
-        let created = now - 3_607;
+        let created = purchase.created + 86_400 - 3_607;
         // What makes Stripe's events long is what nobody keeps.
         let event = |tax_rates: usize, filling: usize| {
             let changes = json!({
@@ -59,7 +58,7 @@ impl Events {
         let tax_rates = (BODY_BYTES - bytes(0)) / (bytes(2) - bytes(1));
         let event = event(tax_rates, BODY_BYTES.saturating_sub(bytes(tax_rates)));
         let text = String::from_utf8(event.compact_body().to_vec()).expect("an event is text");
-        Self { text, event: event.id().to_owned(), subscription: purchase.subscription, created }
+        Self { purchase, text, event: event.id().to_owned(), created }
     }
 
     /// The id of the event of that number.
@@ -74,7 +73,7 @@ impl Events {
 
     /// The id of the subscription of that number.
     pub(crate) fn subscription(&self, kind: Kind, number: usize) -> String {
-        numbered("sub_", kind, number, self.subscription.len())
+        numbered("sub_", kind, number, self.purchase.subscription.len())
     }
 
     /// The body of an event about a subscription of its own.
@@ -86,7 +85,7 @@ impl Events {
     pub(crate) fn body_of(&self, kind: Kind, number: usize, subscription: usize, later_s: i64) -> String {
         self.text
             .replace(&self.event, &self.id(kind, number))
-            .replace(&self.subscription, &self.subscription(kind, subscription))
+            .replace(&self.purchase.subscription, &self.subscription(kind, subscription))
             .replace(NUMBER, &format!("{number:010}"))
             .replace(&self.created.to_string(), &(self.created + later_s).to_string())
     }
