@@ -13,6 +13,7 @@ mod m20261123_000002_orphaned_payment;
 mod m20261123_000003_signal_outbox;
 mod m20261123_000004_due_check;
 mod m20261124_000005_replay;
+mod m20261125_000006_room_to_update;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -26,6 +27,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261123_000003_signal_outbox::Migration),
             Box::new(m20261123_000004_due_check::Migration),
             Box::new(m20261124_000005_replay::Migration),
+            Box::new(m20261125_000006_room_to_update::Migration),
         ]
     }
 }
