@@ -10,8 +10,8 @@ use litestripe_entity::{replay, signal_due};
 use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict, Query};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
-    EntityTrait as _, FromQueryResult as _, Iterable as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
-    QueryResult, QuerySelect as _, Select,
+    EntityTrait as _, FromQueryResult as _, IdenStatic as _, Iterable as _, PaginatorTrait as _, QueryFilter as _,
+    QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _, Select,
 };
 use time::OffsetDateTime;
 
@@ -21,6 +21,9 @@ use crate::error::StoreError;
 use crate::merge::{State, Visible};
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
+
+/// The columns with an index of their own.
+const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
 
 /// What a row is before a batch.
 #[derive(Debug, Clone, Default)]
@@ -225,17 +228,57 @@ pub async fn save(
 ) -> Result<HashSet<String>, StoreError> {
     debug_assert!(rows.is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
     let doing = StoreError::doing("save subscriptions");
-    let models = rows.into_iter().map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
-    let overwritten =
-        Column::iter().filter(|column| !matches!(column, Column::StripeSubscriptionId | Column::DtCreated));
-    let read_version = Expr::col((Entity, Column::Version));
-    let guard = read_version.eq(Expr::cust("excluded.version - 1"));
-    let on_conflict =
-        OnConflict::column(Column::StripeSubscriptionId).update_columns(overwritten).action_and_where(guard).to_owned();
-    let written = super::rows::insert(tx, models, Some(&on_conflict), Some(Column::StripeSubscriptionId)).await;
-    let keys: Result<_, _> =
-        written.map_err(&doing)?.iter().map(|row| row.try_get("", "stripe_subscription_id")).collect();
-    keys.map_err(&doing)
+    // SQLite writes the index entries of every assigned column anew, a page for each, though they stay what
+    // they were. PostgreSQL compares.
+    let (indexed, others) = match tx.get_database_backend() {
+        DbBackend::Sqlite => by_index_entries(tx, rows).await.map_err(&doing)?,
+        _ => (rows, Vec::new()),
+    };
+    let mut written = HashSet::new();
+    for (rows, entries_change) in [(indexed, true), (others, false)] {
+        let models = rows.into_iter().map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
+        let overwritten = Column::iter().filter(|column| match column {
+            Column::StripeSubscriptionId | Column::DtCreated => false,
+            Column::StripeCustomerId | Column::ClientReferenceId => entries_change,
+            _ => true,
+        });
+        let read_version = Expr::col((Entity, Column::Version));
+        let guard = read_version.eq(Expr::cust("excluded.version - 1"));
+        let on_conflict = OnConflict::column(Column::StripeSubscriptionId)
+            .update_columns(overwritten)
+            .action_and_where(guard)
+            .to_owned();
+        let inserted = super::rows::insert(tx, models, Some(&on_conflict), Some(Column::StripeSubscriptionId)).await;
+        for row in inserted.map_err(&doing)? {
+            written.insert(row.try_get("", "stripe_subscription_id").map_err(&doing)?);
+        }
+    }
+    Ok(written)
+}
+
+/// Those of `rows` whose index entries change, and those that are new or keep them.
+async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(Vec<Row>, Vec<Row>), DbErr> {
+    let known: Vec<&str> =
+        rows.iter().filter(|row| row.version > 1).map(|row| row.stripe_subscription_id.as_str()).collect();
+    if known.is_empty() {
+        return Ok((Vec::new(), rows));
+    }
+    let wanted = super::among_ids(tx.get_database_backend(), KEY, &known);
+    let query = keys().columns(INDEXED).filter(wanted).into_query();
+    let mut entries = HashMap::new();
+    for row in tx.query_all(&query).await? {
+        let id: String = row.try_get("", "stripe_subscription_id")?;
+        // What a person put there may be no text.
+        let entry = |column: Column| row.try_get::<Option<String>>("", column.as_str()).ok();
+        entries.insert(id, INDEXED.map(entry));
+    }
+    let changes = |row: &Row| {
+        let subscription = &row.visible.subscription;
+        let now = [&subscription.stripe_customer_id, &subscription.client_reference_id].map(Some);
+        let held = entries.get(&row.stripe_subscription_id).map(|held| held.each_ref().map(Option::as_ref));
+        row.version > 1 && held != Some(now)
+    };
+    Ok(rows.into_iter().partition(changes))
 }
 
 fn model(row: Row, now: OffsetDateTime) -> Result<ActiveModel, DbErr> {
