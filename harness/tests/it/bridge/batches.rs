@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::stripe::Purchase;
+use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -52,6 +53,35 @@ async fn states_between_are_told_however_batches_follow_each_other(database: Dat
     let expected: Vec<_> = (1..=CHANGES).map(|change| change.to_string()).collect();
     assert_eq!(told.len(), expected.len() + 1, "{told:?}");
     assert!(told.iter().skip(1).copied().eq(expected.iter().map(|change| Some(change.as_str()))), "{told:?}");
+}
+
+/// SQLite writes the index entries of every column that is assigned, whatever to.
+#[tokio::test]
+async fn sqlite_assigns_indexed_columns_only_where_they_change() {
+    const WATCH: &str = "CREATE TABLE assigned (id TEXT); \
+        CREATE TRIGGER watch AFTER UPDATE OF stripe_customer_id, client_reference_id ON stripe_subscription \
+        BEGIN INSERT INTO assigned VALUES (NEW.stripe_subscription_id); END";
+    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let db = bridge.database.connection().await.expect("the database answers");
+    db.execute_unprepared(WATCH).await.expect("a trigger can be made");
+    let assigned = async || {
+        let rows = db.query_all_raw(Statement::from_string(DbBackend::Sqlite, "SELECT id FROM assigned")).await;
+        rows.expect("the database answers").len()
+    };
+    let purchase = Purchase::new(now() - 3_600);
+    bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    bridge.wait_until_applied().await;
+    let changed = json!({ "metadata": { "seats": "3" } });
+    bridge.deliver(&purchase.subscription_event(UPDATED, purchase.created + 1, changed)).await;
+    bridge.wait_until_applied().await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!((row.version, assigned().await), (2, 0), "neither of them changed");
+
+    let session = json!({ "client_reference_id": "user_1" });
+    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + 2, session)).await;
+    bridge.wait_until_applied().await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!((row.client_reference_id.as_deref(), assigned().await), (Some("user_1"), 1));
 }
 
 /// PostgreSQL gets them as arrays, in which some characters and one word mean something.

@@ -7,7 +7,7 @@ use std::path::Path;
 use litestripe_entity::{due_check, orphaned_payment, replay, signal_due, signal_outbox, stripe_subscription};
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::Program;
-use sea_orm::{ConnectionTrait as _, EntityTrait, Iterable as _, Schema};
+use sea_orm::{ConnectionTrait as _, DbBackend, EntityTrait, Iterable as _, Schema, Statement};
 use serde_json::{Value, json};
 
 use super::run;
@@ -142,6 +142,19 @@ async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
         let table = column.split('.').next().unwrap_or_default();
         assert!(entities.contains_key(column) || !tables.contains(&table), "{column} is in no entity");
     }
+}
+
+/// Where there is none, every change of a row needs new index entries.
+#[tokio::test]
+async fn postgres_pages_have_room_for_changes() {
+    const OPTIONS: &str = "SELECT reloptions::text AS options FROM pg_class WHERE relname = 'stripe_subscription'";
+    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    bridge.database.resume().await;
+    assert!(run(bridge.worker().args(["migrate", "up"])).await.status.success());
+    let db = bridge.database.connection().await.expect("the database answers");
+    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, OPTIONS)).await.expect("it answers");
+    let options: Option<String> = row.expect("there is the table").try_get("", "options").expect("it is text");
+    assert_eq!(options.as_deref(), Some("{fillfactor=70}"));
 }
 
 async fn create<E: EntityTrait>(database: &Database, entity: E) {
