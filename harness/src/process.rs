@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 
 use crate::eventually;
 
+/// How long a process may take to stop: as long as the slowest of its calls to a disk.
+const STOPS_WITHIN: Duration = Duration::from_secs(30);
+
 /// The signals that tests send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
@@ -158,10 +161,12 @@ impl Process {
         .await
     }
 
-    /// Sends a signal; does nothing when the process has ended.
+    /// Sends a signal; does nothing when the process has ended. Returns from [`Signal::Stop`] once nothing
+    /// of it runs: `kill` itself returns as soon as the signal waits for one of its threads, and the others
+    /// go on until that one has had its turn.
     ///
     /// # Panics
-    /// When the signal cannot be sent.
+    /// When the signal cannot be sent, or a process does not stop.
     pub fn signal(&self, signal: Signal) {
         let mut child = self.child();
         // Not reaped before this function ends, because the lock is held: the pid is still its own.
@@ -172,6 +177,11 @@ impl Process {
         let kill = format!("kill -s {} {}", signal.name(), child.id());
         let status = Command::new("sh").args(["-c", &kill]).status().expect("every Unix has sh");
         assert!(status.success(), "`{kill}` failed");
+        let end = Instant::now() + STOPS_WITHIN;
+        while signal == Signal::Stop && !is_stopped(child.id()) {
+            assert!(Instant::now() < end, "{} does not stop", self.name);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits for its end.
@@ -202,6 +212,16 @@ impl Process {
     fn child(&self) -> MutexGuard<'_, Child> {
         self.child.lock().expect(LOCK)
     }
+}
+
+/// Whether all threads of a process are stopped, or it is none any more. Linux: `proc_pid_stat(5)`.
+fn is_stopped(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The state follows the name, which may hold anything. What ended meanwhile has none.
+        stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['T', 't', 'Z', 'X']))
+    })
 }
 
 impl Drop for Process {
