@@ -73,7 +73,7 @@ pub struct Decoded {
     batch: Batch,
     arrivals: Vec<Arrival>,
     poisoned: Vec<(usize, String)>,
-    concerns: Arc<HashSet<String>>,
+    concerns: HashSet<String>,
 }
 
 impl Decoded {
@@ -83,14 +83,30 @@ impl Decoded {
         let (arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
         let (by_subscription, others) = by_subscription(arrivals.iter().collect());
         let ids = by_subscription.into_keys().chain(others.into_iter().map(|(id, _)| id));
-        let concerns = Arc::new(ids.map(str::to_owned).collect());
+        let concerns = ids.map(str::to_owned).collect();
         Self { batch, arrivals, poisoned, concerns }
+    }
+
+    /// Takes in what came later.
+    pub fn append(&mut self, later: Self) {
+        let before = self.batch.count();
+        self.batch.append(later.batch);
+        let arrivals = later.arrivals.into_iter();
+        self.arrivals.extend(arrivals.map(|arrival| Arrival { index: before + arrival.index, ..arrival }));
+        self.poisoned.extend(later.poisoned.into_iter().map(|(index, why)| (before + index, why)));
+        self.concerns.extend(later.concerns);
+    }
+
+    /// How many messages it is of.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.batch.count()
     }
 
     /// The ids of the subscriptions and payments that its events are about. Batches that have one in
     /// common are applied one after the other, or a subscriber would not hear of states between.
     #[must_use]
-    pub fn concerns(&self) -> &Arc<HashSet<String>> {
+    pub fn concerns(&self) -> &HashSet<String> {
         &self.concerns
     }
 

@@ -13,7 +13,6 @@ use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
-use futures_util::stream::ReadyChunks;
 use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
@@ -51,7 +50,9 @@ pub struct OpenError(#[source] ConsumerError);
 /// Messages of the durable consumer, as they come.
 pub struct Batches {
     consumer: Consumer<pull::Config>,
-    chunks: ReadyChunks<pull::Stream>,
+    messages: pull::Stream,
+    /// Messages at a time, at most.
+    batch: usize,
     /// Whether pulling failed since the consumer was last seen.
     is_doubted: bool,
 }
@@ -245,7 +246,7 @@ impl Batches {
             .heartbeat(PULL_HEARTBEAT)
             .messages()
             .await?;
-        Ok(Self { consumer, chunks: messages.ready_chunks(batch), is_doubted: false })
+        Ok(Self { consumer, messages, batch, is_doubted: false })
     }
 
     /// The messages that are there, at least one. None when the consumer is gone and must be opened
@@ -254,14 +255,23 @@ impl Batches {
     /// # Cancel safety
     /// A cancelled wait loses no message.
     pub async fn next(&mut self) -> Option<Batch> {
+        self.at_most(self.batch).await
+    }
+
+    /// The same, but not more than `limit` messages.
+    ///
+    /// # Cancel safety
+    /// A cancelled wait loses no message.
+    pub async fn at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
             if self.is_doubted && self.is_gone().await {
                 return None;
             }
             self.is_doubted = false;
             let mut messages = Vec::new();
+            let mut ready = self.messages.by_ref().ready_chunks(limit);
             // Tokio would have us pause after some sixty messages, and a batch end there.
-            for item in tokio::task::unconstrained(self.chunks.next()).await? {
+            for item in tokio::task::unconstrained(ready.next()).await? {
                 match item {
                     Ok(message) => messages.push(message),
                     // Missing heartbeats and the like. The library asks for messages again by itself,
@@ -290,8 +300,8 @@ impl Batches {
     /// for and is still on its way (the library asks by itself) comes again only after that.
     pub async fn close(mut self) {
         let mut handed_back = 0;
-        while let Some(Some(items)) = tokio::task::unconstrained(self.chunks.next()).now_or_never() {
-            let batch = Batch { messages: items.into_iter().filter_map(Result::ok).collect() };
+        while let Some(Some(item)) = tokio::task::unconstrained(self.messages.next()).now_or_never() {
+            let batch = Batch { messages: item.into_iter().collect() };
             batch.hand_back().await;
             handed_back += batch.messages.len();
         }
@@ -332,6 +342,17 @@ impl Batch {
     /// The messages, in the order in which they came.
     pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
         self.messages.iter().map(|message| Delivery { payload: &message.payload, message })
+    }
+
+    /// How many messages it is of.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.messages.len()
+    }
+
+    /// Takes in the messages of `other`, behind its own.
+    pub fn append(&mut self, mut other: Self) {
+        self.messages.append(&mut other.messages);
     }
 
     /// The highest sequence among them.

@@ -175,7 +175,7 @@ impl Relay {
         }
         let sent = self.send(rows).await;
         fail_point!("worker::after_signal", |_| std::process::abort());
-        store::outbox::delete_soon(&tx, sent.ids).await?;
+        store::outbox::delete(&tx, sent.ids).await?;
         tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
         sent.round
     }

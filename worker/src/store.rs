@@ -52,6 +52,10 @@ const SQLITE_CACHE: &str = "-8192";
 /// rows all over a large table would, each time.
 const SQLITE_CHECKPOINT: &str = "10000";
 
+/// How long a connection to PostgreSQL may have been idle to be taken for alive. To ask it costs every
+/// transaction a round trip.
+const FRESH: Duration = Duration::from_secs(1);
+
 /// Under this number one migration at a time runs on a PostgreSQL database.
 const MIGRATION_LOCK: i64 = 0x6c69_7465_7374_7270;
 
@@ -276,6 +280,7 @@ fn configure_postgres(options: &mut ConnectOptions) {
     options
         .max_connections(POSTGRES_CONNECTIONS)
         .connect_lazy(true)
+        .test_before_acquire_if_idle_for(FRESH)
         .set_application_name("litestripe-worker")
         .statement_timeout(STATEMENT_TIMEOUT)
         .map_sqlx_postgres_opts(move |postgres| {

@@ -15,6 +15,7 @@ use litestripe_contract::{connect, exit, shutdown, stream};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -56,6 +57,13 @@ const FINISH_MAX: Duration = Duration::from_secs(10);
 
 /// Batches that are applied at the same time: one is decoded and merged while the database has another.
 const BATCHES_IN_FLIGHT: usize = 2;
+
+/// Messages from which a batch is applied beside another one. Fewer wait for those that come meanwhile: a
+/// transaction costs as much as some twenty events.
+const WORTHWHILE: usize = 64;
+
+/// How long they wait, at most: the batch before them may be held up.
+const GATHER_MAX: Duration = Duration::from_millis(20);
 
 /// How long acks may take to leave the process at the end.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
@@ -422,7 +430,7 @@ async fn consume(
                 readiness.consuming.store(true, Ordering::Relaxed);
                 (delays, said) = (self::delays(), false);
                 metrics::waiting_for_broker(false);
-                drain(batches, applier, shutdown).await;
+                drain(batches, settings.batch, applier, shutdown).await;
                 readiness.consuming.store(false, Ordering::Relaxed);
             }
             Err(error) => {
@@ -445,21 +453,27 @@ async fn consume(
     }
 }
 
-/// Applies a batch while the database has another one, if they concern nothing in common.
-async fn drain(mut batches: Batches, applier: &Applier, shutdown: &CancellationToken) {
+/// Applies a batch while the database has another one, if it is worth it and they concern nothing in common.
+async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: &CancellationToken) {
     let mut applying = FuturesUnordered::new();
     let mut busy: Vec<Arc<HashSet<String>>> = Vec::new();
     let mut next: Option<Decoded> = None;
+    let mut gathered_until = Instant::now();
     loop {
-        let is_free = |decoded: &mut Decoded| busy.iter().all(|busy| busy.is_disjoint(decoded.concerns()));
-        if let Some(decoded) = next.take_if(is_free) {
-            let concerns = Arc::clone(decoded.concerns());
+        let is_patient = Instant::now() < gathered_until;
+        let may_start = |next: &mut Decoded| {
+            let waits = is_patient && !busy.is_empty() && next.count() < WORTHWHILE.min(limit);
+            !waits && busy.iter().all(|busy| busy.is_disjoint(next.concerns()))
+        };
+        if let Some(decoded) = next.take_if(may_start) {
+            let concerns = Arc::new(decoded.concerns().clone());
             busy.push(Arc::clone(&concerns));
             applying.push(async move {
                 batch::apply(applier, decoded, shutdown).await;
                 concerns
             });
         }
+        let room = limit - next.as_ref().map_or(0, Decoded::count);
         tokio::select! {
             biased;
             () = shutdown.cancelled() => {
@@ -467,10 +481,18 @@ async fn drain(mut batches: Batches, applier: &Applier, shutdown: &CancellationT
                 break;
             }
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
-            batch = batches.next(), if next.is_none() && applying.len() < BATCHES_IN_FLIGHT => match batch {
-                Some(batch) => next = Some(Decoded::of(applier, batch)),
-                None => break,
-            },
+            () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
+            batch = batches.at_most(room), if room > 0 && applying.len() < BATCHES_IN_FLIGHT => {
+                let Some(batch) = batch else { break };
+                let decoded = Decoded::of(applier, batch);
+                match &mut next {
+                    Some(next) => next.append(decoded),
+                    None => {
+                        next = Some(decoded);
+                        gathered_until = Instant::now() + GATHER_MAX;
+                    }
+                }
+            }
         }
     }
     while applying.next().await.is_some() {}

@@ -66,14 +66,17 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
     first.map(|id| id.is_none()).map_err(StoreError::doing("look into the outbox"))
 }
 
-/// Locks the shards that no other relay works on, for this transaction.
+/// Locks the shards that no other relay works on, for this transaction. Its commit will not wait for the
+/// disk: after a crash of the server, signals that were sent and removed may be there again, and are sent
+/// again under their message ids.
 ///
 /// PostgreSQL only: on SQLite a file lock stands for all shards.
 ///
 /// # Errors
 /// When the database is away.
 pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
-    const FREE: &str = "SELECT shard FROM signal_shard ORDER BY shard FOR UPDATE SKIP LOCKED";
+    const FREE: &str = "SELECT shard, set_config('synchronous_commit', 'off', true) FROM signal_shard ORDER BY shard \
+        FOR UPDATE SKIP LOCKED";
     let doing = StoreError::doing("lock shards of the outbox");
     let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
     rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
@@ -133,17 +136,6 @@ pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(),
     let those = super::among(db.get_database_backend(), Column::Id, ids);
     let deleted = Entity::delete_many().filter(those).exec(db).await;
     deleted.map(|_| ()).map_err(StoreError::doing("remove sent signals"))
-}
-
-/// The same on PostgreSQL, in a transaction whose commit then does not wait for the disk: after a crash
-/// of the server they may be there again, and are sent again under their message ids.
-///
-/// # Errors
-/// When the database is away.
-pub async fn delete_soon(tx: &DatabaseTransaction, ids: Vec<i64>) -> Result<(), StoreError> {
-    let doing = StoreError::doing("remove sent signals");
-    tx.execute_unprepared("SET LOCAL synchronous_commit = off").await.map_err(&doing)?;
-    delete(tx, ids).await
 }
 
 /// How many signals wait, and since when the oldest does.

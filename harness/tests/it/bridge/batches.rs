@@ -1,10 +1,12 @@
 //! Many events at a time: what depends on how they are cut into batches and bound to statements.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
-use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
+use sea_orm::{ConnectionTrait as _, DbBackend, Statement, TransactionTrait as _};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -53,6 +55,45 @@ async fn states_between_are_told_however_batches_follow_each_other(database: Dat
     let expected: Vec<_> = (1..=CHANGES).map(|change| change.to_string()).collect();
     assert_eq!(told.len(), expected.len() + 1, "{told:?}");
     assert!(told.iter().skip(1).copied().eq(expected.iter().map(|change| Some(change.as_str()))), "{told:?}");
+}
+
+/// What comes while a batch waits for somebody's lock is gathered, poison in its midst, and applied beside it.
+#[tokio::test]
+async fn a_batch_that_is_held_up_holds_up_no_other() {
+    const OTHERS: usize = 40;
+    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let held = Purchase::new(now() - 3_600);
+    bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
+    bridge.check().await;
+    let connection = bridge.database.connection().await.expect("the database answers");
+    let somebody = connection.begin().await.expect("a transaction can be begun");
+    let lock =
+        format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE", held.subscription);
+    somebody.execute_unprepared(&lock).await.expect("the row is there");
+    bridge.deliver(&held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }))).await;
+
+    let mut poison = Vec::new();
+    for number in 0..OTHERS {
+        let mut event = Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({}));
+        if number % 4 == 1 {
+            event.value["created"] = json!("poison");
+            poison.push(event.body());
+        }
+        bridge.deliver(&event).await;
+    }
+    let applied = 1 + OTHERS - poison.len();
+    eventually("the others to be applied", Duration::from_secs(30), async || match bridge.rows().await {
+        rows if rows.len() == applied => Ok(()),
+        rows => Err(format!("{} rows", rows.len())),
+    })
+    .await;
+    assert_eq!(bridge.row(&held.subscription).await.status.as_deref(), Some("active"), "somebody still holds it");
+
+    somebody.rollback().await.expect("the lock is let go");
+    assert_eq!(bridge.check().await.len(), applied + 1);
+    let letters = bridge.dead_letters().await;
+    let of: BTreeSet<_> = letters.iter().map(|letter| letter.body.clone()).collect();
+    assert_eq!((letters.len(), of), (poison.len(), poison.into_iter().collect()));
 }
 
 /// SQLite writes the index entries of every column that is assigned, whatever to.
