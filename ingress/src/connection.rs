@@ -26,7 +26,10 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::threads::Threads;
 use crate::throttle::Throttle;
+
+mod threads;
 
 /// Connections at a time. Beyond it none is accepted, and clients wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 1024;
@@ -70,6 +73,7 @@ where
         .writev(false);
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let graceful = GracefulShutdown::new();
+    let threads = Threads::start();
     let failures = Throttle::new(Duration::from_secs(60));
     while let Some(accepted) = shutdown.run_until_cancelled(accept(&listener, &connections)).await {
         let (stream, permit) = match accepted {
@@ -83,23 +87,30 @@ where
             }
         };
         let lingers = Arc::new(AtomicBool::new(false));
-        let socket = Socket::new(stream, Arc::clone(&lingers));
-        let service = service.clone();
-        let service = service_fn(move |request| {
-            let response = service.call(request);
-            let lingers = Arc::clone(&lingers);
-            async move {
-                let response = response.await?;
-                lingers.store(closes(&response), Ordering::Relaxed);
-                Ok::<_, Infallible>(response)
+        let service = service_fn({
+            let (service, lingers) = (service.clone(), Arc::clone(&lingers));
+            move |request| {
+                let response = service.call(request);
+                let lingers = Arc::clone(&lingers);
+                async move {
+                    let response = response.await?;
+                    lingers.store(closes(&response), Ordering::Relaxed);
+                    Ok::<_, Infallible>(response)
+                }
             }
         });
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(socket), service));
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
+        let (http, watcher) = (http.clone(), graceful.watcher());
+        threads.spawn(async move {
+            let _permit = permit;
+            // Registered anew, with the thread that serves it.
+            let stream = match TcpStream::from_std(stream) {
+                Ok(stream) => stream,
+                Err(error) => return debug!("connection not served: {error}"),
+            };
+            let socket = TokioIo::new(Socket::new(stream, lingers));
+            if let Err(error) = watcher.watch(http.serve_connection(socket, service)).await {
                 debug!("connection ended: {error}");
             }
-            drop(permit);
         });
     }
     drop(listener);
@@ -109,11 +120,14 @@ where
     }
 }
 
-async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Semaphore>,
+) -> io::Result<(std::net::TcpStream, OwnedSemaphorePermit)> {
     let permit = Arc::clone(connections).acquire_owned().await.expect("nobody closes the semaphore");
     let (stream, _) = listener.accept().await?;
     stream.set_nodelay(true)?;
-    Ok((stream, permit))
+    Ok((stream.into_std()?, permit))
 }
 
 /// Whether the answer ends its connection: then the request may not have been read to its end.

@@ -29,8 +29,7 @@ fn main() -> ExitCode {
         Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
     };
     telemetry::init(&settings.log);
-    // One thread, whose queue is first in, first out: what requests publish while it is their turn goes
-    // to NATS in one write, and nobody is woken on another core for it.
+    // One thread, with a queue that is first in, first out. See `connection::threads`, which has the others.
     match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(serve(settings)),
         Err(error) => exit::fail(exit::FAILURE, format!("cannot start: {error}")),

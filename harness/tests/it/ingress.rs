@@ -160,11 +160,11 @@ async fn check_error(answer: Response, status: u16, case: &str) {
     assert!(body["error"].as_str().is_some_and(|text| !text.is_empty()), "{case}: {body}");
 }
 
-/// Returns once a body is in flight.
-async fn in_flight(ingress: &Ingress) {
-    eventually("a body to be in flight", DEADLINE, async || {
+/// Returns once bodies of so many bytes are in flight.
+async fn in_flight(ingress: &Ingress, bytes: usize) {
+    eventually("bodies to be in flight", DEADLINE, async || {
         let held = ingress.metric("litestripe_ingress_bodies_in_flight_bytes").await;
-        if held > 0.0 { Ok(()) } else { Err(held.to_string()) }
+        if held >= bytes as f64 { Ok(()) } else { Err(held.to_string()) }
     })
     .await;
 }

@@ -40,7 +40,7 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
     let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
     let start = Instant::now();
     let (answer, ()) = tokio::join!(ingress.post(&delivery), async {
-        in_flight(&ingress).await;
+        in_flight(&ingress, 1).await;
         broker.kill().await;
     });
     assert!(start.elapsed() < ANSWER_WITHIN, "{:?}", start.elapsed());

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Program;
 use litestripe_harness::stripe::Delivery;
@@ -9,24 +10,28 @@ use litestripe_harness::{eventually, nats};
 use reqwest::StatusCode;
 use tokio::net::TcpStream;
 
-use super::{DEADLINE, Ingress, SECRET, Setup, TYPE, UUID, event, in_flight};
+use super::{DEADLINE, Ingress, SECRET, Setup, TYPE, UUID, event, event_of, in_flight};
 
 #[tokio::test]
-async fn a_request_in_flight_is_finished_before_the_end() {
+async fn requests_in_flight_are_finished_before_the_end() {
+    // More than are served on one thread.
+    const REQUESTS: usize = 40;
     let setup = Setup::new().await;
     let broker = setup.broker.process().expect("the broker runs");
     broker.signal(Signal::Stop);
-    let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
-    let (answer, ()) = tokio::join!(setup.ingress.post(&delivery), async {
-        in_flight(&setup.ingress).await;
+    let deliveries: Vec<_> =
+        (0..REQUESTS).map(|number| Delivery::new(event_of(&format!("evt_{number}"), 1_000), SECRET)).collect();
+    let posts = join_all(deliveries.iter().map(|delivery| setup.ingress.post(delivery)));
+    let (answers, ()) = tokio::join!(posts, async {
+        in_flight(&setup.ingress, REQUESTS * 1_000).await;
         setup.ingress.program.signal(Signal::Term);
         setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
         broker.signal(Signal::Cont);
     });
-    assert_eq!(answer.status(), StatusCode::OK);
+    assert!(answers.iter().all(|answer| answer.status() == StatusCode::OK), "{answers:?}");
     let status = setup.ingress.program.wait(DEADLINE).await;
     assert_eq!(status.code(), Some(0));
-    assert_eq!(setup.state().await.messages, 1);
+    assert_eq!(setup.state().await.messages, REQUESTS as u64);
 }
 
 #[tokio::test]
@@ -48,7 +53,7 @@ async fn a_second_signal_ends_it_at_once() {
     let client = setup.ingress.client.clone();
     let url = setup.ingress.hook();
     let post = tokio::spawn(async move { Delivery::new(event("evt_1", TYPE), SECRET).post(&client, &url).await });
-    in_flight(&setup.ingress).await;
+    in_flight(&setup.ingress, 1).await;
     setup.ingress.program.signal(Signal::Term);
     setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
     let start = Instant::now();

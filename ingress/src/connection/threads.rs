@@ -1,0 +1,115 @@
+//! Threads that connections are served on.
+//!
+//! Owns how many there are, and which connection is whose. The first one is the caller's own, on which all
+//! else of ingress runs too. Each has a queue that is first in, first out: what its connections publish
+//! while it is their turn goes to NATS together. tokio's scheduler for several threads would run whoever is
+//! woken at once, and move tasks from core to core.
+
+use std::sync::Arc;
+use std::{io, thread};
+
+use tokio::runtime::{Builder, Handle};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::warn;
+
+/// Threads at most. Each refuses 100,000 forged deliveries a second; accepted ones are the broker's to bound.
+const THREADS_MAX: usize = 4;
+
+/// Connections that a thread is given before the next one gets any: few are served best side by side, next
+/// to the connection to NATS.
+const TOGETHER: usize = 8;
+
+/// The threads. They end when this is dropped.
+pub(super) struct Threads {
+    all: Vec<Thread>,
+    _stop: DropGuard,
+}
+
+struct Thread {
+    runtime: Handle,
+    /// Held by everything that runs on it.
+    load: Arc<()>,
+}
+
+impl Threads {
+    /// As many as there are cores.
+    pub(super) fn start() -> Self {
+        Self::of(thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX)))
+    }
+
+    /// So many, where the system has them to give.
+    fn of(wanted: usize) -> Self {
+        let stop = CancellationToken::new();
+        let mut all = vec![Thread { runtime: Handle::current(), load: Arc::default() }];
+        while all.len() < wanted {
+            match start(stop.clone()) {
+                Ok(runtime) => all.push(Thread { runtime, load: Arc::default() }),
+                Err(error) => {
+                    warn!("cannot start another thread, serving on {}: {error}", all.len());
+                    break;
+                }
+            }
+        }
+        Self { all, _stop: stop.drop_guard() }
+    }
+
+    /// Runs `task` where the fewest run.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let load = |thread: &&Thread| (Arc::strong_count(&thread.load) - 1) / TOGETHER;
+        let Some(thread) = self.all.iter().min_by_key(load) else { return };
+        let load = Arc::clone(&thread.load);
+        thread.runtime.spawn(async move {
+            task.await;
+            drop(load);
+        });
+    }
+}
+
+fn start(stop: CancellationToken) -> io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    thread::Builder::new().name("connections".to_owned()).spawn(move || runtime.block_on(stop.cancelled()))?;
+    Ok(handle)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn few_are_together_and_many_are_spread() {
+        let threads = Threads::of(2);
+        let (sender, mut places) = mpsc::unbounded_channel();
+        let release = CancellationToken::new();
+        let mut places_of = async |tasks: usize| {
+            for _ in 0..tasks {
+                let (sender, release) = (sender.clone(), release.clone());
+                threads.spawn(async move {
+                    let _ = sender.send(thread::current().id());
+                    release.cancelled().await;
+                });
+            }
+            let mut seen = HashSet::new();
+            for _ in 0..tasks {
+                seen.extend(places.recv().await);
+            }
+            seen
+        };
+        let own = HashSet::from([thread::current().id()]);
+        assert_eq!(places_of(TOGETHER).await, own);
+        let other = places_of(TOGETHER).await;
+        assert_eq!(other.len(), 1);
+        assert!(other.is_disjoint(&own));
+        assert_eq!(places_of(TOGETHER).await, own);
+        // Those that ended do not count.
+        release.cancel();
+        while threads.all.iter().any(|thread| Arc::strong_count(&thread.load) > 1) {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(places_of(TOGETHER).await, own);
+    }
+}
