@@ -174,7 +174,7 @@ pub(crate) async fn jetstream(broker: &nats::Server) -> jetstream::Context {
 pub(crate) async fn fill(
     jetstream: jetstream::Context,
     count: usize,
-    event: impl Fn(usize) -> (String, String),
+    event: impl Fn(usize) -> (Option<String>, String),
 ) -> Result<(), String> {
     let text = |problem: &dyn std::error::Error| problem.to_string();
     stream::provide_events(&jetstream, &events_settings()).await.map_err(|problem| text(&problem))?;
@@ -182,7 +182,9 @@ pub(crate) async fn fill(
     for number in 0..count {
         let (id, body) = event(number);
         let mut headers = HeaderMap::new();
-        headers.insert(header::MESSAGE_ID, id);
+        if let Some(id) = id {
+            headers.insert(header::MESSAGE_ID, id);
+        }
         let sent = jetstream.publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into()).await;
         acks.push_back(sent.map_err(|problem| text(&problem))?);
         if acks.len() == IN_FLIGHT
@@ -199,7 +201,7 @@ pub(crate) async fn fill(
 
 /// [`fill`] with events of that many new subscriptions.
 pub(crate) async fn fill_with_new(jetstream: jetstream::Context, events: &Events, count: usize) -> Result<(), String> {
-    fill(jetstream, count, |number| (events.id(Kind("w"), number), events.body(Kind("w"), number))).await
+    fill(jetstream, count, |number| (Some(events.id(Kind("w"), number)), events.body(Kind("w"), number))).await
 }
 
 /// Makes the workers' consumer as they would, but paused: they can get ready with nothing to do.
