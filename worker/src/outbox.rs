@@ -32,7 +32,8 @@ use crate::store::{self, Store};
 /// How often the outbox is looked at unasked: what a crashed worker left waits this long.
 const POLL: Duration = Duration::from_secs(1);
 
-/// How often while another relay is at it, which may end before it sees what came last.
+/// How often while another relay is at it, which may end before it sees what came last. Not more often
+/// when woken: of many workers under load, all but one would ask in vain after every batch.
 const BUSY_POLL: Duration = Duration::from_millis(20);
 
 /// How long shards are held, at most.
@@ -132,17 +133,18 @@ impl Relay {
                 asked = Instant::now();
                 connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
             }
-            let pause = match outcome {
+            let (pause, may_wake) = match outcome {
                 Ok(Round::More) => {
                     is_woken = true;
                     continue;
                 }
                 _ if last => return,
-                Ok(Round::Busy) => BUSY_POLL,
-                Ok(Round::Idle) | Err(_) => POLL,
+                Ok(Round::Busy) => (BUSY_POLL, false),
+                Ok(Round::Idle) => (POLL, true),
+                Err(_) => (POLL, false),
             };
             is_woken = tokio::select! {
-                () = relay.wake.notified(), if !waiting => true,
+                () = relay.wake.notified(), if may_wake => true,
                 () = tokio::time::sleep(pause) => false,
                 () = shutdown.cancelled() => false,
             };

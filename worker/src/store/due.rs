@@ -89,21 +89,23 @@ pub async fn put(tx: &DatabaseTransaction, mut checks: Vec<Check>) -> Result<(),
     checks.reverse();
     checks.dedup_by(|a, b| (&a.entity_id, a.kind) == (&b.entity_id, b.kind));
     checks.reverse();
-    let anew = OnConflict::columns([Column::EntityId, Column::Kind])
-        .update_columns([
-            Column::DueAt,
-            Column::Attempts,
-            Column::CheckoutSessionId,
-            Column::StripeCustomerId,
-            Column::ClientReferenceId,
-            Column::EventId,
-            Column::EventType,
-            Column::EventCreated,
-            Column::StreamSequence,
-        ])
-        // Paid stays paid, whichever of a session's events comes last.
-        .value(Column::IsPaid, Expr::cust("due_check.is_paid OR excluded.is_paid"))
-        .to_owned();
+    let anew = || {
+        OnConflict::columns([Column::EntityId, Column::Kind])
+            .update_columns([
+                Column::DueAt,
+                Column::Attempts,
+                Column::CheckoutSessionId,
+                Column::StripeCustomerId,
+                Column::ClientReferenceId,
+                Column::EventId,
+                Column::EventType,
+                Column::EventCreated,
+                Column::StreamSequence,
+            ])
+            // Paid stays paid, whichever of a session's events comes last.
+            .value(Column::IsPaid, Expr::cust("due_check.is_paid OR excluded.is_paid"))
+            .to_owned()
+    };
     let rows = checks.into_iter().map(|check| ActiveModel {
         entity_id: Set(check.entity_id),
         kind: Set(check.kind.as_str().to_owned()),
@@ -121,7 +123,7 @@ pub async fn put(tx: &DatabaseTransaction, mut checks: Vec<Check>) -> Result<(),
         event_created: Set(check.event.created.unix()),
         stream_sequence: Set(check.stream_sequence.cast_signed()),
     });
-    let put = super::rows::insert(tx, rows.collect(), Some(&anew), None).await;
+    let put = super::rows::insert(tx, rows.collect(), Some(anew), None).await;
     put.map(drop).map_err(StoreError::doing("save due checks"))
 }
 

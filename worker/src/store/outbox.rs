@@ -75,8 +75,8 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
 /// # Errors
 /// When the database is away.
 pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
-    const FREE: &str = "SELECT shard, set_config('synchronous_commit', 'off', true) FROM signal_shard ORDER BY shard \
-        FOR UPDATE SKIP LOCKED";
+    const FREE: &str = "SELECT shard FROM signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
+        ORDER BY shard FOR UPDATE SKIP LOCKED";
     let doing = StoreError::doing("lock shards of the outbox");
     let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
     rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()

@@ -5,10 +5,14 @@
 //! every batch anew with its thousands of parameters. SQLite has no arrays and gets every value by
 //! itself, in statements of few different lengths, which are prepared once too.
 
-use sea_orm::sea_query::{ArrayType, ColumnType, Expr, InsertStatement, OnConflict, Query};
+use std::any::TypeId;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use sea_orm::sea_query::{ArrayType, ColumnType, Expr, OnConflict, Query};
 use sea_orm::{
-    ActiveModelTrait, ActiveValue, ColumnDef, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbBackend,
-    DbErr, EntityName as _, EntityTrait, IdenStatic as _, Iterable as _, QueryResult, Statement, Value,
+    ActiveModelTrait, ActiveValue, ColumnDef, ColumnTrait, ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr,
+    EntityName as _, EntityTrait, IdenStatic, Iterable as _, QueryResult, Statement, Value,
 };
 use time::OffsetDateTime;
 use time::macros::datetime;
@@ -23,15 +27,30 @@ const GIVEN_TIME: &str = "NULLIF($1, TIMESTAMPTZ '4001-01-01 00:00:00+00 BC')";
 
 type Column<A> = <<A as ActiveModelTrait>::Entity as EntityTrait>::Column;
 
+/// The texts of the inserts so far. sea-query takes longer to write one than to bind the rows of a small batch.
+static TEXTS: LazyLock<Mutex<HashMap<Key, Arc<str>>>> = LazyLock::new(Mutex::default);
+
+/// What the text of an insert depends on.
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    entity: TypeId,
+    columns: Vec<&'static str>,
+    /// How many are written out: none on PostgreSQL.
+    rows: usize,
+    /// The function's address.
+    on_conflict: Option<usize>,
+    returning: Option<&'static str>,
+}
+
 /// Inserts `models`, all of which set the same columns. Returns `returning` of those that were written.
-/// `on_conflict` holds no values.
+/// `on_conflict` holds no values, and is the same whenever it is asked.
 ///
 /// # Errors
 /// When the database is away or refuses the data.
 pub(super) async fn insert<A: ActiveModelTrait>(
     tx: &DatabaseTransaction,
     models: Vec<A>,
-    on_conflict: Option<&OnConflict>,
+    on_conflict: Option<fn() -> OnConflict>,
     returning: Option<Column<A>>,
 ) -> Result<Vec<QueryResult>, DbErr> {
     let backend = tx.get_database_backend();
@@ -44,23 +63,27 @@ pub(super) async fn insert<A: ActiveModelTrait>(
             _ => SQLITE_ROWS.into_iter().find(|rows| *rows <= models.len()).unwrap_or(1),
         };
         let rows = models.by_ref().take(count);
-        let (mut insert, values) = match backend {
+        let (values, sources) = match backend {
             DbBackend::Postgres => arrays(&columns, rows.collect())?,
-            _ => singly(&columns, rows)?,
+            _ => (singly(&columns, rows)?, Vec::new()),
         };
-        insert.into_table(A::Entity::default().table_ref());
-        if let Some(on_conflict) = on_conflict {
-            insert.on_conflict(on_conflict.clone());
-        }
-        if let Some(column) = returning {
-            insert.returning_col(column);
-        }
-        // sea-query would copy every value once more, and each into an expression of its own.
-        let mut sql = backend.build(&insert).sql;
-        if backend != DbBackend::Postgres {
-            sql = repeated(&sql, columns.len(), count);
-        }
-        let statement = Statement::from_sql_and_values(backend, sql, values);
+        let key = Key {
+            entity: TypeId::of::<A::Entity>(),
+            columns: columns.iter().map(IdenStatic::as_str).collect(),
+            rows: if backend == DbBackend::Postgres { 0 } else { count },
+            on_conflict: on_conflict.map(|on_conflict| on_conflict as usize),
+            returning: returning.as_ref().map(IdenStatic::as_str),
+        };
+        let known = texts().get(&key).cloned();
+        let text = match known {
+            Some(text) => text,
+            None => {
+                let text: Arc<str> = text(backend, &columns, &sources, count, on_conflict, returning)?.into();
+                texts().insert(key, Arc::clone(&text));
+                text
+            }
+        };
+        let statement = Statement::from_sql_and_values(backend, &*text, values);
         match returning {
             Some(_) => written.extend(tx.query_all_raw(statement).await?),
             None => {
@@ -69,6 +92,44 @@ pub(super) async fn insert<A: ActiveModelTrait>(
         }
     }
     Ok(written)
+}
+
+fn texts() -> MutexGuard<'static, HashMap<Key, Arc<str>>> {
+    TEXTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn text<C: ColumnTrait>(
+    backend: DbBackend,
+    columns: &[C],
+    sources: &[Source],
+    rows: usize,
+    on_conflict: Option<fn() -> OnConflict>,
+    returning: Option<C>,
+) -> Result<String, DbErr> {
+    let mut insert = Query::insert();
+    insert.into_table(C::EntityName::default().table_ref()).columns(columns.iter().copied());
+    let filled = match backend {
+        // `INSERT … SELECT … FROM (SELECT UNNEST($1), …)`
+        DbBackend::Postgres => {
+            let (mut arrays, mut row) = (Query::select(), Query::select());
+            for (column, source) in columns.iter().zip(sources) {
+                arrays.expr_as(Expr::cust_with_values(source.unnested, [Value::Bool(None)]), *column);
+                row.expr(Expr::cust_with_exprs(source.given, [Expr::col(("given", *column))]));
+            }
+            insert.select_from(row.from_subquery(arrays.take(), "given").take())
+        }
+        // `INSERT … VALUES (?, …)`
+        _ => insert.values(columns.iter().map(|_| Expr::val(Value::Bool(None)))),
+    };
+    filled.map_err(|error| DbErr::Type(error.to_string()))?;
+    if let Some(on_conflict) = on_conflict {
+        insert.on_conflict(on_conflict());
+    }
+    if let Some(column) = returning {
+        insert.returning_col(column);
+    }
+    let sql = backend.build(&insert).sql;
+    Ok(if backend == DbBackend::Postgres { sql } else { repeated(&sql, columns.len(), rows) })
 }
 
 /// What a statement of one row says, of `rows` of them.
@@ -86,49 +147,40 @@ fn cells<A: ActiveModelTrait>(columns: &[Column<A>], mut model: A) -> Result<Vec
     columns.iter().map(cell).collect()
 }
 
-/// `INSERT … VALUES (?, …)`, and the values of all rows.
-fn singly<A: ActiveModelTrait>(
-    columns: &[Column<A>],
-    rows: impl Iterator<Item = A>,
-) -> Result<(InsertStatement, Vec<Value>), DbErr> {
+/// The values of all rows.
+fn singly<A: ActiveModelTrait>(columns: &[Column<A>], rows: impl Iterator<Item = A>) -> Result<Vec<Value>, DbErr> {
     let mut values = Vec::new();
     for row in rows {
         values.extend(cells(columns, row)?);
     }
-    let mut insert = Query::insert();
-    let one_row = columns.iter().map(|_| Expr::val(Value::Bool(None)));
-    let taken = insert.columns(columns.iter().copied()).values(one_row);
-    taken.map_err(|error| DbErr::Type(error.to_string()))?;
-    Ok((insert, values))
+    Ok(values)
 }
 
-/// `INSERT … SELECT … FROM (SELECT UNNEST($1), …)`, and an array of each column's values.
-fn arrays<A: ActiveModelTrait>(columns: &[Column<A>], rows: Vec<A>) -> Result<(InsertStatement, Vec<Value>), DbErr> {
+/// How an array is unnested, and what a row makes of its cell.
+struct Source {
+    unnested: &'static str,
+    given: &'static str,
+}
+
+/// An array of each column's values, and what is made of them.
+fn arrays<A: ActiveModelTrait>(columns: &[Column<A>], rows: Vec<A>) -> Result<(Vec<Value>, Vec<Source>), DbErr> {
     let mut of_columns: Vec<Vec<Value>> = columns.iter().map(|_| Vec::with_capacity(rows.len())).collect();
     for row in rows {
         of_columns.iter_mut().zip(cells(columns, row)?).for_each(|(column, cell)| column.push(cell));
     }
-    let (mut arrays, mut row) = (Query::select(), Query::select());
-    let mut values = Vec::with_capacity(columns.len());
-    for (column, cells) in columns.iter().zip(of_columns) {
-        let (array, unnested, given) = bound(&column.def(), cells)
-            .ok_or_else(|| DbErr::Type(format!("{} is of a kind that is not inserted in arrays", column.as_str())))?;
-        values.push(array);
-        arrays.expr_as(Expr::cust_with_values(unnested, [Value::Bool(None)]), *column);
-        row.expr(Expr::cust_with_exprs(given, [Expr::col(("given", *column))]));
-    }
-    let mut insert = Query::insert();
-    let taken = insert.columns(columns.iter().copied()).select_from(row.from_subquery(arrays.take(), "given").take());
-    taken.map_err(|error| DbErr::Type(error.to_string()))?;
-    Ok((insert, values))
+    let bound = |(column, cells): (&Column<A>, _)| {
+        bound(&column.def(), cells)
+            .ok_or_else(|| DbErr::Type(format!("{} is of a kind that is not inserted in arrays", column.as_str())))
+    };
+    columns.iter().zip(of_columns).map(bound).collect::<Result<Vec<_>, _>>().map(|bound| bound.into_iter().unzip())
 }
 
-/// The array of a column's cells, how it is unnested, and what a row makes of its cell.
-fn bound(column: &ColumnDef, cells: Vec<Value>) -> Option<(Value, &'static str, &'static str)> {
+/// The array of a column's cells, and what is made of it.
+fn bound(column: &ColumnDef, cells: Vec<Value>) -> Option<(Value, Source)> {
     const AS_GIVEN: &str = "$1";
     const UNNESTED: &str = "UNNEST($1)";
     let array = |of: ArrayType, cells| Value::Array(of, Some(Box::new(cells)));
-    Some(match (column.get_column_type(), column.is_null()) {
+    let (array, unnested, given) = match (column.get_column_type(), column.is_null()) {
         (ColumnType::Text, true) => (text_array(cells), "UNNEST($1::text[])", AS_GIVEN),
         (ColumnType::TimestampWithTimeZone, true) => {
             let dated = |cell| match cell {
@@ -147,7 +199,8 @@ fn bound(column: &ColumnDef, cells: Vec<Value>) -> Option<(Value, &'static str, 
         }
         (_, false) => (array(cells.first()?.array_type(), cells), UNNESTED, AS_GIVEN),
         (_, true) => return None,
-    })
+    };
+    Some((array, Source { unnested, given }))
 }
 
 /// An array of texts in PostgreSQL's own writing, which has nulls. PostgreSQL: "Array Input and Output Syntax".

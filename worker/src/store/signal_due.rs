@@ -59,10 +59,12 @@ pub struct OrphanDue {
 /// When the database is away or refuses the data.
 pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTime) -> Result<(), StoreError> {
     let doing = StoreError::doing("save signals that are due");
-    let known = OnConflict::columns([Column::EntityId, Column::Subject])
-        .update_columns([Column::EventId, Column::EventType, Column::EventCreated])
-        .value(Column::Unchanged, Expr::cust("signal_due.unchanged OR excluded.unchanged"))
-        .to_owned();
+    let known = || {
+        OnConflict::columns([Column::EntityId, Column::Subject])
+            .update_columns([Column::EventId, Column::EventType, Column::EventCreated])
+            .value(Column::Unchanged, Expr::cust("signal_due.unchanged OR excluded.unchanged"))
+            .to_owned()
+    };
     let rows = dues.into_iter().map(|NewDue { entity_id, subject, due }| {
         let told = due.told.map(|told| serde_json::to_string(&told)).transpose();
         Ok(ActiveModel {
@@ -79,7 +81,7 @@ pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTim
     });
     let rows: Result<Vec<ActiveModel>, serde_json::Error> = rows.collect();
     let rows = rows.map_err(|error| doing(DbErr::Json(error.to_string())))?;
-    super::rows::insert(tx, rows, Some(&known), None).await.map(drop).map_err(&doing)
+    super::rows::insert(tx, rows, Some(known), None).await.map(drop).map_err(&doing)
 }
 
 /// Up to `limit` ids after `after`, in their order, of subscriptions and orphans of which `replay` owes a

@@ -237,23 +237,25 @@ pub async fn save(
     let mut written = HashSet::new();
     for (rows, entries_change) in [(indexed, true), (others, false)] {
         let models = rows.into_iter().map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
-        let overwritten = Column::iter().filter(|column| match column {
-            Column::StripeSubscriptionId | Column::DtCreated => false,
-            Column::StripeCustomerId | Column::ClientReferenceId => entries_change,
-            _ => true,
-        });
-        let read_version = Expr::col((Entity, Column::Version));
-        let guard = read_version.eq(Expr::cust("excluded.version - 1"));
-        let on_conflict = OnConflict::column(Column::StripeSubscriptionId)
-            .update_columns(overwritten)
-            .action_and_where(guard)
-            .to_owned();
-        let inserted = super::rows::insert(tx, models, Some(&on_conflict), Some(Column::StripeSubscriptionId)).await;
+        let on_conflict = if entries_change { || overwriting(true) } else { || overwriting(false) };
+        let inserted = super::rows::insert(tx, models, Some(on_conflict), Some(Column::StripeSubscriptionId)).await;
         for row in inserted.map_err(&doing)? {
             written.insert(row.try_get("", "stripe_subscription_id").map_err(&doing)?);
         }
     }
     Ok(written)
+}
+
+/// Overwrites the version that was read.
+fn overwriting(entries_change: bool) -> OnConflict {
+    let overwritten = Column::iter().filter(|column| match column {
+        Column::StripeSubscriptionId | Column::DtCreated => false,
+        Column::StripeCustomerId | Column::ClientReferenceId => entries_change,
+        _ => true,
+    });
+    let read_version = Expr::col((Entity, Column::Version));
+    let guard = read_version.eq(Expr::cust("excluded.version - 1"));
+    OnConflict::column(Column::StripeSubscriptionId).update_columns(overwritten).action_and_where(guard).to_owned()
 }
 
 /// Those of `rows` whose index entries change, and those that are new or keep them.
