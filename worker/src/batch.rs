@@ -34,6 +34,9 @@ use crate::store::signal_due::{Due, NewDue};
 use crate::store::subscription::Found;
 use crate::store::{self, Store};
 
+/// Batches that are applied at the same time: one is decoded and merged while the database has another.
+pub const IN_FLIGHT: usize = 2;
+
 /// How long a batch may take. The server ends a statement sooner, but a server that vanished without
 /// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
 const SAVE_MAX: Duration = Duration::from_secs(60);
@@ -110,6 +113,12 @@ impl Decoded {
         &self.concerns
     }
 
+    /// The highest sequence in the stream.
+    #[must_use]
+    pub fn last_sequence(&self) -> u64 {
+        self.batch.last_sequence()
+    }
+
     /// Gives the messages to whichever worker asks next.
     pub async fn hand_back(self) {
         self.batch.hand_back().await;
@@ -153,16 +162,16 @@ pub struct AppliedAgain {
     pub poisoned: u64,
 }
 
-/// Applies those events of `batch` again that are `wanted`: what [`apply`] does, but poison, which is a
+/// Applies those events again that are `wanted`: what [`apply`] does, but poison, which is a
 /// dead letter already, is only counted. `wanted` hears an event's sequence, and the event if it can be
 /// read. None when `shutdown` came while the database was away.
 pub async fn apply_again(
     applier: &Applier,
-    batch: Batch,
+    decoded: Decoded,
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,
     shutdown: &CancellationToken,
 ) -> Option<AppliedAgain> {
-    let (mut arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+    let Decoded { batch, mut arrivals, poisoned, .. } = decoded;
     let poisoned = wanted_poison(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;

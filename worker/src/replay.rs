@@ -5,18 +5,20 @@
 //! beginning and its end rows may be half rebuilt: of these, subscribers hear nothing until the end,
 //! or until a live event changes one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesOrdered;
 use litestripe_contract::event::EventType;
 use litestripe_contract::subject::{self, EVENTS_STREAM};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::batch::{self, AppliedAgain, Applier};
+use crate::batch::{self, AppliedAgain, Applier, Decoded};
 use crate::consumer::{self, Again, Batches, ConsumerError};
 use crate::error::StoreError;
 use crate::plan::{Arrival, Signalling, Terms};
@@ -381,7 +383,6 @@ impl Replayer {
         shutdown: &CancellationToken,
         mut applied: impl FnMut(AppliedAgain, u64),
     ) -> Result<bool, ReplayError> {
-        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let mut said = false;
         while !shutdown.is_cancelled() {
             // Whoever shared the work removed the consumer when it was over. Else it is made again, and
@@ -415,26 +416,68 @@ impl Replayer {
                 }
             };
             said = false;
-            while let Some(batch) = next(&mut batches, shutdown).await {
-                let is_at_end = match batch {
-                    Some(batch) => {
-                        let last = batch.last_sequence();
-                        let Some(done) = batch::apply_again(&self.applier, batch, wanted, shutdown).await else {
-                            break;
-                        };
-                        applied(done, last.min(replay.last_sequence));
-                        last >= replay.last_sequence
-                    }
-                    None => true,
-                };
-                if is_at_end && self.is_over(replay, again).await {
-                    batches.close().await;
-                    return Ok(true);
-                }
-            }
+            let is_at_end = self.apply_all(&mut batches, replay, again, shutdown, &mut applied).await;
             batches.close().await;
+            if is_at_end {
+                return Ok(true);
+            }
         }
         Ok(false)
+    }
+
+    /// Applies a batch while the database has another one, if they concern nothing in common. Whether the
+    /// end was reached: else the consumer is gone, or `shutdown` came.
+    async fn apply_all(
+        &self,
+        batches: &mut Batches,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        applied: &mut impl FnMut(AppliedAgain, u64),
+    ) -> bool {
+        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+        let apply = async |decoded: Decoded| {
+            let last = decoded.last_sequence();
+            batch::apply_again(&self.applier, decoded, wanted, shutdown).await.map(|done| (done, last))
+        };
+        let mut applying = FuturesOrdered::new();
+        let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
+        let mut waiting: Option<Decoded> = None;
+        let mut are_more = true;
+        loop {
+            if let Some(decoded) = waiting.take_if(|it| busy.iter().all(|busy| busy.is_disjoint(it.concerns()))) {
+                busy.push_back(decoded.concerns().clone());
+                applying.push_back(apply(decoded));
+            }
+            let has_room = waiting.is_none() && applying.len() < batch::IN_FLIGHT;
+            let may_be_over = tokio::select! {
+                biased;
+                Some(done) = applying.next() => {
+                    busy.pop_front();
+                    let Some((done, last)): Option<(AppliedAgain, u64)> = done else {
+                        are_more = false;
+                        continue;
+                    };
+                    applied(done, last.min(replay.last_sequence));
+                    last >= replay.last_sequence
+                }
+                batch = next(batches, shutdown), if are_more && has_room => match batch {
+                    Some(Some(batch)) => {
+                        waiting = Some(Decoded::of(&self.applier, batch));
+                        continue;
+                    }
+                    Some(None) => applying.is_empty(),
+                    None => {
+                        are_more = false;
+                        continue;
+                    }
+                },
+                else => return false,
+            };
+            if may_be_over && self.is_over(replay, again).await {
+                return true;
+            }
+        }
     }
 
     /// Whether every event up to the end is applied, by whichever process.

@@ -55,9 +55,6 @@ const TEND_STREAMS_EVERY: Duration = Duration::from_secs(5);
 /// How long a stopping worker waits for the batch it is at, which takes milliseconds as a rule.
 const FINISH_MAX: Duration = Duration::from_secs(10);
 
-/// Batches that are applied at the same time: one is decoded and merged while the database has another.
-const BATCHES_IN_FLIGHT: usize = 2;
-
 /// Messages from which a batch is applied beside another one. Fewer wait for those that come meanwhile: a
 /// transaction costs as much as some twenty events.
 const WORTHWHILE: usize = 64;
@@ -482,7 +479,7 @@ async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: 
             }
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.at_most(room), if room > 0 && applying.len() < BATCHES_IN_FLIGHT => {
+            batch = batches.at_most(room), if room > 0 && applying.len() < batch::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
                 let decoded = Decoded::of(applier, batch);
                 match &mut next {
