@@ -48,7 +48,7 @@ async fn run(
         cpu_s: Some(usage.per_10k(answered.sent)),
         broker_cpu_s: broker.map(|broker| broker.per_10k(answered.sent)),
         memory_mib: Some(served.memory_mib()),
-        cpu_percent: None,
+        ..Sample::default()
     })
 }
 

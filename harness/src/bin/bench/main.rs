@@ -8,6 +8,7 @@ mod end_to_end;
 mod growth;
 mod idle;
 mod ingress;
+mod instructions;
 mod load;
 mod pool;
 mod reference;
@@ -31,6 +32,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::instructions::Step;
 use crate::load::Load;
 use crate::pool::{Events, Kind};
 use crate::reference::Reference;
@@ -65,6 +67,9 @@ enum Role {
     /// A stream filled with that many events of new subscriptions, for a worker under a profiler.
     #[command(hide = true)]
     Fill { nats: String, count: usize },
+    /// A step of an event's way that many times, for valgrind.
+    #[command(hide = true)]
+    Repeat { step: Step, times: u32 },
 }
 
 /// How thorough to be.
@@ -107,6 +112,10 @@ fn main() -> ExitCode {
         }
         Some(Role::Load { address, connections, seconds }) => on_one_thread(put_load(address, connections, seconds)),
         Some(Role::Fill { nats, count }) => on_one_thread(fill(&nats, count)),
+        Some(Role::Repeat { step, times }) => {
+            step.repeat(times);
+            ExitCode::SUCCESS
+        }
         None => on_one_thread(bench(&arguments)),
     }
 }
@@ -193,6 +202,9 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         "growth, PostgreSQL": growth::of_tables("growth, PostgreSQL", Postgres, mode, &events);
         "growth, SQLite": growth::of_tables("growth, SQLite", Sqlite, mode, &events);
         "idle": idle::idle(mode);
+    }
+    if instructions::are_countable() {
+        measurements! { "instructions": instructions::counted(); }
     }
     if mode == Mode::Full {
         measurements! {

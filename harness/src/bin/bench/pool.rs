@@ -124,17 +124,21 @@ pub(crate) type Requests = Vec<Bytes>;
 
 /// Deliveries of that many new events, each signed.
 pub(crate) fn requests(events: &Events, kind: Kind, count: usize) -> Requests {
-    let mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
     let timestamp = OffsetDateTime::now_utc().unix_timestamp();
     let request = |number| {
         let body = events.body(kind, number);
-        let mut mac = mac.clone();
-        mac.update(format!("{timestamp}.").as_bytes());
-        mac.update(body.as_bytes());
-        let signature = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        render(&body, &format!("t={timestamp},v1={signature}"))
+        render(&body, &signature(body.as_bytes(), timestamp))
     };
     (0..count).map(request).collect()
+}
+
+/// The `Stripe-Signature` of a body.
+pub(crate) fn signature(body: &[u8], timestamp: i64) -> String {
+    let mut mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
+    mac.update(format!("{timestamp}.").as_bytes());
+    mac.update(body);
+    let signature: String = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("t={timestamp},v1={signature}")
 }
 
 /// Deliveries whose signature nobody made with our secret.

@@ -21,12 +21,14 @@ pub(crate) struct Sample {
     pub(crate) memory_mib: Option<f64>,
     /// CPU of one core, in percent.
     pub(crate) cpu_percent: Option<f64>,
+    /// For one event.
+    pub(crate) instructions: Option<f64>,
 }
 
 /// A column of a sample.
 pub(crate) type Column = fn(&Sample) -> Option<f64>;
 
-const COLUMNS: [(&str, Column); 7] = [
+const COLUMNS: [(&str, Column); 8] = [
     ("events_per_s", |sample| sample.rate),
     ("p50_us", |sample| sample.p50_us),
     ("p99_us", |sample| sample.p99_us),
@@ -34,6 +36,7 @@ const COLUMNS: [(&str, Column); 7] = [
     ("broker_cpu_s_per_10k", |sample| sample.broker_cpu_s),
     ("memory_mib", |sample| sample.memory_mib),
     ("cpu_percent", |sample| sample.cpu_percent),
+    ("instructions", |sample| sample.instructions),
 ];
 
 /// What a figure ought to be.
@@ -119,6 +122,9 @@ impl Measurement {
                 Spread::of(&values).map_or_else(String::new, |spread| spread.text())
             };
             measured.add_row(std::iter::once(name.clone()).chain(columns.iter().map(|(_, column)| cell(*column))));
+        }
+        if self.figures.is_empty() {
+            return format!("\n## {}\n{}\n\n{measured}", self.name, self.question);
         }
         let mut compared = table();
         compared.set_header(["", "median (min–max)", "target", ""]);
