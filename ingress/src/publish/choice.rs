@@ -12,10 +12,11 @@ use tokio::time::Instant;
 /// Messages that count in one turn of a trial.
 const TURN_MESSAGES: u32 = 128;
 
-/// Turns of a trial: single, grouped, single, grouped.
-const TURNS: u32 = 4;
+/// Pairs of turns in a trial, one single and one grouped. More than half of them decide, so that a disk that
+/// is held up in one turn does not.
+const PAIRS: u32 = 3;
 
-/// How long a choice holds. A trial takes a tenth of a second under load.
+/// How long a choice holds. A trial takes some two tenths of a second under load.
 const HOLD: Duration = Duration::from_secs(30);
 
 /// Messages in flight at which a trial begins, and below which messages do not count in one: where
@@ -62,8 +63,11 @@ struct Trial {
     /// Messages of this turn that still meet those of the last on their way, and do not count.
     skip: usize,
     messages: u32,
+    /// How long the messages of this turn and the one before it took.
     single: Duration,
     grouped: Duration,
+    /// Pairs of turns in which grouping was worth it.
+    won: u32,
 }
 
 impl Choice {
@@ -109,9 +113,13 @@ impl Choice {
         trial.skip = in_flight;
         trial.turns_over += 1;
         self.turn = self.turn.wrapping_add(1);
-        if trial.turns_over == TURNS {
+        if trial.way() == Way::Single {
             // Grouping costs the broker more work per message, so it has to be worth it.
-            self.chosen = if trial.grouped * 10 < trial.single * 9 { Way::Grouped } else { Way::Single };
+            trial.won += u32::from(trial.grouped * 10 < trial.single * 9);
+            (trial.single, trial.grouped) = (Duration::ZERO, Duration::ZERO);
+        }
+        if trial.turns_over == 2 * PAIRS {
+            self.chosen = if trial.won > PAIRS / 2 { Way::Grouped } else { Way::Single };
             self.phase = Phase::Holding { until: now + HOLD };
         }
     }

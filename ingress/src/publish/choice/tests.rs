@@ -32,6 +32,27 @@ fn the_faster_way_is_kept() {
 }
 
 #[test]
+fn a_turn_in_which_the_disk_was_held_up_does_not_decide() {
+    let now = Instant::now();
+    for held_up in 0..6 {
+        for (single, grouped, faster) in [(18, 7, Way::Grouped), (8, 16, Way::Single)] {
+            let mut choice = Choice::new(now);
+            let (mut turns, mut last) = (0, None);
+            for _ in 0..10_000 {
+                let (way, turn) = choice.way(15, now);
+                if last.replace(turn) != Some(turn) {
+                    turns += 1;
+                }
+                let took = if way == Way::Single { single } else { grouped };
+                let stall = if turns == held_up + 1 { 1_000 } else { 0 };
+                choice.acknowledged(turn, Duration::from_millis(took + stall), 15, now);
+            }
+            assert_eq!(choice.way(15, now).0, faster, "held up in turn {held_up}");
+        }
+    }
+}
+
+#[test]
 fn it_is_tried_again_after_a_while() {
     let now = Instant::now();
     let mut choice = Choice::new(now);
