@@ -14,7 +14,7 @@ use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 use tokio::sync::OnceCell;
 
-use crate::postgres;
+use crate::{eventually, postgres};
 
 /// Which database the rows are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +152,20 @@ impl Database {
     pub async fn query(&self, sql: &str) -> Result<Vec<sea_orm::QueryResult>, DbErr> {
         let connection = self.connection().await?;
         connection.query_all_raw(Statement::from_string(connection.get_database_backend(), sql)).await
+    }
+
+    /// Waits until a statement of a worker waits for a lock that somebody else has. PostgreSQL only.
+    ///
+    /// # Panics
+    /// When none does within half a minute.
+    pub async fn until_a_worker_waits(&self) {
+        eventually("a statement of the worker to wait for the lock", Duration::from_secs(30), async || {
+            let waiting = "SELECT pid FROM pg_stat_activity \
+                WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
+            let rows = self.query(waiting).await.map_err(|error| error.to_string())?;
+            if rows.is_empty() { Err("none does".to_owned()) } else { Ok(()) }
+        })
+        .await;
     }
 }
 

@@ -12,7 +12,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use crate::check::{Stream, check, check_rows_are_merged};
-use crate::database::{locked, row_of, until_a_statement_waits};
+use crate::database::{locked, row_of};
 use crate::ledger::Answer;
 use crate::load::Load;
 use crate::proxy::Mode;
@@ -56,7 +56,7 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
     rig.bridge.wait_until_applied().await;
     let lock = locked(&rig, &row_of(&purchase)).await;
     let replay = rig.worker().args(["replay", "--signals", "all"]).start();
-    until_a_statement_waits(&rig).await;
+    rig.bridge.database.until_a_worker_waits().await;
     fill(&rig).await;
     rig.bridge.wait_until_applied().await;
     // The worker looks after room every 10 s; it shows that it did by the size of the stream.
@@ -162,7 +162,7 @@ async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     rig.bridge.wait_until_applied().await;
     let lock = locked(&rig, &row_of(&purchase)).await;
     let replay = rig.worker().args(["replay", "--signals", "all"]).start();
-    until_a_statement_waits(&rig).await;
+    rig.bridge.database.until_a_worker_waits().await;
     while_workers_are_cut_off(&rig, "litestripe-replay").await;
     lock.rollback().await.expect("the transaction is open");
     let status = replay.wait(DEADLINE).await;

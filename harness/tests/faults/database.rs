@@ -205,7 +205,7 @@ async fn deadlock_with_another_session_is_waited_out() {
     rig.running(0).signal(Signal::Stop);
     rig.deliver_all(&update(&purchases, 3)).await;
     rig.running(0).signal(Signal::Cont);
-    until_a_statement_waits(&rig).await;
+    rig.bridge.database.until_a_worker_waits().await;
     // Whose statement goes is the server's choice: the worker's, because it looks first.
     other.execute_unprepared(&row_of(&purchases[0])).await.expect("the worker's statement was ended");
     waits(&rig).await;
@@ -299,19 +299,9 @@ async fn second_signal_ends_a_worker_at_once() {
 async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &str, mode: Mode) {
     let lock = locked(rig, lock).await;
     rig.deliver_all(&update(purchases, 12)).await;
-    until_a_statement_waits(rig).await;
+    rig.bridge.database.until_a_worker_waits().await;
     rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(mode);
     lock.rollback().await.expect("the transaction is open");
-}
-
-pub(crate) async fn until_a_statement_waits(rig: &Rig) {
-    eventually("a statement of the worker to wait for the lock", DEADLINE, async || {
-        let waiting = "SELECT pid FROM pg_stat_activity \
-            WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
-        let rows = rig.bridge.database.query(waiting).await.map_err(|error| error.to_string())?;
-        if rows.is_empty() { Err("none does".to_owned()) } else { Ok(()) }
-    })
-    .await;
 }
 
 /// A transaction of another session that holds a lock.

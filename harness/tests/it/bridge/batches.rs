@@ -71,6 +71,8 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
         format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE", held.subscription);
     somebody.execute_unprepared(&lock).await.expect("the row is there");
     bridge.deliver(&held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }))).await;
+    // What came sooner could be in its batch, and be held up with it.
+    bridge.database.until_a_worker_waits().await;
 
     let mut poison = Vec::new();
     for number in 0..OTHERS {
