@@ -152,7 +152,7 @@ async fn calls_one_after_another_seldom_ask_the_broker() {
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
-        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000")
+        .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "1200")
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
     let bridge = Bridge::start(options).await;
     for _ in 0..40 * 100 {
@@ -172,7 +172,7 @@ async fn calls_one_after_another_seldom_ask_the_broker() {
         after = writes().await;
     }
     assert_eq!(api.requests("/v1/events").len(), 2 * 40);
-    assert!(after - before <= 20, "{} writes for 40 calls", after - before);
+    assert!(after - before <= 25, "{} writes for 40 calls", after - before);
 }
 
 /// Two states of one second, neither of which says what was before.
