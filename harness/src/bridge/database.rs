@@ -154,16 +154,27 @@ impl Database {
         connection.query_all_raw(Statement::from_string(connection.get_database_backend(), sql)).await
     }
 
-    /// Waits until a statement of a worker waits for a lock that somebody else has. PostgreSQL only.
+    /// How many statements of workers wait for a lock that somebody else has. PostgreSQL only.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn waiting_workers(&self) -> Result<usize, DbErr> {
+        let waiting = "SELECT pid FROM pg_stat_activity \
+            WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
+        Ok(self.query(waiting).await?.len())
+    }
+
+    /// Waits until there is one.
     ///
     /// # Panics
-    /// When none does within half a minute.
+    /// When there is none within half a minute.
     pub async fn until_a_worker_waits(&self) {
-        eventually("a statement of the worker to wait for the lock", Duration::from_secs(30), async || {
-            let waiting = "SELECT pid FROM pg_stat_activity \
-                WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
-            let rows = self.query(waiting).await.map_err(|error| error.to_string())?;
-            if rows.is_empty() { Err("none does".to_owned()) } else { Ok(()) }
+        eventually("a worker to wait for a lock", Duration::from_secs(30), async || {
+            match self.waiting_workers().await {
+                Ok(0) => Err("none does".to_owned()),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            }
         })
         .await;
     }

@@ -19,6 +19,7 @@ use crate::any_order::random::Random;
 use crate::orphans::rebuild::lasting;
 use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, counted, now, orphan};
 
+mod batches;
 mod cut_off;
 mod selection;
 

@@ -8,7 +8,8 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{ReplayError, Replayer, again, next};
+use super::apply::next;
+use super::{ReplayError, Replayer, again};
 use crate::batch::{self, Applier};
 use crate::error::StoreError;
 use crate::plan::{self, Arrival, Circumstances};

@@ -1,0 +1,173 @@
+//! A replay's events, applied again.
+//!
+//! Owns which of them are wanted, how batches follow each other, and when the end is reached. What is
+//! signalled then is `tell`'s.
+
+use std::collections::{HashSet, VecDeque};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesOrdered;
+use litestripe_contract::subject::EVENTS_STREAM;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{ReplayError, Replayer};
+use crate::batch::{self, AppliedAgain, Decoded};
+use crate::consumer::{self, Again, Batches};
+use crate::plan::Arrival;
+use crate::store;
+use crate::store::replay::Replay;
+
+/// How long nothing must come before it is looked whether the end is reached.
+const LOOK_AFTER: Duration = Duration::from_millis(300);
+
+impl Replayer {
+    /// Whether the replay is about the event of this sequence; None for one that cannot be read. What an
+    /// erased person did is not to come back.
+    pub(super) fn is_wanted(&self, replay: &Replay, sequence: u64, arrival: Option<&Arrival>) -> bool {
+        let wanted = replay.stripe_subscription_id.as_deref();
+        let is_about = match arrival {
+            Some(arrival) => {
+                let is_erased = self.applier.erasures.covers(&arrival.event);
+                wanted.is_none_or(|wanted| arrival.event.stripe_subscription_id() == Some(wanted)) && !is_erased
+            }
+            None => wanted.is_none(),
+        };
+        is_about && sequence <= replay.last_sequence
+    }
+
+    /// Whether the end was reached.
+    pub(super) async fn apply_again(
+        &self,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        mut applied: impl FnMut(AppliedAgain, u64),
+    ) -> Result<bool, ReplayError> {
+        let mut said = false;
+        while !shutdown.is_cancelled() {
+            // Whoever shared the work removed the consumer when it was over. Else it is made again, and
+            // delivers all of it again.
+            if self.is_finished(replay).await {
+                return Ok(true);
+            }
+            if let Ok((first, floor)) = again.floor(&self.jetstream).await
+                && first > floor.saturating_add(1)
+            {
+                warn!(
+                    "events {} to {} are not in {EVENTS_STREAM} any more: what was not applied again yet comes back by \
+                     `backfill` or `reconcile` only",
+                    floor + 1,
+                    first - 1
+                );
+            }
+            let mut batches = match again.open(&self.jetstream, self.batch).await {
+                Ok(batches) => batches,
+                Err(error) if consumer::is_refusal(&error) => return Err(ReplayError::Broker(error)),
+                Err(error) => {
+                    if !said {
+                        warn!("waiting for JetStream: {error}");
+                        said = true;
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                        () = shutdown.cancelled() => {}
+                    }
+                    continue;
+                }
+            };
+            said = false;
+            let is_at_end = self.apply_all(&mut batches, replay, again, shutdown, &mut applied).await;
+            batches.close().await;
+            if is_at_end {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Applies a batch while the database has another one, if they concern nothing in common. Whether the
+    /// end was reached: else the consumer is gone, or `shutdown` came.
+    async fn apply_all(
+        &self,
+        batches: &mut Batches,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        applied: &mut impl FnMut(AppliedAgain, u64),
+    ) -> bool {
+        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+        let apply = async |decoded: Decoded| {
+            let last = decoded.last_sequence();
+            batch::apply_again(&self.applier, decoded, wanted, shutdown).await.map(|done| (done, last))
+        };
+        let mut applying = FuturesOrdered::new();
+        let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
+        let mut waiting: Option<Decoded> = None;
+        let mut are_more = true;
+        loop {
+            if let Some(decoded) = waiting.take_if(|it| busy.iter().all(|busy| busy.is_disjoint(it.concerns()))) {
+                busy.push_back(decoded.concerns().clone());
+                applying.push_back(apply(decoded));
+            }
+            let has_room = waiting.is_none() && applying.len() < batch::IN_FLIGHT;
+            let may_be_over = tokio::select! {
+                biased;
+                Some(done) = applying.next() => {
+                    busy.pop_front();
+                    let Some((done, last)): Option<(AppliedAgain, u64)> = done else {
+                        are_more = false;
+                        continue;
+                    };
+                    applied(done, last.min(replay.last_sequence));
+                    last >= replay.last_sequence
+                }
+                batch = next(batches, shutdown), if are_more && has_room => match batch {
+                    Some(Some(batch)) => {
+                        waiting = Some(Decoded::of(&self.applier, batch));
+                        continue;
+                    }
+                    Some(None) => applying.is_empty(),
+                    None => {
+                        are_more = false;
+                        continue;
+                    }
+                },
+                else => break,
+            };
+            if may_be_over && self.is_over(replay, again).await {
+                return true;
+            }
+        }
+        if let Some(decoded) = waiting {
+            decoded.hand_back().await;
+        }
+        false
+    }
+
+    /// Whether every event up to the end is applied, by whichever process.
+    async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
+        again.progress(&self.jetstream).await.is_ok_and(|progress| progress.has_reached(replay.last_sequence))
+    }
+
+    /// Whether another process has reached the end under this name.
+    async fn is_finished(&self, replay: &Replay) -> bool {
+        let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
+        unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
+    }
+}
+
+/// The next batch; `Some(None)` when none came for a while; nothing when the consumer is gone or
+/// `shutdown` came.
+pub(super) async fn next(batches: &mut Batches, shutdown: &CancellationToken) -> Option<Option<consumer::Batch>> {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => None,
+        batch = tokio::time::timeout(LOOK_AFTER, batches.next()) => match batch {
+            Ok(Some(batch)) => Some(Some(batch)),
+            Ok(None) => None,
+            Err(_) => Some(None),
+        },
+    }
+}
