@@ -1,7 +1,8 @@
 //! Ingress: accepted and refused deliveries, beside the least that accepts and refuses them.
 
+use std::io::Write as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::load::{Load, percentile};
 use crate::pool::{self, Events, Kind, Requests};
@@ -119,14 +120,20 @@ pub(crate) async fn refused(mode: Mode, events: &Events) -> Result<Measurement, 
 pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, String> {
     const ONE: &str = "ingress, 1 connection";
     const SPIKE_ONE: &str = "spike, 1 connection";
+    const SYNC: &str = "one sync";
     let mut measured = Measurement::new(
         "ingress, synced",
         "deliveries accepted by a broker that syncs its disk before every PubAck (sync_interval: always), at 64 \
-         connections and at one",
+         connections and at one; beside them, what a sync of 4 KiB takes: where that is next to nothing, there is \
+         nothing to share",
     );
     let requests = Arc::new(pool::requests(events, Kind("sy"), count(mode)));
-    for contenders in in_turns(mode, &[SPIKE, INGRESS, SPIKE_ONE, ONE]) {
+    for contenders in in_turns(mode, &[SYNC, SPIKE, INGRESS, SPIKE_ONE, ONE]) {
         for name in contenders {
+            if name == SYNC {
+                measured.add(name, one_sync().await?);
+                continue;
+            }
             let (program, connections) = match name {
                 ONE => (INGRESS, 1),
                 SPIKE_ONE => (SPIKE, 1),
@@ -138,4 +145,28 @@ pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, S
     measured.ratio("events/s", INGRESS, SPIKE, |sample| sample.rate, Some(Target::AtLeast(3.0)));
     measured.ratio("p50", ONE, SPIKE_ONE, |sample| sample.p50_us, Some(Target::AtMost(1.0)));
     Ok(measured)
+}
+
+/// How long it takes to write an event to the disk that the broker is on.
+async fn one_sync() -> Result<Sample, String> {
+    const TIMES: usize = 200;
+    let write = || -> std::io::Result<Vec<u32>> {
+        let mut file = tempfile::tempfile()?;
+        let mut took_us = Vec::with_capacity(TIMES);
+        for _ in 0..TIMES {
+            let begin = Instant::now();
+            file.write_all(&[b'x'; 4 << 10])?;
+            file.sync_all()?;
+            took_us.push(u32::try_from(begin.elapsed().as_micros()).unwrap_or(u32::MAX));
+        }
+        took_us.sort_unstable();
+        Ok(took_us)
+    };
+    let took_us = tokio::task::spawn_blocking(write).await.map_err(|error| error.to_string())?;
+    let took_us = took_us.map_err(|error| format!("cannot write a temporary file: {error}"))?;
+    Ok(Sample {
+        p50_us: Some(percentile(&took_us, 0.5)),
+        p99_us: Some(percentile(&took_us, 0.99)),
+        ..Sample::default()
+    })
 }
