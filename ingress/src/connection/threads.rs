@@ -5,14 +5,15 @@
 //! while it is their turn goes to NATS together. tokio's scheduler for several threads would run whoever is
 //! woken at once, and move tasks from core to core.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::{io, thread};
 
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
 
-/// Threads at most. Each refuses 100,000 forged deliveries a second; accepted ones are the broker's to bound.
+/// Threads at most. They refuse forged deliveries by the ten thousand a second; accepted ones are the
+/// broker's to bound.
 const THREADS_MAX: usize = 4;
 
 /// Connections that a thread is given before the next one gets any: few are served best side by side, next
@@ -42,7 +43,7 @@ impl Threads {
         let stop = CancellationToken::new();
         let mut all = vec![Thread { runtime: Handle::current(), load: Arc::default() }];
         while all.len() < wanted {
-            match start(stop.clone()) {
+            match start(thread::Builder::new(), stop.clone()) {
                 Ok(runtime) => all.push(Thread { runtime, load: Arc::default() }),
                 Err(error) => {
                     warn!("cannot start another thread, serving on {}: {error}", all.len());
@@ -65,11 +66,21 @@ impl Threads {
     }
 }
 
-fn start(stop: CancellationToken) -> io::Result<Handle> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let handle = runtime.handle().clone();
-    thread::Builder::new().name("connections".to_owned()).spawn(move || runtime.block_on(stop.cancelled()))?;
-    Ok(handle)
+fn start(thread: thread::Builder, stop: CancellationToken) -> io::Result<Handle> {
+    let (sender, started) = mpsc::channel();
+    // Made on the thread itself: where there is none to be had, a runtime would be dropped here, on another
+    // runtime's thread, and panic.
+    let serve = move || match Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            let _ = sender.send(Ok(runtime.handle().clone()));
+            runtime.block_on(stop.cancelled());
+        }
+        Err(error) => {
+            let _ = sender.send(Err(error));
+        }
+    };
+    thread.name("connections".to_owned()).spawn(serve)?;
+    started.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once")))
 }
 
 #[cfg(test)]
@@ -78,7 +89,13 @@ mod tests {
 
     use tokio::sync::mpsc;
 
-    use super::*;
+    use super::{Arc, CancellationToken, TOGETHER, Threads, start, thread};
+
+    #[tokio::test]
+    async fn a_thread_that_is_not_to_be_had_is_an_error() {
+        let larger_than_memory_can_be = thread::Builder::new().stack_size(1 << 47);
+        assert!(start(larger_than_memory_can_be, CancellationToken::new()).is_err());
+    }
 
     #[tokio::test]
     async fn few_are_together_and_many_are_spread() {
