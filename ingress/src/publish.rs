@@ -305,23 +305,29 @@ impl Publisher {
     async fn provide_stream(&self) {
         let mut delays = backoff(PROVIDE_AFTER_MIN, PROVIDE_AFTER_MAX);
         let mut logged = None;
-        while let Err(error) = stream::provide_events(&self.jetstream, &self.events).await {
-            let problem = exit::chain(&error);
+        let takes_batches = loop {
+            let problem = match self.try_provide_stream().await {
+                Ok(takes_batches) => break takes_batches,
+                Err(problem) => problem,
+            };
             if logged.as_ref() != Some(&problem) {
                 warn!("{problem}; trying again until it works");
                 logged = Some(problem);
             }
             sleep(delays.next().unwrap_or(PROVIDE_AFTER_MAX)).await;
-        }
-        self.group.allow(self.takes_batches().await);
+        };
+        self.group.allow(takes_batches);
         info!("ready: stream {} is there", subject::EVENTS_STREAM);
     }
 
-    /// Whether the stream as it is takes atomic batches. A server that knows none does not say so,
-    /// whatever the stream was created with.
-    async fn takes_batches(&self) -> bool {
+    /// Sees that the stream is there, and returns whether it takes atomic batches as it is. A server that
+    /// knows none does not say so, whatever the stream was created with.
+    async fn try_provide_stream(&self) -> Result<bool, String> {
+        let provided = stream::provide_events(&self.jetstream, &self.events).await;
+        provided.map_err(|error| exit::chain(&error))?;
         let stream = self.jetstream.get_stream(subject::EVENTS_STREAM).await;
-        stream.is_ok_and(|stream| stream.cached_info().config.allow_atomic_publish)
+        let stream = stream.map_err(|error| exit::chain(&error))?;
+        Ok(stream.cached_info().config.allow_atomic_publish)
     }
 
     /// Sends what is still in the client's buffers. Without a connection there is nobody to send to.

@@ -16,6 +16,9 @@ const TURN_MESSAGES: u32 = 128;
 /// is held up in one turn does not.
 const PAIRS: u32 = 3;
 
+/// How long a turn may take. One that takes longer met a lull, and what comes after it is another load.
+const TURN_MAX: Duration = Duration::from_secs(10);
+
 /// How long a choice holds. A trial takes some two tenths of a second under load.
 const HOLD: Duration = Duration::from_secs(30);
 
@@ -49,6 +52,7 @@ pub(super) struct Choice {
     phase: Phase,
     /// Counts all turns of all trials, so that what is late for one counts in none.
     turn: u32,
+    turn_since: Instant,
 }
 
 #[derive(Debug)]
@@ -73,16 +77,17 @@ struct Trial {
 impl Choice {
     /// One that tries as soon as there is load.
     pub(super) fn new(now: Instant) -> Self {
-        Self { chosen: Way::Single, phase: Phase::Holding { until: now }, turn: 0 }
+        Self { chosen: Way::Single, phase: Phase::Holding { until: now }, turn: 0, turn_since: now }
     }
 
     /// The way of a message that finds `in_flight` others on their way.
     pub(super) fn way(&mut self, in_flight: usize, now: Instant) -> (Way, Turn) {
-        if let Phase::Holding { until } = self.phase
-            && now >= until
-            && in_flight >= LOAD
-        {
-            self.turn = self.turn.wrapping_add(1);
+        let begins = match &self.phase {
+            Phase::Holding { until } => now >= *until && in_flight >= LOAD,
+            Phase::Trying(_) => now.duration_since(self.turn_since) > TURN_MAX && in_flight >= LOAD_MIN,
+        };
+        if begins {
+            self.next_turn(now);
             self.phase = Phase::Trying(Trial { skip: in_flight, ..Trial::default() });
         }
         match &self.phase {
@@ -112,7 +117,6 @@ impl Choice {
         trial.messages = 0;
         trial.skip = in_flight;
         trial.turns_over += 1;
-        self.turn = self.turn.wrapping_add(1);
         if trial.way() == Way::Single {
             // Grouping costs the broker more work per message, so it has to be worth it.
             trial.won += u32::from(trial.grouped * 10 < trial.single * 9);
@@ -122,6 +126,7 @@ impl Choice {
             self.chosen = if trial.won > PAIRS / 2 { Way::Grouped } else { Way::Single };
             self.phase = Phase::Holding { until: now + HOLD };
         }
+        self.next_turn(now);
     }
 
     /// A message was not acknowledged: what a trial measured says nothing, and it begins again.
@@ -130,6 +135,11 @@ impl Choice {
             *trial = Trial::default();
             self.turn = self.turn.wrapping_add(1);
         }
+    }
+
+    fn next_turn(&mut self, now: Instant) {
+        self.turn = self.turn.wrapping_add(1);
+        self.turn_since = now;
     }
 }
 

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Choice, HOLD, Way};
+use super::{Choice, HOLD, TURN_MAX, Way};
 
 /// Sixteen events on their way at any time, each taking what its way takes, until the choice holds;
 /// returns what was chosen.
@@ -50,6 +50,17 @@ fn a_turn_in_which_the_disk_was_held_up_does_not_decide() {
             assert_eq!(choice.way(15, now).0, faster, "held up in turn {held_up}");
         }
     }
+}
+
+#[test]
+fn a_turn_does_not_go_on_after_a_lull() {
+    let now = Instant::now();
+    let mut choice = Choice::new(now);
+    let before = choice.way(60, now);
+    assert_eq!(choice.way(4, now + TURN_MAX), before);
+    let after = choice.way(4, now + TURN_MAX * 2);
+    assert_ne!(after, before);
+    assert_eq!(trial(&mut choice, now + TURN_MAX * 2, took(2, 1)), Way::Grouped, "it comes to an end");
 }
 
 #[test]
