@@ -458,6 +458,8 @@ async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: 
     let mut gathered_until = Instant::now();
     loop {
         let is_patient = Instant::now() < gathered_until;
+        // What conflicts with a batch that is held up leaves the others to other workers.
+        let gathers = next.is_none() || is_patient;
         let may_start = |next: &mut Decoded| {
             let waits = is_patient && !busy.is_empty() && next.count() < WORTHWHILE.min(limit);
             !waits && busy.iter().all(|busy| busy.is_disjoint(next.concerns()))
@@ -479,7 +481,7 @@ async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: 
             }
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.at_most(room), if room > 0 && applying.len() < batch::IN_FLIGHT => {
+            batch = batches.at_most(room), if room > 0 && gathers && applying.len() < batch::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
                 let decoded = Decoded::of(applier, batch);
                 match &mut next {

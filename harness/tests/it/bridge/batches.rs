@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
@@ -96,6 +97,50 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
     let letters = bridge.dead_letters().await;
     let of: BTreeSet<_> = letters.iter().map(|letter| letter.body.clone()).collect();
     assert_eq!((letters.len(), of), (poison.len(), poison.into_iter().collect()));
+}
+
+/// A worker whose batch is held up, and whose next one has to wait for it, leaves what comes to others.
+#[tokio::test]
+async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
+    const FETCHED_AHEAD: usize = 250;
+    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let held = Purchase::new(now() - 3_600);
+    bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
+    bridge.check().await;
+    let somebody = bridge.database.connection().await.expect("the database answers").begin().await;
+    let somebody = somebody.expect("a transaction can be begun");
+    let lock =
+        format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE", held.subscription);
+    somebody.execute_unprepared(&lock).await.expect("the row is there");
+    for step in 1..=2 {
+        let changed = json!({ "metadata": { "step": step.to_string() } });
+        bridge.deliver(&held.subscription_event(UPDATED, held.created + step, changed)).await;
+        bridge.database.until_a_worker_waits().await;
+    }
+    let unacknowledged = async || {
+        let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+        stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there").num_ack_pending
+    };
+    eventually("both to be delivered", Duration::from_secs(30), async || match unacknowledged().await {
+        2 => Ok(()),
+        other => Err(format!("{other} are")),
+    })
+    .await;
+    // Long enough for the second one to have gathered what it gathers.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    let others = (0..3 * FETCHED_AHEAD).map(|_| Purchase::new(now() - 60));
+    let others = others.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
+    let others: Vec<_> =
+        others.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).collect();
+    bridge.publish_all(others).await;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let unacknowledged = unacknowledged().await;
+        assert!(unacknowledged <= 2 + FETCHED_AHEAD, "{unacknowledged} were taken");
+    }
+    somebody.rollback().await.expect("the lock is let go");
+    assert_eq!(bridge.check().await.len(), 3 + 3 * FETCHED_AHEAD);
 }
 
 /// SQLite writes the index entries of every column that is assigned, whatever to.
