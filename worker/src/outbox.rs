@@ -92,9 +92,11 @@ struct Blocked {
 /// What one round did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// It sent all there was.
+    /// It sent all there is.
     Idle,
-    /// Another relay is at it, and may not know of what came last.
+    /// It sent all there is in some shards. Another relay has the others, and may not know of what came last.
+    Shared,
+    /// Another relay has all shards.
     Busy,
     /// There may be more.
     More,
@@ -140,6 +142,7 @@ impl Relay {
                 }
                 _ if last => return,
                 Ok(Round::Busy) => (BUSY_POLL, false),
+                Ok(Round::Shared) => (BUSY_POLL, true),
                 Ok(Round::Idle) => (POLL, true),
                 Err(_) => (POLL, false),
             };
@@ -170,16 +173,17 @@ impl Relay {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
             return Ok(Round::Busy);
         }
+        let over = if shards.len() < store::outbox::SHARDS as usize { Round::Shared } else { Round::Idle };
         let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
         if rows.is_empty() {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
-            return Ok(Round::Idle);
+            return Ok(over);
         }
         let sent = self.send(rows).await;
         fail_point!("worker::after_signal", |_| std::process::abort());
         store::outbox::delete(&tx, sent.ids).await?;
         tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
-        sent.round
+        sent.round.map(|round| if round == Round::Idle { over } else { round })
     }
 
     /// On SQLite all processes share one host, and a file lock beside the database is held while

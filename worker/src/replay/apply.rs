@@ -107,7 +107,9 @@ impl Replayer {
         let mut waiting: Option<Decoded> = None;
         let mut are_more = true;
         loop {
-            if let Some(decoded) = waiting.take_if(|it| busy.iter().all(|busy| busy.is_disjoint(it.concerns()))) {
+            if let Some(decoded) =
+                waiting.take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.concerns())))
+            {
                 busy.push_back(decoded.concerns().clone());
                 applying.push_back(apply(decoded));
             }
@@ -137,6 +139,8 @@ impl Replayer {
                 else => break,
             };
             if may_be_over && self.is_over(replay, again).await {
+                // Of messages that came twice: what they lead to belongs to this replay.
+                while applying.next().await.is_some() {}
                 return true;
             }
         }
