@@ -28,7 +28,8 @@ pub const SETTINGS: &[Setting] = &[
     Setting {
         name: "LITESTRIPE_AUTO_MIGRATE",
         default: None,
-        help: "whether `run` migrates the schema first [default: true on SQLite, false on PostgreSQL]",
+        help: "whether `run`, `replay` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
+               false on PostgreSQL]",
     },
     Setting {
         name: "LITESTRIPE_WORKER_LISTEN",
