@@ -29,7 +29,7 @@ use crate::program::{Launch, Program};
 use crate::stripe::{self, Delivery, Event};
 use crate::{eventually, nats, port};
 
-pub use database::{Database, DatabaseKind, shown};
+pub use database::{Database, DatabaseKind, lock_of, shown};
 pub use signal::{Signal, of_subscription};
 
 /// The signing secret of every bridge.

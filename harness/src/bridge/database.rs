@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use litestripe_entity::{orphaned_payment, signal_outbox, stripe_subscription};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, EntityTrait as _, PaginatorTrait as _,
-    QueryOrder as _, Statement,
+    ConnectOptions, ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
+    PaginatorTrait as _, QueryOrder as _, Statement, TransactionTrait as _,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -154,6 +154,17 @@ impl Database {
         connection.query_all_raw(Statement::from_string(connection.get_database_backend(), sql)).await
     }
 
+    /// A transaction of another session that holds what `lock`, a statement, locks.
+    ///
+    /// # Panics
+    /// When the database is away, or somebody else has it.
+    pub async fn locked(&self, lock: &str) -> DatabaseTransaction {
+        let other = self.connection().await.expect("the database answers").begin().await;
+        let other = other.expect("a transaction can be begun");
+        other.execute_unprepared(lock).await.expect("nobody else has it");
+        other
+    }
+
     /// How many statements of workers wait for a lock that somebody else has. PostgreSQL only.
     ///
     /// # Errors
@@ -178,6 +189,12 @@ impl Database {
         })
         .await;
     }
+}
+
+/// The statement that locks the row of a subscription.
+#[must_use]
+pub fn lock_of(subscription: &str) -> String {
+    format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{subscription}' FOR UPDATE")
 }
 
 /// The columns of a row that signals carry, as a signal writes them.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::State;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
-use litestripe_harness::bridge::{DatabaseKind, of_subscription};
+use litestripe_harness::bridge::{DatabaseKind, lock_of, of_subscription};
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{Event, Purchase};
 use litestripe_harness::{eventually, nats};
@@ -12,7 +12,6 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use crate::check::{Stream, check, check_rows_are_merged};
-use crate::database::{locked, row_of};
 use crate::ledger::Answer;
 use crate::load::Load;
 use crate::proxy::Mode;
@@ -54,7 +53,7 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase)]).await;
     rig.bridge.wait_until_applied().await;
-    let lock = locked(&rig, &row_of(&purchase)).await;
+    let lock = rig.bridge.database.locked(&lock_of(&purchase.subscription)).await;
     let replay = rig.worker().args(["replay", "--signals", "all"]).start();
     rig.bridge.database.until_a_worker_waits().await;
     fill(&rig).await;
@@ -160,7 +159,7 @@ async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase), bought(), bought()]).await;
     rig.bridge.wait_until_applied().await;
-    let lock = locked(&rig, &row_of(&purchase)).await;
+    let lock = rig.bridge.database.locked(&lock_of(&purchase.subscription)).await;
     let replay = rig.worker().args(["replay", "--signals", "all"]).start();
     rig.bridge.database.until_a_worker_waits().await;
     while_workers_are_cut_off(&rig, "litestripe-replay").await;

@@ -4,13 +4,11 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use litestripe_contract::subject::EVENTS_STREAM;
-use litestripe_harness::bridge::DatabaseKind;
+use litestripe_harness::bridge::{DatabaseKind, lock_of};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{Event, Purchase};
-use sea_orm::{
-    ConnectionTrait as _, DatabaseTransaction, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
-};
+use sea_orm::{ConnectionTrait as _, SqliteTransactionMode, TransactionOptions, TransactionTrait as _};
 use serde_json::json;
 use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt as _;
@@ -106,7 +104,7 @@ fn startup() -> Vec<u8> {
 async fn row_locked_by_another_session_is_waited_for() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    let lock = locked(&rig, &row_of(&purchases[0])).await;
+    let lock = rig.bridge.database.locked(&lock_of(&purchases[0].subscription)).await;
     rig.deliver_all(&update(&purchases, 3)).await;
     waits(&rig).await;
     lock.rollback().await.expect("the transaction is open");
@@ -118,7 +116,7 @@ async fn sqlite_locked_by_another_process_is_waited_for() {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     // SQLite has one writer: this one, whatever it writes.
-    let other = locked(&rig, "UPDATE stripe_subscription SET version = version").await;
+    let other = rig.bridge.database.locked("UPDATE stripe_subscription SET version = version").await;
     rig.deliver_all(&update(&purchases, 3)).await;
     waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
@@ -130,7 +128,7 @@ async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
     // A new file has to become a WAL one, which takes a lock that no busy timeout waits for: of
     // several workers that start at once, all but one may find it taken.
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    let other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    let other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
     rig.start_worker(0, &[]);
     rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
     other.rollback().await.expect("the transaction is open");
@@ -156,7 +154,7 @@ async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
 async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_for() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     rig.bridge.database.query("PRAGMA journal_mode = WAL").await.expect("the file can be made");
-    let other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    let other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
     rig.start_worker(0, &[]);
     rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
     other.rollback().await.expect("the transaction is open");
@@ -166,7 +164,7 @@ async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_
 #[tokio::test]
 async fn worker_that_waits_for_a_locked_sqlite_at_its_start_stops_when_told() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    let _other = locked(&rig, "CREATE TABLE other (id INTEGER)").await;
+    let _other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
     rig.start_worker(0, &[]);
     rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
     let status = rig.running(0).stop().await;
@@ -200,14 +198,14 @@ async fn deadlock_with_another_session_is_waited_out() {
     let mut purchases = start_with(&rig, 2).await;
     purchases.sort_by(|a, b| a.subscription.cmp(&b.subscription));
     // The worker takes rows in the order of their keys; the other session has the second already.
-    let other = locked(&rig, &row_of(&purchases[1])).await;
+    let other = rig.bridge.database.locked(&lock_of(&purchases[1].subscription)).await;
     other.execute_unprepared("SET LOCAL deadlock_timeout = '10min'").await.expect("the tests' user may");
     rig.running(0).signal(Signal::Stop);
     rig.deliver_all(&update(&purchases, 3)).await;
     rig.running(0).signal(Signal::Cont);
     rig.bridge.database.until_a_worker_waits().await;
     // Whose statement goes is the server's choice: the worker's, because it looks first.
-    other.execute_unprepared(&row_of(&purchases[0])).await.expect("the worker's statement was ended");
+    other.execute_unprepared(&lock_of(&purchases[0].subscription)).await.expect("the worker's statement was ended");
     waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
     goes_on(&rig).await;
@@ -240,7 +238,7 @@ async fn serialization_failures_make_no_dead_letters() {
 async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_ever() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::Strand).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::Strand).await;
     // It notices within its patience, connects anew and applies what it had begun.
     eventually("the worker to apply again", PATIENCE, async || {
         let rows = rig.bridge.rows().await;
@@ -269,7 +267,7 @@ async fn database_host_that_is_gone_without_a_word_does_not_hold_up_signals_for_
 async fn stop_is_bounded_while_the_database_does_not_answer() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::HalfOpen).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::HalfOpen).await;
     rig.running(0).signal(Signal::Term);
     rig.running(0).wait(Duration::from_secs(30)).await;
     rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(Mode::Pass);
@@ -281,7 +279,7 @@ async fn stop_is_bounded_while_the_database_does_not_answer() {
 async fn second_signal_ends_a_worker_at_once() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &row_of(&purchases[0]), Mode::HalfOpen).await;
+    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::HalfOpen).await;
     rig.running(0).signal(Signal::Term);
     rig.running(0).wait_for_log("finishing what is in flight", DEADLINE).await;
     let begun = Instant::now();
@@ -297,25 +295,11 @@ async fn second_signal_ends_a_worker_at_once() {
 /// way: it waits for a lock of another session, which is released when the answer cannot come any
 /// more.
 async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &str, mode: Mode) {
-    let lock = locked(rig, lock).await;
+    let lock = rig.bridge.database.locked(lock).await;
     rig.deliver_all(&update(purchases, 12)).await;
     rig.bridge.database.until_a_worker_waits().await;
     rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(mode);
     lock.rollback().await.expect("the transaction is open");
-}
-
-/// A transaction of another session that holds a lock.
-pub(crate) async fn locked(rig: &Rig, lock: &str) -> DatabaseTransaction {
-    let other = rig.bridge.database.connection().await.expect("the server answers").begin().await;
-    let other = other.expect("a transaction can be begun");
-    other.execute_unprepared(lock).await.expect("nobody else has it");
-    other
-}
-
-/// Locks the row of a subscription.
-pub(crate) fn row_of(purchase: &Purchase) -> String {
-    let id = &purchase.subscription;
-    format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{id}' FOR UPDATE")
 }
 
 /// Subscriptions that have their first row.

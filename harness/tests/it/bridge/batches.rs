@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
-use sea_orm::{ConnectionTrait as _, DbBackend, Statement, TransactionTrait as _};
+use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -66,11 +66,7 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
     let held = Purchase::new(now() - 3_600);
     bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
     bridge.check().await;
-    let connection = bridge.database.connection().await.expect("the database answers");
-    let somebody = connection.begin().await.expect("a transaction can be begun");
-    let lock =
-        format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE", held.subscription);
-    somebody.execute_unprepared(&lock).await.expect("the row is there");
+    let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
     bridge.deliver(&held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }))).await;
     // What came sooner could be in its batch, and be held up with it.
     bridge.database.until_a_worker_waits().await;
@@ -107,14 +103,11 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
     let held = Purchase::new(now() - 3_600);
     bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
     bridge.check().await;
-    let somebody = bridge.database.connection().await.expect("the database answers").begin().await;
-    let somebody = somebody.expect("a transaction can be begun");
-    let lock =
-        format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE", held.subscription);
-    somebody.execute_unprepared(&lock).await.expect("the row is there");
+    let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
     for step in 1..=2 {
         let changed = json!({ "metadata": { "step": step.to_string() } });
         bridge.deliver(&held.subscription_event(UPDATED, held.created + step, changed)).await;
+        // The first one, that is.
         bridge.database.until_a_worker_waits().await;
     }
     let unacknowledged = async || {

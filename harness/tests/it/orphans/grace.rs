@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of, of_subscription};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::{MONTH, Purchase};
-use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 use serde_json::json;
 
 use super::{
@@ -199,17 +198,7 @@ async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
         apply(&bridge, &other.checkout_session_event(COMPLETED, now(), json!({}))).await;
     }
     // A worker that lags: what comes about a locked row waits.
-    let hold = async |other: &Purchase| {
-        let tx = bridge.database.connection().await.expect("the database answers").begin().await;
-        let tx = tx.expect("a transaction can begin");
-        let lock = format!(
-            "SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{}' FOR UPDATE",
-            other.subscription
-        );
-        tx.execute_unprepared(&lock).await.expect("the row is there");
-        tx
-    };
-    let held = hold(&before).await;
+    let held = bridge.database.locked(&lock_of(&before.subscription)).await;
     let events = [
         purchase.subscription_event(CREATED, purchase.created, json!({})),
         before.subscription_event(CREATED, before.created, json!({})),
@@ -225,7 +214,7 @@ async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
     .await;
     assert_eq!(bridge.orphans().await.len(), 2, "what came before the end may yet tell whose it is");
 
-    let still_held = hold(&after).await;
+    let still_held = bridge.database.locked(&lock_of(&after.subscription)).await;
     bridge.deliver(&after.subscription_event(CREATED, after.created, json!({}))).await;
     held.rollback().await.expect("the database answers");
     until(&bridge, &purchase.subscription, |orphan| orphan.reason == "no_checkout_session").await;

@@ -6,7 +6,7 @@ use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::eventually;
 use litestripe_harness::program::Program;
 use litestripe_harness::stripe::{Event, Purchase};
-use sea_orm::{ConnectionTrait as _, DatabaseTransaction, TransactionTrait as _};
+use sea_orm::{ConnectionTrait as _, DatabaseTransaction};
 use serde_json::json;
 
 use super::DEADLINE;
@@ -54,11 +54,10 @@ impl HeldUp {
         let connection = bridge.database.connection().await.expect("the database answers");
         let keep = "CREATE TABLE kept AS SELECT * FROM stripe_subscription; DELETE FROM stripe_subscription";
         connection.execute_unprepared(keep).await.expect("rows can be deleted");
-        let somebody = connection.begin().await.expect("a transaction can be begun");
         let held = &held.subscription;
         let back =
             format!("INSERT INTO stripe_subscription SELECT * FROM kept WHERE stripe_subscription_id = '{held}'");
-        somebody.execute_unprepared(&back).await.expect("the row is away");
+        let somebody = bridge.database.locked(&back).await;
         let replay = bridge.worker().env("LITESTRIPE_BATCH", "1").args(["replay"]).start();
         Self { bridge, replay, somebody }
     }
