@@ -11,6 +11,7 @@ pub mod budget;
 pub mod command;
 pub mod consumer;
 pub mod dead_letter;
+pub mod drain;
 pub mod erasure;
 pub mod error;
 pub mod event;

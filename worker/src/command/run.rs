@@ -1,6 +1,5 @@
 //! `run`: apply events and send signals until stopped.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -8,14 +7,12 @@ use std::time::Duration;
 use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::BackoffBuilder as _;
+use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::{connect, exit, shutdown, stream};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -23,10 +20,11 @@ use super::Failure;
 use crate::backfill::record::Record;
 use crate::backfill::schedule::Schedule;
 use crate::backfill::{self, Backfill};
-use crate::batch::{self, Applier, Decoded};
+use crate::batch::Applier;
 use crate::budget::Budget;
-use crate::consumer::{self, Batches};
+use crate::consumer;
 use crate::dead_letter::DeadLetters;
+use crate::drain;
 use crate::erasure::Erasures;
 use crate::error::StoreError;
 use crate::health::{self, Dependencies, Readiness};
@@ -54,13 +52,6 @@ const TEND_STREAMS_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a stopping worker waits for the batch it is at, which takes milliseconds as a rule.
 const FINISH_MAX: Duration = Duration::from_secs(10);
-
-/// Messages from which a batch is applied beside another one. Fewer wait for those that come meanwhile: a
-/// transaction costs as much as some twenty events.
-const WORTHWHILE: usize = 64;
-
-/// How long they wait, at most: the batch before them may be held up.
-const GATHER_MAX: Duration = Duration::from_millis(20);
 
 /// How long acks may take to leave the process at the end.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
@@ -427,7 +418,7 @@ async fn consume(
                 readiness.consuming.store(true, Ordering::Relaxed);
                 (delays, said) = (self::delays(), false);
                 metrics::waiting_for_broker(false);
-                drain(batches, settings.batch, applier, shutdown).await;
+                drain::drain(batches, settings.batch, applier, shutdown).await;
                 readiness.consuming.store(false, Ordering::Relaxed);
             }
             Err(error) => {
@@ -447,56 +438,6 @@ async fn consume(
                 }
             }
         }
-    }
-}
-
-/// Applies a batch while the database has another one, if it is worth it and they concern nothing in common.
-async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: &CancellationToken) {
-    let mut applying = FuturesUnordered::new();
-    let mut busy: Vec<Arc<HashSet<String>>> = Vec::new();
-    let mut next: Option<Decoded> = None;
-    let mut gathered_until = Instant::now();
-    loop {
-        let is_patient = Instant::now() < gathered_until;
-        // What conflicts with a batch that is held up leaves the others to other workers.
-        let gathers = next.is_none() || is_patient;
-        let may_start = |next: &mut Decoded| {
-            let waits = is_patient && !busy.is_empty() && next.count() < WORTHWHILE.min(limit);
-            !waits && busy.iter().all(|busy| busy.is_disjoint(next.concerns()))
-        };
-        if let Some(decoded) = next.take_if(may_start) {
-            let concerns = Arc::new(decoded.concerns().clone());
-            busy.push(Arc::clone(&concerns));
-            applying.push(async move {
-                batch::apply(applier, decoded, shutdown).await;
-                concerns
-            });
-        }
-        let room = limit - next.as_ref().map_or(0, Decoded::count);
-        tokio::select! {
-            biased;
-            () = shutdown.cancelled() => {
-                batches.close().await;
-                break;
-            }
-            Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
-            () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.at_most(room), if room > 0 && gathers && applying.len() < batch::IN_FLIGHT => {
-                let Some(batch) = batch else { break };
-                let decoded = Decoded::of(applier, batch);
-                match &mut next {
-                    Some(next) => next.append(decoded),
-                    None => {
-                        next = Some(decoded);
-                        gathered_until = Instant::now() + GATHER_MAX;
-                    }
-                }
-            }
-        }
-    }
-    while applying.next().await.is_some() {}
-    if let Some(decoded) = next {
-        decoded.hand_back().await;
     }
 }
 
