@@ -13,10 +13,11 @@ use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
-use futures_util::{FutureExt as _, StreamExt as _};
+use futures_util::StreamExt as _;
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 use tracing::{debug, info};
 
 /// After which a message that was not acked is delivered again.
@@ -41,6 +42,14 @@ const AGAIN_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// How soon a message that is handed back is delivered again: at once, but not in a hot loop.
 const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
+
+/// How long a worker that ends waits for messages that are on their way to it: until none has come for so
+/// long, and not until those that it handed back come again.
+const CLOSE_QUIET: Duration = Duration::from_millis(50);
+const CLOSE_MAX: Duration = Duration::from_millis(400);
+
+/// How long it waits for the server's answer before that.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The consumer could not be opened. Whoever waits for the broker tries again.
 #[derive(Debug, thiserror::Error)]
@@ -296,11 +305,19 @@ impl Batches {
         matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound)
     }
 
-    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`. What was asked
-    /// for and is still on its way (the library asks by itself) comes again only after that.
+    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`.
+    ///
+    /// The library has asked for messages at all times, so some may be on their way: they are waited for,
+    /// until none comes any more. What the server sends after that, or goes on to send because there is so
+    /// much, is delivered again only after `ACK_WAIT`.
     pub async fn close(mut self) {
+        // Its answer comes behind what the server has sent, but for what another of its threads still has.
+        let _ = tokio::time::timeout(CLOSE_PATIENCE, self.consumer.get_info()).await;
+        let end = Instant::now() + CLOSE_MAX;
         let mut handed_back = 0;
-        while let Some(Some(item)) = tokio::task::unconstrained(self.messages.next()).now_or_never() {
+        while let Ok(Some(item)) =
+            tokio::time::timeout_at(end.min(Instant::now() + CLOSE_QUIET), self.messages.next()).await
+        {
             let batch = Batch { messages: item.into_iter().collect() };
             batch.hand_back().await;
             handed_back += batch.messages.len();

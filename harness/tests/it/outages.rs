@@ -215,6 +215,24 @@ async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_go
     check_last_quantities(&bridge, &ids, 20).await;
 }
 
+#[tokio::test]
+async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let (events, ids) = traffic(50, 10);
+    for events in events.chunks(50) {
+        bridge.publish_all(messages(events)).await;
+        let stopped = bridge.workers.remove(0);
+        let status = stopped.stop().await;
+        assert!(status.success(), "{status}: {}", stopped.log());
+        bridge.start_worker().wait_until_ready().await;
+        // What was not handed back comes again after a minute.
+        let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
+        assert!(applied.is_ok(), "not all of it was handed back: {}", stopped.log());
+    }
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 10).await;
+}
+
 /// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed
 /// worker had not acked comes again after that. Workers leave a consumer that exists as it is.
 async fn have_consumer_with_short_patience(bridge: &Bridge) {
