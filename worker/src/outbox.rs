@@ -15,7 +15,7 @@ use async_nats::header::HeaderName;
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use fail::fail_point;
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
 use litestripe_contract::{connect, exit, signal::Timestamp};
@@ -135,6 +135,8 @@ impl Relay {
                 asked = Instant::now();
                 connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
             }
+            // Somebody works at signals, so there is no need to ask whether there are any.
+            let was_busy = matches!(outcome, Ok(Round::Busy));
             let (pause, may_wake) = match outcome {
                 Ok(Round::More) => {
                     is_woken = true;
@@ -148,7 +150,7 @@ impl Relay {
             };
             is_woken = tokio::select! {
                 () = relay.wake.notified(), if may_wake => true,
-                () = tokio::time::sleep(pause) => false,
+                () = tokio::time::sleep(pause) => was_busy,
                 () = shutdown.cancelled() => false,
             };
         }
@@ -173,6 +175,7 @@ impl Relay {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
             return Ok(Round::Busy);
         }
+        self.forget_wakes();
         let over = if shards.len() < store::outbox::SHARDS as usize { Round::Shared } else { Round::Idle };
         let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
         if rows.is_empty() {
@@ -197,6 +200,7 @@ impl Relay {
             Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Busy),
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
+        self.forget_wakes();
         let rows = store::outbox::oldest(db, &store::outbox::all_shards(), &self.passed_over(), TAKE_MAX).await?;
         if rows.is_empty() {
             return Ok(Round::Idle);
@@ -205,6 +209,11 @@ impl Relay {
         fail_point!("worker::after_signal", |_| std::process::abort());
         store::outbox::delete(db, sent.ids).await?;
         sent.round
+    }
+
+    /// Whoever woke the relay until now has its signals where they are about to be read: they are committed.
+    fn forget_wakes(&self) {
+        let _ = self.wake.notified().now_or_never();
     }
 
     /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time.
