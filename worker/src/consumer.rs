@@ -314,9 +314,12 @@ impl Batches {
         // Its answer comes behind what the server has sent, but for what another of its threads still has.
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.consumer.get_info()).await;
         let end = Instant::now() + CLOSE_MAX;
+        // The library asks for another batch whenever less than half of one is on its way.
+        let most = 2 * self.batch;
         let mut handed_back = 0;
-        while let Ok(Some(item)) =
-            tokio::time::timeout_at(end.min(Instant::now() + CLOSE_QUIET), self.messages.next()).await
+        while handed_back < most
+            && let Ok(Some(item)) =
+                tokio::time::timeout_at(end.min(Instant::now() + CLOSE_QUIET), self.messages.next()).await
         {
             let batch = Batch { messages: item.into_iter().collect() };
             batch.hand_back().await;
