@@ -45,7 +45,7 @@ const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
 
 /// How long a worker that ends waits for messages that are on their way to it: until none has come for so
 /// long, and not until those that it handed back come again.
-const CLOSE_QUIET: Duration = Duration::from_millis(50);
+const CLOSE_QUIET: Duration = Duration::from_millis(200);
 const CLOSE_MAX: Duration = Duration::from_millis(400);
 
 /// How long it waits for the server's answer before that.
