@@ -211,7 +211,8 @@ impl Relay {
         sent.round
     }
 
-    /// Whoever woke the relay until now has its signals where they are about to be read: they are committed.
+    /// Whoever woke the relay until now has committed its signals: they are about to be read, or are in shards of
+    /// another relay, after which this one looks again by itself.
     fn forget_wakes(&self) {
         let _ = self.wake.notified().now_or_never();
     }
