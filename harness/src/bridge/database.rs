@@ -14,6 +14,7 @@ use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 use tokio::sync::OnceCell;
 
+use crate::process::Process;
 use crate::{eventually, postgres};
 
 /// Which database the rows are in.
@@ -89,6 +90,14 @@ impl Database {
         match &mut self.place {
             Place::Postgres(server) => server.kill().await,
             Place::Sqlite(_) => panic!("SQLite cannot be killed"),
+        }
+    }
+
+    /// A running PostgreSQL server's process.
+    pub fn process(&self) -> Option<&Process> {
+        match &self.place {
+            Place::Sqlite(_) => None,
+            Place::Postgres(server) => server.process(),
         }
     }
 

@@ -14,11 +14,14 @@ use crate::load::{Load, percentile};
 use crate::pool::{self, Events, Kind, Requests};
 use crate::reference::{IN, OUT};
 use crate::report::{Measurement, Sample, Target};
-use crate::rig::{self, Served, Sync};
+use crate::rig::{self, Served, Sync, pid};
 use crate::signals::{self, Listener};
+use crate::usage::Since;
 use crate::{Mode, in_turns};
 
 const BRIDGE: &str = "litestripe";
+const INGRESS: &str = "litestripe's ingress";
+const WORKER: &str = "litestripe's worker";
 const RAW: &str = "JetStream alone";
 const SPIKE: &str = "spike";
 
@@ -41,7 +44,12 @@ pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement
     for contenders in in_turns(mode, &[RAW, BRIDGE, SPIKE]) {
         for contender in contenders {
             let sample = match contender {
-                BRIDGE => bridge(events, &requests, measured_s).await?,
+                BRIDGE => {
+                    let of = bridge(events, &requests, measured_s).await?;
+                    measured.add(INGRESS, of.ingress);
+                    measured.add(WORKER, of.worker);
+                    of.whole
+                }
                 RAW => raw(events, count, measured_s).await?,
                 _ => spike(&requests).await?,
             };
@@ -69,14 +77,22 @@ fn load(served: &Served, rate: Option<f64>) -> Load {
     }
 }
 
-async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) -> Result<Sample, String> {
+/// One run.
+struct Bridge {
+    whole: Sample,
+    ingress: Sample,
+    worker: Sample,
+}
+
+async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) -> Result<Bridge, String> {
     let broker = rig::broker(Sync::Default).await;
     let mut database = Database::prepare(DatabaseKind::Postgres);
     database.resume().await;
     let ingress = rig::ingress(&broker, &[]).await?;
     let worker = rig::worker(&broker, &database.url(), &[]).await?;
     let mut listener = Listener::start(&broker).await?;
-    let (of_ingress, of_worker) = (ingress.usage(), worker.usage());
+    let (of_ingress, of_worker, of_broker) = (ingress.usage(), worker.usage(), Since::now(pid(&broker)));
+    let of_database = rig::database_usage(database.process());
 
     let begin = Instant::now();
     let (sending, count) = (load(&ingress, None), requests.len());
@@ -84,7 +100,15 @@ async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) ->
         rig::bounded("a run", async { tokio::join!(sending.send(requests, false), listener.wait_for(count)) }).await?;
     sent.and(received)?;
     let rate = count as f64 / begin.elapsed().as_secs_f64();
-    let cpu_s = of_ingress.per_10k(count) + of_worker.per_10k(count);
+    let used = |usage: Since, served: &Served| Sample {
+        cpu_s: Some(usage.per_10k(count)),
+        memory_mib: Some(served.memory_mib()),
+        ..Sample::default()
+    };
+    let (of_ingress, of_worker) = (used(of_ingress, &ingress), used(of_worker, &worker));
+    let cpu_s = of_ingress.cpu_s.zip(of_worker.cpu_s).map(|(ingress, worker)| ingress + worker);
+    let (broker_cpu_s, database_cpu_s) =
+        (Some(of_broker.per_10k(count)), of_database.map(|usage| usage.per_10k(count)));
 
     let half = rate / 2.0;
     let slow = Arc::new(pool::requests(events, SLOW, (half * measured_s as f64) as usize));
@@ -97,13 +121,16 @@ async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) ->
     .await?;
     sent?;
     let latencies_us = latencies_us(begin, half, arrivals?);
-    Ok(Sample {
+    let whole = Sample {
         rate: Some(rate),
         p50_us: Some(percentile(&latencies_us, 0.5)),
         p99_us: Some(percentile(&latencies_us, 0.99)),
-        cpu_s: Some(cpu_s),
+        cpu_s,
+        broker_cpu_s,
+        database_cpu_s,
         ..Sample::default()
-    })
+    };
+    Ok(Bridge { whole, ingress: of_ingress, worker: of_worker })
 }
 
 /// From the moment at which each was due to its arrival, sorted. The first tenth warms up.

@@ -75,7 +75,7 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
         (Some(changes.id(kind, number)), body)
     };
     let worker = rig::worker(&broker, &database.url(), &[]).await?;
-    let usage = worker.usage();
+    let (usage, database_usage) = (worker.usage(), rig::database_usage(database.process()));
     let begin = Instant::now();
     let filling = rig::fill(rig::jetstream(&broker).await, count, change);
     let (filled, received) =
@@ -85,6 +85,7 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
     Ok(Sample {
         rate: Some(count as f64 / took.as_secs_f64()),
         cpu_s: Some(usage.per_10k(count)),
+        database_cpu_s: database_usage.map(|usage| usage.per_10k(count)),
         memory_mib: Some(worker.memory_mib()),
         ..Sample::default()
     })

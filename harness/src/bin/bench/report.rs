@@ -17,6 +17,8 @@ pub(crate) struct Sample {
     pub(crate) cpu_s: Option<f64>,
     /// The broker's.
     pub(crate) broker_cpu_s: Option<f64>,
+    /// PostgreSQL's. SQLite is part of the program.
+    pub(crate) database_cpu_s: Option<f64>,
     /// The most memory it held.
     pub(crate) memory_mib: Option<f64>,
     /// CPU of one core, in percent.
@@ -28,12 +30,13 @@ pub(crate) struct Sample {
 /// A column of a sample.
 pub(crate) type Column = fn(&Sample) -> Option<f64>;
 
-const COLUMNS: [(&str, Column); 8] = [
+const COLUMNS: [(&str, Column); 9] = [
     ("events_per_s", |sample| sample.rate),
     ("p50_us", |sample| sample.p50_us),
     ("p99_us", |sample| sample.p99_us),
     ("cpu_s_per_10k", |sample| sample.cpu_s),
     ("broker_cpu_s_per_10k", |sample| sample.broker_cpu_s),
+    ("database_cpu_s_per_10k", |sample| sample.database_cpu_s),
     ("memory_mib", |sample| sample.memory_mib),
     ("cpu_percent", |sample| sample.cpu_percent),
     ("instructions", |sample| sample.instructions),

@@ -11,6 +11,7 @@ use litestripe_contract::settings::{EventsSettings, Given, Reader, SHARED};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_contract::{header, stream};
 use litestripe_harness::bridge::{HOOK, SECRET};
+use litestripe_harness::process::Process;
 use litestripe_harness::program::{Launch, Program};
 use litestripe_harness::{nats, port};
 use serde_json::Value;
@@ -47,7 +48,12 @@ pub(crate) async fn broker(sync: Sync) -> nats::Server {
 }
 
 pub(crate) fn pid(broker: &nats::Server) -> u32 {
-    broker.process().map(litestripe_harness::process::Process::id).unwrap_or_default()
+    broker.process().map(Process::id).unwrap_or_default()
+}
+
+/// CPU time of a PostgreSQL server from now on.
+pub(crate) fn database_usage(server: Option<&Process>) -> Option<Since> {
+    server.map(|server| Since::now(server.id()))
 }
 
 /// The events stream's settings where nobody set any.

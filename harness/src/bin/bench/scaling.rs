@@ -7,8 +7,9 @@ use sea_orm::{ConnectOptions, ConnectionTrait as _, Database};
 
 use crate::pool::Events;
 use crate::report::{Measurement, Sample, Target};
-use crate::rig::{self, Sync};
+use crate::rig::{self, Sync, pid};
 use crate::signals::Listener;
+use crate::usage::Since;
 use crate::{Mode, in_turns};
 
 /// How much longer a commit takes: PostgreSQL itself waits before it writes.
@@ -86,9 +87,19 @@ async fn run(events: &Events, count: usize, workers: usize) -> Result<Sample, St
     }
     let mut listener = Listener::start(&broker).await?;
     let usages: Vec<_> = running.iter().map(rig::Served::usage).collect();
+    let broker_usage = Since::now(pid(&broker));
+    let database_usage = rig::database_usage(server.process());
     rig::resume_consumer(&broker).await?;
     let took = rig::bounded("applying", listener.wait_for(count)).await??;
     let rate = count as f64 / took.as_secs_f64();
     let cpu_s = usages.iter().map(|usage| usage.per_10k(count)).sum();
-    Ok(Sample { rate: Some(rate), cpu_s: Some(cpu_s), ..Sample::default() })
+    Ok(Sample {
+        rate: Some(rate),
+        cpu_s: Some(cpu_s),
+        broker_cpu_s: Some(broker_usage.per_10k(count)),
+        database_cpu_s: database_usage.map(|usage| usage.per_10k(count)),
+        // The largest one's.
+        memory_mib: running.iter().map(rig::Served::memory_mib).max_by(f64::total_cmp),
+        ..Sample::default()
+    })
 }

@@ -137,12 +137,14 @@ async fn apply(broker: &nats::Server, database: &Database, count: usize) -> Resu
     let worker = rig::worker(broker, &database.url(), &[]).await?;
     let mut signals = signals::Listener::start(broker).await?;
     let (usage, broker_usage) = (worker.usage(), Since::now(pid(broker)));
+    let database_usage = rig::database_usage(database.process());
     rig::resume_consumer(broker).await?;
     let took = rig::bounded("applying", signals.wait_for(count)).await??;
     Ok(Sample {
         rate: Some(count as f64 / took.as_secs_f64()),
         cpu_s: Some(usage.per_10k(count)),
         broker_cpu_s: Some(broker_usage.per_10k(count)),
+        database_cpu_s: database_usage.map(|usage| usage.per_10k(count)),
         memory_mib: Some(worker.memory_mib()),
         ..Sample::default()
     })
@@ -167,12 +169,17 @@ async fn run_upserts(kind: DatabaseKind, rows: &[Model]) -> Result<Sample, Strin
         }
     }
     let rows: Vec<Vec<Value>> = rows.iter().map(values).collect();
+    let usage = rig::database_usage(database.process());
     let begin = Instant::now();
     for batch in rows.chunks(BATCH) {
         upsert(connection, kind, batch).await.map_err(text)?;
     }
     let took = begin.elapsed();
-    Ok(Sample { rate: Some(rows.len() as f64 / took.as_secs_f64()), ..Sample::default() })
+    Ok(Sample {
+        rate: Some(rows.len() as f64 / took.as_secs_f64()),
+        database_cpu_s: usage.map(|usage| usage.per_10k(rows.len())),
+        ..Sample::default()
+    })
 }
 
 fn values(row: &Model) -> Vec<Value> {
