@@ -9,30 +9,26 @@
 use std::time::Duration;
 
 use async_nats::Subject;
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
+use async_nats::jetstream::consumer::pull::Config;
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
-use futures_util::StreamExt as _;
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use self::pull::Pull;
+
+mod pull;
+
 /// After which a message that was not acked is delivered again.
 const ACK_WAIT: Duration = Duration::from_secs(60);
 
 /// Deliveries in flight over all workers, at most. Bounds what the server remembers.
 const ACK_PENDING_MAX: i64 = 20_000;
-
-/// Bytes fetched ahead, at most: bounds memory when bodies are large. A message that is larger than
-/// this would never be delivered, so a server that takes larger ones raises it.
-const AHEAD_BYTES_MAX: usize = 8 << 20;
-
-/// How long one pull request stays open, and how often the server shows that it is still there.
-const PULL_EXPIRES: Duration = Duration::from_secs(30);
-const PULL_HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// The same of a replay: who runs it again after a crash waits this long for what was in flight.
 const AGAIN_ACK_WAIT: Duration = Duration::from_secs(20);
@@ -43,10 +39,10 @@ const AGAIN_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// How soon a message that is handed back is delivered again: at once, but not in a hot loop.
 const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
 
-/// How long a worker that ends waits for messages that are on their way to it: until none has come for so
-/// long, and not until those that it handed back come again.
+/// How long a worker that ends waits for messages that are on their way to it: until all that it asked for
+/// have come, or none for so long, or those that come one by one are not worth it.
 const CLOSE_QUIET: Duration = Duration::from_millis(200);
-const CLOSE_MAX: Duration = Duration::from_millis(400);
+const CLOSE_MAX: Duration = Duration::from_secs(1);
 
 /// How long it waits for the server's answer before that.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
@@ -58,12 +54,10 @@ pub struct OpenError(#[source] ConsumerError);
 
 /// Messages of the durable consumer, as they come.
 pub struct Batches {
-    consumer: Consumer<pull::Config>,
-    messages: pull::Stream,
+    consumer: Consumer<Config>,
+    pull: Pull,
     /// Messages at a time, at most.
     batch: usize,
-    /// Whether pulling failed since the consumer was last seen.
-    is_doubted: bool,
 }
 
 /// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
@@ -112,7 +106,7 @@ impl Again {
     /// # Errors
     /// When the broker is away or the stream is missing.
     pub async fn open(&self, jetstream: &jetstream::Context, batch: usize) -> Result<Batches, ConsumerError> {
-        let config = pull::Config {
+        let config = Config {
             filter_subjects: self.subjects.clone(),
             ack_wait: AGAIN_ACK_WAIT,
             inactive_threshold: AGAIN_KEPT,
@@ -172,13 +166,13 @@ impl Again {
 /// # Errors
 /// When the broker is away or the stream is missing.
 pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -> Result<u64, ConsumerError> {
-    let config = pull::Config {
+    let config = Config {
         // Named, so that a broker's permissions can allow it.
         name: Some(format!("litestripe-replay-at-{}", time.unix_timestamp_nanos())),
         deliver_policy: DeliverPolicy::ByStartTime { start_time: time },
         ack_policy: AckPolicy::None,
         inactive_threshold: Duration::from_secs(5),
-        ..pull::Config::default()
+        ..Config::default()
     };
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     let consumer = stream.create_consumer(config).await?;
@@ -196,8 +190,8 @@ pub fn is_refusal(error: &ConsumerError) -> bool {
     matches!(refused, Some(ConsumerErrorKind::JetStream(refused)) if refused.code() == 400)
 }
 
-fn durable(name: &str, deliver_policy: DeliverPolicy) -> pull::Config {
-    pull::Config {
+fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
+    Config {
         durable_name: Some(name.to_owned()),
         deliver_policy,
         ack_policy: AckPolicy::Explicit,
@@ -206,7 +200,7 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> pull::Config {
         max_ack_pending: ACK_PENDING_MAX,
         // As many as the stream has, whatever LITESTRIPE_STREAM_REPLICAS says by now.
         num_replicas: 0,
-        ..pull::Config::default()
+        ..Config::default()
     }
 }
 
@@ -215,7 +209,7 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> pull::Config {
 /// # Errors
 /// When the broker is away or the consumer is missing.
 pub async fn is_applied(jetstream: &jetstream::Context, sequence: u64) -> Result<bool, OpenError> {
-    let consumer = jetstream.get_consumer_from_stream::<pull::Config, _, _>(WORKER_CONSUMER, EVENTS_STREAM).await;
+    let consumer = jetstream.get_consumer_from_stream::<Config, _, _>(WORKER_CONSUMER, EVENTS_STREAM).await;
     let consumer = consumer.map_err(|error| OpenError(error.into()))?;
     let progress = consumer.cached_info();
     let all_delivered_are_acked = progress.num_ack_pending == 0 && progress.delivered.stream_sequence >= sequence;
@@ -242,20 +236,13 @@ impl Batches {
     async fn of(
         jetstream: &jetstream::Context,
         name: &str,
-        config: pull::Config,
+        config: Config,
         batch: usize,
     ) -> Result<Self, ConsumerError> {
         let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-        let consumer: Consumer<pull::Config> = stream.get_or_create_consumer(name, config).await?;
-        let messages = consumer
-            .stream()
-            .max_messages_per_batch(batch)
-            .max_bytes_per_batch(AHEAD_BYTES_MAX.max(2 * jetstream.client().max_payload()))
-            .expires(PULL_EXPIRES)
-            .heartbeat(PULL_HEARTBEAT)
-            .messages()
-            .await?;
-        Ok(Self { consumer, messages, batch, is_doubted: false })
+        let consumer: Consumer<Config> = stream.get_or_create_consumer(name, config).await?;
+        let pull = Pull::of(consumer.clone(), jetstream.clone(), batch).await?;
+        Ok(Self { consumer, pull, batch })
     }
 
     /// The messages that are there, at least one. None when the consumer is gone and must be opened
@@ -273,24 +260,11 @@ impl Batches {
     /// A cancelled wait loses no message.
     pub async fn at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
-            if self.is_doubted && self.is_gone().await {
+            if self.pull.is_doubted && self.is_gone().await {
                 return None;
             }
-            self.is_doubted = false;
-            let mut messages = Vec::new();
-            let mut ready = self.messages.by_ref().ready_chunks(limit);
-            // Tokio would have us pause after some sixty messages, and a batch end there.
-            for item in tokio::task::unconstrained(ready.next()).await? {
-                match item {
-                    Ok(message) => messages.push(message),
-                    // Missing heartbeats and the like. The library asks for messages again by itself,
-                    // also of a consumer that vanished while nobody could be told.
-                    Err(error) => {
-                        debug!("pulling messages: {error}");
-                        self.is_doubted = true;
-                    }
-                }
-            }
+            self.pull.is_doubted = false;
+            let messages = self.pull.next(limit).await?;
             if !messages.is_empty() {
                 return Some(Batch { messages });
             }
@@ -305,23 +279,14 @@ impl Batches {
         matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound)
     }
 
-    /// Hands back what was fetched ahead, so that others need not wait for `ACK_WAIT`.
-    ///
-    /// The library has asked for messages at all times, so some may be on their way: they are waited for,
-    /// until none comes any more. What the server sends after that, or goes on to send because there is so
-    /// much, is delivered again only after `ACK_WAIT`.
+    /// Hands back what was fetched ahead or is on its way, so that others need not wait for `ACK_WAIT`.
     pub async fn close(mut self) {
         // Its answer comes behind what the server has sent, but for what another of its threads still has.
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.consumer.get_info()).await;
         let end = Instant::now() + CLOSE_MAX;
-        // The library asks for another batch whenever less than half of one is on its way.
-        let most = 2 * self.batch;
         let mut handed_back = 0;
-        while handed_back < most
-            && let Ok(Some(item)) =
-                tokio::time::timeout_at(end.min(Instant::now() + CLOSE_QUIET), self.messages.next()).await
-        {
-            let batch = Batch { messages: item.into_iter().collect() };
+        while let Ok(Some(messages)) = tokio::time::timeout_at(end, self.pull.rest(CLOSE_QUIET)).await {
+            let batch = Batch { messages };
             batch.hand_back().await;
             handed_back += batch.messages.len();
         }

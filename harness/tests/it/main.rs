@@ -15,6 +15,7 @@ mod localstripe;
 mod operators;
 mod orphans;
 mod outages;
+mod pull;
 mod reconcile;
 mod replay;
 mod resend;

@@ -213,6 +213,7 @@ async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_go
     bridge.publish_all(messages(last)).await;
     bridge.start_worker();
 
+    check_that_nothing_waits(&bridge, &log).await;
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 20).await;
 }
@@ -227,12 +228,16 @@ async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
         let status = stopped.stop().await;
         assert!(status.success(), "{status}: {}", stopped.log());
         bridge.start_worker().wait_until_ready().await;
-        // What was not handed back comes again after a minute.
-        let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
-        assert!(applied.is_ok(), "not all of it was handed back: {}", stopped.log());
+        check_that_nothing_waits(&bridge, &stopped.log()).await;
     }
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 10).await;
+}
+
+/// What a worker that was stopped has not handed back comes again after a minute.
+async fn check_that_nothing_waits(bridge: &Bridge, stopped_log: &str) {
+    let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
+    assert!(applied.is_ok(), "not all of it was handed back: {stopped_log}");
 }
 
 /// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed

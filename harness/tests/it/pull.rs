@@ -1,0 +1,61 @@
+//! What a worker has asked the stream for, and what becomes of the request.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::stripe::{Event, Purchase};
+use serde_json::json;
+use time::OffsetDateTime;
+
+/// A request expires after half a minute.
+const EXPIRED: Duration = Duration::from_secs(90);
+
+/// What the worker logs when it asks anew because it does not know what became of a request.
+const DOUBT: &str = "the server shows no sign";
+
+#[tokio::test]
+async fn worker_that_had_nothing_to_do_asks_again_when_its_request_has_expired() {
+    let bridge = Bridge::start(talkative()).await;
+    let worker = &bridge.workers[0];
+    worker.wait_for_log("of what was asked for: 408", EXPIRED).await;
+
+    let purchase = purchase();
+    bridge.deliver(&created(&purchase, "")).await;
+
+    bridge.check().await;
+    bridge.row(&purchase.subscription).await;
+    assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
+}
+
+/// A request brings 8 MiB, and ends then.
+#[tokio::test]
+async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applied() {
+    const EVENTS: usize = 240;
+    let bridge = Bridge::start(talkative()).await;
+    let padding = "p".repeat(200 << 10);
+    let events: Vec<_> = (0..EVENTS).map(|_| created(&purchase(), &padding)).collect();
+    let message = |event: &Event| -> (String, Bytes, String) {
+        (event.event_type().to_owned(), event.body(), event.id().to_owned())
+    };
+    bridge.publish_all(events.iter().map(message).collect()).await;
+
+    assert_eq!(bridge.check().await.len(), EVENTS);
+    let worker = &bridge.workers[0];
+    assert_ne!(worker.count_in_log("of what was asked for: 409"), 0, "{}", worker.log());
+    assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
+}
+
+fn talkative() -> Options {
+    Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,litestripe_worker=debug")
+}
+
+fn purchase() -> Purchase {
+    Purchase::new(OffsetDateTime::now_utc().unix_timestamp() - 60)
+}
+
+fn created(purchase: &Purchase, padding: &str) -> Event {
+    let mut event = purchase.subscription_event("customer.subscription.created", purchase.created, json!({}));
+    event.value["padding"] = json!(padding);
+    event
+}
