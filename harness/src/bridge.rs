@@ -286,6 +286,27 @@ impl Bridge {
         })
     }
 
+    /// Waits until so many of the messages that workers have taken are not acknowledged yet.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    #[track_caller]
+    pub fn wait_until_unacknowledged(&self, count: usize) -> impl Future<Output = ()> {
+        eventually("messages to be taken", APPLIED_DEADLINE, async move || match self.unacknowledged().await {
+            taken if taken == count => Ok(()),
+            taken => Err(format!("{taken} of {count} are")),
+        })
+    }
+
+    /// How many of the messages that workers have taken are not acknowledged yet.
+    ///
+    /// # Panics
+    /// When the stream or the workers' consumer is missing.
+    pub async fn unacknowledged(&self) -> usize {
+        let stream = self.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+        stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there").num_ack_pending
+    }
+
     /// Waits until everything is applied, and checks that rows and signals tell the same.
     ///
     /// Returns the signals.

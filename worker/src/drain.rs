@@ -47,10 +47,7 @@ pub async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdo
         let room = limit - next.as_ref().map_or(0, Decoded::count);
         tokio::select! {
             biased;
-            () = shutdown.cancelled() => {
-                batches.close().await;
-                break;
-            }
+            () = shutdown.cancelled() => break,
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
             batch = batches.at_most(room), if room > 0 && gathers && applying.len() < batch::IN_FLIGHT => {
@@ -66,8 +63,14 @@ pub async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdo
             }
         }
     }
-    while applying.next().await.is_some() {}
-    if let Some(decoded) = next {
-        decoded.hand_back().await;
-    }
+    let handing_back = async {
+        if let Some(decoded) = next {
+            decoded.hand_back().await;
+        }
+        if shutdown.is_cancelled() {
+            batches.close().await;
+        }
+    };
+    let finishing = async { while applying.next().await.is_some() {} };
+    tokio::join!(handing_back, finishing);
 }

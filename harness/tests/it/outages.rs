@@ -6,8 +6,9 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream;
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{self, Event, Purchase};
@@ -232,6 +233,43 @@ async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
     }
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 10).await;
+}
+
+/// What waits behind a batch that is held up need not wait for it.
+#[tokio::test]
+async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let (events, ids) = traffic(1, 3);
+    bridge.publish_all(messages(&events[..1])).await;
+    bridge.check().await;
+    let somebody = bridge.database.locked(&lock_of(ids.first().expect("there is one"))).await;
+    bridge.publish_all(messages(&events[1..2])).await;
+    bridge.database.until_a_worker_waits().await;
+    bridge.publish_all(messages(&events[2..])).await;
+    bridge.wait_until_unacknowledged(2).await;
+    let nats = bridge.broker.connect().await;
+    let mut acks =
+        nats.subscribe(format!("$JS.ACK.{EVENTS_STREAM}.{WORKER_CONSUMER}.>")).await.expect("it can be read");
+    let mut next = async |kind: &str| {
+        let mut acks = acks.by_ref().filter(|ack| std::future::ready(ack.payload.starts_with(kind.as_bytes())));
+        tokio::time::timeout(DEADLINE, acks.next()).await.expect("in time").expect("it is read")
+    };
+    // A lock is waited for for four seconds. They are to begin now, however slow the machine has been.
+    next("+WPI").await;
+    bridge.database.until_a_worker_waits().await;
+
+    let stopped = bridge.workers.remove(0);
+    stopped.signal(Signal::Term);
+    let first = next("-NAK").await;
+
+    // The message's place in the stream.
+    assert_eq!(first.subject.split('.').nth(5), Some("3"), "{}", first.subject);
+    somebody.rollback().await.expect("the lock is let go");
+    let status = stopped.wait(DEADLINE).await;
+    assert!(status.success(), "{status}: {}", stopped.log());
+    bridge.start_worker().wait_until_ready().await;
+    bridge.check().await;
+    check_last_quantities(&bridge, &ids, 3).await;
 }
 
 /// What a worker that was stopped has not handed back comes again after a minute.

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
@@ -110,15 +109,7 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
         // The first one, that is.
         bridge.database.until_a_worker_waits().await;
     }
-    let unacknowledged = async || {
-        let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
-        stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there").num_ack_pending
-    };
-    eventually("both to be delivered", Duration::from_secs(30), async || match unacknowledged().await {
-        2 => Ok(()),
-        other => Err(format!("{other} are")),
-    })
-    .await;
+    bridge.wait_until_unacknowledged(2).await;
     // Long enough for the second one to have gathered what it gathers.
     tokio::time::sleep(Duration::from_secs(1)).await;
 
@@ -129,7 +120,7 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
     bridge.publish_all(others).await;
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        let unacknowledged = unacknowledged().await;
+        let unacknowledged = bridge.unacknowledged().await;
         assert!(unacknowledged <= 2 + FETCHED_AHEAD, "{unacknowledged} were taken");
     }
     somebody.rollback().await.expect("the lock is let go");
