@@ -184,6 +184,25 @@ impl Database {
         Ok(self.query(waiting).await?.len())
     }
 
+    /// Waits until no transaction of a worker's is under way: what a killed one has sent to a server may still be
+    /// committed.
+    ///
+    /// # Panics
+    /// When there is one for half a minute.
+    pub async fn until_workers_are_idle(&self) {
+        if self.process().is_none() {
+            return;
+        }
+        let busy = "SELECT pid FROM pg_stat_activity \
+            WHERE application_name = 'litestripe-worker' AND xact_start IS NOT NULL";
+        eventually("workers to be idle", Duration::from_secs(30), async || match self.query(busy).await {
+            Ok(busy) if busy.is_empty() => Ok(()),
+            Ok(busy) => Err(format!("{} transactions", busy.len())),
+            Err(error) => Err(error.to_string()),
+        })
+        .await;
+    }
+
     /// Waits until there is one.
     ///
     /// # Panics

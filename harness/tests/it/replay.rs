@@ -422,6 +422,7 @@ async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
     .await;
     replay.signal(ProcessSignal::Kill);
     replay.wait(DEADLINE).await;
+    bridge.database.until_workers_are_idle().await;
 }
 
 async fn owed_if_migrated(bridge: &Bridge) -> usize {
