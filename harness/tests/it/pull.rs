@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::stream::Stream;
 use bytes::Bytes;
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::stripe::{Event, Purchase};
 use serde_json::json;
@@ -44,6 +47,26 @@ async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applie
     let worker = &bridge.workers[0];
     assert_ne!(worker.count_in_log("of what was asked for: 409"), 0, "{}", worker.log());
     assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
+}
+
+/// A consumer that exists is left as it is, with whatever limits.
+#[tokio::test]
+async fn worker_says_which_limit_of_the_consumer_keeps_it_from_consuming() {
+    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
+    let stream: Stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    let limited =
+        pull::Config { durable_name: Some(WORKER_CONSUMER.to_owned()), max_batch: 10, ..pull::Config::default() };
+    stream.create_consumer(limited.clone()).await.expect("a consumer can be made");
+    bridge.deliver(&created(&purchase(), "")).await;
+    bridge.start_worker();
+    let worker = &bridge.workers[0];
+    let said = "Exceeded MaxRequestBatch of 10): raise that limit of the consumer, or if it is MaxRequestBatch, lower LITESTRIPE_BATCH";
+    worker.wait_for_log(said, EXPIRED).await;
+
+    stream.update_consumer(pull::Config { max_batch: 0, ..limited }).await.expect("its limits can be changed");
+
+    bridge.check().await;
+    assert_eq!((bridge.rows().await.len(), worker.count_in_log(said)), (1, 1), "{}", worker.log());
 }
 
 fn talkative() -> Options {

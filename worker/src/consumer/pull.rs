@@ -15,7 +15,7 @@ use async_nats::jetstream::{self, Message};
 use async_nats::{Client, HeaderMap, StatusCode, Subject, SubscribeError, Subscriber};
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::time::Instant;
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// Bytes of one request, at most: bounds memory when bodies are large. A message that is larger than this
 /// would never be delivered, so a server that takes larger ones raises it.
@@ -51,6 +51,8 @@ pub(super) struct Pull {
     paused_until: Instant,
     /// Which of the client's connections was asked.
     connection: u64,
+    /// Whether it was told that requests are refused.
+    is_refused: bool,
     /// Whether a request came to nothing, so that the consumer should be looked for.
     pub(super) is_doubted: bool,
 }
@@ -81,6 +83,7 @@ impl Pull {
             heard: now,
             paused_until: now,
             connection,
+            is_refused: false,
             is_doubted: false,
         })
     }
@@ -113,17 +116,19 @@ impl Pull {
         }
     }
 
-    /// What still comes of what was asked for; none when all of it has come, or nothing for as long as `quiet`.
+    /// What is there, and what still comes of what was asked for; none when all of it has come, or nothing for as
+    /// long as `quiet`.
     pub(super) async fn rest(&mut self, quiet: Duration) -> Option<Vec<Message>> {
-        let end = Instant::now() + quiet;
-        while self.open > 0 {
+        let begin = Instant::now();
+        loop {
+            // A request that was given up may have brought some all the same.
+            let end = if self.open > 0 { begin + quiet } else { begin };
             let arrived = tokio::time::timeout_at(end, self.arrived(self.batch)).await.ok()?;
             let messages = self.sorted(arrived?);
             if !messages.is_empty() {
                 return Some(messages);
             }
         }
-        None
     }
 
     /// Asks for more when it is time to. Not without a connection: all that was asked meanwhile would be
@@ -174,16 +179,30 @@ impl Pull {
             match message.status {
                 None | Some(StatusCode::OK) => {
                     self.open = self.open.saturating_sub(1);
+                    self.is_refused = false;
                     messages.push(Message { message, context: self.jetstream.clone() });
                 }
                 Some(StatusCode::IDLE_HEARTBEAT) => {}
                 Some(status) => {
-                    debug!("of what was asked for: {status} {}", message.description.as_deref().unwrap_or_default());
+                    let why = message.description.as_deref().unwrap_or_default();
+                    debug!("of what was asked for: {status} {why}");
+                    self.tell_of_refusal(why);
                     self.ended(status, message.headers.as_ref());
                 }
             }
         }
         messages
+    }
+
+    /// A consumer that somebody made with limits of its own is left as it is, and may never deliver.
+    fn tell_of_refusal(&mut self, why: &str) {
+        if why.starts_with("Exceeded") && !std::mem::replace(&mut self.is_refused, true) {
+            warn!(
+                "the consumer {} refuses requests for messages ({why}): raise that limit of the consumer, or if it is \
+                 MaxRequestBatch, lower LITESTRIPE_BATCH",
+                self.consumer.cached_info().name
+            );
+        }
     }
 
     /// A request has expired, has brought as many bytes as it may, or was refused.
