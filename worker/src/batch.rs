@@ -23,14 +23,13 @@ use crate::consumer::Batch;
 use crate::dead_letter::DeadLetters;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
-use crate::event::{self, Body, MetadataKeys, whose};
+use crate::event::{self, MetadataKeys, whose};
 use crate::metrics;
-use crate::plan::{self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms};
-use crate::signal::{self, Cause};
-use crate::store::due::Kind;
-use crate::store::orphan::NewOrphan;
-use crate::store::outbox::NewSignal;
-use crate::store::signal_due::{Due, NewDue};
+use crate::orphan::NewOrphan;
+use crate::plan::{self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription};
+use crate::question::Kind;
+use crate::row::{Due, NewDue};
+use crate::signal::{self, Cause, NewSignal};
 use crate::store::subscription::Found;
 use crate::store::{self, Store};
 
@@ -439,7 +438,7 @@ impl OrphanSignal {
     fn now(self) -> Option<NewSignal> {
         match self {
             Self::Created(orphan, cause) => Some(signal::orphan_created(&orphan, cause)),
-            Self::Resolved(orphan, cause) => signal::orphan_resolved(&orphan, cause),
+            Self::Resolved(orphan, cause) => Some(signal::orphan_resolved(&store::orphan::known(&orphan)?, cause)),
         }
     }
 
@@ -451,32 +450,6 @@ impl OrphanSignal {
         let due = Due { replay: replay.to_owned(), told: None, unchanged: false, event: cause.event };
         NewDue { entity_id, subject, due }
     }
-}
-
-/// Events by the id of the subscription whose row they concern.
-pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
-
-/// The events by subscription, in the order of its key, and those about a payment by its id.
-///
-/// An operator's word is among both: the orphan follows it also where the row has a newer client
-/// reference id and does not.
-#[must_use]
-pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
-    let mut by_subscription = BySubscription::new();
-    let mut others = Vec::new();
-    for arrival in pending {
-        let id = arrival.event.stripe_subscription_id();
-        if let Some(id) = id {
-            by_subscription.entry(id).or_default().push(arrival);
-        }
-        match &arrival.event.body {
-            Body::CheckoutSession(session) if id.is_none() => others.push((session.id.as_str(), arrival)),
-            Body::Resolution(resolution) => others.push((resolution.orphan_id.as_str(), arrival)),
-            Body::CheckoutSession(_) | Body::Subscription(_) => {}
-        }
-    }
-    others.sort_by_key(|(id, _)| *id);
-    (by_subscription, others)
 }
 
 /// Waits between tries to reach the database, and says so when the first batch starts and when the last

@@ -28,7 +28,7 @@ use tracing::{debug, warn};
 
 use crate::event::whose::DeletedCustomer;
 use crate::event::{Body, Event};
-use crate::store::due::{Check, Kind};
+use crate::question::{Check, Kind};
 
 pub use ids::Ids;
 pub use removal::{EraseError, Erasure, Receipt, Target};

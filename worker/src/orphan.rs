@@ -5,14 +5,14 @@
 
 use std::time::Duration;
 
+use litestripe_contract::event::EventId;
 use litestripe_contract::signal::OrphanReason;
 use time::{OffsetDateTime, PrimitiveDateTime};
 
-use crate::event::{Body, CheckoutSession, Event, Resolution};
+use crate::event::{Body, CheckoutSession, Email, Event, Resolution};
 use crate::merge::Visible;
+use crate::question::{Check, Kind};
 use crate::signal;
-use crate::store::due::{Check, Kind};
-use crate::store::orphan::NewOrphan;
 
 /// After the second of an uncertain row's events, before Stripe is asked: an answer is relied on
 /// only up to a second before it was given.
@@ -29,6 +29,27 @@ pub struct Rules {
     pub without_session: bool,
     /// How long a subscription may wait for its Checkout Session.
     pub grace: Duration,
+}
+
+/// A payment that matches no user.
+#[derive(Debug, Clone)]
+pub struct NewOrphan {
+    /// The subscription's id, else the Checkout Session's.
+    pub id: String,
+    /// Why it is one.
+    pub reason: OrphanReason,
+    /// The Checkout Session that was paid.
+    pub checkout_session_id: Option<String>,
+    /// Stripe's customer.
+    pub stripe_customer_id: Option<String>,
+    /// The subscription, if there is one.
+    pub stripe_subscription_id: Option<String>,
+    /// Where the customer can be reached.
+    pub customer_email: Option<Email>,
+    /// The event that led to it.
+    pub event_id: EventId,
+    /// Whether it happened in live mode.
+    pub livemode: bool,
 }
 
 /// The orphan that a Checkout Session is, if it is paid and names no user.

@@ -3,20 +3,18 @@
 //! Owns transitions: which merged events are signalled, under which revision, and what an event
 //! makes of orphans and open questions. May not know SQL, messages, or the clock.
 
+use std::collections::BTreeMap;
+
 use litestripe_contract::signal::{Access, EventReference, Subscription, SubscriptionChanged};
 use litestripe_contract::subject;
 use time::OffsetDateTime;
 
 use crate::event::{Body, Event};
 use crate::merge::{self, Visible};
-use crate::orphan::{self, Rules};
-use crate::signal::{self, Cause};
-use crate::store::due::{Check, Kind};
-use crate::store::orphan::NewOrphan;
-use crate::store::outbox::NewSignal;
-use crate::store::replay::Rebuilding;
-use crate::store::signal_due::{Due, NewDue};
-use crate::store::subscription::{Row, Stored};
+use crate::orphan::{self, NewOrphan, Rules};
+use crate::question::{Check, Kind};
+use crate::row::{Due, NewDue, Rebuilding, Row, Stored};
+use crate::signal::{self, Cause, NewSignal};
 
 /// Who is told of what events change.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +119,32 @@ pub struct Plan<'a> {
     pub is_withheld: bool,
     /// What follows for orphans and open questions.
     pub consequences: Consequences<'a>,
+}
+
+/// Events by the id of the subscription whose row they concern.
+pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
+
+/// The events by subscription, in the order of its key, and those about a payment by its id.
+///
+/// An operator's word is among both: the orphan follows it also where the row has a newer client
+/// reference id and does not.
+#[must_use]
+pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
+    let mut by_subscription = BySubscription::new();
+    let mut others = Vec::new();
+    for arrival in pending {
+        let id = arrival.event.stripe_subscription_id();
+        if let Some(id) = id {
+            by_subscription.entry(id).or_default().push(arrival);
+        }
+        match &arrival.event.body {
+            Body::CheckoutSession(session) if id.is_none() => others.push((session.id.as_str(), arrival)),
+            Body::Resolution(resolution) => others.push((resolution.orphan_id.as_str(), arrival)),
+            Body::CheckoutSession(_) | Body::Subscription(_) => {}
+        }
+    }
+    others.sort_by_key(|(id, _)| *id);
+    (by_subscription, others)
 }
 
 /// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each that changes a

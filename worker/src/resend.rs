@@ -12,9 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::StoreError;
 use crate::plan;
+use crate::row::{Due, Stored};
 use crate::signal;
-use crate::store::signal_due::Due;
-use crate::store::subscription::Stored;
 use crate::store::{self, Store};
 
 /// Rows that are put into the outbox at once.

@@ -3,16 +3,31 @@
 //! Owns their `Nats-Msg-Id`s: the same change always has the same one, so that a repeat is dropped.
 
 use litestripe_contract::event::{EventType, SNAPSHOT_TYPE};
-use litestripe_contract::signal::{EventReference, Orphan, OrphanReason, SubscriptionChanged, Timestamp};
+use litestripe_contract::signal::{EventReference, Orphan, SubscriptionChanged, Timestamp};
 use litestripe_contract::subject;
-use litestripe_entity::orphaned_payment;
 use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::event::Event;
 use crate::merge::State;
-use crate::store::orphan::NewOrphan;
-use crate::store::outbox::NewSignal;
+use crate::orphan::NewOrphan;
+
+/// A signal on its way to the outbox.
+#[derive(Debug, Clone)]
+pub struct NewSignal {
+    /// The subscription's or orphan's id.
+    pub entity_id: String,
+    /// Where it is published.
+    pub subject: &'static str,
+    /// Its `Nats-Msg-Id`.
+    pub message_id: String,
+    /// `created` of the event that led to it, in seconds since the Unix epoch.
+    pub event_created: i64,
+    /// The trace it belongs to.
+    pub traceparent: Option<String>,
+    /// The body, JSON.
+    pub body: String,
+}
 
 /// The event that led to a signal, and the trace it belongs to.
 #[derive(Debug, Clone)]
@@ -63,20 +78,19 @@ pub fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> 
     outgoing(cause, id, subject::SUBSCRIPTION_CHANGED, message_id, signal)
 }
 
-/// What is left to tell of an orphan at the end of a replay: that it is open, or that it was
-/// resolved. Nothing for a reason that only a later program knows.
-#[must_use]
-pub fn orphan_stands(orphan: &orphaned_payment::Model, cause: Cause) -> Option<NewSignal> {
-    if orphan.resolved_at.is_some() {
-        return orphan_resolved(orphan, cause);
-    }
-    let signal = of_model(orphan, cause.event.clone())?;
-    Some(outgoing(cause, &orphan.id, subject::ORPHAN_CREATED, format!("{}:orphan.created", orphan.id), &signal))
-}
-
 /// A payment belongs to no known user.
 #[must_use]
 pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
+    of_orphan(orphan, subject::ORPHAN_CREATED, cause)
+}
+
+/// The user of an orphan was found.
+#[must_use]
+pub fn orphan_resolved(orphan: &NewOrphan, cause: Cause) -> NewSignal {
+    of_orphan(orphan, subject::ORPHAN_RESOLVED, cause)
+}
+
+fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSignal {
     let signal = Orphan {
         orphan_id: orphan.id.clone(),
         reason: orphan.reason,
@@ -86,26 +100,7 @@ pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
         livemode: orphan.livemode,
         event: cause.event.clone(),
     };
-    outgoing(cause, &orphan.id, subject::ORPHAN_CREATED, format!("{}:orphan.created", orphan.id), &signal)
-}
-
-/// The user of an orphan was found. Nothing for a reason that only a later program knows.
-#[must_use]
-pub fn orphan_resolved(orphan: &orphaned_payment::Model, cause: Cause) -> Option<NewSignal> {
-    let signal = of_model(orphan, cause.event.clone())?;
-    Some(outgoing(cause, &orphan.id, subject::ORPHAN_RESOLVED, format!("{}:orphan.resolved", orphan.id), &signal))
-}
-
-fn of_model(orphan: &orphaned_payment::Model, event: EventReference) -> Option<Orphan> {
-    Some(Orphan {
-        orphan_id: orphan.id.clone(),
-        reason: OrphanReason::parse(&orphan.reason)?,
-        checkout_session_id: orphan.checkout_session_id.clone(),
-        stripe_customer_id: orphan.stripe_customer_id.clone(),
-        stripe_subscription_id: orphan.stripe_subscription_id.clone(),
-        livemode: orphan.livemode,
-        event,
-    })
+    outgoing(cause, &orphan.id, subject, format!("{}:{subject}", orphan.id), &signal)
 }
 
 fn outgoing<T: Serialize>(

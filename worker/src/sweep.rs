@@ -24,13 +24,13 @@ use crate::erasure::{EraseError, Erasure, Erasures, Receipt, Target};
 use crate::error::StoreError;
 use crate::event::{self, Body, Email, MetadataKeys, api};
 use crate::lookup::{Lookup, LookupError};
-use crate::orphan;
+use crate::orphan::{self, NewOrphan};
 use crate::own_event::{self, OwnEventError, Scope};
+use crate::question::{Check, Kind};
+use crate::row::{Row, Stored};
 use crate::settings::OrphanSettings;
 use crate::signal::{self, Cause};
-use crate::store::due::{self, Check, Kind};
-use crate::store::orphan::NewOrphan;
-use crate::store::subscription::{Row, Stored};
+use crate::store::due;
 use crate::store::{self, Store};
 use crate::stripe_api::{ApiError, StripeApi};
 
@@ -233,7 +233,8 @@ impl Sweep {
             return Ok(Outcome::Crossed);
         }
         let resolved = store::orphan::resolve(&tx, &check.entity_id, client_reference_id, now).await?;
-        let signal = resolved.and_then(|orphan| signal::orphan_resolved(&orphan, cause(check)));
+        let resolved = resolved.as_ref().and_then(store::orphan::known);
+        let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(check)));
         store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
         self.commit(tx).await?;
         Ok(Outcome::Answered)

@@ -9,7 +9,6 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::batch;
 use crate::event::{Before, CheckoutSession, Resolution as Word, Snapshot, SubscriptionEvent};
 
 const SUBSCRIPTION: &str = "sub_1";
@@ -136,7 +135,7 @@ struct Table {
 
 impl Table {
     fn apply(&mut self, batch: Vec<&Arrival>, terms: &Terms) {
-        let (by_subscription, others) = batch::by_subscription(batch);
+        let (by_subscription, others) = by_subscription(batch);
         for (id, arrivals) in by_subscription {
             let circumstances = Circumstances { terms, rebuilding: None, now: NOW };
             let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else { continue };

@@ -13,8 +13,8 @@ use super::{ReplayError, Replayer, again};
 use crate::batch::{self, Applier};
 use crate::error::StoreError;
 use crate::plan::{self, Arrival, Circumstances};
+use crate::row::{Row, Stored};
 use crate::store::replay::Replay;
-use crate::store::subscription::{Row, Stored};
 use crate::{merge, store};
 
 impl Replayer {
@@ -108,7 +108,7 @@ impl DryRun {
         let db = applier.store.connection();
         self.events += arrivals.len() as u64;
         let now = OffsetDateTime::now_utc();
-        let (by_subscription, others) = batch::by_subscription(arrivals.iter().collect());
+        let (by_subscription, others) = plan::by_subscription(arrivals.iter().collect());
         let ids: Vec<&str> = by_subscription.keys().copied().filter(|id| !self.rows.contains_key(*id)).collect();
         let mut stored = store::subscription::load(db, &ids).await?;
         let mut orphans = Vec::new();

@@ -14,8 +14,7 @@ use tracing::warn;
 use super::{ReplayError, Replayer};
 use crate::error::{Disposition, StoreError};
 use crate::plan::{self, Overdue};
-use crate::signal::{self, Cause};
-use crate::store::outbox::NewSignal;
+use crate::signal::{self, Cause, NewSignal};
 use crate::store::{self, Store};
 
 /// Rows that are signalled in one transaction.
@@ -127,7 +126,9 @@ async fn tell_some(store: &Store, replay: &str, ids: &[String], now: OffsetDateT
         // One that came and went in this replay was nobody's concern.
         let was_created = dues.iter().any(|due| due.subject == ORPHAN_CREATED);
         if let (Some(due), true) = (dues.first(), was_created == orphan.resolved_at.is_none()) {
-            signals.extend(signal::orphan_stands(&orphan, Cause { event: due.event.clone(), traceparent: None }));
+            let cause = Cause { event: due.event.clone(), traceparent: None };
+            let tell = if orphan.resolved_at.is_some() { signal::orphan_resolved } else { signal::orphan_created };
+            signals.extend(store::orphan::known(&orphan).map(|known| tell(&known, cause)));
         }
     }
     let told = signals.len() as u64;

@@ -13,28 +13,7 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::event::Email;
-
-/// A payment that matches no user.
-#[derive(Debug, Clone)]
-pub struct NewOrphan {
-    /// The subscription's id, else the Checkout Session's.
-    pub id: String,
-    /// Why it is one.
-    pub reason: OrphanReason,
-    /// The Checkout Session that was paid.
-    pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
-    pub stripe_customer_id: Option<String>,
-    /// The subscription, if there is one.
-    pub stripe_subscription_id: Option<String>,
-    /// Where the customer can be reached.
-    pub customer_email: Option<Email>,
-    /// The event that led to it.
-    pub event_id: EventId,
-    /// Whether it happened in live mode.
-    pub livemode: bool,
-}
+use crate::orphan::NewOrphan;
 
 /// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
 /// were inserted.
@@ -122,6 +101,21 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
         dt_created: Set(now),
         dt_last_updated: Set(now),
     }
+}
+
+/// The orphan that a row tells of. None for a reason that only a later program knows.
+#[must_use]
+pub fn known(row: &Model) -> Option<NewOrphan> {
+    Some(NewOrphan {
+        id: row.id.clone(),
+        reason: OrphanReason::parse(&row.reason)?,
+        checkout_session_id: row.checkout_session_id.clone(),
+        stripe_customer_id: row.stripe_customer_id.clone(),
+        stripe_subscription_id: row.stripe_subscription_id.clone(),
+        customer_email: None,
+        event_id: EventId::parse(row.event_id.as_str()).ok()?,
+        livemode: row.livemode,
+    })
 }
 
 /// Which of `ids` are open orphans.

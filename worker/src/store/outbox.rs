@@ -13,27 +13,11 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
+use crate::signal::NewSignal;
 
 /// Parts of the outbox. One relay at a time works on one of them; rows of one subscription are all
 /// in the same one. As many as the migration made.
 pub const SHARDS: u32 = 16;
-
-/// A signal on its way to the outbox.
-#[derive(Debug, Clone)]
-pub struct NewSignal {
-    /// The subscription's or orphan's id.
-    pub entity_id: String,
-    /// Where it is published.
-    pub subject: &'static str,
-    /// Its `Nats-Msg-Id`.
-    pub message_id: String,
-    /// `created` of the event that led to it, in seconds since the Unix epoch.
-    pub event_created: i64,
-    /// The trace it belongs to.
-    pub traceparent: Option<String>,
-    /// The body, JSON.
-    pub body: String,
-}
 
 /// Puts `signals` in, in their order.
 ///

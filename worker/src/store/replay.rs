@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 
 use super::Store;
 use crate::error::StoreError;
+use crate::row::Rebuilding;
 
 /// How often whoever is at a replay says so.
 pub const BEAT_EVERY: Duration = Duration::from_secs(5);
@@ -56,15 +57,6 @@ impl Replay {
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
         now - self.beat < CUT_OFF_MAX
     }
-}
-
-/// A replay that has not reached its end, and will tell then what it changed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rebuilding {
-    /// Its name; empty for the one without.
-    pub replay: String,
-    /// When it was started first.
-    pub started: OffsetDateTime,
 }
 
 /// What [`rebuilding`] reads: the latest replay that is rebuilding, if there is one.

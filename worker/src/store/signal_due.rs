@@ -17,30 +17,7 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-
-/// A signal of a subscription that waits for the end of a replay.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Due {
-    /// The replay.
-    pub replay: String,
-    /// What subscribers were told last; None if nothing yet.
-    pub told: Option<Subscription>,
-    /// Whether it is sent even if nothing changed, under the existing revision.
-    pub unchanged: bool,
-    /// The event that led to it.
-    pub event: EventReference,
-}
-
-/// A signal that becomes due.
-#[derive(Debug, Clone)]
-pub struct NewDue {
-    /// The subscription's or orphan's id.
-    pub entity_id: String,
-    /// Where it will be published.
-    pub subject: &'static str,
-    /// The rest of it.
-    pub due: Due,
-}
+use crate::row::{Due, NewDue};
 
 /// A signal of an orphan that waits for the end of a replay.
 #[derive(Debug, Clone)]

@@ -15,45 +15,13 @@ use sea_orm::{
 };
 use time::OffsetDateTime;
 
-use super::replay::Rebuilding;
-use super::signal_due::Due;
 use crate::error::StoreError;
-use crate::merge::{State, Visible};
+use crate::row::{Rebuilding, Row, Stored};
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 /// The columns with an index of their own.
 const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
-
-/// What a row is before a batch.
-#[derive(Debug, Clone, Default)]
-pub struct Stored {
-    /// What its columns are a function of.
-    pub state: State,
-    /// Grows with every write.
-    pub version: i64,
-    /// The revision of its last signal; 0 if there was none yet.
-    pub revision: i64,
-    /// When it was first written. None if it was not, or if that cannot be read.
-    pub dt_created: Option<OffsetDateTime>,
-    /// The signal that a replay owes, if it owes one.
-    pub due: Option<Due>,
-}
-
-/// A row to be written.
-#[derive(Debug, Default)]
-pub struct Row {
-    /// The key.
-    pub stripe_subscription_id: String,
-    /// What its columns are a function of.
-    pub state: State,
-    /// Its columns.
-    pub visible: Visible,
-    /// The version that was read, plus one.
-    pub version: i64,
-    /// The revision of its last signal, this batch's included.
-    pub revision: i64,
-}
 
 /// The modes that rows are of: `livemode`, each value once.
 ///

@@ -10,8 +10,7 @@ use time::OffsetDateTime;
 
 use super::Told;
 use crate::error::StoreError;
-use crate::store::signal_due::{Due, NewDue};
-use crate::store::subscription::Row;
+use crate::row::{Due, NewDue, Row};
 use crate::store::{self, Store};
 use crate::{merge, plan, signal};
 
