@@ -17,15 +17,15 @@ use futures_util::StreamExt as _;
 use litestripe_contract::event::{EventId, HANDLED_TYPES};
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_contract::{header, subject};
+use litestripe_domain::event::api::{self, EventPage, ListedEvent};
+use litestripe_domain::event::whose::{self, DeletedCustomer};
+use litestripe_domain::event::{self, MetadataKeys};
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::erasure::Erasures;
-use crate::event::api::{self, EventPage, ListedEvent};
-use crate::event::whose::{self, DeletedCustomer};
-use crate::event::{self, MetadataKeys};
 use crate::settings::Settings;
 use crate::stripe_api::{ApiError, StripeApi};
 

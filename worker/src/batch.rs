@@ -12,6 +12,14 @@ use backon::BackoffBuilder as _;
 use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
+use litestripe_domain::event::{self, MetadataKeys, whose};
+use litestripe_domain::orphan::NewOrphan;
+use litestripe_domain::plan::{
+    self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
+};
+use litestripe_domain::question::Kind;
+use litestripe_domain::row::{Due, NewDue};
+use litestripe_domain::signal::{self, Cause, NewSignal};
 use litestripe_entity::orphaned_payment;
 use sea_orm::{DatabaseTransaction, DbErr};
 use time::OffsetDateTime;
@@ -23,13 +31,7 @@ use crate::consumer::Batch;
 use crate::dead_letter::DeadLetters;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
-use crate::event::{self, MetadataKeys, whose};
 use crate::metrics;
-use crate::orphan::NewOrphan;
-use crate::plan::{self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription};
-use crate::question::Kind;
-use crate::row::{Due, NewDue};
-use crate::signal::{self, Cause, NewSignal};
 use crate::store::subscription::Found;
 use crate::store::{self, Store};
 

@@ -19,16 +19,15 @@ use async_nats::jetstream::{self, kv};
 use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::exit;
 use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::event::whose::DeletedCustomer;
+use litestripe_domain::event::{Body, Event};
+use litestripe_domain::question::{Check, Kind};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
-
-use crate::event::whose::DeletedCustomer;
-use crate::event::{Body, Event};
-use crate::question::{Check, Kind};
 
 pub use ids::Ids;
 pub use removal::{EraseError, Erasure, Receipt, Target};

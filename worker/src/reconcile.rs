@@ -18,13 +18,13 @@ use std::time::Duration;
 
 use async_nats::jetstream;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use litestripe_domain::event::api;
 use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use crate::consumer::{self, OpenError};
 use crate::error::StoreError;
-use crate::event::api;
 use crate::own_event::OwnEventError;
 use crate::store::whole;
 use crate::stripe_api::ApiError;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{self, EVENTS_STREAM};
+use litestripe_domain::plan::{Signalling, Terms};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -18,7 +19,6 @@ use tracing::warn;
 use crate::batch::Applier;
 use crate::consumer::{Again, ConsumerError};
 use crate::error::StoreError;
-use crate::plan::{Signalling, Terms};
 use crate::store::replay::{BEAT_EVERY, Replay};
 use crate::store::{self, Store};
 

@@ -7,13 +7,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use litestripe_domain::plan;
+use litestripe_domain::row::{Due, Stored};
+use litestripe_domain::signal;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::StoreError;
-use crate::plan;
-use crate::row::{Due, Stored};
-use crate::signal;
 use crate::store::{self, Store};
 
 /// Rows that are put into the outbox at once.

@@ -10,12 +10,12 @@ use std::time::Duration;
 use litestripe_contract::settings::{
     self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting,
 };
+use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::postgres::PgConnectOptions;
 use sea_orm::sqlx::sqlite::SqliteConnectOptions;
 use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
-use crate::event::MetadataKeys;
 use crate::kv;
 
 /// The settings only the worker has.

@@ -12,10 +12,10 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use litestripe_contract::header;
 use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::event::{self, MetadataKeys};
+use litestripe_domain::merge::State;
 use litestripe_entity::stripe_subscription;
 use litestripe_harness::bridge::{Signal, shown};
-use litestripe_worker::event::{self, MetadataKeys};
-use litestripe_worker::merge::State;
 use serde_json::Value;
 use time::OffsetDateTime;
 

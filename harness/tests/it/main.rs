@@ -3,6 +3,7 @@
 #[macro_use]
 mod bridge;
 mod any_order;
+mod arrows;
 mod backfill;
 mod budget;
 mod demo;

@@ -8,13 +8,13 @@ use clap::{Args, Subcommand};
 use litestripe_contract::signal::Timestamp;
 use litestripe_contract::subject::{DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM};
 use litestripe_contract::{connect, header, subject};
+use litestripe_domain::event;
+use litestripe_domain::plan::Arrival;
 use serde_json::{Value, json};
 
 use super::Failure;
 use crate::batch;
 use crate::erasure::Erasures;
-use crate::event;
-use crate::plan::Arrival;
 use crate::settings::Settings;
 
 #[derive(Debug, Subcommand)]

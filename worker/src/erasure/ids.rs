@@ -4,9 +4,8 @@
 
 use std::collections::BTreeSet;
 
+use litestripe_domain::event::whose::Whose;
 use memchr::memmem;
-
-use crate::event::whose::Whose;
 
 /// Ids that all stand for one person. They only become more.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

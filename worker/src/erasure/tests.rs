@@ -1,9 +1,9 @@
 //! What an erasure covers.
 
+use litestripe_domain::event::{self, Event, MetadataKeys};
 use serde_json::{Value, json};
 
 use super::{Known, id_of, key_of};
-use crate::event::{self, Event, MetadataKeys};
 
 /// When `cus_1`, `sub_1` and `cs_1` were erased.
 const AT: i64 = 1000;

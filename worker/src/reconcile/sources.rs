@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_nats::jetstream;
 use litestripe_contract::signal::Subscription;
+use litestripe_domain::event::{self, Body, DecodeError, MetadataKeys, api};
+use litestripe_domain::merge::State;
 use litestripe_entity::orphaned_payment;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -15,8 +17,6 @@ use super::ReconcileError;
 use super::difference::{self, Claim};
 use super::report::{Finding, Problem};
 use crate::erasure::Erasures;
-use crate::event::{self, Body, DecodeError, MetadataKeys, api};
-use crate::merge::State;
 use crate::own_event::{self, Resolution, Scope};
 use crate::store::whole::{self, Whole};
 use crate::store::{self, Store};

@@ -9,13 +9,13 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
 use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::plan::Arrival;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{ReplayError, Replayer};
 use crate::batch::{self, AppliedAgain, Decoded};
 use crate::consumer::{self, Again, Batches};
-use crate::plan::Arrival;
 use crate::store;
 use crate::store::replay::Replay;
 

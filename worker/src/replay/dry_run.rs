@@ -4,6 +4,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use litestripe_domain::merge;
+use litestripe_domain::plan::{self, Arrival, Circumstances};
+use litestripe_domain::row::{Row, Stored};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -12,10 +15,8 @@ use super::apply::next;
 use super::{ReplayError, Replayer, again};
 use crate::batch::{self, Applier};
 use crate::error::StoreError;
-use crate::plan::{self, Arrival, Circumstances};
-use crate::row::{Row, Stored};
+use crate::store;
 use crate::store::replay::Replay;
-use crate::{merge, store};
 
 impl Replayer {
     /// What the replay would change, without changing anything. Keeps the rows that would change in

@@ -7,14 +7,14 @@ use std::collections::HashMap;
 
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
+use litestripe_domain::plan::{self, Overdue};
+use litestripe_domain::signal::{self, Cause, NewSignal};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{ReplayError, Replayer};
 use crate::error::{Disposition, StoreError};
-use crate::plan::{self, Overdue};
-use crate::signal::{self, Cause, NewSignal};
 use crate::store::{self, Store};
 
 /// Rows that are signalled in one transaction.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
+use litestripe_domain::question::{Check, Kind};
 use litestripe_entity::due_check::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType, OnConflict};
 use sea_orm::{
@@ -17,7 +18,6 @@ use time::OffsetDateTime;
 
 use super::Store;
 use crate::error::StoreError;
-use crate::question::{Check, Kind};
 use crate::settings::DatabaseKind;
 
 /// Puts `checks` in. One that is there already is asked anew.

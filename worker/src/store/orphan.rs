@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use litestripe_contract::event::EventId;
 use litestripe_contract::signal::OrphanReason;
+use litestripe_domain::orphan::NewOrphan;
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
 use sea_orm::{
@@ -13,7 +14,6 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::orphan::NewOrphan;
 
 /// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
 /// were inserted.

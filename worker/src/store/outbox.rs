@@ -4,6 +4,7 @@
 //! committed, because whoever inserts them holds that row's lock.
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_domain::signal::NewSignal;
 use litestripe_entity::signal_outbox::{ActiveModel, Column, Entity, Model};
 use sea_orm::{
     ActiveValue::{NotSet, Set},
@@ -13,7 +14,6 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::signal::NewSignal;
 
 /// Parts of the outbox. One relay at a time works on one of them; rows of one subscription are all
 /// in the same one. As many as the migration made.

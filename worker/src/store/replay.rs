@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use litestripe_domain::row::Rebuilding;
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, LockType, OnConflict, SelectStatement};
 use sea_orm::{
@@ -12,7 +13,6 @@ use time::OffsetDateTime;
 
 use super::Store;
 use crate::error::StoreError;
-use crate::row::Rebuilding;
 
 /// How often whoever is at a replay says so.
 pub const BEAT_EVERY: Duration = Duration::from_secs(5);

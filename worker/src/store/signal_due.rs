@@ -6,8 +6,9 @@
 use std::collections::HashMap;
 
 use litestripe_contract::event::{EventId, EventType};
-use litestripe_contract::signal::{EventReference, Subscription, Timestamp};
+use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_contract::subject;
+use litestripe_domain::row::{Due, NewDue};
 use litestripe_entity::signal_due::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
 use sea_orm::{
@@ -17,7 +18,6 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::row::{Due, NewDue};
 
 /// A signal of an orphan that waits for the end of a replay.
 #[derive(Debug, Clone)]

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 
 use litestripe_contract::subject;
+use litestripe_domain::row::{Rebuilding, Row, Stored};
 use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity};
 use litestripe_entity::{replay, signal_due};
 use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict, Query};
@@ -16,7 +17,6 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::row::{Rebuilding, Row, Stored};
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 

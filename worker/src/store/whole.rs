@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use litestripe_domain::merge::State;
 use litestripe_entity::stripe_subscription::{Column, Entity, Model};
 use sea_orm::sea_query::Expr;
 use sea_orm::{
@@ -15,7 +16,6 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
-use crate::merge::State;
 
 /// A row as it stands.
 #[derive(Debug, Clone)]

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clap::ValueEnum;
+use litestripe_domain::event::{Event, MetadataKeys, decode};
+use litestripe_domain::merge::State;
 use litestripe_harness::bridge::SECRET;
 use litestripe_ingress::envelope::Envelope;
 use litestripe_ingress::signature::{SigningSecret, verify};
-use litestripe_worker::event::{Event, MetadataKeys, decode};
-use litestripe_worker::merge::State;
 use time::OffsetDateTime;
 
 use crate::pool::{self, Events, Kind};

@@ -5,14 +5,16 @@
 
 use litestripe_contract::signal::{Access, EventReference, SubscriptionChanged};
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_domain::merge;
+use litestripe_domain::plan;
+use litestripe_domain::row::{Due, NewDue, Row};
+use litestripe_domain::signal;
 use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use super::Told;
 use crate::error::StoreError;
-use crate::row::{Due, NewDue, Row};
 use crate::store::{self, Store};
-use crate::{merge, plan, signal};
 
 /// When the row is signalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

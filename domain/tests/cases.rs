@@ -18,8 +18,8 @@ use std::iter;
 use std::path::{Path, PathBuf};
 
 use litestripe_contract::signal::Access;
-use litestripe_worker::event::{self, Body, DecodeError, Event, MetadataKeys};
-use litestripe_worker::merge::State;
+use litestripe_domain::event::{self, Body, DecodeError, Event, MetadataKeys};
+use litestripe_domain::merge::State;
 use serde_json::{Value, json};
 
 /// What marks a name, an address, an email, a phone number or a free text in a case's body.

@@ -1,10 +1,10 @@
 //! What an event costs before the database is asked: from its bytes to what is kept of it.
 //!
-//!     cargo bench -p litestripe-worker --bench decode
+//!     cargo bench -p litestripe-domain --bench decode
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use litestripe_worker::event::{MetadataKeys, decode};
+use litestripe_domain::event::{MetadataKeys, decode};
 
 mod events;
 

@@ -1,11 +1,11 @@
 //! What a change costs between the database's two statements: the row's state read, merged, shown
 //! and written again.
 //!
-//!     cargo bench -p litestripe-worker --bench merge
+//!     cargo bench -p litestripe-domain --bench merge
 
 use divan::{Bencher, black_box};
-use litestripe_worker::event::{Event, MetadataKeys, decode};
-use litestripe_worker::merge::State;
+use litestripe_domain::event::{Event, MetadataKeys, decode};
+use litestripe_domain::merge::State;
 
 mod events;
 
