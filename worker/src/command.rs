@@ -15,10 +15,10 @@ use litestripe_contract::{connect, exit, telemetry};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::mode::Mismatch;
-use crate::outbox::Relay;
+use crate::relay::Relay;
 use crate::settings::{SETTINGS, Settings};
 use crate::store::Store;
+use crate::stripe::mode::Mismatch;
 
 mod backfill;
 mod dead_letters;

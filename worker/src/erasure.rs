@@ -8,7 +8,6 @@
 
 mod ids;
 mod removal;
-mod scan;
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -28,6 +27,8 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
+
+use crate::stream::scan;
 
 pub use ids::Ids;
 pub use removal::{EraseError, Erasure, Receipt, Target};
@@ -51,7 +52,7 @@ struct Record {
 pub enum ErasuresError {
     /// There is no bucket.
     #[error(transparent)]
-    Open(#[from] crate::kv::OpenError),
+    Open(#[from] crate::stripe::kv::OpenError),
     /// The bucket does not answer.
     #[error("cannot read the erasures in the KV bucket")]
     Read(#[source] jetstream::stream::RawMessageError),
@@ -121,7 +122,7 @@ impl Erasures {
     /// Reads what is new since the last look.
     async fn look(&self) -> Result<(), ErasuresError> {
         let mut place = self.0.place.lock().await;
-        let bucket = crate::kv::open(&self.0.jetstream, self.0.replicas).await?;
+        let bucket = crate::stripe::kv::open(&self.0.jetstream, self.0.replicas).await?;
         let created = bucket.stream.cached_info().created;
         if place.created != Some(created) {
             *place = Place { created: Some(created), sequence: 0 };
@@ -150,7 +151,7 @@ impl Erasures {
     /// # Errors
     /// When one is not recorded. Others may be, which another try mends.
     pub async fn record(&self, ids: &Ids, at: i64) -> Result<(), ErasuresError> {
-        let bucket = crate::kv::open(&self.0.jetstream, self.0.replicas).await?;
+        let bucket = crate::stripe::kv::open(&self.0.jetstream, self.0.replicas).await?;
         for id in ids.iter() {
             // Clocks of two hosts may differ: an erasure never moves back.
             let at = at.max(self.known(|known| known.0.get(id).copied()).unwrap_or(at));

@@ -14,8 +14,9 @@ use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::metrics;
+use crate::recover::replay;
 use crate::store::Store;
-use crate::{metrics, replay};
 
 /// How often the stream is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);

@@ -16,7 +16,7 @@ use sea_orm::sqlx::sqlite::SqliteConnectOptions;
 use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
-use crate::kv;
+use crate::stripe::kv;
 
 /// The settings only the worker has.
 pub const SETTINGS: &[Setting] = &[

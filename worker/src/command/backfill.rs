@@ -9,13 +9,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
 use super::{Failure, NoKey, moment, run};
-use crate::backfill::record::{self, Record};
-use crate::backfill::{self, BackfillError, End, Summary, Wanted};
 use crate::erasure::Erasures;
-use crate::kv::Bucket;
-use crate::mode;
+use crate::recover::backfill::record::{self, Record};
+use crate::recover::backfill::{self, BackfillError, End, Summary, Wanted};
 use crate::settings::{Settings, StripeSettings};
 use crate::store::Store;
+use crate::stripe::kv::Bucket;
+use crate::stripe::mode;
 
 #[derive(Debug, Args)]
 pub(crate) struct Backfill {

@@ -13,7 +13,7 @@ use litestripe_domain::plan::Arrival;
 use serde_json::{Value, json};
 
 use super::Failure;
-use crate::batch;
+use crate::apply;
 use crate::erasure::Erasures;
 use crate::settings::Settings;
 
@@ -148,7 +148,7 @@ impl Retry {
         };
         while let Some(one) = &letter {
             let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
-                Ok(Some(event)) => batch::apply_one(&store, &terms, arrival(one, erasures.redacted(event))).await?,
+                Ok(Some(event)) => apply::apply_one(&store, &terms, arrival(one, erasures.redacted(event))).await?,
                 Ok(None) => Some("of a type that is not handled".to_owned()),
                 Err(error) => Some(error.to_string()),
             };

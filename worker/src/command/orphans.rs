@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::Failure;
-use crate::own_event::{self, Resolution, Scope};
 use crate::settings::Settings;
 use crate::store::{self, Store};
+use crate::stream::own_event::{self, Resolution, Scope};
 
 /// How long a resolution may take to reach the table while a worker runs.
 const APPLIED_MAX: Duration = Duration::from_secs(10);

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use super::progress::Progress;
 use super::{Failure, NoKey};
 use crate::erasure::Erasures;
-use crate::mode;
-use crate::reconcile::{self, Finding, Problem, ReconcileError, Report, Sources, Status};
+use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, Sources, Status};
 use crate::settings::Settings;
+use crate::stripe::mode;
 
 /// Lines of the table, at most: nobody reads more, and `--json` has all.
 const LINES_MAX: usize = 1000;

@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use super::moment;
 use super::progress::Positions;
-use crate::dead_letter::DeadLetters;
 use crate::erasure::Erasures;
-use crate::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
+use crate::recover::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
 use crate::settings::Settings;
 use crate::store::replay::Replay as Asked;
+use crate::stream::dead_letter::DeadLetters;
 
 /// Rows that a dry run lists, at most; `--json` lists all.
 const LIST_MAX: usize = 100;

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Failure;
 use super::progress::Progress;
-use crate::resend::{self, Put};
+use crate::recover::resend::{self, Put};
 use crate::settings::Settings;
 use crate::store::{self, Store};
 

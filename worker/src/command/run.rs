@@ -19,27 +19,27 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::Failure;
-use crate::backfill::record::Record;
-use crate::backfill::schedule::Schedule;
-use crate::backfill::{self, Backfill};
-use crate::batch::Applier;
-use crate::budget::Budget;
-use crate::consumer;
-use crate::dead_letter::DeadLetters;
-use crate::drain;
+use crate::apply::Applier;
+use crate::apply::in_flight;
 use crate::erasure::Erasures;
 use crate::error::StoreError;
 use crate::health::{self, Dependencies, Readiness};
-use crate::kv::Bucket;
-use crate::lease::Lease;
-use crate::lookup::Lookup;
 use crate::metrics;
-use crate::outbox::Relay;
+use crate::questions::Sweep;
+use crate::questions::lookup::Lookup;
+use crate::recover::backfill::record::Record;
+use crate::recover::backfill::schedule::Schedule;
+use crate::recover::backfill::{self, Backfill};
+use crate::relay::Relay;
 use crate::retention;
 use crate::settings::{DatabaseSettings, LookupSettings, Settings};
 use crate::store::Store;
-use crate::stripe_api::{ApiError, StripeApi};
-use crate::sweep::Sweep;
+use crate::stream::consumer;
+use crate::stream::dead_letter::DeadLetters;
+use crate::stripe::api::{ApiError, StripeApi};
+use crate::stripe::budget::Budget;
+use crate::stripe::kv::Bucket;
+use crate::stripe::lease::Lease;
 
 /// How long a stopping worker may take, at most. What is unfinished then is delivered again.
 const STOP_MAX: Duration = Duration::from_secs(15);
@@ -418,7 +418,7 @@ async fn consume(
                 readiness.consuming.store(true, Ordering::Relaxed);
                 (delays, said) = (self::delays(), false);
                 metrics::waiting_for_broker(false);
-                drain::drain(batches, settings.batch, applier, shutdown).await;
+                in_flight::apply_all(batches, settings.batch, applier, shutdown).await;
                 readiness.consuming.store(false, Ordering::Relaxed);
             }
             Err(error) => {

@@ -18,10 +18,10 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::scan::{self, ScanError, Seen};
 use super::{Erasures, ErasuresError, Ids, LOOK_EVERY};
 use crate::error::StoreError;
 use crate::store::{self, Store};
+use crate::stream::scan::{self, ScanError, Seen};
 
 mod rows;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 
 use super::KEPT;
-use crate::kv::{Bucket, KvError};
+use crate::stripe::kv::{Bucket, KvError};
 
 /// How much of the time before is looked at again.
 const OVERLAP: Duration = Duration::from_secs(2 * 60 * 60);

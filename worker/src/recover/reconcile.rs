@@ -23,11 +23,11 @@ use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use crate::consumer::{self, OpenError};
 use crate::error::StoreError;
-use crate::own_event::OwnEventError;
 use crate::store::whole;
-use crate::stripe_api::ApiError;
+use crate::stream::consumer::{self, OpenError};
+use crate::stream::own_event::OwnEventError;
+use crate::stripe::api::ApiError;
 
 use report::{repaired, unknown};
 use sources::{Fetched, Look, Seen};

@@ -27,13 +27,15 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::consumer::Batch;
-use crate::dead_letter::DeadLetters;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
 use crate::metrics;
 use crate::store::subscription::Found;
 use crate::store::{self, Store};
+use crate::stream::consumer::Batch;
+use crate::stream::dead_letter::DeadLetters;
+
+pub mod in_flight;
 
 /// Batches that are applied at the same time: one is decoded and merged while the database has another.
 pub const IN_FLIGHT: usize = 2;

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::apply::next;
 use super::{ReplayError, Replayer, again};
-use crate::batch::{self, Applier};
+use crate::apply::{self, Applier};
 use crate::error::StoreError;
 use crate::store;
 use crate::store::replay::Replay;
@@ -47,9 +47,9 @@ impl Replayer {
                     Err(error) => break Err(ReplayError::Broker(error)),
                 }
             };
-            let (arrivals, poisoned) = batch::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);
+            let (arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);
             let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
-            dry.poisoned += batch::wanted_poison(&batch, &poisoned, wanted);
+            dry.poisoned += apply::wanted_poison(&batch, &poisoned, wanted);
             let arrivals: Vec<Arrival> =
                 arrivals.into_iter().filter(|arrival| wanted(arrival.stream_sequence, Some(arrival))).collect();
             if let Err(error) = dry.apply(&self.applier, &arrivals).await {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use litestripe_contract::exit;
 use tracing::debug;
 
-use crate::kv::{Bucket, KvError};
+use crate::stripe::kv::{Bucket, KvError};
 
 /// How long a lease lasts that is not renewed.
 const LASTS: Duration = Duration::from_secs(15);

@@ -27,12 +27,14 @@ use tracing::{debug, info, warn};
 
 use crate::erasure::{EraseError, Erasure, Erasures, Receipt, Target};
 use crate::error::StoreError;
-use crate::lookup::{Lookup, LookupError};
-use crate::own_event::{self, OwnEventError, Scope};
+use crate::questions::lookup::{Lookup, LookupError};
 use crate::settings::OrphanSettings;
 use crate::store::due;
 use crate::store::{self, Store};
-use crate::stripe_api::{ApiError, StripeApi};
+use crate::stream::own_event::{self, OwnEventError, Scope};
+use crate::stripe::api::{ApiError, StripeApi};
+
+pub mod lookup;
 
 /// How often it is looked for questions that came due.
 const POLL: Duration = Duration::from_secs(1);

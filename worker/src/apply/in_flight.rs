@@ -12,8 +12,8 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{self, Applier, Decoded};
-use crate::consumer::Batches;
+use crate::apply::{self, Applier, Decoded};
+use crate::stream::consumer::Batches;
 
 /// Messages from which a batch is applied beside another one. Fewer wait for those that come meanwhile: a
 /// transaction costs as much as some twenty events.
@@ -23,7 +23,7 @@ const WORTHWHILE: usize = 64;
 const GATHER_MAX: Duration = Duration::from_millis(20);
 
 /// Applies a batch while the database has another one, if it is worth it and they concern nothing in common.
-pub async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdown: &CancellationToken) {
+pub async fn apply_all(mut batches: Batches, limit: usize, applier: &Applier, shutdown: &CancellationToken) {
     let mut applying = FuturesUnordered::new();
     let mut busy: Vec<Arc<HashSet<String>>> = Vec::new();
     let mut next: Option<Decoded> = None;
@@ -40,7 +40,7 @@ pub async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdo
             let concerns = Arc::new(decoded.concerns().clone());
             busy.push(Arc::clone(&concerns));
             applying.push(async move {
-                batch::apply(applier, decoded, shutdown).await;
+                apply::apply(applier, decoded, shutdown).await;
                 concerns
             });
         }
@@ -50,7 +50,7 @@ pub async fn drain(mut batches: Batches, limit: usize, applier: &Applier, shutdo
             () = shutdown.cancelled() => break,
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.at_most(room), if room > 0 && gathers && applying.len() < batch::IN_FLIGHT => {
+            batch = batches.at_most(room), if room > 0 && gathers && applying.len() < apply::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
                 let decoded = Decoded::of(applier, batch);
                 match &mut next {

@@ -16,8 +16,8 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
-use crate::consumer::{Batch, Doomed};
 use crate::metrics;
+use crate::stream::consumer::{Batch, Doomed};
 
 /// Bytes that are on their way, at most: beyond it the next batch waits. One that is larger waits until
 /// no other is.

@@ -16,11 +16,11 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::batch::Applier;
-use crate::consumer::{Again, ConsumerError};
+use crate::apply::Applier;
 use crate::error::StoreError;
 use crate::store::replay::{BEAT_EVERY, Replay};
 use crate::store::{self, Store};
+use crate::stream::consumer::{Again, ConsumerError};
 
 mod apply;
 mod dry_run;

@@ -27,7 +27,7 @@ use tracing::warn;
 
 use crate::erasure::Erasures;
 use crate::settings::Settings;
-use crate::stripe_api::{ApiError, StripeApi};
+use crate::stripe::api::{ApiError, StripeApi};
 
 mod present;
 pub mod record;

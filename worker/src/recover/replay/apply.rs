@@ -14,10 +14,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{ReplayError, Replayer};
-use crate::batch::{self, AppliedAgain, Decoded};
-use crate::consumer::{self, Again, Batches};
+use crate::apply::{self, AppliedAgain, Decoded};
 use crate::store;
 use crate::store::replay::Replay;
+use crate::stream::consumer::{self, Again, Batches};
 
 /// How long nothing must come before it is looked whether the end is reached.
 const LOOK_AFTER: Duration = Duration::from_millis(300);
@@ -100,7 +100,7 @@ impl Replayer {
         let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let apply = async |decoded: Decoded| {
             let last = decoded.last_sequence();
-            batch::apply_again(&self.applier, decoded, wanted, shutdown).await.map(|done| (done, last))
+            apply::apply_again(&self.applier, decoded, wanted, shutdown).await.map(|done| (done, last))
         };
         let mut applying = FuturesOrdered::new();
         let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
@@ -113,7 +113,7 @@ impl Replayer {
                 busy.push_back(decoded.concerns().clone());
                 applying.push_back(apply(decoded));
             }
-            let has_room = waiting.is_none() && applying.len() < batch::IN_FLIGHT;
+            let has_room = waiting.is_none() && applying.len() < apply::IN_FLIGHT;
             let may_be_over = tokio::select! {
                 biased;
                 Some(done) = applying.next() => {

@@ -15,8 +15,8 @@ use secrecy::ExposeSecret as _;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
 
-use crate::budget::Budget;
 use crate::settings::StripeSettings;
+use crate::stripe::budget::Budget;
 
 /// The API version that answers are rendered in. Reading is by presence, so a newer one would do as
 /// well; pinned, an account's upgrade changes nothing.

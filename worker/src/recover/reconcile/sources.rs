@@ -17,10 +17,10 @@ use super::ReconcileError;
 use super::difference::{self, Claim};
 use super::report::{Finding, Problem};
 use crate::erasure::Erasures;
-use crate::own_event::{self, Resolution, Scope};
 use crate::store::whole::{self, Whole};
 use crate::store::{self, Store};
-use crate::stripe_api::{ApiError, StripeApi};
+use crate::stream::own_event::{self, Resolution, Scope};
+use crate::stripe::api::{ApiError, StripeApi};
 /// What is asked, and where.
 pub struct Sources<'a> {
     /// Where the rows are.

@@ -7,8 +7,8 @@ use litestripe_contract::subject::EVENTS_STREAM;
 use time::OffsetDateTime;
 
 use super::{ReplayError, Replayer};
-use crate::consumer;
 use crate::store::replay::Replay;
+use crate::stream::consumer;
 
 /// The longest name.
 pub(super) const NAME_MAX: usize = 64;

@@ -44,9 +44,9 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
 }
 
 /// A message, as far as it is looked at.
-pub(super) struct Seen<'a> {
-    pub(super) sequence: u64,
-    pub(super) body: &'a [u8],
+pub(crate) struct Seen<'a> {
+    pub(crate) sequence: u64,
+    pub(crate) body: &'a [u8],
 }
 
 /// Shows `see` every message of `stream` from the sequence `from` up to the last that there is now.
@@ -54,7 +54,7 @@ pub(super) struct Seen<'a> {
 ///
 /// # Errors
 /// When the broker stops answering.
-pub(super) async fn read(
+pub(crate) async fn read(
     jetstream: &jetstream::Context,
     name: &'static str,
     from: u64,
@@ -111,7 +111,7 @@ pub(super) async fn read(
 ///
 /// # Errors
 /// When the broker does not remove one.
-pub(super) async fn remove(
+pub(crate) async fn remove(
     jetstream: &jetstream::Context,
     name: &'static str,
     sequences: impl IntoIterator<Item = u64>,
@@ -130,7 +130,7 @@ async fn remove_one(stream: &Stream, name: &'static str, sequence: u64) -> Resul
     }
 }
 
-pub(super) async fn find(jetstream: &jetstream::Context, name: &'static str) -> Result<Option<Stream>, ScanError> {
+pub(crate) async fn find(jetstream: &jetstream::Context, name: &'static str) -> Result<Option<Stream>, ScanError> {
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {

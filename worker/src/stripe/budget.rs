@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
-use crate::kv::{Bucket, Entry, KvError};
 use crate::settings::BudgetSettings;
+use crate::stripe::kv::{Bucket, Entry, KvError};
 
 mod clock;
 mod plan;

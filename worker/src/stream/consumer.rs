@@ -20,9 +20,7 @@ use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use self::pull::Pull;
-
-mod pull;
+use super::pull::Pull;
 
 /// After which a message that was not acked is delivered again.
 const ACK_WAIT: Duration = Duration::from_secs(60);

@@ -16,12 +16,12 @@ use tracing::{debug, info, warn};
 use super::record::{self, Record};
 use super::{Backfill, BackfillError, End, Summary, Wanted};
 use crate::error::StoreError;
-use crate::kv::KvError;
-use crate::lease::Lease;
 use crate::metrics;
-use crate::mode::{self, Mismatch};
 use crate::settings::StripeSettings;
 use crate::store::Store;
+use crate::stripe::kv::KvError;
+use crate::stripe::lease::Lease;
+use crate::stripe::mode::{self, Mismatch};
 
 /// How often it is looked whether one is due, at least: other workers come and go.
 const LOOK_EVERY: Duration = Duration::from_secs(5);

@@ -1,0 +1,9 @@
+//! All that reads and writes the event stream and the dead letters.
+//!
+//! Owns JetStream's consumers and messages. May not know what an event means to a row.
+
+pub mod consumer;
+pub mod dead_letter;
+pub mod own_event;
+mod pull;
+pub(crate) mod scan;
