@@ -5,10 +5,8 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use backon::BackoffBuilder as _;
 use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
@@ -25,7 +23,6 @@ use sea_orm::{DatabaseTransaction, DbErr};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
 
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
@@ -34,6 +31,7 @@ use crate::store::subscription::Found;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
 use crate::stream::dead_letter::DeadLetters;
+use crate::wait::{DATABASE, Wait, Waiting, pause};
 
 pub mod in_flight;
 
@@ -43,9 +41,6 @@ pub const IN_FLIGHT: usize = 2;
 /// How long a batch may take. The server ends a statement sooner, but a server that vanished without
 /// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
 const SAVE_MAX: Duration = Duration::from_secs(60);
-
-/// How long it is waited between two tries to reach the database, at most.
-const WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// What applying a batch needs.
 #[derive(Clone)]
@@ -64,15 +59,18 @@ pub struct Applier {
     pub dead_letters: DeadLetters,
     /// Wakes the relay when there may be signals to send.
     pub relay: Arc<Notify>,
-    /// Wakes the sweep when there may be users to look up.
-    pub sweep: Arc<Notify>,
-    /// Which batches wait for the database.
-    pub outage: Arc<Outage>,
+    /// Wakes the questions when there may be users to look up.
+    pub questions: Arc<Notify>,
+    /// The batches that wait for the database.
+    pub waiting: Arc<Waiting>,
 }
 
-/// How many batches of a worker wait for the database. That it is away is said once.
-#[derive(Debug, Default)]
-pub struct Outage(AtomicUsize);
+impl Applier {
+    /// Tries to reach the database. That it is away is said once for all batches.
+    fn wait(&self) -> Wait {
+        Wait::with_others(DATABASE, Arc::clone(&self.waiting))
+    }
+}
 
 /// A batch whose events were read.
 pub struct Decoded {
@@ -149,7 +147,7 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     fail_point!("worker::after_ack", |_| std::process::abort());
     applier.relay.notify_one();
     if applier.terms.rules.lookup {
-        applier.sweep.notify_one();
+        applier.questions.notify_one();
     }
     metrics::applied(events);
     applier.erasures.remove_late(late);
@@ -226,7 +224,7 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
         Some(erasure::due(customer, message.stream_sequence(), now))
     });
     let checks: Vec<_> = deleted.collect();
-    let mut waits = Waits::new(&applier.outage);
+    let mut wait = applier.wait();
     while !checks.is_empty() {
         let (store, checks) = (applier.store.clone(), checks.clone());
         let task = tokio::spawn(async move {
@@ -236,10 +234,13 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
         });
         match task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic())) {
             Ok(()) => {
-                waits.over();
+                wait.succeeded();
                 break;
             }
-            Err(error) => waits.next(&error, batch, shutdown).await?,
+            Err(error) => {
+                batch.keep_alive().await;
+                pause(wait.failed(&error), shutdown).await?;
+            }
         }
     }
     Some(())
@@ -256,13 +257,14 @@ async fn save_when_possible(
     let mut refused = Vec::new();
     // A refused set is halved until the event that is at fault stands alone.
     let mut sets = vec![Arc::new(arrivals)];
-    let mut waits = Waits::new(&applier.outage);
+    let mut wait = applier.wait();
     while let Some(set) = sets.pop() {
         match save_in_own_task(&applier.store, &applier.terms, Arc::clone(&set)).await {
-            Ok(()) => waits.over(),
+            Ok(()) => wait.succeeded(),
             Err(error) if error.disposition() == Disposition::Wait => {
                 sets.push(set);
-                waits.next(&error, batch, shutdown).await?;
+                batch.keep_alive().await;
+                pause(wait.failed(&error), shutdown).await?;
             }
             Err(error) => match Arc::try_unwrap(set).ok()? {
                 single if single.len() == 1 => refused.push((single[0].index, exit::chain(&error))),
@@ -454,61 +456,4 @@ impl OrphanSignal {
         let due = Due { replay: replay.to_owned(), told: None, unchanged: false, event: cause.event };
         NewDue { entity_id, subject, due }
     }
-}
-
-/// Waits between tries to reach the database, and says so when the first batch starts and when the last
-/// one ends.
-struct Waits<'a> {
-    outage: &'a Outage,
-    is_waiting: bool,
-    delays: backon::ExponentialBackoff,
-}
-
-impl<'a> Waits<'a> {
-    fn new(outage: &'a Outage) -> Self {
-        Self { outage, is_waiting: false, delays: delays() }
-    }
-
-    /// Waits for the next try, with the batch kept alive. Nothing when `shutdown` came first.
-    async fn next(&mut self, error: &StoreError, batch: &Batch, shutdown: &CancellationToken) -> Option<()> {
-        if !std::mem::replace(&mut self.is_waiting, true) && self.outage.0.fetch_add(1, Ordering::Relaxed) == 0 {
-            warn!(error = exit::chain(error), code = error.code(), "waiting for the database: {}", exit::chain(error));
-            metrics::waiting_for_database(true);
-        }
-        let delay = self.delays.next().unwrap_or(WAIT_MAX);
-        debug!(error = exit::chain(error), "the database is still away: {}", exit::chain(error));
-        batch.keep_alive().await;
-        tokio::select! {
-            () = shutdown.cancelled() => None,
-            () = tokio::time::sleep(delay) => Some(()),
-        }
-    }
-
-    fn over(&mut self) {
-        if self.is_last() {
-            metrics::waiting_for_database(false);
-            info!("the database is back");
-        }
-        self.delays = delays();
-    }
-
-    /// Ends the waiting. Returns whether no batch waits any more.
-    fn is_last(&mut self) -> bool {
-        std::mem::take(&mut self.is_waiting) && self.outage.0.fetch_sub(1, Ordering::Relaxed) == 1
-    }
-}
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.is_last();
-    }
-}
-
-fn delays() -> backon::ExponentialBackoff {
-    backon::ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(50))
-        .with_max_delay(WAIT_MAX)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }

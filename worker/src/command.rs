@@ -2,30 +2,24 @@
 //!
 //! Owns arguments, output and exit codes. No rules live here.
 
-use std::io::Write as _;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
 
-use async_nats::jetstream;
 use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
-use litestripe_contract::{connect, exit, telemetry};
+use litestripe_contract::{exit, telemetry};
 
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
-
-use crate::relay::Relay;
 use crate::settings::{SETTINGS, Settings};
-use crate::store::Store;
-use crate::stripe::mode::Mismatch;
+use crate::start::database::Schema;
+use crate::start::parts::{self, Parts};
 
 mod backfill;
 mod dead_letters;
 mod erase;
+mod failure;
 mod migrate;
 mod moment;
 mod orphans;
+mod print;
 mod progress;
 mod reconcile;
 mod replay;
@@ -34,8 +28,7 @@ mod run;
 mod schema;
 mod status;
 
-/// Why a command failed.
-pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) use failure::{Failure, NoKey};
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -95,29 +88,18 @@ pub fn main() -> ExitCode {
     };
     match runtime.block_on(execute(command, settings)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::fail(code_of(error.as_ref()), exit::chain(error.as_ref())),
+        Err(failure) => failure.exit(),
     }
 }
 
-/// A command that asks Stripe was called without a key.
-#[derive(Debug, thiserror::Error)]
-#[error("STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API")]
-struct NoKey;
+/// What the command `name` works with: see [`Parts::start`].
+async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Parts, Failure> {
+    Parts::start(settings, &format!("litestripe-worker {name}"), schema).await.map_err(failure::start)
+}
 
-/// A file that a setting names and that cannot be used is a matter of configuration, as is a key that
-/// is missing or of the wrong mode, and what cannot be asked for.
-fn code_of(error: &(dyn std::error::Error + 'static)) -> u8 {
-    let is_configuration = error.is::<connect::ConnectError>()
-        || error.is::<NoKey>()
-        || error.is::<Mismatch>()
-        || replay::is_misuse(error);
-    if is_configuration {
-        exit::CONFIGURATION
-    } else if error.is::<reconcile::Remaining>() {
-        exit::DIFFERENCES
-    } else {
-        exit::FAILURE
-    }
+/// A connection to NATS for the command `name`, within 5 s.
+async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, Failure> {
+    parts::connect_within(settings, &format!("litestripe-worker {name}")).await.map_err(failure::start)
 }
 
 async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
@@ -147,61 +129,4 @@ pub fn command_line() -> clap::Command {
         );
     let command = settings::declare(settings::declare(command, SETTINGS), SHARED);
     Command::augment_subcommands(command).subcommand_required(false).arg_required_else_help(false)
-}
-
-/// Prints what a command was asked for: stdout belongs to that, logs go to stderr. A reader that has
-/// seen enough (`| head`) is no failure.
-fn print(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
-}
-
-/// Prints the fields of a JSON object, a line each.
-fn print_fields(object: &serde_json::Value) {
-    use serde_json::Value;
-    let rows = object.as_object().into_iter().flatten().map(|(name, value)| {
-        let text = match value {
-            Value::Null => "-".to_owned(),
-            Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
-        [name.clone(), text]
-    });
-    print_table(["field", "value"], rows);
-}
-
-/// Waits a little for NATS: an operator at a terminal wants an answer.
-async fn reach_nats(nats: &async_nats::Client, settings: &Settings) -> Result<(), Failure> {
-    const ANSWER_MAX: Duration = Duration::from_secs(5);
-    let connected = tokio::time::timeout(ANSWER_MAX, connect::connected(nats, &settings.nats)).await;
-    connected.map_err(|_| {
-        format!("NATS at {} does not answer (NATS_URL); nothing was changed", settings.nats.hosts()).into()
-    })
-}
-
-/// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
-/// depend on a worker being up.
-async fn while_relaying<T>(
-    settings: &Settings,
-    store: &Store,
-    jetstream: &jetstream::Context,
-    work: impl Future<Output = T>,
-) -> T {
-    let stop = CancellationToken::new();
-    let relay = Relay::new(store.clone(), jetstream.clone(), settings.nats.clone(), Arc::new(Notify::new()));
-    let relay = tokio::spawn(relay.run(stop.clone()));
-    let outcome = work.await;
-    stop.cancel();
-    // What cannot be sent now stays in the outbox, for any worker.
-    let _ = relay.await;
-    outcome
-}
-
-/// Prints a table that people read and `awk` can take apart.
-fn print_table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header(header);
-    for row in rows {
-        table.add_row(row);
-    }
-    print(&table.to_string());
 }

@@ -17,6 +17,8 @@ pub mod recover;
 pub mod relay;
 pub mod retention;
 pub mod settings;
+pub mod start;
 pub mod store;
 pub mod stream;
 pub mod stripe;
+pub mod wait;

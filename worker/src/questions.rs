@@ -33,6 +33,7 @@ use crate::store::due;
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, OwnEventError, Scope};
 use crate::stripe::api::{ApiError, StripeApi};
+use crate::wait::{DATABASE, Wait};
 
 pub mod lookup;
 
@@ -64,7 +65,7 @@ const UNKNOWN_FIRST: Duration = Duration::from_secs(15);
 const UNKNOWN_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// What the sweep needs.
-pub struct Sweep {
+pub struct Questions {
     /// Where rows, orphans and questions are.
     pub store: Store,
     /// Where events are, and go.
@@ -99,7 +100,7 @@ enum Outcome {
 
 /// Why a question has no answer yet.
 #[derive(Debug, thiserror::Error)]
-enum SweepError {
+enum QuestionError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -114,22 +115,22 @@ enum SweepError {
     Progress(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-impl Sweep {
+impl Questions {
     /// Asks until `shutdown`. Kinds of questions do not wait for each other.
     pub async fn run(self, shutdown: CancellationToken) {
-        let sweep = Arc::new(self);
-        let of_stripe = if sweep.stripe.is_some() { ASKED_OF_STRIPE_MAX } else { ASKED_MAX };
+        let questions = Arc::new(self);
+        let of_stripe = if questions.stripe.is_some() { ASKED_OF_STRIPE_MAX } else { ASKED_MAX };
         let kinds = [
-            (Kind::Lookup, sweep.lookup.asks(), ASKED_MAX),
-            (Kind::Grace, sweep.orphans.without_session, of_stripe),
-            (Kind::Fetch, sweep.stripe.is_some(), of_stripe),
-            (Kind::Erase, sweep.erase_on_customer_deleted, 1),
+            (Kind::Lookup, questions.lookup.asks(), ASKED_MAX),
+            (Kind::Grace, questions.orphans.without_session, of_stripe),
+            (Kind::Fetch, questions.stripe.is_some(), of_stripe),
+            (Kind::Erase, questions.erase_on_customer_deleted, 1),
         ];
         let mut loops = JoinSet::new();
         for (kind, _, at_a_time) in kinds.into_iter().filter(|(_, asked, _)| *asked) {
-            loops.spawn(Arc::clone(&sweep).ask(kind, at_a_time, shutdown.clone()));
+            loops.spawn(Arc::clone(&questions).ask(kind, at_a_time, shutdown.clone()));
         }
-        loops.spawn(sweep.erase(shutdown));
+        loops.spawn(questions.erase(shutdown));
         while let Some(ended) = loops.join_next().await {
             // Questions of one kind would not be asked any more, and nobody would know.
             ended.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
@@ -140,27 +141,29 @@ impl Sweep {
     /// wait for its answer holds up no other.
     async fn ask(self: Arc<Self>, kind: Kind, at_a_time: usize, shutdown: CancellationToken) {
         let mut asked = JoinSet::new();
-        let mut waiting = false;
+        let mut wait = Wait::new(DATABASE);
         while !shutdown.is_cancelled() {
             fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}
             let room = at_a_time - asked.len();
             // In its own task: a cancelled transaction would leave a poisoned connection in the pool.
             let taken = tokio::spawn({
-                let sweep = Arc::clone(&self);
-                async move { due::take(&sweep.store, &[kind], OffsetDateTime::now_utc(), LEASE, room as u64).await }
+                let questions = Arc::clone(&self);
+                async move { due::take(&questions.store, &[kind], OffsetDateTime::now_utc(), LEASE, room as u64).await }
             });
             let taken = taken.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
-            waiting = report(&taken, waiting);
-            let checks = taken.unwrap_or_default();
+            let checks = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
+                wait.failed(&error);
+                Vec::new()
+            });
             let is_full = checks.len() == room;
             for check in checks {
-                let sweep = Arc::clone(&self);
-                asked.spawn(async move { sweep.settle(&check).await });
+                let questions = Arc::clone(&self);
+                asked.spawn(async move { questions.settle(&check).await });
             }
             tokio::select! {
                 Some(_) = asked.join_next(), if is_full => {}
-                () = self.wake.notified(), if kind == Kind::Lookup && !is_full && !waiting => {}
+                () = self.wake.notified(), if kind == Kind::Lookup && !is_full && !wait.is_waiting() => {}
                 () = tokio::time::sleep(POLL) => {}
                 () = shutdown.cancelled() => {}
             }
@@ -216,7 +219,7 @@ impl Sweep {
     }
 
     /// Asks whether the client reference id is a user. An unknown one with a payment is an orphan.
-    async fn look_up(&self, check: &Check) -> Result<Outcome, SweepError> {
+    async fn look_up(&self, check: &Check) -> Result<Outcome, QuestionError> {
         // The row may have another client reference id by now.
         let stored = self.stored(self.store.connection(), check).await?;
         let Some(client_reference_id) = reference(check, stored.as_ref()) else { return self.forget(check).await };
@@ -289,13 +292,13 @@ impl Sweep {
 
     /// The email in the session's event, which is still in the stream, as a rule. A stream that was
     /// made anew has another event there.
-    async fn email_of_session(&self, check: &Check) -> Result<Option<Email>, SweepError> {
+    async fn email_of_session(&self, check: &Check) -> Result<Option<Email>, QuestionError> {
         let stream = self.jetstream.get_stream_no_info(EVENTS_STREAM).await;
-        let stream = stream.map_err(|error| SweepError::Progress(error.into()))?;
+        let stream = stream.map_err(|error| QuestionError::Progress(error.into()))?;
         let message = match stream.get_raw_message(check.stream_sequence).await {
             Ok(message) => message,
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
-            Err(error) => return Err(SweepError::Progress(error.into())),
+            Err(error) => return Err(QuestionError::Progress(error.into())),
         };
         let none = MetadataKeys::Only(Default::default());
         Ok(match event::decode(&message.payload, &none) {
@@ -308,7 +311,7 @@ impl Sweep {
 
     /// Ends a grace period, once every event received before its end is applied: a backlog makes
     /// no orphans.
-    async fn end_grace(&self, check: &Check) -> Result<Outcome, SweepError> {
+    async fn end_grace(&self, check: &Check) -> Result<Outcome, QuestionError> {
         let Some(stored) = self.unclaimed(check).await? else { return self.forget(check).await };
         let row = stored.state.visible();
         if !orphan::may_be_paid(row.subscription.status.as_deref()) {
@@ -341,7 +344,7 @@ impl Sweep {
     }
 
     /// Stores the sessions that Stripe lists for the subscription, if any, as events.
-    async fn publish_sessions(&self, stripe: &StripeApi, check: &Check) -> Result<bool, SweepError> {
+    async fn publish_sessions(&self, stripe: &StripeApi, check: &Check) -> Result<bool, QuestionError> {
         let account = check.stripe_account_id.as_deref();
         let answer = stripe.checkout_sessions_of(&check.entity_id, account).await?;
         let sessions =
@@ -353,7 +356,12 @@ impl Sweep {
         Ok(!sessions.is_empty())
     }
 
-    async fn note_unclaimed(&self, check: &Check, stored: Stored, email: Option<Email>) -> Result<Outcome, SweepError> {
+    async fn note_unclaimed(
+        &self,
+        check: &Check,
+        stored: Stored,
+        email: Option<Email>,
+    ) -> Result<Outcome, QuestionError> {
         let now = OffsetDateTime::now_utc();
         let tx = self.store.begin().await?;
         if !rewrite(&tx, check, stored, now).await? || !due::settle(&tx, check).await? {
@@ -366,26 +374,26 @@ impl Sweep {
     }
 
     /// Whether every event that was stored before `end` is applied.
-    async fn is_applied_until(&self, end: OffsetDateTime) -> Result<bool, SweepError> {
+    async fn is_applied_until(&self, end: OffsetDateTime) -> Result<bool, QuestionError> {
         let consumer =
             self.jetstream.get_consumer_from_stream::<pull::Config, _, _>(WORKER_CONSUMER, EVENTS_STREAM).await;
-        let consumer = consumer.map_err(|error| SweepError::Progress(error.into()))?;
+        let consumer = consumer.map_err(|error| QuestionError::Progress(error.into()))?;
         let progress = consumer.cached_info();
         if progress.num_pending == 0 && progress.num_ack_pending == 0 {
             return Ok(true);
         }
         let stream = self.jetstream.get_stream_no_info(EVENTS_STREAM).await;
-        let stream = stream.map_err(|error| SweepError::Progress(error.into()))?;
+        let stream = stream.map_err(|error| QuestionError::Progress(error.into()))?;
         let oldest = progress.ack_floor.stream_sequence + 1;
         match stream.get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), oldest).await {
             Ok(message) => Ok(message.time > end),
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(true),
-            Err(error) => Err(SweepError::Progress(error.into())),
+            Err(error) => Err(QuestionError::Progress(error.into())),
         }
     }
 
     /// Fetches an uncertain subscription and stores it as an event, which merges like any other.
-    async fn fetch(&self, check: &Check) -> Result<Outcome, SweepError> {
+    async fn fetch(&self, check: &Check) -> Result<Outcome, QuestionError> {
         let Some(stripe) = self.stripe.as_ref().filter(|stripe| stripe.sees(check.livemode)) else {
             return Ok(Outcome::Again(UNKNOWN_MAX));
         };
@@ -413,7 +421,7 @@ impl Sweep {
     }
 
     /// Erases a customer that was deleted at Stripe, once all that came of them is applied.
-    async fn erase_customer(&self, check: &Check) -> Result<Outcome, SweepError> {
+    async fn erase_customer(&self, check: &Check) -> Result<Outcome, QuestionError> {
         let (store, jetstream, erasures) = (&self.store, &self.jetstream, &self.erasures);
         let erasure = Erasure { store, jetstream, erasures, force: false, seen: &|| {} };
         match erasure.run(&Target::Customer(check.entity_id.clone())).await {
@@ -437,7 +445,7 @@ impl Sweep {
         self.erasures.covers_object(ids, check.event.created.unix())
     }
 
-    async fn forget(&self, check: &Check) -> Result<Outcome, SweepError> {
+    async fn forget(&self, check: &Check) -> Result<Outcome, QuestionError> {
         due::settle(self.store.connection(), check).await?;
         Ok(Outcome::Answered)
     }
@@ -462,7 +470,7 @@ impl Sweep {
     }
 }
 
-async fn email_of_customer(stripe: &StripeApi, check: &Check) -> Result<Option<Email>, SweepError> {
+async fn email_of_customer(stripe: &StripeApi, check: &Check) -> Result<Option<Email>, QuestionError> {
     let Some(customer) = &check.stripe_customer_id else { return Ok(None) };
     match stripe.customer(customer, check.stripe_account_id.as_deref()).await {
         Ok(answer) => Ok(api::customer_email(&answer.body)),
@@ -494,16 +502,6 @@ fn reference(check: &Check, stored: Option<&Stored>) -> Option<String> {
         Some(stored) => stored.state.visible().subscription.client_reference_id,
         None => check.client_reference_id.clone(),
     }
-}
-
-/// Says when waiting for the database starts and when it ends. Returns whether it waits now.
-fn report<T>(taken: &Result<T, StoreError>, was_waiting: bool) -> bool {
-    match taken {
-        Ok(_) if was_waiting => info!("the sweep asks again"),
-        Err(error) if !was_waiting => warn!("the sweep waits: {}", exit::chain(error)),
-        _ => {}
-    }
-    taken.is_err()
 }
 
 async fn insert_orphan(

@@ -18,19 +18,29 @@ use fail::fail_point;
 use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
-use litestripe_contract::{connect, exit, signal::Timestamp};
+use litestripe_contract::{connect, signal::Timestamp};
 use litestripe_entity::signal_outbox::Model;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::error;
 
 use crate::error::StoreError;
 use crate::metrics;
 use crate::store::{self, Store};
+use crate::wait::{Awaited, Wait};
 
 /// How often the outbox is looked at unasked: what a crashed worker left waits this long.
 const POLL: Duration = Duration::from_secs(1);
+
+/// The database or the broker, as the relay needs them.
+const SIGNALS: Awaited = Awaited {
+    begins: "signals wait in the outbox",
+    ends: "signals are sent again",
+    first: POLL,
+    longest: POLL,
+    gauge: None,
+};
 
 /// How often while another relay is at it, which may end before it sees what came last. Not more often
 /// when woken: of many workers under load, all but one would ask in vain after every batch.
@@ -112,7 +122,7 @@ impl Relay {
     /// Sends signals until `shutdown`, and then those that are still there, once.
     pub async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
-        let mut waiting = false;
+        let mut wait = Wait::new(SIGNALS);
         let mut is_woken = false;
         let mut asked = Instant::now();
         loop {
@@ -128,9 +138,15 @@ impl Relay {
                 Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
                 Err(_) => Err(RelayError::Silence),
             };
-            waiting = report(&outcome, waiting);
+            let pause = match &outcome {
+                Ok(_) => {
+                    wait.succeeded();
+                    POLL
+                }
+                Err(error) => wait.failed(error),
+            };
             let is_blocked = !relay.blocked().since.is_empty();
-            metrics::waiting_for_signals(waiting || is_blocked);
+            metrics::waiting_for_signals(wait.is_waiting() || is_blocked);
             if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_AGAIN {
                 asked = Instant::now();
                 connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
@@ -145,8 +161,8 @@ impl Relay {
                 _ if last => return,
                 Ok(Round::Busy) => (BUSY_POLL, false),
                 Ok(Round::Shared) => (BUSY_POLL, true),
-                Ok(Round::Idle) => (POLL, true),
-                Err(_) => (POLL, false),
+                Ok(Round::Idle) => (pause, true),
+                Err(_) => (pause, false),
             };
             is_woken = tokio::select! {
                 () = relay.wake.notified(), if may_wake => true,
@@ -329,14 +345,4 @@ fn headers(row: &Model) -> HeaderMap {
         insert(header::TRACEPARENT, traceparent);
     }
     headers
-}
-
-/// Says when waiting starts and when it ends. Returns whether the relay waits now.
-fn report(outcome: &Result<Round, RelayError>, was_waiting: bool) -> bool {
-    match outcome {
-        Ok(_) if was_waiting => info!("signals are sent again"),
-        Err(error) if !was_waiting => warn!("signals wait in the outbox: {}", exit::chain(error)),
-        _ => {}
-    }
-    outcome.is_err()
 }

@@ -28,7 +28,7 @@ pub const SETTINGS: &[Setting] = &[
     Setting {
         name: "LITESTRIPE_AUTO_MIGRATE",
         default: None,
-        help: "whether `run`, `replay` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
+        help: "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
                false on PostgreSQL]",
     },
     Setting {

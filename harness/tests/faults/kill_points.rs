@@ -121,7 +121,7 @@ async fn worker_whose_relay_panics_ends_with_a_failure_and_the_next_goes_on() {
 
 #[tokio::test]
 async fn worker_whose_sweep_panics_ends_with_a_failure_and_the_next_goes_on() {
-    worker_panics(DatabaseKind::Sqlite, "worker::before_question", "the sweep panicked").await;
+    worker_panics(DatabaseKind::Sqlite, "worker::before_question", "the questions panicked").await;
 }
 
 async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {

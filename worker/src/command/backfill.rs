@@ -1,18 +1,20 @@
 //! `backfill`: fetch from Stripe what never arrived.
 
 use clap::Args;
-use litestripe_contract::{connect, shutdown};
+use litestripe_contract::shutdown;
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
 
+use super::print;
 use super::progress::Progress;
-use super::{Failure, NoKey, moment, run};
-use crate::erasure::Erasures;
+use super::{Failure, NoKey, moment};
 use crate::recover::backfill::record::{self, Record};
 use crate::recover::backfill::{self, BackfillError, End, Summary, Wanted};
 use crate::settings::{Settings, StripeSettings};
+use crate::start::database::Schema;
+use crate::start::parts::Parts;
 use crate::store::Store;
 use crate::stripe::kv::Bucket;
 use crate::stripe::mode;
@@ -57,23 +59,17 @@ enum Halfway {
 impl Backfill {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let shutdown = shutdown::token()?;
-        let key = settings.stripe.as_ref().ok_or(NoKey)?;
+        let key = settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NoKey))?;
+        let parts = super::start(settings, "backfill", Schema::Migrated).await?;
         if !self.any_mode {
-            refuse_other_mode(settings, key).await?;
+            refuse_other_mode(&parts.store, key).await?;
         }
-        let nats = connect::connect(&settings.nats, "litestripe-worker backfill").await?;
-        super::reach_nats(&nats, settings).await?;
-        let jetstream = connect::jetstream(nats);
-        let stripe = run::stripe_api(settings, &jetstream)?.ok_or(NoKey)?;
+        let stripe = parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
+        let Parts { jetstream, erasures, .. } = parts;
         let record = Record::new(Bucket::new(jetstream.clone(), settings.events.replicas), key.is_live());
-        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
         let _followed = erasures.followed();
-        self.backfill(
-            &backfill::Backfill { stripe, jetstream, erasures, types: backfill::types(settings) },
-            &record,
-            &shutdown,
-        )
-        .await
+        let types = backfill::types(settings);
+        self.backfill(&backfill::Backfill { stripe, jetstream, erasures, types }, &record, &shutdown).await
     }
 
     async fn backfill(
@@ -113,7 +109,7 @@ impl Backfill {
     fn print(&self, since: OffsetDateTime, summary: Summary, complete: bool) -> Result<(), Failure> {
         let report = Report { since: since.format(&Rfc3339)?, complete, summary };
         if self.json {
-            super::print(&serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
             return Ok(());
         }
         let Summary { listed, already_there, published, duplicates, skipped } = report.summary;
@@ -126,15 +122,14 @@ impl Backfill {
             ("skipped", skipped.to_string(), "cannot be stored"),
         ];
         let rows = rows.into_iter().map(|(what, value, note)| [what.to_owned(), value, note.to_owned()]);
-        super::print_table(["what", "value", ""], rows);
+        print::table(["what", "value", ""], rows);
         Ok(())
     }
 }
 
-async fn refuse_other_mode(settings: &Settings, key: &StripeSettings) -> Result<(), Failure> {
-    let store = Store::open(&settings.database).await?;
-    match mode::mismatch(&store, key).await? {
-        Some(mismatch) => Err(mismatch.into()),
+async fn refuse_other_mode(store: &Store, key: &StripeSettings) -> Result<(), Failure> {
+    match mode::mismatch(store, key).await? {
+        Some(mismatch) => Err(Failure::configuration(mismatch)),
         None => Ok(()),
     }
 }

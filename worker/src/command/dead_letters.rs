@@ -13,9 +13,11 @@ use litestripe_domain::plan::Arrival;
 use serde_json::{Value, json};
 
 use super::Failure;
+use super::print;
 use crate::apply;
-use crate::erasure::Erasures;
 use crate::settings::Settings;
+use crate::start::database::{self, Schema};
+use crate::start::parts::{Parts, terms};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
@@ -78,17 +80,18 @@ enum Refusal {
 
 impl DeadLetters {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let nats = connect::connect(&settings.nats, "litestripe-worker dead-letters").await?;
-        super::reach_nats(&nats, settings).await?;
-        let jetstream = connect::jetstream(nats);
+        let nats = super::connect(settings, "dead-letters").await?;
+        let jetstream = connect::jetstream(nats.clone());
         let stream = jetstream.get_stream(DEAD_LETTERS_STREAM).await;
-        let stream = stream.map_err(|_| "there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it")?;
+        let stream =
+            stream.map_err(|_| Failure::new("there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it"))?;
         match self {
             Self::List(list) => list.execute(&stream).await,
             Self::Show(show) => show.execute(&stream).await,
             Self::Retry(retry) => {
-                let erasures = Erasures::load(jetstream, settings.events.replicas).await?;
-                retry.execute(settings, &stream, &erasures).await
+                let store = database::open(&settings.database, Schema::Current).await?;
+                let parts = Parts::read(settings, store, nats).await?;
+                retry.execute(settings, &stream, &parts).await
             }
             Self::Drop(dropped) => dropped.execute(&stream).await,
         }
@@ -104,9 +107,9 @@ impl List {
             listed.push(as_json(&letter));
         }
         if self.json {
-            super::print(&serde_json::to_string_pretty(&listed)?);
+            print::json(&listed)?;
         } else if listed.is_empty() {
-            super::print("no dead letters");
+            print::line("no dead letters");
         } else {
             let rows = listed.iter().map(|letter| {
                 ["sequence", "stream_sequence", "event_type", "since", "reason"].map(|field| match &letter[field] {
@@ -115,7 +118,7 @@ impl List {
                     other => other.to_string(),
                 })
             });
-            super::print_table(["sequence", "event sequence", "type", "since", "reason"], rows);
+            print::table(["sequence", "event sequence", "type", "since", "reason"], rows);
         }
         Ok(())
     }
@@ -129,18 +132,18 @@ impl Show {
             shown["body"] = String::from_utf8_lossy(&letter.payload).into();
         }
         if self.json {
-            super::print(&serde_json::to_string_pretty(&shown)?);
+            print::json(&shown)?;
         } else {
-            super::print_fields(&shown);
+            print::fields(&shown);
         }
         Ok(())
     }
 }
 
 impl Retry {
-    async fn execute(self, settings: &Settings, stream: &Stream, erasures: &Erasures) -> Result<(), Failure> {
-        let store = super::run::open_current(&settings.database).await?;
-        let terms = Arc::new(super::run::terms(settings));
+    async fn execute(self, settings: &Settings, stream: &Stream, parts: &Parts) -> Result<(), Failure> {
+        let Parts { store, erasures, .. } = parts;
+        let terms = Arc::new(terms(settings));
         let mut report = Vec::new();
         let mut letter = match self.sequence {
             Some(sequence) => Some(find(stream, sequence).await?),
@@ -148,7 +151,7 @@ impl Retry {
         };
         while let Some(one) = &letter {
             let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
-                Ok(Some(event)) => apply::apply_one(&store, &terms, arrival(one, erasures.redacted(event))).await?,
+                Ok(Some(event)) => apply::apply_one(store, &terms, arrival(one, erasures.redacted(event))).await?,
                 Ok(None) => Some("of a type that is not handled".to_owned()),
                 Err(error) => Some(error.to_string()),
             };
@@ -173,14 +176,14 @@ impl Retry {
                     |(sequence, reason)| json!({ "sequence": sequence, "applied": reason.is_none(), "reason": reason }),
                 )
                 .collect();
-            super::print(&serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
         } else if report.is_empty() {
-            super::print("no dead letters");
+            print::line("no dead letters");
         } else {
             let rows = report.into_iter().map(|(sequence, reason)| {
                 [sequence.to_string(), reason.unwrap_or_else(|| "applied and removed".to_owned())]
             });
-            super::print_table(["sequence", "outcome"], rows);
+            print::table(["sequence", "outcome"], rows);
         }
         Ok(())
     }
@@ -190,7 +193,7 @@ impl Drop {
     async fn execute(self, stream: &Stream) -> Result<(), Failure> {
         let letter = find(stream, self.sequence).await?;
         remove(stream, letter.sequence).await?;
-        super::print(&format!("dead letter {} is gone", letter.sequence));
+        print::line(&format!("dead letter {} is gone", letter.sequence));
         Ok(())
     }
 }

@@ -3,13 +3,15 @@
 use std::sync::{Mutex, PoisonError};
 
 use clap::Args;
-use litestripe_contract::connect;
 use litestripe_contract::event::ID_BYTES_MAX;
 
 use super::Failure;
+use super::print;
 use super::progress::Progress;
-use crate::erasure::{Erasure, Erasures, Receipt, Target};
+use crate::erasure::{Erasure, Receipt, Target};
 use crate::settings::Settings;
+use crate::start::database::Schema;
+use crate::start::parts::Parts;
 
 #[derive(Debug, Args)]
 pub(crate) struct Erase {
@@ -45,19 +47,14 @@ impl Erase {
         let target = match (self.whom.customer, self.whom.orphan) {
             (Some(customer), _) => Target::Customer(customer),
             (None, Some(orphan)) => Target::Orphan(orphan),
-            (None, None) => return Err("whose data? --customer or --orphan says it".into()),
+            (None, None) => return Err(Failure::new("whose data? --customer or --orphan says it")),
         };
-        let store = super::run::open_current(&settings.database).await?;
-        let nats = connect::connect(&settings.nats, "litestripe-worker erase").await?;
-        super::reach_nats(&nats, settings).await?;
-        let jetstream = connect::jetstream(nats);
-        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
-
+        let parts = super::start(settings, "erase", Schema::Current).await?;
+        let Parts { store, jetstream, erasures, .. } = &parts;
         let progress = Mutex::new(Progress::start("erase", "messages", None));
         let seen = || progress.lock().unwrap_or_else(PoisonError::into_inner).advance(1);
-        let erasure =
-            Erasure { store: &store, jetstream: &jetstream, erasures: &erasures, force: self.force, seen: &seen };
-        let receipt = super::while_relaying(settings, &store, &jetstream, erasure.run(&target)).await;
+        let erasure = Erasure { store, jetstream, erasures, force: self.force, seen: &seen };
+        let receipt = parts.while_relaying(settings, erasure.run(&target)).await;
         progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
         print(&receipt?, self.json)
     }
@@ -65,7 +62,7 @@ impl Erase {
 
 fn print(receipt: &Receipt, json: bool) -> Result<(), Failure> {
     if json {
-        super::print(&serde_json::to_string_pretty(receipt)?);
+        print::json(&receipt)?;
         return Ok(());
     }
     let rows = [
@@ -76,7 +73,7 @@ fn print(receipt: &Receipt, json: bool) -> Result<(), Failure> {
         ("subscriptions with metadata", receipt.subscriptions),
         ("orphans with an email", receipt.orphans),
     ];
-    super::print_table(["erased", "count"], rows.into_iter().map(|(what, count)| [what.to_owned(), count.to_string()]));
-    super::print(&format!("recorded at {} for {}", receipt.recorded_at, receipt.ids.join(", ")));
+    print::table(["erased", "count"], rows.into_iter().map(|(what, count)| [what.to_owned(), count.to_string()]));
+    print::line(&format!("recorded at {} for {}", receipt.recorded_at, receipt.ids.join(", ")));
     Ok(())
 }

@@ -3,7 +3,9 @@
 use clap::{Args, Subcommand};
 
 use super::Failure;
+use super::print;
 use crate::settings::Settings;
+use crate::start::database::{self, Schema};
 use crate::store::{Step, Store};
 
 #[derive(Debug, Subcommand)]
@@ -32,7 +34,7 @@ pub(crate) struct Listing {
 
 impl Migrate {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let store = super::run::open_when_possible(&settings.database).await?;
+        let store = database::open(&settings.database, Schema::Any).await?;
         match self {
             Self::Up => store.migrate_up().await?,
             Self::Down(down) => store.migrate_down(down.steps).await?,
@@ -45,9 +47,9 @@ impl Migrate {
 async fn print(store: &Store, json: bool) -> Result<(), Failure> {
     let steps = store.migrations().await?;
     if json {
-        super::print(&serde_json::to_string_pretty(&steps)?);
+        print::json(&steps)?;
     } else {
-        super::print_table(
+        print::table(
             ["migration", "applied"],
             steps.into_iter().map(|Step { name, applied }| [name, yes_or_no(applied).to_owned()]),
         );

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::Failure;
+use super::print;
 use crate::settings::Settings;
+use crate::start::database::{self, Schema};
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, Resolution, Scope};
 
@@ -97,7 +99,7 @@ impl Refusal {
 
 impl Orphans {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let store = super::run::open_current(&settings.database).await?;
+        let store = database::open(&settings.database, Schema::Current).await?;
         match self {
             Self::List(list) => list.execute(&store).await,
             Self::Show(show) => show.execute(&store).await,
@@ -115,11 +117,11 @@ impl List {
         }
         if self.json {
             let orphans: Vec<Value> = orphans.iter().map(as_json).collect();
-            super::print(&serde_json::to_string_pretty(&orphans)?);
+            print::json(&orphans)?;
             return Ok(());
         }
         if orphans.is_empty() {
-            super::print(if self.all { "no orphans" } else { "no open orphans" });
+            print::line(if self.all { "no orphans" } else { "no open orphans" });
             return Ok(());
         }
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
@@ -140,7 +142,7 @@ impl List {
                 state,
             ]
         });
-        super::print_table(["id", "reason", "email", "customer", "mode", "since", "state"], rows);
+        print::table(["id", "reason", "email", "customer", "mode", "since", "state"], rows);
         Ok(())
     }
 }
@@ -149,9 +151,9 @@ impl Show {
     async fn execute(self, store: &Store) -> Result<(), Failure> {
         let orphan = find(store, &self.id).await?;
         if self.json {
-            super::print(&serde_json::to_string_pretty(&as_json(&orphan))?);
+            print::json(&as_json(&orphan))?;
         } else {
-            super::print_fields(&as_json(&orphan));
+            print::fields(&as_json(&orphan));
         }
         Ok(())
     }
@@ -161,9 +163,7 @@ impl Resolve {
     async fn execute(self, settings: &Settings, store: &Store) -> Result<(), Failure> {
         let orphan = find(store, &self.id).await?;
         self.check(store, &orphan).await?;
-        let nats = connect::connect(&settings.nats, "litestripe-worker orphans").await?;
-        super::reach_nats(&nats, settings).await?;
-
+        let nats = super::connect(settings, "orphans").await?;
         let resolution = Resolution {
             orphan_id: &orphan.id,
             client_reference_id: &self.client_reference_id,
@@ -184,9 +184,9 @@ impl Resolve {
                     return Err(Refusal::Overruled(orphan.id, user).into());
                 }
                 if self.json {
-                    super::print(&serde_json::to_string_pretty(&as_json(&orphan))?);
+                    print::json(&as_json(&orphan))?;
                 } else {
-                    super::print(&format!(
+                    print::line(&format!(
                         "{} is resolved to client reference id {}",
                         orphan.id, self.client_reference_id
                     ));
@@ -198,9 +198,9 @@ impl Resolve {
                     "client_reference_id": self.client_reference_id,
                     "state": "stored",
                 });
-                super::print(&serde_json::to_string_pretty(&stored)?);
+                print::json(&stored)?;
             }
-            Err(_) => super::print(&format!(
+            Err(_) => print::line(&format!(
                 "the resolution of {} is stored; it takes effect when a worker runs (`litestripe-worker run`)",
                 orphan.id
             )),

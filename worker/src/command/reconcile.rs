@@ -1,14 +1,18 @@
 //! `reconcile`: compare the rows with Stripe's subscriptions, and mend them.
 
 use clap::Args;
-use litestripe_contract::{connect, shutdown};
+use litestripe_contract::shutdown;
 use serde_json::{Value, json};
 
+use super::print;
 use super::progress::Progress;
 use super::{Failure, NoKey};
-use crate::erasure::Erasures;
 use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, Sources, Status};
 use crate::settings::Settings;
+use crate::start::broker;
+use crate::start::consume::while_consuming;
+use crate::start::database::Schema;
+use crate::start::parts::Parts;
 use crate::stripe::mode;
 
 /// Lines of the table, at most: nobody reads more, and `--json` has all.
@@ -47,39 +51,32 @@ struct BrokenOff {
 
 impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
-        let key = settings.stripe.as_ref().ok_or(NoKey)?;
-        let store = match self.repair {
-            // It may be the import on the first day.
-            true => super::run::open_migrated(&settings).await?,
-            false => super::run::open_current(&settings.database).await?,
-        };
-        if let Some(mismatch) = mode::mismatch(&store, key).await?.filter(|_| !self.any_mode) {
-            return Err(mismatch.into());
+        let key = settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NoKey))?;
+        // It may be the import on the first day.
+        let schema = if self.repair { Schema::Migrated } else { Schema::Current };
+        let parts = super::start(&settings, "reconcile", schema).await?;
+        let Parts { store, nats, jetstream, erasures } = &parts;
+        if let Some(mismatch) = mode::mismatch(store, key).await?.filter(|_| !self.any_mode) {
+            return Err(Failure::configuration(mismatch));
         }
-        // The budget of calls to Stripe is there, too.
-        let nats = connect::connect(&settings.nats, "litestripe-worker reconcile").await?;
-        super::reach_nats(&nats, &settings).await?;
-        let jetstream = connect::jetstream(nats.clone());
-        let erasures = match self.repair {
-            true => super::run::prepare_broker(&settings, &nats).await?,
-            false => Erasures::load(jetstream.clone(), settings.events.replicas).await?,
-        };
+        if self.repair {
+            broker::prepare(nats, &settings).await;
+        }
         let _followed = erasures.followed();
-        let stripe = super::run::stripe_api(&settings, &jetstream)?.ok_or(NoKey)?;
+        let stripe = parts.stripe(&settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
         // Until here nothing was done that would have to be finished.
         let stop = shutdown::token()?;
         let sources = Sources {
-            store: &store,
+            store,
             stripe: &stripe,
             metadata_keys: &settings.metadata_keys,
-            repair: self.repair.then_some(&jetstream),
-            erasures: &erasures,
+            repair: self.repair.then_some(jetstream),
+            erasures,
             stop: &stop,
         };
         let walk = self.walk(sources);
         let (report, outcome) = if self.repair {
-            let consuming = super::run::while_consuming(&settings, &store, &jetstream, &erasures, walk);
-            super::while_relaying(&settings, &store, &jetstream, consuming).await
+            parts.while_relaying(&settings, while_consuming(&settings, &parts, walk)).await
         } else {
             walk.await
         };
@@ -94,7 +91,7 @@ impl Reconcile {
             Ok(()) => {
                 let hint =
                     if self.repair { "" } else { ": `litestripe-worker reconcile --repair` mends what can be mended" };
-                Err(Remaining(report.remaining(), hint).into())
+                Err(Failure::differences(Remaining(report.remaining(), hint)))
             }
         }
     }
@@ -126,19 +123,19 @@ impl Reconcile {
             "differences": report.findings,
         });
         if self.json {
-            super::print(&serde_json::to_string_pretty(&summary)?);
+            print::json(&summary)?;
             return Ok(());
         }
         if different > 0 {
             let lines = report.findings.iter().flat_map(|finding| self.lines(finding));
-            super::print_table(["subscription", "field", "row", "stripe", "outcome"], lines.take(LINES_MAX));
+            print::table(["subscription", "field", "row", "stripe", "outcome"], lines.take(LINES_MAX));
             if report.findings.iter().flat_map(|finding| self.lines(finding)).nth(LINES_MAX).is_some() {
-                super::print(&format!("only the first {LINES_MAX} lines: --json shows all"));
+                print::line(&format!("only the first {LINES_MAX} lines: --json shows all"));
             }
-            super::print("");
+            print::line("");
         }
         let repaired = if self.repair { format!("{} repaired, ", different - remaining) } else { String::new() };
-        super::print(&format!(
+        print::line(&format!(
             "{} subscriptions compared in {} calls: {equal} equal, {different} different, {repaired}{remaining} remain, \
              {unknown} unknown to Stripe",
             report.compared, report.calls

@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use clap::Args;
 use litestripe_contract::event::EventType;
-use litestripe_contract::{connect, shutdown};
+use litestripe_contract::shutdown;
 use serde_json::json;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use super::moment;
+use super::print;
 use super::progress::Positions;
-use crate::erasure::Erasures;
 use crate::recover::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
 use crate::settings::Settings;
+use crate::start::database::Schema;
+use crate::start::parts::terms;
 use crate::store::replay::Replay as Asked;
 use crate::stream::dead_letter::DeadLetters;
 
@@ -58,38 +60,32 @@ pub(crate) struct Replay {
 
 impl Replay {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let nats = connect::connect(&settings.nats, "litestripe-worker replay").await?;
-        super::reach_nats(&nats, settings).await?;
-        let store = match self.dry_run {
-            true => super::run::open_current(&settings.database).await?,
-            // Into an empty database, nobody need have been before.
-            false => super::run::open_migrated(settings).await?,
-        };
-        let jetstream = connect::jetstream(nats);
-        let dead_letters = DeadLetters::new(jetstream.clone());
-        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
-        let _followed = erasures.followed();
-        let applier = super::run::applier(settings, &store, &dead_letters, &erasures, &Arc::default());
-        let mut replayer = Replayer { applier, jetstream: jetstream.clone(), batch: settings.batch };
+        // Into an empty database, nobody need have been before.
+        let schema = if self.dry_run { Schema::Current } else { Schema::Migrated };
+        let parts = super::start(settings, "replay", schema).await?;
+        let dead_letters = DeadLetters::new(parts.jetstream.clone());
+        let _followed = parts.erasures.followed();
+        let applier = parts.applier(settings, &dead_letters, &Arc::default());
+        let mut replayer = Replayer { applier, jetstream: parts.jetstream.clone(), batch: settings.batch };
 
         // Not before: until here a signal ends it at once, and nothing was begun.
         let shutdown = shutdown::token()?;
         if self.dry_run {
-            let asked = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await?;
+            let asked = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await.map_err(failure)?;
             let Some(asked) = asked else { return self.nothing() };
-            replayer.applier.terms = replay::terms(super::run::terms(settings), &asked);
+            replayer.applier.terms = replay::terms(terms(settings), &asked);
             return self.try_out(&replayer, &asked, &shutdown).await;
         }
-        let begun = replayer.begin(&self.request(), OffsetDateTime::now_utc()).await?;
+        let begun = replayer.begin(&self.request(), OffsetDateTime::now_utc()).await.map_err(failure)?;
         let Some((replay, again)) = begun else { return self.nothing() };
-        replayer.applier.terms = replay::terms(super::run::terms(settings), &replay);
+        replayer.applier.terms = replay::terms(terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
-        let done = again.progress(&jetstream).await.map_or(0, |progress| progress.ack_floor);
+        let done = again.progress(&parts.jetstream).await.map_or(0, |progress| progress.ack_floor);
         let mut progress = Positions::start("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
         let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
-        let summary = super::while_relaying(settings, &store, &jetstream, work).await;
+        let summary = parts.while_relaying(settings, work).await;
         progress.finish();
-        self.report(&replay, &summary?)
+        self.report(&replay, &summary.map_err(failure)?)
     }
 
     fn request(&self) -> Request {
@@ -106,19 +102,19 @@ impl Replay {
 
     fn nothing(&self) -> Result<(), Failure> {
         if self.json {
-            super::print(&serde_json::to_string_pretty(&Summary { finished: true, ..Summary::default() })?);
+            print::json(&Summary { finished: true, ..Summary::default() })?;
         } else {
             let applied = if self.signals == Signals::None { " that is applied already" } else { "" };
-            super::print(&format!("STRIPE_EVENTS holds no such event{applied}: nothing to replay"));
+            print::line(&format!("STRIPE_EVENTS holds no such event{applied}: nothing to replay"));
         }
         Ok(())
     }
 
     fn report(&self, replay: &Asked, summary: &Summary) -> Result<(), Failure> {
         if self.json {
-            super::print(&serde_json::to_string_pretty(summary)?);
+            print::json(&summary)?;
         } else if summary.finished {
-            super::print(&format!(
+            print::line(&format!(
                 "replayed events {} to {}: {} applied again, {} poisoned, {} signals",
                 summary.first_sequence, summary.last_sequence, summary.events, summary.poisoned, summary.signals
             ));
@@ -131,7 +127,7 @@ impl Replay {
         }
         let how = if replay.name.is_empty() { "begins anew" } else { "goes on from there" };
         let waiting = "rows it changed are signalled when it reaches its end";
-        Err(format!("stopped after {} events: run again, it {how}; {waiting}", summary.events).into())
+        Err(Failure::new(format!("stopped after {} events: run again, it {how}; {waiting}", summary.events)))
     }
 
     async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
@@ -140,7 +136,7 @@ impl Replay {
         progress.finish();
         let dry: DryRun = dry?;
         if !dry.finished {
-            return Err("stopped before the end: no row was changed".into());
+            return Err(Failure::new("stopped before the end: no row was changed"));
         }
         let changes = dry.changes();
         let created = changes.iter().filter(|(_, is_new, _)| *is_new).count();
@@ -153,19 +149,19 @@ impl Replay {
                 "first_sequence": asked.first_sequence, "last_sequence": asked.last_sequence,
                 "events": dry.events, "poisoned": dry.poisoned, "rows": rows, "orphans": dry.orphans,
             });
-            super::print(&serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
             return Ok(());
         }
         let listed = changes.iter().take(LIST_MAX).map(|(id, is_new, fields)| {
             [(*id).to_owned(), if *is_new { "new" } else { "changed" }.to_owned(), fields.join(", ")]
         });
         if !changes.is_empty() {
-            super::print_table(["subscription", "row", "fields"], listed);
+            print::table(["subscription", "row", "fields"], listed);
         }
         if changes.len() > LIST_MAX {
-            super::print(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
+            print::line(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
         }
-        super::print(&format!(
+        print::line(&format!(
             "a replay of events {} to {} would create {created} rows, change {}, and create {} orphans; no row was changed",
             asked.first_sequence,
             asked.last_sequence,
@@ -188,15 +184,13 @@ fn event_type(text: &str) -> Result<EventType, String> {
     EventType::parse(text).map_err(|error| error.to_string())
 }
 
-/// What an operator asked for in vain is a matter of the command line.
-pub(crate) fn is_misuse(error: &(dyn std::error::Error + 'static)) -> bool {
-    matches!(
-        error.downcast_ref(),
-        Some(
-            ReplayError::Name
-                | ReplayError::NoSuchSequence { .. }
-                | ReplayError::Backwards { .. }
-                | ReplayError::Differs(_)
-        )
-    )
+/// What cannot be asked for is a matter of the command line.
+fn failure(error: ReplayError) -> Failure {
+    match error {
+        ReplayError::Name
+        | ReplayError::NoSuchSequence { .. }
+        | ReplayError::Backwards { .. }
+        | ReplayError::Differs(_) => Failure::configuration(error),
+        error => error.into(),
+    }
 }

@@ -1,13 +1,15 @@
 //! `resend`: publish current rows once more, under their revision.
 
 use clap::Args;
-use litestripe_contract::{connect, shutdown};
+use litestripe_contract::shutdown;
 use serde_json::json;
 
 use super::Failure;
+use super::print;
 use super::progress::Progress;
 use crate::recover::resend::{self, Put};
 use crate::settings::Settings;
+use crate::start::database::Schema;
 use crate::store::{self, Store};
 
 #[derive(Debug, Args)]
@@ -32,18 +34,16 @@ pub(crate) struct Resend {
 
 impl Resend {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let nats = connect::connect(&settings.nats, "litestripe-worker resend").await?;
-        super::reach_nats(&nats, settings).await?;
-        let store = super::run::open_current(&settings.database).await?;
-        let jetstream = connect::jetstream(nats);
-        let Put { sent, left } = super::while_relaying(settings, &store, &jetstream, self.send(&store)).await?;
+        let parts = super::start(settings, "resend", Schema::Current).await?;
+        let store = &parts.store;
+        let Put { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.json {
-            super::print(&json!({ "sent": sent, "outbox": waiting, "left_to_replays": left }).to_string());
+            print::line(&json!({ "sent": sent, "outbox": waiting, "left_to_replays": left }).to_string());
         } else if waiting > 0 {
-            super::print(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
+            print::line(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
         } else {
-            super::print(&format!("{sent} rows signalled again"));
+            print::line(&format!("{sent} rows signalled again"));
         }
         for (name, rows) in &left {
             tracing::warn!("{rows} rows are left to the end of the replay {name:?}: if it was cut off, run it again");
@@ -55,7 +55,7 @@ impl Resend {
         if !self.rows.all {
             let known = store::subscription::existing(store.connection(), &self.rows.subscription).await?;
             if let Some(unknown) = self.rows.subscription.iter().find(|id| !known.contains(*id)) {
-                return Err(format!("there is no row {unknown}; nothing was sent").into());
+                return Err(Failure::new(format!("there is no row {unknown}; nothing was sent")));
             }
             return Ok(resend::some(store, self.rows.subscription.clone()).await?);
         }
@@ -69,7 +69,7 @@ impl Resend {
             let Some(last) = ids.last() else { break };
             resend::room(store, &shutdown).await?;
             if shutdown.is_cancelled() {
-                return Err(format!("stopped after {} rows, the last one {after}", put.sent).into());
+                return Err(Failure::new(format!("stopped after {} rows, the last one {after}", put.sent)));
             }
             after.clone_from(last);
             let some = ids.len() as u64;

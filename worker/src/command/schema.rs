@@ -1,5 +1,6 @@
 //! `schema`: the signals' JSON Schemas and the AsyncAPI document, derived from the Rust types.
 
+use super::print;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -52,7 +53,7 @@ impl Schema {
             Some(document) => document.content(),
             None => ALL.into_iter().map(|document| (document.name().to_owned(), document.content())).collect(),
         };
-        super::print(&pretty(&document));
+        print::line(&pretty(&document));
         ExitCode::SUCCESS
     }
 }

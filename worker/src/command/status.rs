@@ -10,6 +10,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use super::Failure;
+use super::print;
 use crate::settings::Settings;
 use crate::store::{self, Store};
 
@@ -68,12 +69,11 @@ struct ReplayReport {
 
 impl Status {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let nats = connect::connect(&settings.nats, "litestripe-worker status").await?;
-        super::reach_nats(&nats, settings).await?;
+        let nats = super::connect(settings, "status").await?;
         let store = Store::open(&settings.database).await?;
         let report = report(&connect::jetstream(nats), &store).await?;
         if self.json {
-            super::print(&serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
         } else {
             print(report);
         }
@@ -123,7 +123,7 @@ async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Str
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
-            _ => Err(format!("cannot ask JetStream about {name}: {}", exit::chain(&error)).into()),
+            _ => Err(Failure::new(format!("cannot ask JetStream about {name}: {}", exit::chain(&error)))),
         },
     }
 }
@@ -132,7 +132,9 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
     match events.consumer_info(WORKER_CONSUMER).await {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
-        Err(error) => Err(format!("cannot ask JetStream about {WORKER_CONSUMER}: {}", exit::chain(&error)).into()),
+        Err(error) => {
+            Err(Failure::new(format!("cannot ask JetStream about {WORKER_CONSUMER}: {}", exit::chain(&error))))
+        }
     }
 }
 
@@ -178,5 +180,5 @@ fn print(report: Report) {
         let due = format!("{}, {} signals wait for its end, {state}", span, replay.signals_due);
         [format!("replay {}", replay.name).trim_end().to_owned(), String::new(), due]
     }));
-    super::print_table(["what", "value", ""], rows.into_iter());
+    print::table(["what", "value", ""], rows.into_iter());
 }

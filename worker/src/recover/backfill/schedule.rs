@@ -6,12 +6,10 @@
 
 use std::time::Duration;
 
-use backon::BackoffBuilder as _;
-use litestripe_contract::exit;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::record::{self, Record};
 use super::{Backfill, BackfillError, End, Summary, Wanted};
@@ -22,6 +20,7 @@ use crate::store::Store;
 use crate::stripe::kv::KvError;
 use crate::stripe::lease::Lease;
 use crate::stripe::mode::{self, Mismatch};
+use crate::wait::{self, Awaited, Wait};
 
 /// How often it is looked whether one is due, at least: other workers come and go.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -30,9 +29,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// workers that are started together make one. The record has whole seconds.
 const TOGETHER: Duration = Duration::from_secs(2);
 
-/// How soon a backfill that failed is tried again: doubles with each.
-const RETRY_FIRST: Duration = Duration::from_secs(2);
-const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
+/// A backfill that succeeds.
+const BACKFILLS: Awaited = Awaited {
+    begins: "a backfill failed and is tried again",
+    ends: "backfills succeed again",
+    first: Duration::from_secs(2),
+    longest: Duration::from_secs(10 * 60),
+    gauge: None,
+};
 
 /// What makes a worker backfill by itself.
 pub struct Schedule {
@@ -68,25 +72,19 @@ enum ScheduleError {
 impl Schedule {
     /// Backfills until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let mut retries = delays();
-        let mut failing = false;
+        let mut wait = Wait::new(BACKFILLS);
         while !shutdown.is_cancelled() {
             let pause = match self.turn(&shutdown).await {
                 Ok(left) => {
-                    (retries, failing) = (delays(), false);
+                    wait.succeeded();
                     left.min(LOOK_EVERY)
                 }
                 Err(error) => {
                     metrics::backfill_ended(false);
-                    complain(&error, failing);
-                    failing = true;
-                    retries.next().unwrap_or(RETRY_MAX)
+                    wait.failed(&error)
                 }
             };
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = shutdown.cancelled() => {}
-            }
+            let _ = wait::pause(pause, &shutdown).await;
         }
     }
 
@@ -150,15 +148,6 @@ fn tell(summary: &Summary, since: OffsetDateTime) {
     );
 }
 
-fn complain(error: &ScheduleError, again: bool) {
-    let error = exit::chain(error);
-    if again {
-        debug!("a backfill failed again: {error}");
-    } else {
-        warn!("a backfill failed and is tried again: {error}");
-    }
-}
-
 /// The time until a backfill is due.
 async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) -> Result<Duration, KvError> {
     let last = record.last_complete().await?;
@@ -166,14 +155,4 @@ async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) ->
     // Another host's clock may be ahead of ours.
     let passed = Duration::try_from(OffsetDateTime::now_utc() - last).unwrap_or_default();
     Ok(interval.saturating_sub(passed))
-}
-
-/// Waits between tries, never at the same moment on all workers.
-fn delays() -> impl Iterator<Item = Duration> {
-    backon::ExponentialBuilder::new()
-        .with_min_delay(RETRY_FIRST)
-        .with_max_delay(RETRY_MAX)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }

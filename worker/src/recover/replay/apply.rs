@@ -18,6 +18,7 @@ use crate::apply::{self, AppliedAgain, Decoded};
 use crate::store;
 use crate::store::replay::Replay;
 use crate::stream::consumer::{self, Again, Batches};
+use crate::wait::{JETSTREAM, Wait, pause};
 
 /// How long nothing must come before it is looked whether the end is reached.
 const LOOK_AFTER: Duration = Duration::from_millis(300);
@@ -45,7 +46,7 @@ impl Replayer {
         shutdown: &CancellationToken,
         mut applied: impl FnMut(AppliedAgain, u64),
     ) -> Result<bool, ReplayError> {
-        let mut said = false;
+        let mut wait = Wait::new(JETSTREAM);
         while !shutdown.is_cancelled() {
             // Whoever shared the work removed the consumer when it was over. Else it is made again, and
             // delivers all of it again.
@@ -66,18 +67,11 @@ impl Replayer {
                 Ok(batches) => batches,
                 Err(error) if consumer::is_refusal(&error) => return Err(ReplayError::Broker(error)),
                 Err(error) => {
-                    if !said {
-                        warn!("waiting for JetStream: {error}");
-                        said = true;
-                    }
-                    tokio::select! {
-                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
-                        () = shutdown.cancelled() => {}
-                    }
+                    let _ = pause(wait.failed(error.as_ref()), shutdown).await;
                     continue;
                 }
             };
-            said = false;
+            wait.succeeded();
             let is_at_end = self.apply_all(&mut batches, replay, again, shutdown, &mut applied).await;
             batches.close().await;
             if is_at_end {

@@ -1,0 +1,73 @@
+//! Applying live events: for as long as a worker runs, or while a command does its work.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_nats::jetstream;
+use litestripe_contract::exit;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::broker;
+use super::parts::Parts;
+use crate::apply::{Applier, in_flight};
+use crate::health::Readiness;
+use crate::settings::Settings;
+use crate::stream::consumer;
+use crate::stream::dead_letter::DeadLetters;
+use crate::wait::{JETSTREAM, Wait, pause};
+
+/// How long whoever stops waits for the batch in flight, which takes milliseconds as a rule.
+pub const FINISH_MAX: Duration = Duration::from_secs(10);
+
+/// Applies batches until `shutdown`. A consumer that is gone is opened again.
+pub async fn consume(
+    settings: &Settings,
+    jetstream: &jetstream::Context,
+    applier: &Applier,
+    readiness: &Readiness,
+    shutdown: &CancellationToken,
+) {
+    let mut wait = Wait::new(JETSTREAM);
+    while !shutdown.is_cancelled() {
+        match consumer::open(jetstream, settings.batch).await {
+            Ok(batches) => {
+                info!("consuming STRIPE_EVENTS");
+                readiness.consuming.store(true, Ordering::Relaxed);
+                wait.succeeded();
+                in_flight::apply_all(batches, settings.batch, applier, shutdown).await;
+                readiness.consuming.store(false, Ordering::Relaxed);
+            }
+            Err(error) => {
+                let _ = pause(wait.failed(&error), shutdown).await;
+                // Rather than wait for their turn: the consumer needs its stream.
+                if let Err(error) = broker::provide(settings, jetstream).await {
+                    tracing::debug!("cannot provide the streams: {}", exit::chain(&error));
+                }
+            }
+        }
+    }
+}
+
+/// Takes part in consuming while `work` runs: a command must not depend on a worker being up.
+pub async fn while_consuming<T>(settings: &Settings, parts: &Parts, work: impl Future<Output = T>) -> T {
+    let stop = CancellationToken::new();
+    let dead_letters = DeadLetters::new(parts.jetstream.clone());
+    // Whoever relays looks by itself; questions are left to the workers.
+    let applier = parts.applier(settings, &dead_letters, &Arc::new(Notify::new()));
+    let consuming = tokio::spawn({
+        let (settings, jetstream, stop) = (settings.clone(), parts.jetstream.clone(), stop.clone());
+        async move { consume(&settings, &jetstream, &applier, &Readiness::default(), &stop).await }
+    });
+    let outcome = work.await;
+    stop.cancel();
+    // What is not finished by then is delivered again.
+    let finish = async {
+        let _ = consuming.await;
+        dead_letters.finish().await;
+    };
+    let _ = tokio::time::timeout(FINISH_MAX, finish).await;
+    outcome
+}

@@ -1,0 +1,136 @@
+//! What `run` and the commands work with, and the parts that are made of it.
+
+use std::sync::Arc;
+
+use async_nats::jetstream;
+use litestripe_contract::connect::{self, ConnectError};
+use litestripe_domain::orphan::Rules;
+use litestripe_domain::plan::{Signalling, Terms};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::broker::{self, Unreachable};
+use super::database::{self, OpenError, Schema};
+use crate::apply::Applier;
+use crate::erasure::{Erasures, ErasuresError};
+use crate::relay::Relay;
+use crate::settings::{LookupSettings, Settings};
+use crate::store::Store;
+use crate::stream::dead_letter::DeadLetters;
+use crate::stripe::api::{ApiError, StripeApi};
+use crate::stripe::budget::Budget;
+
+/// A command could not be started.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum StartError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Unreachable(#[from] Unreachable),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Erasures(#[from] ErasuresError),
+}
+
+/// The database, the broker, and the erasures, without which no event may be applied.
+#[derive(Clone)]
+pub struct Parts {
+    /// Where the rows are.
+    pub store: Store,
+    /// The connection to NATS.
+    pub nats: async_nats::Client,
+    /// JetStream over it.
+    pub jetstream: jetstream::Context,
+    /// Whose personal data is not to come back.
+    pub erasures: Erasures,
+}
+
+impl Parts {
+    /// Reaches NATS within 5 s, opens the database and reads the erasures. `name` is what the
+    /// connection is called at the server.
+    ///
+    /// # Errors
+    /// When one of them cannot be used.
+    pub async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Self, StartError> {
+        let nats = connect_within(settings, name).await?;
+        let store = database::open(&settings.database, schema).await?;
+        Ok(Self::read(settings, store, nats).await?)
+    }
+
+    /// What there is over a database and a broker that answer.
+    ///
+    /// # Errors
+    /// When the erasures cannot be read.
+    pub async fn read(settings: &Settings, store: Store, nats: async_nats::Client) -> Result<Self, ErasuresError> {
+        let jetstream = connect::jetstream(nats.clone());
+        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        Ok(Self { store, nats, jetstream, erasures })
+    }
+
+    /// What applies live events.
+    #[must_use]
+    pub fn applier(&self, settings: &Settings, dead_letters: &DeadLetters, relay: &Arc<Notify>) -> Applier {
+        Applier {
+            store: self.store.clone(),
+            metadata_keys: settings.metadata_keys.clone(),
+            terms: Arc::new(terms(settings)),
+            erasures: self.erasures.clone(),
+            erase_on_customer_deleted: settings.erase_on_customer_deleted,
+            dead_letters: dead_letters.clone(),
+            relay: Arc::clone(relay),
+            questions: Arc::new(Notify::new()),
+            waiting: Arc::default(),
+        }
+    }
+
+    /// The relay, which looks at the outbox when `wake` says so.
+    #[must_use]
+    pub fn relay(&self, settings: &Settings, wake: &Arc<Notify>) -> Relay {
+        Relay::new(self.store.clone(), self.jetstream.clone(), settings.nats.clone(), Arc::clone(wake))
+    }
+
+    /// A client of Stripe's API within the budget of all workers, if there is a key.
+    ///
+    /// # Errors
+    /// When no HTTP client can be made.
+    pub fn stripe(&self, settings: &Settings) -> Result<Option<StripeApi>, ApiError> {
+        let Some(stripe) = settings.stripe.clone() else { return Ok(None) };
+        let budget = Budget::new(&stripe.budget, self.jetstream.clone(), settings.events.replicas);
+        StripeApi::new(stripe, Arc::new(budget)).map(Some)
+    }
+
+    /// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
+    /// depend on a worker being up.
+    pub async fn while_relaying<T>(&self, settings: &Settings, work: impl Future<Output = T>) -> T {
+        let stop = CancellationToken::new();
+        let relay = tokio::spawn(self.relay(settings, &Arc::new(Notify::new())).run(stop.clone()));
+        let outcome = work.await;
+        stop.cancel();
+        // What cannot be sent now stays in the outbox, for any worker.
+        let _ = relay.await;
+        outcome
+    }
+}
+
+/// A connection to NATS, within 5 s.
+///
+/// # Errors
+/// When the settings can never work, or nobody answers by then.
+pub async fn connect_within(settings: &Settings, name: &str) -> Result<async_nats::Client, StartError> {
+    let nats = connect::connect(&settings.nats, name).await?;
+    broker::reach(&nats, settings).await?;
+    Ok(nats)
+}
+
+/// What live events are applied under.
+#[must_use]
+pub fn terms(settings: &Settings) -> Terms {
+    let rules = Rules {
+        lookup: !matches!(settings.lookup, LookupSettings::None),
+        without_session: settings.orphans.without_session,
+        grace: settings.orphans.grace,
+    };
+    Terms { rules, signalling: Signalling::Now }
+}
