@@ -24,6 +24,8 @@ use json::{Leaf, Nested, objects};
 use object::Fields;
 use read::Place;
 
+use crate::payment::PaymentIds;
+
 /// An event of a type the worker handles, as far as it is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
@@ -165,14 +167,10 @@ impl CheckoutSession {
 pub struct Resolution {
     /// Why it was one.
     pub reason: Option<String>,
-    /// The orphan's Checkout Session.
-    pub checkout_session_id: Option<String>,
-    /// The orphan's customer.
-    pub stripe_customer_id: Option<String>,
     /// The orphan.
     pub orphan_id: String,
-    /// The orphan's subscription, if it has one: printable ASCII.
-    pub stripe_subscription_id: Option<String>,
+    /// What it was the payment of. Its subscription's id is printable ASCII.
+    pub payment: PaymentIds,
     /// The user. Never empty.
     pub client_reference_id: String,
 }
@@ -366,7 +364,7 @@ impl Event {
         match &self.body {
             Body::Subscription(event) => Some(&event.stripe_subscription_id),
             Body::CheckoutSession(session) => session.stripe_subscription_id.as_deref(),
-            Body::Resolution(resolution) => resolution.stripe_subscription_id.as_deref(),
+            Body::Resolution(resolution) => resolution.payment.stripe_subscription_id.as_deref(),
         }
     }
 

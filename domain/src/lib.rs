@@ -6,9 +6,11 @@
 //! databases, brokers, HTTP or the clock: time is an argument. A test reads the dependency graph and
 //! holds the crate to that.
 
+pub mod arrival;
 pub mod event;
 pub mod merge;
 pub mod orphan;
+pub mod payment;
 pub mod plan;
 pub mod question;
 pub mod row;

@@ -9,9 +9,11 @@ use litestripe_contract::event::EventId;
 use litestripe_contract::signal::OrphanReason;
 use time::{OffsetDateTime, PrimitiveDateTime};
 
+use crate::arrival::Arrival;
 use crate::event::{Body, CheckoutSession, Email, Event, Resolution};
 use crate::merge::Visible;
-use crate::question::{Check, Kind};
+use crate::payment::PaymentIds;
+use crate::question::{Asked, Question};
 use crate::signal;
 
 /// After the second of an uncertain row's events, before Stripe is asked: an answer is relied on
@@ -38,12 +40,8 @@ pub struct NewOrphan {
     pub id: String,
     /// Why it is one.
     pub reason: OrphanReason,
-    /// The Checkout Session that was paid.
-    pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
-    pub stripe_customer_id: Option<String>,
-    /// The subscription, if there is one.
-    pub stripe_subscription_id: Option<String>,
+    /// What it was the payment of.
+    pub payment: PaymentIds,
     /// Where the customer can be reached.
     pub customer_email: Option<Email>,
     /// The event that led to it.
@@ -65,9 +63,7 @@ pub fn session_orphan(event: &Event, session: &CheckoutSession, reason: OrphanRe
     NewOrphan {
         id: payment_id(session).to_owned(),
         reason,
-        checkout_session_id: Some(session.id.clone()),
-        stripe_customer_id: session.stripe_customer_id.clone(),
-        stripe_subscription_id: session.stripe_subscription_id.clone(),
+        payment: PaymentIds::from_session(session),
         customer_email: session.customer_email.clone(),
         event_id: event.id.clone(),
         livemode: event.livemode,
@@ -82,39 +78,32 @@ pub fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
     NewOrphan {
         id: resolution.orphan_id.clone(),
         reason: reason.unwrap_or(OrphanReason::MissingClientReferenceId),
-        checkout_session_id: resolution.checkout_session_id.clone(),
-        stripe_customer_id: resolution.stripe_customer_id.clone(),
-        stripe_subscription_id: resolution.stripe_subscription_id.clone(),
+        payment: resolution.payment.clone(),
         customer_email: None,
         event_id: event.id.clone(),
         livemode: event.livemode,
     }
 }
 
-/// The question whose client reference id a Checkout Session's is.
+/// The question whose user the client reference id of a Checkout Session's payment is.
 #[must_use]
-pub fn lookup(event: &Event, stream_sequence: u64, now: OffsetDateTime) -> Option<Check> {
-    let Body::CheckoutSession(session) = &event.body else { return None };
-    Some(Check {
-        checkout_session_id: Some(session.id.clone()),
-        stripe_customer_id: session.stripe_customer_id.clone(),
-        client_reference_id: session.client_reference_id.clone(),
-        is_paid: session.is_paid(),
-        ..check(Kind::Lookup, payment_id(session), event, stream_sequence, now)
-    })
+pub fn lookup(arrival: &Arrival, client_reference_id: &str, is_paid: bool, now: OffsetDateTime) -> Option<Question> {
+    let Body::CheckoutSession(session) = &arrival.event.body else { return None };
+    let (payment, client_reference_id) = (PaymentIds::from_session(session), client_reference_id.to_owned());
+    let asked = Asked::Lookup { payment, client_reference_id, is_paid };
+    Some(question(asked, payment_id(session), arrival, now))
 }
 
 /// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
 /// grace period.
 #[must_use]
-pub fn grace(event: &Event, stream_sequence: u64, row: &Visible, rules: &Rules, end: OffsetDateTime) -> Option<Check> {
+pub fn grace(arrival: &Arrival, row: &Visible, rules: &Rules, end: OffsetDateTime) -> Option<Question> {
     let waits = row.created_event_seen && row.checkout_session_id.is_none();
     if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
         return None;
     }
-    let stripe_customer_id = row.subscription.stripe_customer_id.clone();
-    let id = event.stripe_subscription_id()?;
-    Some(Check { stripe_customer_id, ..check(Kind::Grace, id, event, stream_sequence, end) })
+    let asked = Asked::Grace { stripe_customer_id: row.subscription.stripe_customer_id.clone() };
+    Some(question(asked, arrival.event.stripe_subscription_id()?, arrival, end))
 }
 
 /// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
@@ -127,31 +116,25 @@ pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) 
 
 /// The question what Stripe says an uncertain subscription is.
 #[must_use]
-pub fn fetch(event: &Event, stream_sequence: u64, row: &Visible, now: OffsetDateTime) -> Option<Check> {
+pub fn fetch(arrival: &Arrival, row: &Visible, now: OffsetDateTime) -> Option<Question> {
     if !row.subscription.uncertain {
         return None;
     }
     let head = OffsetDateTime::from_unix_timestamp(row.head_created?).ok()?;
     let due_at = later(now.max(head), FETCH_AFTER);
-    Some(check(Kind::Fetch, event.stripe_subscription_id()?, event, stream_sequence, due_at))
+    Some(question(Asked::Fetch, arrival.event.stripe_subscription_id()?, arrival, due_at))
 }
 
-fn check(kind: Kind, id: &str, event: &Event, stream_sequence: u64, due_at: OffsetDateTime) -> Check {
-    Check {
+fn question(asked: Asked, id: &str, arrival: &Arrival, due_at: OffsetDateTime) -> Question {
+    Question {
         entity_id: id.to_owned(),
-        kind,
+        asked,
         due_at,
-        leased_until: due_at,
         attempts: 0,
-        checkout_session_id: None,
-        stripe_customer_id: None,
-        stripe_subscription_id: event.stripe_subscription_id().map(str::to_owned),
-        stripe_account_id: event.stripe_account_id.clone(),
-        client_reference_id: None,
-        is_paid: false,
-        livemode: event.livemode,
-        event: signal::reference(event),
-        stream_sequence,
+        stripe_account_id: arrival.event.stripe_account_id.clone(),
+        livemode: arrival.event.livemode,
+        event: signal::reference(&arrival.event),
+        stream_sequence: arrival.stream_sequence,
     }
 }
 

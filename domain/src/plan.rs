@@ -9,12 +9,13 @@ use litestripe_contract::signal::{Access, EventReference, Subscription, Subscrip
 use litestripe_contract::subject;
 use time::OffsetDateTime;
 
-use crate::event::{Body, Event};
+use crate::arrival::Arrival;
+use crate::event::Body;
 use crate::merge::{self, Visible};
 use crate::orphan::{self, NewOrphan, Rules};
-use crate::question::{Check, Kind};
+use crate::question::{Kind, Question};
 use crate::row::{Due, NewDue, Rebuilding, Row, Stored};
-use crate::signal::{self, Cause, NewSignal};
+use crate::signal::{self, NewSignal};
 
 /// Who is told of what events change.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,27 +54,6 @@ pub struct Circumstances<'a> {
     pub now: OffsetDateTime,
 }
 
-/// An event of a batch, and where it came from.
-#[derive(Debug)]
-pub struct Arrival {
-    /// The place of its message in the batch.
-    pub index: usize,
-    /// The event.
-    pub event: Event,
-    /// The trace it belongs to.
-    pub traceparent: Option<String>,
-    /// Its sequence in `STRIPE_EVENTS`.
-    pub stream_sequence: u64,
-}
-
-impl Arrival {
-    /// What a signal says of it.
-    #[must_use]
-    pub fn cause(&self) -> Cause {
-        Cause { event: signal::reference(&self.event), traceparent: self.traceparent.clone() }
-    }
-}
-
 /// What a batch does to orphans and open questions, be there a row or not.
 #[derive(Debug, Default)]
 pub struct Consequences<'a> {
@@ -82,7 +62,7 @@ pub struct Consequences<'a> {
     /// An orphan that found its user, if it is one.
     pub resolution: Option<Resolution<'a>>,
     /// Questions to ask.
-    pub checks: Vec<Check>,
+    pub questions: Vec<Question>,
     /// Kinds of questions about this row that need no answer any more.
     pub answered: Vec<Kind>,
 }
@@ -397,14 +377,10 @@ fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules:
                 // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
                 consequences.answered.push(Kind::Lookup);
             } else if rules.lookup {
-                let asked =
-                    sessions().filter_map(|arrival| orphan::lookup(&arrival.event, arrival.stream_sequence, now));
                 // One session may say that it is paid and another whose it is, in any order: the row knows both.
-                consequences.checks.extend(asked.max_by_key(|check| check.is_paid).map(|check| Check {
-                    client_reference_id: Some(client_reference_id.clone()),
-                    is_paid: after.paid,
-                    ..check
-                }));
+                let paid_first = sessions().max_by_key(|arrival| is_paid(arrival));
+                let lookup = |arrival| orphan::lookup(arrival, client_reference_id, after.paid, now);
+                consequences.questions.extend(paid_first.and_then(lookup));
             } else if is_new {
                 consequences.resolution = Some(Resolution {
                     id: last.event.stripe_subscription_id().unwrap_or_default().to_owned(),
@@ -423,20 +399,14 @@ fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules:
         // The sweep forgets the question while nothing was paid.
         let created = merged.iter().copied().find(|arrival| arrival.is_creation()).unwrap_or(last);
         let end = orphan::end_of_grace(after, dt_created, rules.grace);
-        consequences.checks.extend(orphan::grace(&created.event, created.stream_sequence, after, rules, end));
+        consequences.questions.extend(orphan::grace(created, after, rules, end));
     }
     if after.subscription.uncertain {
-        consequences.checks.extend(orphan::fetch(&last.event, last.stream_sequence, after, now));
+        consequences.questions.extend(orphan::fetch(last, after, now));
     } else if before.subscription.uncertain {
         consequences.answered.push(Kind::Fetch);
     }
     consequences
-}
-
-impl Arrival {
-    fn is_creation(&self) -> bool {
-        matches!(&self.event.body, Body::Subscription(body) if body.before == crate::event::Before::Nothing)
-    }
 }
 
 /// What an event that concerns no subscription's row means for orphans and open questions.
@@ -444,14 +414,20 @@ impl Arrival {
 pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) -> Consequences<'a> {
     let mut consequences = Consequences { resolution: by_operator(arrival), ..Consequences::default() };
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));
-    if rules.lookup {
-        let check = orphan::lookup(&arrival.event, arrival.stream_sequence, now);
-        consequences.checks.extend(check.filter(|check| check.is_paid && check.client_reference_id.is_some()));
+    if rules.lookup
+        && let Body::CheckoutSession(session) = &arrival.event.body
+        && let Some(client_reference_id) = session.client_reference_id.as_deref().filter(|_| session.is_paid())
+    {
+        consequences.questions.extend(orphan::lookup(arrival, client_reference_id, true, now));
     }
     if consequences.resolution.is_some() {
         consequences.answered.push(Kind::Lookup);
     }
     consequences
+}
+
+fn is_paid(arrival: &Arrival) -> bool {
+    matches!(&arrival.event.body, Body::CheckoutSession(session) if session.is_paid())
 }
 
 fn missing_reference(arrival: &Arrival) -> Option<NewOrphan> {

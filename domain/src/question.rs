@@ -5,7 +5,9 @@
 use litestripe_contract::signal::EventReference;
 use time::OffsetDateTime;
 
-/// What is to be asked.
+use crate::payment::PaymentIds;
+
+/// A kind of question. One about the same subject is asked once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Whether a client reference id is a user's.
@@ -19,6 +21,9 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Lookup, Self::Grace, Self::Fetch, Self::Erase];
+
     /// The kind as the table has it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -29,38 +34,83 @@ impl Kind {
             Self::Erase => "erase",
         }
     }
+
+    /// The kind of which the table has the name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
 }
 
-/// A question.
+/// What is asked, with what the asking needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Check {
-    /// The subscription's id, else the Checkout Session's.
+pub enum Asked {
+    /// Whether this client reference id is a user's.
+    Lookup {
+        /// The payment that names it.
+        payment: PaymentIds,
+        /// The client reference id.
+        client_reference_id: String,
+        /// Whether something was paid.
+        is_paid: bool,
+    },
+    /// Whether a Checkout Session claims the subscription by the end of its grace period.
+    Grace {
+        /// The subscription's customer.
+        stripe_customer_id: Option<String>,
+    },
+    /// What the subscription is.
+    Fetch,
+    /// That the customer is erased.
+    Erase,
+}
+
+/// A question that waits for its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// What it is about: the subscription's id, else the Checkout Session's; the customer's for an erasure.
     pub entity_id: String,
     /// What is asked.
-    pub kind: Kind,
+    pub asked: Asked,
     /// When it is asked.
     pub due_at: OffsetDateTime,
-    /// Until when it is with whoever took it. A question that was put anew meanwhile has another
-    /// time in the table, and is theirs no more.
-    pub leased_until: OffsetDateTime,
     /// How often it was asked without an answer.
     pub attempts: i32,
-    /// The Checkout Session it is about.
-    pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
-    pub stripe_customer_id: Option<String>,
-    /// The subscription it is about.
-    pub stripe_subscription_id: Option<String>,
     /// The connected account.
     pub stripe_account_id: Option<String>,
-    /// The client reference id to look up.
-    pub client_reference_id: Option<String>,
-    /// Whether something was paid.
-    pub is_paid: bool,
     /// Whether it is about live mode.
     pub livemode: bool,
     /// The event that led to it.
     pub event: EventReference,
     /// That event's sequence in `STRIPE_EVENTS`.
     pub stream_sequence: u64,
+}
+
+impl Question {
+    /// Its kind.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self.asked {
+            Asked::Lookup { .. } => Kind::Lookup,
+            Asked::Grace { .. } => Kind::Grace,
+            Asked::Fetch => Kind::Fetch,
+            Asked::Erase => Kind::Erase,
+        }
+    }
+
+    /// The payment it is about.
+    #[must_use]
+    pub fn payment(&self) -> PaymentIds {
+        let entity_id = || Some(self.entity_id.clone());
+        match &self.asked {
+            Asked::Lookup { payment, .. } => payment.clone(),
+            Asked::Grace { stripe_customer_id } => PaymentIds {
+                stripe_customer_id: stripe_customer_id.clone(),
+                stripe_subscription_id: entity_id(),
+                ..PaymentIds::default()
+            },
+            Asked::Fetch => PaymentIds { stripe_subscription_id: entity_id(), ..PaymentIds::default() },
+            Asked::Erase => PaymentIds { stripe_customer_id: entity_id(), ..PaymentIds::default() },
+        }
+    }
 }

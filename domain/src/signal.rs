@@ -94,9 +94,9 @@ fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSign
     let signal = Orphan {
         orphan_id: orphan.id.clone(),
         reason: orphan.reason,
-        checkout_session_id: orphan.checkout_session_id.clone(),
-        stripe_customer_id: orphan.stripe_customer_id.clone(),
-        stripe_subscription_id: orphan.stripe_subscription_id.clone(),
+        checkout_session_id: orphan.payment.checkout_session_id.clone(),
+        stripe_customer_id: orphan.payment.stripe_customer_id.clone(),
+        stripe_subscription_id: orphan.payment.stripe_subscription_id.clone(),
         livemode: orphan.livemode,
         event: cause.event.clone(),
     };

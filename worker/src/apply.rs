@@ -10,10 +10,11 @@ use std::time::Duration;
 use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
+use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event::{self, MetadataKeys, whose};
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::plan::{
-    self, Arrival, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
+    self, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
 };
 use litestripe_domain::question::Kind;
 use litestripe_domain::row::{Due, NewDue};
@@ -221,7 +222,7 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
     let now = OffsetDateTime::now_utc();
     let deleted = batch.messages().filter_map(|message| {
         let customer = whose::deleted_customer(message.payload)?;
-        Some(erasure::due(customer, message.stream_sequence(), now))
+        Some(erasure::question(customer, message.stream_sequence(), now))
     });
     let checks: Vec<_> = deleted.collect();
     let mut wait = applier.wait();
@@ -377,12 +378,12 @@ async fn save_consequences(
 ) -> Result<Vec<OrphanSignal>, StoreError> {
     let mut orphans = Vec::new();
     let mut resolutions = Vec::new();
-    let mut checks = Vec::new();
+    let mut questions = Vec::new();
     let mut answered: BTreeMap<Kind, Vec<&str>> = BTreeMap::new();
     for (id, of_one) in consequences {
         orphans.extend(of_one.orphan);
         resolutions.extend(of_one.resolution);
-        checks.extend(of_one.checks);
+        questions.extend(of_one.questions);
         of_one.answered.into_iter().for_each(|kind| answered.entry(kind).or_default().push(id));
     }
     let mut signals = save_orphans(tx, orphans, now).await?;
@@ -390,7 +391,7 @@ async fn save_consequences(
     for (kind, ids) in answered {
         store::due::remove(tx, kind, &ids).await?;
     }
-    store::due::put(tx, checks).await?;
+    store::due::put(tx, questions).await?;
     Ok(signals)
 }
 

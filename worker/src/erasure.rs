@@ -20,7 +20,7 @@ use litestripe_contract::exit;
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::event::whose::DeletedCustomer;
 use litestripe_domain::event::{Body, Event};
-use litestripe_domain::question::{Check, Kind};
+use litestripe_domain::question::{Asked, Question};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
@@ -217,8 +217,10 @@ impl Known {
                 ([Some(session.id.as_str()), session.stripe_customer_id.as_deref(), subscription], session.created)
             }
             Body::Resolution(resolution) => {
-                let customer = resolution.stripe_customer_id.as_deref();
-                ([Some(resolution.orphan_id.as_str()), customer, resolution.stripe_subscription_id.as_deref()], None)
+                let payment = &resolution.payment;
+                let (customer, subscription) =
+                    (payment.stripe_customer_id.as_deref(), payment.stripe_subscription_id.as_deref());
+                ([Some(resolution.orphan_id.as_str()), customer, subscription], None)
             }
         };
         // What we fetched is dated to the fetch, and shows what is as old as the object.
@@ -232,21 +234,15 @@ impl Known {
     }
 }
 
-/// The erasure of a customer that was deleted at Stripe, for the sweep.
+/// The erasure of a customer that was deleted at Stripe, as a question that waits.
 #[must_use]
-pub fn due(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Check {
-    Check {
-        entity_id: customer.stripe_customer_id.clone(),
-        kind: Kind::Erase,
+pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Question {
+    Question {
+        entity_id: customer.stripe_customer_id,
+        asked: Asked::Erase,
         due_at: now,
-        leased_until: now,
         attempts: 0,
-        checkout_session_id: None,
-        stripe_customer_id: Some(customer.stripe_customer_id),
-        stripe_subscription_id: None,
         stripe_account_id: customer.stripe_account_id,
-        client_reference_id: None,
-        is_paid: false,
         livemode: customer.livemode,
         event: customer.event,
         stream_sequence,

@@ -13,7 +13,7 @@ use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
 
-use crate::store::Store;
+use crate::store::{Store, detached};
 
 /// How long the database may take to answer before the worker counts as not ready.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -75,9 +75,8 @@ async fn readiness(dependencies: &Dependencies) -> WithStatus<Json> {
     let Some(store) = dependencies.readiness.store.get().cloned() else {
         return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
     };
-    // In its own task: a cancelled query may leave its connection in the middle of an answer.
-    let ping = tokio::spawn(async move { store.ping().await });
-    if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(Ok(())))) {
+    let ping = detached(async move { store.ping().await });
+    if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
         return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
     }
     if !dependencies.readiness.consuming.load(Ordering::Relaxed) {

@@ -20,6 +20,7 @@ use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
 use litestripe_contract::{connect, signal::Timestamp};
 use litestripe_entity::signal_outbox::Model;
+use sea_orm::DatabaseTransaction;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +28,7 @@ use tracing::error;
 
 use crate::error::StoreError;
 use crate::metrics;
-use crate::store::{self, Store};
+use crate::store::{self, Store, detached};
 use crate::wait::{Awaited, Wait};
 
 /// How often the outbox is looked at unasked: what a crashed worker left waits this long.
@@ -127,17 +128,12 @@ impl Relay {
         let mut asked = Instant::now();
         loop {
             let last = shutdown.is_cancelled();
-            // A cancelled transaction would leave a poisoned connection in the pool.
-            let round = tokio::spawn({
+            let round = detached({
                 let relay = Arc::clone(&relay);
                 async move { relay.round(is_woken).await }
             });
             // A round that hears no more from the database goes on by itself, with its connection.
-            let outcome = match tokio::time::timeout(ROUND_MAX, round).await {
-                Ok(Ok(outcome)) => outcome,
-                Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
-                Err(_) => Err(RelayError::Silence),
-            };
+            let outcome = tokio::time::timeout(ROUND_MAX, round).await.unwrap_or(Err(RelayError::Silence));
             let pause = match &outcome {
                 Ok(_) => {
                     wait.succeeded();
@@ -173,7 +169,7 @@ impl Relay {
     }
 
     /// Whoever was woken need not look whether there is anything.
-    async fn round(&self, is_woken: bool) -> Result<Round, RelayError> {
+    async fn round(self: Arc<Self>, is_woken: bool) -> Result<Round, RelayError> {
         if !is_woken && store::outbox::is_empty(self.store.connection()).await? {
             return Ok(Round::Idle);
         }
@@ -184,8 +180,12 @@ impl Relay {
     }
 
     /// On PostgreSQL the shards' row locks are held by a transaction: death releases them.
-    async fn round_under_row_locks(&self) -> Result<Round, RelayError> {
-        let tx = self.store.begin().await?;
+    async fn round_under_row_locks(self: Arc<Self>) -> Result<Round, RelayError> {
+        let store = self.store.clone();
+        store.uncancelled(async move |tx| self.round_in(tx).await).await
+    }
+
+    async fn round_in(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
         let shards = store::outbox::lock_shards(&tx).await?;
         if shards.is_empty() {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;

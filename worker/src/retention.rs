@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use crate::metrics;
 use crate::recover::replay;
-use crate::store::Store;
+use crate::store::{Store, detached};
 
 /// How often the stream is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -56,9 +56,8 @@ pub async fn run(store: Store, jetstream: jetstream::Context, shutdown: Cancella
 /// Up to which event all open replays are done. None when database or broker do not say.
 async fn replay_floor(store: &Store, jetstream: &jetstream::Context) -> Option<u64> {
     let (store, jetstream) = (store.clone(), jetstream.clone());
-    // In its own task: a cancelled query may leave its connection in the middle of an answer.
-    let floor = tokio::spawn(async move { replay::floor(&store, &jetstream).await });
-    tokio::time::timeout(LOOK_EVERY, floor).await.ok()?.ok()?.ok()
+    let floor = detached(async move { replay::floor(&store, &jetstream).await });
+    tokio::time::timeout(LOOK_EVERY, floor).await.ok()?.ok()
 }
 
 async fn look(

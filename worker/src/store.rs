@@ -122,14 +122,32 @@ impl Store {
         self.relay_lock_path.clone()
     }
 
+    /// Does `work` in a transaction that writes, in a task that nothing cancels: a transaction that is
+    /// cancelled would leave a connection in the pool that is still inside it (sqlx #4393). `work`
+    /// commits; what it only drops is rolled back.
+    ///
+    /// # Errors
+    /// When the database is away, and those of `work`.
+    pub async fn uncancelled<T, E, F>(
+        &self,
+        work: impl FnOnce(DatabaseTransaction) -> F + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send,
+    {
+        let store = self.clone();
+        detached(async move { work(store.begin().await?).await }).await
+    }
+
     /// Starts a transaction that writes.
     ///
     /// On SQLite it takes the write lock at once: a transaction that reads first and writes after
     /// another one's commit fails with `SQLITE_BUSY_SNAPSHOT`, which no busy timeout helps.
     ///
     /// # Cancel safety
-    /// None: a cancelled begin leaves a pooled connection inside a transaction (sqlx #4393). Call it
-    /// only from a task that nothing cancels.
+    /// None: see [`Store::uncancelled`].
     ///
     /// # Errors
     /// When the database is away.
@@ -211,6 +229,12 @@ impl Store {
         }
         Ok(transaction)
     }
+}
+
+/// Runs `work` in a task of its own: dropped, it goes on, with its connection. A query that is cancelled
+/// may leave its connection in the middle of an answer.
+pub async fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    tokio::spawn(work).await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }
 
 /// Whether `column` is one of `values`. PostgreSQL gets them as one array: the text of the statement, and

@@ -5,5 +5,6 @@
 pub mod consumer;
 pub mod dead_letter;
 pub mod own_event;
+pub mod progress;
 mod pull;
 pub(crate) mod scan;

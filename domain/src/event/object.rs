@@ -15,6 +15,7 @@ use super::read::Place;
 use super::{
     Before, CheckoutSession, DecodeError, Email, MetadataKeys, Problem, Resolution, Snapshot, SubscriptionEvent,
 };
+use crate::payment::PaymentIds;
 
 /// The longest status, mode and the like, in bytes. Stripe's longest today has 18.
 const STATUS_BYTES_MAX: usize = 64;
@@ -305,10 +306,12 @@ pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError>
     let missing = || OBJECT.fault("client_reference_id", Problem::Missing);
     Ok(Resolution {
         reason: OBJECT.text(object.reason, "reason", TEXT_BYTES_MAX)?,
-        checkout_session_id: OBJECT.text(object.checkout_session_id, "checkout_session_id", ID_BYTES_MAX)?,
-        stripe_customer_id: OBJECT.text(object.stripe_customer_id, "stripe_customer_id", ID_BYTES_MAX)?,
         orphan_id: required_id(object.orphan_id, "orphan_id")?,
-        stripe_subscription_id: subscription.map(|id| checked_id(id, "stripe_subscription_id")).transpose()?,
+        payment: PaymentIds {
+            checkout_session_id: OBJECT.text(object.checkout_session_id, "checkout_session_id", ID_BYTES_MAX)?,
+            stripe_customer_id: OBJECT.text(object.stripe_customer_id, "stripe_customer_id", ID_BYTES_MAX)?,
+            stripe_subscription_id: subscription.map(|id| checked_id(id, "stripe_subscription_id")).transpose()?,
+        },
         client_reference_id: non_empty(reference).ok_or_else(missing)?,
     })
 }

@@ -9,7 +9,9 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::event::{Before, CheckoutSession, Resolution as Word, Snapshot, SubscriptionEvent};
+use crate::event::{Before, CheckoutSession, Event, Resolution as Word, Snapshot, SubscriptionEvent};
+use crate::payment::PaymentIds;
+use crate::question::Asked;
 
 const SUBSCRIPTION: &str = "sub_1";
 /// The one client reference id that the lookup knows.
@@ -98,10 +100,8 @@ fn checkout_session(id: &str, subscription: Option<&str>, reference: Option<&str
 fn word(orphan_id: &str, subscription: Option<&str>) -> Body {
     Body::Resolution(Word {
         reason: None,
-        checkout_session_id: None,
-        stripe_customer_id: None,
         orphan_id: orphan_id.to_owned(),
-        stripe_subscription_id: subscription.map(str::to_owned),
+        payment: PaymentIds { stripe_subscription_id: subscription.map(str::to_owned), ..PaymentIds::default() },
         client_reference_id: "said_by_operator".to_owned(),
     })
 }
@@ -130,7 +130,7 @@ struct Table {
     row: Option<Stored>,
     /// Whether each orphan is open.
     orphans: BTreeMap<String, bool>,
-    questions: BTreeMap<(String, Kind), Check>,
+    questions: BTreeMap<(String, Kind), Question>,
 }
 
 impl Table {
@@ -161,10 +161,12 @@ impl Table {
         for kind in consequences.answered {
             self.questions.remove(&(id.to_owned(), kind));
         }
-        for mut check in consequences.checks {
-            let key = (check.entity_id.clone(), check.kind);
-            check.is_paid |= self.questions.get(&key).is_some_and(|held| held.is_paid);
-            self.questions.insert(key, check);
+        for mut question in consequences.questions {
+            let key = (question.entity_id.clone(), question.kind());
+            if let Asked::Lookup { is_paid, .. } = &mut question.asked {
+                *is_paid |= self.questions.get(&key).is_some_and(asks_of_paid);
+            }
+            self.questions.insert(key, question);
         }
     }
 
@@ -190,19 +192,28 @@ impl Table {
     /// The row and the open orphans, once the sweep has asked everything.
     fn end(mut self) -> (Visible, Vec<String>) {
         let row = self.visible();
-        for ((id, kind), check) in std::mem::take(&mut self.questions) {
-            let reference = match &check.stripe_subscription_id {
-                Some(_) => row.subscription.client_reference_id.clone(),
-                None => check.client_reference_id.clone(),
-            };
-            match kind {
-                Kind::Lookup if reference.as_deref() == Some(USER) => self.resolve(&id),
-                Kind::Lookup if check.is_paid => drop(self.orphans.entry(id).or_insert(true)),
-                Kind::Grace if self.may_be_paid() => drop(self.orphans.entry(id).or_insert(true)),
-                Kind::Lookup | Kind::Grace | Kind::Fetch | Kind::Erase => {}
+        for ((id, _), question) in std::mem::take(&mut self.questions) {
+            match &question.asked {
+                Asked::Lookup { payment, client_reference_id, is_paid } => {
+                    let reference = match &payment.stripe_subscription_id {
+                        Some(_) => row.subscription.client_reference_id.as_ref(),
+                        None => Some(client_reference_id),
+                    };
+                    if reference.is_some_and(|reference| reference == USER) {
+                        self.resolve(&id);
+                    } else if *is_paid {
+                        self.orphans.entry(id).or_insert(true);
+                    }
+                }
+                Asked::Grace { .. } if self.may_be_paid() => drop(self.orphans.entry(id).or_insert(true)),
+                Asked::Grace { .. } | Asked::Fetch | Asked::Erase => {}
             }
         }
         let open = self.orphans.into_iter().filter(|(_, open)| *open).map(|(id, _)| id).collect();
         (row, open)
     }
+}
+
+fn asks_of_paid(question: &Question) -> bool {
+    matches!(question.asked, Asked::Lookup { is_paid: true, .. })
 }

@@ -8,8 +8,8 @@ use clap::{Args, Subcommand};
 use litestripe_contract::signal::Timestamp;
 use litestripe_contract::subject::{DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM};
 use litestripe_contract::{connect, header, subject};
+use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event;
-use litestripe_domain::plan::Arrival;
 use serde_json::{Value, json};
 
 use super::Failure;

@@ -167,9 +167,7 @@ impl Resolve {
         let resolution = Resolution {
             orphan_id: &orphan.id,
             client_reference_id: &self.client_reference_id,
-            stripe_subscription_id: orphan.stripe_subscription_id.as_deref(),
-            checkout_session_id: orphan.checkout_session_id.as_deref(),
-            stripe_customer_id: orphan.stripe_customer_id.as_deref(),
+            payment: store::orphan::payment(&orphan),
             reason: &orphan.reason,
         };
         let scope = Scope { livemode: orphan.livemode, account: None };

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use litestripe_contract::event::EventId;
 use litestripe_contract::signal::OrphanReason;
 use litestripe_domain::orphan::NewOrphan;
+use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
 use sea_orm::{
@@ -89,9 +90,9 @@ pub async fn resolve_by_operator(
 fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
     ActiveModel {
         id: Set(orphan.id.clone()),
-        checkout_session_id: Set(orphan.checkout_session_id.clone()),
-        stripe_customer_id: Set(orphan.stripe_customer_id.clone()),
-        stripe_subscription_id: Set(orphan.stripe_subscription_id.clone()),
+        checkout_session_id: Set(orphan.payment.checkout_session_id.clone()),
+        stripe_customer_id: Set(orphan.payment.stripe_customer_id.clone()),
+        stripe_subscription_id: Set(orphan.payment.stripe_subscription_id.clone()),
         customer_email: Set(orphan.customer_email.as_ref().map(|email| email.expose().to_owned())),
         reason: Set(orphan.reason.as_str().to_owned()),
         event_id: Set(orphan.event_id.to_string()),
@@ -109,13 +110,21 @@ pub fn known(row: &Model) -> Option<NewOrphan> {
     Some(NewOrphan {
         id: row.id.clone(),
         reason: OrphanReason::parse(&row.reason)?,
-        checkout_session_id: row.checkout_session_id.clone(),
-        stripe_customer_id: row.stripe_customer_id.clone(),
-        stripe_subscription_id: row.stripe_subscription_id.clone(),
+        payment: payment(row),
         customer_email: None,
         event_id: EventId::parse(row.event_id.as_str()).ok()?,
         livemode: row.livemode,
     })
+}
+
+/// What it was the payment of.
+#[must_use]
+pub fn payment(row: &Model) -> PaymentIds {
+    PaymentIds {
+        checkout_session_id: row.checkout_session_id.clone(),
+        stripe_customer_id: row.stripe_customer_id.clone(),
+        stripe_subscription_id: row.stripe_subscription_id.clone(),
+    }
 }
 
 /// Which of `ids` are open orphans.

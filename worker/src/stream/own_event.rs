@@ -8,6 +8,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
 use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE, SNAPSHOT_TYPE};
 use litestripe_contract::{header, subject};
+use litestripe_domain::payment::PaymentIds;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
@@ -48,12 +49,9 @@ pub struct Resolution<'a> {
     pub orphan_id: &'a str,
     /// The user.
     pub client_reference_id: &'a str,
-    /// The orphan's subscription.
-    pub stripe_subscription_id: Option<&'a str>,
-    /// The orphan's Checkout Session.
-    pub checkout_session_id: Option<&'a str>,
-    /// The orphan's customer.
-    pub stripe_customer_id: Option<&'a str>,
+    /// What it was the payment of.
+    #[serde(flatten)]
+    pub payment: PaymentIds,
     /// Why it was one.
     pub reason: &'a str,
 }

@@ -9,6 +9,7 @@ use async_nats::jetstream;
 use litestripe_contract::signal::Subscription;
 use litestripe_domain::event::{self, Body, DecodeError, MetadataKeys, api};
 use litestripe_domain::merge::State;
+use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -222,9 +223,7 @@ impl Sources<'_> {
             let resolution = Resolution {
                 orphan_id: &orphan.id,
                 client_reference_id: orphan.resolved_client_reference_id.as_deref().unwrap_or_default(),
-                stripe_subscription_id: Some(id),
-                checkout_session_id: orphan.checkout_session_id.as_deref(),
-                stripe_customer_id: orphan.stripe_customer_id.as_deref(),
+                payment: PaymentIds { stripe_subscription_id: Some(id.to_owned()), ..store::orphan::payment(orphan) },
                 reason: &orphan.reason,
             };
             let at = orphan.resolved_at.unwrap_or(orphan.dt_last_updated).unix_timestamp();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
 use litestripe_contract::subject::EVENTS_STREAM;
-use litestripe_domain::plan::Arrival;
+use litestripe_domain::arrival::Arrival;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 

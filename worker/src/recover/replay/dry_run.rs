@@ -4,8 +4,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use litestripe_domain::arrival::Arrival;
 use litestripe_domain::merge;
-use litestripe_domain::plan::{self, Arrival, Circumstances};
+use litestripe_domain::plan::{self, Circumstances};
 use litestripe_domain::row::{Row, Stored};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;

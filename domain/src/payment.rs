@@ -1,0 +1,35 @@
+//! The ids of one payment: what an orphan, a lookup and a resolution name it by.
+
+use serde::Serialize;
+
+use crate::event::CheckoutSession;
+
+/// Stripe's ids of a payment, as far as they are known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct PaymentIds {
+    /// The Checkout Session that was paid, if one came.
+    pub checkout_session_id: Option<String>,
+    /// Stripe's customer.
+    pub stripe_customer_id: Option<String>,
+    /// The subscription, if there is one.
+    pub stripe_subscription_id: Option<String>,
+}
+
+impl PaymentIds {
+    /// Those that a Checkout Session names.
+    #[must_use]
+    pub fn from_session(session: &CheckoutSession) -> Self {
+        Self {
+            checkout_session_id: Some(session.id.clone()),
+            stripe_customer_id: session.stripe_customer_id.clone(),
+            stripe_subscription_id: session.stripe_subscription_id.clone(),
+        }
+    }
+
+    /// Those that are known.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        [&self.checkout_session_id, &self.stripe_customer_id, &self.stripe_subscription_id]
+            .into_iter()
+            .filter_map(Option::as_deref)
+    }
+}

@@ -1,0 +1,121 @@
+//! Which questions are asked when: takes them as they come due, several at a time, and notes when one
+//! has to be asked again.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use fail::fail_point;
+use litestripe_contract::exit;
+use litestripe_domain::question::{Kind, Question};
+use time::OffsetDateTime;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::{Outcome, Questions};
+use crate::store::due::{self, Taken};
+use crate::wait::{DATABASE, Wait};
+
+/// How often due questions are looked for.
+pub(super) const POLL: Duration = Duration::from_secs(1);
+
+/// How long a question is with one worker before another may take it: longer than the longest
+/// answer, which is two of Stripe's with all their tries and the waits that it asks for.
+const LEASE: Duration = Duration::from_secs(12 * 60);
+
+/// Questions of one kind that are asked at a time. Few where Stripe's budget makes them queue.
+const ASKED_MAX: usize = 16;
+const ASKED_OF_STRIPE_MAX: usize = 4;
+
+/// A question without an answer is logged no more often than this.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// How soon a question without an answer is asked again.
+pub(super) const RETRY: Duration = Duration::from_secs(3);
+
+impl Questions {
+    /// Asks until `shutdown`. Kinds of questions do not wait for each other.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let questions = Arc::new(self);
+        let of_stripe = if questions.stripe.is_some() { ASKED_OF_STRIPE_MAX } else { ASKED_MAX };
+        let kinds = [
+            (Kind::Lookup, questions.lookup.asks(), ASKED_MAX),
+            (Kind::Grace, questions.orphans.without_session, of_stripe),
+            (Kind::Fetch, questions.stripe.is_some(), of_stripe),
+            (Kind::Erase, questions.erase_on_customer_deleted, 1),
+        ];
+        let mut loops = JoinSet::new();
+        for (kind, _, at_a_time) in kinds.into_iter().filter(|(_, asked, _)| *asked) {
+            loops.spawn(Arc::clone(&questions).ask(kind, at_a_time, shutdown.clone()));
+        }
+        loops.spawn(questions.erase_old_emails(shutdown));
+        while let Some(ended) = loops.join_next().await {
+            // Questions of one kind would not be asked any more, and nobody would know.
+            ended.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
+        }
+    }
+
+    /// Takes questions of one kind as they come due, and asks several at a time. One that has to
+    /// wait for its answer holds up no other.
+    async fn ask(self: Arc<Self>, kind: Kind, at_a_time: usize, shutdown: CancellationToken) {
+        let mut asked = JoinSet::new();
+        let mut wait = Wait::new(DATABASE);
+        while !shutdown.is_cancelled() {
+            fail_point!("worker::before_question");
+            while asked.try_join_next().is_some() {}
+            let room = at_a_time - asked.len();
+            let taken = due::take(&self.store, kind, OffsetDateTime::now_utc(), LEASE, room as u64).await;
+            let taken = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
+                wait.failed(&error);
+                Vec::new()
+            });
+            let is_full = taken.len() == room;
+            for taken in taken {
+                let questions = Arc::clone(&self);
+                asked.spawn(async move { questions.settle(taken).await });
+            }
+            tokio::select! {
+                Some(_) = asked.join_next(), if is_full => {}
+                () = self.wake.notified(), if kind == Kind::Lookup && !is_full && !wait.is_waiting() => {}
+                () = tokio::time::sleep(POLL) => {}
+                () = shutdown.cancelled() => {}
+            }
+        }
+        // What was asked and is not answered within the stop's patience comes due again.
+        while asked.join_next().await.is_some() {}
+    }
+
+    /// Asks one question, and notes when it has to be asked again.
+    async fn settle(&self, taken: Taken) {
+        let question = &taken.question;
+        let outcome = match question.kind() {
+            Kind::Lookup => self.look_up(&taken).await,
+            Kind::Grace => self.end_grace(&taken).await,
+            Kind::Fetch => self.fetch(&taken).await,
+            Kind::Erase => self.erase_customer(&taken).await,
+        };
+        let (again, attempts) = match outcome {
+            Ok(Outcome::Answered) => return,
+            Ok(Outcome::Crossed) => (Duration::ZERO, question.attempts),
+            Ok(Outcome::Again(delay)) => (delay, question.attempts.saturating_add(1)),
+            Err(error) => {
+                self.complain(question, &exit::chain(&error));
+                (RETRY, question.attempts)
+            }
+        };
+        let due_at = OffsetDateTime::now_utc() + again;
+        if let Err(error) = due::postpone(self.store.connection(), &taken, due_at, attempts).await {
+            debug!("the question comes due by itself after its lease: {}", exit::chain(&error));
+        }
+    }
+
+    fn complain(&self, question: &Question, error: &str) {
+        let (id, kind) = (&question.entity_id, question.kind().as_str());
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < COMPLAIN_EVERY) {
+            return debug!(entity_id = id, kind, "no answer yet about {id}: {error}");
+        }
+        *last = Some(Instant::now());
+        warn!(entity_id = id, kind, "no answer yet about {id}, asking again: {error}");
+    }
+}

@@ -1,0 +1,60 @@
+//! Erasing: customers that were deleted at Stripe, and emails of orphans that became too old.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::asker::POLL;
+use super::user::{UNKNOWN_FIRST, UNKNOWN_MAX};
+use super::{Outcome, QuestionError, Questions, delay};
+use crate::erasure::{EraseError, Erasure, Receipt, Target};
+use crate::store;
+use crate::store::due::Taken;
+use crate::wait::pause;
+
+/// How often old emails are looked for, at least.
+const ERASE_EVERY: Duration = Duration::from_secs(60 * 60);
+
+impl Questions {
+    /// Erases a customer that was deleted at Stripe, once all that came of them is applied.
+    pub(super) async fn erase_customer(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+        let question = &taken.question;
+        let (store, jetstream, erasures) = (&self.store, &self.jetstream, &self.erasures);
+        let erasure = Erasure { store, jetstream, erasures, force: false, seen: &|| {} };
+        match erasure.run(&Target::Customer(question.entity_id.clone())).await {
+            Ok(receipt) => {
+                let Receipt { events, subscriptions, orphans, .. } = receipt;
+                info!(entity_id = question.entity_id, events, subscriptions, orphans, "erased {}", question.entity_id);
+                self.forget(taken).await
+            }
+            // Every try reads the whole stream.
+            Err(EraseError::Unapplied(_) | EraseError::CameMeanwhile(_)) => {
+                Ok(Outcome::Again(delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts)))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Erases emails as they become too old, until `shutdown`.
+    pub(super) async fn erase_old_emails(self: Arc<Self>, shutdown: CancellationToken) {
+        let age = self.orphans.email_max_age;
+        // None is seen for longer than half again as long as it may be.
+        let every = (age / 2).clamp(POLL, ERASE_EVERY);
+        let age = time::Duration::try_from(age).unwrap_or(time::Duration::MAX);
+        loop {
+            let erased = match OffsetDateTime::now_utc().checked_sub(age) {
+                Some(before) => store::orphan::erase_emails(self.store.connection(), before).await,
+                None => Ok(0),
+            };
+            if let Ok(erased @ 1..) = erased {
+                info!(erased, "erased {erased} emails of old orphans (LITESTRIPE_ORPHAN_EMAIL_MAX_AGE)");
+            }
+            if pause(if erased.is_ok() { every } else { POLL }, &shutdown).await.is_none() {
+                return;
+            }
+        }
+    }
+}

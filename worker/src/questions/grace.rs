@@ -1,0 +1,94 @@
+//! Whether a Checkout Session claims a subscription by the end of its grace period.
+
+use std::time::Duration;
+
+use litestripe_contract::signal::OrphanReason;
+use litestripe_domain::event::{Email, api};
+use litestripe_domain::orphan;
+use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::row::Stored;
+use sea_orm::DatabaseTransaction;
+use time::OffsetDateTime;
+
+use super::asker::RETRY;
+use super::{Outcome, QuestionError, Questions, commit, insert_orphan, rewrite};
+use crate::error::StoreError;
+use crate::store::due::{self, Taken};
+use crate::stream::own_event::{self, Scope};
+use crate::stream::progress;
+use crate::stripe::api::StripeApi;
+
+/// How long a session that was fetched may take through the stream to its row.
+const CLAIM_MAX: Duration = Duration::from_secs(60);
+
+impl Questions {
+    /// Ends a grace period, once every event received before its end is applied: a backlog makes
+    /// no orphans.
+    pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+        let question = &taken.question;
+        let Some(stored) = self.unclaimed(question).await? else { return self.forget(taken).await };
+        let row = stored.state.visible();
+        if !orphan::may_be_paid(row.subscription.status.as_deref()) {
+            // The batch in which it is paid asks again.
+            return self.forget(taken).await;
+        }
+        // A session that is applied from here on conflicts with the row as it was read.
+        let end = orphan::end_of_grace(&row, stored.dt_created.unwrap_or(question.due_at), self.orphans.grace);
+        if !progress::has_applied_all_before(&self.jetstream, end).await? {
+            return Ok(Outcome::Again(RETRY));
+        }
+        let mut email = None;
+        let asked = |stripe: &&StripeApi| stripe.sees(question.livemode) && !self.is_erased(question);
+        if let Some(stripe) = self.stripe.as_ref().filter(asked) {
+            if self.publish_sessions(stripe, question).await? {
+                return Ok(Outcome::Again(CLAIM_MAX));
+            }
+            email = email_of_customer(stripe, question).await?;
+        }
+        Ok(self.note_unclaimed(taken, stored, email).await?)
+    }
+
+    /// The row, if still neither a Checkout Session nor anybody else says whose it is.
+    async fn unclaimed(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
+        Ok(self.row(&question.entity_id).await?.filter(|stored| {
+            let row = stored.state.visible();
+            row.checkout_session_id.is_none() && row.subscription.client_reference_id.is_none()
+        }))
+    }
+
+    /// Stores the sessions that Stripe lists for the subscription, if any, as events.
+    async fn publish_sessions(&self, stripe: &StripeApi, question: &Question) -> Result<bool, QuestionError> {
+        let account = question.stripe_account_id.as_deref();
+        let answer = stripe.checkout_sessions_of(&question.entity_id, account).await?;
+        let page = api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
+        for session in &page.objects {
+            let scope = Scope { livemode: session.livemode, account };
+            own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, answer.as_of()?, scope).await?;
+        }
+        Ok(!page.objects.is_empty())
+    }
+
+    async fn note_unclaimed(&self, taken: &Taken, stored: Stored, email: Option<Email>) -> Result<Outcome, StoreError> {
+        let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
+        let email = email.filter(|_| !self.is_erased(&taken.question));
+        let noted = async move |tx: DatabaseTransaction| {
+            let question = &taken.question;
+            if !rewrite(&tx, &question.entity_id, stored, now).await? || !due::settle(&tx, &taken).await? {
+                return Ok(Outcome::Crossed);
+            }
+            insert_orphan(&tx, question, OrphanReason::NoCheckoutSession, email, now).await?;
+            commit(tx, &relay).await?;
+            Ok(Outcome::Answered)
+        };
+        self.store.uncancelled(noted).await
+    }
+}
+
+async fn email_of_customer(stripe: &StripeApi, question: &Question) -> Result<Option<Email>, QuestionError> {
+    let Asked::Grace { stripe_customer_id: Some(customer) } = &question.asked else { return Ok(None) };
+    match stripe.customer(customer, question.stripe_account_id.as_deref()).await {
+        Ok(answer) => Ok(api::customer_email(&answer.body)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}

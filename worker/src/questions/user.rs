@@ -1,0 +1,140 @@
+//! Whether a client reference id is a user's.
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::GetStreamError;
+use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
+use litestripe_contract::signal::OrphanReason;
+use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::event::{self, Body, Email, Event, MetadataKeys};
+use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::row::Stored;
+use litestripe_domain::signal;
+use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use time::OffsetDateTime;
+
+use super::{Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, rewrite};
+use crate::error::StoreError;
+use crate::store;
+use crate::store::due::{self, Taken};
+
+/// How soon a user who was unknown is asked for again: doubles with each answer.
+pub(super) const UNKNOWN_FIRST: Duration = Duration::from_secs(15);
+pub(super) const UNKNOWN_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// The event in the stream cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EmailError {
+    #[error(transparent)]
+    Stream(#[from] GetStreamError),
+    #[error(transparent)]
+    Message(#[from] RawMessageError),
+}
+
+impl Questions {
+    /// Asks whether the client reference id is a user. An unknown one with a payment is an orphan.
+    pub(super) async fn look_up(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+        let question = &taken.question;
+        // The row may have another client reference id by now.
+        let stored = stored(self.store.connection(), question).await?;
+        let Some(user) = reference(question, stored.as_ref()) else { return self.forget(taken).await };
+        if self.lookup.knows(&user).await? {
+            return Ok(self.note_known(taken, user).await?);
+        }
+        let is_wanted = is_paid(question) && !self.is_erased(question);
+        let email = if is_wanted { self.email_of_session(question).await? } else { None };
+        Ok(self.note_unknown(taken, user, email).await?)
+    }
+
+    async fn note_known(&self, taken: &Taken, user: String) -> Result<Outcome, StoreError> {
+        let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
+        let noted = async move |tx: DatabaseTransaction| {
+            let question = &taken.question;
+            if !holds_row(&tx, question, &user, now).await? || !due::settle(&tx, &taken).await? {
+                return Ok(Outcome::Crossed);
+            }
+            let resolved = store::orphan::resolve(&tx, &question.entity_id, &user, now).await?;
+            let resolved = resolved.as_ref().and_then(store::orphan::known);
+            let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
+            store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
+            commit(tx, &relay).await?;
+            Ok(Outcome::Answered)
+        };
+        self.store.uncancelled(noted).await
+    }
+
+    /// Notes a paid session's user as unknown, and asks again for as long as that is open.
+    async fn note_unknown(&self, taken: &Taken, user: String, email: Option<Email>) -> Result<Outcome, StoreError> {
+        let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
+        let email = email.filter(|_| !self.is_erased(&taken.question));
+        let noted = async move |tx: DatabaseTransaction| {
+            let question = &taken.question;
+            if !holds_row(&tx, question, &user, now).await? {
+                return Ok(Outcome::Crossed);
+            }
+            if is_paid(question) {
+                insert_orphan(&tx, question, OrphanReason::UnknownClientReferenceId, email, now).await?;
+            }
+            let orphan = store::orphan::find(&tx, &question.entity_id).await?;
+            let is_open = orphan.is_some_and(|orphan| orphan.resolved_at.is_none());
+            if !is_open {
+                due::settle(&tx, &taken).await?;
+            }
+            commit(tx, &relay).await?;
+            let again = delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts);
+            Ok(if is_open { Outcome::Again(again) } else { Outcome::Answered })
+        };
+        self.store.uncancelled(noted).await
+    }
+
+    /// The email in the session's event, which is still in the stream, as a rule. A stream that was
+    /// made anew has another event there.
+    async fn email_of_session(&self, question: &Question) -> Result<Option<Email>, EmailError> {
+        let stream = self.jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+        let message = match stream.get_raw_message(question.stream_sequence).await {
+            Ok(message) => message,
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let none = MetadataKeys::Only(Default::default());
+        Ok(match event::decode(&message.payload, &none) {
+            Ok(Some(Event { id, body: Body::CheckoutSession(session), .. })) if id == question.event.id => {
+                session.customer_email
+            }
+            _ => None,
+        })
+    }
+}
+
+/// Whether the row still names this user. Writes it, so that a batch that changes it at this
+/// moment conflicts instead of crossing. A payment without a subscription has no row to cross.
+async fn holds_row(
+    tx: &DatabaseTransaction,
+    question: &Question,
+    user: &str,
+    now: OffsetDateTime,
+) -> Result<bool, StoreError> {
+    let Some(stored) = stored(tx, question).await? else {
+        return Ok(question.payment().stripe_subscription_id.is_none());
+    };
+    let is_same = reference(question, Some(&stored)).as_deref() == Some(user);
+    Ok(is_same && rewrite(tx, &question.entity_id, stored, now).await?)
+}
+
+async fn stored<C: ConnectionTrait>(db: &C, question: &Question) -> Result<Option<Stored>, StoreError> {
+    let Some(id) = question.payment().stripe_subscription_id else { return Ok(None) };
+    Ok(store::subscription::load(db, &[&id]).await?.remove(&id))
+}
+
+/// The client reference id to ask about: the row's, or where there is no row the session's.
+fn reference(question: &Question, stored: Option<&Stored>) -> Option<String> {
+    match (stored, &question.asked) {
+        (Some(stored), _) => stored.state.visible().subscription.client_reference_id,
+        (None, Asked::Lookup { client_reference_id, .. }) => Some(client_reference_id.clone()),
+        (None, _) => None,
+    }
+}
+
+fn is_paid(question: &Question) -> bool {
+    matches!(question.asked, Asked::Lookup { is_paid: true, .. })
+}
