@@ -20,6 +20,7 @@ mod pull;
 mod reconcile;
 mod replay;
 mod resend;
+mod rows;
 mod scale;
 mod sdk;
 mod stripe_api;

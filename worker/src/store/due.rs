@@ -9,16 +9,33 @@ use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_domain::payment::PaymentIds;
 use litestripe_domain::question::{Asked, Kind, Question};
-use litestripe_entity::due_check::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType, OnConflict};
+use litestripe_entity::due_check::{Column, Entity, Model};
+use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
-    QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
 use super::Store;
+use super::rows::{Cell, Insert};
 use crate::error::StoreError;
+
+const INSERT: Insert<'_> = Insert {
+    into: "due_check (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
+        stripe_subscription_id, stripe_account_id, client_reference_id, is_paid, livemode, event_id, event_type, \
+        event_created, stream_sequence)",
+    select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::timestamptz[]), UNNEST($4::integer[]), \
+        UNNEST($5::text[]), UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::text[]), \
+        UNNEST($10::boolean[]), UNNEST($11::boolean[]), UNNEST($12::text[]), UNNEST($13::text[]), \
+        UNNEST($14::bigint[]), UNNEST($15::bigint[])",
+    // Paid stays paid, whichever of a session's events comes last.
+    then: "ON CONFLICT (entity_id, kind) DO UPDATE SET due_at = excluded.due_at, attempts = excluded.attempts, \
+        checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
+        client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
+        event_type = excluded.event_type, event_created = excluded.event_created, \
+        stream_sequence = excluded.stream_sequence, is_paid = due_check.is_paid OR excluded.is_paid",
+};
 
 /// A question that is with this process for a while.
 #[derive(Debug, Clone)]
@@ -39,50 +56,33 @@ pub async fn put(tx: &DatabaseTransaction, mut questions: Vec<Question>) -> Resu
     questions.reverse();
     questions.dedup_by(|a, b| (&a.entity_id, a.kind()) == (&b.entity_id, b.kind()));
     questions.reverse();
-    let anew = || {
-        OnConflict::columns([Column::EntityId, Column::Kind])
-            .update_columns([
-                Column::DueAt,
-                Column::Attempts,
-                Column::CheckoutSessionId,
-                Column::StripeCustomerId,
-                Column::ClientReferenceId,
-                Column::EventId,
-                Column::EventType,
-                Column::EventCreated,
-                Column::StreamSequence,
-            ])
-            // Paid stays paid, whichever of a session's events comes last.
-            .value(Column::IsPaid, Expr::cust("due_check.is_paid OR excluded.is_paid"))
-            .to_owned()
-    };
-    let put = super::rows::insert(tx, questions.into_iter().map(model).collect(), Some(anew), None).await;
+    let put = super::rows::insert(tx, INSERT, questions.into_iter().map(cells).collect()).await;
     put.map(drop).map_err(StoreError::doing("save questions"))
 }
 
-fn model(question: Question) -> ActiveModel {
+fn cells(question: Question) -> [Cell; 15] {
     let (kind, payment) = (question.kind(), question.payment());
     let (client_reference_id, is_paid) = match question.asked {
         Asked::Lookup { client_reference_id, is_paid, .. } => (Some(client_reference_id), is_paid),
         Asked::Grace { .. } | Asked::Fetch | Asked::Erase => (None, false),
     };
-    ActiveModel {
-        entity_id: Set(question.entity_id),
-        kind: Set(kind.as_str().to_owned()),
-        due_at: Set(question.due_at),
-        attempts: Set(question.attempts),
-        checkout_session_id: Set(payment.checkout_session_id),
-        stripe_customer_id: Set(payment.stripe_customer_id),
-        stripe_subscription_id: Set(payment.stripe_subscription_id),
-        stripe_account_id: Set(question.stripe_account_id),
-        client_reference_id: Set(client_reference_id),
-        is_paid: Set(is_paid),
-        livemode: Set(question.livemode),
-        event_id: Set(question.event.id.to_string()),
-        event_type: Set(question.event.event_type.to_string()),
-        event_created: Set(question.event.created.unix()),
-        stream_sequence: Set(question.stream_sequence.cast_signed()),
-    }
+    [
+        question.entity_id.into(),
+        kind.as_str().to_owned().into(),
+        question.due_at.into(),
+        question.attempts.into(),
+        payment.checkout_session_id.into(),
+        payment.stripe_customer_id.into(),
+        payment.stripe_subscription_id.into(),
+        question.stripe_account_id.into(),
+        client_reference_id.into(),
+        is_paid.into(),
+        question.livemode.into(),
+        question.event.id.to_string().into(),
+        question.event.event_type.to_string().into(),
+        question.event.created.unix().into(),
+        question.stream_sequence.cast_signed().into(),
+    ]
 }
 
 /// What a row asks. None for what only a later program can read.

@@ -5,37 +5,45 @@
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
-use litestripe_entity::signal_outbox::{ActiveModel, Column, Entity, Model};
+use litestripe_entity::signal_outbox::{Column, Entity, Model};
 use sea_orm::{
-    ActiveValue::{NotSet, Set},
     ColumnTrait as _, ConnectionTrait, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
     QueryOrder as _, QuerySelect as _, Statement,
 };
 use time::OffsetDateTime;
 
+use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 
 /// Parts of the outbox. One relay at a time works on one of them; rows of one subscription are all
 /// in the same one. As many as the migration made.
 pub const SHARDS: u32 = 16;
 
+const INSERT: Insert<'_> = Insert {
+    into: "signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created)",
+    select: "UNNEST($1::integer[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::bigint[]), \
+        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::timestamptz[])",
+    then: "",
+};
+
 /// Puts `signals` in, in their order.
 ///
 /// # Errors
 /// When the database is away or refuses the data.
 pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<(), StoreError> {
-    let rows = signals.into_iter().map(|signal| ActiveModel {
-        id: NotSet,
-        shard: Set(shard_of(&signal.entity_id)),
-        entity_id: Set(signal.entity_id),
-        subject: Set(signal.subject.to_owned()),
-        message_id: Set(signal.message_id),
-        event_created: Set(signal.event_created),
-        traceparent: Set(signal.traceparent),
-        body: Set(signal.body),
-        dt_created: Set(now),
-    });
-    let inserted = super::rows::insert(tx, rows.collect(), None, None).await;
+    let cells = |signal: NewSignal| -> [Cell; 8] {
+        [
+            shard_of(&signal.entity_id).into(),
+            signal.entity_id.into(),
+            signal.subject.to_owned().into(),
+            signal.message_id.into(),
+            signal.event_created.into(),
+            signal.traceparent.into(),
+            signal.body.into(),
+            now.into(),
+        ]
+    };
+    let inserted = super::rows::insert(tx, INSERT, signals.into_iter().map(cells).collect()).await;
     inserted.map(drop).map_err(StoreError::doing("save signals"))
 }
 

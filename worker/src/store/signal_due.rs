@@ -9,15 +9,25 @@ use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_contract::subject;
 use litestripe_domain::row::{Due, NewDue};
-use litestripe_entity::signal_due::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use litestripe_entity::signal_due::{Column, Entity, Model};
+use sea_orm::sea_query::ExprTrait as _;
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
-    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _, PaginatorTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
+use super::rows::{Cell, Insert};
 use crate::error::StoreError;
+
+const INSERT: Insert<'_> = Insert {
+    into: "signal_due (entity_id, subject, replay, told, unchanged, event_id, event_type, event_created, dt_created)",
+    select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::boolean[]), \
+        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::bigint[]), UNNEST($9::timestamptz[])",
+    then: "ON CONFLICT (entity_id, subject) DO UPDATE SET event_id = excluded.event_id, \
+        event_type = excluded.event_type, event_created = excluded.event_created, \
+        unchanged = signal_due.unchanged OR excluded.unchanged",
+};
 
 /// A signal of an orphan that waits for the end of a replay.
 #[derive(Debug, Clone)]
@@ -36,29 +46,22 @@ pub struct OrphanDue {
 /// When the database is away or refuses the data.
 pub async fn put(tx: &DatabaseTransaction, dues: Vec<NewDue>, now: OffsetDateTime) -> Result<(), StoreError> {
     let doing = StoreError::doing("save signals that are due");
-    let known = || {
-        OnConflict::columns([Column::EntityId, Column::Subject])
-            .update_columns([Column::EventId, Column::EventType, Column::EventCreated])
-            .value(Column::Unchanged, Expr::cust("signal_due.unchanged OR excluded.unchanged"))
-            .to_owned()
+    let cells = |NewDue { entity_id, subject, due }| -> Result<[Cell; 9], serde_json::Error> {
+        Ok([
+            Cell::from(entity_id),
+            str::to_owned(subject).into(),
+            due.replay.into(),
+            due.told.map(|told| serde_json::to_string(&told)).transpose()?.into(),
+            due.unchanged.into(),
+            due.event.id.to_string().into(),
+            due.event.event_type.to_string().into(),
+            due.event.created.unix().into(),
+            now.into(),
+        ])
     };
-    let rows = dues.into_iter().map(|NewDue { entity_id, subject, due }| {
-        let told = due.told.map(|told| serde_json::to_string(&told)).transpose();
-        Ok(ActiveModel {
-            entity_id: Set(entity_id),
-            subject: Set(subject.to_owned()),
-            replay: Set(due.replay),
-            told: Set(told?),
-            unchanged: Set(due.unchanged),
-            event_id: Set(due.event.id.to_string()),
-            event_type: Set(due.event.event_type.to_string()),
-            event_created: Set(due.event.created.unix()),
-            dt_created: Set(now),
-        })
-    });
-    let rows: Result<Vec<ActiveModel>, serde_json::Error> = rows.collect();
+    let rows: Result<Vec<_>, _> = dues.into_iter().map(cells).collect();
     let rows = rows.map_err(|error| doing(DbErr::Json(error.to_string())))?;
-    super::rows::insert(tx, rows, Some(known), None).await.map(drop).map_err(&doing)
+    super::rows::insert(tx, INSERT, rows).await.map(drop).map_err(&doing)
 }
 
 /// Up to `limit` ids after `after`, in their order, of subscriptions and orphans of which `replay` owes a

@@ -4,24 +4,61 @@
 
 use std::collections::{HashMap, HashSet};
 
+use litestripe_contract::signal::Timestamp;
 use litestripe_contract::subject;
 use litestripe_domain::row::{Rebuilding, Row, Stored};
-use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity};
+use litestripe_entity::stripe_subscription::{Column, Entity};
 use litestripe_entity::{replay, signal_due};
-use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, OnConflict, Query};
+use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, Query};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
-    EntityTrait as _, FromQueryResult as _, IdenStatic as _, Iterable as _, PaginatorTrait as _, QueryFilter as _,
-    QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _, Select,
+    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
+    FromQueryResult as _, IdenStatic as _, Iterable as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
+    QueryResult, QuerySelect as _, QueryTrait as _, Select,
 };
 use time::OffsetDateTime;
 
+use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 /// The columns with an index of their own.
 const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
+
+const INSERT: Insert<'_> = Insert {
+    into: "stripe_subscription (stripe_subscription_id, stripe_customer_id, client_reference_id, checkout_session_id, \
+        status, created, start_date, cancel_at, canceled_at, cancel_at_period_end, current_period_start, \
+        current_period_end, trial_end, ended_at, items, metadata, subscription_metadata, livemode, stripe_account_id, \
+        uncertain, revision, version, last_event_id, last_event_created, merge_state, dt_created, dt_last_updated)",
+    select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::text[]), \
+        to_timestamp(UNNEST($6::bigint[])), to_timestamp(UNNEST($7::bigint[])), to_timestamp(UNNEST($8::bigint[])), \
+        to_timestamp(UNNEST($9::bigint[])), UNNEST($10::boolean[]), to_timestamp(UNNEST($11::bigint[])), \
+        to_timestamp(UNNEST($12::bigint[])), to_timestamp(UNNEST($13::bigint[])), \
+        to_timestamp(UNNEST($14::bigint[])), UNNEST($15::text[])::jsonb, UNNEST($16::text[])::jsonb, \
+        UNNEST($17::text[])::jsonb, UNNEST($18::boolean[]), UNNEST($19::text[]), UNNEST($20::boolean[]), \
+        UNNEST($21::bigint[]), UNNEST($22::bigint[]), UNNEST($23::text[]), to_timestamp(UNNEST($24::bigint[])), \
+        UNNEST($25::text[]), UNNEST($26::timestamptz[]), UNNEST($27::timestamptz[])",
+    then: "",
+};
+
+const CONFLICT: &str = "ON CONFLICT (stripe_subscription_id) DO UPDATE SET ";
+
+/// Overwrites the columns [`INDEXED`].
+const OVERWRITE_INDEXED: &str = "stripe_customer_id = excluded.stripe_customer_id, \
+    client_reference_id = excluded.client_reference_id, ";
+
+/// Overwrites the others, but only of the version that was read.
+const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, status = excluded.status, \
+    created = excluded.created, start_date = excluded.start_date, cancel_at = excluded.cancel_at, \
+    canceled_at = excluded.canceled_at, cancel_at_period_end = excluded.cancel_at_period_end, \
+    current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end, \
+    trial_end = excluded.trial_end, ended_at = excluded.ended_at, items = excluded.items, \
+    metadata = excluded.metadata, subscription_metadata = excluded.subscription_metadata, \
+    livemode = excluded.livemode, stripe_account_id = excluded.stripe_account_id, uncertain = excluded.uncertain, \
+    revision = excluded.revision, version = excluded.version, last_event_id = excluded.last_event_id, \
+    last_event_created = excluded.last_event_created, merge_state = excluded.merge_state, \
+    dt_last_updated = excluded.dt_last_updated \
+    WHERE stripe_subscription.version = excluded.version - 1 RETURNING stripe_subscription_id";
 
 /// The modes that rows are of: `livemode`, each value once.
 ///
@@ -203,27 +240,14 @@ pub async fn save(
         _ => (rows, Vec::new()),
     };
     let mut written = HashSet::new();
-    for (rows, entries_change) in [(indexed, true), (others, false)] {
-        let models = rows.into_iter().map(|row| model(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
-        let on_conflict = if entries_change { || overwriting(true) } else { || overwriting(false) };
-        let inserted = super::rows::insert(tx, models, Some(on_conflict), Some(Column::StripeSubscriptionId)).await;
-        for row in inserted.map_err(&doing)? {
+    for (rows, entries) in [(indexed, OVERWRITE_INDEXED), (others, "")] {
+        let rows = rows.into_iter().map(|row| cells(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
+        let then = [CONFLICT, entries, OVERWRITE].concat();
+        for row in super::rows::insert(tx, Insert { then: &then, ..INSERT }, rows).await.map_err(&doing)? {
             written.insert(row.try_get("", "stripe_subscription_id").map_err(&doing)?);
         }
     }
     Ok(written)
-}
-
-/// Overwrites the version that was read.
-fn overwriting(entries_change: bool) -> OnConflict {
-    let overwritten = Column::iter().filter(|column| match column {
-        Column::StripeSubscriptionId | Column::DtCreated => false,
-        Column::StripeCustomerId | Column::ClientReferenceId => entries_change,
-        _ => true,
-    });
-    let read_version = Expr::col((Entity, Column::Version));
-    let guard = read_version.eq(Expr::cust("excluded.version - 1"));
-    OnConflict::column(Column::StripeSubscriptionId).update_columns(overwritten).action_and_where(guard).to_owned()
 }
 
 /// Those of `rows` whose index entries change, and those that are new or keep them.
@@ -251,39 +275,38 @@ async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(V
     Ok(rows.into_iter().partition(changes))
 }
 
-fn model(row: Row, now: OffsetDateTime) -> Result<ActiveModel, DbErr> {
+fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 27], DbErr> {
     let json = |error: serde_json::Error| DbErr::Json(error.to_string());
     let visible = row.visible;
     let subscription = visible.subscription;
     let (last_event_id, last_event_created) = visible.last_event.unzip();
-    let time = |at: Option<litestripe_contract::signal::Timestamp>| Set(at.map(|at| at.get()));
-    Ok(ActiveModel {
-        stripe_subscription_id: Set(row.stripe_subscription_id),
-        stripe_customer_id: Set(subscription.stripe_customer_id),
-        client_reference_id: Set(subscription.client_reference_id),
-        checkout_session_id: Set(visible.checkout_session_id),
-        status: Set(subscription.status),
-        created: time(subscription.created),
-        start_date: time(subscription.start_date),
-        cancel_at: time(subscription.cancel_at),
-        canceled_at: time(subscription.canceled_at),
-        cancel_at_period_end: Set(subscription.cancel_at_period_end),
-        current_period_start: time(subscription.current_period_start),
-        current_period_end: time(subscription.current_period_end),
-        trial_end: time(subscription.trial_end),
-        ended_at: time(subscription.ended_at),
-        items: Set(serde_json::to_value(subscription.items).map_err(json)?),
-        metadata: Set(serde_json::to_value(subscription.metadata).map_err(json)?),
-        subscription_metadata: Set(serde_json::to_value(subscription.subscription_metadata).map_err(json)?),
-        livemode: Set(subscription.livemode),
-        stripe_account_id: Set(subscription.stripe_account_id),
-        uncertain: Set(subscription.uncertain),
-        revision: Set(row.revision),
-        version: Set(row.version),
-        last_event_id: Set(last_event_id.map(String::from)),
-        last_event_created: Set(last_event_created.and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok())),
-        merge_state: Set(serde_json::to_string(&row.state).map_err(json)?),
-        dt_created: Set(now),
-        dt_last_updated: Set(now),
-    })
+    Ok([
+        row.stripe_subscription_id.into(),
+        subscription.stripe_customer_id.into(),
+        subscription.client_reference_id.into(),
+        visible.checkout_session_id.into(),
+        subscription.status.into(),
+        subscription.created.into(),
+        subscription.start_date.into(),
+        subscription.cancel_at.into(),
+        subscription.canceled_at.into(),
+        subscription.cancel_at_period_end.into(),
+        subscription.current_period_start.into(),
+        subscription.current_period_end.into(),
+        subscription.trial_end.into(),
+        subscription.ended_at.into(),
+        serde_json::to_string(&subscription.items).map_err(json)?.into(),
+        serde_json::to_string(&subscription.metadata).map_err(json)?.into(),
+        serde_json::to_string(&subscription.subscription_metadata).map_err(json)?.into(),
+        subscription.livemode.into(),
+        subscription.stripe_account_id.into(),
+        subscription.uncertain.into(),
+        row.revision.into(),
+        row.version.into(),
+        last_event_id.map(String::from).into(),
+        last_event_created.and_then(|at| Timestamp::from_unix(at).ok()).into(),
+        serde_json::to_string(&row.state).map_err(json)?.into(),
+        now.into(),
+        now.into(),
+    ])
 }

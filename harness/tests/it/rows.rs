@@ -1,0 +1,287 @@
+//! Rows come out of both databases as the worker put them in: every column, filled and null, new and overwritten.
+
+use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::signal::{EventReference, Item, Subscription, Timestamp};
+use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_domain::merge::{State, Visible};
+use litestripe_domain::payment::PaymentIds;
+use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::row::{Due, NewDue, Row};
+use litestripe_domain::signal::NewSignal;
+use litestripe_entity::{due_check, signal_due, signal_outbox, stripe_subscription};
+use litestripe_harness::bridge::{Database, DatabaseKind};
+use litestripe_worker::settings::{self, DatabaseSettings};
+use litestripe_worker::store::signal_due as owed;
+use litestripe_worker::store::{Store, due, outbox, subscription};
+use sea_orm::{EntityTrait as _, QueryOrder as _, TransactionTrait as _};
+use serde_json::json;
+use time::OffsetDateTime;
+
+on_both_databases!(subscriptions, signals, questions, signals_that_are_due);
+
+/// SQLite gets them as 64, 8, 1 and 1.
+const ROWS: usize = 74;
+
+/// All that PostgreSQL's notation of arrays has to quote.
+const TEXT: &str = r#"a "quoted" \ one, {two}, NULL"#;
+
+async fn subscriptions(kind: DatabaseKind) {
+    let (_database, store) = open(kind).await;
+    type Make = fn(usize) -> Row;
+    let rounds: [[Make; 2]; 3] = [[filled, bare], [bare, filled], [filled, bare_of_the_same_user]];
+    for (version, kinds) in (1..).zip(rounds) {
+        let rows = |version| (0..ROWS).map(|n| Row { version, ..kinds[n % 2](n) }).collect::<Vec<_>>();
+        assert_eq!(save(&store, rows(version), now(version)).await, ROWS);
+        let found = stripe_subscription::Entity::find()
+            .order_by_asc(stripe_subscription::Column::StripeSubscriptionId)
+            .all(store.connection())
+            .await
+            .expect("rows are read");
+        let expected: Vec<_> = rows(version).into_iter().map(|row| model(row, now(1), now(version))).collect();
+        assert_eq!(found, expected, "in round {version}");
+        assert_eq!(save(&store, rows(version + 2), now(9)).await, 0, "a version that was not read is overwritten");
+    }
+}
+
+async fn save(store: &Store, rows: Vec<Row>, now: OffsetDateTime) -> usize {
+    let tx = store.connection().begin().await.expect("the database is there");
+    let written = subscription::save(&tx, rows, now).await.expect("rows are written");
+    tx.commit().await.expect("they are committed");
+    written.len()
+}
+
+fn bare(number: usize) -> Row {
+    Row { stripe_subscription_id: format!("sub_{number:02}"), ..Row::default() }
+}
+
+fn bare_of_the_same_user(number: usize) -> Row {
+    let mut row = bare(number);
+    let filled = filled(number).visible.subscription;
+    row.visible.subscription.stripe_customer_id = filled.stripe_customer_id;
+    row.visible.subscription.client_reference_id = filled.client_reference_id;
+    row
+}
+
+fn filled(number: usize) -> Row {
+    let state: State = serde_json::from_str(r#"{"created_seen":true}"#).expect("it is a state");
+    let metadata = |key: &str| [(key.to_owned(), TEXT.to_owned())].into();
+    let subscription = Subscription {
+        stripe_customer_id: Some(format!("cus_{number}")),
+        client_reference_id: Some(TEXT.to_owned()),
+        status: Some("NULL".to_owned()),
+        created: Some(at(-62_135_596_800)),
+        start_date: Some(at(2)),
+        cancel_at: Some(at(3)),
+        canceled_at: Some(at(4)),
+        ended_at: Some(at(5)),
+        trial_end: Some(at(6)),
+        current_period_start: Some(at(7)),
+        current_period_end: Some(at(253_402_300_799)),
+        cancel_at_period_end: true,
+        items: vec![Item { price: Some(TEXT.to_owned()), quantity: Some(1), ..Item::default() }],
+        metadata: metadata("customer.subscription.created.a"),
+        subscription_metadata: metadata("b"),
+        livemode: true,
+        stripe_account_id: Some(String::new()),
+        uncertain: true,
+    };
+    let visible = Visible {
+        subscription,
+        checkout_session_id: Some("cs_1".to_owned()),
+        last_event: Some((event_id(), 8)),
+        ..Visible::default()
+    };
+    Row { state, visible, revision: 9, ..bare(number) }
+}
+
+fn model(row: Row, dt_created: OffsetDateTime, dt_last_updated: OffsetDateTime) -> stripe_subscription::Model {
+    let Visible { subscription, checkout_session_id, last_event, .. } = row.visible;
+    let time = |at: Option<Timestamp>| at.map(Timestamp::get);
+    stripe_subscription::Model {
+        stripe_subscription_id: row.stripe_subscription_id,
+        stripe_customer_id: subscription.stripe_customer_id,
+        client_reference_id: subscription.client_reference_id,
+        checkout_session_id,
+        status: subscription.status,
+        created: time(subscription.created),
+        start_date: time(subscription.start_date),
+        cancel_at: time(subscription.cancel_at),
+        canceled_at: time(subscription.canceled_at),
+        cancel_at_period_end: subscription.cancel_at_period_end,
+        current_period_start: time(subscription.current_period_start),
+        current_period_end: time(subscription.current_period_end),
+        trial_end: time(subscription.trial_end),
+        ended_at: time(subscription.ended_at),
+        items: json!(subscription.items),
+        metadata: json!(subscription.metadata),
+        subscription_metadata: json!(subscription.subscription_metadata),
+        livemode: subscription.livemode,
+        stripe_account_id: subscription.stripe_account_id,
+        uncertain: subscription.uncertain,
+        revision: row.revision,
+        version: row.version,
+        last_event_id: last_event.as_ref().map(|(id, _)| id.to_string()),
+        last_event_created: last_event.map(|(_, created)| at(created).get()),
+        merge_state: serde_json::to_string(&row.state).expect("a state is JSON"),
+        dt_created,
+        dt_last_updated,
+    }
+}
+
+async fn signals(kind: DatabaseKind) {
+    let (_database, store) = open(kind).await;
+    let signal = |number: i64| NewSignal {
+        entity_id: format!("sub_{number}"),
+        subject: SUBSCRIPTION_CHANGED,
+        message_id: format!("sub_{number}:1"),
+        event_created: number,
+        traceparent: (number % 2 == 0).then(|| TEXT.to_owned()),
+        body: json!({ "number": number, "text": TEXT }).to_string(),
+    };
+    let tx = store.connection().begin().await.expect("the database is there");
+    outbox::insert(&tx, (1..=3).map(signal).collect(), now(1)).await.expect("signals are written");
+    tx.commit().await.expect("they are committed");
+    let found = outbox::oldest(store.connection(), &outbox::all_shards(), &[], 9).await.expect("signals are read");
+    assert!(found.is_sorted_by(|a, b| a.id < b.id));
+    let expected = found.iter().zip((1..=3).map(signal)).map(|(row, signal)| signal_outbox::Model {
+        id: row.id,
+        shard: row.shard,
+        entity_id: signal.entity_id,
+        subject: signal.subject.to_owned(),
+        message_id: signal.message_id,
+        event_created: signal.event_created,
+        traceparent: signal.traceparent,
+        body: signal.body,
+        dt_created: now(1),
+    });
+    assert_eq!(found, expected.collect::<Vec<_>>());
+    assert_eq!(found.len(), 3);
+}
+
+async fn questions(kind: DatabaseKind) {
+    let (_database, store) = open(kind).await;
+    let asked = |payment, reference: &str, is_paid| Asked::Lookup {
+        payment,
+        client_reference_id: reference.to_owned(),
+        is_paid,
+    };
+    let bare = Question {
+        entity_id: "sub_1".to_owned(),
+        asked: asked(PaymentIds::default(), "", false),
+        due_at: now(1),
+        attempts: 0,
+        stripe_account_id: None,
+        livemode: false,
+        event: event(3),
+        stream_sequence: 4,
+    };
+    let payment = PaymentIds {
+        checkout_session_id: Some("cs_1".to_owned()),
+        stripe_customer_id: Some("cus_1".to_owned()),
+        stripe_subscription_id: Some("sub_1".to_owned()),
+    };
+    let filled = Question {
+        asked: asked(payment.clone(), TEXT, true),
+        due_at: now(2),
+        attempts: 5,
+        stripe_account_id: Some("acct_1".to_owned()),
+        livemode: true,
+        event: event(6),
+        stream_sequence: 7,
+        ..bare.clone()
+    };
+    let row = |question: Question, payment: PaymentIds, reference: &str, is_paid| due_check::Model {
+        entity_id: question.entity_id,
+        kind: "lookup".to_owned(),
+        due_at: question.due_at,
+        attempts: question.attempts,
+        checkout_session_id: payment.checkout_session_id,
+        stripe_customer_id: payment.stripe_customer_id,
+        stripe_subscription_id: payment.stripe_subscription_id,
+        stripe_account_id: question.stripe_account_id,
+        client_reference_id: Some(reference.to_owned()),
+        is_paid,
+        livemode: question.livemode,
+        event_id: question.event.id.to_string(),
+        event_type: question.event.event_type.to_string(),
+        event_created: question.event.created.unix(),
+        stream_sequence: question.stream_sequence.cast_signed(),
+    };
+    // Asked anew, what was paid stays paid, and where it belongs stays as it was.
+    let again = due_check::Model {
+        stripe_subscription_id: payment.stripe_subscription_id.clone(),
+        stripe_account_id: filled.stripe_account_id.clone(),
+        livemode: true,
+        ..row(bare.clone(), PaymentIds::default(), "", true)
+    };
+    for (question, expected) in [(filled.clone(), row(filled, payment, TEXT, true)), (bare.clone(), again)] {
+        let other = Question { entity_id: "sub_2".to_owned(), ..bare.clone() };
+        let tx = store.connection().begin().await.expect("the database is there");
+        due::put(&tx, vec![other.clone(), question]).await.expect("questions are written");
+        tx.commit().await.expect("they are committed");
+        let found = due_check::Entity::find().order_by_asc(due_check::Column::EntityId).all(store.connection()).await;
+        assert_eq!(found.expect("questions are read"), [expected, row(other, PaymentIds::default(), "", false)]);
+    }
+}
+
+async fn signals_that_are_due(kind: DatabaseKind) {
+    let (_database, store) = open(kind).await;
+    let new = |entity_id: &str, told: Option<Subscription>, unchanged, created| NewDue {
+        entity_id: entity_id.to_owned(),
+        subject: SUBSCRIPTION_CHANGED,
+        due: Due { replay: "a".to_owned(), told, unchanged, event: event(created) },
+    };
+    let row = |NewDue { entity_id, subject, due }| signal_due::Model {
+        entity_id,
+        subject: str::to_owned(subject),
+        replay: due.replay,
+        told: due.told.map(|told| serde_json::to_string(&told).expect("it is JSON")),
+        unchanged: due.unchanged,
+        event_id: due.event.id.to_string(),
+        event_type: due.event.event_type.to_string(),
+        event_created: due.event.created.unix(),
+        dt_created: now(1),
+    };
+    let told = Some(filled(1).visible.subscription);
+    let dues = || vec![new("sub_1", None, false, 1), new("sub_2", told.clone(), true, 2)];
+    let again = || vec![new("sub_1", told.clone(), true, 3), new("sub_2", None, false, 4)];
+    let both = vec![new("sub_1", None, true, 3), new("sub_2", told.clone(), true, 4)];
+    for (put, minute, expected) in [(dues(), 1, dues()), (again(), 2, both)] {
+        let tx = store.connection().begin().await.expect("the database is there");
+        owed::put(&tx, put, now(minute)).await.expect("they are written");
+        tx.commit().await.expect("they are committed");
+        let found = signal_due::Entity::find().order_by_asc(signal_due::Column::EntityId).all(store.connection()).await;
+        assert_eq!(found.expect("they are read"), expected.into_iter().map(row).collect::<Vec<_>>());
+    }
+}
+
+async fn open(kind: DatabaseKind) -> (Database, Store) {
+    let mut database = Database::prepare(kind);
+    database.resume().await;
+    let kind = match kind {
+        DatabaseKind::Sqlite => settings::DatabaseKind::Sqlite,
+        DatabaseKind::Postgres => settings::DatabaseKind::Postgres,
+    };
+    let settings = DatabaseSettings { url: database.url().into(), kind, auto_migrate: true };
+    let store = Store::open(&settings).await.expect("the database can be opened");
+    store.migrate_up().await.expect("it can be migrated");
+    (database, store)
+}
+
+fn event(created: i64) -> EventReference {
+    let event_type = EventType::parse("customer.subscription.created").expect("it is a type");
+    EventReference { id: event_id(), event_type, created: at(created) }
+}
+
+fn event_id() -> EventId {
+    EventId::parse("evt_1").expect("it is an id")
+}
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_unix(seconds).expect("RFC 3339 can write it")
+}
+
+/// With the fractions of a second that both databases keep.
+fn now(minute: i64) -> OffsetDateTime {
+    at(1_795_430_000 + 60 * minute).get() + std::time::Duration::from_millis(123)
+}
