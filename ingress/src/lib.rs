@@ -35,9 +35,6 @@ use crate::route::Ingress;
 use crate::secret::{NoSecret, SecretSource};
 use crate::settings::Settings;
 
-/// How we are called among a NATS server's connections.
-const NAME: &str = env!("CARGO_PKG_NAME");
-
 /// How often metrics are folded.
 const FOLD_EVERY: Duration = Duration::from_secs(5);
 
@@ -65,7 +62,7 @@ pub enum RunError {
 /// # Errors
 /// When the settings can never work, or a part of it panics.
 pub async fn run(settings: Settings, listener: TcpListener, shutdown: CancellationToken) -> Result<(), RunError> {
-    let client = connect::connect(&settings.nats, NAME).await?;
+    let client = connect::connect(&settings.nats, publish::CONNECTION_NAME).await?;
     let Some(secrets) = shutdown.run_until_cancelled(secret::obtain(&settings.secrets)).await else {
         return Ok(());
     };

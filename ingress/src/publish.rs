@@ -1,24 +1,25 @@
 //! From a verified body to JetStream's PubAck, within a deadline.
 //!
-//! Owns the retries, the state of the broker as requests see it, and what is logged about it. May
-//! not know HTTP. Invariant: `store` is `Ok` only after a PubAck, and a retry carries the same
-//! message id, so that JetStream drops what it stored before.
+//! Owns the retries and the state of the broker as requests see it. May not know HTTP. Invariant:
+//! `store` is `Ok` only after a PubAck, and a retry carries the same message id, so that JetStream
+//! drops what it stored before.
 
 mod batch;
 mod choice;
 mod company;
 mod group;
 mod message;
+mod outcome;
+mod report;
+mod single;
 
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::Client;
 use async_nats::connection::State;
-use async_nats::jetstream::context::{PublishError, PublishErrorKind};
-use async_nats::jetstream::{self, ErrorCode};
+use async_nats::jetstream;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use fail::fail_point;
 use litestripe_contract::settings::{EventsSettings, NatsSettings};
@@ -30,8 +31,13 @@ use tracing::{debug, info, warn};
 use self::batch::Batches;
 use self::group::Group;
 pub use self::message::Delivery;
+use self::outcome::AttemptError;
+pub use self::outcome::{StoreError, Stored, Trouble};
+use self::report::Report;
 use crate::settings::GroupCommit;
-use crate::throttle::Throttle;
+
+/// How ingress is called among a NATS server's connections.
+pub const CONNECTION_NAME: &str = env!("CARGO_PKG_NAME");
 
 /// How long an event may take to be stored: the 8 s of DESIGN less a margin for the answer itself.
 const STORE_WITHIN: Duration = Duration::from_millis(7500);
@@ -52,58 +58,6 @@ const PROVIDE_AFTER_MAX: Duration = Duration::from_secs(5);
 
 /// How much of the server's `max_payload` is left to headers, in bytes.
 const HEADERS_BYTES: usize = 16 << 10;
-
-/// The same trouble is logged no more often than this when it comes and goes.
-const TROUBLE_INTERVAL: Duration = Duration::from_secs(10);
-
-/// How an event is in the stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stored {
-    /// Just now.
-    New,
-    /// Since an earlier delivery.
-    Before,
-}
-
-/// Why an event is not known to be stored.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
-    /// It, with its headers, is larger than the server or the stream takes.
-    #[error("the event is larger than NATS takes")]
-    TooLarge,
-    /// It may or may not be: Stripe must deliver it again.
-    #[error("the event could not be stored: {0}")]
-    Unavailable(Trouble),
-}
-
-/// What is wrong with the broker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trouble {
-    /// There is no connection.
-    NotConnected,
-    /// Nobody answers for the stream: an election, a restart, or it is really missing.
-    NoStream,
-    /// No PubAck came in time.
-    NoAck,
-    /// JetStream refused, for instance because the stream is full.
-    Refused {
-        /// JetStream's error code.
-        code: u64,
-        /// JetStream's words.
-        description: String,
-    },
-}
-
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotConnected => f.write_str("not connected to NATS"),
-            Self::NoStream => write!(f, "stream {} does not answer", subject::EVENTS_STREAM),
-            Self::NoAck => f.write_str("JetStream did not acknowledge in time"),
-            Self::Refused { code, description } => write!(f, "JetStream refused: {description} ({code})"),
-        }
-    }
-}
 
 /// The way into `STRIPE_EVENTS`.
 pub struct Publisher {
@@ -261,7 +215,7 @@ impl Publisher {
     async fn follow_max_payload(&self) {
         loop {
             self.too_large.notified().await;
-            connect::follow_max_payload(&self.client, &self.nats, crate::NAME).await;
+            connect::follow_max_payload(&self.client, &self.nats, CONNECTION_NAME).await;
             sleep(connect::MAX_PAYLOAD_AGAIN).await;
         }
     }
@@ -344,78 +298,6 @@ impl Publisher {
 fn backoff(min: Duration, max: Duration) -> impl Iterator<Item = Duration> {
     let builder = ExponentialBuilder::new().with_min_delay(min).with_max_delay(max);
     builder.without_max_times().with_jitter().build()
-}
-
-/// What one attempt to publish came to.
-#[derive(Debug, Clone)]
-enum AttemptError {
-    TooLarge,
-    Again(Trouble),
-    Never(Trouble),
-}
-
-impl From<PublishError> for AttemptError {
-    fn from(error: PublishError) -> Self {
-        match error.kind() {
-            PublishErrorKind::MaxPayloadExceeded => Self::TooLarge,
-            PublishErrorKind::StreamNotFound => Self::Again(Trouble::NoStream),
-            PublishErrorKind::TimedOut | PublishErrorKind::MaxAckPending => Self::Again(Trouble::NoAck),
-            PublishErrorKind::BrokenPipe => Self::Again(Trouble::NotConnected),
-            PublishErrorKind::WrongLastMessageId | PublishErrorKind::WrongLastSequence | PublishErrorKind::Other => {
-                match api_error(&error) {
-                    Some(error) => Self::from_api(error),
-                    None => Self::Never(Trouble::Refused { code: 0, description: exit::chain(&error) }),
-                }
-            }
-        }
-    }
-}
-
-impl AttemptError {
-    fn from_api(error: &jetstream::Error) -> Self {
-        let code = error.error_code();
-        let refused = Trouble::Refused { code: code.0, description: error.to_string() };
-        match code {
-            // No leader yet, or the attempt before this one is still being replicated.
-            ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT => Self::Again(refused),
-            ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Self::TooLarge,
-            _ => Self::Never(refused),
-        }
-    }
-}
-
-fn api_error(error: &PublishError) -> Option<&jetstream::Error> {
-    std::error::Error::source(error)?.downcast_ref()
-}
-
-/// Says when events stop being stored, why, and when they are stored again; not for each of them.
-struct Report {
-    is_announced: AtomicBool,
-    last: Mutex<Option<Trouble>>,
-    throttle: Throttle,
-}
-
-impl Report {
-    fn new() -> Self {
-        Self { is_announced: AtomicBool::new(false), last: Mutex::new(None), throttle: Throttle::new(TROUBLE_INTERVAL) }
-    }
-
-    fn failed(&self, trouble: &Trouble) {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_ref() == Some(trouble) || self.throttle.admit(std::time::Instant::now()).is_none() {
-            return;
-        }
-        *last = Some(trouble.clone());
-        self.is_announced.store(true, Ordering::Release);
-        warn!("events are not stored, deliveries are answered 503: {trouble}");
-    }
-
-    fn stored(&self) {
-        if self.is_announced.load(Ordering::Relaxed) && self.is_announced.swap(false, Ordering::AcqRel) {
-            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            info!("events are stored again");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -25,8 +25,9 @@ use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::company::Company;
-use super::group::{acknowledged, send, stored};
-use super::{AttemptError, Delivery, Stored, Trouble};
+use super::message::Delivery;
+use super::outcome::{AttemptError, Stored, Trouble};
+use super::single::{acknowledged, send, stored};
 
 /// Members of one batch. A server takes 1,000; beyond some hundred, one sync more or less is
 /// nothing to the rest of the work.

@@ -1,18 +1,14 @@
 //! One event's way into the stream: by itself, or with others that wait for the same sync of the
 //! broker's disk.
 //!
-//! Owns which way it goes, what its PubAck means, and what a message published by itself is. May not
-//! know retries or deadlines. `batch` owns the way together, `choice` which one is faster.
+//! Owns which way it goes. May not know retries or deadlines. `single` owns the way by itself, `batch` the way
+//! together, `choice` which one is faster.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use async_nats::Client;
 use async_nats::jetstream;
-use async_nats::jetstream::context::PublishError;
-use async_nats::jetstream::message::PublishMessage;
-use async_nats::jetstream::publish::PublishAck;
-use async_nats::{Client, HeaderMap};
-use fail::fail_point;
 use litestripe_contract::subject;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -20,7 +16,9 @@ use tracing::warn;
 
 use super::batch::{Batches, Member, Outcome};
 use super::choice::{Choice, Turn, Way};
-use super::{AttemptError, Delivery, Stored};
+use super::message::Delivery;
+use super::outcome::{AttemptError, Stored};
+use super::single::{acknowledged, send, stored};
 use crate::settings::GroupCommit;
 
 /// Events on their way to a batch. There are no more than connections, and those are fewer.
@@ -125,32 +123,6 @@ impl Group {
     fn load(&self) -> MutexGuard<'_, Load> {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// What the PubAck of an event that went by itself says.
-pub(super) fn stored(ack: &PublishAck) -> Stored {
-    if ack.duplicate { Stored::Before } else { Stored::New }
-}
-
-/// Sends an event with these headers, which ask for a PubAck.
-pub(super) async fn send(
-    jetstream: &jetstream::Context,
-    delivery: &Delivery,
-    headers: HeaderMap,
-) -> Result<impl IntoFuture<Output = Result<PublishAck, PublishError>, IntoFuture: Send> + Send + use<>, PublishError> {
-    let message = PublishMessage::build().headers(headers).payload(delivery.body.bytes().clone());
-    let ack = jetstream.send_publish(delivery.subject(), message).await?;
-    fail_point!("ingress::before_puback", |_| std::process::abort());
-    Ok(ack)
-}
-
-/// Waits for a PubAck.
-pub(super) async fn acknowledged(
-    ack: impl IntoFuture<Output = Result<PublishAck, PublishError>>,
-) -> Result<PublishAck, PublishError> {
-    let ack = ack.await?;
-    fail_point!("ingress::after_puback", |_| std::process::abort());
-    Ok(ack)
 }
 
 /// An event between its arrival and its outcome.

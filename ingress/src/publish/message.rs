@@ -58,7 +58,7 @@ impl Delivery {
 }
 
 /// RFC 3339 in UTC, with milliseconds. Written digit by digit: a format is interpreted every time.
-pub(super) fn received_at(received: OffsetDateTime) -> String {
+fn received_at(received: OffsetDateTime) -> String {
     let received = received.to_utc();
     let (year, month, day) = (received.year().unsigned_abs(), received.month() as u32, u32::from(received.day()));
     let (hour, minute, second) = (received.hour().into(), received.minute().into(), received.second().into());
@@ -79,3 +79,6 @@ pub(super) fn received_at(received: OffsetDateTime) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

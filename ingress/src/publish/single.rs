@@ -1,0 +1,39 @@
+//! One message by itself: sending it, and what its PubAck means.
+//!
+//! Owns what a published message is. May not know that there are batches, retries or deadlines.
+
+use async_nats::HeaderMap;
+use async_nats::jetstream;
+use async_nats::jetstream::context::PublishError;
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::publish::PublishAck;
+use fail::fail_point;
+
+use super::message::Delivery;
+use super::outcome::Stored;
+
+/// Sends an event with these headers, which ask for a PubAck.
+pub(super) async fn send(
+    jetstream: &jetstream::Context,
+    delivery: &Delivery,
+    headers: HeaderMap,
+) -> Result<impl IntoFuture<Output = Result<PublishAck, PublishError>, IntoFuture: Send> + Send + use<>, PublishError> {
+    let message = PublishMessage::build().headers(headers).payload(delivery.body.bytes().clone());
+    let ack = jetstream.send_publish(delivery.subject(), message).await?;
+    fail_point!("ingress::before_puback", |_| std::process::abort());
+    Ok(ack)
+}
+
+/// Waits for a PubAck.
+pub(super) async fn acknowledged(
+    ack: impl IntoFuture<Output = Result<PublishAck, PublishError>>,
+) -> Result<PublishAck, PublishError> {
+    let ack = ack.await?;
+    fail_point!("ingress::after_puback", |_| std::process::abort());
+    Ok(ack)
+}
+
+/// What the PubAck of an event that went by itself says.
+pub(super) fn stored(ack: &PublishAck) -> Stored {
+    if ack.duplicate { Stored::Before } else { Stored::New }
+}
