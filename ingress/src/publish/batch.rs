@@ -31,7 +31,7 @@ use super::single::{acknowledged, send, stored};
 
 /// Members of one batch. A server takes 1,000; beyond some hundred, one sync more or less is
 /// nothing to the rest of the work.
-pub(super) const MEMBERS_MAX: usize = 256;
+const MEMBERS_MAX: usize = 256;
 
 /// Bytes of one batch, which the server stages before it stores them.
 const BYTES_MAX: usize = 4 << 20;
@@ -111,7 +111,7 @@ impl Batches {
             on_its_way: None,
             open: None,
             waiting: VecDeque::new(),
-            company: Company::default(),
+            company: Company::new(MEMBERS_MAX),
         }
     }
 

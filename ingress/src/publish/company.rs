@@ -1,29 +1,29 @@
 //! Whether a batch waits a moment for more members.
 //!
-//! Whoever was answered just now may send the next event at once: a proxy that keeps so many
-//! requests open does. If those form a batch of their own while the others are on their way, two
-//! halves take turns, and each pays for a whole sync. So a batch waits for those who left, for less
-//! than it took them, and no more once it has waited in vain. Pure but for the clock.
+//! A client that was answered just now may send its next event at once, as a proxy with a fixed number
+//! of open requests does. If those form a batch of their own while the others are in flight, two halves
+//! take turns, and each pays for a whole sync. So a batch waits for the clients that were just answered,
+//! for less time than they took, and stops waiting for a while once nobody came. Pure but for the clock.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::batch::MEMBERS_MAX;
-
-/// Members that have to leave together before anybody waits for them.
+/// Members that have to be answered together before a batch waits for them.
 const MEMBERS_MIN: usize = 8;
 
-/// How long they are waited for at most.
+/// How long a batch waits at most.
 const WAIT_MAX: Duration = Duration::from_millis(3);
 
-/// Batches that do not wait after one that waited in vain; twice as many every time.
+/// Batches that do not wait after one that waited for nothing; twice as many every time.
 const VAIN_MAX: u32 = 64;
 
-/// Those who were answered just now.
-#[derive(Debug, Default)]
+/// The members that were answered just now.
+#[derive(Debug)]
 pub(super) struct Company {
-    /// With how many members a batch waits no more.
+    /// With how many members a batch is full.
+    members_max: usize,
+    /// With how many members a batch stops waiting.
     enough: usize,
     /// Until when it waits, if it does.
     pub(super) until: Option<Instant>,
@@ -33,7 +33,11 @@ pub(super) struct Company {
 }
 
 impl Company {
-    /// So many leave, who set out at `since`; so many others are there.
+    pub(super) fn new(members_max: usize) -> Self {
+        Self { members_max, enough: 0, until: None, skip: 0, vain: 0 }
+    }
+
+    /// Records `members` answered requests that had waited since `since`, and how many `others` wait now.
     pub(super) fn leave(&mut self, members: usize, others: usize, since: Instant) {
         self.until = None;
         if members < MEMBERS_MIN {
@@ -45,11 +49,11 @@ impl Company {
         }
         let now = Instant::now();
         // The last few may take longer than they are worth.
-        self.enough = ((members + others) * 7 / 8).min(MEMBERS_MAX);
+        self.enough = ((members + others) * 7 / 8).min(self.members_max);
         self.until = Some(now + ((now - since) / 2).min(WAIT_MAX));
     }
 
-    /// Whether a batch of so many waits for more.
+    /// Whether a batch of `members` waits for more.
     pub(super) fn is_expected(&mut self, members: usize) -> bool {
         if self.until.is_none() {
             return false;
