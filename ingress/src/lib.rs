@@ -8,6 +8,7 @@
 pub mod body;
 pub mod connection;
 pub mod envelope;
+mod fail_point;
 pub mod metrics;
 pub mod publish;
 pub mod route;

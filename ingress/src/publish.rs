@@ -21,7 +21,6 @@ use async_nats::Client;
 use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use fail::fail_point;
 use litestripe_contract::settings::{EventsSettings, NatsSettings};
 use litestripe_contract::{connect, exit, stream, subject};
 use tokio::sync::{Notify, watch};
@@ -34,6 +33,7 @@ pub use self::message::Delivery;
 use self::outcome::AttemptError;
 pub use self::outcome::{StoreError, Stored, Trouble};
 use self::report::Report;
+use crate::fail_point::fail_point;
 use crate::settings::GroupCommit;
 
 /// How ingress is called among a NATS server's connections.

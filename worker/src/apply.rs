@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
 use litestripe_domain::arrival::Arrival;
@@ -27,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
+use crate::fail_point::fail_point;
 use crate::metrics;
 use crate::store::subscription::Found;
 use crate::store::{self, Store};
@@ -145,7 +145,7 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     };
     poisoned.extend(refused);
     batch.ack_except(poisoned.iter().map(|(index, _)| *index)).await;
-    fail_point!("worker::after_ack", |_| std::process::abort());
+    fail_point!("worker::after_ack");
     applier.relay.notify_one();
     if applier.terms.rules.lookup {
         applier.questions.notify_one();
@@ -364,9 +364,9 @@ async fn save_once<'a>(
     store::outbox::insert(&tx, signals, now).await?;
     store::signal_due::put(&tx, dues, now).await?;
     store::signal_due::remove(&tx, &[SUBSCRIPTION_CHANGED], &settled).await?;
-    fail_point!("worker::before_commit", |_| std::process::abort());
+    fail_point!("worker::before_commit");
     tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
-    fail_point!("worker::after_commit", |_| std::process::abort());
+    fail_point!("worker::after_commit");
     Ok(stale.into_iter().flat_map(|plan| plan.arrivals).collect())
 }
 

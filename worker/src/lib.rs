@@ -10,6 +10,7 @@ pub mod apply;
 pub mod command;
 pub mod erasure;
 pub mod error;
+mod fail_point;
 pub mod health;
 pub mod metrics;
 pub mod questions;

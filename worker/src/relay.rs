@@ -14,7 +14,6 @@ use async_nats::HeaderMap;
 use async_nats::header::HeaderName;
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
-use fail::fail_point;
 use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
@@ -27,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::error::StoreError;
+use crate::fail_point::fail_point;
 use crate::metrics;
 use crate::store::{self, Store, detached};
 use crate::wait::{Awaited, Wait};
@@ -199,7 +199,7 @@ impl Relay {
             return Ok(over);
         }
         let sent = self.send(rows).await;
-        fail_point!("worker::after_signal", |_| std::process::abort());
+        fail_point!("worker::after_signal");
         store::outbox::delete(&tx, sent.ids).await?;
         tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
         sent.round.map(|round| if round == Round::Idle { over } else { round })
@@ -222,7 +222,7 @@ impl Relay {
             return Ok(Round::Idle);
         }
         let sent = self.send(rows).await;
-        fail_point!("worker::after_signal", |_| std::process::abort());
+        fail_point!("worker::after_signal");
         store::outbox::delete(db, sent.ids).await?;
         sent.round
     }

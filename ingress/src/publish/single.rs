@@ -7,10 +7,10 @@ use async_nats::jetstream;
 use async_nats::jetstream::context::PublishError;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::publish::PublishAck;
-use fail::fail_point;
 
 use super::message::Delivery;
 use super::outcome::Stored;
+use crate::fail_point::fail_point;
 
 /// Sends an event with these headers, which ask for a PubAck.
 pub(super) async fn send(
@@ -20,7 +20,7 @@ pub(super) async fn send(
 ) -> Result<impl IntoFuture<Output = Result<PublishAck, PublishError>, IntoFuture: Send> + Send + use<>, PublishError> {
     let message = PublishMessage::build().headers(headers).payload(delivery.body.bytes().clone());
     let ack = jetstream.send_publish(delivery.subject(), message).await?;
-    fail_point!("ingress::before_puback", |_| std::process::abort());
+    fail_point!("ingress::before_puback");
     Ok(ack)
 }
 
@@ -29,7 +29,7 @@ pub(super) async fn acknowledged(
     ack: impl IntoFuture<Output = Result<PublishAck, PublishError>>,
 ) -> Result<PublishAck, PublishError> {
     let ack = ack.await?;
-    fail_point!("ingress::after_puback", |_| std::process::abort());
+    fail_point!("ingress::after_puback");
     Ok(ack)
 }
 

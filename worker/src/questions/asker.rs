@@ -4,7 +4,6 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use fail::fail_point;
 use litestripe_contract::exit;
 use litestripe_domain::question::{Kind, Question};
 use time::OffsetDateTime;
@@ -13,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{Outcome, Questions};
+use crate::fail_point::fail_point;
 use crate::store::due::{self, Taken};
 use crate::wait::{DATABASE, Wait};
 
