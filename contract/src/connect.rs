@@ -16,7 +16,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use secrecy::ExposeSecret as _;
 use tracing::{debug, info, warn};
 
-use crate::settings::{Identity, NatsSettings};
+use crate::settings::{
+    Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NatsSettings, Setting,
+};
 
 /// A half-open link is noticed after two of these without an answer.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -88,15 +90,15 @@ async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, 
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT));
     if let Some(ca) = &settings.tls_ca {
-        certificates("NATS_TLS_CA", ca)?;
+        certificates(&NATS_TLS_CA, ca)?;
         options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((certificate, key)) = &settings.tls_client {
-        certificates("NATS_TLS_CERT", certificate)?;
-        let text = std::fs::read(key).map_err(unusable("NATS_TLS_KEY", key))?;
+        certificates(&NATS_TLS_CERT, certificate)?;
+        let text = std::fs::read(key).map_err(unusable(&NATS_TLS_KEY, key))?;
         // The parser's own message may quote a line of the key.
         PrivateKeyDer::from_pem_slice(&text)
-            .map_err(|_| unusable("NATS_TLS_KEY", key)("it holds no PEM private key"))?;
+            .map_err(|_| unusable(&NATS_TLS_KEY, key)("it holds no PEM private key"))?;
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     Ok(options)
@@ -123,10 +125,10 @@ pub async fn connected(client: &Client, settings: &NatsSettings) {
 async fn identify(options: ConnectOptions, identity: &Identity) -> Result<ConnectOptions, ConnectError> {
     Ok(match identity {
         Identity::Anonymous => options,
-        Identity::Credentials(file) => options.credentials_file(file).await.map_err(unusable("NATS_CREDS", file))?,
+        Identity::Credentials(file) => options.credentials_file(file).await.map_err(unusable(&NATS_CREDS, file))?,
         Identity::Nkey(file) => {
-            let seed = std::fs::read_to_string(file).map_err(unusable("NATS_NKEY_SEED_FILE", file))?;
-            KeyPair::from_seed(seed.trim()).map_err(unusable("NATS_NKEY_SEED_FILE", file))?;
+            let seed = std::fs::read_to_string(file).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
+            KeyPair::from_seed(seed.trim()).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
             options.nkey(seed.trim().to_owned())
         }
         Identity::Password(user, password) => {
@@ -137,7 +139,7 @@ async fn identify(options: ConnectOptions, identity: &Identity) -> Result<Connec
 
 /// Files are looked into before anything is sent: async-nats does it at every attempt to connect, and
 /// one that can never work would look like a broker that is away.
-fn certificates(setting: &'static str, path: &Path) -> Result<(), ConnectError> {
+fn certificates(setting: &Setting, path: &Path) -> Result<(), ConnectError> {
     let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     match found.map_err(unusable(setting, path))?.as_slice() {
         [] => Err(unusable(setting, path)("it holds no PEM certificate")),
@@ -146,10 +148,10 @@ fn certificates(setting: &'static str, path: &Path) -> Result<(), ConnectError> 
 }
 
 fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
-    setting: &'static str,
+    setting: &Setting,
     path: &Path,
-) -> impl FnOnce(E) -> ConnectError {
-    let path = path.to_owned();
+) -> impl FnOnce(E) -> ConnectError + use<E> {
+    let (setting, path) = (setting.name, path.to_owned());
     move |source| ConnectError::File { setting, path, source: source.into() }
 }
 

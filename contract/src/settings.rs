@@ -1,4 +1,4 @@
-//! Settings: a table of names, and a reader that turns texts into values or into *all* problems.
+//! Settings: a constant for each, and a reader that turns texts into values or into *all* problems.
 //!
 //! Owns how a setting is named, given and refused, and the settings that both programs take. Every
 //! setting is an opaque text until a program's own reader has looked at it: an argument parser's
@@ -33,37 +33,57 @@ impl Setting {
     }
 }
 
+const NATS_URL: Setting =
+    Setting { name: "NATS_URL", default: Some("nats://127.0.0.1:4222"), help: "NATS servers, comma-separated" };
+pub(crate) const NATS_CREDS: Setting =
+    Setting { name: "NATS_CREDS", default: None, help: "file with NATS credentials (JWT and seed)" };
+pub(crate) const NATS_NKEY_SEED_FILE: Setting =
+    Setting { name: "NATS_NKEY_SEED_FILE", default: None, help: "file with an nkey seed" };
+const NATS_USER: Setting = Setting { name: "NATS_USER", default: None, help: "NATS user; goes with NATS_PASSWORD" };
+const NATS_PASSWORD: Setting =
+    Setting { name: "NATS_PASSWORD", default: None, help: "NATS password; goes with NATS_USER" };
+pub(crate) const NATS_TLS_CA: Setting = Setting {
+    name: "NATS_TLS_CA",
+    default: None,
+    help: "file with the CA certificates that NATS servers must have; makes TLS required",
+};
+pub(crate) const NATS_TLS_CERT: Setting =
+    Setting { name: "NATS_TLS_CERT", default: None, help: "file with our client certificate; goes with NATS_TLS_KEY" };
+pub(crate) const NATS_TLS_KEY: Setting =
+    Setting { name: "NATS_TLS_KEY", default: None, help: "file with our client certificate's key" };
+const STREAM_REPLICAS: Setting = Setting {
+    name: "LITESTRIPE_STREAM_REPLICAS",
+    default: Some("1"),
+    help: "replicas of each stream on a cluster: 1, 3 or 5",
+};
+const EVENTS_MAX_AGE: Setting = Setting {
+    name: "LITESTRIPE_EVENTS_MAX_AGE",
+    default: Some("35d"),
+    help: "how long STRIPE_EVENTS keeps raw events",
+};
+const EVENTS_MAX_BYTES: Setting = Setting {
+    name: "LITESTRIPE_EVENTS_MAX_BYTES",
+    default: Some("10GiB"),
+    help: "size at which STRIPE_EVENTS refuses new events; where it is not set and the server has less room, it is halved down to 256MiB",
+};
+const LOG_FILTER: Setting = Setting { name: "RUST_LOG", default: Some("info"), help: "log filter" };
+const LOG_FORMAT: Setting = Setting { name: "LITESTRIPE_LOG_FORMAT", default: Some("text"), help: "text or json" };
+
 /// Settings of both programs.
 pub const SHARED: &[Setting] = &[
-    Setting { name: "NATS_URL", default: Some("nats://127.0.0.1:4222"), help: "NATS servers, comma-separated" },
-    Setting { name: "NATS_CREDS", default: None, help: "file with NATS credentials (JWT and seed)" },
-    Setting { name: "NATS_NKEY_SEED_FILE", default: None, help: "file with an nkey seed" },
-    Setting { name: "NATS_USER", default: None, help: "NATS user; goes with NATS_PASSWORD" },
-    Setting { name: "NATS_PASSWORD", default: None, help: "NATS password; goes with NATS_USER" },
-    Setting {
-        name: "NATS_TLS_CA",
-        default: None,
-        help: "file with the CA certificates that NATS servers must have; makes TLS required",
-    },
-    Setting { name: "NATS_TLS_CERT", default: None, help: "file with our client certificate; goes with NATS_TLS_KEY" },
-    Setting { name: "NATS_TLS_KEY", default: None, help: "file with our client certificate's key" },
-    Setting {
-        name: "LITESTRIPE_STREAM_REPLICAS",
-        default: Some("1"),
-        help: "replicas of each stream on a cluster: 1, 3 or 5",
-    },
-    Setting {
-        name: "LITESTRIPE_EVENTS_MAX_AGE",
-        default: Some("35d"),
-        help: "how long STRIPE_EVENTS keeps raw events",
-    },
-    Setting {
-        name: "LITESTRIPE_EVENTS_MAX_BYTES",
-        default: Some("10GiB"),
-        help: "size at which STRIPE_EVENTS refuses new events; where it is not set and the server has less room, it is halved down to 256MiB",
-    },
-    Setting { name: "RUST_LOG", default: Some("info"), help: "log filter" },
-    Setting { name: "LITESTRIPE_LOG_FORMAT", default: Some("text"), help: "text or json" },
+    NATS_URL,
+    NATS_CREDS,
+    NATS_NKEY_SEED_FILE,
+    NATS_USER,
+    NATS_PASSWORD,
+    NATS_TLS_CA,
+    NATS_TLS_CERT,
+    NATS_TLS_KEY,
+    STREAM_REPLICAS,
+    EVENTS_MAX_AGE,
+    EVENTS_MAX_BYTES,
+    LOG_FILTER,
+    LOG_FORMAT,
 ];
 
 /// `command` with a flag and an environment variable for each of `settings`.
@@ -135,29 +155,28 @@ impl fmt::Display for Problems {
 /// Reads settings one by one and remembers each problem, so that all are reported at once.
 pub struct Reader {
     given: Given,
-    settings: Vec<&'static Setting>,
     problems: Vec<String>,
 }
 
 impl Reader {
-    /// A reader of `given`, which may name any of `settings`.
+    /// A reader of `given`.
     #[must_use]
-    pub fn new(given: Given, settings: &[&'static [Setting]]) -> Self {
-        Self { given, settings: settings.iter().copied().flatten().collect(), problems: Vec::new() }
+    pub fn new(given: Given) -> Self {
+        Self { given, problems: Vec::new() }
     }
 
-    /// Whether `name` was given, rather than left to its default.
+    /// Whether `setting` was given, rather than left to its default.
     #[must_use]
-    pub fn is_given(&self, name: &str) -> bool {
-        self.text(name).is_some()
+    pub fn is_given(&self, setting: &Setting) -> bool {
+        self.text(setting).is_some()
     }
 
     /// The value of a setting without a default, if it was given. `expected` says what it must be.
-    pub fn optional<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
-        let text = self.text(name)?;
+    pub fn optional<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        let text = self.text(setting)?;
         let value = parse(text);
         if value.is_none() {
-            self.problem(name, format!("must be {expected}"));
+            self.problem(setting, format!("must be {expected}"));
         }
         value
     }
@@ -166,24 +185,23 @@ impl Reader {
     ///
     /// # Panics
     /// When the setting has no default or `parse` refuses it: a test of each program rules it out.
-    pub fn defaulted<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> T {
-        let default = self.settings.iter().find(|setting| setting.name == name).and_then(|setting| setting.default);
-        self.optional(name, expected, &parse)
-            .or_else(|| parse(default?))
+    pub fn defaulted<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> T {
+        self.optional(setting, expected, &parse)
+            .or_else(|| parse(setting.default?))
             .expect("a default is a valid value of its setting")
     }
 
     /// The value of a setting that must be given.
-    pub fn required<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
-        if !self.is_given(name) {
-            self.problem(name, format!("is missing: set it to {expected}"));
+    pub fn required<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        if !self.is_given(setting) {
+            self.problem(setting, format!("is missing: set it to {expected}"));
         }
-        self.optional(name, expected, parse)
+        self.optional(setting, expected, parse)
     }
 
-    /// Remembers what is wrong with `name`. `what` continues the sentence and holds no value.
-    pub fn problem(&mut self, name: &str, what: impl fmt::Display) {
-        self.problems.push(format!("{name} {what}"));
+    /// Remembers what is wrong with `setting`. `what` continues the sentence and holds no value.
+    pub fn problem(&mut self, setting: &Setting, what: impl fmt::Display) {
+        self.problems.push(format!("{} {what}", setting.name));
     }
 
     /// The settings read, if nothing was wrong with any.
@@ -197,8 +215,8 @@ impl Reader {
         }
     }
 
-    fn text(&self, name: &str) -> Option<&str> {
-        self.given.0.get(name).map(|text| text.trim()).filter(|text| !text.is_empty())
+    fn text(&self, setting: &Setting) -> Option<&str> {
+        self.given.0.get(setting.name).map(|text| text.trim()).filter(|text| !text.is_empty())
     }
 }
 
@@ -289,42 +307,46 @@ impl NatsSettings {
 
     /// Reads the settings that say how to reach NATS.
     pub fn read(reader: &mut Reader) -> Option<Self> {
-        let servers = reader.defaulted("NATS_URL", "one or more URLs such as nats://127.0.0.1:4222", |value| {
+        let servers = reader.defaulted(&NATS_URL, "one or more URLs such as nats://127.0.0.1:4222", |value| {
             // A host that is missing, as after a last comma, would be taken for an empty name.
             let server = |url: &str| url.trim().parse::<ServerAddr>().ok().filter(|server| !server.host().is_empty());
             value.split(',').map(server).collect::<Option<Vec<_>>>()
         });
-        let credentials = reader.optional("NATS_CREDS", "a path", path);
-        let nkey = reader.optional("NATS_NKEY_SEED_FILE", "a path", path);
-        let user = reader.optional("NATS_USER", "a name", text);
-        let password = reader.optional("NATS_PASSWORD", "a password", secret);
-        let identity = match (credentials, nkey, user, password) {
-            (None, None, None, None) => Some(Identity::Anonymous),
-            (Some(file), None, None, None) => Some(Identity::Credentials(file)),
-            (None, Some(file), None, None) => Some(Identity::Nkey(file)),
-            (None, None, Some(user), Some(password)) => Some(Identity::Password(user, password)),
-            (None, None, Some(_), None) => {
-                reader.problem("NATS_PASSWORD", "is missing: it goes with NATS_USER");
-                None
-            }
-            (None, None, None, Some(_)) => {
-                reader.problem("NATS_USER", "is missing: it goes with NATS_PASSWORD");
-                None
-            }
+        let identity = Identity::read(reader);
+        let tls_client = read_certificate(reader);
+        let tls_ca = reader.optional(&NATS_TLS_CA, "a path", path);
+        Some(Self { servers, identity: identity?, tls_ca, tls_client })
+    }
+}
+
+fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {
+    let certificate = reader.optional(&NATS_TLS_CERT, "a path", path);
+    let key = reader.optional(&NATS_TLS_KEY, "a path", path);
+    if certificate.is_some() != key.is_some() {
+        let missing = if key.is_none() { &NATS_TLS_KEY } else { &NATS_TLS_CERT };
+        reader.problem(missing, "is missing: NATS_TLS_CERT and NATS_TLS_KEY go together");
+    }
+    certificate.zip(key)
+}
+
+impl Identity {
+    fn read(reader: &mut Reader) -> Option<Self> {
+        let credentials = reader.optional(&NATS_CREDS, "a path", path);
+        let nkey = reader.optional(&NATS_NKEY_SEED_FILE, "a path", path);
+        let user = reader.optional(&NATS_USER, "a name", text);
+        let password = reader.optional(&NATS_PASSWORD, "a password", secret);
+        match (credentials, nkey, user, password) {
+            (None, None, None, None) => return Some(Self::Anonymous),
+            (Some(file), None, None, None) => return Some(Self::Credentials(file)),
+            (None, Some(file), None, None) => return Some(Self::Nkey(file)),
+            (None, None, Some(user), Some(password)) => return Some(Self::Password(user, password)),
+            (None, None, Some(_), None) => reader.problem(&NATS_PASSWORD, "is missing: it goes with NATS_USER"),
+            (None, None, None, Some(_)) => reader.problem(&NATS_USER, "is missing: it goes with NATS_PASSWORD"),
             _ => {
-                reader
-                    .problem("NATS_CREDS", "and NATS_NKEY_SEED_FILE and NATS_USER exclude each other: set one of them");
-                None
+                reader.problem(&NATS_CREDS, "and NATS_NKEY_SEED_FILE and NATS_USER exclude each other: set one of them")
             }
-        };
-        let certificate = reader.optional("NATS_TLS_CERT", "a path", path);
-        let key = reader.optional("NATS_TLS_KEY", "a path", path);
-        if certificate.is_some() != key.is_some() {
-            let missing = if key.is_none() { "NATS_TLS_KEY" } else { "NATS_TLS_CERT" };
-            reader.problem(missing, "is missing: NATS_TLS_CERT and NATS_TLS_KEY go together");
         }
-        let tls_ca = reader.optional("NATS_TLS_CA", "a path", path);
-        Some(Self { servers, identity: identity?, tls_ca, tls_client: certificate.zip(key) })
+        None
     }
 }
 
@@ -345,14 +367,13 @@ impl EventsSettings {
     /// Reads the limits of the events stream.
     pub fn read(reader: &mut Reader) -> Self {
         Self {
-            replicas: reader.defaulted("LITESTRIPE_STREAM_REPLICAS", "1, 3 or 5", |value| {
+            replicas: reader.defaulted(&STREAM_REPLICAS, "1, 3 or 5", |value| {
                 value.parse().ok().filter(|replicas| [1, 3, 5].contains(replicas))
             }),
-            max_age: reader.defaulted("LITESTRIPE_EVENTS_MAX_AGE", DURATION, duration),
-            max_bytes: reader.defaulted("LITESTRIPE_EVENTS_MAX_BYTES", BYTES, |value| {
-                bytes(value).filter(|size| i64::try_from(*size).is_ok())
-            }),
-            max_bytes_is_set: reader.is_given("LITESTRIPE_EVENTS_MAX_BYTES"),
+            max_age: reader.defaulted(&EVENTS_MAX_AGE, DURATION, duration),
+            max_bytes: reader
+                .defaulted(&EVENTS_MAX_BYTES, BYTES, |value| bytes(value).filter(|size| i64::try_from(*size).is_ok())),
+            max_bytes_is_set: reader.is_given(&EVENTS_MAX_BYTES),
         }
     }
 }
@@ -379,12 +400,12 @@ impl LogSettings {
     /// Reads how to log.
     pub fn read(reader: &mut Reader) -> Self {
         Self {
-            filter: reader.defaulted("RUST_LOG", "a log filter such as info or litestripe_worker=debug", |value| {
+            filter: reader.defaulted(&LOG_FILTER, "a log filter such as info or litestripe_worker=debug", |value| {
                 let parses = tracing_subscriber::EnvFilter::try_new(value).is_ok();
                 parses.then(|| value.to_owned())
             }),
-            filter_is_set: reader.is_given("RUST_LOG"),
-            json: reader.defaulted("LITESTRIPE_LOG_FORMAT", "text or json", |value| match value {
+            filter_is_set: reader.is_given(&LOG_FILTER),
+            json: reader.defaulted(&LOG_FORMAT, "text or json", |value| match value {
                 "text" => Some(false),
                 "json" => Some(true),
                 _ => None,

@@ -14,6 +14,12 @@ use tracing::{info, warn};
 
 use crate::signature::SigningSecret;
 
+/// The setting that holds the secrets.
+pub const SETTING: &str = "STRIPE_WEBHOOK_SECRET";
+
+/// The setting that names a file with one.
+pub const FILE_SETTING: &str = "STRIPE_WEBHOOK_SECRET_FILE";
+
 /// What a signing secret starts with.
 const PREFIX: &str = "whsec_";
 
@@ -39,7 +45,7 @@ pub enum SecretSource {
 /// There is no signing secret.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "no signing secret: STRIPE_WEBHOOK_SECRET is not set, and STRIPE_WEBHOOK_SECRET_FILE names {}, {why} after {TRIES} tries",
+    "no signing secret: {SETTING} is not set, and {FILE_SETTING} names {}, {why} after {TRIES} tries",
     path.display()
 )]
 pub struct NoSecret {
@@ -60,7 +66,7 @@ pub type Secrets = watch::Receiver<Arc<[SigningSecret]>>;
 pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSecret> {
     let path = match source {
         SecretSource::Given(secrets) => {
-            secrets.iter().for_each(|secret| announce(secret, "STRIPE_WEBHOOK_SECRET"));
+            secrets.iter().for_each(|secret| announce(secret, SETTING));
             return Ok(Arc::clone(secrets));
         }
         SecretSource::File(path) => path,
@@ -69,7 +75,7 @@ pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSec
     loop {
         let why = match read(path).await {
             Ok(Some(secret)) => {
-                announce(&secret, "STRIPE_WEBHOOK_SECRET_FILE");
+                announce(&secret, FILE_SETTING);
                 return Ok(Arc::new([secret]));
             }
             Ok(None) => "which holds no whsec_…".to_owned(),
@@ -80,7 +86,7 @@ pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSec
         }
         if tries == 1 {
             let path = path.display();
-            warn!("waiting for a signing secret in {path} (STRIPE_WEBHOOK_SECRET_FILE), {why} yet");
+            warn!("waiting for a signing secret in {path} ({FILE_SETTING}), {why} yet");
         }
         tries += 1;
         tokio::time::sleep(TRY_AGAIN_AFTER).await;
@@ -99,10 +105,7 @@ pub async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) 
         tokio::time::sleep(LOOK_AGAIN_AFTER).await;
         let Ok(Some(secret)) = read(path).await else {
             if !is_missing {
-                warn!(
-                    "{} (STRIPE_WEBHOOK_SECRET_FILE) holds no whsec_… any more; keeping the last one",
-                    path.display()
-                );
+                warn!("{} ({FILE_SETTING}) holds no whsec_… any more; keeping the last one", path.display());
             }
             is_missing = true;
             continue;
@@ -110,7 +113,7 @@ pub async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) 
         is_missing = false;
         let is_known = secrets.borrow().iter().any(|known| known.fingerprint() == secret.fingerprint());
         if !is_known {
-            announce(&secret, "STRIPE_WEBHOOK_SECRET_FILE");
+            announce(&secret, FILE_SETTING);
             secrets.send_replace(Arc::new([secret]));
         }
     }

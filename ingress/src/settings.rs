@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use litestripe_contract::event::{EventType, HANDLED_TYPES};
 use litestripe_contract::settings::{
-    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting, address, bytes, path,
+    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, Setting, address, bytes, path,
 };
 use uuid::Uuid;
 
@@ -19,50 +19,45 @@ use crate::secret::{self, SecretSource};
 /// The smallest body limit that makes sense, in bytes: below it hardly an event gets through.
 const BODY_LIMIT_MIN: usize = 1 << 10;
 
-const UUID: &str = "STRIPE_WEBHOOK_UUID";
-const SECRET: &str = "STRIPE_WEBHOOK_SECRET";
-const SECRET_FILE: &str = "STRIPE_WEBHOOK_SECRET_FILE";
-const TOLERANCE: &str = "STRIPE_WEBHOOK_TOLERANCE";
-const LISTEN: &str = "LITESTRIPE_LISTEN";
-const EVENT_TYPES: &str = "LITESTRIPE_EVENT_TYPES";
-const BODY_LIMIT: &str = "LITESTRIPE_BODY_LIMIT";
-const GROUP_COMMIT: &str = "LITESTRIPE_GROUP_COMMIT";
+const UUID: Setting = Setting {
+    name: "STRIPE_WEBHOOK_UUID",
+    default: None,
+    help: "the UUID in the hook's path, /ls/hook/UUID/ [required]",
+};
+const SECRET: Setting = Setting {
+    name: secret::SETTING,
+    default: None,
+    help: "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]",
+};
+const SECRET_FILE: Setting = Setting {
+    name: secret::FILE_SETTING,
+    default: Some("/run/secrets_djstripe/djstripe_webhook_secret"),
+    help: "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes",
+};
+const TOLERANCE: Setting = Setting {
+    name: "STRIPE_WEBHOOK_TOLERANCE",
+    default: Some("300"),
+    help: "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any",
+};
+const LISTEN: Setting = Setting { name: "LITESTRIPE_LISTEN", default: Some("127.0.0.1:8080"), help: "HTTP address" };
+const EVENT_TYPES: Setting = Setting {
+    name: "LITESTRIPE_EVENT_TYPES",
+    default: None,
+    help: "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]",
+};
+const BODY_LIMIT: Setting = Setting {
+    name: "LITESTRIPE_BODY_LIMIT",
+    default: Some("1MiB"),
+    help: "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller",
+};
+const GROUP_COMMIT: Setting = Setting {
+    name: "LITESTRIPE_GROUP_COMMIT",
+    default: Some("auto"),
+    help: "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic",
+};
 
 /// Ingress's own settings; it takes those of both programs as well.
-pub const SETTINGS: &[Setting] = &[
-    Setting { name: UUID, default: None, help: "the UUID in the hook's path, /ls/hook/UUID/ [required]" },
-    Setting {
-        name: SECRET,
-        default: None,
-        help: "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]",
-    },
-    Setting {
-        name: SECRET_FILE,
-        default: Some("/run/secrets_djstripe/djstripe_webhook_secret"),
-        help: "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes",
-    },
-    Setting {
-        name: TOLERANCE,
-        default: Some("300"),
-        help: "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any",
-    },
-    Setting { name: LISTEN, default: Some("127.0.0.1:8080"), help: "HTTP address" },
-    Setting {
-        name: EVENT_TYPES,
-        default: None,
-        help: "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]",
-    },
-    Setting {
-        name: BODY_LIMIT,
-        default: Some("1MiB"),
-        help: "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller",
-    },
-    Setting {
-        name: GROUP_COMMIT,
-        default: Some("auto"),
-        help: "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic",
-    },
-];
+pub const SETTINGS: &[Setting] = &[UUID, SECRET, SECRET_FILE, TOLERANCE, LISTEN, EVENT_TYPES, BODY_LIMIT, GROUP_COMMIT];
 
 /// Everything ingress needs to know.
 #[derive(Debug, Clone)]
@@ -172,27 +167,27 @@ impl GroupCommit {
 /// # Errors
 /// All the problems at once.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
-    let mut reader = Reader::new(given, &[SETTINGS, SHARED]);
-    let hook = reader.required(UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
+    let mut reader = Reader::new(given);
+    let hook = reader.required(&UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
     let secrets = reader.optional(
-        SECRET,
+        &SECRET,
         "whsec_ and letters and digits, or several of them, comma-separated",
         secret::parse_list,
     );
-    let secret_file: PathBuf = reader.defaulted(SECRET_FILE, "a path", path);
-    let has_secret = reader.is_given(SECRET) || holds_secret(&secret_file);
+    let secret_file: PathBuf = reader.defaulted(&SECRET_FILE, "a path", path);
+    let has_secret = reader.is_given(&SECRET) || holds_secret(&secret_file);
     let secrets = match secrets {
         Some(secrets) => SecretSource::Given(secrets),
         None => SecretSource::File(secret_file.clone()),
     };
-    let tolerance_s: u32 = reader.defaulted(TOLERANCE, "whole seconds", |value| value.parse().ok());
-    let listen = reader.defaulted(LISTEN, ADDRESS, address);
-    let event_types = reader.optional(EVENT_TYPES, "event types, comma-separated, or *", EventTypes::parse);
-    let body_limit = reader.defaulted(BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {
+    let tolerance_s: u32 = reader.defaulted(&TOLERANCE, "whole seconds", |value| value.parse().ok());
+    let listen = reader.defaulted(&LISTEN, ADDRESS, address);
+    let event_types = reader.optional(&EVENT_TYPES, "event types, comma-separated, or *", EventTypes::parse);
+    let body_limit = reader.defaulted(&BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {
         let limit = usize::try_from(bytes(value)?).ok()?;
         (BODY_LIMIT_MIN..=BUDGET_BYTES).contains(&limit).then_some(limit)
     });
-    let group_commit = reader.defaulted(GROUP_COMMIT, "auto, on or off", GroupCommit::parse);
+    let group_commit = reader.defaulted(&GROUP_COMMIT, "auto, on or off", GroupCommit::parse);
     let nats = NatsSettings::read(&mut reader);
     let events = EventsSettings::read(&mut reader);
     let log = LogSettings::read(&mut reader);
@@ -211,7 +206,8 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     reader.finish(settings).map_err(|Problems(mut problems)| {
         if !has_secret {
             let file = secret_file.display();
-            problems.push(format!("{SECRET} is missing, and {SECRET_FILE} names {file}, which holds none"));
+            problems
+                .push(format!("{} is missing, and {} names {file}, which holds none", SECRET.name, SECRET_FILE.name));
         }
         Problems(problems)
     })

@@ -8,7 +8,7 @@ use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, Setting,
+    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, Setting,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::postgres::PgConnectOptions;
@@ -18,100 +18,121 @@ use url::Url;
 
 use crate::stripe::kv;
 
+const DATABASE_URL: Setting = Setting {
+    name: "DATABASE_URL",
+    default: Some("sqlite://litestripe.db?mode=rwc"),
+    help: "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)",
+};
+const AUTO_MIGRATE: Setting = Setting {
+    name: "LITESTRIPE_AUTO_MIGRATE",
+    default: None,
+    help: "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
+               false on PostgreSQL]",
+};
+const LISTEN: Setting = Setting {
+    name: "LITESTRIPE_WORKER_LISTEN",
+    default: Some("127.0.0.1:9090"),
+    help: "address of /healthz, /readyz and /metrics",
+};
+const BATCH: Setting =
+    Setting { name: "LITESTRIPE_BATCH", default: Some("250"), help: "events per transaction, at most" };
+const SIGNALS_MAX_AGE: Setting = Setting {
+    name: "LITESTRIPE_SIGNALS_MAX_AGE",
+    default: Some("7d"),
+    help: "how long LITESTRIPE_SIGNALS keeps signals",
+};
+const DEAD_LETTERS_MAX_AGE: Setting = Setting {
+    name: "LITESTRIPE_DEAD_LETTERS_MAX_AGE",
+    default: Some("90d"),
+    help: "how long STRIPE_DEAD_LETTERS keeps dead letters",
+};
+const METADATA_KEYS: Setting = Setting {
+    name: "LITESTRIPE_METADATA_KEYS",
+    default: Some("*"),
+    help: "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data",
+};
+const ORPHAN_GRACE: Setting = Setting {
+    name: "LITESTRIPE_ORPHAN_GRACE",
+    default: Some("10m"),
+    help: "how long a subscription may wait for its Checkout Session before it is an orphan",
+};
+const ORPHAN_WITHOUT_SESSION: Setting = Setting {
+    name: "LITESTRIPE_ORPHAN_WITHOUT_SESSION",
+    default: Some("true"),
+    help: "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API",
+};
+const ORPHAN_EMAIL_MAX_AGE: Setting = Setting {
+    name: "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE",
+    default: Some("90d"),
+    help: "when an open orphan's email is erased all the same",
+};
+const ERASE_ON_CUSTOMER_DELETED: Setting = Setting {
+    name: "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED",
+    default: Some("false"),
+    help: "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES",
+};
+const USER_LOOKUP: Setting = Setting {
+    name: "LITESTRIPE_USER_LOOKUP",
+    default: Some("none"),
+    help: "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>",
+};
+const USER_DATABASE_URL: Setting = Setting {
+    name: "LITESTRIPE_USER_DATABASE_URL",
+    default: None,
+    help: "where the sql: lookup runs [default: DATABASE_URL]",
+};
+const STRIPE_SECRET_KEY: Setting = Setting {
+    name: "STRIPE_SECRET_KEY",
+    default: None,
+    help: "allows calls to Stripe's API; without it everything else works",
+};
+const STRIPE_API_BASE: Setting = Setting {
+    name: "STRIPE_API_BASE",
+    default: Some("https://api.stripe.com"),
+    help: "where Stripe's API is; for tests and proxies",
+};
+const BACKFILL_INTERVAL: Setting = Setting {
+    name: "LITESTRIPE_BACKFILL_INTERVAL",
+    default: None,
+    help: "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]",
+};
+const MAX_REQUESTS_PER_MINUTE: Setting = Setting {
+    name: "LITESTRIPE_MAX_REQUESTS_PER_MINUTE",
+    default: Some("75"),
+    help: "calls to Stripe's API per minute, at most, of all workers together",
+};
+const API_RATE_LIMIT_CACHE_KEY: Setting = Setting {
+    name: "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
+    default: Some("litestripe_stripe_api_rate_limit"),
+    help: "key in the JetStream KV bucket litestripe under which workers share that budget",
+};
+const API_RATE_LIMIT_WINDOW: Setting = Setting {
+    name: "LITESTRIPE_API_RATE_LIMIT_WINDOW",
+    default: Some("1m"),
+    help: "the span that the budget is for; for tests",
+};
+
 /// The settings only the worker has.
 pub const SETTINGS: &[Setting] = &[
-    Setting {
-        name: "DATABASE_URL",
-        default: Some("sqlite://litestripe.db?mode=rwc"),
-        help: "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)",
-    },
-    Setting {
-        name: "LITESTRIPE_AUTO_MIGRATE",
-        default: None,
-        help: "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
-               false on PostgreSQL]",
-    },
-    Setting {
-        name: "LITESTRIPE_WORKER_LISTEN",
-        default: Some("127.0.0.1:9090"),
-        help: "address of /healthz, /readyz and /metrics",
-    },
-    Setting { name: "LITESTRIPE_BATCH", default: Some("250"), help: "events per transaction, at most" },
-    Setting {
-        name: "LITESTRIPE_SIGNALS_MAX_AGE",
-        default: Some("7d"),
-        help: "how long LITESTRIPE_SIGNALS keeps signals",
-    },
-    Setting {
-        name: "LITESTRIPE_DEAD_LETTERS_MAX_AGE",
-        default: Some("90d"),
-        help: "how long STRIPE_DEAD_LETTERS keeps dead letters",
-    },
-    Setting {
-        name: "LITESTRIPE_METADATA_KEYS",
-        default: Some("*"),
-        help: "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data",
-    },
-    Setting {
-        name: "LITESTRIPE_ORPHAN_GRACE",
-        default: Some("10m"),
-        help: "how long a subscription may wait for its Checkout Session before it is an orphan",
-    },
-    Setting {
-        name: "LITESTRIPE_ORPHAN_WITHOUT_SESSION",
-        default: Some("true"),
-        help: "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API",
-    },
-    Setting {
-        name: "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE",
-        default: Some("90d"),
-        help: "when an open orphan's email is erased all the same",
-    },
-    Setting {
-        name: "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED",
-        default: Some("false"),
-        help: "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES",
-    },
-    Setting {
-        name: "LITESTRIPE_USER_LOOKUP",
-        default: Some("none"),
-        help: "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>",
-    },
-    Setting {
-        name: "LITESTRIPE_USER_DATABASE_URL",
-        default: None,
-        help: "where the sql: lookup runs [default: DATABASE_URL]",
-    },
-    Setting {
-        name: "STRIPE_SECRET_KEY",
-        default: None,
-        help: "allows calls to Stripe's API; without it everything else works",
-    },
-    Setting {
-        name: "STRIPE_API_BASE",
-        default: Some("https://api.stripe.com"),
-        help: "where Stripe's API is; for tests and proxies",
-    },
-    Setting {
-        name: "LITESTRIPE_BACKFILL_INTERVAL",
-        default: None,
-        help: "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]",
-    },
-    Setting {
-        name: "LITESTRIPE_MAX_REQUESTS_PER_MINUTE",
-        default: Some("75"),
-        help: "calls to Stripe's API per minute, at most, of all workers together",
-    },
-    Setting {
-        name: "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
-        default: Some("litestripe_stripe_api_rate_limit"),
-        help: "key in the JetStream KV bucket litestripe under which workers share that budget",
-    },
-    Setting {
-        name: "LITESTRIPE_API_RATE_LIMIT_WINDOW",
-        default: Some("1m"),
-        help: "the span that the budget is for; for tests",
-    },
+    DATABASE_URL,
+    AUTO_MIGRATE,
+    LISTEN,
+    BATCH,
+    SIGNALS_MAX_AGE,
+    DEAD_LETTERS_MAX_AGE,
+    METADATA_KEYS,
+    ORPHAN_GRACE,
+    ORPHAN_WITHOUT_SESSION,
+    ORPHAN_EMAIL_MAX_AGE,
+    ERASE_ON_CUSTOMER_DELETED,
+    USER_LOOKUP,
+    USER_DATABASE_URL,
+    STRIPE_SECRET_KEY,
+    STRIPE_API_BASE,
+    BACKFILL_INTERVAL,
+    MAX_REQUESTS_PER_MINUTE,
+    API_RATE_LIMIT_CACHE_KEY,
+    API_RATE_LIMIT_WINDOW,
 ];
 
 /// The most events that one transaction may take: it bounds memory and a statement's parameters.
@@ -121,7 +142,7 @@ const BATCH_MAX: usize = 1000;
 const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// How often a worker with a key backfills by itself, where nothing else is set.
-const BACKFILL_INTERVAL: Duration = Duration::from_secs(60 * 60);
+const BACKFILL_INTERVAL_DEFAULT: Duration = Duration::from_secs(60 * 60);
 
 /// Windows of the API budget that make sense: below, a request's way takes too large a part of it.
 const WINDOWS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
@@ -249,19 +270,18 @@ pub enum DatabaseKind {
 /// # Errors
 /// All the problems at once.
 pub fn read(given: Given) -> Result<Settings, Problems> {
-    let mut reader = Reader::new(given, &[SETTINGS, SHARED]);
+    let mut reader = Reader::new(given);
     let database = read_database(&mut reader);
-    let listen = reader.defaulted("LITESTRIPE_WORKER_LISTEN", ADDRESS, settings::address);
-    let batch = reader.defaulted("LITESTRIPE_BATCH", "a number from 1 to 1000", |value| {
+    let listen = reader.defaulted(&LISTEN, ADDRESS, settings::address);
+    let batch = reader.defaulted(&BATCH, "a number from 1 to 1000", |value| {
         value.parse().ok().filter(|batch| (1..=BATCH_MAX).contains(batch))
     });
-    let signals_max_age = reader.defaulted("LITESTRIPE_SIGNALS_MAX_AGE", DURATION, settings::duration);
-    let dead_letters_max_age = reader.defaulted("LITESTRIPE_DEAD_LETTERS_MAX_AGE", DURATION, settings::duration);
+    let signals_max_age = reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration);
+    let dead_letters_max_age = reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration);
     let metadata_keys =
-        reader.defaulted("LITESTRIPE_METADATA_KEYS", "*, none, or keys, comma-separated", |value| value.parse().ok());
+        reader.defaulted(&METADATA_KEYS, "*, none, or keys, comma-separated", |value| value.parse().ok());
     let orphans = read_orphans(&mut reader);
-    let erase_on_customer_deleted =
-        reader.defaulted("LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", "true or false", settings::flag);
+    let erase_on_customer_deleted = reader.defaulted(&ERASE_ON_CUSTOMER_DELETED, "true or false", settings::flag);
     let lookup = read_lookup(&mut reader, database.as_ref());
     let stripe = read_stripe(&mut reader);
     let nats = NatsSettings::read(&mut reader);
@@ -286,28 +306,28 @@ pub fn read(given: Given) -> Result<Settings, Problems> {
 }
 
 fn read_database(reader: &mut Reader) -> Option<DatabaseSettings> {
-    let (url, kind) = reader.defaulted("DATABASE_URL", DATABASE, database_url);
-    let auto_migrate = reader.optional("LITESTRIPE_AUTO_MIGRATE", "true or false", settings::flag);
+    let (url, kind) = reader.defaulted(&DATABASE_URL, DATABASE, database_url);
+    let auto_migrate = reader.optional(&AUTO_MIGRATE, "true or false", settings::flag);
     Some(DatabaseSettings { url, kind, auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite) })
 }
 
 fn read_orphans(reader: &mut Reader) -> OrphanSettings {
     OrphanSettings {
-        grace: reader.defaulted("LITESTRIPE_ORPHAN_GRACE", "a time such as 10m, at most 365d", |value| {
+        grace: reader.defaulted(&ORPHAN_GRACE, "a time such as 10m, at most 365d", |value| {
             settings::duration(value).filter(|grace| *grace <= GRACE_MAX)
         }),
-        without_session: reader.defaulted("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "true or false", settings::flag),
-        email_max_age: reader.defaulted("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", DURATION, settings::duration),
+        without_session: reader.defaulted(&ORPHAN_WITHOUT_SESSION, "true or false", settings::flag),
+        email_max_age: reader.defaulted(&ORPHAN_EMAIL_MAX_AGE, DURATION, settings::duration),
     }
 }
 
 fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Option<LookupSettings> {
-    let database = match reader.optional("LITESTRIPE_USER_DATABASE_URL", DATABASE, database_url) {
+    let database = match reader.optional(&USER_DATABASE_URL, DATABASE, database_url) {
         Some((url, kind)) => DatabaseSettings { url, kind, auto_migrate: false },
         None => database?.clone(),
     };
     let expected = "none, sql:<query with $1>, or nats:<subject>";
-    Some(reader.defaulted("LITESTRIPE_USER_LOOKUP", expected, |value| {
+    Some(reader.defaulted(&USER_LOOKUP, expected, |value| {
         if value == "none" {
             return Some(LookupSettings::None);
         }
@@ -324,19 +344,19 @@ fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Opti
 }
 
 fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
-    let base = reader.defaulted("STRIPE_API_BASE", "a URL that starts with https:// or http://", |value| {
+    let base = reader.defaulted(&STRIPE_API_BASE, "a URL that starts with https:// or http://", |value| {
         let is_http = value.starts_with("https://") || value.starts_with("http://");
         is_http.then(|| value.trim_end_matches('/').to_owned())
     });
     let budget = BudgetSettings {
-        requests: reader.defaulted("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "a number above 0", |value| {
+        requests: reader.defaulted(&MAX_REQUESTS_PER_MINUTE, "a number above 0", |value| {
             value.parse().ok().filter(|requests| *requests > 0)
         }),
-        window: reader.defaulted("LITESTRIPE_API_RATE_LIMIT_WINDOW", "a time from 1s to 1d", |value| {
+        window: reader.defaulted(&API_RATE_LIMIT_WINDOW, "a time from 1s to 1d", |value| {
             settings::duration(value).filter(|window| WINDOWS.contains(window))
         }),
         key: reader.defaulted(
-            "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
+            &API_RATE_LIMIT_CACHE_KEY,
             "a key of NATS: letters, digits and -/_=., no dot at an end",
             |value| kv::is_key(value).then(|| value.to_owned()),
         ),
@@ -346,9 +366,9 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
         interval => settings::duration(interval).filter(|interval| *interval >= Duration::from_secs(1)).map(Some),
     };
     let backfill_interval = reader
-        .optional("LITESTRIPE_BACKFILL_INTERVAL", "off, or a time such as 30m or 1h, at least 1s", interval)
-        .unwrap_or(Some(BACKFILL_INTERVAL));
-    let key = reader.optional("STRIPE_SECRET_KEY", "a secret or restricted key (sk_… or rk_…)", |value| {
+        .optional(&BACKFILL_INTERVAL, "off, or a time such as 30m or 1h, at least 1s", interval)
+        .unwrap_or(Some(BACKFILL_INTERVAL_DEFAULT));
+    let key = reader.optional(&STRIPE_SECRET_KEY, "a secret or restricted key (sk_… or rk_…)", |value| {
         let fits = value.starts_with("sk_") || value.starts_with("rk_");
         (fits && value.bytes().all(|byte| byte.is_ascii_graphic())).then(|| SecretString::from(value))
     })?;

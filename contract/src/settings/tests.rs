@@ -1,12 +1,10 @@
 use std::time::Duration;
 
-use super::{
-    BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, SHARED, bytes, duration,
-};
+use super::{BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, bytes, duration};
 
 fn reader(given: &[(&'static str, &str)]) -> Reader {
     let given: Given = given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-    Reader::new(given, &[SHARED])
+    Reader::new(given)
 }
 
 #[test]
@@ -73,7 +71,7 @@ fn nats_servers_are_urls_with_a_host() {
 #[test]
 fn a_required_setting_that_is_missing_is_a_problem_once() {
     let mut reader = reader(&[]);
-    assert_eq!(reader.required("NATS_CREDS", "a path", super::text), None);
+    assert_eq!(reader.required(&super::NATS_CREDS, "a path", super::text), None);
     let Problems(problems) = reader.finish::<()>(None).expect_err("it is missing");
     assert_eq!(problems, ["NATS_CREDS is missing: set it to a path"]);
 }

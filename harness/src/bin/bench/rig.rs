@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::{self};
-use litestripe_contract::settings::{EventsSettings, Given, Reader, SHARED};
+use litestripe_contract::settings::{EventsSettings, Given, Reader};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_contract::{header, stream};
 use litestripe_harness::bridge::{HOOK, SECRET};
@@ -58,7 +58,7 @@ pub(crate) fn database_usage(server: Option<&Process>) -> Option<Since> {
 
 /// The events stream's settings where nobody set any.
 pub(crate) fn events_settings() -> EventsSettings {
-    EventsSettings::read(&mut Reader::new(Given::default(), &[SHARED]))
+    EventsSettings::read(&mut Reader::new(Given::default()))
 }
 
 /// A program and where it listens.
