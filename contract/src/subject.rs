@@ -33,12 +33,6 @@ pub fn of_event(event_type: &EventType) -> String {
     [EVENTS_PREFIX, event_type.as_str()].concat()
 }
 
-/// The subject under which a dead letter is stored.
-#[must_use]
-pub fn of_dead_letter(event_type: &EventType) -> String {
-    format!("{DEAD_LETTERS_PREFIX}{event_type}")
-}
-
 /// The event type in the subject of a raw event or a dead letter, if it is one.
 #[must_use]
 pub fn event_type(subject: &str) -> Option<EventType> {
