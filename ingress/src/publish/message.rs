@@ -2,17 +2,26 @@
 //!
 //! Owns which headers an event has in the stream. May not know how it gets there.
 
+use std::num::NonZero;
+
 use async_nats::HeaderMap;
 use async_nats::header::{HeaderName, HeaderValue, NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::{header, subject};
 use time::OffsetDateTime;
+use time::format_description::well_known::Iso8601;
+use time::format_description::well_known::iso8601::{self, TimePrecision};
 
 use crate::signature::VerifiedBody;
 
 /// What the headers take besides the texts that vary, in bytes: names, line ends, the time of
 /// receipt, and what makes a message a member of a batch. In truth some 300.
 const HEADERS_OVERHEAD_BYTES: usize = 512;
+
+/// How the time of receipt is written: RFC 3339 in UTC, always with three digits of milliseconds.
+const RECEIVED_AT: Iso8601<{ MILLISECONDS.encode() }> = Iso8601;
+const MILLISECONDS: iso8601::Config =
+    iso8601::Config::DEFAULT.set_time_precision(TimePrecision::Second { decimal_digits: NonZero::new(3) });
 
 /// A delivery that was verified, with everything that is stored of it.
 #[derive(Debug)]
@@ -57,27 +66,8 @@ impl Delivery {
     }
 }
 
-/// RFC 3339 in UTC, with milliseconds. Written digit by digit: a format is interpreted every time.
 fn received_at(received: OffsetDateTime) -> String {
-    let received = received.to_utc();
-    let (year, month, day) = (received.year().unsigned_abs(), received.month() as u32, u32::from(received.day()));
-    let (hour, minute, second) = (received.hour().into(), received.minute().into(), received.second().into());
-    let mut text = String::with_capacity("2026-11-23T16:47:05.060Z".len());
-    for (number, digits, end) in [
-        (year, 4, '-'),
-        (month, 2, '-'),
-        (day, 2, 'T'),
-        (hour, 2, ':'),
-        (minute, 2, ':'),
-        (second, 2, '.'),
-        (received.millisecond().into(), 3, 'Z'),
-    ] {
-        for place in (0..digits).rev() {
-            text.push(char::from_digit(number / 10_u32.pow(place) % 10, 10).unwrap_or('0'));
-        }
-        text.push(end);
-    }
-    text
+    received.to_utc().format(&RECEIVED_AT).expect("a clock shows a year of four digits")
 }
 
 #[cfg(test)]
