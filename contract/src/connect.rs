@@ -84,6 +84,7 @@ pub async fn follow_max_payload(client: &Client, settings: &NatsSettings, name: 
 async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, ConnectError> {
     // A dependency that brings a second crypto backend must not make the first handshake panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    #[expect(clippy::disallowed_methods, reason = "the one place where options are made")]
     let mut options = identify(ConnectOptions::new(), &settings.identity)
         .await?
         .name(name)

@@ -26,6 +26,7 @@ pub fn token() -> std::io::Result<CancellationToken> {
                 cancelled.cancel();
             }
         }
+        #[expect(clippy::disallowed_methods, reason = "the operator asked twice")]
         std::process::exit(EXIT_SECOND_SIGNAL);
     });
     Ok(token)

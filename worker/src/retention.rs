@@ -78,6 +78,7 @@ async fn look(
         ack_floor: consumer.cached_info().ack_floor.stream_sequence.min(replayed_until),
     };
     let Some(keep_from) = keep_from(fill) else { return Ok(()) };
+    #[expect(clippy::disallowed_methods, reason = "up to the first event that is still needed")]
     let purged = stream.purge().sequence(keep_from).await?.purged;
     metrics::events_purged(purged);
     warn!(

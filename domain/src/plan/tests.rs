@@ -55,6 +55,7 @@ proptest! {
 
 /// How many histories there are; `LITESTRIPE_LONG` says how many more.
 fn cases() -> ProptestConfig {
+    #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
     let long = std::env::var("LITESTRIPE_LONG").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig { cases: long.unwrap_or(2_000), failure_persistence: None, ..ProptestConfig::default() }
 }

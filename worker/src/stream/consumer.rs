@@ -414,6 +414,7 @@ impl Doomed {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the one place where messages are settled")]
 async fn settle(message: &Message, kind: AckKind) {
     if let Err(error) = message.ack_with(kind).await {
         debug!("a message could not be settled and will be delivered again: {error}");

@@ -36,6 +36,7 @@ struct Tally {
 
 #[test]
 fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
+    #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
     let setting = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let histories = setting("LITESTRIPE_LONG").unwrap_or(HISTORIES);
     let seed = setting("LITESTRIPE_SEED").unwrap_or(histories);

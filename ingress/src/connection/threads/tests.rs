@@ -13,13 +13,13 @@ async fn a_thread_that_is_not_to_be_had_is_an_error() {
 #[tokio::test]
 async fn few_are_together_and_many_are_spread() {
     let threads = Threads::of(2);
-    let (sender, mut places) = mpsc::unbounded_channel();
+    let (sender, mut places) = mpsc::channel(TOGETHER);
     let release = CancellationToken::new();
     let mut places_of = async |tasks: usize| {
         for _ in 0..tasks {
             let (sender, release) = (sender.clone(), release.clone());
             threads.spawn(async move {
-                let _ = sender.send(thread::current().id());
+                let _ = sender.send(thread::current().id()).await;
                 release.cancelled().await;
             });
         }
