@@ -129,7 +129,7 @@ impl Publisher {
     ///
     /// # Errors
     /// When there is no PubAck: at once if the connection has been lost for a second or JetStream
-    /// refuses, else after [`STORE_WITHIN`].
+    /// refuses, else after 7.5 s.
     pub async fn store(&self, delivery: Delivery) -> Result<Stored, StoreError> {
         let delivery = Arc::new(delivery);
         let outcome = tokio::select! {
