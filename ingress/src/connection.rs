@@ -18,7 +18,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -64,54 +64,27 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
-        .max_header_size(HEAD_BYTES_MAX)
-        .max_buf_size(BUFFER_BYTES_MAX)
-        // Answers are short: copied behind their heads they go out cheaper than in pieces.
-        .writev(false);
+    let http = http();
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let graceful = GracefulShutdown::new();
     let threads = Threads::start();
     let failures = Throttle::new(Duration::from_secs(60));
     while let Some(accepted) = shutdown.run_until_cancelled(accept(&listener, &connections)).await {
-        let (stream, permit) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            Ok((stream, permit)) => {
+                let connection = serve_connection(http.clone(), stream, service.clone(), graceful.watcher());
+                threads.spawn(async move {
+                    let _permit = permit;
+                    connection.await;
+                });
+            }
             Err(error) => {
                 if let Some(omitted) = failures.admit(std::time::Instant::now()) {
                     warn!(omitted, "cannot accept a connection: {error}");
                 }
                 sleep(ACCEPT_AGAIN_AFTER).await;
-                continue;
             }
-        };
-        let lingers = Arc::new(AtomicBool::new(false));
-        let service = service_fn({
-            let (service, lingers) = (service.clone(), Arc::clone(&lingers));
-            move |request| {
-                let response = service.call(request);
-                let lingers = Arc::clone(&lingers);
-                async move {
-                    let response = response.await?;
-                    lingers.store(closes(&response), Ordering::Relaxed);
-                    Ok::<_, Infallible>(response)
-                }
-            }
-        });
-        let (http, watcher) = (http.clone(), graceful.watcher());
-        threads.spawn(async move {
-            let _permit = permit;
-            // Registered anew, with the thread that serves it.
-            let stream = match TcpStream::from_std(stream) {
-                Ok(stream) => stream,
-                Err(error) => return debug!("connection not served: {error}"),
-            };
-            let socket = TokioIo::new(Socket::new(stream, lingers));
-            if let Err(error) = watcher.watch(http.serve_connection(socket, service)).await {
-                debug!("connection ended: {error}");
-            }
-        });
+        }
     }
     drop(listener);
     if timeout(STOP_WITHIN, graceful.shutdown()).await.is_err() {
@@ -128,6 +101,44 @@ async fn accept(
     let (stream, _) = listener.accept().await?;
     stream.set_nodelay(true)?;
     Ok((stream.into_std()?, permit))
+}
+
+fn http() -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN)
+        .max_header_size(HEAD_BYTES_MAX)
+        .max_buf_size(BUFFER_BYTES_MAX)
+        // Answers are short: copied behind their heads they go out cheaper than in pieces.
+        .writev(false);
+    http
+}
+
+async fn serve_connection<S, B>(http: http1::Builder, stream: std::net::TcpStream, service: S, watcher: Watcher)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    B: hyper::body::Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    // Registered anew, with the thread that serves it.
+    let stream = match TcpStream::from_std(stream) {
+        Ok(stream) => stream,
+        Err(error) => return debug!("connection not served: {error}"),
+    };
+    let lingers = Arc::new(AtomicBool::new(false));
+    let socket = TokioIo::new(Socket::new(stream, Arc::clone(&lingers)));
+    let service = service_fn(move |request| {
+        let response = service.call(request);
+        let lingers = Arc::clone(&lingers);
+        async move {
+            let response = response.await?;
+            lingers.store(closes(&response), Ordering::Relaxed);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    if let Err(error) = watcher.watch(http.serve_connection(socket, service)).await {
+        debug!("connection ended: {error}");
+    }
 }
 
 /// Whether the answer ends its connection: then the request may not have been read to its end.

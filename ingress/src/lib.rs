@@ -35,6 +35,7 @@ use crate::publish::Publisher;
 use crate::route::Ingress;
 use crate::secret::{NoSecret, SecretSource};
 use crate::settings::Settings;
+use crate::signature::SigningSecret;
 
 /// How often metrics are folded.
 const FOLD_EVERY: Duration = Duration::from_secs(5);
@@ -82,26 +83,13 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
         refused: Ingress::refused(),
     };
 
-    let mut background = JoinSet::new();
-    let tended = Arc::clone(&publisher);
-    background.spawn(async move { tended.tend().await });
-    background.spawn(async move {
-        loop {
-            sleep(FOLD_EVERY).await;
-            metrics.fold();
-        }
-    });
-    if let SecretSource::File(path) = settings.secrets {
-        background.spawn(async move { secret::follow(&path, &secrets).await });
-    }
-
+    let mut background = background(Arc::clone(&publisher), metrics, settings.secrets, secrets);
     if let Ok(address) = listener.local_addr() {
         info!(%address, "listening on http://{address}");
     }
     let mut serving = pin!(connection::serve(listener, route::service(Arc::new(ingress)), &shutdown));
     let outcome = tokio::select! {
         () = &mut serving => Ok(()),
-        // None of them ends by itself.
         _ = background.join_next() => {
             error!("a part of ingress panicked, which is a bug: stopping, to be started again");
             shutdown.cancel();
@@ -115,4 +103,25 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
     }
     info!("stopped");
     outcome
+}
+
+/// Everything that runs beside the connections. None of it ends by itself.
+fn background(
+    publisher: Arc<Publisher>,
+    metrics: Arc<Metrics>,
+    source: SecretSource,
+    secrets: watch::Sender<Arc<[SigningSecret]>>,
+) -> JoinSet<()> {
+    let mut background = JoinSet::new();
+    background.spawn(async move { publisher.tend().await });
+    background.spawn(async move {
+        loop {
+            sleep(FOLD_EVERY).await;
+            metrics.fold();
+        }
+    });
+    if let SecretSource::File(path) = source {
+        background.spawn(async move { secret::follow(&path, &secrets).await });
+    }
+    background
 }

@@ -161,25 +161,15 @@ impl GroupCommit {
 
 /// Reads the settings.
 ///
-/// `holds_secret` says whether a secret file holds a secret now. It is asked only when something
-/// else is wrong, so that a missing secret is reported with the rest; a file may yet come.
+/// `holds_secret` says whether a secret file holds a secret now. One that holds none is reported only with
+/// other problems: it may yet come.
 ///
 /// # Errors
 /// All the problems at once.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let hook = reader.required(&UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
-    let secrets = reader.optional(
-        &SECRET,
-        "whsec_ and letters and digits, or several of them, comma-separated",
-        secret::parse_list,
-    );
-    let secret_file: PathBuf = reader.defaulted(&SECRET_FILE, "a path", path);
-    let has_secret = reader.is_given(&SECRET) || holds_secret(&secret_file);
-    let secrets = match secrets {
-        Some(secrets) => SecretSource::Given(secrets),
-        None => SecretSource::File(secret_file.clone()),
-    };
+    let (secrets, no_secret) = read_secrets(&mut reader, holds_secret);
     let tolerance_s: u32 = reader.defaulted(&TOLERANCE, "whole seconds", |value| value.parse().ok());
     let listen = reader.defaulted(&LISTEN, ADDRESS, address);
     let event_types = reader.optional(&EVENT_TYPES, "event types, comma-separated, or *", EventTypes::parse);
@@ -204,13 +194,22 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
         log,
     });
     reader.finish(settings).map_err(|Problems(mut problems)| {
-        if !has_secret {
-            let file = secret_file.display();
-            problems
-                .push(format!("{} is missing, and {} names {file}, which holds none", SECRET.name, SECRET_FILE.name));
-        }
+        problems.extend(no_secret);
         Problems(problems)
     })
+}
+
+/// Where the secrets come from, and what to say if there are none so far.
+fn read_secrets(reader: &mut Reader, holds_secret: impl Fn(&Path) -> bool) -> (SecretSource, Option<String>) {
+    let expected = "whsec_ and letters and digits, or several of them, comma-separated";
+    let secrets = reader.optional(&SECRET, expected, secret::parse_list);
+    let file: PathBuf = reader.defaulted(&SECRET_FILE, "a path", path);
+    let has_none = !reader.is_given(&SECRET) && !holds_secret(&file);
+    let no_secret = has_none.then(|| {
+        let (file, setting) = (file.display(), SECRET.name);
+        format!("{setting} is missing, and {} names {file}, which holds none", SECRET_FILE.name)
+    });
+    (secrets.map_or(SecretSource::File(file), SecretSource::Given), no_secret)
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use async_nats::header::{HeaderValue, NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE};
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::publish::PublishAck;
 use async_nats::{Client, HeaderMap};
 use litestripe_contract::event::EventId;
 use litestripe_contract::exit;
@@ -259,8 +260,7 @@ impl Batch {
     async fn commit(mut self, jetstream: &jetstream::Context) -> Option<OnItsWay> {
         let last = self.held.take()?;
         let count = self.sent.len() + 1;
-        let headers = if count == 1 { last.delivery.headers() } else { self.headers(&last, count) };
-        let headers = if count == 1 { headers } else { committing(headers) };
+        let headers = if count == 1 { last.delivery.headers() } else { committing(self.headers(&last, count)) };
         let ack = send(jetstream, &last.delivery, headers).await;
         let id = self.id;
         let outcome = async move {
@@ -268,14 +268,7 @@ impl Batch {
                 Ok(ack) => acknowledged(ack).await,
                 Err(error) => Err(error),
             };
-            match ack {
-                Ok(ack) if count == 1 => Outcome::Known(Ok(stored(&ack))),
-                Ok(ack) if ack.batch_id.as_deref() == Some(id.as_str()) && ack.batch_size == Some(count as u64) => {
-                    Outcome::Known(Ok(Stored::New))
-                }
-                Ok(_) => Outcome::Alone,
-                Err(error) => not_stored(error),
-            }
+            ack.map_or_else(not_stored, |ack| committed(&ack, &id, count))
         };
         self.sent.push(last);
         Some(OnItsWay {
@@ -303,6 +296,15 @@ impl Batch {
 fn committing(mut headers: HeaderMap) -> HeaderMap {
     headers.insert(NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL);
     headers
+}
+
+/// What the PubAck of a batch of `count` members says of them.
+fn committed(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
+    if count == 1 {
+        return Outcome::Known(Ok(stored(ack)));
+    }
+    let is_of_this_batch = ack.batch_id.as_deref() == Some(id.as_str()) && ack.batch_size == Some(count as u64);
+    if is_of_this_batch { Outcome::Known(Ok(Stored::New)) } else { Outcome::Alone }
 }
 
 /// What members of a batch without a PubAck are told.

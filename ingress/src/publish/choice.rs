@@ -99,29 +99,10 @@ impl Choice {
     /// A message of that turn was acknowledged after `took`; `in_flight` others are on their way.
     pub(super) fn acknowledged(&mut self, turn: Turn, took: Duration, in_flight: usize, now: Instant) {
         let Phase::Trying(trial) = &mut self.phase else { return };
-        if turn != Turn(Some(self.turn)) {
+        if turn != Turn(Some(self.turn)) || !trial.record(took) {
             return;
         }
-        if trial.skip > 0 {
-            trial.skip -= 1;
-            return;
-        }
-        match trial.way() {
-            Way::Single => trial.single += took,
-            Way::Grouped => trial.grouped += took,
-        }
-        trial.messages += 1;
-        if trial.messages < TURN_MESSAGES {
-            return;
-        }
-        trial.messages = 0;
-        trial.skip = in_flight;
-        trial.turns_over += 1;
-        if trial.way() == Way::Single {
-            // Grouping costs the broker more work per message, so it has to be worth it.
-            trial.won += u32::from(trial.grouped * 10 < trial.single * 9);
-            (trial.single, trial.grouped) = (Duration::ZERO, Duration::ZERO);
-        }
+        trial.end_turn(in_flight);
         if trial.turns_over == 2 * PAIRS {
             self.chosen = if trial.won > PAIRS / 2 { Way::Grouped } else { Way::Single };
             self.phase = Phase::Holding { until: now + HOLD };
@@ -144,6 +125,31 @@ impl Choice {
 }
 
 impl Trial {
+    /// Records a message of this turn. Returns whether it was the last one.
+    fn record(&mut self, took: Duration) -> bool {
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
+        match self.way() {
+            Way::Single => self.single += took,
+            Way::Grouped => self.grouped += took,
+        }
+        self.messages += 1;
+        self.messages >= TURN_MESSAGES
+    }
+
+    fn end_turn(&mut self, in_flight: usize) {
+        self.messages = 0;
+        self.skip = in_flight;
+        self.turns_over += 1;
+        if self.way() == Way::Single {
+            // Grouping costs the broker more work per message, so it has to be worth it.
+            self.won += u32::from(self.grouped * 10 < self.single * 9);
+            (self.single, self.grouped) = (Duration::ZERO, Duration::ZERO);
+        }
+    }
+
     fn way(&self) -> Way {
         if self.turns_over.is_multiple_of(2) { Way::Single } else { Way::Grouped }
     }
