@@ -8,7 +8,7 @@ use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
 use litestripe_contract::{exit, telemetry};
 
-use crate::settings::{SETTINGS, Settings};
+use crate::settings::{SETTINGS, Settings, WINDOW};
 use crate::start::database::Schema;
 use crate::start::parts::{self, Parts};
 
@@ -128,5 +128,6 @@ pub fn command_line() -> clap::Command {
             "Every setting may be given as a flag or as the environment variable of the same name; .env is read.",
         );
     let command = settings::declare(settings::declare(command, SETTINGS), SHARED);
+    let command = command.mut_arg(WINDOW.name, |arg| arg.hide(true));
     Command::augment_subcommands(command).subcommand_required(false).arg_required_else_help(false)
 }

@@ -106,7 +106,8 @@ const API_RATE_LIMIT_CACHE_KEY: Setting = Setting {
     default: Some("litestripe_stripe_api_rate_limit"),
     help: "key in the JetStream KV bucket litestripe under which workers share that budget",
 };
-const API_RATE_LIMIT_WINDOW: Setting = Setting {
+/// The span that the API budget is for. Tests shorten it; `--help` does not list it.
+pub const WINDOW: Setting = Setting {
     name: "LITESTRIPE_API_RATE_LIMIT_WINDOW",
     default: Some("1m"),
     help: "the span that the budget is for; for tests",
@@ -132,7 +133,7 @@ pub const SETTINGS: &[Setting] = &[
     BACKFILL_INTERVAL,
     MAX_REQUESTS_PER_MINUTE,
     API_RATE_LIMIT_CACHE_KEY,
-    API_RATE_LIMIT_WINDOW,
+    WINDOW,
 ];
 
 /// The most events that one transaction may take: it bounds memory and a statement's parameters.
@@ -352,7 +353,7 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
         requests: reader.defaulted(&MAX_REQUESTS_PER_MINUTE, "a number above 0", |value| {
             value.parse().ok().filter(|requests| *requests > 0)
         }),
-        window: reader.defaulted(&API_RATE_LIMIT_WINDOW, "a time from 1s to 1d", |value| {
+        window: reader.defaulted(&WINDOW, "a time from 1s to 1d", |value| {
             settings::duration(value).filter(|window| WINDOWS.contains(window))
         }),
         key: reader.defaulted(
