@@ -1,126 +1,104 @@
-//! When the budget's requests may be sent: its slots, as arithmetic. Pure.
+//! Reservations of the shared budget, as arithmetic on the broker's clock. Pure.
 //!
-//! Slots are at least [`Plan::interval`] apart, whoever takes them. A request reaches Stripe at its
-//! slot or up to a slack later, so those that arrive within a window have their slots within a window
-//! and a slack: with `interval = (window + slack) / requests` these are never more than `requests`,
-//! wherever the window begins. Half of the slack is for the process that may wake up late, after which
-//! the permit is lost; the other half is for the request's way.
+//! A reservation starts when the broker stored it, or at its `free` if that is later. The next one starts at
+//! least its `length` after that: [`Plan::interval`] for each request. Requests are sent within
+//! [`Plan::usable`] of the start and reach Stripe within as long as half of that. So the requests that reach
+//! Stripe within one window belong to reservations that start within a span: window, usable and way. The
+//! lengths of all of these but the last one fit into the span, so with `interval = span / (requests - size_max
+//! + 1)` they have at most `requests - size_max` requests, and the last one has at most `size_max`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
-/// The slack is the window's twentieth: it leaves 20 parts of 21, or 95 %, of the budget usable.
-const SLACK: u32 = 20;
-
-/// A block is at most the budget's twentieth: a process that dies takes no more with it.
-const BLOCK: u32 = 20;
-
-/// A next slot that is this many windows away is nothing that workers have taken, a block each, but was
-/// written by a clock that has been set back since.
-const AHEAD_MAX: u32 = 1000;
-
-/// A budget: so many requests in every window of that length.
+/// A budget: at most so many requests in every window.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
-    window: Duration,
-    interval: Duration,
-    lateness: Duration,
-    block: usize,
+    /// The time that a reservation takes for each of its requests.
+    pub(super) interval: Duration,
+    /// How long after its start a reservation may be used: a thirtieth of the window. With the way to Stripe
+    /// it costs a twentieth of the budget.
+    pub(super) usable: Duration,
+    /// Requests in one reservation, at most: a hundredth of the budget. A process that dies wastes no more.
+    pub(super) size_max: u32,
+    /// No reservation ends later than this after it was stored.
+    span: Duration,
 }
 
-/// A run of slots that one process took.
+/// What stands under the budget's key: the last reservation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Block {
-    /// When the first one is.
-    pub(super) first: OffsetDateTime,
-    /// When the first one is that the block leaves to others.
-    pub(super) next: OffsetDateTime,
+pub(super) struct Reservation {
+    /// When the reservations before it end.
+    pub(super) free: OffsetDateTime,
+    pub(super) length: Duration,
 }
 
 impl Plan {
-    /// A plan of at most `requests` in every `window`. `requests` is above 0.
+    /// `requests` is above 0.
     pub(super) fn new(requests: u32, window: Duration) -> Self {
-        let slack = window / SLACK;
-        // Up to the microsecond that is stored.
-        let interval = (window + slack).as_micros().div_ceil(u128::from(requests.max(1)));
-        let interval = Duration::from_micros(u64::try_from(interval).unwrap_or(u64::MAX));
-        let block = usize::try_from(requests / BLOCK).unwrap_or(usize::MAX).max(1);
-        Self { window, interval, lateness: slack / 2, block }
+        let usable = window / 30;
+        let size_max = (requests / 100).max(1);
+        let intervals = requests.saturating_sub(size_max).saturating_add(1);
+        let nanos = (window + usable + usable / 2).as_nanos().div_ceil(u128::from(intervals));
+        let interval = Duration::from_micros(u64::try_from(nanos.div_ceil(1000)).unwrap_or(u64::MAX));
+        Self { interval, usable, size_max, span: interval.saturating_mul(intervals) }
     }
 
-    /// The time from one slot to the next.
-    pub(super) fn interval(&self) -> Duration {
-        self.interval
+    /// When a reservation starts that the broker stored at `stored`. If it would end beyond the span, somebody
+    /// wrote the key by hand or set the broker's clock back: then it starts a span after `stored`.
+    pub(super) fn start(&self, reservation: Reservation, stored: OffsetDateTime) -> OffsetDateTime {
+        if reservation.free - stored <= self.span.saturating_sub(reservation.length) {
+            reservation.free.max(stored)
+        } else {
+            stored + self.span
+        }
     }
 
-    /// How long after its slot a permit may still be used.
-    pub(super) fn lateness(&self) -> Duration {
-        self.lateness
-    }
-
-    /// Slots in a block, at most.
-    pub(super) fn block(&self) -> usize {
-        self.block
-    }
-
-    /// Slots in the next block of a process that has used up one of `size` slots, and asks for the next slot
-    /// so late after it: twice as many while it is punctual. One that lags behind the slots would come too
-    /// late for the last ones of a larger block, and nobody could use them.
-    pub(super) fn next_size(&self, size: usize, late: Duration) -> usize {
-        let next = if late <= self.lateness / 4 { size.saturating_mul(2) } else { size / 2 };
-        next.clamp(1, self.block)
-    }
-
-    /// Slots that one process may use at once, because it woke up late.
-    pub(super) fn burst(&self) -> usize {
-        let slots = self.lateness.as_micros() / self.interval.as_micros().max(1);
-        usize::try_from(slots).unwrap_or(usize::MAX).saturating_add(2)
-    }
-
-    /// The next `count` slots, where `stored` is what the last block left to others.
-    pub(super) fn take(&self, stored: Stored, now: OffsetDateTime, count: usize) -> Block {
-        let first = match stored {
-            Stored::Nothing => now,
-            Stored::Next(next) if next <= now + self.window * AHEAD_MAX => next.max(now),
-            // Whatever was taken before is over after a window.
-            Stored::Next(_) | Stored::Unreadable => now + self.window,
+    /// The reservation of `length` that follows the one in `value`, which was stored at `stored`. If `value` is
+    /// missing or unreadable, whatever was reserved before is over a span after `stored`.
+    pub(super) fn next(&self, value: Option<&[u8]>, stored: OffsetDateTime, length: Duration) -> Reservation {
+        let free = match value.and_then(Reservation::parse) {
+            Some(last) => self.start(last, stored) + last.length.min(self.span),
+            None => stored + self.span,
         };
-        Block { first, next: first + self.interval * u32::try_from(count).unwrap_or(u32::MAX) }
+        Reservation { free, length }
     }
 
-    /// The slots of a block.
-    pub(super) fn slots(&self, block: Block) -> impl Iterator<Item = OffsetDateTime> {
-        let interval = self.interval;
-        std::iter::successors(Some(block.first), move |slot| Some(*slot + interval))
-            .take_while(move |slot| *slot < block.next)
+    /// When `reservation` may be used, by our clock. It was sent at `sent`, and by `received` we had read that
+    /// the broker stored it, or a later one, at `stored`: its clock showed that in between.
+    pub(super) fn permitted(
+        &self,
+        reservation: Reservation,
+        stored: OffsetDateTime,
+        sent: Instant,
+        received: Instant,
+    ) -> (Instant, Instant) {
+        let ahead = (self.start(reservation, stored) - stored).unsigned_abs();
+        (received + ahead, sent + ahead + self.usable)
+    }
+
+    /// How long to wait after `stored`, when the last reservation was stored, before `next` may be stored: stored
+    /// earlier, it would end beyond the span.
+    pub(super) fn wait(&self, next: Reservation, stored: OffsetDateTime) -> Duration {
+        Duration::try_from(next.free + next.length - (stored + self.span)).unwrap_or_default()
     }
 }
 
-/// What stands under the budget's key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stored {
-    /// Nothing yet.
-    Nothing,
-    /// The next free slot.
-    Next(OffsetDateTime),
-    /// Something else.
-    Unreadable,
-}
-
-impl Stored {
-    /// Reads a value: microseconds since the Unix epoch.
-    pub(super) fn read(value: Option<&[u8]>) -> Self {
-        let Some(value) = value else { return Self::Nothing };
-        let micros = std::str::from_utf8(value).ok().and_then(|text| text.parse::<i64>().ok());
-        let time = micros.and_then(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000).ok());
-        time.map_or(Self::Unreadable, Self::Next)
+impl Reservation {
+    /// Microseconds since the Unix epoch, a blank and microseconds. Earlier versions wrote when the next
+    /// reservation starts, without a length.
+    fn parse(value: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(value).ok()?;
+        let (free, length) = text.split_once(' ').unwrap_or((text, "0"));
+        let nanos = i128::from(free.parse::<i64>().ok()?) * 1000;
+        let free = OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()?;
+        Some(Self { free, length: Duration::from_micros(length.parse().ok()?) })
     }
 
-    /// The value that says that `next` is free. Rounded up: a slot is never too early.
-    pub(super) fn write(next: OffsetDateTime) -> String {
-        let nanos = next.unix_timestamp_nanos();
-        (nanos.div_euclid(1000) + i128::from(nanos.rem_euclid(1000) != 0)).to_string()
+    /// What [`Reservation::parse`] reads. Rounded up, so that nothing is free too early.
+    pub(super) fn to_value(self) -> String {
+        let free = (self.free.unix_timestamp_nanos() + 999).div_euclid(1000);
+        format!("{free} {}", self.length.as_nanos().div_ceil(1000))
     }
 }
 

@@ -1,85 +1,198 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use time::OffsetDateTime;
 
-use super::{Plan, Stored};
+use super::{Plan, Reservation};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+/// One step of processes that share a key.
+#[derive(Debug, Clone)]
+enum Step {
+    Reserve {
+        idle: Duration,
+        count: u32,
+        /// From the write to its storing, and from there to the answer.
+        way: Duration,
+        back: Duration,
+        /// How much of `back` had passed when the entry that is read was stored: others write as well.
+        crossed: f64,
+        /// When requests are used and how long they travel, from 0 to 1.
+        used: Vec<(f64, f64)>,
+    },
+    /// Somebody writes the key or deletes it.
+    Spoil(Option<&'static str>),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let ms = |most: u64| prop_oneof![Just(0), 0..=most].prop_map(Duration::from_millis);
+    let part = || prop_oneof![2 => Just(0.0), 2 => Just(1.0), 1 => 0.0..=1.0];
+    let used = prop::collection::vec((part(), part()), 12);
+    let idle = prop_oneof![9 => Just(Duration::ZERO), 1 => ms(3_000)];
+    let reserve = (idle, 1_u32..=12, ms(300), ms(300), part(), used)
+        .prop_map(|(idle, count, way, back, crossed, used)| Step::Reserve { idle, count, way, back, crossed, used });
+    const VALUES: &[Option<&str>] =
+        &[None, Some("soon"), Some(""), Some("9000000000000000 5"), Some("1 2 3"), Some("99999999999999999999")];
+    prop::collection::vec(prop_oneof![150 => reserve, 1 => prop::sample::select(VALUES).prop_map(Step::Spoil)], 1..300)
+}
+
 proptest! {
-    /// Processes take blocks one after another, as compare-and-set has it; each request arrives as
-    /// late as the slack allows, or not at all.
+    /// Processes reserve one after another, as compare-and-set has it, and use what they have at any time
+    /// within its limits.
     #[test]
     fn no_window_holds_more_than_the_budget(
-        requests in 1_u32..200,
+        requests in prop_oneof![1_u32..10, 1_u32..1_500, 200_u32..400],
         window_ms in 1_000_u64..100_000,
-        blocks in prop::collection::vec((0_u64..3_000, 1_usize..12, prop::collection::vec(0.0_f64..=1.0, 12)), 1..200),
+        steps in steps(),
     ) {
         let window = Duration::from_millis(window_ms);
         let plan = Plan::new(requests, window);
-        let mut now = OffsetDateTime::UNIX_EPOCH;
-        let mut stored = Stored::Nothing;
-        let mut arrivals = Vec::new();
-        for (idle_ms, waiting, late) in blocks {
-            now += Duration::from_millis(idle_ms);
-            let block = plan.take(stored, now, waiting.min(plan.block()));
-            stored = Stored::read(Some(Stored::write(block.next).as_bytes()));
-            for (slot, late) in plan.slots(block).zip(late) {
-                // Half of the slack on the way to its use, half on the way to Stripe.
-                arrivals.push(slot + (plan.lateness() * 2).mul_f64(late));
+        let (epoch, start) = (OffsetDateTime::UNIX_EPOCH + MINUTE * 1_000_000, Instant::now());
+        let mut arrivals: Vec<Duration> = Vec::new();
+        let mut now = Duration::ZERO;
+        // What stands under the key, and since when.
+        let mut key = (None, Duration::ZERO);
+        for step in steps {
+            match step {
+                Step::Spoil(value) => key = (value.map(str::to_owned), now),
+                Step::Reserve { idle, count, way, back, crossed, used } => {
+                    let length = plan.interval * count.min(plan.size_max);
+                    let next = plan.next(key.0.as_deref().map(str::as_bytes), epoch + key.1, length);
+                    let sent = (now + idle).max(key.1 + plan.wait(next, epoch + key.1));
+                    let stored = sent + way;
+                    let received = stored + back;
+                    let read = epoch + stored + back.mul_f64(crossed);
+                    let (from, until) = plan.permitted(next, read, start + sent, start + received);
+                    for (use_at, travel) in used.into_iter().take(count.min(plan.size_max) as usize) {
+                        if let Some(usable) = until.checked_duration_since(from) {
+                            let used = from - start + usable.mul_f64(use_at);
+                            arrivals.push(used + (plan.usable / 2).mul_f64(travel));
+                        }
+                    }
+                    key = (Some(next.to_value()), stored);
+                    now = stored;
+                }
             }
         }
         arrivals.sort();
         let requests = usize::try_from(requests).expect("it is small");
         for (first, after) in arrivals.iter().zip(arrivals.iter().skip(requests)) {
-            prop_assert!(*after - *first >= window, "{requests} and one more within {}", *after - *first);
+            prop_assert!(*after - *first >= window, "{requests} and one more within {:?}", *after - *first);
+        }
+    }
+
+    #[test]
+    fn no_value_of_the_key_panics_or_blocks_for_more_than_two_spans(value in prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..30),
+        (any::<i64>(), any::<u64>()).prop_map(|(free, length)| format!("{free} {length}").into_bytes()),
+        any::<i64>().prop_map(|free| free.to_string().into_bytes()),
+    ]) {
+        let plan = Plan::new(75, MINUTE);
+        let stored = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
+        let next = plan.next(Some(&value), stored, plan.interval);
+        prop_assert!(next.free >= stored && next.free <= stored + plan.span * 2, "{next:?}");
+        prop_assert!(plan.start(next, stored + plan.wait(next, stored)) == next.free);
+    }
+}
+
+/// While there is work, a reservation begins where the last one ends.
+#[test]
+fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
+    for (requests, window) in
+        [(1, MINUTE), (2, MINUTE), (75, MINUTE), (199, MINUTE), (6000, MINUTE), (100_000, MINUTE), (50, MINUTE / 60)]
+    {
+        for processes in [1, 4] {
+            let plan = Plan::new(requests, window);
+            let length = plan.interval * plan.size_max;
+            let round_trip = Duration::from_millis(5).min(plan.interval / 2);
+            let began = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
+            let (mut value, mut stored, mut starts) = (None, OffsetDateTime::UNIX_EPOCH, vec![began; processes]);
+            let mut granted = 0;
+            for turn in 0..1000 {
+                // A process comes again when it has used, evenly, what it has.
+                let used = window / requests * if turn < processes { 0 } else { plan.size_max - 1 };
+                let next = plan.next(value.as_deref().map(str::as_bytes), stored, length);
+                let own = &mut starts[turn % processes];
+                stored = (*own + used + round_trip).max(stored + plan.wait(next, stored));
+                *own = plan.start(next, stored);
+                value = Some(next.to_value());
+                granted += plan.size_max;
+            }
+            let took = starts.into_iter().max().expect("there is one") + length - began;
+            let share = f64::from(granted) / f64::from(requests) * window.as_secs_f64() / took.as_seconds_f64();
+            assert!((0.93..1.0).contains(&share), "{share} of {requests} in {window:?} by {processes}");
         }
     }
 }
 
+/// The worst case: the first reservation of many with one request is used last, and the largest comes at the end.
 #[test]
-fn nine_tenths_of_every_budget_are_usable() {
-    for (requests, window) in
-        [(1, MINUTE), (2, MINUTE), (75, MINUTE), (6000, MINUTE), (100_000, Duration::from_secs(1))]
-    {
-        let plan = Plan::new(requests, window);
-        let share = window.as_secs_f64() / (plan.interval().as_secs_f64() * f64::from(requests));
-        assert!((0.9..1.0).contains(&share), "{share} of {requests} in {window:?}");
+fn largest_reservation_fits_into_a_full_window() {
+    for requests in [1, 75, 199, 200, 299, 6000] {
+        let plan = Plan::new(requests, MINUTE);
+        let before = (MINUTE + plan.usable * 3 / 2).as_nanos().div_ceil(plan.interval.as_nanos()) - 1;
+        assert!(before + u128::from(plan.size_max) <= u128::from(requests), "{before} before it of {requests}");
     }
 }
 
 #[test]
-fn block_is_small_and_never_empty() {
-    assert_eq!(Plan::new(1, MINUTE).block(), 1);
-    assert_eq!(Plan::new(75, MINUTE).block(), 3);
-    assert_eq!(Plan::new(6000, MINUTE).block(), 300);
+fn reservation_is_small_and_never_empty() {
+    for (requests, size) in [(1, 1), (75, 1), (199, 1), (200, 2), (6000, 60)] {
+        assert_eq!(Plan::new(requests, MINUTE).size_max, size, "of {requests}");
+    }
 }
 
 #[test]
-fn block_grows_while_slots_are_used_in_time() {
-    let plan = Plan::new(6000, MINUTE);
-    let (punctual, late) = (Duration::ZERO, plan.lateness() / 2);
-    let sizes = std::iter::successors(Some(1), |size| Some(plan.next_size(*size, punctual)));
-    assert_eq!(sizes.take(11).collect::<Vec<_>>(), [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
-    assert_eq!((plan.next_size(300, late), plan.next_size(1, late)), (150, 1));
-}
-
-#[test]
-fn value_that_nobody_planned_is_waited_out() {
+fn value_that_nobody_reserved_is_over_after_a_span() {
     let plan = Plan::new(60, MINUTE);
-    let now = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
-    let first = |stored| plan.take(stored, now, 1).first;
-    assert_eq!(first(Stored::Nothing), now);
-    assert_eq!(first(Stored::Next(now - MINUTE)), now, "slots that passed are lost");
-    assert_eq!(first(Stored::Next(now + MINUTE)), now + MINUTE);
-    assert_eq!(first(Stored::Next(now + MINUTE * 1001)), now + MINUTE, "a clock was set back");
-    assert_eq!(first(Stored::read(Some(b"soon"))), now + MINUTE);
+    let stored = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
+    let free = |value: Option<&str>| plan.next(value.map(str::as_bytes), stored, plan.interval).free - stored;
+    let value = |free, length| Some(Reservation { free, length }.to_value());
+    let second = Duration::from_secs(1);
+    assert_eq!(free(value(stored - MINUTE, second).as_deref()), second, "it started when it was stored");
+    assert_eq!(free(value(stored + second * 9, second).as_deref()), second * 10, "it waits for others");
+    assert_eq!(free(Some("1795000009000000")), second * 9, "as earlier versions wrote it");
+    assert_eq!(free(Some("soon")), plan.span);
+    assert_eq!(free(None), plan.span, "deleted");
+    assert_eq!(free(Some("1795009999000000")), plan.span, "of an earlier version, far ahead");
+    // Its owner, if there is one, waits for a span.
+    assert_eq!(free(value(stored + MINUTE * 9, second).as_deref()), plan.span + second);
 }
 
 #[test]
-fn next_slot_is_read_as_it_was_written() {
-    let next = OffsetDateTime::from_unix_timestamp_nanos(1_795_000_000_123_456_789).expect("a time");
-    let Stored::Next(read) = Stored::read(Some(Stored::write(next).as_bytes())) else { panic!("it is readable") };
-    assert!(read >= next && read - next < Duration::from_micros(1), "{read}");
+fn clock_that_was_set_holds_calls_up_for_a_span_at_most() {
+    let plan = Plan::new(60, MINUTE);
+    let before = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
+    let last = Reservation { free: before, length: plan.interval }.to_value();
+    let next = plan.next(Some(last.as_bytes()), before, plan.interval);
+    assert_eq!(next.free, before + plan.interval);
+    for back in [MINUTE / 60, MINUTE / 2, MINUTE, MINUTE * 60, MINUTE * 1_000_000] {
+        let after = before - back;
+        let start = plan.start(next, after);
+        assert!(start - after <= plan.span, "{} after {back:?} back", start - after);
+        let others = plan.next(Some(next.to_value().as_bytes()), after, plan.interval);
+        assert_eq!(others.free, start + plan.interval, "all see the same");
+    }
+    assert_eq!(plan.start(next, before + MINUTE * 60), before + MINUTE * 60, "set forward");
+}
+
+#[test]
+fn permit_is_certain_whatever_the_broker_took_to_answer() {
+    let plan = Plan::new(60, MINUTE);
+    let (sent, second) = (Instant::now(), Duration::from_secs(1));
+    let received = sent + second;
+    let stored = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
+    let permitted = |free| plan.permitted(Reservation { free, length: second }, stored, sent, received);
+    assert_eq!(permitted(stored - second), (received, sent + plan.usable), "stored just now or just before the answer");
+    assert_eq!(permitted(stored + second * 9), (received + second * 9, sent + second * 9 + plan.usable));
+}
+
+#[test]
+fn reservation_is_read_as_it_was_written_and_never_earlier() {
+    let free = OffsetDateTime::from_unix_timestamp_nanos(1_795_000_000_123_456_789).expect("a time");
+    let written = Reservation { free, length: Duration::from_micros(840_000) };
+    let read = Reservation::parse(written.to_value().as_bytes()).expect("it is readable");
+    assert_eq!(read.length, written.length);
+    assert!(read.free >= free && read.free - free < Duration::from_micros(1), "{}", read.free);
 }
