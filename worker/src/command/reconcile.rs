@@ -1,13 +1,15 @@
 //! `reconcile`: compare the rows with Stripe's subscriptions, and mend them.
 
+use std::sync::atomic::AtomicU64;
+
 use clap::Args;
 use litestripe_contract::shutdown;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::print;
 use super::progress::Progress;
 use super::{Failure, NoKey};
-use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, Sources, Status};
+use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, STATUSES, Sources};
 use crate::settings::Settings;
 use crate::start::broker;
 use crate::start::consume::while_consuming;
@@ -21,8 +23,8 @@ const LINES_MAX: usize = 1000;
 #[derive(Debug, Args)]
 pub(crate) struct Reconcile {
     /// Which of Stripe's subscriptions; only with all of them are rows looked for that Stripe does not know
-    #[arg(long, value_enum, default_value = "all")]
-    status: Status,
+    #[arg(long, value_parser = STATUSES, default_value = "all")]
+    status: String,
     /// Mend what is different: store what Stripe says as events and apply them
     #[arg(long)]
     repair: bool,
@@ -73,6 +75,7 @@ impl Reconcile {
             repair: self.repair.then_some(jetstream),
             erasures,
             stop: &stop,
+            calls: AtomicU64::new(0),
         };
         let walk = self.walk(sources);
         let (report, outcome) = if self.repair {
@@ -99,7 +102,7 @@ impl Reconcile {
     async fn walk(&self, sources: Sources<'_>) -> (Report, Result<(), ReconcileError>) {
         let mut progress = Progress::start("reconcile", "subscriptions", None);
         let mut walk = reconcile::Reconcile::new(sources, |count| progress.advance(count));
-        let outcome = walk.run(self.status).await;
+        let outcome = walk.run(&self.status).await;
         let report = std::mem::take(&mut walk.report);
         drop(walk);
         progress.finish();
@@ -165,15 +168,7 @@ impl Reconcile {
         let fields = finding
             .differences
             .iter()
-            .map(|difference| line(&difference.field, shown(&difference.row), shown(&difference.stripe)));
+            .map(|difference| line(&difference.field, print::cell(&difference.row), print::cell(&difference.stripe)));
         whole.into_iter().chain(fields).collect()
-    }
-}
-
-fn shown(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
     }
 }

@@ -1,21 +1,26 @@
 //! `stripe_subscription`: whole rows as they stand, however damaged they are.
 //!
-//! Owns reading what a batch never reads: the columns themselves, which ids there are, and which
-//! modes. Trusts nothing of a row but its key and its version: a person or a half-restored backup
-//! may have written it.
+//! Owns reading and repairing what a batch never reads: the columns themselves, and which ids there
+//! are. Trusts nothing of a row but its key and its version: a person or a half-restored backup may
+//! have written it.
 
 use std::collections::HashMap;
 
-use litestripe_domain::merge::State;
-use litestripe_entity::stripe_subscription::{Column, Entity, Model};
-use sea_orm::sea_query::Expr;
+use litestripe_contract::signal::Timestamp;
+use litestripe_domain::merge::{State, Visible};
+use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity, Model};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, ExprTrait as _, QueryFilter as _, QueryOrder as _,
-    QuerySelect as _,
+    ActiveModelTrait as _, ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _, ExprTrait as _,
+    FromQueryResult as _, IdenStatic as _, Iterable as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    QueryTrait as _, Value,
 };
+use serde_json::{Map, json};
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
+
+/// Columns by name, their times as signals write them.
+pub type Fields = Map<String, serde_json::Value>;
 
 /// A row as it stands.
 #[derive(Debug, Clone)]
@@ -24,9 +29,11 @@ pub struct Whole {
     pub version: i64,
     /// Its columns. None when one of them holds what the column's type cannot be, which only SQLite
     /// lets happen.
-    pub columns: Option<Model>,
+    pub columns: Option<Fields>,
     /// What its columns should be a function of. None when it cannot be read.
     pub state: Option<State>,
+    /// The columns that this makes.
+    pub expected: Option<Fields>,
 }
 
 /// The rows that exist among `ids`.
@@ -35,49 +42,73 @@ pub struct Whole {
 /// When the database is away.
 pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Whole>, StoreError> {
     let doing = StoreError::doing("read whole subscriptions");
-    let rows: Vec<(String, String, i64)> = Entity::find()
-        .select_only()
-        .columns([Column::StripeSubscriptionId, Column::MergeState, Column::Version])
-        .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
-        .into_tuple()
-        .all(db)
-        .await
-        .map_err(&doing)?;
-    let mut columns = columns(db, ids).await?;
-    let whole = rows.into_iter().map(|(id, state, version)| {
-        // Another worker may have written the row in between: then its columns are of another version.
-        let columns = columns.remove(&id);
-        let of_columns = columns.as_ref().map(|columns| (columns.merge_state.clone(), columns.version));
-        let (state, version) = of_columns.unwrap_or((state, version));
-        (id, Whole { version, columns, state: serde_json::from_str(&state).ok() })
-    });
-    Ok(whole.collect())
-}
-
-/// The columns of the rows that exist among `ids` and can be read.
-async fn columns<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Model>, StoreError> {
-    let of = async |ids: &[&str]| -> Result<Vec<Model>, DbErr> {
-        Entity::find().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied())).all(db).await
-    };
-    let mut rows = Vec::new();
-    match of(ids).await {
-        Ok(all) => rows = all,
-        // One row that cannot be read must not hide the others.
-        Err(_) => {
-            for id in ids {
-                match of(&[id]).await {
-                    Ok(row) => rows.extend(row),
-                    Err(error) => reachable(db).await.map_err(|_| StoreError::doing("read a subscription")(error))?,
-                }
-            }
-        }
+    let rows = Entity::find().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied())).into_query();
+    let mut found = HashMap::new();
+    for row in db.query_all(&rows).await.map_err(&doing)? {
+        let id = row.try_get("", "stripe_subscription_id").map_err(&doing)?;
+        let version = row.try_get("", "version").map_err(&doing)?;
+        let state = row.try_get("", "merge_state").ok().and_then(|state: String| serde_json::from_str(&state).ok());
+        let columns = Model::from_query_result(&row, "").ok().map(|model| fields(&model.into()));
+        let expected = state.as_ref().map(columns_of);
+        found.insert(id, Whole { version, columns, state, expected });
     }
-    Ok(rows.into_iter().map(|row| (row.stripe_subscription_id.clone(), row)).collect())
+    Ok(found)
 }
 
-/// Whether it was the row's fault and not the database's.
-async fn reachable<C: ConnectionTrait>(db: &C) -> Result<(), DbErr> {
-    db.execute_unprepared("SELECT 1").await.map(|_| ())
+/// The columns of a row with this merge state.
+#[must_use]
+pub fn columns_of(state: &State) -> Fields {
+    fields(&columns(state.visible()))
+}
+
+fn columns(visible: Visible) -> ActiveModel {
+    let subscription = visible.subscription;
+    let (last_event_id, last_event_created) = visible.last_event.unzip();
+    let time = |at: Option<Timestamp>| Set(at.map(Timestamp::get));
+    ActiveModel {
+        stripe_customer_id: Set(subscription.stripe_customer_id),
+        client_reference_id: Set(subscription.client_reference_id),
+        checkout_session_id: Set(visible.checkout_session_id),
+        status: Set(subscription.status),
+        created: time(subscription.created),
+        start_date: time(subscription.start_date),
+        cancel_at: time(subscription.cancel_at),
+        canceled_at: time(subscription.canceled_at),
+        cancel_at_period_end: Set(subscription.cancel_at_period_end),
+        current_period_start: time(subscription.current_period_start),
+        current_period_end: time(subscription.current_period_end),
+        trial_end: time(subscription.trial_end),
+        ended_at: time(subscription.ended_at),
+        items: Set(json!(subscription.items)),
+        metadata: Set(json!(subscription.metadata)),
+        subscription_metadata: Set(json!(subscription.subscription_metadata)),
+        livemode: Set(subscription.livemode),
+        stripe_account_id: Set(subscription.stripe_account_id),
+        uncertain: Set(subscription.uncertain),
+        last_event_id: Set(last_event_id.map(String::from)),
+        last_event_created: time(last_event_created.and_then(|at| Timestamp::from_unix(at).ok())),
+        ..Default::default()
+    }
+}
+
+fn fields(model: &ActiveModel) -> Fields {
+    let values =
+        Column::iter().filter_map(|column| Some((column.as_str().to_owned(), model.get(column).into_value()?)));
+    values.map(|(column, value)| (column, shown(value))).collect()
+}
+
+fn shown(value: Value) -> serde_json::Value {
+    match value {
+        Value::String(text) => json!(text),
+        Value::Bool(bool) => json!(bool),
+        Value::BigInt(number) => json!(number),
+        Value::Json(json) => json!(json),
+        Value::TimeDateTimeWithTimeZone(Some(at)) => {
+            // A year that RFC 3339 cannot write is shown all the same.
+            serde_json::to_value(Timestamp::from(at)).unwrap_or_else(|_| json!(at.to_string()))
+        }
+        _ => serde_json::Value::Null,
+    }
 }
 
 /// The ids of up to `limit` rows after `after`, in the order of the key: those of one mode and of no
@@ -107,21 +138,19 @@ pub async fn ids<C: ConnectionTrait>(
     ids.map_err(StoreError::doing("list subscriptions"))
 }
 
-/// Empties a merge state that cannot be read, if the row is still at `version`. The columns stay as
-/// they are, and so does the revision: the next event is merged into nothing and signalled under a
-/// higher one.
+/// Writes the columns of a row anew from its merge state, unless the row was written since it was read.
+/// A merge state that cannot be read is emptied, and the columns stay: the next event is merged into
+/// nothing. The revision stays, too: of what the merge state says subscribers were told.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn forget_state<C: ConnectionTrait>(db: &C, id: &str, version: i64) -> Result<bool, StoreError> {
-    let doing = StoreError::doing("empty a merge state");
-    let empty = serde_json::to_string(&State::default()).map_err(|error| doing(DbErr::Json(error.to_string())))?;
-    let emptied = Entity::update_many()
-        .col_expr(Column::MergeState, Expr::value(empty))
-        .col_expr(Column::Version, Expr::col(Column::Version).add(1))
-        .filter(Column::StripeSubscriptionId.eq(id))
-        .filter(Column::Version.eq(version))
-        .exec(db)
-        .await;
-    Ok(emptied.map_err(&doing)?.rows_affected == 1)
+pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &Whole) -> Result<(), StoreError> {
+    let columns = match &row.state {
+        Some(state) => columns(state.visible()),
+        None => ActiveModel { merge_state: Set("{}".to_owned()), ..Default::default() },
+    };
+    let repaired = ActiveModel { version: Set(row.version + 1), ..columns };
+    let guarded = Column::StripeSubscriptionId.eq(id).and(Column::Version.eq(row.version));
+    let written = Entity::update_many().set(repaired).filter(guarded).exec(db).await;
+    written.map(|_| ()).map_err(StoreError::doing("repair a subscription"))
 }

@@ -29,7 +29,7 @@ pub struct Finding {
     pub stripe_subscription_id: String,
     /// What is wrong.
     pub problem: Problem,
-    /// Whether it is mended.
+    /// Whether it is repaired.
     pub repaired: bool,
     /// Where it is wrong.
     pub differences: Vec<Difference>,
@@ -44,6 +44,11 @@ impl Finding {
         Self { stripe_subscription_id, problem, repaired: false, differences: Vec::new(), note: None }
     }
 
+    pub(super) fn unknown_to_stripe(id: &str) -> Self {
+        Self::new(id, Problem::UnknownToStripe)
+            .with_note("not repairable: Stripe has no such subscription in the account and mode of STRIPE_SECRET_KEY")
+    }
+
     pub(super) fn with_note(self, note: impl Into<String>) -> Self {
         Self { note: Some(note.into()), ..self }
     }
@@ -52,11 +57,11 @@ impl Finding {
 /// What came of it.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Subscriptions of Stripe's that were held against their rows.
+    /// Subscriptions of Stripe's that were compared with their rows.
     pub compared: u64,
     /// Rows that are not as Stripe has them, or were not.
     pub findings: Vec<Finding>,
-    /// Questions asked of Stripe, repetitions after its troubles aside.
+    /// Requests to Stripe, retries aside.
     pub calls: u64,
 }
 
@@ -72,13 +77,4 @@ impl Report {
     pub fn count(&self, problem: Problem) -> usize {
         self.findings.iter().filter(|finding| finding.problem == problem).count()
     }
-}
-
-pub(super) fn repaired(finding: Finding) -> Finding {
-    Finding { repaired: true, ..finding }
-}
-
-pub(super) fn unknown(id: &str) -> Finding {
-    Finding::new(id, Problem::UnknownToStripe)
-        .with_note("not repairable: Stripe has no such subscription in the account and mode of STRIPE_SECRET_KEY")
 }
