@@ -17,6 +17,7 @@ use tracing::{debug, warn};
 use crate::metrics;
 use crate::recover::replay;
 use crate::store::{Store, detached};
+use crate::stream::progress::Progress;
 
 /// How often the stream is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -34,7 +35,7 @@ struct Fill {
     first_sequence: u64,
     last_sequence: u64,
     /// Every event up to this sequence is applied, and nobody still has to apply it again.
-    ack_floor: u64,
+    applied_until: u64,
 }
 
 /// Purges until `shutdown`.
@@ -75,7 +76,7 @@ async fn look(
         messages: info.state.messages,
         first_sequence: info.state.first_sequence,
         last_sequence: info.state.last_sequence,
-        ack_floor: consumer.cached_info().ack_floor.stream_sequence.min(replayed_until),
+        applied_until: Progress::from(consumer.cached_info()).applied_until().min(replayed_until),
     };
     let Some(keep_from) = keep_from(fill) else { return Ok(()) };
     #[expect(clippy::disallowed_methods, reason = "up to the first event that is still needed")]
@@ -103,7 +104,7 @@ fn keep_from(fill: Fill) -> Option<u64> {
     let span = u128::from(fill.last_sequence - fill.first_sequence + 1);
     let share = (excess * span).div_ceil(u128::from(fill.bytes.max(1)));
     let wanted_from = fill.first_sequence.saturating_add(u64::try_from(share).unwrap_or(u64::MAX));
-    let keep_from = wanted_from.min(fill.ack_floor + 1);
+    let keep_from = wanted_from.min(fill.applied_until.saturating_add(1));
     (keep_from > fill.first_sequence).then_some(keep_from)
 }
 

@@ -80,7 +80,7 @@ impl Replay {
         let Some((replay, again)) = begun else { return self.nothing() };
         replayer.applier.terms = replay::terms(terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
-        let done = again.progress(&parts.jetstream).await.map_or(0, |progress| progress.ack_floor);
+        let done = again.progress(&parts.jetstream).await.ok().flatten().map_or(0, |progress| progress.ack_floor);
         let mut progress = Positions::start("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
         let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
         let summary = parts.while_relaying(settings, work).await;

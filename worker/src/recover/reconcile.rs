@@ -26,8 +26,8 @@ use tokio::time::Instant;
 
 use crate::error::StoreError;
 use crate::store::{subscription, whole};
-use crate::stream::consumer::{self, OpenError};
 use crate::stream::own_event::OwnEventError;
+use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::ApiError;
 
 use sources::Look;
@@ -86,8 +86,8 @@ pub enum ReconcileError {
     Api(#[from] ApiError),
     #[error(transparent)]
     OwnEvent(#[from] OwnEventError),
-    #[error("cannot see how far the events are applied")]
-    Progress(#[source] OpenError),
+    #[error(transparent)]
+    Progress(ProgressError),
     #[error("it was told to stop")]
     Stopped,
 }
@@ -241,9 +241,9 @@ impl<'a> Reconcile<'a> {
     ) -> Result<(), ReconcileError> {
         let mut silent_since: Option<Instant> = None;
         loop {
-            match consumer::is_applied(jetstream, sequence).await {
-                Ok(true) => return Ok(()),
-                Ok(false) => silent_since = None,
+            match progress::of_workers(jetstream).await {
+                Ok(Some(progress)) if progress.has_applied(sequence) => return Ok(()),
+                Ok(_) => silent_since = None,
                 Err(error) => {
                     let since = *silent_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > SILENCE_MAX {

@@ -21,6 +21,7 @@ use crate::error::StoreError;
 use crate::store::replay::{BEAT_EVERY, Replay};
 use crate::store::{self, Store};
 use crate::stream::consumer::{Again, ConsumerError};
+use crate::stream::progress::ProgressError;
 
 mod apply;
 mod dry_run;
@@ -78,6 +79,12 @@ pub enum ReplayError {
     /// The broker is away, or refuses; or the stream is missing.
     #[error("cannot read {EVENTS_STREAM}")]
     Broker(#[source] ConsumerError),
+    /// The broker does not say how far the events are applied.
+    #[error(transparent)]
+    Progress(#[from] ProgressError),
+    /// Somebody removed the consumer.
+    #[error("the consumer of this replay is gone: run it again")]
+    ConsumerGone,
 }
 
 fn named(name: &str) -> String {
@@ -241,7 +248,7 @@ pub async fn floor(store: &Store, jetstream: &jetstream::Context) -> Result<u64,
     let now = OffsetDateTime::now_utc();
     let mut lowest = u64::MAX;
     for replay in store::replay::unfinished(store.connection()).await?.iter().filter(|replay| replay.is_open(now)) {
-        let (_, floor) = again(replay).floor(jetstream).await.map_err(ReplayError::Broker)?;
+        let (_, floor) = again(replay).floor(jetstream).await?;
         lowest = lowest.min(floor);
     }
     Ok(lowest)

@@ -8,18 +8,19 @@
 
 use std::time::Duration;
 
-use async_nats::Subject;
 use async_nats::jetstream::consumer::pull::Config;
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
-use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamError};
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
+use async_nats::{Subject, SubscribeError};
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use super::progress::{self, Progress, ProgressError};
 use super::pull::Pull;
 
 /// After which a message that was not acked is delivered again.
@@ -79,25 +80,6 @@ pub struct Again {
     pub subjects: Vec<String>,
 }
 
-/// How far a consumer is.
-#[derive(Debug, Clone, Copy)]
-pub struct Progress {
-    /// Everything up to this sequence is acked.
-    pub ack_floor: u64,
-    /// Messages that were not delivered yet.
-    pub pending: u64,
-    /// Messages that were delivered and not acked.
-    pub unacked: usize,
-}
-
-impl Progress {
-    /// Whether everything up to `sequence` is acked, or all there is.
-    #[must_use]
-    pub fn has_reached(&self, sequence: u64) -> bool {
-        self.ack_floor >= sequence || (self.pending == 0 && self.unacked == 0)
-    }
-}
-
 impl Again {
     /// Opens it, creating it if it is missing.
     ///
@@ -113,34 +95,22 @@ impl Again {
         Batches::of(jetstream, &self.consumer, config, batch).await
     }
 
-    /// How far it is.
-    ///
-    /// # Errors
-    /// When the broker is away or the consumer is gone.
-    pub async fn progress(&self, jetstream: &jetstream::Context) -> Result<Progress, ConsumerError> {
-        let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-        let info = stream.consumer_info(&self.consumer).await?;
-        Ok(Progress {
-            ack_floor: info.ack_floor.stream_sequence,
-            pending: info.num_pending,
-            unacked: info.num_ack_pending,
-        })
-    }
-
-    /// The first event that the stream holds, and the last one before which all are applied again.
-    /// Nothing is of a consumer that is not there.
+    /// How far it is. None when it does not exist.
     ///
     /// # Errors
     /// When the broker is away or the stream is missing.
-    pub async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ConsumerError> {
-        let stream = jetstream.get_stream(EVENTS_STREAM).await?;
-        let first_sequence = stream.cached_info().state.first_sequence;
-        let floor = match stream.consumer_info(&self.consumer).await {
-            Ok(info) if info.num_pending == 0 && info.num_ack_pending == 0 => u64::MAX,
-            Ok(info) => info.ack_floor.stream_sequence,
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 0,
-            Err(error) => return Err(error.into()),
-        };
+    pub async fn progress(&self, jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
+        progress::of_consumer(jetstream, &self.consumer).await
+    }
+
+    /// The first event that the stream holds, and the last one up to which all are applied again: none
+    /// while the consumer does not exist.
+    ///
+    /// # Errors
+    /// When the broker is away or the stream is missing.
+    pub async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ProgressError> {
+        let first_sequence = jetstream.get_stream(EVENTS_STREAM).await?.cached_info().state.first_sequence;
+        let floor = self.progress(jetstream).await?.map_or(0, |progress| progress.applied_until());
         Ok((first_sequence, floor.max(self.first_sequence.saturating_sub(1))))
     }
 
@@ -178,14 +148,25 @@ pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -
     Ok(consumer.cached_info().delivered.stream_sequence + 1)
 }
 
-/// Why a consumer cannot be used. Whoever waits for the broker tries again.
-pub type ConsumerError = Box<dyn std::error::Error + Send + Sync>;
+/// A consumer cannot be used. Whoever waits for the broker tries again.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "what the broker says")]
+pub enum ConsumerError {
+    #[error("cannot find {EVENTS_STREAM}")]
+    Stream(#[from] GetStreamError),
+    #[error("cannot use a consumer on {EVENTS_STREAM}")]
+    Consumer(#[from] jetstream::stream::ConsumerError),
+    #[error("cannot subscribe to a consumer's messages")]
+    Subscribe(#[from] SubscribeError),
+}
 
-/// Whether the broker has understood what is asked for and will not do it, however often it is asked.
-#[must_use]
-pub fn is_refusal(error: &ConsumerError) -> bool {
-    let refused = error.downcast_ref::<jetstream::stream::ConsumerError>().map(|error| error.kind());
-    matches!(refused, Some(ConsumerErrorKind::JetStream(refused)) if refused.code() == 400)
+impl ConsumerError {
+    /// Whether the broker has understood what is asked for and will not do it, however often it is asked.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        let Self::Consumer(error) = self else { return false };
+        matches!(error.kind(), ConsumerErrorKind::JetStream(refused) if refused.code() == 400)
+    }
 }
 
 fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
@@ -200,34 +181,6 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
         num_replicas: 0,
         ..Config::default()
     }
-}
-
-/// Whether everything in the stream up to `sequence` is applied, by whichever worker.
-///
-/// # Errors
-/// When the broker is away or the consumer is missing.
-pub async fn is_applied(jetstream: &jetstream::Context, sequence: u64) -> Result<bool, OpenError> {
-    let consumer = jetstream.get_consumer_from_stream::<Config, _, _>(WORKER_CONSUMER, EVENTS_STREAM).await;
-    let consumer = consumer.map_err(|error| OpenError(error.into()))?;
-    let progress = consumer.cached_info();
-    let all_delivered_are_acked = progress.num_ack_pending == 0 && progress.delivered.stream_sequence >= sequence;
-    Ok(progress.ack_floor.stream_sequence >= sequence || all_delivered_are_acked)
-}
-
-/// Everything in the stream up to this sequence is applied, by whichever worker; 0 when no worker was
-/// ever there.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn applied_until(jetstream: &jetstream::Context) -> Result<u64, ConsumerError> {
-    let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-    let progress = match stream.consumer_info(WORKER_CONSUMER).await {
-        Ok(progress) => progress,
-        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(0),
-        Err(error) => return Err(error.into()),
-    };
-    let all_delivered_are_acked = progress.num_ack_pending == 0;
-    Ok(if all_delivered_are_acked { progress.delivered } else { progress.ack_floor }.stream_sequence)
 }
 
 impl Batches {

@@ -65,9 +65,9 @@ impl Replayer {
             }
             let mut batches = match again.open(&self.jetstream, self.batch).await {
                 Ok(batches) => batches,
-                Err(error) if consumer::is_refusal(&error) => return Err(ReplayError::Broker(error)),
+                Err(error) if error.is_refusal() => return Err(ReplayError::Broker(error)),
                 Err(error) => {
-                    let _ = pause(wait.failed(error.as_ref()), shutdown).await;
+                    let _ = pause(wait.failed(&error), shutdown).await;
                     continue;
                 }
             };
@@ -146,7 +146,8 @@ impl Replayer {
 
     /// Whether every event up to the end is applied, by whichever process.
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
-        again.progress(&self.jetstream).await.is_ok_and(|progress| progress.has_reached(replay.last_sequence))
+        let progress = again.progress(&self.jetstream).await;
+        progress.is_ok_and(|progress| progress.is_some_and(|progress| progress.has_applied(replay.last_sequence)))
     }
 
     /// Whether another process has reached the end under this name.

@@ -40,12 +40,13 @@ impl Replayer {
             let Some(batch) = batch else {
                 // Nobody shares this consumer: that it cannot be seen says nothing of the end.
                 match again.progress(&self.jetstream).await {
-                    Ok(progress) if progress.has_reached(replay.last_sequence) => {
+                    Ok(Some(progress)) if progress.has_applied(replay.last_sequence) => {
                         dry.finished = true;
                         break Ok(());
                     }
-                    Ok(_) => continue,
-                    Err(error) => break Err(ReplayError::Broker(error)),
+                    Ok(Some(_)) => continue,
+                    Ok(None) => break Err(ReplayError::ConsumerGone),
+                    Err(error) => break Err(error.into()),
                 }
             };
             let (arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::{ReplayError, Replayer};
 use crate::store::replay::Replay;
-use crate::stream::consumer;
+use crate::stream::{consumer, progress};
 
 /// The longest name.
 pub(super) const NAME_MAX: usize = 64;
@@ -114,8 +114,8 @@ impl Replayer {
         let last_sequence = match request.signals {
             // What it applied silently, a worker would merge to nothing, and nobody would ever be told.
             Signals::None => {
-                let applied = consumer::applied_until(&self.jetstream).await;
-                last_sequence.min(applied.map_err(ReplayError::Broker)?)
+                let progress = progress::of_workers(&self.jetstream).await?;
+                last_sequence.min(progress.map_or(0, |progress| progress.applied_until()))
             }
             Signals::Changed | Signals::All => last_sequence,
         };
