@@ -14,6 +14,21 @@ use async_nats::ServerAddr;
 use clap::{Arg, ArgMatches, Command};
 use secrecy::SecretString;
 
+/// Settings and the list of them: each is a constant, so that its name is written once.
+#[macro_export]
+macro_rules! settings {
+    ($(#[$list_doc:meta])* $list_vis:vis $list:ident;
+     $($(#[$doc:meta])* $vis:vis $setting:ident = $name:expr, $default:expr, $help:expr;)+) => {
+        $(
+            $(#[$doc])*
+            $vis const $setting: $crate::settings::Setting =
+                $crate::settings::Setting { name: $name, default: $default, help: $help };
+        )+
+        $(#[$list_doc])*
+        $list_vis const $list: &[$crate::settings::Setting] = &[$($setting),+];
+    };
+}
+
 /// One setting: an environment variable, and a flag of the same name in kebab case.
 #[derive(Debug, Clone, Copy)]
 pub struct Setting {
@@ -33,58 +48,37 @@ impl Setting {
     }
 }
 
-const NATS_URL: Setting =
-    Setting { name: "NATS_URL", default: Some("nats://127.0.0.1:4222"), help: "NATS servers, comma-separated" };
-pub(crate) const NATS_CREDS: Setting =
-    Setting { name: "NATS_CREDS", default: None, help: "file with NATS credentials (JWT and seed)" };
-pub(crate) const NATS_NKEY_SEED_FILE: Setting =
-    Setting { name: "NATS_NKEY_SEED_FILE", default: None, help: "file with an nkey seed" };
-const NATS_USER: Setting = Setting { name: "NATS_USER", default: None, help: "NATS user; goes with NATS_PASSWORD" };
-const NATS_PASSWORD: Setting =
-    Setting { name: "NATS_PASSWORD", default: None, help: "NATS password; goes with NATS_USER" };
-pub(crate) const NATS_TLS_CA: Setting = Setting {
-    name: "NATS_TLS_CA",
-    default: None,
-    help: "file with the CA certificates that NATS servers must have; makes TLS required",
-};
-pub(crate) const NATS_TLS_CERT: Setting =
-    Setting { name: "NATS_TLS_CERT", default: None, help: "file with our client certificate; goes with NATS_TLS_KEY" };
-pub(crate) const NATS_TLS_KEY: Setting =
-    Setting { name: "NATS_TLS_KEY", default: None, help: "file with our client certificate's key" };
-const STREAM_REPLICAS: Setting = Setting {
-    name: "LITESTRIPE_STREAM_REPLICAS",
-    default: Some("1"),
-    help: "replicas of each stream on a cluster: 1, 3 or 5",
-};
-const EVENTS_MAX_AGE: Setting = Setting {
-    name: "LITESTRIPE_EVENTS_MAX_AGE",
-    default: Some("35d"),
-    help: "how long STRIPE_EVENTS keeps raw events",
-};
-const EVENTS_MAX_BYTES: Setting = Setting {
-    name: "LITESTRIPE_EVENTS_MAX_BYTES",
-    default: Some("10GiB"),
-    help: "size at which STRIPE_EVENTS refuses new events; where it is not set and the server has less room, it is halved down to 256MiB",
-};
-const LOG_FILTER: Setting = Setting { name: "RUST_LOG", default: Some("info"), help: "log filter" };
-const LOG_FORMAT: Setting = Setting { name: "LITESTRIPE_LOG_FORMAT", default: Some("text"), help: "text or json" };
+settings! {
+    /// Settings of both programs.
+    pub SHARED;
 
-/// Settings of both programs.
-pub const SHARED: &[Setting] = &[
-    NATS_URL,
-    NATS_CREDS,
-    NATS_NKEY_SEED_FILE,
-    NATS_USER,
-    NATS_PASSWORD,
-    NATS_TLS_CA,
-    NATS_TLS_CERT,
-    NATS_TLS_KEY,
-    STREAM_REPLICAS,
-    EVENTS_MAX_AGE,
-    EVENTS_MAX_BYTES,
-    LOG_FILTER,
-    LOG_FORMAT,
-];
+    NATS_URL = "NATS_URL", Some("nats://127.0.0.1:4222"),
+        "NATS servers, comma-separated";
+    pub(crate) NATS_CREDS = "NATS_CREDS", None,
+        "file with NATS credentials (JWT and seed)";
+    pub(crate) NATS_NKEY_SEED_FILE = "NATS_NKEY_SEED_FILE", None,
+        "file with an nkey seed";
+    NATS_USER = "NATS_USER", None,
+        "NATS user; goes with NATS_PASSWORD";
+    NATS_PASSWORD = "NATS_PASSWORD", None,
+        "NATS password; goes with NATS_USER";
+    pub(crate) NATS_TLS_CA = "NATS_TLS_CA", None,
+        "file with the CA certificates that NATS servers must have; makes TLS required";
+    pub(crate) NATS_TLS_CERT = "NATS_TLS_CERT", None,
+        "file with our client certificate; goes with NATS_TLS_KEY";
+    pub(crate) NATS_TLS_KEY = "NATS_TLS_KEY", None,
+        "file with our client certificate's key";
+    STREAM_REPLICAS = "LITESTRIPE_STREAM_REPLICAS", Some("1"),
+        "replicas of each stream on a cluster: 1, 3 or 5";
+    EVENTS_MAX_AGE = "LITESTRIPE_EVENTS_MAX_AGE", Some("35d"),
+        "how long STRIPE_EVENTS keeps raw events";
+    EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
+        "size at which STRIPE_EVENTS refuses new events; where it is not set and the server has less room, it is halved down to 256MiB";
+    LOG_FILTER = "RUST_LOG", Some("info"),
+        "log filter";
+    LOG_FORMAT = "LITESTRIPE_LOG_FORMAT", Some("text"),
+        "text or json";
+}
 
 /// `command` with a flag and an environment variable for each of `settings`.
 ///

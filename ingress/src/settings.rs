@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use litestripe_contract::event::{EventType, HANDLED_TYPES};
 use litestripe_contract::settings::{
-    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, Setting, address, bytes, path,
+    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address, bytes, path,
 };
 use uuid::Uuid;
 
@@ -19,45 +19,27 @@ use crate::secret::{self, SecretSource};
 /// The smallest body limit that makes sense, in bytes: below it hardly an event gets through.
 const BODY_LIMIT_MIN: usize = 1 << 10;
 
-const UUID: Setting = Setting {
-    name: "STRIPE_WEBHOOK_UUID",
-    default: None,
-    help: "the UUID in the hook's path, /ls/hook/UUID/ [required]",
-};
-const SECRET: Setting = Setting {
-    name: secret::SETTING,
-    default: None,
-    help: "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]",
-};
-const SECRET_FILE: Setting = Setting {
-    name: secret::FILE_SETTING,
-    default: Some("/run/secrets_djstripe/djstripe_webhook_secret"),
-    help: "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes",
-};
-const TOLERANCE: Setting = Setting {
-    name: "STRIPE_WEBHOOK_TOLERANCE",
-    default: Some("300"),
-    help: "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any",
-};
-const LISTEN: Setting = Setting { name: "LITESTRIPE_LISTEN", default: Some("127.0.0.1:8080"), help: "HTTP address" };
-const EVENT_TYPES: Setting = Setting {
-    name: "LITESTRIPE_EVENT_TYPES",
-    default: None,
-    help: "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]",
-};
-const BODY_LIMIT: Setting = Setting {
-    name: "LITESTRIPE_BODY_LIMIT",
-    default: Some("1MiB"),
-    help: "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller",
-};
-const GROUP_COMMIT: Setting = Setting {
-    name: "LITESTRIPE_GROUP_COMMIT",
-    default: Some("auto"),
-    help: "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic",
-};
+litestripe_contract::settings! {
+    /// The settings only ingress has.
+    pub SETTINGS;
 
-/// Ingress's own settings; it takes those of both programs as well.
-pub const SETTINGS: &[Setting] = &[UUID, SECRET, SECRET_FILE, TOLERANCE, LISTEN, EVENT_TYPES, BODY_LIMIT, GROUP_COMMIT];
+    UUID = "STRIPE_WEBHOOK_UUID", None,
+        "the UUID in the hook's path, /ls/hook/UUID/ [required]";
+    SECRET = secret::SETTING, None,
+        "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]";
+    SECRET_FILE = secret::FILE_SETTING, Some("/run/secrets_djstripe/djstripe_webhook_secret"),
+        "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes";
+    TOLERANCE = "STRIPE_WEBHOOK_TOLERANCE", Some("300"),
+        "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any";
+    LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),
+        "HTTP address";
+    EVENT_TYPES = "LITESTRIPE_EVENT_TYPES", None,
+        "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]";
+    BODY_LIMIT = "LITESTRIPE_BODY_LIMIT", Some("1MiB"),
+        "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller";
+    GROUP_COMMIT = "LITESTRIPE_GROUP_COMMIT", Some("auto"),
+        "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic";
+}
 
 /// Everything ingress needs to know.
 #[derive(Debug, Clone)]

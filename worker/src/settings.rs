@@ -8,7 +8,7 @@ use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, Setting,
+    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::postgres::PgConnectOptions;
@@ -18,123 +18,51 @@ use url::Url;
 
 use crate::stripe::kv;
 
-const DATABASE_URL: Setting = Setting {
-    name: "DATABASE_URL",
-    default: Some("sqlite://litestripe.db?mode=rwc"),
-    help: "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)",
-};
-const AUTO_MIGRATE: Setting = Setting {
-    name: "LITESTRIPE_AUTO_MIGRATE",
-    default: None,
-    help: "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
-               false on PostgreSQL]",
-};
-const LISTEN: Setting = Setting {
-    name: "LITESTRIPE_WORKER_LISTEN",
-    default: Some("127.0.0.1:9090"),
-    help: "address of /healthz, /readyz and /metrics",
-};
-const BATCH: Setting =
-    Setting { name: "LITESTRIPE_BATCH", default: Some("250"), help: "events per transaction, at most" };
-const SIGNALS_MAX_AGE: Setting = Setting {
-    name: "LITESTRIPE_SIGNALS_MAX_AGE",
-    default: Some("7d"),
-    help: "how long LITESTRIPE_SIGNALS keeps signals",
-};
-const DEAD_LETTERS_MAX_AGE: Setting = Setting {
-    name: "LITESTRIPE_DEAD_LETTERS_MAX_AGE",
-    default: Some("90d"),
-    help: "how long STRIPE_DEAD_LETTERS keeps dead letters",
-};
-const METADATA_KEYS: Setting = Setting {
-    name: "LITESTRIPE_METADATA_KEYS",
-    default: Some("*"),
-    help: "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data",
-};
-const ORPHAN_GRACE: Setting = Setting {
-    name: "LITESTRIPE_ORPHAN_GRACE",
-    default: Some("10m"),
-    help: "how long a subscription may wait for its Checkout Session before it is an orphan",
-};
-const ORPHAN_WITHOUT_SESSION: Setting = Setting {
-    name: "LITESTRIPE_ORPHAN_WITHOUT_SESSION",
-    default: Some("true"),
-    help: "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API",
-};
-const ORPHAN_EMAIL_MAX_AGE: Setting = Setting {
-    name: "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE",
-    default: Some("90d"),
-    help: "when an open orphan's email is erased all the same",
-};
-const ERASE_ON_CUSTOMER_DELETED: Setting = Setting {
-    name: "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED",
-    default: Some("false"),
-    help: "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES",
-};
-const USER_LOOKUP: Setting = Setting {
-    name: "LITESTRIPE_USER_LOOKUP",
-    default: Some("none"),
-    help: "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>",
-};
-const USER_DATABASE_URL: Setting = Setting {
-    name: "LITESTRIPE_USER_DATABASE_URL",
-    default: None,
-    help: "where the sql: lookup runs [default: DATABASE_URL]",
-};
-const STRIPE_SECRET_KEY: Setting = Setting {
-    name: "STRIPE_SECRET_KEY",
-    default: None,
-    help: "allows calls to Stripe's API; without it everything else works",
-};
-const STRIPE_API_BASE: Setting = Setting {
-    name: "STRIPE_API_BASE",
-    default: Some("https://api.stripe.com"),
-    help: "where Stripe's API is; for tests and proxies",
-};
-const BACKFILL_INTERVAL: Setting = Setting {
-    name: "LITESTRIPE_BACKFILL_INTERVAL",
-    default: None,
-    help: "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]",
-};
-const MAX_REQUESTS_PER_MINUTE: Setting = Setting {
-    name: "LITESTRIPE_MAX_REQUESTS_PER_MINUTE",
-    default: Some("75"),
-    help: "calls to Stripe's API per minute, at most, of all workers together",
-};
-const API_RATE_LIMIT_CACHE_KEY: Setting = Setting {
-    name: "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY",
-    default: Some("litestripe_stripe_api_rate_limit"),
-    help: "key in the JetStream KV bucket litestripe under which workers share that budget",
-};
-/// The span that the API budget is for. Tests shorten it; `--help` does not list it.
-pub const WINDOW: Setting = Setting {
-    name: "LITESTRIPE_API_RATE_LIMIT_WINDOW",
-    default: Some("1m"),
-    help: "the span that the budget is for; for tests",
-};
+litestripe_contract::settings! {
+    /// The settings only the worker has.
+    pub SETTINGS;
 
-/// The settings only the worker has.
-pub const SETTINGS: &[Setting] = &[
-    DATABASE_URL,
-    AUTO_MIGRATE,
-    LISTEN,
-    BATCH,
-    SIGNALS_MAX_AGE,
-    DEAD_LETTERS_MAX_AGE,
-    METADATA_KEYS,
-    ORPHAN_GRACE,
-    ORPHAN_WITHOUT_SESSION,
-    ORPHAN_EMAIL_MAX_AGE,
-    ERASE_ON_CUSTOMER_DELETED,
-    USER_LOOKUP,
-    USER_DATABASE_URL,
-    STRIPE_SECRET_KEY,
-    STRIPE_API_BASE,
-    BACKFILL_INTERVAL,
-    MAX_REQUESTS_PER_MINUTE,
-    API_RATE_LIMIT_CACHE_KEY,
-    WINDOW,
-];
+    DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
+        "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)";
+    AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
+        "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
+               false on PostgreSQL]";
+    LISTEN = "LITESTRIPE_WORKER_LISTEN", Some("127.0.0.1:9090"),
+        "address of /healthz, /readyz and /metrics";
+    BATCH = "LITESTRIPE_BATCH", Some("250"),
+        "events per transaction, at most";
+    SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
+        "how long LITESTRIPE_SIGNALS keeps signals";
+    DEAD_LETTERS_MAX_AGE = "LITESTRIPE_DEAD_LETTERS_MAX_AGE", Some("90d"),
+        "how long STRIPE_DEAD_LETTERS keeps dead letters";
+    METADATA_KEYS = "LITESTRIPE_METADATA_KEYS", Some("*"),
+        "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data";
+    ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
+        "how long a subscription may wait for its Checkout Session before it is an orphan";
+    ORPHAN_WITHOUT_SESSION = "LITESTRIPE_ORPHAN_WITHOUT_SESSION", Some("true"),
+        "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API";
+    ORPHAN_EMAIL_MAX_AGE = "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", Some("90d"),
+        "when an open orphan's email is erased all the same";
+    ERASE_ON_CUSTOMER_DELETED = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", Some("false"),
+        "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES";
+    USER_LOOKUP = "LITESTRIPE_USER_LOOKUP", Some("none"),
+        "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>";
+    USER_DATABASE_URL = "LITESTRIPE_USER_DATABASE_URL", None,
+        "where the sql: lookup runs [default: DATABASE_URL]";
+    STRIPE_SECRET_KEY = "STRIPE_SECRET_KEY", None,
+        "allows calls to Stripe's API; without it everything else works";
+    STRIPE_API_BASE = "STRIPE_API_BASE", Some("https://api.stripe.com"),
+        "where Stripe's API is; for tests and proxies";
+    BACKFILL_INTERVAL = "LITESTRIPE_BACKFILL_INTERVAL", None,
+        "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]";
+    MAX_REQUESTS_PER_MINUTE = "LITESTRIPE_MAX_REQUESTS_PER_MINUTE", Some("75"),
+        "calls to Stripe's API per minute, at most, of all workers together";
+    API_RATE_LIMIT_CACHE_KEY = "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY", Some("litestripe_stripe_api_rate_limit"),
+        "key in the JetStream KV bucket litestripe under which workers share that budget";
+    /// The span that the API budget is for. Tests shorten it; `--help` does not list it.
+    pub WINDOW = "LITESTRIPE_API_RATE_LIMIT_WINDOW", Some("1m"),
+        "the span that the budget is for; for tests";
+}
 
 /// The most events that one transaction may take: it bounds memory and a statement's parameters.
 const BATCH_MAX: usize = 1000;
