@@ -62,12 +62,12 @@ pub struct Applier {
     pub relay: Arc<Notify>,
     /// Wakes the questions when there may be users to look up.
     pub questions: Arc<Notify>,
-    /// The batches that wait for the database.
+    /// Who waits for the database.
     pub waiting: Arc<Waiting>,
 }
 
 impl Applier {
-    /// Tries to reach the database. That it is away is said once for all batches.
+    /// Tries to reach the database. That it is away is said once for the whole worker.
     fn wait(&self) -> Wait {
         Wait::with_others(DATABASE, Arc::clone(&self.waiting))
     }

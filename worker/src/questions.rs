@@ -26,6 +26,7 @@ use crate::store::{self, Store};
 use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::ProgressError;
 use crate::stripe::api::{ApiError, StripeApi};
+use crate::wait::Waiting;
 use lookup::{Lookup, LookupError};
 
 mod asker;
@@ -55,6 +56,8 @@ pub struct Questions {
     pub wake: Arc<Notify>,
     /// Wakes the relay.
     pub relay: Arc<Notify>,
+    /// Who waits for the database.
+    pub waiting: Arc<Waiting>,
     /// When it was last logged that a question has no answer.
     pub complained: Mutex<Option<Instant>>,
 }

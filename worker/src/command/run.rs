@@ -158,6 +158,7 @@ impl Worker {
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             wake: Arc::clone(&applier.questions),
             relay: wake,
+            waiting: Arc::clone(&applier.waiting),
             complained: std::sync::Mutex::default(),
         };
         supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()).boxed());

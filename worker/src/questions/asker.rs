@@ -59,7 +59,7 @@ impl Questions {
     /// wait for its answer holds up no other.
     async fn ask(self: Arc<Self>, kind: Kind, at_a_time: usize, shutdown: CancellationToken) {
         let mut asked = JoinSet::new();
-        let mut wait = Wait::new(DATABASE);
+        let mut wait = Wait::with_others(DATABASE, Arc::clone(&self.waiting));
         while !shutdown.is_cancelled() {
             fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}
