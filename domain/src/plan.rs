@@ -6,31 +6,25 @@
 use std::collections::BTreeMap;
 
 use litestripe_contract::signal::{Access, EventReference, Subscription, SubscriptionChanged};
-use litestripe_contract::subject;
 use time::OffsetDateTime;
 
 use crate::arrival::Arrival;
 use crate::event::Body;
-use crate::merge::{self, Visible};
+use crate::merge::{self, State, Visible};
 use crate::orphan::{self, NewOrphan, Rules};
 use crate::question::{Kind, Question};
-use crate::row::{Due, NewDue, Rebuilding, Row, Stored};
-use crate::signal::{self, NewSignal};
+use crate::row::{LastSent, Row, Stored};
+use crate::signal::{self, Cause, NewSignal};
 
-/// Who is told of what events change.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// When subscribers are sent what events change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signalling {
-    /// Each change is signalled: the events are live.
+    /// At once, a signal for each change: the events are live.
     Now,
-    /// What changed is signalled once, with its final state, when the replay reaches its end. What
-    /// stands between would revoke paying customers on a rebuild.
-    Later {
-        /// The replay.
-        replay: String,
-        /// Whether rows that did not change are sent too, under their existing revision.
-        unchanged: bool,
-    },
-    /// Nobody is. A row that changes still gets another revision, under which it can be sent.
+    /// Once, when the replay has reached its end: until then rows that changed owe a signal. The states
+    /// in between would revoke paying customers on a rebuild.
+    Later,
+    /// Never. A row that changes still gets another revision, under which it can be sent.
     Never,
 }
 
@@ -39,7 +33,7 @@ pub enum Signalling {
 pub struct Terms {
     /// What the operator wants of orphans.
     pub rules: Rules,
-    /// Who is told.
+    /// When subscribers are sent what changes.
     pub signalling: Signalling,
 }
 
@@ -48,8 +42,8 @@ pub struct Terms {
 pub struct Circumstances<'a> {
     /// The terms.
     pub terms: &'a Terms,
-    /// The replay that may not have reached an event of the same row yet.
-    pub rebuilding: Option<&'a Rebuilding>,
+    /// When the replay was started that may not have reached an event of the same row yet.
+    pub rebuilding: Option<OffsetDateTime>,
     /// When.
     pub now: OffsetDateTime,
 }
@@ -91,12 +85,6 @@ pub struct Plan<'a> {
     pub row: Row,
     /// A signal per transition, in the order of their revisions.
     pub signals: Vec<NewSignal>,
-    /// The signal that becomes due.
-    pub due: Option<NewDue>,
-    /// Whether the signal that was due is among `signals`, or needless.
-    pub settles_due: bool,
-    /// Whether what live events would tell is left to the end of the replay that was met.
-    pub is_withheld: bool,
     /// What follows for orphans and open questions.
     pub consequences: Consequences<'a>,
 }
@@ -136,101 +124,59 @@ pub fn of_subscription<'a>(
     mut arrivals: Vec<&'a Arrival>,
     circumstances: Circumstances<'_>,
 ) -> Option<Plan<'a>> {
-    let Circumstances { terms, now, .. } = circumstances;
+    let Circumstances { terms, rebuilding, now } = circumstances;
     arrivals.sort_by(|a, b| (a.event.created, &a.event.id).cmp(&(b.event.created, &b.event.id)));
-    let Stored { mut state, version, revision, dt_created, due } = stored.unwrap_or_default();
+    let Stored { mut state, version, revision, dt_created, last_sent: sent_before } = stored.unwrap_or_default();
     let before = state.visible();
-    let mut teller = Teller::new(id, revision, due.as_ref(), &before);
-    let mut after = before.clone();
-    let mut merged = Vec::new();
-    for &arrival in &arrivals {
-        if !state.merge(&arrival.event) {
-            continue;
+    let mut merged = transitions(&mut state, &arrivals);
+    let after = merged.last().map_or(&before, |transition| &transition.shown);
+    let mut sender = Sender::new(id, revision, &sent_before, &before.subscription, now);
+    let last_sent = match terms.signalling {
+        Signalling::Now if is_half_built(rebuilding, version, &sent_before, after, &arrivals) => {
+            sender.owe(&after.subscription)
         }
-        merged.push(arrival);
-        after = state.visible();
-        if terms.signalling == Signalling::Now {
-            let event = signal::reference(&arrival.event);
-            teller.tell(&after.subscription, event, arrival.traceparent.clone(), false, now);
-        }
-    }
-    let mut new_due = None;
-    let mut settles_due = false;
-    let withheld_for = circumstances.rebuilding.filter(|rebuilding| {
-        terms.signalling == Signalling::Now && is_half_built(rebuilding, version, due.is_some(), &after, &arrivals)
-    });
-    if withheld_for.is_some() {
-        teller = Teller::new(id, revision, due.as_ref(), &before);
-    }
-    match (&terms.signalling, due) {
-        // No signal, and what is due stays so.
-        (Signalling::Now, Some(_)) if withheld_for.is_some() => {}
-        (Signalling::Now, None) => {
-            new_due = withheld_for.zip(merged.last()).map(|(rebuilding, last)| NewDue {
-                entity_id: id.to_owned(),
-                subject: subject::SUBSCRIPTION_CHANGED,
-                due: Due {
-                    replay: rebuilding.replay.clone(),
-                    told: None,
-                    unchanged: false,
-                    event: signal::reference(&last.event),
-                },
-            });
-        }
-        (Signalling::Now, Some(due)) => {
-            // A live event signals such a row at once, whether or not it changed it.
-            let event = signal::standing(&state).unwrap_or(due.event);
-            teller.tell(&after.subscription, event, None, true, now);
-            settles_due = !teller.signals.is_empty() || !due.unchanged;
-        }
-        (Signalling::Later { replay, unchanged }, due) => {
-            let is_changed = teller.differs(&after.subscription) && due.is_none();
-            let cause = merged.last().or(arrivals.last()).map(|arrival| signal::reference(&arrival.event));
-            let exists = !merged.is_empty() || version > 0;
-            new_due = cause.filter(|_| is_changed || (*unchanged && exists)).map(|event| NewDue {
-                entity_id: id.to_owned(),
-                subject: subject::SUBSCRIPTION_CHANGED,
-                due: Due { replay: replay.clone(), told: teller.told.clone(), unchanged: *unchanged, event },
-            });
-        }
-        (Signalling::Never, None) if revision > 0 && teller.differs(&after.subscription) => {
-            teller.revision = next_revision(revision, now);
-        }
-        (Signalling::Never, _) => {}
-    }
-    if merged.is_empty() && new_due.is_none() && !settles_due {
+        Signalling::Now => sender.send_now(&merged, &after.subscription, || cause(&state, &arrivals)),
+        Signalling::Later => sender.owe(&after.subscription),
+        Signalling::Never => sender.skip(&after.subscription),
+    };
+    let Sender { signals, revision, .. } = sender;
+    if merged.is_empty() && (version == 0 || (signals.is_empty() && last_sent == sent_before)) {
         return None;
     }
-    let consequences = match merged.last() {
-        Some(&last) => {
-            let step = Step { before: &before, after: &after, dt_created: dt_created.unwrap_or(now), now };
-            of_row(&merged, last, &step, &terms.rules)
+    let step = Step { before: &before, after, dt_created: dt_created.unwrap_or(now), now };
+    let consequences = of_row(&merged, &step, &terms.rules);
+    let visible = merged.pop().map_or(before, |transition| transition.shown);
+    let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version: version + 1, revision, last_sent };
+    Some(Plan { id, arrivals, row, signals, consequences })
+}
+
+/// An event that changed the state, and what the row shows after it.
+struct Transition<'a> {
+    arrival: &'a Arrival,
+    shown: Visible,
+}
+
+fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transition<'a>> {
+    let mut merged = Vec::new();
+    for &arrival in arrivals {
+        if state.merge(&arrival.event) {
+            merged.push(Transition { arrival, shown: state.visible() });
         }
-        None => Consequences::default(),
-    };
-    let row = Row {
-        stripe_subscription_id: id.to_owned(),
-        state,
-        visible: after,
-        version: version + 1,
-        revision: teller.revision,
-    };
-    Some(Plan {
-        id,
-        arrivals,
-        row,
-        signals: teller.signals,
-        due: new_due,
-        settles_due,
-        is_withheld: withheld_for.is_some(),
-        consequences,
-    })
+    }
+    merged
 }
 
 /// Whether a live event may show a row half built: it makes the row, of what is older than the replay, or
-/// leaves it without the state that only the replay can bring. Told, it would revoke a paying customer.
-fn is_half_built(rebuilding: &Rebuilding, version: i64, is_due: bool, after: &Visible, arrivals: &[&Arrival]) -> bool {
-    if is_due {
+/// leaves it without the state that only the replay can bring. Sent, it would revoke a paying customer.
+fn is_half_built(
+    rebuilding: Option<OffsetDateTime>,
+    version: i64,
+    last_sent: &LastSent,
+    after: &Visible,
+    arrivals: &[&Arrival],
+) -> bool {
+    let Some(started) = rebuilding else { return false };
+    if last_sent.is_owed() {
         return after.subscription.status.is_none();
     }
     let of_session = || {
@@ -241,37 +187,35 @@ fn is_half_built(rebuilding: &Rebuilding, version: i64, is_due: bool, after: &Vi
         sessions.min()
     };
     let created = after.subscription.created.map(|created| created.unix()).or_else(of_session);
-    version == 0 && created.is_none_or(|created| created < rebuilding.started.unix_timestamp())
+    version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
 }
 
-/// A row of which a replay that reached its end owes a signal, and the signal.
+/// The event that a row stands on which is sent as it is.
+fn cause(state: &State, arrivals: &[&Arrival]) -> Option<EventReference> {
+    signal::standing(state).or_else(|| arrivals.last().map(|arrival| signal::reference(&arrival.event)))
+}
+
+/// The signal that a row owes, and the row once it is sent.
 #[derive(Debug)]
-pub struct Overdue {
+pub struct Owed {
     /// The row as it is to be written.
     pub row: Row,
-    /// The signal, unless in the end there is nothing to tell.
+    /// What it shows, unless that was sent already.
     pub signal: Option<NewSignal>,
 }
 
-/// What is signalled of a row at the end of a replay: its final state, once.
+/// What is sent of a row that owes a signal, once its state is final. None while no event is known that
+/// it stands on.
 #[must_use]
-pub fn of_overdue(id: &str, stored: Stored, due: Due, now: OffsetDateTime) -> Overdue {
-    let visible = stored.state.visible();
-    let mut teller = Teller::new(id, stored.revision, Some(&due), &visible);
-    let event = signal::standing(&stored.state).unwrap_or(due.event);
-    teller.tell(&visible.subscription, event.clone(), None, true, now);
-    let signal = match teller.signals.pop() {
-        None if due.unchanged => Some(of_unchanged(id, &visible.subscription, stored.revision, event, now)),
-        signal => signal,
-    };
-    let row = Row {
-        stripe_subscription_id: id.to_owned(),
-        state: stored.state,
-        visible,
-        version: stored.version + 1,
-        revision: teller.revision,
-    };
-    Overdue { row, signal }
+pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
+    let shown = stored.state.visible().subscription;
+    let event = signal::standing(&stored.state)?;
+    let mut sender = Sender::new(id, stored.revision, &stored.last_sent, &shown, now);
+    sender.send(&shown, Cause { event, traceparent: None }, true);
+    let Sender { mut signals, revision, .. } = sender;
+    let signal = signals.pop();
+    let row = Stored { revision, last_sent: LastSent::Current, ..stored }.into_row(id);
+    Some(Owed { row, signal })
 }
 
 /// A row once more, under the revision it has: for subscribers that missed it.
@@ -297,58 +241,90 @@ pub fn of_unchanged(
     signal::subscription_again(&again, now)
 }
 
-/// Tells subscribers of one row.
-struct Teller<'a> {
-    id: &'a str,
-    /// What they were told last; None if nothing yet.
-    told: Option<Subscription>,
+/// Sends subscribers what a row shows, and knows what they were sent last.
+struct Sender<'r> {
+    id: &'r str,
+    now: OffsetDateTime,
+    /// Whether the row owed a signal when it was read.
+    is_owed: bool,
+    /// What was sent last; None if nothing yet.
+    sent: Option<&'r Subscription>,
     revision: i64,
     signals: Vec<NewSignal>,
 }
 
-impl<'a> Teller<'a> {
-    fn new(id: &'a str, revision: i64, due: Option<&Due>, stored: &Visible) -> Self {
-        let told = match due {
-            Some(due) => due.told.clone(),
-            None => (revision > 0).then(|| stored.subscription.clone()),
+impl<'r> Sender<'r> {
+    fn new(id: &'r str, revision: i64, last_sent: &'r LastSent, shown: &'r Subscription, now: OffsetDateTime) -> Self {
+        let sent = match last_sent {
+            LastSent::Current => (revision > 0).then_some(shown),
+            LastSent::Nothing => None,
+            LastSent::Older(sent) => Some(&**sent),
         };
-        Self { id, told, revision, signals: Vec::new() }
+        Self { id, now, is_owed: last_sent.is_owed(), sent, revision, signals: Vec::new() }
     }
 
-    /// A new row is told of even if it looks like no row.
-    fn differs(&self, now: &Subscription) -> bool {
-        self.told.as_ref() != Some(now)
-    }
-
-    /// Tells what the row is, under a revision of its own, if that is news.
-    fn tell(
+    /// Sends each transition; of a row that owed a signal what it shows, also if no event changed it.
+    fn send_now(
         &mut self,
-        subscription: &Subscription,
-        event: EventReference,
-        traceparent: Option<String>,
-        replayed: bool,
-        now: OffsetDateTime,
-    ) {
-        if !self.differs(subscription) {
+        merged: &'r [Transition<'_>],
+        shown: &'r Subscription,
+        cause: impl FnOnce() -> Option<EventReference>,
+    ) -> LastSent {
+        for transition in merged {
+            self.send(&transition.shown.subscription, transition.arrival.cause(), false);
+        }
+        if self.is_owed && self.sent != Some(shown) {
+            let Some(event) = cause() else { return self.owe(shown) };
+            self.send(shown, Cause { event, traceparent: None }, true);
+        }
+        LastSent::Current
+    }
+
+    /// Sends nothing yet: the row owes what it shows, unless that was sent last.
+    fn owe(&self, shown: &Subscription) -> LastSent {
+        match self.sent {
+            None => LastSent::Nothing,
+            Some(sent) if sent == shown => LastSent::Current,
+            Some(sent) => LastSent::Older(Box::new(sent.clone())),
+        }
+    }
+
+    /// Sends nothing, as if it were sent: a row that subscribers know gets another revision, under
+    /// which it can be. What was owed before is still owed.
+    fn skip(&mut self, shown: &Subscription) -> LastSent {
+        if self.is_owed {
+            return self.owe(shown);
+        }
+        if self.sent.is_some_and(|sent| sent != shown) {
+            self.revision = next_revision(self.revision, self.now);
+        }
+        LastSent::Current
+    }
+
+    /// Sends what the row shows under a revision of its own, unless that was sent last. A new row is
+    /// sent even if it looks like no row.
+    fn send(&mut self, shown: &'r Subscription, cause: Cause, replayed: bool) {
+        if self.sent == Some(shown) {
             return;
         }
         let previous_revision = (self.revision > 0).then_some(self.revision);
-        self.revision = next_revision(self.revision, now);
-        let changes = merge::changes(&self.told.take().unwrap_or_default(), subscription);
+        self.revision = next_revision(self.revision, self.now);
+        let nothing = Subscription::default();
+        let changes = merge::changes(self.sent.unwrap_or(&nothing), shown);
         let (changed, previous) = changes.map(|changes| (changes.changed, changes.previous)).unwrap_or_default();
-        let told = SubscriptionChanged {
+        let signal = SubscriptionChanged {
             stripe_subscription_id: self.id.to_owned(),
-            access: Access::of_status(subscription.status.as_deref()),
-            subscription: subscription.clone(),
+            access: Access::of_status(shown.status.as_deref()),
+            subscription: shown.clone(),
             revision: self.revision,
             previous_revision,
             changed,
             previous,
-            event,
+            event: cause.event,
             replayed,
         };
-        self.signals.push(signal::subscription_changed(&told, traceparent));
-        self.told = Some(told.subscription);
+        self.signals.push(signal::subscription_changed(&signal, cause.traceparent));
+        self.sent = Some(shown);
     }
 }
 
@@ -362,10 +338,12 @@ struct Step<'r> {
 }
 
 /// What a step means for the row's orphan and open questions.
-fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules: &Rules) -> Consequences<'a> {
+fn of_row<'a>(merged: &[Transition<'a>], step: &Step<'_>, rules: &Rules) -> Consequences<'a> {
     let &Step { before, after, dt_created, now } = step;
     let mut consequences = Consequences::default();
-    let sessions = || merged.iter().copied().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)));
+    let Some(last) = merged.last().map(|transition| transition.arrival) else { return consequences };
+    let arrivals = || merged.iter().map(|transition| transition.arrival);
+    let sessions = || arrivals().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)));
     match &after.subscription.client_reference_id {
         None if after.paid => {
             consequences.orphan = sessions().find_map(|arrival| Some((arrival, missing_reference(arrival)?)));
@@ -373,7 +351,7 @@ fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules:
         None => {}
         Some(client_reference_id) => {
             let is_new = before.subscription.client_reference_id.as_ref() != Some(client_reference_id);
-            if merged.iter().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
+            if arrivals().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
                 // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
                 consequences.answered.push(Kind::Lookup);
             } else if rules.lookup {
@@ -397,7 +375,7 @@ fn of_row<'a>(merged: &[&'a Arrival], last: &'a Arrival, step: &Step<'_>, rules:
         consequences.answered.push(Kind::Grace);
     } else if after.created_event_seen && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before))) {
         // The sweep forgets the question while nothing was paid.
-        let created = merged.iter().copied().find(|arrival| arrival.is_creation()).unwrap_or(last);
+        let created = arrivals().find(|arrival| arrival.is_creation()).unwrap_or(last);
         let end = orphan::end_of_grace(after, dt_created, rules.grace);
         consequences.questions.extend(orphan::grace(created, after, rules, end));
     }

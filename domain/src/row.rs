@@ -2,7 +2,7 @@
 //!
 //! Owns what is read of a row before a batch and what is written after it. May not know SQL.
 
-use litestripe_contract::signal::{EventReference, Subscription};
+use litestripe_contract::signal::Subscription;
 use time::OffsetDateTime;
 
 use crate::merge::{State, Visible};
@@ -18,8 +18,8 @@ pub struct Stored {
     pub revision: i64,
     /// When it was first written. None if it was not, or if that cannot be read.
     pub dt_created: Option<OffsetDateTime>,
-    /// The signal that a replay owes, if it owes one.
-    pub due: Option<Due>,
+    /// What subscribers were sent of it last.
+    pub last_sent: LastSent,
 }
 
 /// A row to be written.
@@ -35,37 +35,73 @@ pub struct Row {
     pub version: i64,
     /// The revision of its last signal, this batch's included.
     pub revision: i64,
+    /// What subscribers were sent of it last, this batch's signals included.
+    pub last_sent: LastSent,
 }
 
-/// A signal of a subscription that waits for the end of a replay.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Due {
-    /// The replay.
-    pub replay: String,
-    /// What subscribers were told last; None if nothing yet.
-    pub told: Option<Subscription>,
-    /// Whether it is sent even if nothing changed, under the existing revision.
-    pub unchanged: bool,
-    /// The event that led to it.
-    pub event: EventReference,
+impl Stored {
+    /// The row as it is to be written over this one.
+    #[must_use]
+    pub fn into_row(self, id: &str) -> Row {
+        let Self { state, version, revision, last_sent, .. } = self;
+        let visible = state.visible();
+        Row { stripe_subscription_id: id.to_owned(), state, visible, version: version + 1, revision, last_sent }
+    }
 }
 
-/// A signal that becomes due.
-#[derive(Debug, Clone)]
-pub struct NewDue {
-    /// The subscription's or orphan's id.
-    pub entity_id: String,
-    /// Where it will be published.
-    pub subject: &'static str,
-    /// The rest of it.
-    pub due: Due,
+/// What subscribers were sent of a row last. The row owes a signal exactly while that is not what it
+/// shows. Its JSON is the column `last_sent`, which is null as a rule.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum LastSent {
+    /// What the row shows. Nothing, of a row without a revision: it was written silently.
+    #[default]
+    Current,
+    /// Nothing: the row owes its first signal.
+    Nothing,
+    /// This, which the row does not show any more.
+    Older(Box<Subscription>),
 }
 
-/// A replay that has not reached its end, and will tell then what it changed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rebuilding {
-    /// Its name; empty for the one without.
-    pub replay: String,
-    /// When it was started first.
-    pub started: OffsetDateTime,
+impl LastSent {
+    /// Whether the row owes a signal.
+    #[must_use]
+    pub fn is_owed(&self) -> bool {
+        *self != Self::Current
+    }
+
+    /// Without metadata, of a row that shows `shown`, which is without metadata too: what was owed
+    /// stays so, because subscribers have to hear that the metadata is gone.
+    #[must_use]
+    pub fn without_metadata(self, shown: &Subscription) -> Self {
+        match self {
+            Self::Older(mut sent) => {
+                sent.metadata.clear();
+                sent.subscription_metadata.clear();
+                if *sent == *shown { Self::Nothing } else { Self::Older(sent) }
+            }
+            other => other,
+        }
+    }
+
+    /// The column's value.
+    #[must_use]
+    pub fn to_json(&self) -> Option<String> {
+        match self {
+            Self::Current => None,
+            Self::Nothing => Some("null".to_owned()),
+            Self::Older(sent) => {
+                Some(serde_json::to_string(sent).expect("a signal has no map with keys that are not text"))
+            }
+        }
+    }
+
+    /// Reads the column's value. What only a later program can read counts as nothing sent.
+    #[must_use]
+    pub fn from_json(json: Option<&str>) -> Self {
+        match json.map(serde_json::from_str) {
+            None => Self::Current,
+            Some(Ok(Some(sent))) => Self::Older(sent),
+            Some(_) => Self::Nothing,
+        }
+    }
 }

@@ -6,6 +6,5 @@
 pub mod due_check;
 pub mod orphaned_payment;
 pub mod replay;
-pub mod signal_due;
 pub mod signal_outbox;
 pub mod stripe_subscription;

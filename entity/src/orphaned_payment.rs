@@ -34,6 +34,10 @@ pub struct Model {
     /// The user that was found.
     #[sea_orm(column_type = "Text", nullable)]
     pub resolved_client_reference_id: Option<String>,
+    /// While a signal is owed that it was created, or resolved: `created`, type and id of the event that
+    /// led to it. Null as a rule.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub owed_event: Option<String>,
     /// When the row was first written.
     pub dt_created: TimeDateTimeWithTimeZone,
     /// When the row was last written.

@@ -1,4 +1,4 @@
-//! `replay`: what replays were asked for, by name, and how far each is.
+//! `replay`: the replay that was asked for last, and how far it is.
 
 use sea_orm::entity::prelude::*;
 
@@ -6,10 +6,10 @@ use sea_orm::entity::prelude::*;
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "replay")]
 pub struct Model {
-    /// Its name; empty for the one without.
+    /// Empty. The version before had replays with a name.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub name: String,
-    /// Who is told: `changed`, `all` or `none`.
+    /// What is signalled: `changed` or `none`; in the version before also `all`.
     #[sea_orm(column_type = "Text")]
     pub signals: String,
     /// The first sequence of `STRIPE_EVENTS` that it applies again.
@@ -24,9 +24,9 @@ pub struct Model {
     pub stripe_subscription_id: Option<String>,
     /// When it was started first.
     pub dt_started: TimeDateTimeWithTimeZone,
-    /// When a process last said that it is at it.
+    /// When its process last said that it runs.
     pub dt_beat: TimeDateTimeWithTimeZone,
-    /// When its end was reached and every signal it owed was written.
+    /// When its end was reached.
     pub dt_finished: Option<TimeDateTimeWithTimeZone>,
 }
 

@@ -69,6 +69,10 @@ pub struct Model {
     /// What the columns above are a function of, as JSON.
     #[sea_orm(column_type = "Text")]
     pub merge_state: String,
+    /// What subscribers were sent of the row last, as JSON (`null`: nothing yet), while that differs from
+    /// what it shows: then it owes a signal. Null as a rule.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub last_sent: Option<String>,
     /// When the row was first written.
     pub dt_created: TimeDateTimeWithTimeZone,
     /// When the row was last written.

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use litestripe_contract::exit;
-use litestripe_contract::subject::{ORPHAN_CREATED, ORPHAN_RESOLVED, SUBSCRIPTION_CHANGED};
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event::{self, MetadataKeys, whose};
 use litestripe_domain::orphan::NewOrphan;
@@ -16,9 +15,7 @@ use litestripe_domain::plan::{
     self, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
 };
 use litestripe_domain::question::Kind;
-use litestripe_domain::row::{Due, NewDue};
-use litestripe_domain::signal::{self, Cause, NewSignal};
-use litestripe_entity::orphaned_payment;
+use litestripe_domain::signal::{self, NewSignal};
 use sea_orm::{DatabaseTransaction, DbErr};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -326,56 +323,37 @@ async fn save_once<'a>(
     let ids: Vec<&str> = by_subscription.keys().copied().collect();
     let tx = store.begin().await?;
     let Found { rows: mut stored, rebuilding } = store::subscription::find(&tx, &ids, now).await?;
-    let rebuilding = rebuilding.as_ref();
     let circumstances = Circumstances { terms, rebuilding, now };
     let mut plans: Vec<Plan<'a>> = by_subscription
         .into_iter()
         .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
         .collect();
-    if let Some(rebuilding) = rebuilding.filter(|_| plans.iter().any(|plan| plan.is_withheld))
-        && !store::replay::hold(&tx, &rebuilding.replay).await?
-    {
-        // It ended meanwhile, and would not tell what is left to it.
-        tx.rollback().await.map_err(StoreError::doing("begin a batch anew"))?;
-        let planned = plans.into_iter().flat_map(|plan| plan.arrivals);
-        return Ok(planned.chain(others.into_iter().map(|(_, arrival)| arrival)).collect());
-    }
     let rows = plans.iter_mut().map(|plan| std::mem::take(&mut plan.row)).collect();
     let written = store::subscription::save(&tx, rows, now).await?;
     let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
 
     let mut signals = Vec::new();
-    let mut dues = Vec::new();
-    let mut settled = Vec::new();
     let mut consequences = Vec::new();
     for plan in saved {
         signals.extend(plan.signals);
-        dues.extend(plan.due);
-        settled.extend(plan.settles_due.then_some(plan.id));
         consequences.push((plan.id, plan.consequences));
     }
     consequences.extend(others.into_iter().map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))));
-    let of_orphans = save_consequences(&tx, consequences, now).await?;
-    match &terms.signalling {
-        Signalling::Now => signals.extend(of_orphans.into_iter().filter_map(OrphanSignal::now)),
-        Signalling::Later { replay, .. } => dues.extend(of_orphans.into_iter().map(|signal| signal.later(replay))),
-        Signalling::Never => {}
-    }
+    signals.extend(save_consequences(&tx, consequences, terms.signalling, now).await?);
     store::outbox::insert(&tx, signals, now).await?;
-    store::signal_due::put(&tx, dues, now).await?;
-    store::signal_due::remove(&tx, &[SUBSCRIPTION_CHANGED], &settled).await?;
     fail_point!("worker::before_commit");
     tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
     fail_point!("worker::after_commit");
     Ok(stale.into_iter().flat_map(|plan| plan.arrivals).collect())
 }
 
-/// Writes what follows for orphans and open questions, and returns the signals that tell of it.
+/// Writes what follows for orphans and open questions, and returns the signals that are sent now.
 async fn save_consequences(
     tx: &DatabaseTransaction,
     consequences: Vec<(&str, Consequences<'_>)>,
+    signalling: Signalling,
     now: OffsetDateTime,
-) -> Result<Vec<OrphanSignal>, StoreError> {
+) -> Result<Vec<NewSignal>, StoreError> {
     let mut orphans = Vec::new();
     let mut resolutions = Vec::new();
     let mut questions = Vec::new();
@@ -386,36 +364,45 @@ async fn save_consequences(
         questions.extend(of_one.questions);
         of_one.answered.into_iter().for_each(|kind| answered.entry(kind).or_default().push(id));
     }
-    let mut signals = save_orphans(tx, orphans, now).await?;
-    signals.extend(save_resolutions(tx, resolutions, now).await?);
+    let mut signals = save_orphans(tx, orphans, signalling, now).await?;
+    signals.extend(save_resolutions(tx, resolutions, signalling, now).await?);
     for (kind, ids) in answered {
         store::due::remove(tx, kind, &ids).await?;
     }
     store::due::put(tx, questions).await?;
+    if signalling != Signalling::Now {
+        signals.clear();
+    }
     Ok(signals)
 }
 
-/// Inserts the orphans that are not there yet, and returns the signals that tell of them.
+/// Inserts the orphans that are not there yet, and returns a signal for each.
 async fn save_orphans(
     tx: &DatabaseTransaction,
     mut orphans: Vec<(&Arrival, NewOrphan)>,
+    signalling: Signalling,
     now: OffsetDateTime,
-) -> Result<Vec<OrphanSignal>, StoreError> {
+) -> Result<Vec<NewSignal>, StoreError> {
     // One payment may come several times in one batch; one statement may not name a key twice.
     orphans.sort_by(|(a, x), (b, y)| (&x.id, &a.event.id).cmp(&(&y.id, &b.event.id)));
     orphans.dedup_by(|(_, later), (_, earlier)| later.id == earlier.id);
     let (arrivals, orphans): (Vec<_>, Vec<_>) = orphans.into_iter().unzip();
-    let inserted = store::orphan::insert(tx, &orphans, now).await?;
+    let owed: Vec<_> = match signalling {
+        Signalling::Later => arrivals.iter().map(|arrival| signal::reference(&arrival.event)).collect(),
+        Signalling::Now | Signalling::Never => Vec::new(),
+    };
+    let inserted = store::orphan::insert(tx, &orphans, &owed, now).await?;
     let created = arrivals.iter().zip(&orphans).filter(|(_, orphan)| inserted.contains(&orphan.id));
-    Ok(created.map(|(arrival, orphan)| OrphanSignal::Created(orphan.clone(), arrival.cause())).collect())
+    Ok(created.map(|(arrival, orphan)| signal::orphan_created(orphan, arrival.cause())).collect())
 }
 
-/// Resolves the orphans that are open, and returns the signals that tell of them.
+/// Resolves the orphans that are open, and returns a signal for each.
 async fn save_resolutions(
     tx: &DatabaseTransaction,
     resolutions: Vec<Resolution<'_>>,
+    signalling: Signalling,
     now: OffsetDateTime,
-) -> Result<Vec<OrphanSignal>, StoreError> {
+) -> Result<Vec<NewSignal>, StoreError> {
     let ids: Vec<&str> = resolutions.iter().map(|resolution| resolution.id.as_str()).collect();
     // Nearly every subscription finds its user without ever having been an orphan.
     let mut open = store::orphan::open_among(tx, &ids).await?;
@@ -424,37 +411,15 @@ async fn save_resolutions(
         let user = resolution.client_reference_id.as_str();
         // Told once, however many words about it came together.
         let is_open = open.remove(&resolution.id);
+        let owed = (signalling == Signalling::Later).then(|| signal::reference(&resolution.arrival.event));
+        let owed = owed.as_ref();
         let resolved = match &resolution.by_operator {
-            Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, now).await?,
-            None if is_open => store::orphan::resolve(tx, &resolution.id, user, now).await?,
+            Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, owed, now).await?,
+            None if is_open => store::orphan::resolve(tx, &resolution.id, user, owed, now).await?,
             None => None,
         };
-        let resolved = resolved.filter(|_| is_open);
-        signals.extend(resolved.map(|orphan| OrphanSignal::Resolved(orphan, resolution.arrival.cause())));
+        let resolved = resolved.filter(|_| is_open).as_ref().and_then(store::orphan::known);
+        signals.extend(resolved.map(|orphan| signal::orphan_resolved(&orphan, resolution.arrival.cause())));
     }
     Ok(signals)
-}
-
-/// What there is to tell of an orphan.
-enum OrphanSignal {
-    Created(NewOrphan, Cause),
-    Resolved(orphaned_payment::Model, Cause),
-}
-
-impl OrphanSignal {
-    fn now(self) -> Option<NewSignal> {
-        match self {
-            Self::Created(orphan, cause) => Some(signal::orphan_created(&orphan, cause)),
-            Self::Resolved(orphan, cause) => Some(signal::orphan_resolved(&store::orphan::known(&orphan)?, cause)),
-        }
-    }
-
-    fn later(self, replay: &str) -> NewDue {
-        let (entity_id, subject, cause) = match self {
-            Self::Created(orphan, cause) => (orphan.id, ORPHAN_CREATED, cause),
-            Self::Resolved(orphan, cause) => (orphan.id, ORPHAN_RESOLVED, cause),
-        };
-        let due = Due { replay: replay.to_owned(), told: None, unchanged: false, event: cause.event };
-        NewDue { entity_id, subject, due }
-    }
 }

@@ -12,7 +12,7 @@ use litestripe_contract::signal::OrphanReason;
 use litestripe_domain::event::Email;
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::question::Question;
-use litestripe_domain::row::{Row, Stored};
+use litestripe_domain::row::Stored;
 use litestripe_domain::signal::{self, Cause};
 use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
@@ -117,14 +117,7 @@ async fn commit(tx: DatabaseTransaction, relay: &Notify) -> Result<(), StoreErro
 
 /// Writes a row as it is over the version that was read. Returns whether nobody else wrote it since.
 async fn rewrite(tx: &DatabaseTransaction, id: &str, stored: Stored, now: OffsetDateTime) -> Result<bool, StoreError> {
-    let row = Row {
-        stripe_subscription_id: id.to_owned(),
-        version: stored.version + 1,
-        revision: stored.revision,
-        visible: stored.state.visible(),
-        state: stored.state,
-    };
-    Ok(!store::subscription::save(tx, vec![row], now).await?.is_empty())
+    Ok(!store::subscription::save(tx, vec![stored.into_row(id)], now).await?.is_empty())
 }
 
 async fn insert_orphan(
@@ -142,7 +135,7 @@ async fn insert_orphan(
         event_id: question.event.id.clone(),
         livemode: question.livemode,
     };
-    let inserted = store::orphan::insert(tx, std::slice::from_ref(&orphan), now).await?;
+    let inserted = store::orphan::insert(tx, std::slice::from_ref(&orphan), &[], now).await?;
     let signals = inserted.iter().map(|_| signal::orphan_created(&orphan, cause(question))).collect();
     store::outbox::insert(tx, signals, now).await
 }

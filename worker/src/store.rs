@@ -26,7 +26,6 @@ pub mod orphan;
 pub mod outbox;
 pub mod replay;
 mod rows;
-pub mod signal_due;
 pub mod subscription;
 pub mod whole;
 

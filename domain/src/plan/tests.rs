@@ -13,6 +13,8 @@ use crate::event::{Before, CheckoutSession, Event, Resolution as Word, Snapshot,
 use crate::payment::PaymentIds;
 use crate::question::Asked;
 
+mod owed;
+
 const SUBSCRIPTION: &str = "sub_1";
 /// The one client reference id that the lookup knows.
 const USER: &str = "user_1";
@@ -140,8 +142,8 @@ impl Table {
         for (id, arrivals) in by_subscription {
             let circumstances = Circumstances { terms, rebuilding: None, now: NOW };
             let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else { continue };
-            let Row { state, version, revision, .. } = plan.row;
-            self.row = Some(Stored { state, version, revision, ..Stored::default() });
+            let Row { state, version, revision, last_sent, .. } = plan.row;
+            self.row = Some(Stored { state, version, revision, last_sent, dt_created: None });
             self.follow(id, plan.consequences);
         }
         for (id, arrival) in others {

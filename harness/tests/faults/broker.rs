@@ -6,8 +6,10 @@ use async_nats::jetstream::stream::State;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{DatabaseKind, lock_of, of_subscription};
 use litestripe_harness::process::Signal;
+use litestripe_harness::program::Program;
 use litestripe_harness::stripe::{Event, Purchase};
 use litestripe_harness::{eventually, nats};
+use sea_orm::DatabaseTransaction;
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -53,9 +55,7 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase)]).await;
     rig.bridge.wait_until_applied().await;
-    let lock = rig.bridge.database.locked(&lock_of(&purchase.subscription)).await;
-    let replay = rig.worker().args(["replay", "--signals", "all"]).start();
-    rig.bridge.database.until_a_worker_waits().await;
+    let (lock, replay) = held_up_replay(&rig, &purchase).await;
     fill(&rig).await;
     rig.bridge.wait_until_applied().await;
     // The worker looks after room every 10 s; it shows that it did by the size of the stream.
@@ -174,14 +174,24 @@ async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase), bought(), bought()]).await;
     rig.bridge.wait_until_applied().await;
-    let lock = rig.bridge.database.locked(&lock_of(&purchase.subscription)).await;
-    let replay = rig.worker().args(["replay", "--signals", "all"]).start();
-    rig.bridge.database.until_a_worker_waits().await;
+    let (lock, replay) = held_up_replay(&rig, &purchase).await;
     while_workers_are_cut_off(&rig, "litestripe-replay").await;
     lock.rollback().await.expect("the transaction is open");
     let status = replay.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", replay.log());
     assert!(replay.stdout().contains("replayed events 1 to 3"), "{}", replay.log());
+}
+
+/// A replay that waits for somebody else's lock on the row that its first event changes.
+async fn held_up_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction, Program) {
+    // As if the row had lost what its events said.
+    let id = &purchase.subscription;
+    let empty = format!("UPDATE stripe_subscription SET merge_state = '{{}}' WHERE stripe_subscription_id = '{id}'");
+    rig.bridge.database.query(&empty).await.expect("it can be written");
+    let lock = rig.bridge.database.locked(&lock_of(id)).await;
+    let replay = rig.worker().args(["replay"]).start();
+    rig.bridge.database.until_a_worker_waits().await;
+    (lock, replay)
 }
 
 /// Deletes a consumer while the workers have no connection.

@@ -65,7 +65,7 @@ async fn permissions_of_the_readme_suffice_for_everything() {
     let by_operator: [(&[&str], i32); 9] = [
         (&["status"], 0),
         (&["orphans", "resolve", &known.subscription, "--client-reference-id", "user_1"], 0),
-        (&["replay", "--since", "1h", "--signals", "all"], 0),
+        (&["replay", "--since", "1h"], 0),
         (&["replay", "--type", CREATED, "--dry-run"], 0),
         (&["resend", "--all"], 0),
         (&["backfill", "--since", "1h"], 0),

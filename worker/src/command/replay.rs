@@ -43,16 +43,13 @@ pub(crate) struct Replay {
     /// Only events of this subscription
     #[arg(long, value_name = "SUB")]
     subscription: Option<String>,
-    /// Who is told: nobody (of events that are applied: it ends before the others), of the rows that
-    /// changed, or of all rows met
+    /// Whether each row that changed is signalled at the end, or nothing is (then it ends before the
+    /// first event that is not applied yet)
     #[arg(long, value_enum, default_value_t = Signals::Changed)]
     signals: Signals,
     /// Show what would change, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Keep the position under this name: run again it goes on, run on several machines they share the work
-    #[arg(long)]
-    name: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -85,13 +82,12 @@ impl Replay {
         let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
         let summary = parts.while_relaying(settings, work).await;
         progress.finish();
-        self.report(&replay, &summary.map_err(failure)?)
+        self.report(&summary.map_err(failure)?)
     }
 
     fn request(&self) -> Request {
         let time = self.from_time.or(self.since).map(Bound::Time);
         Request {
-            name: self.name.clone(),
             from: self.from_sequence.map(Bound::Sequence).or(time),
             until: self.until,
             event_types: self.event_types.clone(),
@@ -110,7 +106,7 @@ impl Replay {
         Ok(())
     }
 
-    fn report(&self, replay: &Asked, summary: &Summary) -> Result<(), Failure> {
+    fn report(&self, summary: &Summary) -> Result<(), Failure> {
         if self.json {
             print::json(&summary)?;
         } else if summary.finished {
@@ -119,15 +115,14 @@ impl Replay {
                 summary.first_sequence, summary.last_sequence, summary.events, summary.poisoned, summary.signals
             ));
         }
-        for (name, owed) in &summary.owed_by_others {
-            tracing::warn!("{owed} signals wait for the end of the replay {name:?}, which was cut off: run it again");
-        }
         if summary.finished {
             return Ok(());
         }
-        let how = if replay.name.is_empty() { "begins anew" } else { "goes on from there" };
         let waiting = "rows it changed are signalled when it reaches its end";
-        Err(Failure::new(format!("stopped after {} events: run again, it {how}; {waiting}", summary.events)))
+        Err(Failure::new(format!(
+            "stopped after {} events: run again, it goes on from there; {waiting}",
+            summary.events
+        )))
     }
 
     async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
@@ -187,10 +182,7 @@ fn event_type(text: &str) -> Result<EventType, String> {
 /// What cannot be asked for is a matter of the command line.
 fn failure(error: ReplayError) -> Failure {
     match error {
-        ReplayError::Name
-        | ReplayError::NoSuchSequence { .. }
-        | ReplayError::Backwards { .. }
-        | ReplayError::Differs(_) => Failure::configuration(error),
+        ReplayError::NoSuchSequence { .. } | ReplayError::Backwards { .. } => Failure::configuration(error),
         error => error.into(),
     }
 }

@@ -39,14 +39,14 @@ impl Resend {
         let Put { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.json {
-            print::line(&json!({ "sent": sent, "outbox": waiting, "left_to_replays": left }).to_string());
+            print::line(&json!({ "sent": sent, "outbox": waiting, "left_to_replay": left }).to_string());
         } else if waiting > 0 {
             print::line(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
         } else {
             print::line(&format!("{sent} rows signalled again"));
         }
-        for (name, rows) in &left {
-            tracing::warn!("{rows} rows are left to the end of the replay {name:?}: if it was cut off, run it again");
+        if left > 0 {
+            tracing::warn!("{left} rows are left to the end of the replay: if it was cut off, run it again");
         }
         Ok(())
     }
@@ -75,7 +75,7 @@ impl Resend {
             let some = ids.len() as u64;
             let Put { sent, left } = resend::some(store, ids).await?;
             put.sent += sent;
-            left.into_iter().for_each(|(name, rows)| *put.left.entry(name).or_default() += rows);
+            put.left += left;
             progress.advance(some);
         }
         progress.finish();

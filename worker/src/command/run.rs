@@ -21,6 +21,7 @@ use crate::questions::lookup::Lookup;
 use crate::recover::backfill::record::Record;
 use crate::recover::backfill::schedule::Schedule;
 use crate::recover::backfill::{self, Backfill};
+use crate::recover::owed;
 use crate::retention;
 use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
@@ -157,13 +158,15 @@ impl Worker {
             erasures: parts.erasures.clone(),
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             wake: Arc::clone(&applier.questions),
-            relay: wake,
+            relay: Arc::clone(&wake),
             waiting: Arc::clone(&applier.waiting),
             complained: std::sync::Mutex::default(),
         };
         supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()).boxed());
         let erasures: Erasures = parts.erasures.clone();
         supervisor.spawn(&asking, "the reader of erasures", erasures.follow(shutdown.clone()).boxed());
+        let owed = owed::run(parts.store.clone(), Arc::clone(&wake), shutdown.clone());
+        supervisor.spawn(&asking, "the sender of owed signals", owed.boxed());
         let retention = retention::run(parts.store.clone(), parts.jetstream.clone(), shutdown.clone());
         supervisor.spawn(&asking, "the retention", retention.boxed());
         Ok(Self { applier, dead_letters, asking, relaying, relay_stop })

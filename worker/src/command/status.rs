@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 
 use super::Failure;
 use super::print;
+use crate::recover::owed;
 use crate::settings::Settings;
 use crate::store::{self, Store};
 
@@ -44,8 +45,10 @@ struct Report {
     dead_letters: Option<u64>,
     /// Payments whose user is not known.
     open_orphans: Option<u64>,
-    /// Replays that have not reached their end.
-    replays: Vec<ReplayReport>,
+    /// The replay that has not reached its end.
+    replay: Option<ReplayReport>,
+    /// Signals that wait for the end of a replay.
+    signals_owed: Option<u64>,
     /// The last migration that was applied.
     schema_version: Option<String>,
     /// Whether no known migration waits.
@@ -55,16 +58,12 @@ struct Report {
 /// A replay that has not reached its end.
 #[derive(Debug, Serialize)]
 struct ReplayReport {
-    /// Its name; empty for the one without.
-    name: String,
-    /// Whether a process is at it; else it was cut off, and somebody has to run it again.
+    /// Whether a process runs it; else it was cut off, and somebody has to run it again.
     running: bool,
     /// The first sequence of `STRIPE_EVENTS` that it applies again.
     first_sequence: u64,
     /// The last one.
     last_sequence: u64,
-    /// Signals that wait for its end.
-    signals_due: u64,
 }
 
 impl Status {
@@ -93,12 +92,12 @@ async fn report(jetstream: &jetstream::Context, store: &Store) -> Result<Report,
     let schema_current = steps.iter().all(|step| step.applied);
     let schema_version = steps.iter().rev().find(|step| step.applied).map(|step| step.name.clone());
     // Before the first migration there are no tables to count.
-    let (outbox, oldest, open_orphans, replays) = if schema_current {
+    let (outbox, oldest, open_orphans, replay, signals_owed) = if schema_current {
         let (outbox, oldest) = store::outbox::backlog(store.connection()).await?;
         let open_orphans = store::orphan::count_open(store.connection()).await?;
-        (Some(outbox), oldest, Some(open_orphans), replays(store).await?)
+        (Some(outbox), oldest, Some(open_orphans), replay(store).await?, Some(owed::count(store).await?))
     } else {
-        (None, None, None, Vec::new())
+        (None, None, None, None, None)
     };
     Ok(Report {
         lag: consumer.as_ref().map(|consumer| consumer.num_pending),
@@ -111,7 +110,8 @@ async fn report(jetstream: &jetstream::Context, store: &Store) -> Result<Report,
         outbox_oldest_age_s: oldest.map(|at| (OffsetDateTime::now_utc() - at).whole_seconds()),
         dead_letters: dead_letters.map(|stream| stream.cached_info().state.messages),
         open_orphans,
-        replays,
+        replay,
+        signals_owed,
         schema_version,
         schema_current,
     })
@@ -138,20 +138,14 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
     }
 }
 
-async fn replays(store: &Store) -> Result<Vec<ReplayReport>, Failure> {
+async fn replay(store: &Store) -> Result<Option<ReplayReport>, Failure> {
     let now = OffsetDateTime::now_utc();
-    let mut reports = Vec::new();
-    for replay in store::replay::unfinished(store.connection()).await? {
-        let signals_due = store::signal_due::count(store.connection(), &replay.name).await?;
-        reports.push(ReplayReport {
-            running: replay.is_running(now),
-            name: replay.name,
-            first_sequence: replay.first_sequence,
-            last_sequence: replay.last_sequence,
-            signals_due,
-        });
-    }
-    Ok(reports)
+    let replay = store::replay::unfinished(store.connection()).await?.into_iter().next();
+    Ok(replay.map(|replay| ReplayReport {
+        running: replay.is_running(now),
+        first_sequence: replay.first_sequence,
+        last_sequence: replay.last_sequence,
+    }))
 }
 
 fn print(report: Report) {
@@ -170,15 +164,15 @@ fn print(report: Report) {
         ["pending acks".to_owned(), count(report.pending_acks), format!("redelivered: {}", count(report.redelivered))],
         ["ack floor".to_owned(), number(report.ack_floor), "every event up to this sequence is applied".to_owned()],
         ["outbox".to_owned(), number(report.outbox), age],
+        ["signals owed".to_owned(), number(report.signals_owed), "they wait for the end of a replay".to_owned()],
         ["dead letters".to_owned(), number(report.dead_letters), format!("in {DEAD_LETTERS_STREAM}")],
         ["open orphans".to_owned(), number(report.open_orphans), String::new()],
         ["schema".to_owned(), schema, current.to_owned()],
     ];
-    rows.extend(report.replays.into_iter().map(|replay| {
+    if let Some(replay) = report.replay {
         let state = if replay.running { "running" } else { "cut off: run it again" };
-        let span = format!("events {} to {}", replay.first_sequence, replay.last_sequence);
-        let due = format!("{}, {} signals wait for its end, {state}", span, replay.signals_due);
-        [format!("replay {}", replay.name).trim_end().to_owned(), String::new(), due]
-    }));
+        let span = format!("events {} to {}, {state}", replay.first_sequence, replay.last_sequence);
+        rows.push(["replay".to_owned(), String::new(), span]);
+    }
     print::table(["what", "value", ""], rows.into_iter());
 }

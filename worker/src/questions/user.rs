@@ -53,7 +53,7 @@ impl Questions {
             if !holds_row(&tx, question, &user, now).await? || !due::settle(&tx, &taken).await? {
                 return Ok(Outcome::Crossed);
             }
-            let resolved = store::orphan::resolve(&tx, &question.entity_id, &user, now).await?;
+            let resolved = store::orphan::resolve(&tx, &question.entity_id, &user, None, now).await?;
             let resolved = resolved.as_ref().and_then(store::orphan::known);
             let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
             store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;

@@ -4,11 +4,10 @@
 //! locked while its signal is put into the outbox. For subscribers that are new, or were away longer
 //! than signals are kept.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use litestripe_domain::plan;
-use litestripe_domain::row::{Due, Stored};
+use litestripe_domain::row::{LastSent, Stored};
 use litestripe_domain::signal;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -30,8 +29,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub struct Put {
     /// Rows that are in the outbox.
     pub sent: u64,
-    /// Rows whose signal a replay owes, by its name: they are left to the replay's end.
-    pub left: BTreeMap<String, u64>,
+    /// Rows that owe a signal: they are left to the end of the replay.
+    pub left: u64,
 }
 
 /// Puts the rows `ids` into the outbox.
@@ -63,11 +62,11 @@ async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<Put, 
     let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
     rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let mut signals = Vec::new();
-    let mut untold = Vec::new();
-    let mut left = BTreeMap::new();
+    let mut never_sent = Vec::new();
+    let mut left = 0;
     for (id, stored) in rows {
-        if let Some(due) = stored.due {
-            *left.entry(due.replay).or_default() += 1;
+        if stored.last_sent.is_owed() {
+            left += 1;
             continue;
         }
         let visible = stored.state.visible();
@@ -77,12 +76,11 @@ async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<Put, 
             continue;
         }
         // Of a replay that told nobody: its first revision.
-        let due = Due { replay: String::new(), told: None, unchanged: false, event };
-        let overdue = plan::of_overdue(&id, stored, due, now);
-        signals.extend(overdue.signal);
-        untold.push(overdue.row);
+        let Some(owed) = plan::of_owed(&id, Stored { last_sent: LastSent::Nothing, ..stored }, now) else { continue };
+        signals.extend(owed.signal);
+        never_sent.push(owed.row);
     }
-    store::subscription::save(&tx, untold, now).await?;
+    store::subscription::save(&tx, never_sent, now).await?;
     let put = Put { sent: signals.len() as u64, left };
     store::outbox::insert(&tx, signals, now).await?;
     tx.commit().await.map_err(StoreError::doing("commit signals to send again"))?;

@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 
-use litestripe_contract::event::EventId;
-use litestripe_contract::signal::OrphanReason;
+use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::signal::{EventReference, OrphanReason, Timestamp};
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use sea_orm::sea_query::{Expr, ExprTrait as _, LockType, OnConflict};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait as _,
     PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
@@ -19,13 +19,15 @@ use crate::error::StoreError;
 /// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
 /// were inserted.
 ///
-/// An orphan that no Checkout Session had claimed learns its session and email when one comes.
+/// An orphan that no Checkout Session had claimed learns its session and email when one comes. During a
+/// replay they owe a signal, and `owed` has the event of each; else it is empty.
 ///
 /// # Errors
 /// When the database is away or refuses the data.
 pub async fn insert(
     tx: &DatabaseTransaction,
     orphans: &[NewOrphan],
+    owed: &[EventReference],
     now: OffsetDateTime,
 ) -> Result<HashSet<String>, StoreError> {
     let without_session = OrphanReason::NoCheckoutSession.as_str();
@@ -43,7 +45,10 @@ pub async fn insert(
         ])
         .action_and_where(learns)
         .to_owned();
-    let models = orphans.iter().map(|orphan| model(orphan, now));
+    let models = orphans
+        .iter()
+        .enumerate()
+        .map(|(index, orphan)| ActiveModel { owed_event: Set(owed.get(index).map(owed_event)), ..model(orphan, now) });
     let written = Entity::insert_many(models).on_conflict(once).exec_with_returning(tx).await;
     let written = written.map_err(StoreError::doing("save orphaned payments"))?;
     Ok(written.into_iter().filter(|row| row.dt_created == row.dt_last_updated).map(|row| row.id).collect())
@@ -51,7 +56,7 @@ pub async fn insert(
 
 /// Notes an operator's word, given `at`, on whose payment `orphan` is: resolves it if it is open,
 /// inserts it as resolved if it is not there yet, so that a payment that comes later is none, and
-/// takes back what an operator said before. Returns the orphan if the word counts.
+/// takes back what an operator said before. Returns the orphan if the word counts. `owed` as of [`resolve`].
 ///
 /// # Errors
 /// When the database is away.
@@ -60,6 +65,7 @@ pub async fn resolve_by_operator(
     orphan: &NewOrphan,
     client_reference_id: &str,
     at: OffsetDateTime,
+    owed: Option<&EventReference>,
     now: OffsetDateTime,
 ) -> Result<Option<Model>, StoreError> {
     let column = |column| Expr::col((Entity, column));
@@ -75,6 +81,7 @@ pub async fn resolve_by_operator(
             Column::CustomerEmail,
             Column::DtLastUpdated,
         ])
+        .value(Column::OwedEvent, owed_once_resolved(owed))
         .action_and_where(is_later)
         .to_owned();
     let resolved = ActiveModel {
@@ -99,6 +106,7 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
         livemode: Set(orphan.livemode),
         resolved_at: Set(None),
         resolved_client_reference_id: Set(None),
+        owed_event: Set(None),
         dt_created: Set(now),
         dt_last_updated: Set(now),
     }
@@ -220,7 +228,7 @@ fn of_any(ids: &[&str]) -> Condition {
 }
 
 /// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns
-/// the orphan as it is then.
+/// the orphan as it is then. `owed` is the event, if the signal of it is owed until a replay has ended.
 ///
 /// # Errors
 /// When the database is away.
@@ -228,18 +236,66 @@ pub async fn resolve(
     tx: &DatabaseTransaction,
     id: &str,
     client_reference_id: &str,
+    owed: Option<&EventReference>,
     now: OffsetDateTime,
 ) -> Result<Option<Model>, StoreError> {
     let resolved = Entity::update_many()
         .col_expr(Column::ResolvedAt, Expr::value(now))
         .col_expr(Column::ResolvedClientReferenceId, Expr::value(client_reference_id))
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
+        .col_expr(Column::OwedEvent, owed_once_resolved(owed))
         .col_expr(Column::DtLastUpdated, Expr::value(now))
         .filter(Column::Id.eq(id))
         .filter(Column::ResolvedAt.is_null())
         .exec_with_returning(tx)
         .await;
     Ok(resolved.map_err(StoreError::doing("resolve an orphaned payment"))?.into_iter().next())
+}
+
+/// What an orphan owes once it is resolved because of `event`, or where that is sent at once. One that
+/// came and went in the same replay owes nothing.
+fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
+    let column = |column| Expr::col((Entity, column));
+    Expr::case(column(Column::ResolvedAt).is_not_null(), column(Column::OwedEvent))
+        .case(column(Column::OwedEvent).is_not_null(), Expr::value(Option::<String>::None))
+        .finally(Expr::value(event.map(owed_event)))
+        .into()
+}
+
+/// Takes up to `limit` orphans that owe a signal, each with the event that led to it: they owe none then.
+///
+/// # Errors
+/// When the database is away.
+pub async fn take_owing(tx: &DatabaseTransaction, limit: u64) -> Result<Vec<(Model, EventReference)>, StoreError> {
+    let doing = StoreError::doing("take orphans that owe a signal");
+    let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).order_by_asc(Column::Id).limit(limit);
+    let taken = owing.lock(LockType::Update).all(tx).await.map_err(&doing)?;
+    let paid = Entity::update_many()
+        .col_expr(Column::OwedEvent, Expr::value(Option::<String>::None))
+        .filter(Column::Id.is_in(taken.iter().map(|orphan| orphan.id.as_str())));
+    paid.exec(tx).await.map_err(&doing)?;
+    let with_event = |mut orphan: Model| Some((event(&orphan.owed_event.take()?)?, orphan));
+    Ok(taken.into_iter().filter_map(with_event).map(|(event, orphan)| (orphan, event)).collect())
+}
+
+/// How many orphans owe a signal.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).count(db).await;
+    owing.map_err(StoreError::doing("count orphans that owe a signal"))
+}
+
+fn owed_event(event: &EventReference) -> String {
+    format!("{} {} {}", event.created.unix(), event.event_type, event.id)
+}
+
+fn event(owed: &str) -> Option<EventReference> {
+    let mut parts = owed.splitn(3, ' ');
+    let created = Timestamp::from_unix(parts.next()?.parse().ok()?).ok()?;
+    let event_type = EventType::parse(parts.next()?).ok()?;
+    Some(EventReference { id: EventId::parse(parts.next()?).ok()?, event_type, created })
 }
 
 /// How many orphans are open.

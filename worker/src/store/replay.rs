@@ -1,35 +1,35 @@
-//! `replay`: which replays were asked for, and which of them have not reached their end.
+//! `replay`: the replay that was asked for last, and whether it has reached its end.
+//!
+//! There is one row, without a name. The version before had rows with one too.
 
 use std::time::Duration;
 
-use litestripe_domain::row::Rebuilding;
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, LockType, OnConflict, SelectStatement};
+use sea_orm::sea_query::{Expr, OnConflict, SelectStatement};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
-    QueryFilter as _, QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _,
+    QueryResult, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
-use super::Store;
 use crate::error::StoreError;
 
-/// How often whoever is at a replay says so.
+/// How often the process of a replay says that it runs.
 pub const BEAT_EVERY: Duration = Duration::from_secs(5);
 
-/// A replay of which nobody said so for this long was cut off.
+/// A replay whose process did not say so for this long was cut off.
 const BEAT_MAX: Duration = Duration::from_secs(30);
 
 /// For this long after it was cut off, a replay still counts as one that somebody will finish: rows may
 /// be half rebuilt, and nothing is concluded from them.
 const CUT_OFF_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Which events a replay applies again, and who is told.
+/// Which events a replay applies again, and what is signalled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
-    /// Its name; empty for the one without.
+    /// Empty, but for one of the version before.
     pub name: String,
-    /// Who is told: `changed`, `all` or `none`.
+    /// What is signalled: `changed` or `none`; in the version before also `all`.
     pub signals: String,
     /// The first sequence of `STRIPE_EVENTS`.
     pub first_sequence: u64,
@@ -41,29 +41,29 @@ pub struct Replay {
     pub stripe_subscription_id: Option<String>,
     /// When it was started first.
     pub started: OffsetDateTime,
-    /// When a process last said that it is at it.
+    /// When its process last said that it runs.
     pub beat: OffsetDateTime,
 }
 
 impl Replay {
-    /// Whether a process is at it.
+    /// Whether a process runs it.
     #[must_use]
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
         now - self.beat < BEAT_MAX
     }
 
-    /// Whether somebody is at it or will finish it.
+    /// Whether a process runs it or somebody will finish it.
     #[must_use]
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
         now - self.beat < CUT_OFF_MAX
     }
 }
 
-/// What [`rebuilding`] reads: the latest replay that is rebuilding, if there is one.
+/// What [`rebuilding`] reads: the latest unfinished replay after which rows are signalled.
 pub(super) fn latest_unfinished() -> SelectStatement {
     Entity::find()
         .select_only()
-        .columns([Column::Name, Column::DtStarted, Column::DtBeat])
+        .columns([Column::DtStarted, Column::DtBeat])
         .filter(Column::DtFinished.is_null())
         .filter(Column::Signals.ne("none"))
         .order_by_desc(Column::DtBeat)
@@ -71,26 +71,13 @@ pub(super) fn latest_unfinished() -> SelectStatement {
         .into_query()
 }
 
-pub(super) fn rebuilding(row: &QueryResult, now: OffsetDateTime) -> Result<Option<Rebuilding>, DbErr> {
-    let Some(replay) = row.try_get("", "name")? else { return Ok(None) };
-    let (started, beat): (OffsetDateTime, OffsetDateTime) =
-        (row.try_get("", "dt_started")?, row.try_get("", "dt_beat")?);
-    Ok((now - beat < CUT_OFF_MAX).then_some(Rebuilding { replay, started }))
+/// When it was started, if somebody will finish it.
+pub(super) fn rebuilding(row: &QueryResult, now: OffsetDateTime) -> Result<Option<OffsetDateTime>, DbErr> {
+    let Some(beat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else { return Ok(None) };
+    if now - beat < CUT_OFF_MAX { row.try_get("", "dt_started") } else { Ok(None) }
 }
 
-/// Sees that `name` does not end before `tx`, which leaves a signal to its end. Returns whether it has
-/// not ended yet.
-///
-/// # Errors
-/// When the database is away.
-pub async fn hold(tx: &DatabaseTransaction, name: &str) -> Result<bool, StoreError> {
-    let unfinished = Entity::find_by_id(name).filter(Column::DtFinished.is_null());
-    // Beats write no key, and so do not wait for this.
-    let held = unfinished.lock(LockType::KeyShare).one(tx).await;
-    held.map(|held| held.is_some()).map_err(StoreError::doing("look whether a replay is over"))
-}
-
-/// The replays that have not reached their end.
+/// The replay that has not reached its end; in a database of the version before there may be several.
 ///
 /// # Errors
 /// When the database is away.
@@ -110,13 +97,13 @@ pub async fn rebuilding_until<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -
     Ok(open.map(|replay| replay.last_sequence).max())
 }
 
-/// Notes `replay`, in place of an earlier one of its name.
+/// Notes `replay`, in place of all earlier ones.
 ///
 /// # Errors
 /// When the database is away.
 pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), StoreError> {
     let model = ActiveModel {
-        name: Set(replay.name.clone()),
+        name: Set(String::new()),
         signals: Set(replay.signals.clone()),
         first_sequence: Set(replay.first_sequence.cast_signed()),
         last_sequence: Set(replay.last_sequence.cast_signed()),
@@ -138,41 +125,30 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
             Column::DtFinished,
         ])
         .to_owned();
-    let noted = Entity::insert_many([model]).on_conflict(anew).exec_without_returning(db).await;
-    noted.map(|_| ()).map_err(StoreError::doing("note a replay"))
+    let doing = StoreError::doing("note a replay");
+    Entity::insert_many([model]).on_conflict(anew).exec_without_returning(db).await.map_err(&doing)?;
+    Entity::delete_many().filter(Column::Name.ne("")).exec(db).await.map(drop).map_err(&doing)
 }
 
-/// Says that a process is at `name` now, or with an older time that it is no more.
+/// Says that the process of the replay runs now, or with an older time that it does no more.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn beat<C: ConnectionTrait>(db: &C, name: &str, at: OffsetDateTime) -> Result<(), StoreError> {
-    set(db, name, Column::DtBeat, at).await
+pub async fn beat<C: ConnectionTrait>(db: &C, at: OffsetDateTime) -> Result<(), StoreError> {
+    set(db, Column::DtBeat, at).await
 }
 
-/// Says that `name` reached its end, unless it owes a signal. Returns whether it owes none.
-///
-/// # Cancel safety
-/// None, as of [`Store::begin`].
+/// Says that the replay reached its end.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn finish(store: &Store, name: &str, now: OffsetDateTime) -> Result<bool, StoreError> {
-    let tx = store.begin().await?;
-    // Behind those that hold it, and before it is counted what they left to it.
-    let locked = Entity::find_by_id(name).lock(LockType::Update).one(&tx).await;
-    locked.map_err(StoreError::doing("end a replay"))?;
-    let owes_none = super::signal_due::count(&tx, name).await? == 0;
-    if owes_none {
-        set(&tx, name, Column::DtFinished, now).await?;
-    }
-    tx.commit().await.map_err(StoreError::doing("commit a replay's end"))?;
-    Ok(owes_none)
+pub async fn finish<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<(), StoreError> {
+    set(db, Column::DtFinished, now).await
 }
 
-async fn set<C: ConnectionTrait>(db: &C, name: &str, column: Column, at: OffsetDateTime) -> Result<(), StoreError> {
-    let those = Entity::update_many().col_expr(column, Expr::value(at)).filter(Column::Name.eq(name));
-    those.exec(db).await.map(|_| ()).map_err(StoreError::doing("note how far a replay is"))
+async fn set<C: ConnectionTrait>(db: &C, column: Column, at: OffsetDateTime) -> Result<(), StoreError> {
+    let unfinished = Entity::update_many().col_expr(column, Expr::value(at)).filter(Column::DtFinished.is_null());
+    unfinished.exec(db).await.map(drop).map_err(StoreError::doing("note how far a replay is"))
 }
 
 fn replay(row: Model) -> Replay {

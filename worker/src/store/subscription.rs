@@ -5,15 +5,14 @@
 use std::collections::{HashMap, HashSet};
 
 use litestripe_contract::signal::Timestamp;
-use litestripe_contract::subject;
-use litestripe_domain::row::{Rebuilding, Row, Stored};
+use litestripe_domain::row::{LastSent, Row, Stored};
+use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
-use litestripe_entity::{replay, signal_due};
-use sea_orm::sea_query::{Expr, ExprTrait as _, Iden as _, JoinType, LockType, Query};
+use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query};
 use sea_orm::{
     ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
-    FromQueryResult as _, IdenStatic as _, Iterable as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
-    QueryResult, QuerySelect as _, QueryTrait as _, Select,
+    IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QueryResult, QuerySelect as _,
+    QueryTrait as _, Select,
 };
 use time::OffsetDateTime;
 
@@ -29,7 +28,7 @@ const INSERT: Insert<'_> = Insert {
     into: "stripe_subscription (stripe_subscription_id, stripe_customer_id, client_reference_id, checkout_session_id, \
         status, created, start_date, cancel_at, canceled_at, cancel_at_period_end, current_period_start, \
         current_period_end, trial_end, ended_at, items, metadata, subscription_metadata, livemode, stripe_account_id, \
-        uncertain, revision, version, last_event_id, last_event_created, merge_state, dt_created, dt_last_updated)",
+        uncertain, revision, version, last_event_id, last_event_created, merge_state, last_sent, dt_created, dt_last_updated)",
     select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::text[]), \
         to_timestamp(UNNEST($6::bigint[])), to_timestamp(UNNEST($7::bigint[])), to_timestamp(UNNEST($8::bigint[])), \
         to_timestamp(UNNEST($9::bigint[])), UNNEST($10::boolean[]), to_timestamp(UNNEST($11::bigint[])), \
@@ -37,7 +36,7 @@ const INSERT: Insert<'_> = Insert {
         to_timestamp(UNNEST($14::bigint[])), UNNEST($15::text[])::jsonb, UNNEST($16::text[])::jsonb, \
         UNNEST($17::text[])::jsonb, UNNEST($18::boolean[]), UNNEST($19::text[]), UNNEST($20::boolean[]), \
         UNNEST($21::bigint[]), UNNEST($22::bigint[]), UNNEST($23::text[]), to_timestamp(UNNEST($24::bigint[])), \
-        UNNEST($25::text[]), UNNEST($26::timestamptz[]), UNNEST($27::timestamptz[])",
+        UNNEST($25::text[]), UNNEST($26::text[]), UNNEST($27::timestamptz[]), UNNEST($28::timestamptz[])",
     then: "",
 };
 
@@ -56,7 +55,7 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
     metadata = excluded.metadata, subscription_metadata = excluded.subscription_metadata, \
     livemode = excluded.livemode, stripe_account_id = excluded.stripe_account_id, uncertain = excluded.uncertain, \
     revision = excluded.revision, version = excluded.version, last_event_id = excluded.last_event_id, \
-    last_event_created = excluded.last_event_created, merge_state = excluded.merge_state, \
+    last_event_created = excluded.last_event_created, merge_state = excluded.merge_state, last_sent = excluded.last_sent, \
     dt_last_updated = excluded.dt_last_updated \
     WHERE stripe_subscription.version = excluded.version - 1 RETURNING stripe_subscription_id";
 
@@ -74,8 +73,8 @@ pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> 
 pub struct Found {
     /// The rows that exist, by key.
     pub rows: HashMap<String, Stored>,
-    /// The replay that rows may be waiting for, those that do not exist yet among them.
-    pub rebuilding: Option<Rebuilding>,
+    /// When the replay was started that rows may be waiting for, those that do not exist yet among them.
+    pub rebuilding: Option<OffsetDateTime>,
 }
 
 /// The rows that exist among `ids`.
@@ -92,26 +91,25 @@ pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<St
 /// When the database is away, or a row's merge state cannot be read.
 pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime) -> Result<Found, StoreError> {
     let doing = StoreError::doing("load subscriptions");
-    // One statement: nearly always no signal is due and no replay runs, and a batch shall not pay for
-    // asking. It begins with a row of its own, because none of the others need exist.
+    // One statement: nearly always no replay runs, and a batch shall not pay for asking. It begins with a row of its own, because none of the others need exist.
     let mut query = Query::select();
     query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
     query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
     let wanted = super::among_ids(db.get_database_backend(), KEY, ids);
     query.join(JoinType::LeftJoin, Entity, wanted);
-    let due = Expr::col((signal_due::Entity, signal_due::Column::EntityId))
-        .equals((Entity, Column::StripeSubscriptionId))
-        .and(Expr::col((signal_due::Entity, signal_due::Column::Subject)).eq(subject::SUBSCRIPTION_CHANGED));
-    query.join(JoinType::LeftJoin, signal_due::Entity, due);
-    let own = [Column::StripeSubscriptionId, Column::MergeState, Column::Version, Column::Revision, Column::DtCreated];
+    let own = [
+        Column::StripeSubscriptionId,
+        Column::MergeState,
+        Column::Version,
+        Column::Revision,
+        Column::LastSent,
+        Column::DtCreated,
+    ];
     for column in own {
         query.column((Entity, column));
     }
-    for column in [replay::Column::Name, replay::Column::DtStarted, replay::Column::DtBeat] {
+    for column in [replay::Column::DtStarted, replay::Column::DtBeat] {
         query.column(("rebuilding", column));
-    }
-    for column in signal_due::Column::iter() {
-        query.expr_as(Expr::col((signal_due::Entity, column)), format!("due_{}", column.to_string()));
     }
     let mut found = Found::default();
     for row in db.query_all(&query).await.map_err(&doing)? {
@@ -124,12 +122,13 @@ pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime)
 fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, DbErr> {
     let Some(id) = row.try_get("", "stripe_subscription_id")? else { return Ok(None) };
     let state: String = row.try_get("", "merge_state")?;
+    let last_sent: Option<String> = row.try_get("", "last_sent")?;
     let stored = Stored {
         state: serde_json::from_str(&state).map_err(|error| DbErr::Json(error.to_string()))?,
         version: row.try_get("", "version")?,
         revision: row.try_get("", "revision")?,
         dt_created: row.try_get("", "dt_created").ok(),
-        due: signal_due::Model::from_query_result_optional(row, "due_")?.and_then(super::signal_due::due),
+        last_sent: LastSent::from_json(last_sent.as_deref()),
     };
     Ok(Some((id, stored)))
 }
@@ -165,6 +164,25 @@ pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<Hash
 pub async fn keys_after<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
     let rows = keys().filter(Column::StripeSubscriptionId.gt(after)).order_by_asc(Column::StripeSubscriptionId);
     rows.limit(limit).into_tuple().all(db).await.map_err(StoreError::doing("list subscriptions"))
+}
+
+/// Up to `limit` keys after `after`, in their order, of rows that owe a signal.
+///
+/// # Errors
+/// When the database is away.
+pub async fn owing<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
+    let rows = keys().filter(Column::LastSent.is_not_null()).filter(Column::StripeSubscriptionId.gt(after));
+    let rows = rows.order_by_asc(Column::StripeSubscriptionId).limit(limit).into_tuple().all(db).await;
+    rows.map_err(StoreError::doing("look for subscriptions that owe a signal"))
+}
+
+/// How many rows owe a signal.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    let owing = Entity::find().filter(Column::LastSent.is_not_null()).count(db).await;
+    owing.map_err(StoreError::doing("count subscriptions that owe a signal"))
 }
 
 /// How many rows there are.
@@ -275,7 +293,7 @@ async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(V
     Ok(rows.into_iter().partition(changes))
 }
 
-fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 27], DbErr> {
+fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], DbErr> {
     let json = |error: serde_json::Error| DbErr::Json(error.to_string());
     let visible = row.visible;
     let subscription = visible.subscription;
@@ -306,6 +324,7 @@ fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 27], DbErr> {
         last_event_id.map(String::from).into(),
         last_event_created.and_then(|at| Timestamp::from_unix(at).ok()).into(),
         serde_json::to_string(&row.state).map_err(json)?.into(),
+        row.last_sent.to_json().into(),
         now.into(),
         now.into(),
     ])

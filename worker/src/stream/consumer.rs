@@ -72,7 +72,7 @@ pub async fn open(jetstream: &jetstream::Context, batch: usize) -> Result<Batche
 /// A consumer beside the workers', for events that are applied again.
 #[derive(Debug, Clone)]
 pub struct Again {
-    /// Its name: whoever opens it under the same name shares its work and its position.
+    /// Its name: whoever opens it under the same name goes on at its position.
     pub consumer: String,
     /// Where it begins, when it is new.
     pub first_sequence: u64,

@@ -66,7 +66,7 @@ async fn what_cannot_be_asked_for_is_said_clearly() {
     }
     let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.expect("the stream is there");
     stream.delete_message(1).await.expect("it can be deleted");
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 9] = [
         (&["--from-sequence", "1"], "it holds 2 to 3"),
         (&["--from-sequence", "0"], "it holds 2 to 3"),
         (&["--from-sequence", "4"], "it holds 2 to 3"),
@@ -75,7 +75,6 @@ async fn what_cannot_be_asked_for_is_said_clearly() {
         (&["--from-time", "2999-01-01T00:00:00Z"], "lies in the future"),
         (&["--from-time", "yesterday"], "RFC 3339"),
         (&["--since", "soon"], "a time such as"),
-        (&["--name", "a b"], "letters, digits"),
         (&["--type", "Not A Type"], "event type"),
     ];
     for (arguments, text) in cases {

@@ -4,12 +4,10 @@
 //! which does not tell what was there.
 
 use litestripe_contract::signal::{Access, EventReference, SubscriptionChanged};
-use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::merge;
 use litestripe_domain::plan;
-use litestripe_domain::row::{Due, NewDue, Row};
+use litestripe_domain::row::Row;
 use litestripe_domain::signal;
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use super::Told;
@@ -62,16 +60,16 @@ async fn strip_once(
     let visible = stored.state.visible();
     let after = visible.subscription.clone();
     let changes = merge::changes(&before, &after);
-    let due = stored.due.take();
-    // What a replay owes of a row is not told before its end.
-    let is_signalled = due.is_none() && (changes.is_some() || superseded || when == Signal::Always);
-    if !stripped && !is_signalled {
+    // What a row owes is not sent before the end of the replay.
+    let is_owed = stored.last_sent.is_owed();
+    let is_signalled = !is_owed && (changes.is_some() || superseded || when == Signal::Always);
+    let last_sent = stored.last_sent.clone().without_metadata(&after);
+    if !stripped && !is_signalled && last_sent == stored.last_sent {
         return Ok(Some(false));
     }
     let mut revision = stored.revision;
-    if let Some(due) = due {
+    if is_owed {
         store::outbox::delete(&tx, waiting.iter().map(|row| row.id).collect()).await?;
-        owe_without_metadata(&tx, id, due, now).await?;
     } else if is_signalled {
         // What waits tells what is erased; the new signal tells what the row is now.
         store::outbox::delete(&tx, waiting.iter().map(|row| row.id).collect()).await?;
@@ -92,28 +90,10 @@ async fn strip_once(
         store::outbox::insert(&tx, vec![signal::subscription_changed(&told, None)], now).await?;
     }
     let (state, version) = (stored.state, stored.version + 1);
-    let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version, revision };
+    let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version, revision, last_sent };
     if store::subscription::save(&tx, vec![row], now).await?.is_empty() {
         return Ok(None);
     }
     tx.commit().await.map_err(StoreError::doing("commit an erasure"))?;
     Ok(Some(stripped))
-}
-
-/// Keeps a signal due, without what is erased: it is sent even if nothing else changed, because
-/// subscribers have to hear that the metadata is gone.
-async fn owe_without_metadata(
-    tx: &DatabaseTransaction,
-    id: &str,
-    mut due: Due,
-    now: OffsetDateTime,
-) -> Result<(), StoreError> {
-    if let Some(told) = &mut due.told {
-        told.metadata.clear();
-        told.subscription_metadata.clear();
-    }
-    due.unchanged = true;
-    store::signal_due::remove(tx, &[SUBSCRIPTION_CHANGED], &[id]).await?;
-    let due = NewDue { entity_id: id.to_owned(), subject: SUBSCRIPTION_CHANGED, due };
-    store::signal_due::put(tx, vec![due], now).await
 }

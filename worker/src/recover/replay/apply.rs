@@ -1,7 +1,6 @@
 //! A replay's events, applied again.
 //!
-//! Owns which of them are wanted, how batches follow each other, and when the end is reached. What is
-//! signalled then is `tell`'s.
+//! Owns which of them are wanted, how batches follow each other, and when the end is reached.
 
 use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
@@ -15,7 +14,6 @@ use tracing::warn;
 
 use super::{ReplayError, Replayer};
 use crate::apply::{self, AppliedAgain, Decoded};
-use crate::store;
 use crate::store::replay::Replay;
 use crate::stream::consumer::{self, Again, Batches};
 use crate::wait::{JETSTREAM, Wait, pause};
@@ -48,11 +46,6 @@ impl Replayer {
     ) -> Result<bool, ReplayError> {
         let mut wait = Wait::new(JETSTREAM);
         while !shutdown.is_cancelled() {
-            // Whoever shared the work removed the consumer when it was over. Else it is made again, and
-            // delivers all of it again.
-            if self.is_finished(replay).await {
-                return Ok(true);
-            }
             if let Ok((first, floor)) = again.floor(&self.jetstream).await
                 && first > floor.saturating_add(1)
             {
@@ -144,16 +137,10 @@ impl Replayer {
         false
     }
 
-    /// Whether every event up to the end is applied, by whichever process.
+    /// Whether every event up to the end is applied.
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
         let progress = again.progress(&self.jetstream).await;
         progress.is_ok_and(|progress| progress.is_some_and(|progress| progress.has_applied(replay.last_sequence)))
-    }
-
-    /// Whether another process has reached the end under this name.
-    async fn is_finished(&self, replay: &Replay) -> bool {
-        let unfinished = store::replay::unfinished(self.applier.store.connection()).await;
-        unfinished.is_ok_and(|unfinished| unfinished.iter().all(|other| other.name != replay.name))
     }
 }
 

@@ -38,7 +38,6 @@ impl Replayer {
         let outcome = loop {
             let Some(batch) = next(&mut batches, shutdown).await else { break Ok(()) };
             let Some(batch) = batch else {
-                // Nobody shares this consumer: that it cannot be seen says nothing of the end.
                 match again.progress(&self.jetstream).await {
                     Ok(Some(progress)) if progress.has_applied(replay.last_sequence) => {
                         dry.finished = true;
@@ -129,8 +128,8 @@ impl DryRun {
                 Some(plan) => {
                     orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));
                     let dt_created = now_stored.and_then(|stored| stored.dt_created);
-                    let Row { state, version, revision, .. } = plan.row;
-                    Some(Stored { state, version, revision, dt_created, due: None })
+                    let Row { state, version, revision, last_sent, .. } = plan.row;
+                    Some(Stored { state, version, revision, dt_created, last_sent })
                 }
                 // Only rows that were changed before are kept.
                 None => now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible())),

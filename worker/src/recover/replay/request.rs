@@ -10,9 +10,6 @@ use super::{ReplayError, Replayer};
 use crate::store::replay::Replay;
 use crate::stream::{consumer, progress};
 
-/// The longest name.
-pub(super) const NAME_MAX: usize = 64;
-
 /// Where a replay begins or ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
@@ -22,15 +19,13 @@ pub enum Bound {
     Time(OffsetDateTime),
 }
 
-/// Who is told what a replay changed.
+/// Whether subscribers are sent what a replay changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Signals {
-    /// Nobody, of events that are applied; of the others the workers will tell.
+    /// Nothing is sent, of events that are applied; the changes of the others the workers will send.
     None,
-    /// Each row that changed, once, at the end, with its final state.
+    /// Each row that changed is, once, at the end, with its final state.
     Changed,
-    /// These, and the rows that did not change under their existing revision.
-    All,
 }
 
 impl Signals {
@@ -38,20 +33,18 @@ impl Signals {
         match self {
             Self::None => "none",
             Self::Changed => "changed",
-            Self::All => "all",
         }
     }
 
+    /// What a replay was noted with. `all`, of the version before, included what changed.
     pub(super) fn parse(text: &str) -> Self {
-        [Self::None, Self::All].into_iter().find(|signals| signals.as_str() == text).unwrap_or(Self::Changed)
+        if text == Self::None.as_str() { Self::None } else { Self::Changed }
     }
 }
 
 /// What an operator wants replayed.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Under which name its position is kept.
-    pub name: Option<String>,
     /// Where it begins: without, at the stream's first event.
     pub from: Option<Bound>,
     /// Where it ends: without, at the stream's last event.
@@ -60,34 +53,15 @@ pub struct Request {
     pub event_types: Vec<EventType>,
     /// Only events of this subscription.
     pub stripe_subscription_id: Option<String>,
-    /// Who is told.
+    /// Whether subscribers are sent what it changes.
     pub signals: Signals,
 }
 
 impl Request {
-    /// The name; empty for none.
-    pub(super) fn name(&self) -> Result<String, ReplayError> {
-        let fits = |name: &str| {
-            (1..=NAME_MAX).contains(&name.len())
-                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
-        };
-        match &self.name {
-            None => Ok(String::new()),
-            Some(name) if fits(name) => Ok(name.clone()),
-            Some(_) => Err(ReplayError::Name),
-        }
-    }
-
     /// Each type once: JetStream refuses subjects that overlap.
     fn event_types(&self) -> Vec<String> {
         let types: BTreeSet<_> = self.event_types.iter().map(EventType::to_string).collect();
         types.into_iter().collect()
-    }
-
-    /// Whether `begun` is the same but for its bounds.
-    pub(super) fn is(&self, begun: &Replay) -> bool {
-        (self.event_types(), &self.stripe_subscription_id, self.signals.as_str())
-            == (begun.event_types.clone(), &begun.stripe_subscription_id, &begun.signals)
     }
 }
 
@@ -97,7 +71,6 @@ impl Replayer {
     /// # Errors
     /// When the request cannot be met.
     pub async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
-        let name = request.name()?;
         let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
         let state = &stream.cached_info().state;
@@ -112,12 +85,12 @@ impl Replayer {
             Some(bound) => self.sequence(bound, first, last).await?,
         };
         let last_sequence = match request.signals {
-            // What it applied silently, a worker would merge to nothing, and nobody would ever be told.
+            // What it applied silently, a worker would merge to nothing, and it would never be sent.
             Signals::None => {
                 let progress = progress::of_workers(&self.jetstream).await?;
                 last_sequence.min(progress.map_or(0, |progress| progress.applied_until()))
             }
-            Signals::Changed | Signals::All => last_sequence,
+            Signals::Changed => last_sequence,
         };
         let is_backwards = match (request.from, request.until) {
             (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
@@ -129,7 +102,7 @@ impl Replayer {
         }
         let is_empty = state.messages == 0 || first_sequence > last_sequence;
         Ok((!is_empty).then(|| Replay {
-            name,
+            name: String::new(),
             signals: request.signals.as_str().to_owned(),
             first_sequence,
             last_sequence,
@@ -149,7 +122,7 @@ impl Replayer {
     }
 }
 
-/// What covers both, and tells whomever either was to tell.
+/// What covers both, and signals what either was to signal.
 pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
     let signals = Signals::parse(&begun.signals).max(Signals::parse(&asked.signals));
     let same_types = begun.event_types == asked.event_types;
@@ -163,4 +136,10 @@ pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
         started: begun.started,
         ..asked
     }
+}
+
+/// Whether the position of `begun` is one of `replay` too, which covers it: it differs in its end alone.
+pub(super) fn goes_on(begun: &Replay, replay: &Replay) -> bool {
+    begun.name.is_empty()
+        && *replay == Replay { last_sequence: replay.last_sequence, beat: replay.beat, ..begun.clone() }
 }

@@ -1,0 +1,153 @@
+//! Signals that rows and orphans owe once a replay has ended.
+//!
+//! Owns the transaction: each is sent once, as it is then, and owes nothing any more. Whoever ends a
+//! replay sends them, and every worker looks for what is left: the replay's process may have died, and a
+//! batch that read its rows before the end may have left some. May send nothing while a replay is
+//! unfinished: rows may be half rebuilt.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use litestripe_contract::exit;
+use litestripe_domain::plan;
+use litestripe_domain::signal::{self, Cause, NewSignal};
+use sea_orm::DatabaseTransaction;
+use time::OffsetDateTime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info};
+
+use crate::error::{Disposition, StoreError};
+use crate::store::{self, Store};
+use crate::wait::pause;
+
+/// Rows that are sent in one transaction.
+const AT_ONCE: u64 = 500;
+
+/// How often a worker looks.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// What became of signals that were owed.
+#[derive(Debug, Default)]
+pub struct Sent {
+    /// Signals that are in the outbox.
+    pub signals: u64,
+    /// Rows that cannot be read, and still owe theirs.
+    pub unreadable: Vec<String>,
+}
+
+/// Sends what is owed whenever no replay is unfinished, until `shutdown`.
+pub async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) {
+    loop {
+        match send(&store, &relay, &shutdown).await {
+            Ok(Sent { signals: 0, .. }) => {}
+            Ok(Sent { signals, .. }) => info!("sent {signals} signals that a replay had left"),
+            Err(error) => debug!("cannot look for signals that are owed: {}", exit::chain(&error)),
+        }
+        if pause(LOOK_EVERY, &shutdown).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// Sends what is owed, unless a replay is unfinished. Stops between two transactions when `shutdown`
+/// came.
+///
+/// # Errors
+/// When the database is away.
+pub async fn send(store: &Store, relay: &Notify, shutdown: &CancellationToken) -> Result<Sent, StoreError> {
+    let mut sent = Sent::default();
+    if !store::replay::unfinished(store.connection()).await?.is_empty() {
+        return Ok(sent);
+    }
+    let mut after = String::new();
+    while !shutdown.is_cancelled() {
+        let ids = store::subscription::owing(store.connection(), &after, AT_ONCE).await?;
+        let Some(last) = ids.last() else { break };
+        after.clone_from(last);
+        send_readable(store, ids, &mut sent).await?;
+        relay.notify_one();
+    }
+    // Looking first costs no write lock.
+    while !shutdown.is_cancelled() && store::orphan::count_owing(store.connection()).await? > 0 {
+        let Some(signals) = store.uncancelled(send_orphans).await? else { break };
+        sent.signals += signals;
+        relay.notify_one();
+    }
+    Ok(sent)
+}
+
+/// How many signals are owed.
+///
+/// # Errors
+/// When the database is away.
+pub async fn count(store: &Store) -> Result<u64, StoreError> {
+    let rows = store::subscription::count_owing(store.connection()).await?;
+    Ok(rows + store::orphan::count_owing(store.connection()).await?)
+}
+
+/// Sends what the rows `ids` owe. One that cannot be read must not keep the others from being sent.
+async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Result<(), StoreError> {
+    match send_together(store, ids.clone()).await {
+        Err(error) if error.disposition() == Disposition::Poison => {}
+        outcome => {
+            sent.signals += outcome?;
+            return Ok(());
+        }
+    }
+    for id in ids {
+        match send_together(store, vec![id.clone()]).await {
+            Err(error) if error.disposition() == Disposition::Poison => sent.unreadable.push(id),
+            outcome => sent.signals += outcome?,
+        }
+    }
+    Ok(())
+}
+
+/// Sends what the rows `ids` owe, and returns how many signals that are. A row that another process
+/// writes meanwhile is left to it.
+async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreError> {
+    store.uncancelled(async move |tx| send_rows(tx, &ids).await).await
+}
+
+async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, StoreError> {
+    let now = OffsetDateTime::now_utc();
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    let mut stored: Vec<_> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
+    // Not before the rows are read: a replay that starts in between would change them.
+    if !store::replay::unfinished(&tx).await?.is_empty() {
+        return Ok(0);
+    }
+    stored.retain(|(_, row)| row.last_sent.is_owed());
+    stored.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    let owed = stored.into_iter().filter_map(|(id, row)| plan::of_owed(&id, row, now));
+    let (rows, mut signals): (Vec<_>, Vec<_>) = owed.map(|owed| (owed.row, owed.signal)).unzip();
+    let ids: Vec<String> = rows.iter().map(|row| row.stripe_subscription_id.clone()).collect();
+    let written = store::subscription::save(&tx, rows, now).await?;
+    let mut of_written = ids.iter().map(|id| written.contains(id));
+    signals.retain(|_| of_written.next() == Some(true));
+    commit(tx, signals.into_iter().flatten().collect(), now).await
+}
+
+/// Sends what some orphans owe, and returns how many signals that are. None while a replay is unfinished.
+async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError> {
+    let now = OffsetDateTime::now_utc();
+    let owing = store::orphan::take_owing(&tx, AT_ONCE).await?;
+    if !store::replay::unfinished(&tx).await?.is_empty() {
+        return Ok(None);
+    }
+    let signals = owing.into_iter().filter_map(|(orphan, event)| {
+        let cause = Cause { event, traceparent: None };
+        let tell = if orphan.resolved_at.is_some() { signal::orphan_resolved } else { signal::orphan_created };
+        Some(tell(&store::orphan::known(&orphan)?, cause))
+    });
+    let signals = signals.collect();
+    commit(tx, signals, now).await.map(Some)
+}
+
+async fn commit(tx: DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<u64, StoreError> {
+    let count = signals.len() as u64;
+    store::outbox::insert(&tx, signals, now).await?;
+    tx.commit().await.map_err(StoreError::doing("commit signals that were owed"))?;
+    Ok(count)
+}
