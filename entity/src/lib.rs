@@ -3,7 +3,10 @@
 //! Owns columns and their types, nothing else. May not know where rows come from. The schema is
 //! the migrations'; a test compares the two on both databases.
 
+pub mod backfill;
 pub mod due_check;
+pub mod erasure;
+pub mod lease;
 pub mod orphaned_payment;
 pub mod replay;
 pub mod signal_outbox;

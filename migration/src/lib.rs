@@ -14,6 +14,7 @@ mod m20261123_000003_signal_outbox;
 mod m20261123_000004_due_check;
 mod m20261124_000005_replay;
 mod m20261125_000006_room_to_update;
+mod m20261129_000007_coordination;
 mod m20261129_000008_last_sent;
 
 /// All steps, in order.
@@ -29,6 +30,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261123_000004_due_check::Migration),
             Box::new(m20261124_000005_replay::Migration),
             Box::new(m20261125_000006_room_to_update::Migration),
+            Box::new(m20261129_000007_coordination::Migration),
             Box::new(m20261129_000008_last_sent::Migration),
         ]
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use litestripe_entity::{due_check, orphaned_payment, replay, signal_outbox, stripe_subscription};
+use litestripe_entity::{
+    backfill, due_check, erasure, lease, orphaned_payment, replay, signal_outbox, stripe_subscription,
+};
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::Program;
 use sea_orm::{ConnectionTrait as _, DbBackend, EntityTrait, Iterable as _, Schema, Statement};
@@ -130,6 +132,9 @@ async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
     create(&wanted, signal_outbox::Entity).await;
     create(&wanted, due_check::Entity).await;
     create(&wanted, replay::Entity).await;
+    create(&wanted, lease::Entity).await;
+    create(&wanted, backfill::Entity).await;
+    create(&wanted, erasure::Entity).await;
 
     let (migrated, entities) = (columns(&bridge.database).await, columns(&wanted).await);
     assert!(entities.len() >= stripe_subscription::Column::iter().count());

@@ -1,0 +1,20 @@
+//! `litestripe_backfill`: how far backfills have come.
+
+use sea_orm::entity::prelude::*;
+
+/// The last complete backfill of one mode.
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "litestripe_backfill")]
+pub struct Model {
+    /// The mode of Stripe's key.
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub livemode: bool,
+    /// When it began: seconds since the Unix epoch.
+    pub began: i64,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}

@@ -1,0 +1,23 @@
+//! `litestripe_erasure`: whose personal data must not come back.
+
+use sea_orm::entity::prelude::*;
+
+/// One id of an erased person.
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "litestripe_erasure")]
+pub struct Model {
+    /// A customer, a subscription, a Checkout Session or an orphan.
+    #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
+    pub stripe_id: String,
+    /// When it was erased: seconds since the Unix epoch.
+    pub erased_at: i64,
+    /// Grows with every write of the table, in the order of the commits.
+    #[sea_orm(unique)]
+    pub sequence: i64,
+}
+
+/// None: rows stand alone.
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}
