@@ -21,7 +21,9 @@ use secrecy::ExposeSecret as _;
 use crate::error::StoreError;
 use crate::settings::{DatabaseKind, DatabaseSettings};
 
+pub mod backfill;
 pub mod due;
+pub mod lease;
 pub mod orphan;
 pub mod outbox;
 pub mod replay;

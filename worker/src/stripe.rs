@@ -3,5 +3,4 @@
 pub mod api;
 pub mod budget;
 pub mod kv;
-pub mod lease;
 pub mod mode;

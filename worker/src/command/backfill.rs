@@ -12,11 +12,9 @@ use super::progress::Progress;
 use super::{Failure, NoKey, moment};
 use crate::recover::backfill::record::{self, Record};
 use crate::recover::backfill::{self, BackfillError, End, Summary, Wanted};
-use crate::settings::{Settings, StripeSettings};
+use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
-use crate::store::Store;
-use crate::stripe::kv::Bucket;
 use crate::stripe::mode;
 
 #[derive(Debug, Args)]
@@ -61,12 +59,12 @@ impl Backfill {
         let shutdown = shutdown::token()?;
         let key = settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NoKey))?;
         let parts = super::start(settings, "backfill", Schema::Migrated).await?;
-        if !self.any_mode {
-            refuse_other_mode(&parts.store, key).await?;
+        if let Some(mismatch) = mode::mismatch(&parts.store, key).await?.filter(|_| !self.any_mode) {
+            return Err(Failure::configuration(mismatch));
         }
         let stripe = parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
-        let Parts { jetstream, erasures, .. } = parts;
-        let record = Record::new(Bucket::new(jetstream.clone(), settings.events.replicas), key.is_live());
+        let Parts { store, jetstream, erasures, .. } = parts;
+        let record = Record::new(store, key.is_live());
         let _followed = erasures.followed();
         let types = backfill::types(settings);
         self.backfill(&backfill::Backfill { stripe, jetstream, erasures, types }, &record, &shutdown).await
@@ -124,13 +122,6 @@ impl Backfill {
         let rows = rows.into_iter().map(|(what, value, note)| [what.to_owned(), value, note.to_owned()]);
         print::table(["what", "value", ""], rows);
         Ok(())
-    }
-}
-
-async fn refuse_other_mode(store: &Store, key: &StripeSettings) -> Result<(), Failure> {
-    match mode::mismatch(store, key).await? {
-        Some(mismatch) => Err(Failure::configuration(mismatch)),
-        None => Ok(()),
     }
 }
 

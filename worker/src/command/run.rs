@@ -27,10 +27,9 @@ use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
 use crate::start::database::{self, Schema};
 use crate::start::{broker, parts::Parts};
+use crate::store::lease::Lease;
 use crate::stream::dead_letter::DeadLetters;
 use crate::stripe::api::StripeApi;
-use crate::stripe::kv::Bucket;
-use crate::stripe::lease::Lease;
 use crate::wait::{JETSTREAM, Wait};
 
 /// How long a stopping worker may take, at most. What is unfinished then is delivered again.
@@ -207,12 +206,11 @@ fn backfills(
     started: OffsetDateTime,
 ) -> Option<Schedule> {
     let (stripe, key) = stripe.zip(settings.stripe.clone())?;
-    let bucket = Bucket::new(parts.jetstream.clone(), settings.events.replicas);
     Some(Schedule {
         interval: key.backfill_interval?,
         started,
-        record: Record::new(bucket.clone(), key.is_live()),
-        lease: Lease::new(bucket, "backfill"),
+        record: Record::new(parts.store.clone(), key.is_live()),
+        lease: Lease::new(parts.store.clone(), "backfill"),
         backfill: Backfill {
             stripe,
             jetstream: parts.jetstream.clone(),

@@ -8,7 +8,8 @@ use std::time::Duration;
 use time::OffsetDateTime;
 
 use super::KEPT;
-use crate::stripe::kv::{Bucket, KvError};
+use crate::error::StoreError;
+use crate::store::{self, Store};
 
 /// How much of the time before is looked at again.
 const OVERLAP: Duration = Duration::from_secs(2 * 60 * 60);
@@ -19,41 +20,38 @@ pub const FIRST: Duration = Duration::from_secs(72 * 60 * 60);
 /// What is known of backfills of one mode.
 #[derive(Clone)]
 pub struct Record {
-    bucket: Bucket,
-    key: &'static str,
+    store: Store,
+    livemode: bool,
 }
 
 impl Record {
     /// The record of that mode.
     #[must_use]
-    pub fn new(bucket: Bucket, livemode: bool) -> Self {
-        Self { bucket, key: if livemode { "backfill.live" } else { "backfill.test" } }
+    pub fn new(store: Store, livemode: bool) -> Self {
+        Self { store, livemode }
     }
 
     /// When the last complete backfill began, if there was one.
     ///
     /// # Errors
-    /// When the broker is away.
-    pub async fn last_complete(&self) -> Result<Option<OffsetDateTime>, KvError> {
-        let entry = self.bucket.read(self.key).await?;
-        Ok(believed(read(entry.value.as_deref()), OffsetDateTime::now_utc()))
+    /// When the database is away.
+    pub async fn last_complete(&self) -> Result<Option<OffsetDateTime>, StoreError> {
+        let last = store::backfill::last_complete(self.store.connection(), self.livemode).await?;
+        Ok(believed(last, OffsetDateTime::now_utc()))
     }
 
     /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
     /// that leaves a gap after the last complete one is not noted.
     ///
     /// # Errors
-    /// When the broker is away.
-    pub async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), KvError> {
-        let entry = self.bucket.read(self.key).await?;
-        if !extends(believed(read(entry.value.as_deref()), began), since, began) {
+    /// When the database is away.
+    pub async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), StoreError> {
+        let db = self.store.connection();
+        let last = store::backfill::last_complete(db, self.livemode).await?;
+        if !extends(believed(last, began), since, began) {
             return Ok(());
         }
-        match self.bucket.write(self.key, began.unix_timestamp().to_string(), entry.revision).await {
-            // Another one was complete meanwhile, which says as much.
-            Ok(_) | Err(KvError::Crossed(_)) => Ok(()),
-            Err(error) => Err(error),
-        }
+        store::backfill::record(db, self.livemode, began, last).await
     }
 }
 
@@ -84,11 +82,6 @@ fn extends(last: Option<OffsetDateTime>, since: OffsetDateTime, began: OffsetDat
         // As far back as the first one that a worker makes by itself.
         None => since <= began - FIRST,
     }
-}
-
-fn read(value: Option<&[u8]>) -> Option<OffsetDateTime> {
-    let seconds = std::str::from_utf8(value?).ok()?.parse().ok()?;
-    OffsetDateTime::from_unix_timestamp(seconds).ok()
 }
 
 #[cfg(test)]

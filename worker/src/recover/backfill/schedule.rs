@@ -17,8 +17,7 @@ use crate::error::StoreError;
 use crate::metrics;
 use crate::settings::StripeSettings;
 use crate::store::Store;
-use crate::stripe::kv::KvError;
-use crate::stripe::lease::Lease;
+use crate::store::lease::Lease;
 use crate::stripe::mode::{self, Mismatch};
 use crate::wait::{self, Awaited, Wait};
 
@@ -61,8 +60,6 @@ pub struct Schedule {
 enum ScheduleError {
     #[error(transparent)]
     Backfill(#[from] BackfillError),
-    #[error(transparent)]
-    Kv(#[from] KvError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -149,7 +146,7 @@ fn tell(summary: &Summary, since: OffsetDateTime) {
 }
 
 /// The time until a backfill is due.
-async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) -> Result<Duration, KvError> {
+async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) -> Result<Duration, StoreError> {
     let last = record.last_complete().await?;
     let Some(last) = last.filter(|last| *last >= started - TOGETHER) else { return Ok(Duration::ZERO) };
     // Another host's clock may be ahead of ours.

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use super::{believed, extends, next_since, read};
+use super::{believed, extends, next_since};
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -36,11 +36,4 @@ fn time_that_is_far_ahead_is_not_believed() {
     let now = now();
     assert_eq!(believed(Some(now + HOUR), now), Some(now + HOUR));
     assert_eq!(believed(Some(now + 3 * HOUR), now), None);
-}
-
-#[test]
-fn value_that_nobody_wrote_counts_as_none() {
-    assert_eq!(read(Some(b"1795000000")), Some(now()));
-    assert_eq!(read(Some(b"soon")), None);
-    assert_eq!(read(None), None);
 }
