@@ -4,7 +4,7 @@ use crate::event::{Before, Body, Event};
 use crate::signal::{self, Cause};
 
 /// An event of a batch, and where it came from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Arrival {
     /// The place of its message in the batch.
     pub index: usize,

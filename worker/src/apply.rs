@@ -3,7 +3,8 @@
 //! Owns the order of effects: decode → load → merge → save → ack → wake the relay. No other code
 //! may order them. May not know SQL (the store's) or how a message is acknowledged (the consumer's).
 
-use std::collections::{BTreeMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,7 +83,7 @@ impl Decoded {
     /// Reads the events of `batch`.
     #[must_use]
     pub fn of(applier: &Applier, batch: Batch) -> Self {
-        let (arrivals, poisoned) = decode(&batch, &applier.metadata_keys, &applier.erasures);
+        let (arrivals, poisoned) = decode(&batch, &applier.metadata_keys);
         let (by_subscription, others) = by_subscription(arrivals.iter().collect());
         let ids = by_subscription.into_keys().chain(others.into_iter().map(|(id, _)| id));
         let concerns = ids.map(str::to_owned).collect();
@@ -131,12 +132,11 @@ impl Decoded {
 pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
     let Decoded { batch, arrivals, mut poisoned, .. } = decoded;
     let events = arrivals.len();
-    let late: Vec<_> = arrivals.iter().filter(|late| late.event.redacted).map(|late| late.stream_sequence).collect();
     if applier.erase_on_customer_deleted && queue_erasures(applier, &batch, shutdown).await.is_none() {
         batch.hand_back().await;
         return;
     }
-    let Some(refused) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+    let Some(Outcome { refused, late }) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
         batch.hand_back().await;
         return;
     };
@@ -174,12 +174,12 @@ pub async fn apply_again(
     let poisoned = wanted_poison(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
-    let Some(refused) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+    let Some(outcome) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
         batch.hand_back().await;
         return None;
     };
     batch.ack_except([]).await;
-    let refused = refused.len() as u64;
+    let refused = outcome.refused.len() as u64;
     Some(AppliedAgain { applied: events - refused, poisoned: refused + poisoned })
 }
 
@@ -195,14 +195,14 @@ pub fn wanted_poison(
 }
 
 /// Reads the events of a batch. The second list says which messages are poison, and why.
-pub fn decode(batch: &Batch, keys: &MetadataKeys, erasures: &Erasures) -> (Vec<Arrival>, Vec<(usize, String)>) {
+pub fn decode(batch: &Batch, keys: &MetadataKeys) -> (Vec<Arrival>, Vec<(usize, String)>) {
     let mut arrivals = Vec::new();
     let mut poisoned = Vec::new();
     for (index, message) in batch.messages().enumerate() {
         match event::decode(message.payload, keys) {
             Ok(Some(event)) => arrivals.push(Arrival {
                 index,
-                event: erasures.redacted(event),
+                event,
                 traceparent: message.traceparent(),
                 stream_sequence: message.stream_sequence(),
             }),
@@ -244,28 +244,39 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
     Some(())
 }
 
-/// Saves what the events lead to, however long the database is away. Returns the events that the
-/// database refuses for good, or nothing when `shutdown` came first.
+/// What became of the events of a batch that is saved.
+#[derive(Default)]
+struct Outcome {
+    /// Those that the database refuses for good, and why.
+    refused: Vec<(usize, String)>,
+    /// The sequences of those that count without their personal data.
+    late: Vec<u64>,
+}
+
+/// Saves what the events lead to, however long the database is away. Nothing when `shutdown` came first.
 async fn save_when_possible(
     applier: &Applier,
     arrivals: Vec<Arrival>,
     batch: &Batch,
     shutdown: &CancellationToken,
-) -> Option<Vec<(usize, String)>> {
-    let mut refused = Vec::new();
+) -> Option<Outcome> {
+    let mut outcome = Outcome::default();
     // A refused set is halved until the event that is at fault stands alone.
     let mut sets = vec![Arc::new(arrivals)];
     let mut wait = applier.wait();
     while let Some(set) = sets.pop() {
-        match save_in_own_task(&applier.store, &applier.terms, Arc::clone(&set)).await {
-            Ok(()) => wait.succeeded(),
+        match save_in_own_task(applier, Arc::clone(&set)).await {
+            Ok(late) => {
+                outcome.late.extend(late);
+                wait.succeeded();
+            }
             Err(error) if error.disposition() == Disposition::Wait => {
                 sets.push(set);
                 batch.keep_alive().await;
                 pause(wait.failed(&error), shutdown).await?;
             }
             Err(error) => match Arc::try_unwrap(set).ok()? {
-                single if single.len() == 1 => refused.push((single[0].index, exit::chain(&error))),
+                single if single.len() == 1 => outcome.refused.push((single[0].index, exit::chain(&error))),
                 mut half => {
                     let rest = half.split_off(half.len() / 2);
                     sets.extend([Arc::new(rest), Arc::new(half)]);
@@ -273,7 +284,7 @@ async fn save_when_possible(
             },
         }
     }
-    Some(refused)
+    Some(outcome)
 }
 
 /// Applies one event outside any batch, as a batch would. Returns why the database refuses it for
@@ -281,18 +292,18 @@ async fn save_when_possible(
 ///
 /// # Errors
 /// When the database is away.
-pub async fn apply_one(store: &Store, terms: &Arc<Terms>, arrival: Arrival) -> Result<Option<String>, StoreError> {
-    match save_in_own_task(store, terms, Arc::new(vec![arrival])).await {
-        Ok(()) => Ok(None),
+pub async fn apply_one(applier: &Applier, arrival: Arrival) -> Result<Option<String>, StoreError> {
+    match save_in_own_task(applier, Arc::new(vec![arrival])).await {
+        Ok(_) => Ok(None),
         Err(error) if error.disposition() == Disposition::Poison => Ok(Some(exit::chain(&error))),
         Err(error) => Err(error),
     }
 }
 
 /// A cancelled transaction would leave a poisoned connection in the pool, so nothing cancels it.
-async fn save_in_own_task(store: &Store, terms: &Arc<Terms>, arrivals: Arc<Vec<Arrival>>) -> Result<(), StoreError> {
-    let (store, terms) = (store.clone(), Arc::clone(terms));
-    let task = tokio::spawn(async move { save(&store, &arrivals, &terms).await });
+async fn save_in_own_task(applier: &Applier, arrivals: Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
+    let (store, terms, erasures) = (applier.store.clone(), Arc::clone(&applier.terms), applier.erasures.clone());
+    let task = tokio::spawn(async move { save(&store, &arrivals, &terms, &erasures).await });
     let Ok(joined) = tokio::time::timeout(SAVE_MAX, task).await else {
         // The task goes on by itself; what it may still commit, the next try finds merged.
         let silent = DbErr::Custom(format!("no answer within {} s", SAVE_MAX.as_secs()));
@@ -304,27 +315,39 @@ async fn save_in_own_task(store: &Store, terms: &Arc<Terms>, arrivals: Arc<Vec<A
 }
 
 /// Saves what `arrivals` lead to. Rows that another worker wrote meanwhile are read and merged again.
-async fn save(store: &Store, arrivals: &[Arrival], terms: &Terms) -> Result<(), StoreError> {
-    let mut pending: Vec<&Arrival> = arrivals.iter().collect();
+/// Returns the sequences of the events that count without their personal data.
+async fn save(store: &Store, arrivals: &[Arrival], terms: &Terms, erasures: &Erasures) -> Result<Vec<u64>, StoreError> {
+    let mut pending: Vec<_> = arrivals.iter().map(Cow::Borrowed).collect();
+    let mut late = Vec::new();
     while !pending.is_empty() {
-        pending = save_once(store, pending, terms, OffsetDateTime::now_utc()).await?;
+        let stale = save_once(store, &mut pending, terms, erasures, OffsetDateTime::now_utc()).await?;
+        let redacted = pending.iter().filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
+        late.extend(redacted.map(|arrival| arrival.stream_sequence));
+        pending.retain(|arrival| stale.contains(&arrival.index));
     }
-    Ok(())
+    Ok(late)
 }
 
-/// One transaction. Returns the events whose rows another worker wrote since they were read.
-async fn save_once<'a>(
+/// One transaction. Returns which events are of rows that another worker wrote since they were read.
+async fn save_once(
     store: &Store,
-    pending: Vec<&'a Arrival>,
+    pending: &mut [Cow<'_, Arrival>],
     terms: &Terms,
+    erasures: &Erasures,
     now: OffsetDateTime,
-) -> Result<Vec<&'a Arrival>, StoreError> {
-    let (by_subscription, others) = by_subscription(pending);
-    let ids: Vec<&str> = by_subscription.keys().copied().collect();
+) -> Result<HashSet<usize>, StoreError> {
     let tx = store.begin().await?;
-    let Found { rows: mut stored, rebuilding } = store::subscription::find(&tx, &ids, now).await?;
+    let ids: BTreeSet<&str> = pending.iter().filter_map(|arrival| arrival.event.stripe_subscription_id()).collect();
+    let ids: Vec<&str> = ids.into_iter().collect();
+    let Found { rows: mut stored, rebuilding, has_new_erasures } =
+        store::subscription::find(&tx, &ids, erasures.sequence(), now).await?;
+    if has_new_erasures {
+        erasures.refresh(&tx).await?;
+    }
+    redact(pending, erasures);
+    let (by_subscription, others) = by_subscription(pending.iter().map(Cow::as_ref).collect());
     let circumstances = Circumstances { terms, rebuilding, now };
-    let mut plans: Vec<Plan<'a>> = by_subscription
+    let mut plans: Vec<Plan<'_>> = by_subscription
         .into_iter()
         .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
         .collect();
@@ -344,7 +367,16 @@ async fn save_once<'a>(
     fail_point!("worker::before_commit");
     tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
     fail_point!("worker::after_commit");
-    Ok(stale.into_iter().flat_map(|plan| plan.arrivals).collect())
+    Ok(stale.into_iter().flat_map(|plan| plan.arrivals).map(|arrival| arrival.index).collect())
+}
+
+/// Takes the personal data out of the events of erased persons.
+fn redact(pending: &mut [Cow<'_, Arrival>], erasures: &Erasures) {
+    for arrival in pending {
+        if !arrival.event.redacted && erasures.covers(&arrival.event) {
+            arrival.to_mut().event.redact();
+        }
+    }
 }
 
 /// Writes what follows for orphans and open questions, and returns the signals that are sent now.

@@ -1,165 +1,102 @@
 //! Erasures: whose personal data is not to come back.
 //!
-//! Owns what is remembered of an erasure (JetStream KV bucket `litestripe`, `erased.<id>`, for each of
-//! the person's ids) and what it covers: what happened up to its second and is of one of those ids.
-//! Live workers apply what it covers without its personal data, and reconcile compares and mends
-//! without it; backfill and replay drop it. How the data is removed is in the modules below. An erasure
-//! is never forgotten: Stripe still lists a subscription years after it was created.
+//! Owns what is remembered of an erasure (the table `litestripe_erasure`, a row for each of the person's
+//! ids) and what it covers: what happened up to its second and is of one of those ids. Live workers apply
+//! what it covers without its personal data, and reconcile compares and mends without it; backfill and
+//! replay drop it. How the data is removed is in the modules below. An erasure is never forgotten: Stripe
+//! still lists a subscription years after it was created.
+//!
+//! Whoever writes personal data reads the new erasures first, in the same transaction: see `store::erasure`.
 
 mod ids;
 mod removal;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use async_nats::jetstream::stream::RawMessageErrorKind;
-use async_nats::jetstream::{self, kv};
+use async_nats::jetstream;
+use backon::{ExponentialBuilder, Retryable as _};
 use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::exit;
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::event::whose::DeletedCustomer;
 use litestripe_domain::event::{Body, Event};
 use litestripe_domain::question::{Asked, Question};
-use serde::{Deserialize, Serialize};
+use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
-use tokio::sync::Mutex;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
-use tracing::{debug, warn};
+use tracing::debug;
 
+use crate::error::StoreError;
+use crate::store::{self, Store};
 use crate::stream::scan;
 
 pub use ids::Ids;
 pub use removal::{EraseError, Erasure, Receipt, Target};
 
-/// What stands before an id in the bucket.
-const PREFIX: &str = "erased.";
-
-/// How often a worker looks for new erasures. A poll, because it cannot break without being noticed,
-/// as a watch's consumer can.
-pub const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// What is remembered of an erased id.
-#[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    /// When it was erased: seconds since the Unix epoch.
-    at: i64,
-}
-
-/// The erasures could not be read or recorded.
-#[derive(Debug, thiserror::Error)]
-pub enum ErasuresError {
-    /// There is no bucket.
-    #[error(transparent)]
-    Open(#[from] crate::stripe::kv::OpenError),
-    /// The bucket does not answer.
-    #[error("cannot read the erasures in the KV bucket")]
-    Read(#[source] jetstream::stream::RawMessageError),
-    /// The bucket does not take it.
-    #[error("cannot record the erasure in the KV bucket")]
-    Record(#[source] kv::PutError),
-}
+/// Tries to record an erasure. Each waits as long as a lock is waited for, and a transaction that hangs is
+/// ended by the server after 30 s.
+const RECORD_TRIES: usize = 10;
+const RECORD_RETRY: Duration = Duration::from_millis(200);
 
 /// All erasures, as this process knows them.
 #[derive(Clone)]
-pub struct Erasures(Arc<Inner>);
-
-struct Inner {
+pub struct Erasures {
     jetstream: jetstream::Context,
-    replicas: usize,
-    known: RwLock<Known>,
-    place: Mutex<Place>,
+    known: Arc<RwLock<Known>>,
 }
 
-/// How far the bucket is read.
-#[derive(Default)]
-struct Place {
-    /// Which bucket it was: one that was made anew is read from its start.
-    created: Option<OffsetDateTime>,
-    sequence: u64,
-}
-
-/// When each id was erased, in seconds since the Unix epoch.
+/// What was read of the table.
 #[derive(Debug, Default)]
-struct Known(HashMap<String, i64>);
+struct Known {
+    /// When each id was erased, in seconds since the Unix epoch.
+    erased: HashMap<String, i64>,
+    /// The highest sequence among them.
+    sequence: i64,
+}
 
 impl Erasures {
     /// Reads all erasures.
     ///
     /// # Errors
-    /// When the bucket cannot be read.
-    pub async fn load(jetstream: jetstream::Context, replicas: usize) -> Result<Self, ErasuresError> {
-        let (known, place) = (RwLock::default(), Mutex::default());
-        let erasures = Self(Arc::new(Inner { jetstream, replicas, known, place }));
-        erasures.look().await?;
+    /// When the database is away.
+    pub async fn load(store: &Store, jetstream: jetstream::Context) -> Result<Self, StoreError> {
+        let erasures = Self { jetstream, known: Arc::default() };
+        erasures.refresh(store.connection()).await?;
         Ok(erasures)
     }
 
-    /// Looks for new ones every second until `shutdown`.
-    pub async fn follow(self, shutdown: CancellationToken) {
-        let mut waiting = false;
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
-                () = shutdown.cancelled() => return,
-            }
-            let looked = self.look().await;
-            if let Err(error) = looked.as_ref()
-                && !waiting
-            {
-                warn!("new erasures are not seen: {}", exit::chain(error));
-            }
-            waiting = looked.is_err();
-        }
-    }
-
-    /// Looks for new ones every second, for as long as what is returned lives.
-    pub fn followed(&self) -> AbortOnDropHandle<()> {
-        AbortOnDropHandle::new(tokio::spawn(self.clone().follow(CancellationToken::new())))
-    }
-
-    /// Reads what is new since the last look.
-    async fn look(&self) -> Result<(), ErasuresError> {
-        let mut place = self.0.place.lock().await;
-        let bucket = crate::stripe::kv::open(&self.0.jetstream, self.0.replicas).await?;
-        let created = bucket.stream.cached_info().created;
-        if place.created != Some(created) {
-            *place = Place { created: Some(created), sequence: 0 };
-        }
-        let all = format!("{}{PREFIX}>", bucket.prefix);
-        loop {
-            let message = match bucket.stream.get_first_raw_message_by_subject(&all, place.sequence + 1).await {
-                Ok(message) => message,
-                Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(()),
-                Err(error) => return Err(ErasuresError::Read(error)),
-            };
-            place.sequence = message.sequence;
-            let key = message.subject.strip_prefix(bucket.prefix.as_str()).unwrap_or_default();
-            let Some(id) = id_of(key) else { continue };
-            let mut known = self.0.known.write().unwrap_or_else(PoisonError::into_inner);
-            match serde_json::from_slice(&message.payload) {
-                Ok(Record { at }) => known.0.insert(id, at),
-                // An operator took it back: KV writes an empty message.
-                Err(_) => known.0.remove(&id),
-            };
-        }
-    }
-
-    /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch.
+    /// Reads those that are new.
     ///
     /// # Errors
-    /// When one is not recorded. Others may be, which another try mends.
-    pub async fn record(&self, ids: &Ids, at: i64) -> Result<(), ErasuresError> {
-        let bucket = crate::stripe::kv::open(&self.0.jetstream, self.0.replicas).await?;
-        for id in ids.iter() {
-            // Clocks of two hosts may differ: an erasure never moves back.
-            let at = at.max(self.known(|known| known.0.get(id).copied()).unwrap_or(at));
-            let record = serde_json::to_vec(&Record { at }).expect("a number is JSON");
-            bucket.put(key_of(id), record.into()).await.map_err(ErasuresError::Record)?;
-            self.0.known.write().unwrap_or_else(PoisonError::into_inner).0.insert(id.to_owned(), at);
+    /// When the database is away.
+    pub async fn refresh<C: ConnectionTrait>(&self, db: &C) -> Result<(), StoreError> {
+        let new = store::erasure::after(db, self.sequence()).await?;
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        for erasure in new {
+            known.sequence = known.sequence.max(erasure.sequence);
+            known.erased.insert(erasure.stripe_id, erasure.erased_at);
         }
         Ok(())
+    }
+
+    /// The highest sequence that is known.
+    #[must_use]
+    pub fn sequence(&self) -> i64 {
+        self.known(|known| known.sequence)
+    }
+
+    /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch. When it returns, every
+    /// transaction that did not know of it has ended.
+    ///
+    /// # Errors
+    /// When the database is away. Then none is recorded.
+    pub async fn record(&self, store: &Store, ids: &Ids, at: i64) -> Result<(), StoreError> {
+        let erased: Arc<BTreeMap<_, _>> = Arc::new(ids.iter().map(|id| (id.to_owned(), at)).collect());
+        let once = || async { store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await };
+        let tries = ExponentialBuilder::new().with_min_delay(RECORD_RETRY).with_max_times(RECORD_TRIES).with_jitter();
+        once.retry(tries.with_max_delay(10 * RECORD_RETRY)).when(StoreError::may_pass).await?;
+        self.refresh(store.connection()).await
     }
 
     /// Whether `event` is of an erased person and not younger than the erasure.
@@ -189,7 +126,7 @@ impl Erasures {
         if sequences.is_empty() {
             return;
         }
-        let jetstream = self.0.jetstream.clone();
+        let jetstream = self.jetstream.clone();
         tokio::spawn(async move {
             if let Err(error) = scan::remove(&jetstream, EVENTS_STREAM, sequences).await {
                 debug!("late events of erased persons stay in STRIPE_EVENTS: {}", exit::chain(&error));
@@ -198,13 +135,13 @@ impl Erasures {
     }
 
     fn known<T>(&self, read: impl FnOnce(&Known) -> T) -> T {
-        read(&self.0.known.read().unwrap_or_else(PoisonError::into_inner))
+        read(&self.known.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl Known {
     fn covers(&self, event: &Event) -> bool {
-        if self.0.is_empty() {
+        if self.erased.is_empty() {
             return false;
         }
         let (ids, of_object) = match &event.body {
@@ -230,7 +167,7 @@ impl Known {
     }
 
     fn covers_ids<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
-        ids.into_iter().any(|id| self.0.get(id).is_some_and(|at| created <= *at))
+        ids.into_iter().any(|id| self.erased.get(id).is_some_and(|at| created <= *at))
     }
 }
 
@@ -247,25 +184,6 @@ pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDate
         event: customer.event,
         stream_sequence,
     }
-}
-
-/// The key of an id. One with characters that no key may have is written in hexadecimal digits
-/// after a `=`, which no plain one has.
-fn key_of(id: &str) -> String {
-    let is_plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
-    if is_plain {
-        return format!("{PREFIX}{id}");
-    }
-    let digits: String = id.bytes().map(|byte| format!("{byte:02x}")).collect();
-    format!("{PREFIX}={digits}")
-}
-
-fn id_of(key: &str) -> Option<String> {
-    let id = key.strip_prefix(PREFIX)?;
-    let Some(digits) = id.strip_prefix('=') else { return Some(id.to_owned()) };
-    let digits = digits.as_bytes().chunks(2);
-    let bytes = digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-    String::from_utf8(bytes.collect::<Option<_>>()?).ok()
 }
 
 #[cfg(test)]

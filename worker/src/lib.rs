@@ -22,4 +22,5 @@ pub mod start;
 pub mod store;
 pub mod stream;
 pub mod stripe;
+pub mod upgrade;
 pub mod wait;

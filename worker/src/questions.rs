@@ -14,7 +14,7 @@ use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::question::Question;
 use litestripe_domain::row::Stored;
 use litestripe_domain::signal::{self, Cause};
-use sea_orm::DatabaseTransaction;
+use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 
@@ -93,10 +93,8 @@ enum QuestionError {
 
 impl Questions {
     /// Whether what led to the question is covered by an erasure: then nothing personal is looked for.
-    fn is_erased(&self, question: &Question) -> bool {
-        let payment = question.payment();
-        let ids = payment.iter().chain([question.entity_id.as_str()]);
-        self.erasures.covers_object(ids, question.event.created.unix())
+    async fn is_erased(&self, question: &Question) -> Result<bool, StoreError> {
+        is_erased(&self.erasures, self.store.connection(), question).await
     }
 
     async fn forget(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
@@ -148,4 +146,13 @@ fn cause(question: &Question) -> Cause {
 fn delay(first: Duration, max: Duration, attempts: i32) -> Duration {
     let doublings = u32::try_from(attempts).unwrap_or(0).min(16);
     first.saturating_mul(1 << doublings).min(max)
+}
+
+/// Whether what led to the question is covered by an erasure. In a transaction that writes personal data this
+/// is the first statement: see `store::erasure`.
+async fn is_erased<C: ConnectionTrait>(erasures: &Erasures, db: &C, question: &Question) -> Result<bool, StoreError> {
+    erasures.refresh(db).await?;
+    let payment = question.payment();
+    let ids = payment.iter().chain([question.entity_id.as_str()]);
+    Ok(erasures.covers_object(ids, question.event.created.unix()))
 }

@@ -23,6 +23,7 @@ use crate::settings::{DatabaseKind, DatabaseSettings};
 
 pub mod backfill;
 pub mod due;
+pub mod erasure;
 pub mod lease;
 pub mod orphan;
 pub mod outbox;

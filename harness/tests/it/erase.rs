@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, of_subscription, shown};
+use futures_util::TryStreamExt as _;
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, lock_of, of_subscription, shown};
 use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::stripe::{Event, Purchase};
+use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 
 use crate::orphans::{COMPLETED, CREATED, DEADLINE, UPDATED, apply, now, orphan, with};
@@ -17,13 +19,14 @@ mod trigger;
 on_both_databases!(
     all_that_is_stored_of_a_customer_is_gone_and_rows_stay,
     a_last_signal_that_tells_too_much_is_replaced,
+    an_erasure_survives_the_loss_of_nats_data,
+    what_the_version_before_kept_in_nats_is_taken_over,
     it_is_refused_while_an_event_is_not_applied,
     late_events_count_but_bring_nothing_back,
     a_payment_without_a_customer_is_erased_by_its_orphan,
     nothing_is_known_of_a_stranger,
 );
 
-/// An erasure waits 2 s until all workers know of it.
 const COMMAND: Duration = Duration::from_secs(90);
 
 /// In everything personal of the customer that is erased.
@@ -198,6 +201,108 @@ async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
     apply(&bridge, &news).await;
     let row = bridge.row(&user.subscription).await;
     assert_eq!(row.subscription_metadata, json!({ "note": KEPT }));
+}
+
+async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let user = Purchase::new(now() - 60);
+    bridge.deliver_all(&[session(&user, ERASED, json!({})), subscription(&user, CREATED, ERASED, 0)]).await;
+    bridge.check().await;
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    bridge.workers.pop().expect("there is one").stop().await;
+    bridge.broker.kill().await;
+    std::fs::remove_dir_all(bridge.broker.folder().join("store")).expect("it can be removed");
+    bridge.broker.resume().await;
+    bridge.start_worker().wait_until_ready().await;
+
+    check_late(&bridge, &user).await;
+}
+
+async fn what_the_version_before_kept_in_nats_is_taken_over(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::on(database)).await;
+    let user = Purchase::new(now() - 60);
+    bridge.deliver(&user.subscription_event(CREATED, user.created, json!({}))).await;
+    bridge.check().await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    let config = async_nats::jetstream::kv::Config { bucket: "litestripe".to_owned(), ..Default::default() };
+    let bucket = bridge.jetstream().await.create_key_value(config).await.expect("it can be made");
+    let (at, began) = (now(), now() - 600);
+    let record = json!({ "at": at }).to_string();
+    let kept = [
+        (format!("erased.{}", user.customer), record.clone()),
+        // Of the id `a.b`.
+        ("erased.=612e62".to_owned(), record.clone()),
+        ("erased.cus_taken_back".to_owned(), record),
+        ("backfill.test".to_owned(), began.to_string()),
+        ("lease.backfill".to_owned(), "free".to_owned()),
+        ("a_budget".to_owned(), "1 2 3".to_owned()),
+    ];
+    for (key, value) in kept {
+        bucket.put(key, value.into()).await.expect("it can be put");
+    }
+    bucket.delete("erased.cus_taken_back").await.expect("it can be deleted");
+
+    bridge.start_worker().wait_until_ready().await;
+    assert_eq!((recorded(&bridge, &user.customer).await, recorded(&bridge, "a.b").await), (Some(at), Some(at)));
+    assert_eq!(recorded(&bridge, "cus_taken_back").await, None);
+    assert_eq!(crate::backfill::recorded(&bridge).await, Some(began));
+    let keys = bucket.keys().await.expect("it answers").try_collect::<Vec<_>>().await.expect("it answers");
+    assert_eq!(keys, ["a_budget"]);
+    check_late(&bridge, &user).await;
+}
+
+/// A late event of an erased person counts, but for what is personal of it.
+async fn check_late(bridge: &Bridge, user: &Purchase) {
+    let mut late = subscription(user, UPDATED, ERASED, 5);
+    late.value["data"]["object"]["status"] = json!("past_due");
+    bridge.publish(UPDATED, late.body(), late.id()).await;
+    bridge.wait_until_applied().await;
+    let row = bridge.row(&user.subscription).await;
+    assert_eq!((row.status.as_deref(), row.subscription_metadata), (Some("past_due"), json!({})));
+    eventually("the late event to be removed from the stream", DEADLINE, async || {
+        let places = places(bridge, ERASED).await;
+        if places.is_empty() { Ok(()) } else { Err(places.join("\n")) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_batch_begins_before_an_erasure_is_recorded_or_knows_it() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    apply(&bridge, &user.subscription_event(CREATED, user.created, json!({}))).await;
+    apply(&bridge, &other.subscription_event(CREATED, other.created, json!({}))).await;
+
+    // A batch that has begun is waited for.
+    let row = bridge.database.locked(&lock_of(&other.subscription)).await;
+    bridge.deliver(&subscription(&other, UPDATED, KEPT, 5)).await;
+    bridge.database.until_a_worker_waits().await;
+    let recording = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE NOWAIT";
+    assert!(bridge.database.query(recording).await.is_err(), "the batch does not know what would be recorded");
+    row.rollback().await.expect("it ends");
+    bridge.wait_until_applied().await;
+
+    // One that has not waits until it can know.
+    let recorded = bridge.database.locked("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE").await;
+    bridge.deliver(&subscription(&user, UPDATED, ERASED, 5)).await;
+    bridge.database.until_a_worker_waits().await;
+    let (id, at) = (&user.customer, now());
+    let erasure = format!("INSERT INTO litestripe_erasure VALUES ('{id}', {at}, 1)");
+    recorded.execute_unprepared(&erasure).await.expect("it can be recorded");
+    recorded.commit().await.expect("it commits");
+    bridge.wait_until_applied().await;
+    assert_eq!(bridge.row(&user.subscription).await.subscription_metadata, json!({}));
+    assert_eq!(bridge.row(&other.subscription).await.subscription_metadata, json!({ "note": KEPT }));
+}
+
+#[tokio::test]
+async fn a_backup_that_reads_every_table_holds_up_no_erasure() {
+    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let user = Purchase::new(now() - 60);
+    apply(&bridge, &subscription(&user, CREATED, ERASED, 0)).await;
+    let backup = bridge.database.locked("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE").await;
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+    backup.rollback().await.expect("it ends");
 }
 
 async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: DatabaseKind) {
@@ -410,11 +515,11 @@ fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
     found
 }
 
-/// What the KV bucket says of an id.
-async fn recorded(bridge: &Bridge, id: &str) -> Option<Value> {
-    let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
-    let value = bucket.get(format!("erased.{id}")).await.expect("it answers")?;
-    Some(serde_json::from_slice(&value).expect("it is JSON"))
+/// When an id was erased.
+async fn recorded(bridge: &Bridge, id: &str) -> Option<i64> {
+    let row = format!("SELECT erased_at FROM litestripe_erasure WHERE stripe_id = '{id}'");
+    let row = bridge.database.query(&row).await.expect("the database answers");
+    row.first().map(|row| row.try_get("", "erased_at").expect("it is a second"))
 }
 
 pub(crate) async fn erase(bridge: &Bridge, customer: &str, arguments: &[&str]) -> Finished {

@@ -64,10 +64,10 @@ impl Backfill {
         }
         let stripe = parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
         let Parts { store, jetstream, erasures, .. } = parts;
-        let record = Record::new(store, key.is_live());
-        let _followed = erasures.followed();
+        let record = Record::new(store.clone(), key.is_live());
         let types = backfill::types(settings);
-        self.backfill(&backfill::Backfill { stripe, jetstream, erasures, types }, &record, &shutdown).await
+        let backfill = backfill::Backfill { stripe, jetstream, store, erasures, types };
+        self.backfill(&backfill, &record, &shutdown).await
     }
 
     async fn backfill(

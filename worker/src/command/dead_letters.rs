@@ -17,7 +17,8 @@ use super::print;
 use crate::apply;
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
-use crate::start::parts::{Parts, terms};
+use crate::start::parts::Parts;
+use crate::stream::dead_letter;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
@@ -90,7 +91,7 @@ impl DeadLetters {
             Self::Show(show) => show.execute(&stream).await,
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
-                let parts = Parts::read(settings, store, nats).await?;
+                let parts = Parts::read(store, nats).await?;
                 retry.execute(settings, &stream, &parts).await
             }
             Self::Drop(dropped) => dropped.execute(&stream).await,
@@ -142,8 +143,8 @@ impl Show {
 
 impl Retry {
     async fn execute(self, settings: &Settings, stream: &Stream, parts: &Parts) -> Result<(), Failure> {
-        let Parts { store, erasures, .. } = parts;
-        let terms = Arc::new(terms(settings));
+        let dead_letters = dead_letter::DeadLetters::new(parts.jetstream.clone());
+        let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let mut report = Vec::new();
         let mut letter = match self.sequence {
             Some(sequence) => Some(find(stream, sequence).await?),
@@ -151,7 +152,7 @@ impl Retry {
         };
         while let Some(one) = &letter {
             let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
-                Ok(Some(event)) => apply::apply_one(store, &terms, arrival(one, erasures.redacted(event))).await?,
+                Ok(Some(event)) => apply::apply_one(&applier, arrival(one, event)).await?,
                 Ok(None) => Some("of a type that is not handled".to_owned()),
                 Err(error) => Some(error.to_string()),
             };

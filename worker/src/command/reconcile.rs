@@ -64,7 +64,6 @@ impl Reconcile {
         if self.repair {
             broker::prepare(nats, &settings).await;
         }
-        let _followed = erasures.followed();
         let stripe = parts.stripe(&settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
         // Until here nothing was done that would have to be finished.
         let stop = shutdown::token()?;

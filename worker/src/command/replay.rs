@@ -61,7 +61,6 @@ impl Replay {
         let schema = if self.dry_run { Schema::Current } else { Schema::Migrated };
         let parts = super::start(settings, "replay", schema).await?;
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
-        let _followed = parts.erasures.followed();
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let mut replayer = Replayer { applier, jetstream: parts.jetstream.clone(), batch: settings.batch };
 

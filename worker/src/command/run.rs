@@ -13,7 +13,6 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::Failure;
-use crate::erasure::Erasures;
 use crate::health::{self, Dependencies, Readiness};
 use crate::metrics;
 use crate::questions::Questions;
@@ -85,7 +84,7 @@ async fn prepare(settings: &Settings, readiness: &Readiness, nats: async_nats::C
     broker::prepare(&nats, settings).await;
     let mut wait = Wait::new(JETSTREAM);
     loop {
-        match Parts::read(settings, store.clone(), nats.clone()).await {
+        match Parts::read(store.clone(), nats.clone()).await {
             Ok(parts) => {
                 wait.succeeded();
                 return Ok(parts);
@@ -162,8 +161,6 @@ impl Worker {
             complained: std::sync::Mutex::default(),
         };
         supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()).boxed());
-        let erasures: Erasures = parts.erasures.clone();
-        supervisor.spawn(&asking, "the reader of erasures", erasures.follow(shutdown.clone()).boxed());
         let owed = owed::run(parts.store.clone(), Arc::clone(&wake), shutdown.clone());
         supervisor.spawn(&asking, "the sender of owed signals", owed.boxed());
         let retention = retention::run(parts.store.clone(), parts.jetstream.clone(), shutdown.clone());
@@ -214,6 +211,7 @@ fn backfills(
         backfill: Backfill {
             stripe,
             jetstream: parts.jetstream.clone(),
+            store: parts.store.clone(),
             erasures: parts.erasures.clone(),
             types: backfill::types(settings),
         },

@@ -1,9 +1,9 @@
 //! The erasure of one person.
 //!
-//! Owns its steps and their order: find what is theirs, see that it is applied, record the erasure,
-//! wait until every worker knows of it, remove. Whatever ends it half-way, the next run does the
-//! rest: nothing is removed before it is recorded, and what is gone is not missed. May not know who
-//! asked, an operator or an event.
+//! Owns its steps and their order: find what is theirs, see that it is applied, record the erasure, from
+//! when on every worker knows of it, remove. Whatever ends it half-way, the next run does the rest: nothing
+//! is removed before it is recorded, and what is gone is not missed. May not know who asked, an operator or
+//! an event.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::{Erasures, ErasuresError, Ids, LOOK_EVERY};
+use super::{Erasures, Ids};
 use crate::error::StoreError;
 use crate::store::{self, Store};
 use crate::stream::scan::{self, ScanError, Seen};
@@ -38,9 +38,6 @@ const SENT_MAX: Duration = Duration::from_secs(30);
 /// Between two looks at either.
 const POLL: Duration = Duration::from_millis(100);
 
-/// After which every worker that runs knows of an erasure.
-const KNOWN_AFTER: Duration = LOOK_EVERY.saturating_mul(2);
-
 /// Whom to erase.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -56,7 +53,7 @@ pub struct Erasure<'a> {
     pub store: &'a Store,
     /// Where events and signals are.
     pub jetstream: &'a jetstream::Context,
-    /// Where it is recorded.
+    /// Those of everybody.
     pub erasures: &'a Erasures,
     /// Also if an event of the person is not applied.
     pub force: bool,
@@ -112,9 +109,6 @@ pub enum EraseError {
     /// A database.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The KV bucket.
-    #[error(transparent)]
-    Erasures(#[from] ErasuresError),
     /// A stream.
     #[error(transparent)]
     Scan(#[from] ScanError),
@@ -150,11 +144,10 @@ impl Erasure<'_> {
 
         let now = OffsetDateTime::now_utc().unix_timestamp();
         let recorded_at = Timestamp::from_unix(now)?;
-        self.erasures.record(&ids, now).await?;
-        tokio::time::sleep(KNOWN_AFTER).await;
-        // What was delivered before every worker knew may have been applied as it came.
+        self.erasures.record(self.store, &ids, now).await?;
+        // What was delivered before that may have been applied as it came.
         if self.find_more(&mut ids, &mut found).await? {
-            self.erasures.record(&ids, now).await?;
+            self.erasures.record(self.store, &ids, now).await?;
             unapplied.extend(self.unapplied(&found.events).await?);
             if let Some(first) = unapplied.first().filter(|_| !self.force) {
                 return Err(EraseError::CameMeanwhile(*first));

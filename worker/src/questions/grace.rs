@@ -11,7 +11,7 @@ use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use super::asker::RETRY;
-use super::{Outcome, QuestionError, Questions, commit, insert_orphan, rewrite};
+use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased, rewrite};
 use crate::error::StoreError;
 use crate::store::due::{self, Taken};
 use crate::stream::own_event::{self, Scope};
@@ -38,8 +38,10 @@ impl Questions {
             return Ok(Outcome::Again(RETRY));
         }
         let mut email = None;
-        let asked = |stripe: &&StripeApi| stripe.sees(question.livemode) && !self.is_erased(question);
-        if let Some(stripe) = self.stripe.as_ref().filter(asked) {
+        let asked = self.stripe.as_ref().filter(|stripe| stripe.sees(question.livemode));
+        if let Some(stripe) = asked
+            && !self.is_erased(question).await?
+        {
             if self.publish_sessions(stripe, question).await? {
                 return Ok(Outcome::Again(CLAIM_MAX));
             }
@@ -70,13 +72,14 @@ impl Questions {
 
     async fn note_unclaimed(&self, taken: &Taken, stored: Stored, email: Option<Email>) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
-        let email = email.filter(|_| !self.is_erased(&taken.question));
+        let erasures = self.erasures.clone();
         let noted = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
+            let is_erased = is_erased(&erasures, &tx, question).await?;
             if !rewrite(&tx, &question.entity_id, stored, now).await? || !due::settle(&tx, &taken).await? {
                 return Ok(Outcome::Crossed);
             }
-            insert_orphan(&tx, question, OrphanReason::NoCheckoutSession, email, now).await?;
+            insert_orphan(&tx, question, OrphanReason::NoCheckoutSession, email.filter(|_| !is_erased), now).await?;
             commit(tx, &relay).await?;
             Ok(Outcome::Answered)
         };

@@ -13,7 +13,7 @@ use litestripe_domain::signal;
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use time::OffsetDateTime;
 
-use super::{Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, rewrite};
+use super::{Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, is_erased, rewrite};
 use crate::error::StoreError;
 use crate::store;
 use crate::store::due::{self, Taken};
@@ -41,7 +41,7 @@ impl Questions {
         if self.lookup.knows(&user).await? {
             return Ok(self.note_known(taken, user).await?);
         }
-        let is_wanted = is_paid(question) && !self.is_erased(question);
+        let is_wanted = is_paid(question) && !self.is_erased(question).await?;
         let email = if is_wanted { self.email_of_session(question).await? } else { None };
         Ok(self.note_unknown(taken, user, email).await?)
     }
@@ -66,9 +66,11 @@ impl Questions {
     /// Notes a paid session's user as unknown, and asks again for as long as that is open.
     async fn note_unknown(&self, taken: &Taken, user: String, email: Option<Email>) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
-        let email = email.filter(|_| !self.is_erased(&taken.question));
+        let erasures = self.erasures.clone();
         let noted = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
+            let is_erased = is_erased(&erasures, &tx, question).await?;
+            let email = email.filter(|_| !is_erased);
             if !holds_row(&tx, question, &user, now).await? {
                 return Ok(Outcome::Crossed);
             }

@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::erasure::Erasures;
+use crate::error::StoreError;
 use crate::settings::Settings;
+use crate::store::Store;
 use crate::stripe::api::{ApiError, StripeApi};
 
 mod present;
@@ -57,6 +59,8 @@ pub struct Backfill {
     pub stripe: StripeApi,
     /// Where it goes.
     pub jetstream: jetstream::Context,
+    /// Where the erasures are.
+    pub store: Store,
     /// Whose events are not to come back.
     pub erasures: Erasures,
     /// The types that are asked for.
@@ -109,6 +113,9 @@ pub enum BackfillError {
     /// Stripe did not say what there is.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// The erasures cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// There is nowhere to put events.
     #[error("there is no stream {EVENTS_STREAM}: `litestripe-ingress` and `litestripe-worker run` create it")]
     NoStream,
@@ -148,8 +155,9 @@ impl Backfill {
                 () = shutdown.cancelled() => return Ok(End::Stopped),
                 page = self.list(wanted, after.as_deref()) => page?,
             };
-            // With what arrived since the last page.
+            // With what arrived, and who was erased, since the last page.
             present.catch_up().await?;
+            self.erasures.refresh(self.store.connection()).await?;
             after.clone_from(&page.after);
             let outcome = self.publish_lacking(page, &present, summary).await;
             report(summary);

@@ -177,6 +177,7 @@ impl<'a> Reconcile<'a> {
 
     /// What is different. Each subscription is `step` more that are done.
     async fn compare(&mut self, objects: Vec<api::Object>, as_of: i64, step: u64) -> Result<Vec<Look>, ReconcileError> {
+        self.sources.erasures.refresh(self.sources.store.connection()).await?;
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
         let mut rows = whole::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);

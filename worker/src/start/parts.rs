@@ -12,13 +12,15 @@ use tokio_util::sync::CancellationToken;
 use super::broker::{self, Unreachable};
 use super::database::{self, OpenError, Schema};
 use crate::apply::Applier;
-use crate::erasure::{Erasures, ErasuresError};
+use crate::erasure::Erasures;
+use crate::error::StoreError;
 use crate::relay::Relay;
 use crate::settings::{LookupSettings, Settings};
 use crate::store::Store;
 use crate::stream::dead_letter::DeadLetters;
 use crate::stripe::api::{ApiError, StripeApi};
 use crate::stripe::budget::Budget;
+use crate::upgrade::{self, UpgradeError};
 
 /// A command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +33,17 @@ pub enum StartError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
-    Erasures(#[from] ErasuresError),
+    Read(#[from] ReadError),
+}
+
+/// The erasures could not be read.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum ReadError {
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// The database, the broker, and the erasures, without which no event may be applied.
@@ -56,16 +68,18 @@ impl Parts {
     pub async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
-        Ok(Self::read(settings, store, nats).await?)
+        Ok(Self::read(store, nats).await?)
     }
 
-    /// What there is over a database and a broker that answer.
+    /// What there is over a database and a broker that answer. What the version before kept in NATS is moved
+    /// into the database first.
     ///
     /// # Errors
     /// When the erasures cannot be read.
-    pub async fn read(settings: &Settings, store: Store, nats: async_nats::Client) -> Result<Self, ErasuresError> {
+    pub async fn read(store: Store, nats: async_nats::Client) -> Result<Self, ReadError> {
         let jetstream = connect::jetstream(nats.clone());
-        let erasures = Erasures::load(jetstream.clone(), settings.events.replicas).await?;
+        upgrade::take_over(&store, &jetstream).await?;
+        let erasures = Erasures::load(&store, jetstream.clone()).await?;
         Ok(Self { store, nats, jetstream, erasures })
     }
 

@@ -8,7 +8,7 @@ use litestripe_contract::signal::Timestamp;
 use litestripe_domain::row::{LastSent, Row, Stored};
 use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
-use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query};
+use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
     IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QueryResult, QuerySelect as _,
@@ -20,6 +20,8 @@ use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
+
+const NEWEST_ERASURE: &str = "newest_erasure";
 
 /// The columns with an index of their own.
 const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
@@ -75,6 +77,8 @@ pub struct Found {
     pub rows: HashMap<String, Stored>,
     /// When the replay was started that rows may be waiting for, those that do not exist yet among them.
     pub rebuilding: Option<OffsetDateTime>,
+    /// Whether an erasure was recorded that the process does not know.
+    pub has_new_erasures: bool,
 }
 
 /// The rows that exist among `ids`.
@@ -82,21 +86,40 @@ pub struct Found {
 /// # Errors
 /// When the database is away, or a row's merge state cannot be read.
 pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
-    Ok(find(db, ids, OffsetDateTime::now_utc()).await?.rows)
+    let doing = StoreError::doing("load subscriptions");
+    let rows = db.query_all(&rows_among(db.get_database_backend(), ids)).await.map_err(&doing)?;
+    Ok(found(&rows, OffsetDateTime::now_utc()).map_err(&doing)?.rows)
 }
 
-/// The rows that exist among `ids`, and whether a replay is rebuilding others.
+/// What a batch has to know, as the first statement of its transaction: the rows that exist among `ids`,
+/// whether a replay is rebuilding others, and whether an erasure is newer than the sequence `erasures`.
 ///
 /// # Errors
 /// When the database is away, or a row's merge state cannot be read.
-pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime) -> Result<Found, StoreError> {
+pub async fn find(
+    tx: &DatabaseTransaction,
+    ids: &[&str],
+    erasures: i64,
+    now: OffsetDateTime,
+) -> Result<Found, StoreError> {
     let doing = StoreError::doing("load subscriptions");
-    // One statement: nearly always no replay runs, and a batch shall not pay for asking. It begins with a row of its own, because none of the others need exist.
+    let mut query = rows_among(tx.get_database_backend(), ids);
+    query.expr_as(super::erasure::newest_after(erasures), NEWEST_ERASURE);
+    let rows = tx.query_all(&query).await.map_err(&doing)?;
+    let newest: Option<i64> = match rows.first() {
+        Some(row) => row.try_get("", NEWEST_ERASURE).map_err(&doing)?,
+        None => None,
+    };
+    Ok(Found { has_new_erasures: newest.is_some(), ..found(&rows, now).map_err(&doing)? })
+}
+
+fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
+    // One statement: nearly always no replay runs, and a batch shall not pay for asking. It begins with a row of
+    // its own, because none of the others need exist.
     let mut query = Query::select();
     query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
     query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
-    let wanted = super::among_ids(db.get_database_backend(), KEY, ids);
-    query.join(JoinType::LeftJoin, Entity, wanted);
+    query.join(JoinType::LeftJoin, Entity, super::among_ids(backend, KEY, ids));
     let own = [
         Column::StripeSubscriptionId,
         Column::MergeState,
@@ -111,10 +134,14 @@ pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str], now: OffsetDateTime)
     for column in [replay::Column::DtStarted, replay::Column::DtBeat] {
         query.column(("rebuilding", column));
     }
+    query
+}
+
+fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, DbErr> {
     let mut found = Found::default();
-    for row in db.query_all(&query).await.map_err(&doing)? {
-        found.rows.extend(stored(&row).map_err(&doing)?);
-        found.rebuilding = super::replay::rebuilding(&row, now).map_err(&doing)?;
+    for row in rows {
+        found.rows.extend(stored(row)?);
+        found.rebuilding = super::replay::rebuilding(row, now)?;
     }
     Ok(found)
 }

@@ -1,4 +1,4 @@
-//! The JetStream KV bucket `litestripe`: what workers tell each other.
+//! The JetStream KV bucket `litestripe`, in which workers share the API budget.
 //!
 //! Owns how it comes to exist, reading a key, and writing it by compare-and-set. May not know what
 //! stands in it. Invariant: no key is written but over the revision that was read.
@@ -49,16 +49,13 @@ pub enum KvError {
 pub struct OpenError(#[source] Box<dyn std::error::Error + Send + Sync>);
 
 /// Opens the bucket, and creates it if it is missing.
-///
-/// # Errors
-/// When it neither exists nor can be created.
-pub async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, OpenError> {
+async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, OpenError> {
     if let Ok(store) = jetstream.get_key_value(KV_BUCKET).await {
         return Ok(store);
     }
     let config = Config {
         bucket: KV_BUCKET.to_owned(),
-        description: "What Litestripe's workers tell each other".to_owned(),
+        description: "The budget of calls to Stripe's API that Litestripe's workers share".to_owned(),
         history: 1,
         storage: StorageType::File,
         num_replicas: replicas,

@@ -48,7 +48,7 @@ impl Replayer {
                     Err(error) => break Err(error.into()),
                 }
             };
-            let (arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys, &self.applier.erasures);
+            let (arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);
             let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
             dry.poisoned += apply::wanted_poison(&batch, &poisoned, wanted);
             let arrivals: Vec<Arrival> =
