@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 use crate::arrival::Arrival;
 use crate::event::Body;
-use crate::merge::{self, State, Visible};
+use crate::merge::{self, Changes, State, Visible};
 use crate::orphan::{self, NewOrphan, Rules};
 use crate::question::{Kind, Question};
 use crate::row::{LastSent, Row, Stored};
@@ -241,6 +241,36 @@ pub fn of_unchanged(
     signal::subscription_again(&again, now)
 }
 
+/// A row without its metadata.
+#[derive(Debug)]
+pub struct Erased {
+    /// The row as it is to be written.
+    pub row: Row,
+    /// What it is now, without what was erased. None of a row that owes a signal, which is sent later.
+    pub signal: Option<NewSignal>,
+    /// Whether there was any metadata.
+    pub had_metadata: bool,
+}
+
+/// Takes the metadata out of a row, and signals the row even if it had none: older signals will be removed.
+#[must_use]
+pub fn of_erased(id: &str, mut stored: Stored, event: EventReference, now: OffsetDateTime) -> Erased {
+    let before = stored.state.visible().subscription;
+    let had_metadata = stored.state.erase_metadata();
+    let shown = stored.state.visible().subscription;
+    let last_sent = std::mem::take(&mut stored.last_sent);
+    if last_sent.is_owed() {
+        let row = Row { last_sent: last_sent.without_metadata(&shown), ..stored.into_row(id) };
+        return Erased { row, signal: None, had_metadata };
+    }
+    let mut changes = merge::changes(&before, &shown).unwrap_or_default();
+    changes.previous.retain(|name, _| !matches!(name.as_str(), "metadata" | "subscription_metadata"));
+    let change = Change { previous_revision: stored.revision, changes, event, replayed: false };
+    let changed = change.signal(id, &shown, now);
+    let row = Row { revision: changed.revision, ..stored.into_row(id) };
+    Erased { row, signal: Some(signal::subscription_changed(&changed, None)), had_metadata }
+}
+
 /// Sends subscribers what a row shows, and knows what they were sent last.
 struct Sender<'r> {
     id: &'r str,
@@ -307,24 +337,37 @@ impl<'r> Sender<'r> {
         if self.sent == Some(shown) {
             return;
         }
-        let previous_revision = (self.revision > 0).then_some(self.revision);
-        self.revision = next_revision(self.revision, self.now);
         let nothing = Subscription::default();
-        let changes = merge::changes(self.sent.unwrap_or(&nothing), shown);
-        let (changed, previous) = changes.map(|changes| (changes.changed, changes.previous)).unwrap_or_default();
-        let signal = SubscriptionChanged {
-            stripe_subscription_id: self.id.to_owned(),
-            access: Access::of_status(shown.status.as_deref()),
-            subscription: shown.clone(),
-            revision: self.revision,
-            previous_revision,
-            changed,
-            previous,
-            event: cause.event,
-            replayed,
-        };
-        self.signals.push(signal::subscription_changed(&signal, cause.traceparent));
-        self.sent = Some(shown);
+        let changes = merge::changes(self.sent.unwrap_or(&nothing), shown).unwrap_or_default();
+        let change = Change { previous_revision: self.revision, changes, event: cause.event, replayed };
+        let changed = change.signal(self.id, shown, self.now);
+        self.signals.push(signal::subscription_changed(&changed, cause.traceparent));
+        (self.revision, self.sent) = (changed.revision, Some(shown));
+    }
+}
+
+/// A change of a row that is signalled.
+struct Change {
+    previous_revision: i64,
+    changes: Changes,
+    event: EventReference,
+    replayed: bool,
+}
+
+impl Change {
+    /// The signal of it, under a revision of its own.
+    fn signal(self, id: &str, subscription: &Subscription, now: OffsetDateTime) -> SubscriptionChanged {
+        SubscriptionChanged {
+            stripe_subscription_id: id.to_owned(),
+            access: Access::of_status(subscription.status.as_deref()),
+            subscription: subscription.clone(),
+            revision: next_revision(self.previous_revision, now),
+            previous_revision: (self.previous_revision > 0).then_some(self.previous_revision),
+            changed: self.changes.changed,
+            previous: self.changes.previous,
+            event: self.event,
+            replayed: self.replayed,
+        }
     }
 }
 

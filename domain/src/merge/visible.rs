@@ -82,7 +82,7 @@ fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
 }
 
 /// What a signal says of a change.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Changes {
     /// The names of the fields that changed, in the order of the signal's fields.
     pub changed: Vec<String>,

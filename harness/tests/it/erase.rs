@@ -102,9 +102,10 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
     }
 
     let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    for count in ["events", "dead_letters", "signals", "subscriptions", "orphans"] {
+    for count in ["events", "dead_letters", "subscriptions", "orphans"] {
         assert_eq!(again[count], 0, "{again:#}");
     }
+    assert_eq!(again["signals"], 2, "each row is signalled again, in place of the signal before");
     assert_eq!(places(&bridge, KEPT).await, kept);
     let table = erase(&bridge, &user.customer, &[]).await;
     assert_eq!(table.status.code(), Some(0), "{}", table.stderr);
@@ -132,7 +133,11 @@ async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
     assert_eq!((told.len(), &told[0].body["status"]), (1, &json!("past_due")));
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
     let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    assert_eq!(again["signals"], 0);
+    assert_eq!((&again["subscriptions"], &again["signals"]), (&json!(0), &json!(1)));
+    let signals = bridge.signals().await;
+    let told = of_subscription(&signals, &user.subscription);
+    check_last(&told, &shown(&bridge.row(&user.subscription).await));
+    assert_eq!((told.len(), told[0].changed()), (1, vec![]));
 }
 
 async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {

@@ -14,7 +14,6 @@ use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType};
 use litestripe_contract::signal::{EventReference, OutOfRange, Timestamp};
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -157,8 +156,8 @@ impl Erasure<'_> {
         let events = scan::remove(self.jetstream, EVENTS_STREAM, found.events).await?;
         let dead_letters = scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
         let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
-        let subscriptions = self.strip_rows(&ids, &event(recorded_at)).await?;
-        let signals = self.remove_signals(&ids, &event(recorded_at)).await?;
+        let (subscriptions, stay_from) = self.strip_rows(&ids, &event(recorded_at)).await?;
+        let signals = self.remove_signals(&ids, &stay_from).await?;
         self.store.forget_deleted().await?;
         let (customer, orphan) = match target.clone() {
             Target::Customer(id) => (Some(id), None),
@@ -272,41 +271,33 @@ impl Erasure<'_> {
         Ok(Some(if is_done { u64::MAX } else { consumer.ack_floor.stream_sequence }))
     }
 
-    async fn strip_rows(&self, ids: &Ids, cause: &EventReference) -> Result<u64, EraseError> {
-        let mut stripped = 0;
+    /// Takes the metadata out of the person's rows, each of which is signalled. Returns how many had some, and
+    /// by row the revision from which on its signals stay.
+    async fn strip_rows(&self, ids: &Ids, cause: &EventReference) -> Result<(u64, BTreeMap<String, i64>), EraseError> {
+        let mut had_metadata = 0;
+        let mut stay_from = BTreeMap::new();
         for id in ids.iter() {
-            stripped += u64::from(rows::strip(self.store, id, cause, rows::Signal::OfChange).await?);
+            if let Some(stripped) = rows::strip(self.store, id, cause).await? {
+                had_metadata += u64::from(stripped.had_metadata);
+                stay_from.insert(id.to_owned(), stripped.stay_from);
+            }
         }
-        Ok(stripped)
+        Ok((had_metadata, stay_from))
     }
 
-    /// Removes the person's signals, all but the one that tells what a row is now and tells nothing
-    /// else. Returns how many.
-    async fn remove_signals(&self, ids: &Ids, cause: &EventReference) -> Result<u64, EraseError> {
+    /// Removes the person's signals that are older than those of `strip_rows`. Returns how many.
+    async fn remove_signals(&self, ids: &Ids, stay_from: &BTreeMap<String, i64>) -> Result<u64, EraseError> {
         self.sent(ids).await?;
         let mut known = ids.clone();
-        let mut own = Vec::new();
+        let mut older = Vec::new();
         let look = |message: Seen<'_>| {
             (self.seen)();
-            if known.own(message.body) {
-                own.push((message.sequence, Told::read(message.body)));
+            if known.own(message.body) && !Revision::read(message.body).is_from(stay_from) {
+                older.push(message.sequence);
             }
         };
         scan::read(self.jetstream, SIGNALS_STREAM, 1, look).await?;
-        let rows = store::subscription::load(self.store.connection(), &ids.all()).await?;
-        let revisions: BTreeMap<&str, i64> = rows.iter().map(|(id, row)| (id.as_str(), row.revision)).collect();
-        let row = |told: &Told| revisions.get(told.stripe_subscription_id.as_str());
-        let is_last = |told: &Told| row(told).is_some_and(|revision| told.revision >= Some(*revision));
-        let (last, older): (Vec<_>, Vec<_>) = own.into_iter().partition(|(_, told)| is_last(told));
-        let (kept, told_too_much): (Vec<_>, Vec<_>) = last.into_iter().partition(|(_, told)| !told.has_metadata());
-        // A subscriber that has not seen it yet must not miss what the row is now.
-        let kept: BTreeSet<_> = kept.into_iter().map(|(_, told)| told.stripe_subscription_id).collect();
-        for (_, told) in told_too_much.iter().filter(|(_, told)| !kept.contains(&told.stripe_subscription_id)) {
-            rows::strip(self.store, &told.stripe_subscription_id, cause, rows::Signal::Always).await?;
-        }
-        self.sent(ids).await?;
-        let removed = older.into_iter().chain(told_too_much).map(|(sequence, _)| sequence);
-        Ok(scan::remove(self.jetstream, SIGNALS_STREAM, removed).await?)
+        Ok(scan::remove(self.jetstream, SIGNALS_STREAM, older).await?)
     }
 
     /// Waits until no signal of the person is on its way.
@@ -322,27 +313,23 @@ impl Erasure<'_> {
     }
 }
 
-/// What a signal tells, as far as it matters here.
+/// The revision that a signal is of. An orphan's has none.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Told {
-    stripe_subscription_id: String,
-    /// None: it is an orphan's.
+struct Revision {
+    stripe_subscription_id: Option<String>,
     revision: Option<i64>,
-    metadata: Map<String, Value>,
-    subscription_metadata: Map<String, Value>,
-    previous: Map<String, Value>,
 }
 
-impl Told {
+impl Revision {
     fn read(body: &[u8]) -> Self {
         serde_json::from_slice(body).unwrap_or_default()
     }
 
-    fn has_metadata(&self) -> bool {
-        let before =
-            ["metadata", "subscription_metadata"].into_iter().filter_map(|name| self.previous.get(name)?.as_object());
-        before.chain([&self.metadata, &self.subscription_metadata]).any(|map| !map.is_empty())
+    /// Whether it is not below the one of its row.
+    fn is_from(&self, revisions: &BTreeMap<String, i64>) -> bool {
+        let of_row = self.stripe_subscription_id.as_ref().and_then(|id| revisions.get(id));
+        of_row.is_some_and(|of_row| self.revision >= Some(*of_row))
     }
 }
 

@@ -74,13 +74,14 @@ pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreErro
     rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
 }
 
-/// The signals of changes of the subscription `id` that wait.
+/// Removes the signals of changes of the subscription `id` that wait.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<Vec<Model>, StoreError> {
-    let waiting = Entity::find().filter(Column::EntityId.eq(id)).filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
-    waiting.all(db).await.map_err(StoreError::doing("read a subscription's signals"))
+pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(), StoreError> {
+    let waiting =
+        Entity::delete_many().filter(Column::EntityId.eq(id)).filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
+    waiting.exec(db).await.map(|_| ()).map_err(StoreError::doing("remove a subscription's signals"))
 }
 
 /// Whether a signal of any of these subscriptions and orphans waits.
