@@ -2,6 +2,8 @@
 //!
 //! Owns the one thing a caller branches on. May not know which batch or command it was.
 
+use std::time::Duration;
+
 use sea_orm::sqlx;
 use sea_orm::{DbErr, RuntimeErr};
 
@@ -20,15 +22,44 @@ pub enum Disposition {
 pub struct StoreError {
     /// What was asked, to go after "cannot".
     pub doing: &'static str,
-    /// What the database said. Never holds a value of ours: see [`StoreError::disposition`].
+    /// Why not. Never holds a value of ours: see [`StoreError::disposition`].
     #[source]
-    pub source: DbErr,
+    pub cause: Cause,
+}
+
+/// Why the database did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// What the database said.
+    #[error(transparent)]
+    Database(#[from] DbErr),
+    /// What is stored cannot be read as JSON, or what is to be stored cannot be written.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// Nothing.
+    #[error("no answer within {} s", .0.as_secs())]
+    Silence(Duration),
+    /// The work panicked.
+    #[error("it panicked, which is a bug")]
+    Panic,
 }
 
 impl StoreError {
     /// For `map_err`.
-    pub fn doing(doing: &'static str) -> impl Fn(DbErr) -> Self {
-        move |source| Self { doing, source }
+    pub fn doing<E: Into<Cause>>(doing: &'static str) -> impl Fn(E) -> Self {
+        move |cause| Self { doing, cause: cause.into() }
+    }
+
+    /// The database gave no answer for so long.
+    #[must_use]
+    pub fn silent(doing: &'static str, waited: Duration) -> Self {
+        Self { doing, cause: Cause::Silence(waited) }
+    }
+
+    /// The work panicked.
+    #[must_use]
+    pub fn panicked(doing: &'static str) -> Self {
+        Self { doing, cause: Cause::Panic }
     }
 
     /// Whether the same statement may succeed later.
@@ -38,9 +69,10 @@ impl StoreError {
     /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
     #[must_use]
     pub fn disposition(&self) -> Disposition {
-        match &self.source {
-            DbErr::Json(_) | DbErr::Type(_) => Disposition::Poison,
-            error => match database_error(error) {
+        match &self.cause {
+            Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => Disposition::Poison,
+            Cause::Silence(_) => Disposition::Wait,
+            Cause::Database(error) => match database_error(error) {
                 Some(error) if is_about_data(error) => Disposition::Poison,
                 _ => Disposition::Wait,
             },
@@ -51,13 +83,12 @@ impl StoreError {
     /// database is away, busy, restarting, full or read-only.
     #[must_use]
     pub fn may_pass(&self) -> bool {
-        match &self.source {
-            DbErr::ConnectionAcquire(_) => true,
-            DbErr::Conn(RuntimeErr::SqlxError(error))
-            | DbErr::Exec(RuntimeErr::SqlxError(error))
-            | DbErr::Query(RuntimeErr::SqlxError(error)) => match error.as_database_error() {
+        let Cause::Database(error) = &self.cause else { return matches!(self.cause, Cause::Silence(_)) };
+        match (error, sqlx_error(error)) {
+            (DbErr::ConnectionAcquire(_), _) => true,
+            (_, Some(error)) => match error.as_database_error() {
                 Some(error) => is_passing(error),
-                None => !matches!(**error, sqlx::Error::Configuration(_)),
+                None => !matches!(error, sqlx::Error::Configuration(_)),
             },
             _ => false,
         }
@@ -74,18 +105,22 @@ impl StoreError {
     /// The database's own code for it, for people and metrics.
     #[must_use]
     pub fn code(&self) -> Option<String> {
-        database_error(&self.source)?.code().map(|code| code.into_owned())
+        let Cause::Database(error) = &self.cause else { return None };
+        database_error(error)?.code().map(|code| code.into_owned())
+    }
+}
+
+fn sqlx_error(error: &DbErr) -> Option<&sqlx::Error> {
+    match error {
+        DbErr::Conn(RuntimeErr::SqlxError(error))
+        | DbErr::Exec(RuntimeErr::SqlxError(error))
+        | DbErr::Query(RuntimeErr::SqlxError(error)) => Some(error),
+        _ => None,
     }
 }
 
 fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
-    let (DbErr::Conn(RuntimeErr::SqlxError(error))
-    | DbErr::Exec(RuntimeErr::SqlxError(error))
-    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
-    else {
-        return None;
-    };
-    error.as_database_error()
+    sqlx_error(error)?.as_database_error()
 }
 
 /// PostgreSQL: "Error Codes"; what stays is 28 (invalid authorization), 3D (no such database), 3F (no

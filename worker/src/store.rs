@@ -154,7 +154,7 @@ impl Store {
     /// # Errors
     /// When the database is away.
     #[expect(clippy::disallowed_methods, reason = "the one place where transactions begin")]
-    pub async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
+    async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
         let options = TransactionOptions {
             sqlite_transaction_mode: (self.kind == DatabaseKind::Sqlite).then_some(SqliteTransactionMode::Immediate),
             ..TransactionOptions::default()

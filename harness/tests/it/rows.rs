@@ -6,18 +6,17 @@ use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::merge::{State, Visible};
 use litestripe_domain::payment::PaymentIds;
 use litestripe_domain::question::{Asked, Question};
-use litestripe_domain::row::{Due, NewDue, Row};
+use litestripe_domain::row::{LastSent, Row};
 use litestripe_domain::signal::NewSignal;
-use litestripe_entity::{due_check, signal_due, signal_outbox, stripe_subscription};
+use litestripe_entity::{due_check, signal_outbox, stripe_subscription};
 use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_worker::settings::{self, DatabaseSettings};
-use litestripe_worker::store::signal_due as owed;
 use litestripe_worker::store::{Store, due, outbox, subscription};
 use sea_orm::{EntityTrait as _, QueryOrder as _, TransactionTrait as _};
 use serde_json::json;
 use time::OffsetDateTime;
 
-on_both_databases!(subscriptions, signals, questions, signals_that_are_due);
+on_both_databases!(subscriptions, signals, questions);
 
 /// SQLite gets them as 64, 8, 1 and 1.
 const ROWS: usize = 74;
@@ -91,7 +90,8 @@ fn filled(number: usize) -> Row {
         last_event: Some((event_id(), 8)),
         ..Visible::default()
     };
-    Row { state, visible, revision: 9, ..bare(number) }
+    let last_sent = LastSent::Older(Box::new(bare(number).visible.subscription));
+    Row { state, visible, revision: 9, last_sent, ..bare(number) }
 }
 
 fn model(row: Row, dt_created: OffsetDateTime, dt_last_updated: OffsetDateTime) -> stripe_subscription::Model {
@@ -123,6 +123,7 @@ fn model(row: Row, dt_created: OffsetDateTime, dt_last_updated: OffsetDateTime) 
         last_event_id: last_event.as_ref().map(|(id, _)| id.to_string()),
         last_event_created: last_event.map(|(_, created)| at(created).get()),
         merge_state: serde_json::to_string(&row.state).expect("a state is JSON"),
+        last_sent: row.last_sent.to_json(),
         dt_created,
         dt_last_updated,
     }
@@ -221,37 +222,6 @@ async fn questions(kind: DatabaseKind) {
         tx.commit().await.expect("they are committed");
         let found = due_check::Entity::find().order_by_asc(due_check::Column::EntityId).all(store.connection()).await;
         assert_eq!(found.expect("questions are read"), [expected, row(other, PaymentIds::default(), "", false)]);
-    }
-}
-
-async fn signals_that_are_due(kind: DatabaseKind) {
-    let (_database, store) = open(kind).await;
-    let new = |entity_id: &str, told: Option<Subscription>, unchanged, created| NewDue {
-        entity_id: entity_id.to_owned(),
-        subject: SUBSCRIPTION_CHANGED,
-        due: Due { replay: "a".to_owned(), told, unchanged, event: event(created) },
-    };
-    let row = |NewDue { entity_id, subject, due }| signal_due::Model {
-        entity_id,
-        subject: str::to_owned(subject),
-        replay: due.replay,
-        told: due.told.map(|told| serde_json::to_string(&told).expect("it is JSON")),
-        unchanged: due.unchanged,
-        event_id: due.event.id.to_string(),
-        event_type: due.event.event_type.to_string(),
-        event_created: due.event.created.unix(),
-        dt_created: now(1),
-    };
-    let told = Some(filled(1).visible.subscription);
-    let dues = || vec![new("sub_1", None, false, 1), new("sub_2", told.clone(), true, 2)];
-    let again = || vec![new("sub_1", told.clone(), true, 3), new("sub_2", None, false, 4)];
-    let both = vec![new("sub_1", None, true, 3), new("sub_2", told.clone(), true, 4)];
-    for (put, minute, expected) in [(dues(), 1, dues()), (again(), 2, both)] {
-        let tx = store.connection().begin().await.expect("the database is there");
-        owed::put(&tx, put, now(minute)).await.expect("they are written");
-        tx.commit().await.expect("they are committed");
-        let found = signal_due::Entity::find().order_by_asc(signal_due::Column::EntityId).all(store.connection()).await;
-        assert_eq!(found.expect("they are read"), expected.into_iter().map(row).collect::<Vec<_>>());
     }
 }
 

@@ -52,7 +52,7 @@ pub async fn apply_all(mut batches: Batches, limit: usize, applier: &Applier, sh
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
             batch = batches.at_most(room), if room > 0 && gathers && applying.len() < apply::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
-                let decoded = Decoded::of(applier, batch);
+                let decoded = Decoded::new(batch, &applier.metadata_keys);
                 match &mut next {
                     Some(next) => next.append(decoded),
                     None => {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use litestripe_domain::plan;
 use litestripe_domain::row::{LastSent, Stored};
 use litestripe_domain::signal;
+use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
@@ -38,10 +39,7 @@ pub struct Put {
 /// # Errors
 /// When the database is away.
 pub async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
-    let store = store.clone();
-    // A cancelled transaction would leave a poisoned connection in the pool.
-    let task = tokio::spawn(async move { put(&store, &ids, OffsetDateTime::now_utc()).await });
-    task.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+    store.uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await).await
 }
 
 /// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
@@ -55,9 +53,8 @@ pub async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), Sto
     Ok(())
 }
 
-async fn put(store: &Store, ids: &[String], now: OffsetDateTime) -> Result<Put, StoreError> {
+async fn put(tx: DatabaseTransaction, ids: &[String], now: OffsetDateTime) -> Result<Put, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
-    let tx = store.begin().await?;
     store::subscription::lock(&tx, &ids).await?;
     let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
     rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));

@@ -17,7 +17,7 @@ use sea_orm::{
 use time::OffsetDateTime;
 
 use super::rows::{Cell, Insert};
-use crate::error::StoreError;
+use crate::error::{Cause, StoreError};
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
@@ -41,6 +41,9 @@ const INSERT: Insert<'_> = Insert {
         UNNEST($25::text[]), UNNEST($26::text[]), UNNEST($27::timestamptz[]), UNNEST($28::timestamptz[])",
     then: "",
 };
+
+const LOAD: &str = "load subscriptions";
+const SAVE: &str = "save subscriptions";
 
 const CONFLICT: &str = "ON CONFLICT (stripe_subscription_id) DO UPDATE SET ";
 
@@ -86,9 +89,9 @@ pub struct Found {
 /// # Errors
 /// When the database is away, or a row's merge state cannot be read.
 pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
-    let doing = StoreError::doing("load subscriptions");
+    let doing = StoreError::doing(LOAD);
     let rows = db.query_all(&rows_among(db.get_database_backend(), ids)).await.map_err(&doing)?;
-    Ok(found(&rows, OffsetDateTime::now_utc()).map_err(&doing)?.rows)
+    Ok(found(&rows, OffsetDateTime::now_utc()).map_err(StoreError::doing(LOAD))?.rows)
 }
 
 /// What a batch has to know, as the first statement of its transaction: the rows that exist among `ids`,
@@ -102,7 +105,7 @@ pub async fn find(
     erasures: i64,
     now: OffsetDateTime,
 ) -> Result<Found, StoreError> {
-    let doing = StoreError::doing("load subscriptions");
+    let doing = StoreError::doing(LOAD);
     let mut query = rows_among(tx.get_database_backend(), ids);
     query.expr_as(super::erasure::newest_after(erasures), NEWEST_ERASURE);
     let rows = tx.query_all(&query).await.map_err(&doing)?;
@@ -110,7 +113,7 @@ pub async fn find(
         Some(row) => row.try_get("", NEWEST_ERASURE).map_err(&doing)?,
         None => None,
     };
-    Ok(Found { has_new_erasures: newest.is_some(), ..found(&rows, now).map_err(&doing)? })
+    Ok(Found { has_new_erasures: newest.is_some(), ..found(&rows, now).map_err(StoreError::doing(LOAD))? })
 }
 
 fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
@@ -137,7 +140,7 @@ fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
     query
 }
 
-fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, DbErr> {
+fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, Cause> {
     let mut found = Found::default();
     for row in rows {
         found.rows.extend(stored(row)?);
@@ -146,12 +149,12 @@ fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, DbErr> {
     Ok(found)
 }
 
-fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, DbErr> {
+fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
     let Some(id) = row.try_get("", "stripe_subscription_id")? else { return Ok(None) };
     let state: String = row.try_get("", "merge_state")?;
     let last_sent: Option<String> = row.try_get("", "last_sent")?;
     let stored = Stored {
-        state: serde_json::from_str(&state).map_err(|error| DbErr::Json(error.to_string()))?,
+        state: serde_json::from_str(&state)?,
         version: row.try_get("", "version")?,
         revision: row.try_get("", "revision")?,
         dt_created: row.try_get("", "dt_created").ok(),
@@ -277,7 +280,7 @@ pub async fn save(
     now: OffsetDateTime,
 ) -> Result<HashSet<String>, StoreError> {
     debug_assert!(rows.is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
-    let doing = StoreError::doing("save subscriptions");
+    let doing = StoreError::doing(SAVE);
     // SQLite writes the index entries of every assigned column anew, a page for each, though they stay what
     // they were. PostgreSQL compares.
     let (indexed, others) = match tx.get_database_backend() {
@@ -286,7 +289,8 @@ pub async fn save(
     };
     let mut written = HashSet::new();
     for (rows, entries) in [(indexed, OVERWRITE_INDEXED), (others, "")] {
-        let rows = rows.into_iter().map(|row| cells(row, now)).collect::<Result<Vec<_>, _>>().map_err(&doing)?;
+        let rows = rows.into_iter().map(|row| cells(row, now)).collect::<Result<Vec<_>, _>>();
+        let rows = rows.map_err(StoreError::doing(SAVE))?;
         let then = [CONFLICT, entries, OVERWRITE].concat();
         for row in super::rows::insert(tx, Insert { then: &then, ..INSERT }, rows).await.map_err(&doing)? {
             written.insert(row.try_get("", "stripe_subscription_id").map_err(&doing)?);
@@ -320,8 +324,7 @@ async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(V
     Ok(rows.into_iter().partition(changes))
 }
 
-fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], DbErr> {
-    let json = |error: serde_json::Error| DbErr::Json(error.to_string());
+fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], serde_json::Error> {
     let visible = row.visible;
     let subscription = visible.subscription;
     let (last_event_id, last_event_created) = visible.last_event.unzip();
@@ -340,9 +343,9 @@ fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], DbErr> {
         subscription.current_period_end.into(),
         subscription.trial_end.into(),
         subscription.ended_at.into(),
-        serde_json::to_string(&subscription.items).map_err(json)?.into(),
-        serde_json::to_string(&subscription.metadata).map_err(json)?.into(),
-        serde_json::to_string(&subscription.subscription_metadata).map_err(json)?.into(),
+        serde_json::to_string(&subscription.items)?.into(),
+        serde_json::to_string(&subscription.metadata)?.into(),
+        serde_json::to_string(&subscription.subscription_metadata)?.into(),
         subscription.livemode.into(),
         subscription.stripe_account_id.into(),
         subscription.uncertain.into(),
@@ -350,7 +353,7 @@ fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], DbErr> {
         row.version.into(),
         last_event_id.map(String::from).into(),
         last_event_created.and_then(|at| Timestamp::from_unix(at).ok()).into(),
-        serde_json::to_string(&row.state).map_err(json)?.into(),
+        serde_json::to_string(&row.state)?.into(),
         row.last_sent.to_json().into(),
         now.into(),
         now.into(),

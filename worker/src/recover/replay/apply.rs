@@ -114,7 +114,7 @@ impl Replayer {
                 }
                 batch = next(batches, shutdown), if are_more && has_room => match batch {
                     Some(Some(batch)) => {
-                        waiting = Some(Decoded::of(&self.applier, batch));
+                        waiting = Some(Decoded::new(batch, &self.applier.metadata_keys));
                         continue;
                     }
                     Some(None) => applying.is_empty(),

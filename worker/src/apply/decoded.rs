@@ -1,0 +1,96 @@
+//! A batch whose events were read.
+//!
+//! Owns decoding a batch's messages and what its events are about. May not know the database.
+
+use std::collections::HashSet;
+
+use litestripe_domain::arrival::Arrival;
+use litestripe_domain::event::{self, MetadataKeys};
+use litestripe_domain::plan::by_subscription;
+
+use crate::metrics;
+use crate::stream::consumer::Batch;
+
+/// A batch whose events were read.
+pub struct Decoded {
+    pub(super) batch: Batch,
+    pub(super) arrivals: Vec<Arrival>,
+    pub(super) poisoned: Vec<(usize, String)>,
+    concerns: HashSet<String>,
+}
+
+impl Decoded {
+    /// Reads the events of `batch`.
+    #[must_use]
+    pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
+        let (arrivals, poisoned) = decode(&batch, keys);
+        let (by_subscription, others) = by_subscription(arrivals.iter().collect());
+        let ids = by_subscription.into_keys().chain(others.into_iter().map(|(id, _)| id));
+        let concerns = ids.map(str::to_owned).collect();
+        Self { batch, arrivals, poisoned, concerns }
+    }
+
+    /// Takes in what came later.
+    pub fn append(&mut self, later: Self) {
+        let before = self.batch.count();
+        self.batch.append(later.batch);
+        let arrivals = later.arrivals.into_iter();
+        self.arrivals.extend(arrivals.map(|arrival| Arrival { index: before + arrival.index, ..arrival }));
+        self.poisoned.extend(later.poisoned.into_iter().map(|(index, why)| (before + index, why)));
+        self.concerns.extend(later.concerns);
+    }
+
+    /// How many messages it is of.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.batch.count()
+    }
+
+    /// The ids of the subscriptions and payments that its events are about. Batches that have one in
+    /// common are applied one after the other, or a subscriber would not hear of states between.
+    #[must_use]
+    pub fn concerns(&self) -> &HashSet<String> {
+        &self.concerns
+    }
+
+    /// The highest sequence in the stream.
+    #[must_use]
+    pub fn last_sequence(&self) -> u64 {
+        self.batch.last_sequence()
+    }
+
+    /// Gives the messages to whichever worker asks next.
+    pub async fn hand_back(self) {
+        self.batch.hand_back().await;
+    }
+}
+
+/// How many of the poisoned messages are `wanted`.
+pub fn wanted_poison(
+    batch: &Batch,
+    poisoned: &[(usize, String)],
+    wanted: impl Fn(u64, Option<&Arrival>) -> bool,
+) -> u64 {
+    let messages = batch.messages().enumerate();
+    let poisoned = messages.filter(|(index, _)| poisoned.iter().any(|(poisoned, _)| poisoned == index));
+    poisoned.filter(|(_, message)| wanted(message.stream_sequence(), None)).count() as u64
+}
+
+/// Reads the events of a batch. The second list says which messages are poison, and why.
+pub fn decode(batch: &Batch, keys: &MetadataKeys) -> (Vec<Arrival>, Vec<(usize, String)>) {
+    let mut arrivals = Vec::new();
+    let mut poisoned = Vec::new();
+    for (index, message) in batch.messages().enumerate() {
+        match event::decode(message.payload, keys) {
+            Ok(Some(event)) => arrivals.push(Arrival {
+                index,
+                event,
+                traceparent: message.traceparent(),
+                stream_sequence: message.stream_sequence(),
+            }),
+            Ok(None) => metrics::ignored(),
+            Err(error) => poisoned.push((index, error.to_string())),
+        }
+    }
+    (arrivals, poisoned)
+}

@@ -1,0 +1,203 @@
+//! What a batch's events lead to, saved.
+//!
+//! Owns the transaction: load, plan, save, with orphans, questions and signals. Rows that another worker
+//! wrote meanwhile are read and merged again. May not know messages.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use litestripe_domain::arrival::Arrival;
+use litestripe_domain::orphan::NewOrphan;
+use litestripe_domain::plan::{
+    self, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
+};
+use litestripe_domain::question::Kind;
+use litestripe_domain::signal::{self, NewSignal};
+use sea_orm::DatabaseTransaction;
+use time::OffsetDateTime;
+
+use super::Applier;
+use crate::erasure::Erasures;
+use crate::error::StoreError;
+use crate::fail_point::fail_point;
+use crate::store;
+use crate::store::subscription::Found;
+
+/// How long a batch may take. The server ends a statement sooner, but a server that vanished without
+/// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
+const SAVE_MAX: Duration = Duration::from_secs(60);
+
+/// Saves what `arrivals` lead to. Returns the sequences of the events that count without their personal
+/// data.
+///
+/// # Errors
+/// When the database is away or refuses the data. After a silence a transaction may still commit, and the
+/// next try finds it merged.
+pub(super) async fn save(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
+    // A bug that one event brings out must not stop the others: what panics is poison.
+    let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
+    match tokio::time::timeout(SAVE_MAX, saving).await {
+        Ok(Ok(saved)) => saved,
+        Ok(Err(_)) => Err(StoreError::panicked("merge an event")),
+        Err(_) => Err(StoreError::silent("save a batch", SAVE_MAX)),
+    }
+}
+
+async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
+    let mut stale: Option<HashSet<usize>> = None;
+    let mut late = Vec::new();
+    loop {
+        let (arrivals, terms, erasures) = (Arc::clone(arrivals), Arc::clone(&applier.terms), applier.erasures.clone());
+        let once = async move |tx: DatabaseTransaction| {
+            let is_pending = |arrival: &&Arrival| stale.as_ref().is_none_or(|stale| stale.contains(&arrival.index));
+            let pending = arrivals.iter().filter(is_pending).map(Cow::Borrowed).collect();
+            save_once(tx, pending, &terms, &erasures, OffsetDateTime::now_utc()).await
+        };
+        let saved = applier.store.uncancelled(once).await?;
+        late.extend(saved.late);
+        if saved.stale.is_empty() {
+            return Ok(late);
+        }
+        stale = Some(saved.stale);
+    }
+}
+
+/// What one transaction came to.
+struct Saved {
+    /// The sequences of the events that count without their personal data.
+    late: Vec<u64>,
+    /// The events whose rows another worker wrote since they were read.
+    stale: HashSet<usize>,
+}
+
+async fn save_once(
+    tx: DatabaseTransaction,
+    mut pending: Vec<Cow<'_, Arrival>>,
+    terms: &Terms,
+    erasures: &Erasures,
+    now: OffsetDateTime,
+) -> Result<Saved, StoreError> {
+    let ids: BTreeSet<&str> = pending.iter().filter_map(|arrival| arrival.event.stripe_subscription_id()).collect();
+    let ids: Vec<&str> = ids.into_iter().collect();
+    let Found { rows: mut stored, rebuilding, has_new_erasures } =
+        store::subscription::find(&tx, &ids, erasures.sequence(), now).await?;
+    if has_new_erasures {
+        erasures.refresh(&tx).await?;
+    }
+    redact(&mut pending, erasures);
+    let (by_subscription, others) = by_subscription(pending.iter().map(Cow::as_ref).collect());
+    let circumstances = Circumstances { terms, rebuilding, now };
+    let mut plans: Vec<Plan<'_>> = by_subscription
+        .into_iter()
+        .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
+        .collect();
+    let rows = plans.iter_mut().map(|plan| std::mem::take(&mut plan.row)).collect();
+    let written = store::subscription::save(&tx, rows, now).await?;
+    let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
+
+    let mut signals = Vec::new();
+    let mut consequences = Vec::new();
+    for plan in saved {
+        signals.extend(plan.signals);
+        consequences.push((plan.id, plan.consequences));
+    }
+    consequences.extend(others.into_iter().map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))));
+    signals.extend(save_consequences(&tx, consequences, terms.signalling, now).await?);
+    store::outbox::insert(&tx, signals, now).await?;
+    fail_point!("worker::before_commit");
+    tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
+    fail_point!("worker::after_commit");
+    let stale: HashSet<usize> = stale.into_iter().flat_map(|plan| plan.arrivals).map(|arrival| arrival.index).collect();
+    let late = pending.iter().filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
+    Ok(Saved { late: late.map(|arrival| arrival.stream_sequence).collect(), stale })
+}
+
+/// Takes the personal data out of the events of erased persons.
+fn redact(pending: &mut [Cow<'_, Arrival>], erasures: &Erasures) {
+    for arrival in pending {
+        if !arrival.event.redacted && erasures.covers(&arrival.event) {
+            arrival.to_mut().event.redact();
+        }
+    }
+}
+
+/// Writes what follows for orphans and open questions, and returns the signals that are sent now.
+async fn save_consequences(
+    tx: &DatabaseTransaction,
+    consequences: Vec<(&str, Consequences<'_>)>,
+    signalling: Signalling,
+    now: OffsetDateTime,
+) -> Result<Vec<NewSignal>, StoreError> {
+    let mut orphans = Vec::new();
+    let mut resolutions = Vec::new();
+    let mut questions = Vec::new();
+    let mut answered: BTreeMap<Kind, Vec<&str>> = BTreeMap::new();
+    for (id, of_one) in consequences {
+        orphans.extend(of_one.orphan);
+        resolutions.extend(of_one.resolution);
+        questions.extend(of_one.questions);
+        of_one.answered.into_iter().for_each(|kind| answered.entry(kind).or_default().push(id));
+    }
+    let mut signals = save_orphans(tx, orphans, signalling, now).await?;
+    signals.extend(save_resolutions(tx, resolutions, signalling, now).await?);
+    for (kind, ids) in answered {
+        store::due::remove(tx, kind, &ids).await?;
+    }
+    store::due::put(tx, questions).await?;
+    if signalling != Signalling::Now {
+        signals.clear();
+    }
+    Ok(signals)
+}
+
+/// Inserts the orphans that are not there yet, and returns a signal for each.
+async fn save_orphans(
+    tx: &DatabaseTransaction,
+    mut orphans: Vec<(&Arrival, NewOrphan)>,
+    signalling: Signalling,
+    now: OffsetDateTime,
+) -> Result<Vec<NewSignal>, StoreError> {
+    // One payment may come several times in one batch; one statement may not name a key twice.
+    orphans.sort_by(|(a, x), (b, y)| (&x.id, &a.event.id).cmp(&(&y.id, &b.event.id)));
+    orphans.dedup_by(|(_, later), (_, earlier)| later.id == earlier.id);
+    let (arrivals, orphans): (Vec<_>, Vec<_>) = orphans.into_iter().unzip();
+    let owed: Vec<_> = match signalling {
+        Signalling::Later => arrivals.iter().map(|arrival| signal::reference(&arrival.event)).collect(),
+        Signalling::Now | Signalling::Never => Vec::new(),
+    };
+    let inserted = store::orphan::insert(tx, &orphans, &owed, now).await?;
+    let created = arrivals.iter().zip(&orphans).filter(|(_, orphan)| inserted.contains(&orphan.id));
+    Ok(created.map(|(arrival, orphan)| signal::orphan_created(orphan, arrival.cause())).collect())
+}
+
+/// Resolves the orphans that are open, and returns a signal for each.
+async fn save_resolutions(
+    tx: &DatabaseTransaction,
+    resolutions: Vec<Resolution<'_>>,
+    signalling: Signalling,
+    now: OffsetDateTime,
+) -> Result<Vec<NewSignal>, StoreError> {
+    let ids: Vec<&str> = resolutions.iter().map(|resolution| resolution.id.as_str()).collect();
+    // Nearly every subscription finds its user without ever having been an orphan.
+    let mut open = store::orphan::open_among(tx, &ids).await?;
+    let mut signals = Vec::new();
+    for resolution in &resolutions {
+        let user = resolution.client_reference_id.as_str();
+        // Told once, however many words about it came together.
+        let is_open = open.remove(&resolution.id);
+        let owed = (signalling == Signalling::Later).then(|| signal::reference(&resolution.arrival.event));
+        let owed = owed.as_ref();
+        let resolved = match &resolution.by_operator {
+            Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, owed, now).await?,
+            None if is_open => store::orphan::resolve(tx, &resolution.id, user, owed, now).await?,
+            None => None,
+        };
+        let resolved = resolved.filter(|_| is_open).as_ref().and_then(store::orphan::known);
+        signals.extend(resolved.map(|orphan| signal::orphan_resolved(&orphan, resolution.arrival.cause())));
+    }
+    Ok(signals)
+}
