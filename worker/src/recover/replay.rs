@@ -69,7 +69,7 @@ pub enum ReplayError {
     #[error("cannot read {EVENTS_STREAM}")]
     Broker(#[source] ConsumerError),
     /// The broker does not say how far the events are applied.
-    #[error(transparent)]
+    #[error("cannot read {EVENTS_STREAM}")]
     Progress(#[from] ProgressError),
     /// Somebody removed the consumer.
     #[error("the consumer of this replay is gone: run it again")]
