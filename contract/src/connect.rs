@@ -37,26 +37,15 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// Why no connection can ever come of these settings.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum ConnectError {
-    /// A file that a setting names cannot be read or used.
     #[error("{setting} names {}, which cannot be used", path.display())]
-    File {
-        /// The setting.
-        setting: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The options were refused, before anything was sent.
+    File { setting: &'static str, path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot connect to NATS")]
     Options(#[source] async_nats::ConnectError),
 }
 
 /// A connection to NATS that is made, and made again, in the background.
-///
-/// # Errors
-/// When the settings can never work; not when the broker is away.
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
     let hosts = settings.hosts();
     let said = Mutex::new(HashSet::new());
@@ -106,7 +95,6 @@ async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, 
 }
 
 /// JetStream over `client`, with our timeouts.
-#[must_use]
 pub fn jetstream(client: Client) -> jetstream::Context {
     jetstream::ContextBuilder::new().timeout(REQUEST_TIMEOUT).ack_timeout(REQUEST_TIMEOUT).build(client)
 }

@@ -20,20 +20,22 @@ pub struct InvalidEventId;
 
 /// The id of a Stripe event (`evt_…`): printable ASCII, so that it can travel as a header.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 pub struct EventId(String);
 
 impl EventId {
-    /// # Errors
-    /// When `id` is empty, longer than [`ID_BYTES_MAX`], or holds anything but printable ASCII.
+    /// Takes printable ASCII of 1 to [`ID_BYTES_MAX`] bytes.
     pub fn parse(id: impl Into<String>) -> Result<Self, InvalidEventId> {
         let id = id.into();
-        let fits = !id.is_empty() && id.len() <= ID_BYTES_MAX;
-        if fits && id.bytes().all(|byte| byte.is_ascii_graphic()) { Ok(Self(id)) } else { Err(InvalidEventId) }
+        if Self::fits(&id) { Ok(Self(id)) } else { Err(InvalidEventId) }
+    }
+
+    /// Whether a text keeps to what an event's id keeps to, as all ids of Stripe do.
+    pub fn fits(id: &str) -> bool {
+        (1..=ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
     }
 
     /// The id as Stripe wrote it.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -66,13 +68,11 @@ pub struct InvalidEventType;
 
 /// The type of a Stripe event (`customer.subscription.updated`), known to be a valid subject tail.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 pub struct EventType(String);
 
 impl EventType {
-    /// # Errors
-    /// When `name` is longer than [`TYPE_BYTES_MAX`] or not lower-case letters, digits and `_` in
-    /// parts joined by single dots.
+    /// Takes lower-case letters, digits and `_` in parts joined by single dots, up to [`TYPE_BYTES_MAX`] bytes.
     pub fn parse(name: impl Into<String>) -> Result<Self, InvalidEventType> {
         let name = name.into();
         let plain = |part: &str| {
@@ -83,7 +83,6 @@ impl EventType {
     }
 
     /// The type as Stripe writes it.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }

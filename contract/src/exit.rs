@@ -12,7 +12,6 @@ pub const CONFIGURATION: u8 = 2;
 pub const DIFFERENCES: u8 = 3;
 
 /// `error` and everything that led to it, in one line.
-#[must_use]
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
@@ -28,7 +27,6 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Says on stderr why the program ends, and gives the exit code back.
-#[must_use]
 pub fn fail(code: u8, why: impl std::fmt::Display) -> ExitCode {
     eprintln!("error: {why}");
     ExitCode::from(code)

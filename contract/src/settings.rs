@@ -31,8 +31,8 @@ macro_rules! settings {
 
 /// One setting: an environment variable, and a flag of the same name in kebab case.
 #[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Setting {
-    /// The environment variable.
     pub name: &'static str,
     /// What it is when it is not given. An empty value counts as not given.
     pub default: Option<&'static str>,
@@ -42,7 +42,6 @@ pub struct Setting {
 
 impl Setting {
     /// The flag: `LITESTRIPE_LISTEN` is `--litestripe-listen`.
-    #[must_use]
     pub fn flag(&self) -> String {
         self.name.to_ascii_lowercase().replace('_', "-")
     }
@@ -83,7 +82,6 @@ settings! {
 /// `command` with a flag and an environment variable for each of `settings`.
 ///
 /// The value of a variable is never shown in `--help`: it may be a secret.
-#[must_use]
 pub fn declare(command: Command, settings: &'static [Setting]) -> Command {
     settings.iter().fold(command, |command, setting| {
         let help = match setting.default {
@@ -103,9 +101,6 @@ pub fn declare(command: Command, settings: &'static [Setting]) -> Command {
 }
 
 /// Reads `.env` in the working directory into the environment, where a variable is not set yet.
-///
-/// # Errors
-/// When there is one and it cannot be read.
 pub fn dotenv() -> Result<(), Problems> {
     match dotenvy::from_path(".env") {
         Ok(()) => Ok(()),
@@ -122,7 +117,6 @@ pub struct Given(BTreeMap<&'static str, String>);
 
 impl Given {
     /// What the command line and the environment gave for `settings`.
-    #[must_use]
     pub fn from_matches(matches: &ArgMatches, settings: &[&'static [Setting]]) -> Self {
         let all = settings.iter().copied().flatten();
         Self(all.filter_map(|setting| Some((setting.name, matches.get_one::<String>(setting.name)?.clone()))).collect())
@@ -154,13 +148,11 @@ pub struct Reader {
 
 impl Reader {
     /// A reader of `given`.
-    #[must_use]
     pub fn new(given: Given) -> Self {
         Self { given, problems: Vec::new() }
     }
 
     /// Whether `setting` was given, rather than left to its default.
-    #[must_use]
     pub fn is_given(&self, setting: &Setting) -> bool {
         self.text(setting).is_some()
     }
@@ -199,9 +191,6 @@ impl Reader {
     }
 
     /// The settings read, if nothing was wrong with any.
-    ///
-    /// # Errors
-    /// All the problems, in the order in which they were met.
     pub fn finish<T>(self, settings: Option<T>) -> Result<T, Problems> {
         match settings {
             Some(settings) if self.problems.is_empty() => Ok(settings),
@@ -215,25 +204,21 @@ impl Reader {
 }
 
 /// A text as it stands.
-#[must_use]
 pub fn text(value: &str) -> Option<String> {
     Some(value.to_owned())
 }
 
 /// A secret text.
-#[must_use]
 pub fn secret(value: &str) -> Option<SecretString> {
     Some(SecretString::from(value))
 }
 
 /// A path.
-#[must_use]
 pub fn path(value: &str) -> Option<PathBuf> {
     Some(PathBuf::from(value))
 }
 
 /// `true` or `false`.
-#[must_use]
 pub fn flag(value: &str) -> Option<bool> {
     value.to_ascii_lowercase().parse().ok()
 }
@@ -242,7 +227,6 @@ pub fn flag(value: &str) -> Option<bool> {
 pub const DURATION: &str = "a time such as 30s, 10m, 2h or 35d";
 
 /// A duration as people write it.
-#[must_use]
 pub fn duration(value: &str) -> Option<Duration> {
     humantime::parse_duration(value).ok()
 }
@@ -251,7 +235,6 @@ pub fn duration(value: &str) -> Option<Duration> {
 pub const BYTES: &str = "a size such as 512KiB, 1MiB or 10GiB";
 
 /// A size in bytes as people write it.
-#[must_use]
 pub fn bytes(value: &str) -> Option<u64> {
     value.parse::<bytesize::ByteSize>().ok().map(|size| size.as_u64())
 }
@@ -260,40 +243,34 @@ pub fn bytes(value: &str) -> Option<u64> {
 pub const ADDRESS: &str = "an address such as 127.0.0.1:8080";
 
 /// An address to listen on.
-#[must_use]
 pub fn address(value: &str) -> Option<std::net::SocketAddr> {
     value.parse().ok()
 }
 
 /// How to reach NATS.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct NatsSettings {
     /// The servers, each a URL. May hold passwords: never print them, see [`NatsSettings::hosts`].
     pub servers: Vec<ServerAddr>,
-    /// Who we are.
     pub identity: Identity,
     /// The CA certificates that servers must have. Makes TLS required.
     pub tls_ca: Option<PathBuf>,
-    /// Our client certificate and its key.
     pub tls_client: Option<(PathBuf, PathBuf)>,
 }
 
 /// Who we are to NATS.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Identity {
-    /// Nobody, or what the URL says.
     Anonymous,
-    /// A credentials file.
     Credentials(PathBuf),
-    /// A file with an nkey seed.
     Nkey(PathBuf),
-    /// A user and a password.
     Password(String, SecretString),
 }
 
 impl NatsSettings {
     /// The servers without user or password, for people.
-    #[must_use]
     pub fn hosts(&self) -> String {
         let hosts: Vec<_> = self.servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
         hosts.join(", ")
@@ -346,10 +323,9 @@ impl Identity {
 
 /// The limits of the events stream, which either program may have to create.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct EventsSettings {
-    /// Replicas of each stream.
     pub replicas: usize,
-    /// How long raw events are kept.
     pub max_age: Duration,
     /// Size at which the stream refuses new events, in bytes.
     pub max_bytes: u64,
@@ -374,18 +350,15 @@ impl EventsSettings {
 
 /// How to log.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct LogSettings {
-    /// Which spans and events are logged.
     pub filter: String,
-    /// Whether `filter` was set by the operator.
     pub filter_is_set: bool,
-    /// Whether a line is JSON.
     pub json: bool,
 }
 
 impl LogSettings {
     /// For commands whose output people read: only warnings, unless the operator said otherwise.
-    #[must_use]
     pub fn quiet(self) -> Self {
         let filter = if self.filter_is_set { self.filter } else { "warn".to_owned() };
         Self { filter, filter_is_set: true, ..self }

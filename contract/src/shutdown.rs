@@ -7,9 +7,6 @@ use tokio_util::sync::CancellationToken;
 const EXIT_SECOND_SIGNAL: i32 = 130;
 
 /// A token that SIGTERM or SIGINT cancels. A second signal exits at once.
-///
-/// # Errors
-/// When the process cannot listen for signals.
 pub fn token() -> std::io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

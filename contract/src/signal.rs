@@ -81,7 +81,6 @@ pub enum Access {
 
 impl Access {
     /// What `status` means for the application.
-    #[must_use]
     pub fn of_status(status: Option<&str>) -> Self {
         match status {
             Some("trialing" | "active") => Self::Granted,
@@ -147,7 +146,6 @@ pub enum OrphanReason {
 
 impl OrphanReason {
     /// The reason as it is written in signals and in the table.
-    #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::MissingClientReferenceId => "missing_client_reference_id",
@@ -157,7 +155,6 @@ impl OrphanReason {
     }
 
     /// The reason that is written as `name`, if there is one.
-    #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         [Self::MissingClientReferenceId, Self::UnknownClientReferenceId, Self::NoCheckoutSession]
             .into_iter()
@@ -197,9 +194,6 @@ pub struct OutOfRange;
 
 impl Timestamp {
     /// The point in time that Stripe writes as `seconds`.
-    ///
-    /// # Errors
-    /// When it lies before the year 0 or after 9999.
     pub fn from_unix(seconds: i64) -> Result<Self, OutOfRange> {
         match OffsetDateTime::from_unix_timestamp(seconds) {
             Ok(at) if (0..=9999).contains(&at.year()) => Ok(Self(at)),
@@ -208,13 +202,11 @@ impl Timestamp {
     }
 
     /// Seconds since the Unix epoch.
-    #[must_use]
     pub fn unix(self) -> i64 {
         self.0.unix_timestamp()
     }
 
     /// The point in time.
-    #[must_use]
     pub fn get(self) -> OffsetDateTime {
         self.0
     }

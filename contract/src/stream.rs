@@ -21,51 +21,39 @@ const EVENTS_MAX_BYTES_MIN: i64 = 256 << 20;
 
 /// The stream of raw events. Full, it refuses new events, so that Stripe keeps them. It takes atomic
 /// batches, so that events that come together can share one sync of the server's disk.
-#[must_use]
 pub fn events(settings: &EventsSettings) -> Config {
+    let subjects = vec![format!("{}>", subject::EVENTS_PREFIX)];
     Config {
-        subjects: vec![format!("{}>", subject::EVENTS_PREFIX)],
-        max_age: settings.max_age,
         max_bytes: i64::try_from(settings.max_bytes).unwrap_or(i64::MAX),
-        discard: DiscardPolicy::New,
-        allow_direct: true,
         allow_atomic_publish: true,
-        ..file(subject::EVENTS_STREAM, settings.replicas)
+        ..stream(subject::EVENTS_STREAM, subjects, DiscardPolicy::New, settings.replicas, settings.max_age)
     }
 }
 
 /// The stream of signals. What is older than `max_age` goes.
-#[must_use]
 pub fn signals(replicas: usize, max_age: Duration) -> Config {
     let subjects = [subject::SUBSCRIPTION_CHANGED, subject::ORPHAN_CREATED, subject::ORPHAN_RESOLVED];
-    Config {
-        subjects: subjects.map(String::from).to_vec(),
-        max_age,
-        discard: DiscardPolicy::Old,
-        allow_direct: true,
-        ..file(subject::SIGNALS_STREAM, replicas)
-    }
+    let subjects = subjects.map(String::from).to_vec();
+    stream(subject::SIGNALS_STREAM, subjects, DiscardPolicy::Old, replicas, max_age)
 }
 
 /// The stream of dead letters.
-#[must_use]
 pub fn dead_letters(replicas: usize, max_age: Duration) -> Config {
-    Config {
-        subjects: vec![format!("{}>", subject::DEAD_LETTERS_PREFIX)],
-        max_age,
-        discard: DiscardPolicy::New,
-        allow_direct: true,
-        ..file(subject::DEAD_LETTERS_STREAM, replicas)
-    }
+    let subjects = vec![format!("{}>", subject::DEAD_LETTERS_PREFIX)];
+    stream(subject::DEAD_LETTERS_STREAM, subjects, DiscardPolicy::New, replicas, max_age)
 }
 
-fn file(name: &str, replicas: usize) -> Config {
+fn stream(name: &str, subjects: Vec<String>, discard: DiscardPolicy, replicas: usize, max_age: Duration) -> Config {
     Config {
         name: name.to_owned(),
+        subjects,
         retention: RetentionPolicy::Limits,
         storage: StorageType::File,
+        discard,
         num_replicas: replicas,
+        max_age,
         duplicate_window: DUPLICATE_WINDOW,
+        allow_direct: true,
         ..Config::default()
     }
 }
@@ -80,9 +68,6 @@ pub struct ProvisionError {
 
 /// Creates the events stream if it is missing. Where its size is nobody's wish and the server has
 /// less storage, the size is halved until it fits; where the server refuses batches, it goes without.
-///
-/// # Errors
-/// When the stream neither exists nor can be created.
 pub async fn provide_events(jetstream: &jetstream::Context, settings: &EventsSettings) -> Result<(), ProvisionError> {
     let mut config = events(settings);
     loop {
@@ -108,9 +93,6 @@ pub async fn provide_events(jetstream: &jetstream::Context, settings: &EventsSet
 }
 
 /// Creates the stream if it is missing.
-///
-/// # Errors
-/// When the stream neither exists nor can be created.
 pub async fn provide(jetstream: &jetstream::Context, config: Config) -> Result<(), ProvisionError> {
     let name = config.name.clone();
     if jetstream.get_stream(&name).await.is_ok() {

@@ -28,13 +28,11 @@ pub const ORPHAN_CREATED: &str = "orphan.created";
 pub const ORPHAN_RESOLVED: &str = "orphan.resolved";
 
 /// The subject under which a raw event is stored.
-#[must_use]
 pub fn of_event(event_type: &EventType) -> String {
     [EVENTS_PREFIX, event_type.as_str()].concat()
 }
 
 /// The event type in the subject of a raw event or a dead letter, if it is one.
-#[must_use]
 pub fn event_type(subject: &str) -> Option<EventType> {
     let tail = subject.strip_prefix(EVENTS_PREFIX).or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))?;
     EventType::parse(tail).ok()
