@@ -28,18 +28,16 @@ use crate::payment::PaymentIds;
 
 /// An event of a type the worker handles, as far as it is kept.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Event {
-    /// Stripe's id of it.
     pub id: EventId,
     /// Its type, as the body says.
     pub event_type: EventType,
     /// When Stripe created it: seconds since the Unix epoch, in the range of a `Timestamp`.
     pub created: i64,
-    /// Whether it happened in live mode.
     pub livemode: bool,
     /// The connected account it came from.
     pub stripe_account_id: Option<String>,
-    /// What it is about.
     pub body: Body,
     /// Whether it counts without its personal data: see [`Event::redact`].
     pub redacted: bool,
@@ -58,23 +56,22 @@ pub enum Body {
 
 /// A subscription after an event, and what the event says it was before.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct SubscriptionEvent {
     /// Stripe's id of the subscription: printable ASCII.
     pub stripe_subscription_id: String,
-    /// The subscription after the event.
     pub snapshot: Snapshot,
-    /// The subscription before the event.
     pub before: Before,
 }
 
 /// What a subscription was before an event.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Before {
     /// It did not exist: the event created it.
     Nothing,
     /// As after it: the event has no previous attributes, or none among the fields we keep.
     Same,
-    /// This.
     Snapshot(Box<Snapshot>),
     /// It has previous attributes, but they cannot be read.
     Unreadable,
@@ -118,8 +115,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// The same with no metadata.
-    #[must_use]
-    pub fn without_metadata(&self) -> Self {
+    pub(crate) fn without_metadata(&self) -> Self {
         let Self { customer, status, items, .. } = self;
         let (customer, status, items) = (customer.clone(), status.clone(), items.clone());
         Self { customer, status, items, metadata: BTreeMap::new(), ..*self }
@@ -153,7 +149,6 @@ impl CheckoutSession {
     /// another event tells; `no_payment_required` is as good as paid, but stands there before the session
     /// is complete too, and after it expired. Old API versions have no `status`. A session of mode
     /// `setup` never pays anything.
-    #[must_use]
     pub fn is_paid(&self) -> bool {
         let pays = matches!(self.mode.as_deref(), Some("payment" | "subscription"));
         let completed = matches!(self.status.as_deref(), None | Some("complete"));
@@ -164,10 +159,9 @@ impl CheckoutSession {
 /// An operator's word on whose payment an orphan is, with what the orphan's row needs where a
 /// rebuild meets the word before the payment.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Resolution {
-    /// Why it was one.
     pub reason: Option<String>,
-    /// The orphan.
     pub orphan_id: String,
     /// What it was the payment of. Its subscription's id is printable ASCII.
     pub payment: PaymentIds,
@@ -181,7 +175,6 @@ pub struct Email(String);
 
 impl Email {
     /// The address, for the one column that may hold it.
-    #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -236,28 +229,15 @@ impl MetadataKeys {
 
 /// Why an event can never be applied. Names fields, shows no values.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum DecodeError {
-    /// The body breaks off or breaks JSON's grammar.
     #[error("the body is not JSON (line {line}, column {column})")]
-    NotJson {
-        /// Where, from 1.
-        line: usize,
-        /// Where, from 1.
-        column: usize,
-    },
-    /// The body is JSON of another kind.
+    /// Both count from 1.
+    NotJson { line: usize, column: usize },
     #[error("the body is not an object")]
     NotAnObject,
-    /// A field that is kept cannot be.
     #[error("`{place}{name}` {problem}")]
-    Field {
-        /// The path to the object it is in.
-        place: &'static str,
-        /// Its name, or its path in there.
-        name: &'static str,
-        /// What is wrong with it.
-        problem: Problem,
-    },
+    Field { place: &'static str, name: &'static str, problem: Problem },
 }
 
 /// What is wrong with a field.
@@ -313,22 +293,19 @@ const ENVELOPE: Place = Place("");
 /// Reads an event. `None` is an event of a type that we do not handle.
 ///
 /// The type is the body's own, whatever subject it was stored under.
-///
-/// # Errors
-/// When the event can never be applied: it is poison.
 pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeError> {
     let envelope: Envelope<'_> = match serde_json::from_slice(body) {
         Ok(Nested::Object(envelope)) => envelope,
         Ok(_) => return Err(DecodeError::NotAnObject),
-        Err(error) => {
-            return Err(DecodeError::NotJson { line: error.line(), column: error.column() });
-        }
+        Err(error) => return Err(DecodeError::NotJson { line: error.line(), column: error.column() }),
     };
-    let event_type = event_type(&envelope)?;
+    let event_type = ENVELOPE.required_text(envelope.event_type, "type", ID_BYTES_MAX)?;
+    let event_type = EventType::parse(event_type).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))?;
     let Some(kind) = Kind::of(event_type.as_str()) else {
         return Ok(None);
     };
-    let id = event_id(&envelope)?;
+    let id = ENVELOPE.required_text(envelope.id, "id", ID_BYTES_MAX)?;
+    let id = EventId::parse(id).map_err(|_| ENVELOPE.fault("id", Problem::NotAnId))?;
     let created = ENVELOPE.seconds(envelope.created, "created")?;
     let created = created.ok_or_else(|| ENVELOPE.fault("created", Problem::Missing))?;
     let stripe_account_id = ENVELOPE.text(envelope.account, "account", ID_BYTES_MAX)?;
@@ -359,7 +336,6 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
 
 impl Event {
     /// The subscription whose row the event concerns, if it concerns one.
-    #[must_use]
     pub fn stripe_subscription_id(&self) -> Option<&str> {
         match &self.body {
             Body::Subscription(event) => Some(&event.stripe_subscription_id),
@@ -381,7 +357,6 @@ impl Event {
     }
 
     /// The metadata that may be kept of it, if it is about an object that has some.
-    #[must_use]
     pub fn metadata(&self) -> Option<&BTreeMap<String, String>> {
         static NONE: BTreeMap<String, String> = BTreeMap::new();
         match &self.body {
@@ -422,18 +397,6 @@ fn missing_or_no_object<T>(nested: &Nested<T>) -> Problem {
         Nested::Absent | Nested::Null => Problem::Missing,
         _ => Problem::NotAnObject,
     }
-}
-
-fn event_id(envelope: &Envelope<'_>) -> Result<EventId, DecodeError> {
-    let id = ENVELOPE.text(envelope.id, "id", ID_BYTES_MAX)?;
-    let id = id.ok_or_else(|| ENVELOPE.fault("id", Problem::Missing))?;
-    EventId::parse(id).map_err(|_| ENVELOPE.fault("id", Problem::NotAnId))
-}
-
-fn event_type(envelope: &Envelope<'_>) -> Result<EventType, DecodeError> {
-    let name = ENVELOPE.text(envelope.event_type, "type", ID_BYTES_MAX)?;
-    let name = name.ok_or_else(|| ENVELOPE.fault("type", Problem::Missing))?;
-    EventType::parse(name).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))
 }
 
 #[cfg(test)]

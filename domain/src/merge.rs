@@ -23,16 +23,13 @@ pub use visible::{Changes, Visible, changes};
 /// A row's merge state. Its JSON is the column `merge_state`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// What the subscription's own events said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     subscription: Option<snapshot::Register>,
     /// Whether the event of the subscription's creation was seen.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     created_seen: bool,
-    /// What Checkout Sessions and operators said.
     #[serde(default)]
     checkout: checkout::Registers,
-    /// The metadata of each event type.
     #[serde(default)]
     metadata: metadata::Registers,
 }
@@ -53,7 +50,7 @@ impl State {
                 let moved = self.checkout.merge_session(event, session);
                 moved | self.merge_metadata(event)
             }
-            Body::Resolution(resolution) => self.checkout.merge_resolution(event, resolution),
+            Body::Resolution(resolution) => self.checkout.merge_reference(event, &resolution.client_reference_id),
         }
     }
 
@@ -67,17 +64,13 @@ impl State {
     ///
     /// Stamps and digests stay: which event is the last, and which came before, is the same as
     /// before, and an older event brings nothing back.
-    pub fn erase_metadata(&mut self) -> bool {
+    pub(crate) fn erase_metadata(&mut self) -> bool {
         let of_types = self.metadata.erase();
         let of_snapshots = self.subscription.as_mut().is_some_and(snapshot::Register::erase_metadata);
         of_types | of_snapshots
     }
-}
 
-impl State {
-    /// The type of the event `id`, if the state still knows it.
-    #[must_use]
-    pub fn type_of(&self, id: &EventId) -> Option<&EventType> {
+    pub(crate) fn type_of(&self, id: &EventId) -> Option<&EventType> {
         self.metadata.type_of(id)
     }
 }

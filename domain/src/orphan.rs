@@ -35,31 +35,24 @@ pub struct Rules {
 
 /// A payment that matches no user.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct NewOrphan {
     /// The subscription's id, else the Checkout Session's.
     pub id: String,
-    /// Why it is one.
     pub reason: OrphanReason,
-    /// What it was the payment of.
     pub payment: PaymentIds,
-    /// Where the customer can be reached.
     pub customer_email: Option<Email>,
-    /// The event that led to it.
     pub event_id: EventId,
-    /// Whether it happened in live mode.
     pub livemode: bool,
 }
 
 /// The orphan that a Checkout Session is, if it is paid and names no user.
-#[must_use]
-pub fn of_session(event: &Event, session: &CheckoutSession) -> Option<NewOrphan> {
+pub(crate) fn of_session(event: &Event, session: &CheckoutSession) -> Option<NewOrphan> {
     let orphan = || session_orphan(event, session, OrphanReason::MissingClientReferenceId);
     (session.is_paid() && session.client_reference_id.is_none()).then(orphan)
 }
 
-/// A Checkout Session as an orphan for `reason`.
-#[must_use]
-pub fn session_orphan(event: &Event, session: &CheckoutSession, reason: OrphanReason) -> NewOrphan {
+fn session_orphan(event: &Event, session: &CheckoutSession, reason: OrphanReason) -> NewOrphan {
     NewOrphan {
         id: payment_id(session).to_owned(),
         reason,
@@ -72,8 +65,7 @@ pub fn session_orphan(event: &Event, session: &CheckoutSession, reason: OrphanRe
 
 /// The orphan that a resolution speaks of, as far as the resolution itself knows it. It is resolved
 /// from the start; its row keeps a payment that comes later from becoming an orphan.
-#[must_use]
-pub fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
+pub(crate) fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
     let reason = resolution.reason.as_deref().and_then(OrphanReason::parse);
     NewOrphan {
         id: resolution.orphan_id.clone(),
@@ -86,7 +78,6 @@ pub fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
 }
 
 /// The question whose user the client reference id of a Checkout Session's payment is.
-#[must_use]
 pub fn lookup(arrival: &Arrival, client_reference_id: &str, is_paid: bool, now: OffsetDateTime) -> Option<Question> {
     let Body::CheckoutSession(session) = &arrival.event.body else { return None };
     let (payment, client_reference_id) = (PaymentIds::from_session(session), client_reference_id.to_owned());
@@ -96,7 +87,6 @@ pub fn lookup(arrival: &Arrival, client_reference_id: &str, is_paid: bool, now: 
 
 /// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
 /// grace period.
-#[must_use]
 pub fn grace(arrival: &Arrival, row: &Visible, rules: &Rules, end: OffsetDateTime) -> Option<Question> {
     let waits = row.created_event_seen && row.checkout_session_id.is_none();
     if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
@@ -108,14 +98,12 @@ pub fn grace(arrival: &Arrival, row: &Visible, rules: &Rules, end: OffsetDateTim
 
 /// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
 /// of that and Stripe's `created`, and asking in vain does not move it.
-#[must_use]
 pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) -> OffsetDateTime {
     let created = row.subscription.created.map_or(dt_created, |created| created.get());
     later(dt_created.max(created), grace)
 }
 
 /// The question what Stripe says an uncertain subscription is.
-#[must_use]
 pub fn fetch(arrival: &Arrival, row: &Visible, now: OffsetDateTime) -> Option<Question> {
     if !row.subscription.uncertain {
         return None;
@@ -152,7 +140,6 @@ fn payment_id(session: &CheckoutSession) -> &str {
 /// Whether a subscription without a session may still have cost somebody money. Stripe: "The
 /// Subscription object", `status`: `incomplete` waits for its first payment, `incomplete_expired`
 /// never got it.
-#[must_use]
 pub fn may_be_paid(status: Option<&str>) -> bool {
     !matches!(status, Some("incomplete" | "incomplete_expired"))
 }

@@ -6,19 +6,16 @@ use crate::event::CheckoutSession;
 
 /// Stripe's ids of a payment, as far as they are known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct PaymentIds {
     /// The Checkout Session that was paid, if one came.
     pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
     pub stripe_customer_id: Option<String>,
-    /// The subscription, if there is one.
     pub stripe_subscription_id: Option<String>,
 }
 
 impl PaymentIds {
-    /// Those that a Checkout Session names.
-    #[must_use]
-    pub fn from_session(session: &CheckoutSession) -> Self {
+    pub(crate) fn from_session(session: &CheckoutSession) -> Self {
         Self {
             checkout_session_id: Some(session.id.clone()),
             stripe_customer_id: session.stripe_customer_id.clone(),

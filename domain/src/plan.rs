@@ -30,32 +30,29 @@ pub enum Signalling {
 
 /// What a batch is applied under.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Terms {
-    /// What the operator wants of orphans.
     pub rules: Rules,
-    /// When subscribers are sent what changes.
     pub signalling: Signalling,
 }
 
 /// What a batch is applied under, and what it met.
 #[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Circumstances<'a> {
-    /// The terms.
     pub terms: &'a Terms,
     /// When the replay was started that may not have reached an event of the same row yet.
     pub rebuilding: Option<OffsetDateTime>,
-    /// When.
     pub now: OffsetDateTime,
 }
 
 /// What a batch does to orphans and open questions, be there a row or not.
 #[derive(Debug, Default)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Consequences<'a> {
     /// A payment that names no user, and the event that told.
     pub orphan: Option<(&'a Arrival, NewOrphan)>,
-    /// An orphan that found its user, if it is one.
     pub resolution: Option<Resolution<'a>>,
-    /// Questions to ask.
     pub questions: Vec<Question>,
     /// Kinds of questions about this row that need no answer any more.
     pub answered: Vec<Kind>,
@@ -63,12 +60,10 @@ pub struct Consequences<'a> {
 
 /// An orphan that found its user, if there is one under this id.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Resolution<'a> {
-    /// The orphan's id.
     pub id: String,
-    /// The user.
     pub client_reference_id: String,
-    /// The event that told.
     pub arrival: &'a Arrival,
     /// Of an operator's: what is noted when there is no such orphan yet, and since when it holds.
     pub by_operator: Option<(NewOrphan, OffsetDateTime)>,
@@ -76,16 +71,13 @@ pub struct Resolution<'a> {
 
 /// What a batch does to one subscription's row.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Plan<'a> {
-    /// The row's key.
     pub id: &'a str,
-    /// The events merged into it.
     pub arrivals: Vec<&'a Arrival>,
-    /// The row as it is to be written.
     pub row: Row,
     /// A signal per transition, in the order of their revisions.
     pub signals: Vec<NewSignal>,
-    /// What follows for orphans and open questions.
     pub consequences: Consequences<'a>,
 }
 
@@ -96,7 +88,6 @@ pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
 ///
 /// An operator's word is among both: the orphan follows it also where the row has a newer client
 /// reference id and does not.
-#[must_use]
 pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
     let mut by_subscription = BySubscription::new();
     let mut others = Vec::new();
@@ -117,7 +108,6 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
 
 /// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each that changes a
 /// visible column is a transition with its own revision. None if nothing is to be written.
-#[must_use]
 pub fn of_subscription<'a>(
     id: &'a str,
     stored: Option<Stored>,
@@ -143,8 +133,11 @@ pub fn of_subscription<'a>(
     if merged.is_empty() && (version == 0 || (signals.is_empty() && last_sent == sent_before)) {
         return None;
     }
-    let step = Step { before: &before, after, dt_created: dt_created.unwrap_or(now), now };
-    let consequences = of_row(&merged, &step, &terms.rules);
+    let consequences = merged.last().map_or_else(Consequences::default, |last| {
+        let dt_created = dt_created.unwrap_or(now);
+        let last = last.arrival;
+        Step { merged: &merged, last, before: &before, after, rules: &terms.rules, dt_created, now }.consequences()
+    });
     let visible = merged.pop().map_or(before, |transition| transition.shown);
     let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version: version + 1, revision, last_sent };
     Some(Plan { id, arrivals, row, signals, consequences })
@@ -190,15 +183,14 @@ fn is_half_built(
     version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
 }
 
-/// The event that a row stands on which is sent as it is.
 fn cause(state: &State, arrivals: &[&Arrival]) -> Option<EventReference> {
     signal::standing(state).or_else(|| arrivals.last().map(|arrival| signal::reference(&arrival.event)))
 }
 
 /// The signal that a row owes, and the row once it is sent.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Owed {
-    /// The row as it is to be written.
     pub row: Row,
     /// What it shows, unless that was sent already.
     pub signal: Option<NewSignal>,
@@ -206,7 +198,6 @@ pub struct Owed {
 
 /// What is sent of a row that owes a signal, once its state is final. None while no event is known that
 /// it stands on.
-#[must_use]
 pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
     let shown = stored.state.visible().subscription;
     let event = signal::standing(&stored.state)?;
@@ -219,7 +210,6 @@ pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
 }
 
 /// A row once more, under the revision it has: for subscribers that missed it.
-#[must_use]
 pub fn of_unchanged(
     id: &str,
     subscription: &Subscription,
@@ -227,33 +217,21 @@ pub fn of_unchanged(
     event: EventReference,
     now: OffsetDateTime,
 ) -> NewSignal {
-    let again = SubscriptionChanged {
-        stripe_subscription_id: id.to_owned(),
-        access: Access::of_status(subscription.status.as_deref()),
-        subscription: subscription.clone(),
-        revision,
-        previous_revision: None,
-        changed: Vec::new(),
-        previous: serde_json::Map::new(),
-        event,
-        replayed: true,
-    };
-    signal::subscription_again(&again, now)
+    let change = Change { previous_revision: 0, changes: Changes::default(), event, replayed: true };
+    signal::subscription_again(&change.under(revision, id, subscription), now)
 }
 
 /// A row without its metadata.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Erased {
-    /// The row as it is to be written.
     pub row: Row,
     /// What it is now, without what was erased. None of a row that owes a signal, which is sent later.
     pub signal: Option<NewSignal>,
-    /// Whether there was any metadata.
     pub had_metadata: bool,
 }
 
 /// Takes the metadata out of a row, and signals the row even if it had none: older signals will be removed.
-#[must_use]
 pub fn of_erased(id: &str, mut stored: Stored, event: EventReference, now: OffsetDateTime) -> Erased {
     let before = stored.state.visible().subscription;
     let had_metadata = stored.state.erase_metadata();
@@ -355,13 +333,17 @@ struct Change {
 }
 
 impl Change {
-    /// The signal of it, under a revision of its own.
     fn signal(self, id: &str, subscription: &Subscription, now: OffsetDateTime) -> SubscriptionChanged {
+        let revision = next_revision(self.previous_revision, now);
+        self.under(revision, id, subscription)
+    }
+
+    fn under(self, revision: i64, id: &str, subscription: &Subscription) -> SubscriptionChanged {
         SubscriptionChanged {
             stripe_subscription_id: id.to_owned(),
             access: Access::of_status(subscription.status.as_deref()),
             subscription: subscription.clone(),
-            revision: next_revision(self.previous_revision, now),
+            revision,
             previous_revision: (self.previous_revision > 0).then_some(self.previous_revision),
             changed: self.changes.changed,
             previous: self.changes.previous,
@@ -371,67 +353,85 @@ impl Change {
     }
 }
 
-/// What a batch makes of a row.
-struct Step<'r> {
+/// What a batch makes of a row, and what that means for the row's orphan and open questions.
+struct Step<'r, 'a> {
+    merged: &'r [Transition<'a>],
+    last: &'a Arrival,
     before: &'r Visible,
     after: &'r Visible,
+    rules: &'r Rules,
     /// When the row was first written.
     dt_created: OffsetDateTime,
     now: OffsetDateTime,
 }
 
-/// What a step means for the row's orphan and open questions.
-fn of_row<'a>(merged: &[Transition<'a>], step: &Step<'_>, rules: &Rules) -> Consequences<'a> {
-    let &Step { before, after, dt_created, now } = step;
-    let mut consequences = Consequences::default();
-    let Some(last) = merged.last().map(|transition| transition.arrival) else { return consequences };
-    let arrivals = || merged.iter().map(|transition| transition.arrival);
-    let sessions = || arrivals().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)));
-    match &after.subscription.client_reference_id {
-        None if after.paid => {
-            consequences.orphan = sessions().find_map(|arrival| Some((arrival, missing_reference(arrival)?)));
+impl<'a> Step<'_, 'a> {
+    fn consequences(&self) -> Consequences<'a> {
+        let mut consequences = Consequences::default();
+        self.seek_user(&mut consequences);
+        self.await_session(&mut consequences);
+        if self.after.subscription.uncertain {
+            consequences.questions.extend(orphan::fetch(self.last, self.after, self.now));
+        } else if self.before.subscription.uncertain {
+            consequences.answered.push(Kind::Fetch);
         }
-        None => {}
-        Some(client_reference_id) => {
-            let is_new = before.subscription.client_reference_id.as_ref() != Some(client_reference_id);
-            if arrivals().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
-                // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
-                consequences.answered.push(Kind::Lookup);
-            } else if rules.lookup {
-                // One session may say that it is paid and another whose it is, in any order: the row knows both.
-                let paid_first = sessions().max_by_key(|arrival| is_paid(arrival));
-                let lookup = |arrival| orphan::lookup(arrival, client_reference_id, after.paid, now);
-                consequences.questions.extend(paid_first.and_then(lookup));
-            } else if is_new {
-                consequences.resolution = Some(Resolution {
-                    id: last.event.stripe_subscription_id().unwrap_or_default().to_owned(),
-                    client_reference_id: client_reference_id.clone(),
-                    arrival: last,
-                    by_operator: None,
-                });
+        consequences
+    }
+
+    /// Whose the row is: a paid one without a client reference id is an orphan.
+    fn seek_user(&self, consequences: &mut Consequences<'a>) {
+        let Some(client_reference_id) = &self.after.subscription.client_reference_id else {
+            if self.after.paid {
+                consequences.orphan = self.sessions().find_map(|arrival| Some((arrival, missing_reference(arrival)?)));
             }
+            return;
+        };
+        if self.arrivals().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
+            // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
+            consequences.answered.push(Kind::Lookup);
+        } else if self.rules.lookup {
+            // One session may say that it is paid and another whose it is, in any order: the row knows both.
+            let paid_first = self.sessions().max_by_key(|arrival| is_paid(arrival));
+            let lookup = |arrival| orphan::lookup(arrival, client_reference_id, self.after.paid, self.now);
+            consequences.questions.extend(paid_first.and_then(lookup));
+        } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id) {
+            consequences.resolution = Some(Resolution {
+                id: self.last.event.stripe_subscription_id().unwrap_or_default().to_owned(),
+                client_reference_id: client_reference_id.clone(),
+                arrival: self.last,
+                by_operator: None,
+            });
         }
     }
-    let claimed = |row: &Visible| row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some();
-    let may_be_paid = |row: &Visible| orphan::may_be_paid(row.subscription.status.as_deref());
-    if claimed(after) && before.created_event_seen && !claimed(before) {
-        consequences.answered.push(Kind::Grace);
-    } else if after.created_event_seen && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before))) {
-        // The sweep forgets the question while nothing was paid.
-        let created = arrivals().find(|arrival| arrival.is_creation()).unwrap_or(last);
-        let end = orphan::end_of_grace(after, dt_created, rules.grace);
-        consequences.questions.extend(orphan::grace(created, after, rules, end));
+
+    /// Whether its Checkout Session came, or has to be waited for.
+    fn await_session(&self, consequences: &mut Consequences<'a>) {
+        let Self { before, after, rules, .. } = *self;
+        let claimed =
+            |row: &Visible| row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some();
+        let may_be_paid = |row: &Visible| orphan::may_be_paid(row.subscription.status.as_deref());
+        if claimed(after) && before.created_event_seen && !claimed(before) {
+            consequences.answered.push(Kind::Grace);
+        } else if after.created_event_seen
+            && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before)))
+        {
+            // The sweep forgets the question while nothing was paid.
+            let created = self.arrivals().find(|arrival| arrival.is_creation()).unwrap_or(self.last);
+            let end = orphan::end_of_grace(after, self.dt_created, rules.grace);
+            consequences.questions.extend(orphan::grace(created, after, rules, end));
+        }
     }
-    if after.subscription.uncertain {
-        consequences.questions.extend(orphan::fetch(last, after, now));
-    } else if before.subscription.uncertain {
-        consequences.answered.push(Kind::Fetch);
+
+    fn arrivals(&self) -> impl Iterator<Item = &'a Arrival> {
+        self.merged.iter().map(|transition| transition.arrival)
     }
-    consequences
+
+    fn sessions(&self) -> impl Iterator<Item = &'a Arrival> {
+        self.arrivals().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)))
+    }
 }
 
 /// What an event that concerns no subscription's row means for orphans and open questions.
-#[must_use]
 pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) -> Consequences<'a> {
     let mut consequences = Consequences { resolution: by_operator(arrival), ..Consequences::default() };
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));
@@ -472,8 +472,7 @@ fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
 }
 
 /// The revision after `revision`: grows, also across a rebuild of the database.
-#[must_use]
-pub fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
+fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
     let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
     milliseconds.max(revision + 1)
 }

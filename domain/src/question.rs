@@ -25,7 +25,6 @@ impl Kind {
     pub const ALL: [Self; 4] = [Self::Lookup, Self::Grace, Self::Fetch, Self::Erase];
 
     /// The kind as the table has it.
-    #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
@@ -36,51 +35,33 @@ impl Kind {
     }
 
     /// The kind of which the table has the name.
-    #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == name)
     }
 }
 
-/// What is asked, with what the asking needs.
+/// What is asked, with what the asking needs. [`Kind`] says what each means.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Asked {
-    /// Whether this client reference id is a user's.
-    Lookup {
-        /// The payment that names it.
-        payment: PaymentIds,
-        /// The client reference id.
-        client_reference_id: String,
-        /// Whether something was paid.
-        is_paid: bool,
-    },
-    /// Whether a Checkout Session claims the subscription by the end of its grace period.
-    Grace {
-        /// The subscription's customer.
-        stripe_customer_id: Option<String>,
-    },
-    /// What the subscription is.
+    Lookup { payment: PaymentIds, client_reference_id: String, is_paid: bool },
+    Grace { stripe_customer_id: Option<String> },
     Fetch,
-    /// That the customer is erased.
     Erase,
 }
 
 /// A question that waits for its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Question {
     /// What it is about: the subscription's id, else the Checkout Session's; the customer's for an erasure.
     pub entity_id: String,
-    /// What is asked.
     pub asked: Asked,
-    /// When it is asked.
     pub due_at: OffsetDateTime,
     /// How often it was asked without an answer.
     pub attempts: i32,
-    /// The connected account.
     pub stripe_account_id: Option<String>,
-    /// Whether it is about live mode.
     pub livemode: bool,
-    /// The event that led to it.
     pub event: EventReference,
     /// That event's sequence in `STRIPE_EVENTS`.
     pub stream_sequence: u64,
@@ -88,7 +69,6 @@ pub struct Question {
 
 impl Question {
     /// Its kind.
-    #[must_use]
     pub fn kind(&self) -> Kind {
         match self.asked {
             Asked::Lookup { .. } => Kind::Lookup,
@@ -99,7 +79,6 @@ impl Question {
     }
 
     /// The payment it is about.
-    #[must_use]
     pub fn payment(&self) -> PaymentIds {
         let entity_id = || Some(self.entity_id.clone());
         match &self.asked {

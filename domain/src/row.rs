@@ -9,29 +9,24 @@ use crate::merge::{State, Visible};
 
 /// What a row is before a batch.
 #[derive(Debug, Clone, Default)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Stored {
-    /// What its columns are a function of.
     pub state: State,
-    /// Grows with every write.
     pub version: i64,
     /// The revision of its last signal; 0 if there was none yet.
     pub revision: i64,
     /// When it was first written. None if it was not, or if that cannot be read.
     pub dt_created: Option<OffsetDateTime>,
-    /// What subscribers were sent of it last.
     pub last_sent: LastSent,
 }
 
 /// A row to be written.
 #[derive(Debug, Default)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Row {
-    /// The key.
     pub stripe_subscription_id: String,
-    /// What its columns are a function of.
     pub state: State,
-    /// Its columns.
     pub visible: Visible,
-    /// The version that was read, plus one.
     pub version: i64,
     /// The revision of its last signal, this batch's included.
     pub revision: i64,
@@ -41,7 +36,6 @@ pub struct Row {
 
 impl Stored {
     /// The row as it is to be written over this one.
-    #[must_use]
     pub fn into_row(self, id: &str) -> Row {
         let Self { state, version, revision, last_sent, .. } = self;
         let visible = state.visible();
@@ -64,15 +58,13 @@ pub enum LastSent {
 
 impl LastSent {
     /// Whether the row owes a signal.
-    #[must_use]
     pub fn is_owed(&self) -> bool {
         *self != Self::Current
     }
 
     /// Without metadata, of a row that shows `shown`, which is without metadata too: what was owed
     /// stays so, because subscribers have to hear that the metadata is gone.
-    #[must_use]
-    pub fn without_metadata(self, shown: &Subscription) -> Self {
+    pub(crate) fn without_metadata(self, shown: &Subscription) -> Self {
         match self {
             Self::Older(mut sent) => {
                 sent.metadata.clear();
@@ -84,7 +76,6 @@ impl LastSent {
     }
 
     /// The column's value.
-    #[must_use]
     pub fn to_json(&self) -> Option<String> {
         match self {
             Self::Current => None,
@@ -96,7 +87,6 @@ impl LastSent {
     }
 
     /// Reads the column's value. What only a later program can read counts as nothing sent.
-    #[must_use]
     pub fn from_json(json: Option<&str>) -> Self {
         match json.map(serde_json::from_str) {
             None => Self::Current,

@@ -14,32 +14,29 @@ use crate::orphan::NewOrphan;
 
 /// A signal on its way to the outbox.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct NewSignal {
     /// The subscription's or orphan's id.
     pub entity_id: String,
-    /// Where it is published.
     pub subject: &'static str,
     /// Its `Nats-Msg-Id`.
     pub message_id: String,
     /// `created` of the event that led to it, in seconds since the Unix epoch.
     pub event_created: i64,
-    /// The trace it belongs to.
     pub traceparent: Option<String>,
-    /// The body, JSON.
     pub body: String,
 }
 
 /// The event that led to a signal, and the trace it belongs to.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Cause {
-    /// The event.
     pub event: EventReference,
     /// Its delivery's trace.
     pub traceparent: Option<String>,
 }
 
 /// How a signal names `event`.
-#[must_use]
 pub fn reference(event: &Event) -> EventReference {
     EventReference {
         id: event.id.clone(),
@@ -49,7 +46,6 @@ pub fn reference(event: &Event) -> EventReference {
 }
 
 /// The event that a row stands on. Its type is not a column: the state knows it, as a rule.
-#[must_use]
 pub fn standing(state: &State) -> Option<EventReference> {
     let (id, created) = state.visible().last_event?;
     let usual = || {
@@ -60,9 +56,7 @@ pub fn standing(state: &State) -> Option<EventReference> {
     Some(EventReference { id, event_type, created: Timestamp::from_unix(created).ok()? })
 }
 
-/// A subscription's row changed.
-#[must_use]
-pub fn subscription_changed(signal: &SubscriptionChanged, traceparent: Option<String>) -> NewSignal {
+pub(crate) fn subscription_changed(signal: &SubscriptionChanged, traceparent: Option<String>) -> NewSignal {
     let id = &signal.stripe_subscription_id;
     let cause = Cause { event: signal.event.clone(), traceparent };
     outgoing(cause, id, subject::SUBSCRIPTION_CHANGED, format!("{id}:{}", signal.revision), signal)
@@ -70,8 +64,7 @@ pub fn subscription_changed(signal: &SubscriptionChanged, traceparent: Option<St
 
 /// A subscription's row again, under a revision that was sent before: under a `Nats-Msg-Id` of its
 /// own, or it would be dropped as a repeat.
-#[must_use]
-pub fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
+pub(crate) fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
     let id = &signal.stripe_subscription_id;
     let cause = Cause { event: signal.event.clone(), traceparent: None };
     let message_id = format!("{id}:{}:again:{}", signal.revision, now.unix_timestamp_nanos());
@@ -79,13 +72,11 @@ pub fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> 
 }
 
 /// A payment belongs to no known user.
-#[must_use]
 pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
     of_orphan(orphan, subject::ORPHAN_CREATED, cause)
 }
 
 /// The user of an orphan was found.
-#[must_use]
 pub fn orphan_resolved(orphan: &NewOrphan, cause: Cause) -> NewSignal {
     of_orphan(orphan, subject::ORPHAN_RESOLVED, cause)
 }

@@ -8,12 +8,10 @@ use super::Email;
 
 /// One object, as it came.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Object {
-    /// Its id.
     pub id: String,
-    /// Whether it exists in live mode.
     pub livemode: bool,
-    /// All of it.
     pub raw: Box<RawValue>,
 }
 
@@ -39,7 +37,6 @@ const IMPERSONAL: [&str; 15] = [
 impl Object {
     /// A subscription of somebody who was erased: the rest of it is not to be stored again. None for what
     /// is no object.
-    #[must_use]
     pub fn impersonal(&self) -> Option<Self> {
         let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.raw.get()).ok()?;
         fields.retain(|name, _| IMPERSONAL.contains(&name.as_str()));
@@ -50,8 +47,8 @@ impl Object {
 
 /// A page of a list, in Stripe's order: newest first.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Page {
-    /// What is on it.
     pub objects: Vec<Object>,
     /// Whether another page follows. Stripe: "Pagination".
     pub has_more: bool,
@@ -59,19 +56,17 @@ pub struct Page {
 
 /// An event on a page of events, as it came.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct ListedEvent {
-    /// Its id.
     pub id: EventId,
-    /// Its type.
     pub event_type: EventType,
-    /// All of it.
     pub raw: Box<RawValue>,
 }
 
 /// A page of events, newest first.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct EventPage {
-    /// The events on it.
     pub events: Vec<ListedEvent>,
     /// What else is on it: without an id or a type that we could store it under.
     pub skipped: usize,
@@ -106,13 +101,11 @@ struct Customer {
 }
 
 /// The object in `body`.
-#[must_use]
 pub fn object(body: &[u8]) -> Option<Object> {
     identified(serde_json::from_slice(body).ok()?)
 }
 
 /// The page of a list in `body`.
-#[must_use]
 pub fn page(body: &[u8]) -> Option<Page> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
     let objects = data.into_iter().map(identified).collect::<Option<_>>()?;
@@ -120,7 +113,6 @@ pub fn page(body: &[u8]) -> Option<Page> {
 }
 
 /// The page of events in `body`.
-#[must_use]
 pub fn event_page(body: &[u8]) -> Option<EventPage> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
     let last = data.last().and_then(|raw| serde_json::from_str::<Listed>(raw.get()).ok()?.id);
@@ -133,7 +125,6 @@ pub fn event_page(body: &[u8]) -> Option<EventPage> {
 }
 
 /// The email of the customer in `body`, if it has one.
-#[must_use]
 pub fn customer_email(body: &[u8]) -> Option<Email> {
     let customer: Customer = serde_json::from_slice(body).ok()?;
     customer.email.filter(|email| !email.is_empty() && !email.contains('\0')).map(Email)

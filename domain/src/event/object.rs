@@ -265,7 +265,6 @@ fn lay_reference(
     Ok(())
 }
 
-/// A Checkout Session.
 pub(super) fn checkout_session(object: &Fields<'_>, keys: &MetadataKeys) -> Result<CheckoutSession, DecodeError> {
     let text = |leaf, name, bytes_max| OBJECT.text(leaf, name, bytes_max);
     let reference = non_empty(text(object.client_reference_id, "client_reference_id", TEXT_BYTES_MAX)?);
@@ -316,7 +315,6 @@ pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError>
     })
 }
 
-/// Whether the object says of itself that it is a Checkout Session.
 pub(super) fn is_checkout_session(object: &Fields<'_>) -> bool {
     matches!(OBJECT.text(object.object, "object", STATUS_BYTES_MAX), Ok(Some(name)) if name == "checkout.session")
 }
@@ -326,11 +324,10 @@ fn non_empty(text: Option<String>) -> Option<String> {
 }
 
 fn required_id(leaf: Leaf<'_>, name: &'static str) -> Result<String, DecodeError> {
-    let id = OBJECT.text(leaf, name, ID_BYTES_MAX)?;
-    checked_id(id.ok_or_else(|| OBJECT.fault(name, Problem::Missing))?, name)
+    checked_id(OBJECT.required_text(leaf, name, ID_BYTES_MAX)?, name)
 }
 
 /// Ids that become keys, headers and message ids keep to what an event's id keeps to.
 fn checked_id(id: String, name: &'static str) -> Result<String, DecodeError> {
-    EventId::parse(id).map(String::from).map_err(|_| OBJECT.fault(name, Problem::NotAnId))
+    if EventId::fits(&id) { Ok(id) } else { Err(OBJECT.fault(name, Problem::NotAnId)) }
 }

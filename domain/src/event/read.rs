@@ -40,6 +40,15 @@ impl Place {
         Ok(Some(text))
     }
 
+    pub(super) fn required_text(
+        self,
+        leaf: Leaf<'_>,
+        name: &'static str,
+        bytes_max: usize,
+    ) -> Result<String, DecodeError> {
+        self.text(leaf, name, bytes_max)?.ok_or_else(|| self.fault(name, Problem::Missing))
+    }
+
     pub(super) fn integer(self, leaf: Leaf<'_>, name: &'static str) -> Result<Option<i64>, DecodeError> {
         let number = |json| parse(json).ok_or_else(|| self.fault(name, Problem::NotInteger));
         leaf.value().map(number).transpose()
@@ -112,7 +121,6 @@ impl Place {
     }
 }
 
-/// Metadata by key.
 pub(super) type Metadata = std::collections::BTreeMap<String, String>;
 
 /// The largest metadata we keep of one object, as JSON. Stripe's own limit (50 keys of 40 characters

@@ -3,6 +3,8 @@
 //! Owns where such bodies name customers, subscriptions and Checkout Sessions. May not know what is
 //! done about it. Looser than [`super::decode`]: an event that is poison belongs to somebody, too.
 
+use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::signal::{EventReference, Timestamp};
 use serde_json::Value;
 
 /// A body, read for whose it is.
@@ -17,7 +19,6 @@ pub struct Whose {
 
 impl Whose {
     /// Reads `body`. None if it is not JSON.
-    #[must_use]
     pub fn read(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         // A signal has its fields where an event has its envelope.
@@ -70,28 +71,22 @@ fn kind(body: &Value, object: &Value) -> Kind {
     }
 }
 
-/// An id, or that of an expanded object.
 fn id(reference: &Value) -> Option<&str> {
     reference.as_str().or_else(|| reference["id"].as_str())
 }
 
 /// The customer that a `customer.deleted` event is about, and the event itself. None for every other
 /// body, and for one whose ids cannot be kept.
-#[must_use]
 pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
-    use litestripe_contract::event::{EventId, EventType, ID_BYTES_MAX};
-    use litestripe_contract::signal::{EventReference, Timestamp};
-
     memchr::memmem::find(body, b"customer.deleted")?;
     let body: Value = serde_json::from_slice(body).ok()?;
     let customer = body.pointer("/data/object/id").and_then(Value::as_str)?;
-    let is_id = |id: &str| (1..=ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic());
-    if body["type"] != "customer.deleted" || !is_id(customer) {
+    if body["type"] != "customer.deleted" || !EventId::fits(customer) {
         return None;
     }
     Some(DeletedCustomer {
         stripe_customer_id: customer.to_owned(),
-        stripe_account_id: body["account"].as_str().filter(|id| is_id(id)).map(str::to_owned),
+        stripe_account_id: body["account"].as_str().filter(|id| EventId::fits(id)).map(str::to_owned),
         livemode: body["livemode"].as_bool().unwrap_or(false),
         event: EventReference {
             id: EventId::parse(body["id"].as_str()?).ok()?,
@@ -103,15 +98,13 @@ pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
 
 /// A customer that was deleted at Stripe.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct DeletedCustomer {
     /// The customer: printable ASCII.
     pub stripe_customer_id: String,
-    /// The connected account.
     pub stripe_account_id: Option<String>,
-    /// Whether it happened in live mode.
     pub livemode: bool,
-    /// The event that told.
-    pub event: litestripe_contract::signal::EventReference,
+    pub event: EventReference,
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use litestripe_contract::event::EventId;
 use serde::{Deserialize, Serialize};
 
 use super::Latest;
-use crate::event::{CheckoutSession, Event, Resolution};
+use crate::event::{CheckoutSession, Event};
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Registers {
@@ -47,11 +47,7 @@ impl Registers {
         moved | first_paid | reference.is_some_and(|reference| self.merge_reference(event, reference))
     }
 
-    pub(super) fn merge_resolution(&mut self, event: &Event, resolution: &Resolution) -> bool {
-        self.merge_reference(event, &resolution.client_reference_id)
-    }
-
-    fn merge_reference(&mut self, event: &Event, reference: &str) -> bool {
+    pub(super) fn merge_reference(&mut self, event: &Event, reference: &str) -> bool {
         Latest::merge(&mut self.client_reference_id, event, || reference.to_owned())
     }
 

@@ -21,13 +21,11 @@ const EVENTS_MAX: usize = 32;
 /// The part of its life that a subscription is in. It never goes back, whatever the times say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 enum Phase {
-    /// Before the first payment.
     #[serde(rename = "incomplete")]
     Incomplete,
     /// In between, unknown statuses included.
     #[serde(rename = "live")]
     Live,
-    /// Ended for good.
     #[serde(rename = "terminal")]
     Terminal,
 }
@@ -106,7 +104,6 @@ impl Register {
         (self.phase, self.second)
     }
 
-    /// Adds an event of this phase and second.
     fn add(&mut self, event: &Event, body: &SubscriptionEvent) -> bool {
         let edge = Edge::of(event, body);
         if self.events.get(&event.id).is_some_and(|held| *held >= edge) {

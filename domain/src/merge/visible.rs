@@ -33,7 +33,6 @@ pub struct Visible {
 
 impl State {
     /// The columns of the row.
-    #[must_use]
     pub fn visible(&self) -> Visible {
         let mut visible = Visible {
             checkout_session_id: self.checkout.session().map(|session| session.id.clone()),
@@ -91,7 +90,6 @@ pub struct Changes {
 }
 
 /// The fields in which `after` differs from `before`; `None` when in none.
-#[must_use]
 pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
     if before == after {
         return None;

@@ -23,7 +23,6 @@ pub(super) enum End<N> {
     Unknown,
 }
 
-/// Where a walk of these steps ended.
 pub(super) fn end<N: Copy + Ord>(steps: &[Step<N>]) -> End<N> {
     let mut ends = steps.iter().map(|(_, to)| *to);
     let Some(first) = ends.next() else {
@@ -59,7 +58,6 @@ fn any_twice<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     moves.copied().any(|step| !seen.insert(step))
 }
 
-/// Whether all nodes hang together.
 fn connected<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     let mut reached: BTreeSet<Option<N>> = steps.first().map(|(from, _)| *from).into_iter().collect();
     let mut left: Vec<&Step<N>> = steps.iter().collect();
