@@ -10,19 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
 
-/// The bytes that bodies may take together.
-pub const BUDGET_BYTES: usize = 32 << 20;
+pub(crate) const BUDGET_BYTES: usize = 32 << 20;
 
 /// Why a body was not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BodyError {
-    /// It is longer than the limit.
+pub(crate) enum BodyError {
     #[error("the body is over the limit of {limit} bytes")]
-    TooLarge {
-        /// The limit.
-        limit: usize,
-    },
-    /// Too many bytes are waiting already.
+    TooLarge { limit: usize },
     #[error("too many deliveries are waiting")]
     NoRoom,
     /// The client went away, or its chunks were malformed.
@@ -32,21 +26,17 @@ pub enum BodyError {
 
 /// How many bytes of bodies are in memory, and how many may be.
 #[derive(Debug)]
-pub struct Budget {
+pub(crate) struct Budget {
     bytes_max: usize,
     bytes: AtomicUsize,
 }
 
 impl Budget {
-    /// A budget of `bytes_max`.
-    #[must_use]
-    pub fn new(bytes_max: usize) -> Arc<Self> {
+    pub(crate) fn new(bytes_max: usize) -> Arc<Self> {
         Arc::new(Self { bytes_max, bytes: AtomicUsize::new(0) })
     }
 
-    /// The bytes held now.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 }
@@ -76,10 +66,7 @@ impl Drop for Share {
 ///
 /// `declared` is the length that the request announced, if it did. A body that comes in one chunk
 /// is not copied; the chunks of any other are copied once each.
-///
-/// # Errors
-/// When the body is too long, there is no room for it, or it breaks off.
-pub async fn read<B: Buf, E>(
+pub(crate) async fn read<B: Buf, E>(
     chunks: impl Stream<Item = Result<B, E>>,
     declared: Option<u64>,
     limit: usize,

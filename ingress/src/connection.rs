@@ -56,7 +56,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(20);
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 /// Serves until `shutdown`, then finishes what is in flight.
-pub async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
+pub(crate) async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
@@ -126,7 +126,7 @@ where
         Err(error) => return debug!("connection not served: {error}"),
     };
     let lingers = Arc::new(AtomicBool::new(false));
-    let socket = TokioIo::new(Socket::new(stream, Arc::clone(&lingers)));
+    let socket = Socket { stream, lingers: Arc::clone(&lingers), write_deadline: None, linger_deadline: None };
     let service = service_fn(move |request| {
         let response = service.call(request);
         let lingers = Arc::clone(&lingers);
@@ -136,7 +136,7 @@ where
             Ok::<_, Infallible>(response)
         }
     });
-    if let Err(error) = watcher.watch(http.serve_connection(socket, service)).await {
+    if let Err(error) = watcher.watch(http.serve_connection(TokioIo::new(socket), service)).await {
         debug!("connection ended: {error}");
     }
 }
@@ -159,10 +159,6 @@ struct Socket {
 }
 
 impl Socket {
-    fn new(stream: TcpStream, lingers: Arc<AtomicBool>) -> Self {
-        Self { stream, lingers, write_deadline: None, linger_deadline: None }
-    }
-
     fn bound<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.write_deadline = None;

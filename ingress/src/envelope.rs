@@ -6,7 +6,7 @@ use std::fmt;
 
 use litestripe_contract::event::EventId;
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::signature::VerifiedBody;
@@ -16,90 +16,50 @@ const THIN: &str = "v2.core.event";
 
 /// A signed body is no event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum NotAnEvent {
-    /// It is no JSON object.
     #[error("the body is no JSON object")]
     NotJson,
     /// Its `id` is missing, or cannot be an event's.
     #[error("the event has no usable id")]
     Id,
-    /// Its `type` is missing.
     #[error("the event has no type")]
     Type,
 }
 
-/// The envelope of an event.
+/// The fields that decide what becomes of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Envelope {
-    /// Its id.
     pub id: EventId,
     /// Its type, which need not be a valid subject.
     pub event_type: String,
-    /// Whether it is a thin event, which has no snapshot.
     pub is_thin: bool,
 }
 
 impl Envelope {
-    /// Reads the envelope of the event in `body`.
-    ///
-    /// # Errors
-    /// When there is none.
+    /// Looks into `body`, which must be one JSON object.
     pub fn read(body: &VerifiedBody) -> Result<Self, NotAnEvent> {
         parse(body.bytes())
     }
 }
 
 fn parse(body: &[u8]) -> Result<Envelope, NotAnEvent> {
-    let fields: Fields<'_> = serde_json::from_slice(body).map_err(|_| NotAnEvent::NotJson)?;
-    let id = text(fields.id).and_then(|id| EventId::parse(id).ok()).ok_or(NotAnEvent::Id)?;
-    let event_type = text(fields.event_type).filter(|name| !name.is_empty()).ok_or(NotAnEvent::Type)?;
-    Ok(Envelope { id, event_type, is_thin: text(fields.object).as_deref() == Some(THIN) })
+    let Fields([id, event_type, object]) = serde_json::from_slice(body).map_err(|_| NotAnEvent::NotJson)?;
+    let id = text(id).and_then(|id| EventId::parse(id).ok()).ok_or(NotAnEvent::Id)?;
+    let event_type = text(event_type).filter(|name| !name.is_empty()).ok_or(NotAnEvent::Type)?;
+    Ok(Envelope { id, event_type, is_thin: text(object).as_deref() == Some(THIN) })
 }
 
 fn text(value: Option<&RawValue>) -> Option<String> {
     serde_json::from_str(value?.get()).ok()
 }
 
-/// The values of an event's own fields. Of a repeated one the last counts, as for most readers.
-#[derive(Default)]
-struct Fields<'a> {
-    id: Option<&'a RawValue>,
-    event_type: Option<&'a RawValue>,
-    object: Option<&'a RawValue>,
-}
+/// The fields that are read of an event.
+const NAMES: [&[u8]; 3] = [b"id", b"type", b"object"];
 
-enum Name {
-    Id,
-    Type,
-    Object,
-    Other,
-}
-
-/// From bytes: serde's derived one refuses a key with a lone surrogate, which no one reads.
-impl<'de> Deserialize<'de> for Name {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_bytes(NameVisitor)
-    }
-}
-
-struct NameVisitor;
-
-impl Visitor<'_> for NameVisitor {
-    type Value = Name;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
-        Ok(match key {
-            b"id" => Name::Id,
-            b"type" => Name::Type,
-            b"object" => Name::Object,
-            _ => Name::Other,
-        })
-    }
-}
+/// Their values. Of a repeated field the last counts, as for most readers.
+struct Fields<'a>([Option<&'a RawValue>; NAMES.len()]);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -117,17 +77,39 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut fields = Fields::default();
-        while let Some(name) = map.next_key()? {
-            match name {
-                Name::Id => fields.id = Some(map.next_value()?),
-                Name::Type => fields.event_type = Some(map.next_value()?),
-                Name::Object => fields.object = Some(map.next_value()?),
+        let mut fields = [None; NAMES.len()];
+        while let Some(index) = map.next_key_seed(Name)? {
+            match index {
+                Some(index) => fields[index] = Some(map.next_value()?),
                 // All that is asked of it is that it is JSON: a verified body is UTF-8.
-                Name::Other => drop(map.next_value::<IgnoredAny>()?),
+                None => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        Ok(fields)
+        Ok(Fields(fields))
+    }
+}
+
+/// Reads a key as its place in [`NAMES`]. From bytes: as text, serde refuses a key with a lone
+/// surrogate, which no one reads.
+struct Name;
+
+impl<'de> DeserializeSeed<'de> for Name {
+    type Value = Option<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_bytes(self)
+    }
+}
+
+impl Visitor<'_> for Name {
+    type Value = Option<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
+        Ok(NAMES.iter().position(|name| *name == key))
     }
 }
 

@@ -5,17 +5,17 @@
 //! `secret` knows the signing secrets, `settings` what the operator wants, `metrics` what is
 //! counted, `throttle` how often something is logged. May not know the database.
 
-pub mod body;
-pub mod connection;
+mod body;
+mod connection;
 pub mod envelope;
 mod fail_point;
-pub mod metrics;
-pub mod publish;
-pub mod route;
+mod metrics;
+mod publish;
+mod route;
 pub mod secret;
 pub mod settings;
 pub mod signature;
-pub mod throttle;
+mod throttle;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -29,7 +29,6 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::body::Budget;
 use crate::metrics::Metrics;
 use crate::publish::Publisher;
 use crate::route::Ingress;
@@ -37,7 +36,6 @@ use crate::secret::{NoSecret, SecretSource};
 use crate::settings::Settings;
 use crate::signature::SigningSecret;
 
-/// How often metrics are folded.
 const FOLD_EVERY: Duration = Duration::from_secs(5);
 
 /// How long NATS may take to be sent the last bytes.
@@ -45,11 +43,10 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why ingress cannot serve, or does not any more.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum RunError {
-    /// There is no signing secret.
     #[error(transparent)]
     NoSecret(#[from] NoSecret),
-    /// NATS cannot be reached with these settings.
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// What tends the connection, the metrics or the secret panicked. Whoever supervises ingress
@@ -60,30 +57,17 @@ pub enum RunError {
 
 /// Serves on `listener` until `shutdown`, then finishes what is in flight. A broker that is away is
 /// waited for while serving.
-///
-/// # Errors
-/// When the settings can never work, or a part of it panics.
 pub async fn run(settings: Settings, listener: TcpListener, shutdown: CancellationToken) -> Result<(), RunError> {
     let client = connect::connect(&settings.nats, publish::CONNECTION_NAME).await?;
     let Some(secrets) = shutdown.run_until_cancelled(secret::obtain(&settings.secrets)).await else {
         return Ok(());
     };
     let secrets = watch::Sender::new(secrets?);
-    let publisher = Arc::new(Publisher::new(client, settings.nats, settings.events, settings.group_commit));
+    let publisher = Arc::new(Publisher::new(client, &settings));
     let metrics = Arc::new(Metrics::new());
-    let ingress = Ingress {
-        hook: settings.hook,
-        secrets: secrets.subscribe(),
-        tolerance: settings.tolerance,
-        event_types: settings.event_types,
-        body_limit: settings.body_limit,
-        bodies: Budget::new(body::BUDGET_BYTES),
-        publisher: Arc::clone(&publisher),
-        metrics: Arc::clone(&metrics),
-        refused: Ingress::refused(),
-    };
-
-    let mut background = background(Arc::clone(&publisher), metrics, settings.secrets, secrets);
+    let receiver = secrets.subscribe();
+    let mut background = background(&publisher, &metrics, settings.secrets.clone(), secrets);
+    let ingress = Ingress::new(settings, receiver, Arc::clone(&publisher), metrics);
     if let Ok(address) = listener.local_addr() {
         info!(%address, "listening on http://{address}");
     }
@@ -107,11 +91,12 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
 
 /// Everything that runs beside the connections. None of it ends by itself.
 fn background(
-    publisher: Arc<Publisher>,
-    metrics: Arc<Metrics>,
+    publisher: &Arc<Publisher>,
+    metrics: &Arc<Metrics>,
     source: SecretSource,
     secrets: watch::Sender<Arc<[SigningSecret]>>,
 ) -> JoinSet<()> {
+    let (publisher, metrics) = (Arc::clone(publisher), Arc::clone(metrics));
     let mut background = JoinSet::new();
     background.spawn(async move { publisher.tend().await });
     background.spawn(async move {

@@ -18,18 +18,12 @@ const PUBLISH_SECONDS_BUCKETS: [f64; 14] =
 
 /// What became of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// Stored, and answered 200.
+pub(crate) enum Outcome {
     Stored,
-    /// Known to the stream already, and answered 200.
     Duplicate,
-    /// Of a type that is not stored, and answered 200.
     Ignored,
-    /// Another method than POST.
     Method,
-    /// Another UUID.
     UnknownHook,
-    /// Over the body limit.
     TooLarge,
     /// The body did not come in time, or broke off.
     Incomplete,
@@ -41,50 +35,31 @@ pub enum Outcome {
     Stale,
     /// Signed, and no event, or one whose type cannot be a subject.
     NotAnEvent,
-    /// Too many bodies were waiting.
     NoRoom,
-    /// JetStream did not store it.
     Unavailable,
 }
 
 impl Outcome {
-    const ALL: [Self; 13] = [
-        Self::Stored,
-        Self::Duplicate,
-        Self::Ignored,
-        Self::Method,
-        Self::UnknownHook,
-        Self::TooLarge,
-        Self::Incomplete,
-        Self::Unsigned,
-        Self::Mismatch,
-        Self::Stale,
-        Self::NotAnEvent,
-        Self::NoRoom,
-        Self::Unavailable,
+    /// All of them, in their order, with their labels.
+    const ALL: [(Self, &str); 13] = [
+        (Self::Stored, "stored"),
+        (Self::Duplicate, "duplicate"),
+        (Self::Ignored, "ignored"),
+        (Self::Method, "method"),
+        (Self::UnknownHook, "unknown_hook"),
+        (Self::TooLarge, "too_large"),
+        (Self::Incomplete, "incomplete"),
+        (Self::Unsigned, "unsigned"),
+        (Self::Mismatch, "mismatch"),
+        (Self::Stale, "stale"),
+        (Self::NotAnEvent, "not_an_event"),
+        (Self::NoRoom, "no_room"),
+        (Self::Unavailable, "unavailable"),
     ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Stored => "stored",
-            Self::Duplicate => "duplicate",
-            Self::Ignored => "ignored",
-            Self::Method => "method",
-            Self::UnknownHook => "unknown_hook",
-            Self::TooLarge => "too_large",
-            Self::Incomplete => "incomplete",
-            Self::Unsigned => "unsigned",
-            Self::Mismatch => "mismatch",
-            Self::Stale => "stale",
-            Self::NotAnEvent => "not_an_event",
-            Self::NoRoom => "no_room",
-            Self::Unavailable => "unavailable",
-        }
-    }
 }
 
 /// The counters, and the page that shows them. Not global: each `run` has its own.
-pub struct Metrics {
+pub(crate) struct Metrics {
     deliveries: [Counter; Outcome::ALL.len()],
     publish_seconds: Histogram,
     bodies_in_flight_bytes: Gauge,
@@ -92,9 +67,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All counters at zero.
-    #[must_use]
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Full(PUBLISH_SECONDS.to_owned()), &PUBLISH_SECONDS_BUCKETS)
             .expect("there are buckets")
@@ -106,7 +79,7 @@ impl Metrics {
             describe_gauge!(BUILD_INFO, "The version of the running program");
             gauge!(BUILD_INFO, "program" => env!("CARGO_PKG_NAME"), "version" => env!("CARGO_PKG_VERSION")).set(1.0);
             Self {
-                deliveries: Outcome::ALL.map(|outcome| counter!(DELIVERIES, "outcome" => outcome.label())),
+                deliveries: Outcome::ALL.map(|(_, label)| counter!(DELIVERIES, "outcome" => label)),
                 publish_seconds: histogram!(PUBLISH_SECONDS),
                 bodies_in_flight_bytes: gauge!(BODIES_IN_FLIGHT_BYTES),
                 page: recorder.handle(),
@@ -114,34 +87,24 @@ impl Metrics {
         })
     }
 
-    /// A delivery was answered.
-    pub fn delivery(&self, outcome: Outcome) {
+    pub(crate) fn delivery(&self, outcome: Outcome) {
         if let Some(counter) = self.deliveries.get(outcome as usize) {
             counter.increment(1);
         }
     }
 
-    /// An event was stored.
-    pub fn published(&self, took: Duration) {
+    pub(crate) fn published(&self, took: Duration) {
         self.publish_seconds.record(took);
     }
 
-    /// The page, in Prometheus' text format.
-    #[must_use]
-    pub fn page(&self, bodies_in_flight_bytes: usize) -> String {
+    pub(crate) fn page(&self, bodies_in_flight_bytes: usize) -> String {
         self.bodies_in_flight_bytes.set(bodies_in_flight_bytes as f64);
         self.page.render()
     }
 
     /// Folds what was recorded since the last call. To be called every few seconds, or memory grows.
-    pub fn fold(&self) {
+    pub(crate) fn fold(&self) {
         self.page.run_upkeep();
-    }
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -29,15 +29,14 @@ use tracing::{debug, info, warn};
 
 use self::batch::Batches;
 use self::group::Group;
-pub use self::message::Delivery;
+pub(crate) use self::message::Delivery;
 use self::outcome::AttemptError;
-pub use self::outcome::{StoreError, Stored, Trouble};
+pub(crate) use self::outcome::{StoreError, Stored, Trouble};
 use self::report::Report;
 use crate::fail_point::fail_point;
-use crate::settings::GroupCommit;
+use crate::settings::Settings;
 
-/// How ingress is called among a NATS server's connections.
-pub const CONNECTION_NAME: &str = env!("CARGO_PKG_NAME");
+pub(crate) const CONNECTION_NAME: &str = env!("CARGO_PKG_NAME");
 
 /// How long an event may take to be stored: the 8 s of DESIGN less a margin for the answer itself.
 const STORE_WITHIN: Duration = Duration::from_millis(7500);
@@ -59,8 +58,7 @@ const PROVIDE_AFTER_MAX: Duration = Duration::from_secs(5);
 /// How much of the server's `max_payload` is left to headers, in bytes.
 const HEADERS_BYTES: usize = 16 << 10;
 
-/// The way into `STRIPE_EVENTS`.
-pub struct Publisher {
+pub(crate) struct Publisher {
     client: Client,
     jetstream: jetstream::Context,
     group: Group,
@@ -73,26 +71,24 @@ pub struct Publisher {
     broken: watch::Sender<u64>,
     /// Whether the stream was there when we looked, and nothing has spoken against it since.
     is_provided: watch::Sender<bool>,
-    /// Says that an event was larger than the server is known to take.
     too_large: Notify,
     report: Report,
 }
 
 impl Publisher {
     /// A publisher over `client`. Nothing is published until [`Publisher::tend`] runs.
-    #[must_use]
-    pub fn new(client: Client, nats: NatsSettings, events: EventsSettings, group_commit: GroupCommit) -> Self {
+    pub(crate) fn new(client: Client, settings: &Settings) -> Self {
         let jetstream = connect::jetstream(client.clone());
         let broken = watch::Sender::new(0);
-        let (group, batches) = Group::new(client.clone(), jetstream.clone(), group_commit, broken.subscribe());
+        let (group, batches) = Group::new(client.clone(), jetstream.clone(), settings.group_commit, broken.subscribe());
         Self {
             group,
             batches: tokio::sync::Mutex::new(batches),
             jetstream,
             client,
             broken,
-            nats,
-            events,
+            nats: settings.nats.clone(),
+            events: settings.events.clone(),
             lost_since: watch::Sender::new(Some(Instant::now())),
             is_provided: watch::Sender::new(false),
             too_large: Notify::new(),
@@ -100,22 +96,16 @@ impl Publisher {
         }
     }
 
-    /// The largest body that JetStream takes, in bytes.
-    #[must_use]
-    pub fn body_bytes_max(&self) -> usize {
+    pub(crate) fn body_bytes_max(&self) -> usize {
         self.client.max_payload().saturating_sub(HEADERS_BYTES)
     }
 
-    /// Makes it look whether the server takes larger events by now.
-    pub fn doubt_body_bytes_max(&self) {
+    pub(crate) fn doubt_body_bytes_max(&self) {
         self.too_large.notify_one();
     }
 
     /// Whether deliveries can be stored, or why not.
-    ///
-    /// # Errors
-    /// When there is no connection, or the stream was not found yet.
-    pub fn readiness(&self) -> Result<(), Trouble> {
+    pub(crate) fn readiness(&self) -> Result<(), Trouble> {
         if self.lost_since.borrow().is_some() {
             Err(Trouble::NotConnected)
         } else if !*self.is_provided.borrow() {
@@ -125,12 +115,9 @@ impl Publisher {
         }
     }
 
-    /// Stores a delivery.
-    ///
-    /// # Errors
-    /// When there is no PubAck: at once if the connection has been lost for a second or JetStream
+    /// Stores a delivery, or fails: at once if the connection has been lost for a second or JetStream
     /// refuses, else after 7.5 s.
-    pub async fn store(&self, delivery: Delivery) -> Result<Stored, StoreError> {
+    pub(crate) async fn store(&self, delivery: Delivery) -> Result<Stored, StoreError> {
         let delivery = Arc::new(delivery);
         let outcome = tokio::select! {
             () = self.connection_is_given_up() => Err(StoreError::Unavailable(Trouble::NotConnected)),
@@ -204,12 +191,9 @@ impl Publisher {
     ///
     /// # Cancel safety
     /// Nothing is lost.
-    pub async fn tend(&self) {
-        tokio::join!(self.watch_connection(), self.keep_stream(), self.make_batches(), self.follow_max_payload());
-    }
-
-    async fn make_batches(&self) {
-        self.batches.lock().await.run().await;
+    pub(crate) async fn tend(&self) {
+        let make_batches = async { self.batches.lock().await.run().await };
+        tokio::join!(self.watch_connection(), self.keep_stream(), make_batches, self.follow_max_payload());
     }
 
     async fn follow_max_payload(&self) {
@@ -285,7 +269,7 @@ impl Publisher {
     }
 
     /// Sends what is still in the client's buffers. Without a connection there is nobody to send to.
-    pub async fn flush(&self) {
+    pub(crate) async fn flush(&self) {
         if self.client.connection_state() != State::Connected {
             return;
         }

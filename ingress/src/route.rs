@@ -31,7 +31,7 @@ use crate::envelope::{Envelope, NotAnEvent};
 use crate::metrics::{Metrics, Outcome};
 use crate::publish::{Delivery, Publisher, StoreError, Stored};
 use crate::secret::Secrets;
-use crate::settings::{EventTypes, HookId};
+use crate::settings::{HookId, Settings};
 use crate::signature::{self, SignatureError};
 use crate::throttle::Throttle;
 
@@ -41,45 +41,30 @@ const BODY_WITHIN: Duration = Duration::from_secs(10);
 /// When to come back after a 503, in seconds: a restart or an election of the broker is over.
 const RETRY_AFTER_S: u16 = 5;
 
-/// The body of a 200.
 const SUCCESS: &[u8] = br#"{"status":"success"}"#;
 
 /// Refused signatures are logged once in a while: anybody can send them.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What the routes need.
-pub struct Ingress {
-    /// The UUID in the hook's path.
-    pub hook: HookId,
+pub(crate) struct Ingress {
+    settings: Settings,
     /// The signing secrets now.
-    pub secrets: Secrets,
-    /// How far before its receipt a delivery may have been signed.
-    pub tolerance: Duration,
-    /// What is stored.
-    pub event_types: EventTypes,
-    /// The largest body, in bytes, if JetStream takes it.
-    pub body_limit: usize,
-    /// The budget of all bodies.
-    pub bodies: Arc<Budget>,
-    /// The way to the stream.
-    pub publisher: Arc<Publisher>,
-    /// What is counted.
-    pub metrics: Arc<Metrics>,
+    secrets: Secrets,
+    bodies: Arc<Budget>,
+    publisher: Arc<Publisher>,
+    metrics: Arc<Metrics>,
     /// For log lines about refused signatures.
-    pub refused: Throttle,
+    refused: Throttle,
 }
 
 impl Ingress {
-    /// A throttle for [`Ingress::refused`].
-    #[must_use]
-    pub fn refused() -> Throttle {
-        Throttle::new(REFUSED_INTERVAL)
+    pub(crate) fn new(settings: Settings, secrets: Secrets, publisher: Arc<Publisher>, metrics: Arc<Metrics>) -> Self {
+        let (bodies, refused) = (Budget::new(body::BUDGET_BYTES), Throttle::new(REFUSED_INTERVAL));
+        Self { settings, secrets, bodies, publisher, metrics, refused }
     }
 }
 
-/// All routes as one service.
-#[must_use]
-pub fn service(
+pub(crate) fn service(
     ingress: Arc<Ingress>,
 ) -> impl Service<
     Request<Incoming>,
@@ -125,15 +110,12 @@ async fn hook<B: Buf>(
 ) -> warp::reply::Response {
     let received = OffsetDateTime::now_utc();
     let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
-    ingress.metrics.delivery(match &delivered {
-        Ok(accepted) => accepted.outcome(),
-        Err(refusal) => refusal.outcome(),
-    });
+    ingress.metrics.delivery(delivered.as_ref().map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome));
     match delivered {
         Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
         Err(refusal) => {
             let is_too_large = refusal.status() == StatusCode::PAYLOAD_TOO_LARGE;
-            if is_too_large && ingress.publisher.body_bytes_max() < ingress.body_limit {
+            if is_too_large && ingress.publisher.body_bytes_max() < ingress.settings.body_limit {
                 ingress.publisher.doubt_body_bytes_max();
             }
             refusal.log(&ingress.refused);
@@ -150,23 +132,23 @@ async fn deliver<B: Buf>(
     headers: &HeaderMap,
     chunks: impl Stream<Item = Result<B, warp::Error>>,
     received: OffsetDateTime,
-) -> Result<Accepted, Refusal> {
+) -> Result<Outcome, Refusal> {
     if method != Method::POST {
         return Err(Refusal::Method);
     }
-    if HookId::parse(uuid) != Some(ingress.hook) {
+    if HookId::parse(uuid) != Some(ingress.settings.hook) {
         return Err(Refusal::UnknownHook);
     }
-    let limit = ingress.body_limit.min(ingress.publisher.body_bytes_max());
+    let limit = ingress.settings.body_limit.min(ingress.publisher.body_bytes_max());
     let reading = body::read(chunks, content_length(headers), limit, &ingress.bodies);
     let body = tokio::time::timeout(BODY_WITHIN, reading).await.map_err(|_| Refusal::Slow)??;
     let header = signature_header(headers);
     let secrets = Arc::clone(&ingress.secrets.borrow());
-    let body = signature::verify(&header, body, &secrets, received, ingress.tolerance)?;
+    let body = signature::verify(&header, body, &secrets, received, ingress.settings.tolerance)?;
     let envelope = Envelope::read(&body)?;
-    if envelope.is_thin || !ingress.event_types.contains(&envelope.event_type) {
+    if envelope.is_thin || !ingress.settings.event_types.contains(&envelope.event_type) {
         debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
-        return Ok(Accepted::Ignored);
+        return Ok(Outcome::Ignored);
     }
     let event_type = EventType::parse(envelope.event_type).map_err(|_| Refusal::NotASubject)?;
     let verified = Instant::now();
@@ -178,26 +160,13 @@ async fn deliver<B: Buf>(
     if let Some(id) = id {
         debug!(event_id = %id, "stored {id}");
     }
-    Ok(Accepted::Stored(stored))
+    Ok(match stored {
+        Stored::New => Outcome::Stored,
+        Stored::Before => Outcome::Duplicate,
+    })
 }
 
-/// Why a delivery is answered 200.
-enum Accepted {
-    Stored(Stored),
-    Ignored,
-}
-
-impl Accepted {
-    fn outcome(&self) -> Outcome {
-        match self {
-            Self::Stored(Stored::New) => Outcome::Stored,
-            Self::Stored(Stored::Before) => Outcome::Duplicate,
-            Self::Ignored => Outcome::Ignored,
-        }
-    }
-}
-
-/// Why a delivery is answered anything else.
+/// Why a delivery is not answered 200.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error("method not allowed")]
@@ -219,32 +188,31 @@ enum Refusal {
 }
 
 impl Refusal {
-    fn status(&self) -> StatusCode {
+    /// The status of the answer, and as what the delivery is counted.
+    fn verdict(&self) -> (StatusCode, Outcome) {
         match self {
-            Self::Method => StatusCode::METHOD_NOT_ALLOWED,
-            Self::UnknownHook => StatusCode::NOT_FOUND,
-            Self::Slow => StatusCode::REQUEST_TIMEOUT,
-            Self::Body(BodyError::TooLarge { .. }) | Self::Store(StoreError::TooLarge) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Body(BodyError::NoRoom) | Self::Store(StoreError::Unavailable(_)) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Body(BodyError::Broken) | Self::Signature(_) | Self::NotAnEvent(_) | Self::NotASubject => {
-                StatusCode::BAD_REQUEST
+            Self::Method => (StatusCode::METHOD_NOT_ALLOWED, Outcome::Method),
+            Self::UnknownHook => (StatusCode::NOT_FOUND, Outcome::UnknownHook),
+            Self::Slow => (StatusCode::REQUEST_TIMEOUT, Outcome::Incomplete),
+            Self::Body(BodyError::Broken) => (StatusCode::BAD_REQUEST, Outcome::Incomplete),
+            Self::Body(BodyError::NoRoom) => (StatusCode::SERVICE_UNAVAILABLE, Outcome::NoRoom),
+            Self::Body(BodyError::TooLarge { .. }) | Self::Store(StoreError::TooLarge) => {
+                (StatusCode::PAYLOAD_TOO_LARGE, Outcome::TooLarge)
             }
+            Self::Signature(SignatureError::Missing | SignatureError::Malformed) => {
+                (StatusCode::BAD_REQUEST, Outcome::Unsigned)
+            }
+            Self::Signature(SignatureError::NoMatch | SignatureError::NotText) => {
+                (StatusCode::BAD_REQUEST, Outcome::Mismatch)
+            }
+            Self::Signature(SignatureError::Stale { .. }) => (StatusCode::BAD_REQUEST, Outcome::Stale),
+            Self::NotAnEvent(_) | Self::NotASubject => (StatusCode::BAD_REQUEST, Outcome::NotAnEvent),
+            Self::Store(StoreError::Unavailable(_)) => (StatusCode::SERVICE_UNAVAILABLE, Outcome::Unavailable),
         }
     }
 
-    fn outcome(&self) -> Outcome {
-        match self {
-            Self::Method => Outcome::Method,
-            Self::UnknownHook => Outcome::UnknownHook,
-            Self::Slow | Self::Body(BodyError::Broken) => Outcome::Incomplete,
-            Self::Body(BodyError::TooLarge { .. }) | Self::Store(StoreError::TooLarge) => Outcome::TooLarge,
-            Self::Body(BodyError::NoRoom) => Outcome::NoRoom,
-            Self::Signature(SignatureError::Missing | SignatureError::Malformed) => Outcome::Unsigned,
-            Self::Signature(SignatureError::NoMatch | SignatureError::NotText) => Outcome::Mismatch,
-            Self::Signature(SignatureError::Stale { .. }) => Outcome::Stale,
-            Self::NotAnEvent(_) | Self::NotASubject => Outcome::NotAnEvent,
-            Self::Store(StoreError::Unavailable(_)) => Outcome::Unavailable,
-        }
+    fn status(&self) -> StatusCode {
+        self.verdict().0
     }
 
     fn answer(&self) -> warp::reply::Response {

@@ -14,13 +14,10 @@ use tracing::{info, warn};
 
 use crate::signature::SigningSecret;
 
-/// The setting that holds the secrets.
-pub const SETTING: &str = "STRIPE_WEBHOOK_SECRET";
+pub(crate) const SETTING: &str = "STRIPE_WEBHOOK_SECRET";
 
-/// The setting that names a file with one.
-pub const FILE_SETTING: &str = "STRIPE_WEBHOOK_SECRET_FILE";
+pub(crate) const FILE_SETTING: &str = "STRIPE_WEBHOOK_SECRET_FILE";
 
-/// What a signing secret starts with.
 const PREFIX: &str = "whsec_";
 
 /// How often the file is looked at until it holds a secret, and how long between two looks.
@@ -33,12 +30,9 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// How much of the file is read. It may be the whole output of the Stripe CLI.
 const FILE_BYTES_MAX: u64 = 64 << 10;
 
-/// Where the signing secrets come from.
 #[derive(Debug, Clone)]
-pub enum SecretSource {
-    /// `STRIPE_WEBHOOK_SECRET`.
+pub(crate) enum SecretSource {
     Given(Arc<[SigningSecret]>),
-    /// `STRIPE_WEBHOOK_SECRET_FILE`.
     File(PathBuf),
 }
 
@@ -54,16 +48,10 @@ pub struct NoSecret {
 }
 
 /// The secrets, and what they are later.
-pub type Secrets = watch::Receiver<Arc<[SigningSecret]>>;
+pub(crate) type Secrets = watch::Receiver<Arc<[SigningSecret]>>;
 
 /// The secrets to start with. Waits for the file, and says so once.
-///
-/// # Errors
-/// When the file holds no secret after the last try.
-///
-/// # Cancel safety
-/// Nothing is lost.
-pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSecret> {
+pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSecret> {
     let path = match source {
         SecretSource::Given(secrets) => {
             secrets.iter().for_each(|secret| announce(secret, SETTING));
@@ -99,7 +87,7 @@ pub async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSec
 ///
 /// # Cancel safety
 /// Nothing is lost.
-pub async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) {
+pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) {
     let mut is_missing = false;
     loop {
         tokio::time::sleep(LOOK_AGAIN_AFTER).await;
@@ -120,8 +108,7 @@ pub async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) 
 }
 
 /// The secrets in the text of `STRIPE_WEBHOOK_SECRET`: one, or several separated by commas.
-#[must_use]
-pub fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
+pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
     let is_secret = |text: &&str| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte);
         text.strip_prefix(PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
@@ -130,7 +117,6 @@ pub fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
 }
 
 /// The first `whsec_[a-zA-Z0-9]+` in what a file holds.
-#[must_use]
 pub fn find(file: &[u8]) -> Option<SigningSecret> {
     let starts = (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));
     let mut names = starts.map(|rest| rest.split(|byte| !byte.is_ascii_alphanumeric()).next().unwrap_or_default());

@@ -45,37 +45,30 @@ litestripe_contract::settings! {
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The UUID in the hook's path. Defence in depth only; all the same it is never logged.
-    pub hook: HookId,
-    /// Where the signing secrets come from.
-    pub secrets: SecretSource,
+    pub(crate) hook: HookId,
+    pub(crate) secrets: SecretSource,
     /// How far before its receipt a delivery may have been signed. Zero accepts any age.
     ///
     /// 300 s is the default of Stripe's own SDKs. Larger lets a captured delivery be replayed for longer.
-    pub tolerance: Duration,
+    pub(crate) tolerance: Duration,
     /// The HTTP address.
     pub listen: SocketAddr,
-    /// What is stored.
-    pub event_types: EventTypes,
-    /// The largest body, in bytes, if the NATS server takes it.
-    pub body_limit: usize,
-    /// Whether events are stored in batches.
-    pub group_commit: GroupCommit,
-    /// How to reach NATS.
-    pub nats: NatsSettings,
+    pub(crate) event_types: EventTypes,
+    pub(crate) body_limit: usize,
+    pub(crate) group_commit: GroupCommit,
+    pub(crate) nats: NatsSettings,
     /// The limits of the stream, if it has to be created.
-    pub events: EventsSettings,
+    pub(crate) events: EventsSettings,
     /// How to log.
     pub log: LogSettings,
 }
 
 /// The UUID in the hook's path.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct HookId(Uuid);
+pub(crate) struct HookId(Uuid);
 
 impl HookId {
-    /// Reads the form with hyphens, in either case.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         // 36 characters are the form with hyphens: the others that `Uuid` reads are not of that length.
         (text.len() == 36).then(|| Uuid::try_parse(text).ok().map(Self))?
     }
@@ -87,19 +80,14 @@ impl std::fmt::Debug for HookId {
     }
 }
 
-/// The event types that are stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EventTypes {
-    /// Every type.
+pub(crate) enum EventTypes {
     All,
-    /// These.
     Some(BTreeSet<String>),
 }
 
 impl EventTypes {
-    /// Whether events of that type are stored.
-    #[must_use]
-    pub fn contains(&self, event_type: &str) -> bool {
+    pub(crate) fn contains(&self, event_type: &str) -> bool {
         match self {
             Self::All => true,
             Self::Some(types) => types.contains(event_type),
@@ -121,33 +109,16 @@ impl EventTypes {
 
 /// Whether events that wait for each other are stored in one batch, where the stream takes batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GroupCommit {
-    /// When it is faster.
+pub(crate) enum GroupCommit {
     Auto,
-    /// Always.
     On,
-    /// Never.
     Off,
-}
-
-impl GroupCommit {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "auto" => Some(Self::Auto),
-            "on" => Some(Self::On),
-            "off" => Some(Self::Off),
-            _ => None,
-        }
-    }
 }
 
 /// Reads the settings.
 ///
 /// `holds_secret` says whether a secret file holds a secret now. One that holds none is reported only with
 /// other problems: it may yet come.
-///
-/// # Errors
-/// All the problems at once.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let hook = reader.required(&UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
@@ -159,7 +130,12 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
         let limit = usize::try_from(bytes(value)?).ok()?;
         (BODY_LIMIT_MIN..=BUDGET_BYTES).contains(&limit).then_some(limit)
     });
-    let group_commit = reader.defaulted(&GROUP_COMMIT, "auto, on or off", GroupCommit::parse);
+    let group_commit = reader.defaulted(&GROUP_COMMIT, "auto, on or off", |value| match value {
+        "auto" => Some(GroupCommit::Auto),
+        "on" => Some(GroupCommit::On),
+        "off" => Some(GroupCommit::Off),
+        _ => None,
+    });
     let nats = NatsSettings::read(&mut reader);
     let events = EventsSettings::read(&mut reader);
     let log = LogSettings::read(&mut reader);

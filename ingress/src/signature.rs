@@ -34,8 +34,7 @@ pub struct SigningSecret {
 }
 
 impl SigningSecret {
-    /// The secret whose text is `text`.
-    #[must_use]
+    /// The secret of this text.
     pub fn new(text: &str) -> Self {
         let keyed = Hmac::new_from_slice(text.as_bytes()).expect("HMAC takes a key of any length");
         let digest = Sha256::digest(text.as_bytes());
@@ -44,7 +43,6 @@ impl SigningSecret {
     }
 
     /// Tells secrets apart without showing them: the first 8 hex digits of the text's SHA-256.
-    #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -61,8 +59,7 @@ impl std::fmt::Debug for SigningSecret {
 pub struct VerifiedBody(Bytes);
 
 impl VerifiedBody {
-    /// The bytes, as they came.
-    #[must_use]
+    /// As they came.
     pub fn bytes(&self) -> &Bytes {
         &self.0
     }
@@ -70,20 +67,17 @@ impl VerifiedBody {
 
 /// Why a delivery is not known to come from Stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum SignatureError {
-    /// There is no header, or an empty one.
     #[error("the Stripe-Signature header is missing")]
     Missing,
-    /// The header is none that Stripe writes.
     #[error("the Stripe-Signature header is malformed")]
     Malformed,
     /// The body is no UTF-8, which Stripe's always are.
     #[error("the body is not UTF-8")]
     NotText,
-    /// No signature of the header was made with any of our secrets.
     #[error("no signature matches the body")]
     NoMatch,
-    /// The signature is good and too old.
     #[error("the signature's timestamp is too old")]
     Stale {
         /// How old: whole seconds, rounded down.
@@ -94,9 +88,6 @@ pub enum SignatureError {
 /// Checks that one of `secrets` signed `body`, and not longer than `tolerance` before `received`.
 ///
 /// A tolerance of zero accepts any age.
-///
-/// # Errors
-/// When Stripe's Python SDK would refuse the delivery with each of the secrets.
 pub fn verify(
     header: &str,
     body: Bytes,
@@ -161,7 +152,6 @@ impl SignedHeader {
     }
 }
 
-/// When a delivery was signed.
 struct Timestamp {
     /// As the signed text has it: Python's `%d`, without leading zeros, `+` or `_`.
     decimal: String,

@@ -33,7 +33,6 @@ struct Thread {
 }
 
 impl Threads {
-    /// As many as there are cores.
     pub(super) fn start() -> Self {
         Self::of(thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX)))
     }
@@ -54,7 +53,6 @@ impl Threads {
         Self { all, _stop: stop.drop_guard() }
     }
 
-    /// Runs `task` where the fewest run.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let load = |thread: &&Thread| (Arc::strong_count(&thread.load) - 1) / TOGETHER;
         let Some(thread) = self.all.iter().min_by_key(load) else { return };

@@ -40,13 +40,11 @@ const BYTES_MAX: usize = 4 << 20;
 /// Events taken out of the channel at a time.
 const TAKE_MAX: usize = 64;
 
-/// An event on its way to a batch.
 pub(super) struct Member {
     delivery: Arc<Delivery>,
     outcome: oneshot::Sender<Outcome>,
 }
 
-/// What became of a member.
 #[derive(Clone)]
 pub(super) enum Outcome {
     Known(Result<Stored, AttemptError>),
@@ -66,7 +64,6 @@ impl Member {
     }
 }
 
-/// Makes batches of members, one after the other.
 pub(super) struct Batches {
     client: Client,
     jetstream: jetstream::Context,
@@ -88,7 +85,6 @@ struct OnItsWay {
     outcome: Pin<Box<dyn Future<Output = Outcome> + Send>>,
 }
 
-/// What happens next.
 enum Next {
     Arrived(Vec<Member>),
     Over,
@@ -141,8 +137,6 @@ impl Batches {
         self.waiting.is_empty() && self.company.is_expected(members)
     }
 
-    /// # Cancel safety
-    /// Nothing is lost.
     async fn next(&mut self) -> Next {
         let mut arrived = Vec::new();
         let settled = async {
@@ -204,14 +198,12 @@ impl Batches {
         }
     }
 
-    /// Commits the open batch.
     async fn commit(&mut self) {
         let Some(batch) = self.open.take() else { return };
         self.on_its_way = batch.commit(&self.jetstream).await;
     }
 }
 
-/// A batch that is not committed yet.
 struct Batch {
     id: HeaderValue,
     sent: Vec<Member>,
@@ -307,7 +299,6 @@ fn committed(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
     if is_of_this_batch { Outcome::Known(Ok(Stored::New)) } else { Outcome::Alone }
 }
 
-/// What members of a batch without a PubAck are told.
 fn not_stored(error: PublishError) -> Outcome {
     match error.kind() {
         // They may be stored or not.

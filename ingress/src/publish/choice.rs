@@ -41,7 +41,6 @@ pub(super) enum Way {
 pub(super) struct Turn(Option<u32>);
 
 impl Turn {
-    /// It counts for none.
     pub(super) const NONE: Self = Self(None);
 }
 
@@ -75,7 +74,6 @@ struct Trial {
 }
 
 impl Choice {
-    /// One that tries as soon as there is load.
     pub(super) fn new(now: Instant) -> Self {
         Self { chosen: Way::Single, phase: Phase::Holding { until: now }, turn: 0, turn_since: now }
     }

@@ -12,16 +12,13 @@ use tokio::time::Instant;
 /// Members that have to be answered together before a batch waits for them.
 const MEMBERS_MIN: usize = 8;
 
-/// How long a batch waits at most.
 const WAIT_MAX: Duration = Duration::from_millis(3);
 
 /// Batches that do not wait after one that waited for nothing; twice as many every time.
 const VAIN_MAX: u32 = 64;
 
-/// The members that were answered just now.
 #[derive(Debug)]
 pub(super) struct Company {
-    /// With how many members a batch is full.
     members_max: usize,
     /// With how many members a batch stops waiting.
     enough: usize,
@@ -53,7 +50,6 @@ impl Company {
         self.until = Some(now + ((now - since) / 2).min(WAIT_MAX));
     }
 
-    /// Whether a batch of `members` waits for more.
     pub(super) fn is_expected(&mut self, members: usize) -> bool {
         if self.until.is_none() {
             return false;

@@ -28,11 +28,9 @@ const MEMBERS_MAX: usize = 2048;
 /// enough.
 const MEMBER_BYTES_MAX: usize = 128 << 10;
 
-/// The ways into the stream.
 pub(super) struct Group {
     jetstream: jetstream::Context,
     setting: GroupCommit,
-    /// Whether the stream takes batches.
     is_allowed: AtomicBool,
     load: Mutex<Load>,
     members: mpsc::Sender<Member>,
@@ -64,7 +62,6 @@ impl Group {
         (group, Batches::new(client, jetstream, receiver, broken))
     }
 
-    /// Tells whether the stream takes batches.
     pub(super) fn allow(&self, is_allowed: bool) {
         self.is_allowed.store(is_allowed, Ordering::Relaxed);
         if !is_allowed && self.setting == GroupCommit::On {

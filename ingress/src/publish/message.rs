@@ -25,19 +25,17 @@ const MILLISECONDS: iso8601::Config =
 
 /// A delivery that was verified, with everything that is stored of it.
 #[derive(Debug)]
-pub struct Delivery {
+pub(crate) struct Delivery {
     /// The event's id: the message id, so that a redelivery within the duplicate window is dropped.
-    pub id: EventId,
+    pub(crate) id: EventId,
     /// Its type: the subject.
-    pub event_type: EventType,
-    /// The body as Stripe signed it.
-    pub body: VerifiedBody,
+    pub(crate) event_type: EventType,
+    pub(crate) body: VerifiedBody,
     /// The signature header as received. Like any HTTP header, it has no line break.
-    pub signature: String,
-    /// When it was received.
-    pub received: OffsetDateTime,
+    pub(crate) signature: String,
+    pub(crate) received: OffsetDateTime,
     /// W3C trace context, if the delivery brought a valid one.
-    pub traceparent: Option<String>,
+    pub(crate) traceparent: Option<String>,
 }
 
 impl Delivery {

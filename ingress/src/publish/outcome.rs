@@ -3,7 +3,7 @@
 //! Owns the ways it may end, for one attempt and for all of them, and which errors of JetStream lead to
 //! which. May not know how an event is sent.
 
-use std::fmt;
+use std::error::Error as _;
 
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::{self, ErrorCode};
@@ -11,8 +11,7 @@ use litestripe_contract::{exit, subject};
 
 /// How an event is in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stored {
-    /// Just now.
+pub(crate) enum Stored {
     New,
     /// Since an earlier delivery.
     Before,
@@ -20,7 +19,7 @@ pub enum Stored {
 
 /// Why an event is not known to be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
+pub(crate) enum StoreError {
     /// It, with its headers, is larger than the server or the stream takes.
     #[error("the event is larger than NATS takes")]
     TooLarge,
@@ -30,35 +29,20 @@ pub enum StoreError {
 }
 
 /// What is wrong with the broker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trouble {
-    /// There is no connection.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Trouble {
+    #[error("not connected to NATS")]
     NotConnected,
     /// Nobody answers for the stream: an election, a restart, or it is really missing.
+    #[error("stream {} does not answer", subject::EVENTS_STREAM)]
     NoStream,
-    /// No PubAck came in time.
+    #[error("JetStream did not acknowledge in time")]
     NoAck,
-    /// JetStream refused, for instance because the stream is full.
-    Refused {
-        /// JetStream's error code.
-        code: u64,
-        /// JetStream's words.
-        description: String,
-    },
+    /// For instance because the stream is full.
+    #[error("JetStream refused: {description} ({code})")]
+    Refused { code: u64, description: String },
 }
 
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotConnected => f.write_str("not connected to NATS"),
-            Self::NoStream => write!(f, "stream {} does not answer", subject::EVENTS_STREAM),
-            Self::NoAck => f.write_str("JetStream did not acknowledge in time"),
-            Self::Refused { code, description } => write!(f, "JetStream refused: {description} ({code})"),
-        }
-    }
-}
-
-/// What one attempt to publish came to.
 #[derive(Debug, Clone)]
 pub(super) enum AttemptError {
     TooLarge,
@@ -74,7 +58,7 @@ impl From<PublishError> for AttemptError {
             PublishErrorKind::TimedOut | PublishErrorKind::MaxAckPending => Self::Again(Trouble::NoAck),
             PublishErrorKind::BrokenPipe => Self::Again(Trouble::NotConnected),
             PublishErrorKind::WrongLastMessageId | PublishErrorKind::WrongLastSequence | PublishErrorKind::Other => {
-                match api_error(&error) {
+                match error.source().and_then(|source| source.downcast_ref()) {
                     Some(error) => Self::from_api(error),
                     None => Self::Never(Trouble::Refused { code: 0, description: exit::chain(&error) }),
                 }
@@ -94,8 +78,4 @@ impl AttemptError {
             _ => Self::Never(refused),
         }
     }
-}
-
-fn api_error(error: &PublishError) -> Option<&jetstream::Error> {
-    std::error::Error::source(error)?.downcast_ref()
 }

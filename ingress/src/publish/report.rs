@@ -12,7 +12,6 @@ use crate::throttle::Throttle;
 /// The same trouble is logged no more often than this when it comes and goes.
 const TROUBLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What was logged last.
 pub(super) struct Report {
     is_announced: AtomicBool,
     last: Mutex<Option<Trouble>>,

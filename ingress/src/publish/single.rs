@@ -12,7 +12,6 @@ use super::message::Delivery;
 use super::outcome::Stored;
 use crate::fail_point::fail_point;
 
-/// Sends an event with these headers, which ask for a PubAck.
 pub(super) async fn send(
     jetstream: &jetstream::Context,
     delivery: &Delivery,
@@ -24,7 +23,6 @@ pub(super) async fn send(
     Ok(ack)
 }
 
-/// Waits for a PubAck.
 pub(super) async fn acknowledged(
     ack: impl IntoFuture<Output = Result<PublishAck, PublishError>>,
 ) -> Result<PublishAck, PublishError> {
