@@ -1,6 +1,6 @@
 //! An event as it came to a worker. Pure.
 
-use crate::event::{Before, Body, Event};
+use crate::event::{Before, Body, CheckoutSession, Event};
 use crate::signal::{self, Cause};
 
 /// An event of a batch, and where it came from.
@@ -19,6 +19,13 @@ impl Arrival {
     /// What a signal says of it.
     pub fn cause(&self) -> Cause {
         Cause { event: signal::reference(&self.event), traceparent: self.traceparent.clone() }
+    }
+
+    pub(crate) fn session(&self) -> Option<&CheckoutSession> {
+        match &self.event.body {
+            Body::CheckoutSession(session) => Some(session),
+            Body::Subscription(_) | Body::Resolution(_) => None,
+        }
     }
 
     pub(crate) fn is_creation(&self) -> bool {

@@ -10,7 +10,7 @@ use litestripe_contract::signal::OrphanReason;
 use time::{OffsetDateTime, PrimitiveDateTime};
 
 use crate::arrival::Arrival;
-use crate::event::{Body, CheckoutSession, Email, Event, Resolution};
+use crate::event::{CheckoutSession, Email, Event, Resolution};
 use crate::merge::Visible;
 use crate::payment::PaymentIds;
 use crate::question::{Asked, Question};
@@ -79,7 +79,7 @@ pub(crate) fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan
 
 /// The question whose user the client reference id of a Checkout Session's payment is.
 pub fn lookup(arrival: &Arrival, client_reference_id: &str, is_paid: bool, now: OffsetDateTime) -> Option<Question> {
-    let Body::CheckoutSession(session) = &arrival.event.body else { return None };
+    let session = arrival.session()?;
     let (payment, client_reference_id) = (PaymentIds::from_session(session), client_reference_id.to_owned());
     let asked = Asked::Lookup { payment, client_reference_id, is_paid };
     Some(question(asked, payment_id(session), arrival, now))

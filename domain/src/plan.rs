@@ -9,7 +9,7 @@ use litestripe_contract::signal::{Access, EventReference, Subscription, Subscrip
 use time::OffsetDateTime;
 
 use crate::arrival::Arrival;
-use crate::event::Body;
+use crate::event::{Body, CheckoutSession};
 use crate::merge::{self, Changes, State, Visible};
 use crate::orphan::{self, NewOrphan, Rules};
 use crate::question::{Kind, Question};
@@ -125,7 +125,10 @@ pub fn of_subscription<'a>(
         Signalling::Now if is_half_built(rebuilding, version, &sent_before, after, &arrivals) => {
             sender.owe(&after.subscription)
         }
-        Signalling::Now => sender.send_now(&merged, &after.subscription, || cause(&state, &arrivals)),
+        Signalling::Now => sender.send_now(&merged, &after.subscription, || {
+            let newest = || arrivals.last().map(|arrival| signal::reference(&arrival.event));
+            signal::standing(&state).or_else(newest)
+        }),
         Signalling::Later => sender.owe(&after.subscription),
         Signalling::Never => sender.skip(&after.subscription),
     };
@@ -172,19 +175,9 @@ fn is_half_built(
     if last_sent.is_owed() {
         return after.subscription.status.is_none();
     }
-    let of_session = || {
-        let sessions = arrivals.iter().filter_map(|arrival| match &arrival.event.body {
-            Body::CheckoutSession(session) => session.created,
-            Body::Subscription(_) | Body::Resolution(_) => None,
-        });
-        sessions.min()
-    };
+    let of_session = || arrivals.iter().filter_map(|arrival| arrival.session()?.created).min();
     let created = after.subscription.created.map(|created| created.unix()).or_else(of_session);
     version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
-}
-
-fn cause(state: &State, arrivals: &[&Arrival]) -> Option<EventReference> {
-    signal::standing(state).or_else(|| arrivals.last().map(|arrival| signal::reference(&arrival.event)))
 }
 
 /// The signal that a row owes, and the row once it is sent.
@@ -391,7 +384,8 @@ impl<'a> Step<'_, 'a> {
             consequences.answered.push(Kind::Lookup);
         } else if self.rules.lookup {
             // One session may say that it is paid and another whose it is, in any order: the row knows both.
-            let paid_first = self.sessions().max_by_key(|arrival| is_paid(arrival));
+            let paid_first =
+                self.sessions().max_by_key(|arrival| arrival.session().is_some_and(CheckoutSession::is_paid));
             let lookup = |arrival| orphan::lookup(arrival, client_reference_id, self.after.paid, self.now);
             consequences.questions.extend(paid_first.and_then(lookup));
         } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id) {
@@ -427,7 +421,7 @@ impl<'a> Step<'_, 'a> {
     }
 
     fn sessions(&self) -> impl Iterator<Item = &'a Arrival> {
-        self.arrivals().filter(|arrival| matches!(arrival.event.body, Body::CheckoutSession(_)))
+        self.arrivals().filter(|arrival| arrival.session().is_some())
     }
 }
 
@@ -436,7 +430,7 @@ pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) 
     let mut consequences = Consequences { resolution: by_operator(arrival), ..Consequences::default() };
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));
     if rules.lookup
-        && let Body::CheckoutSession(session) = &arrival.event.body
+        && let Some(session) = arrival.session()
         && let Some(client_reference_id) = session.client_reference_id.as_deref().filter(|_| session.is_paid())
     {
         consequences.questions.extend(orphan::lookup(arrival, client_reference_id, true, now));
@@ -447,15 +441,8 @@ pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) 
     consequences
 }
 
-fn is_paid(arrival: &Arrival) -> bool {
-    matches!(&arrival.event.body, Body::CheckoutSession(session) if session.is_paid())
-}
-
 fn missing_reference(arrival: &Arrival) -> Option<NewOrphan> {
-    match &arrival.event.body {
-        Body::CheckoutSession(session) => orphan::of_session(&arrival.event, session),
-        Body::Subscription(_) | Body::Resolution(_) => None,
-    }
+    orphan::of_session(&arrival.event, arrival.session()?)
 }
 
 fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
