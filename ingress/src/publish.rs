@@ -21,6 +21,7 @@ use async_nats::Client;
 use async_nats::connection::State;
 use async_nats::jetstream;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
+use futures_util::future::OptionFuture;
 use litestripe_contract::settings::{EventsSettings, NatsSettings};
 use litestripe_contract::{connect, exit, stream, subject};
 use tokio::sync::{Notify, watch};
@@ -172,15 +173,9 @@ impl Publisher {
     async fn connection_is_given_up(&self) {
         let mut lost_since = self.lost_since.subscribe();
         loop {
-            let since = *lost_since.borrow_and_update();
-            let given_up = async {
-                match since {
-                    Some(since) => sleep_until(since + CONNECTION_GRACE).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let given_up_at = lost_since.borrow_and_update().map(|since| since + CONNECTION_GRACE);
             tokio::select! {
-                () = given_up => return,
+                Some(()) = OptionFuture::from(given_up_at.map(sleep_until)) => return,
                 _ = lost_since.changed() => {}
             }
         }

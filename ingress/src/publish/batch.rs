@@ -19,6 +19,7 @@ use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::{Client, HeaderMap};
+use futures_util::future::OptionFuture;
 use litestripe_contract::event::EventId;
 use litestripe_contract::exit;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -139,23 +140,12 @@ impl Batches {
 
     async fn next(&mut self) -> Next {
         let mut arrived = Vec::new();
-        let settled = async {
-            match &mut self.on_its_way {
-                Some(on_its_way) => on_its_way.outcome.as_mut().await,
-                None => std::future::pending().await,
-            }
-        };
+        let settled = self.on_its_way.as_mut().map(|on_its_way| on_its_way.outcome.as_mut());
         let until = self.company.until.filter(|_| self.open.is_some());
-        let waited = async {
-            match until {
-                Some(until) => sleep_until(until).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
-            outcome = settled => Next::Settled(outcome),
-            () = waited => Next::Waited,
+            Some(outcome) = OptionFuture::from(settled) => Next::Settled(outcome),
+            Some(()) = OptionFuture::from(until.map(sleep_until)) => Next::Waited,
             changed = self.broken.changed() => if changed.is_ok() { Next::Broken } else { Next::Over },
             count = self.members.recv_many(&mut arrived, TAKE_MAX) => {
                 if count > 0 { Next::Arrived(arrived) } else { Next::Over }
