@@ -37,9 +37,6 @@ impl MigratorTrait for Migrator {
 }
 
 /// The names of the steps the database has, also those of a later program. Creates nothing.
-///
-/// # Errors
-/// When the database is away.
 pub async fn applied(db: &DatabaseConnection) -> Result<Vec<String>, DbErr> {
     const HISTORY: &str = "seaql_migrations";
     if !SchemaManager::new(db).has_table(HISTORY).await? {

@@ -196,9 +196,6 @@ async fn save_when_possible(
 
 /// Applies one event outside any batch, as a batch would. Returns why the database refuses it for
 /// good, if it does.
-///
-/// # Errors
-/// When the database is away.
 pub async fn apply_one(applier: &Applier, arrival: Arrival) -> Result<Option<String>, StoreError> {
     match save(applier, &Arc::new(vec![arrival])).await {
         Ok(_) => Ok(None),

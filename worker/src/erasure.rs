@@ -57,9 +57,6 @@ struct Known {
 
 impl Erasures {
     /// Reads all erasures.
-    ///
-    /// # Errors
-    /// When the database is away.
     pub async fn load(store: &Store, jetstream: jetstream::Context) -> Result<Self, StoreError> {
         let erasures = Self { jetstream, known: Arc::default() };
         erasures.refresh(store.connection()).await?;
@@ -67,9 +64,6 @@ impl Erasures {
     }
 
     /// Reads those that are new.
-    ///
-    /// # Errors
-    /// When the database is away.
     pub async fn refresh<C: ConnectionTrait>(&self, db: &C) -> Result<(), StoreError> {
         let new = store::erasure::after(db, self.sequence()).await?;
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
@@ -81,16 +75,12 @@ impl Erasures {
     }
 
     /// The highest sequence that is known.
-    #[must_use]
     pub fn sequence(&self) -> i64 {
         self.known(|known| known.sequence)
     }
 
     /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch. When it returns, every
     /// transaction that did not know of it has ended.
-    ///
-    /// # Errors
-    /// When the database is away. Then none is recorded.
     pub async fn record(&self, store: &Store, ids: &Ids, at: i64) -> Result<(), StoreError> {
         let erased: Arc<BTreeMap<_, _>> = Arc::new(ids.iter().map(|id| (id.to_owned(), at)).collect());
         let once = || async { store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await };
@@ -100,13 +90,11 @@ impl Erasures {
     }
 
     /// Whether `event` is of an erased person and not younger than the erasure.
-    #[must_use]
     pub fn covers(&self, event: &Event) -> bool {
         self.known(|known| known.covers(event))
     }
 
     /// `event`, without its personal data if it is covered.
-    #[must_use]
     pub fn redacted(&self, mut event: Event) -> Event {
         if self.covers(&event) {
             event.redact();
@@ -115,7 +103,6 @@ impl Erasures {
     }
 
     /// Whether an object of these ids, which Stripe created at `created`, is covered.
-    #[must_use]
     pub fn covers_object<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
         self.known(|known| known.covers_ids(ids, created))
     }
@@ -172,7 +159,6 @@ impl Known {
 }
 
 /// The erasure of a customer that was deleted at Stripe, as a question that waits.
-#[must_use]
 pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Question {
     Question {
         entity_id: customer.stripe_customer_id,

@@ -51,13 +51,11 @@ impl StoreError {
     }
 
     /// The database gave no answer for so long.
-    #[must_use]
     pub fn silent(doing: &'static str, waited: Duration) -> Self {
         Self { doing, cause: Cause::Silence(waited) }
     }
 
     /// The work panicked.
-    #[must_use]
     pub fn panicked(doing: &'static str) -> Self {
         Self { doing, cause: Cause::Panic }
     }
@@ -67,7 +65,6 @@ impl StoreError {
     /// Only what the database says of the data itself is permanent. PostgreSQL: "Error Codes",
     /// classes 22 (data exception), 23 (integrity constraint) and 54 (program limit).
     /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
-    #[must_use]
     pub fn disposition(&self) -> Disposition {
         match &self.cause {
             Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => Disposition::Poison,
@@ -81,7 +78,6 @@ impl StoreError {
 
     /// Whether a start that failed for this reason may succeed later without a person's help: the
     /// database is away, busy, restarting, full or read-only.
-    #[must_use]
     pub fn may_pass(&self) -> bool {
         let Cause::Database(error) = &self.cause else { return matches!(self.cause, Cause::Silence(_)) };
         match (error, sqlx_error(error)) {
@@ -97,13 +93,11 @@ impl StoreError {
     /// Whether the database cannot read a value as the type it is compared with.
     ///
     /// PostgreSQL: "Error Codes", 22P02 (invalid text representation) and 22003 (out of range).
-    #[must_use]
     pub fn is_unreadable_value(&self) -> bool {
         matches!(self.code().as_deref(), Some("22P02" | "22003"))
     }
 
     /// The database's own code for it, for people and metrics.
-    #[must_use]
     pub fn code(&self) -> Option<String> {
         let Cause::Database(error) = &self.cause else { return None };
         database_error(error)?.code().map(|code| code.into_owned())

@@ -71,9 +71,6 @@ pub struct Store {
 
 impl Store {
     /// Opens the database. A PostgreSQL server is not contacted yet.
-    ///
-    /// # Errors
-    /// When the URL cannot be used, or the SQLite file cannot be opened.
     pub async fn open(settings: &DatabaseSettings) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(settings.url.expose_secret());
         options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
@@ -88,9 +85,6 @@ impl Store {
 
     /// Opens a database of somebody else's, which is only read: nothing of it is changed, not even
     /// its journal mode.
-    ///
-    /// # Errors
-    /// When the URL cannot be used, or the SQLite file cannot be opened.
     pub async fn open_to_read(settings: &DatabaseSettings) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(settings.url.expose_secret());
         options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
@@ -106,20 +100,17 @@ impl Store {
     }
 
     /// The connection, for single statements.
-    #[must_use]
     pub fn connection(&self) -> &DatabaseConnection {
         &self.db
     }
 
     /// Which database it is.
-    #[must_use]
     pub fn kind(&self) -> DatabaseKind {
         self.kind
     }
 
     /// The file beside a SQLite database whose lock stands for all shards of the outbox. None on
     /// PostgreSQL, which has row locks.
-    #[must_use]
     pub fn relay_lock_path(&self) -> Option<PathBuf> {
         self.relay_lock_path.clone()
     }
@@ -127,9 +118,6 @@ impl Store {
     /// Does `work` in a transaction that writes, in a task that nothing cancels: a transaction that is
     /// cancelled would leave a connection in the pool that is still inside it (sqlx #4393). `work`
     /// commits; what it only drops is rolled back.
-    ///
-    /// # Errors
-    /// When the database is away, and those of `work`.
     pub async fn uncancelled<T, E, F>(
         &self,
         work: impl FnOnce(DatabaseTransaction) -> F + Send + 'static,
@@ -150,9 +138,6 @@ impl Store {
     ///
     /// # Cancel safety
     /// None: see [`Store::uncancelled`].
-    ///
-    /// # Errors
-    /// When the database is away.
     #[expect(clippy::disallowed_methods, reason = "the one place where transactions begin")]
     async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
         let options = TransactionOptions {
@@ -163,18 +148,12 @@ impl Store {
     }
 
     /// Asks the database whether it is there.
-    ///
-    /// # Errors
-    /// When it is not.
     pub async fn ping(&self) -> Result<(), StoreError> {
         self.db.execute_unprepared("SELECT 1").await.map(|_| ()).map_err(StoreError::doing("reach the database"))
     }
 
     /// Takes what was deleted out of SQLite's log, as far as nobody reads it: it would stay there until
     /// the log comes round. PostgreSQL does the like in its own time.
-    ///
-    /// # Errors
-    /// When the database is away.
     pub async fn forget_deleted(&self) -> Result<(), StoreError> {
         if self.kind == DatabaseKind::Sqlite {
             let truncated = self.db.execute_unprepared("PRAGMA wal_checkpoint(TRUNCATE)").await;
@@ -184,9 +163,6 @@ impl Store {
     }
 
     /// The migrations that were applied and those that wait.
-    ///
-    /// # Errors
-    /// When the database is away.
     pub async fn migrations(&self) -> Result<Vec<Step>, StoreError> {
         let applied = litestripe_migration::applied(&self.db).await;
         let applied = applied.map_err(StoreError::doing("read the schema version (DATABASE_URL)"))?;
@@ -196,9 +172,6 @@ impl Store {
 
     /// Applies the migrations that wait. Of several workers that call it at once, one does it and
     /// the others wait for it.
-    ///
-    /// # Errors
-    /// When the database is away or refuses a migration. Then nothing was changed.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::up(&transaction, None).await.map_err(StoreError::doing("migrate the database up"))?;
@@ -206,9 +179,6 @@ impl Store {
     }
 
     /// Takes `steps` migrations back. Their tables' rows are gone.
-    ///
-    /// # Errors
-    /// When the database is away or refuses. Then nothing was changed.
     pub async fn migrate_down(&self, steps: u32) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::down(&transaction, Some(steps)).await.map_err(StoreError::doing("migrate the database down"))?;

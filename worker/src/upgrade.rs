@@ -64,9 +64,6 @@ struct Erased {
 }
 
 /// Moves what the bucket holds into the database, if there is anything.
-///
-/// # Errors
-/// When database or broker are away. Another try does the rest.
 pub async fn take_over(store: &Store, jetstream: &jetstream::Context) -> Result<(), UpgradeError> {
     let Some(bucket) = scan::find(jetstream, STREAM).await? else { return Ok(()) };
     let Kept { erased, backfills, keys } = read(&bucket).await?;

@@ -21,7 +21,6 @@ pub struct Decoded {
 
 impl Decoded {
     /// Reads the events of `batch`.
-    #[must_use]
     pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
         let (arrivals, poisoned) = decode(&batch, keys);
         let (by_subscription, others) = by_subscription(arrivals.iter().collect());
@@ -41,20 +40,17 @@ impl Decoded {
     }
 
     /// How many messages it is of.
-    #[must_use]
     pub fn count(&self) -> usize {
         self.batch.count()
     }
 
     /// The ids of the subscriptions and payments that its events are about. Batches that have one in
     /// common are applied one after the other, or a subscriber would not hear of states between.
-    #[must_use]
     pub fn concerns(&self) -> &HashSet<String> {
         &self.concerns
     }
 
     /// The highest sequence in the stream.
-    #[must_use]
     pub fn last_sequence(&self) -> u64 {
         self.batch.last_sequence()
     }

@@ -25,7 +25,6 @@ impl Ids {
     }
 
     /// All of them, to ask a database.
-    #[must_use]
     pub fn all(&self) -> Vec<&str> {
         self.iter().collect()
     }

@@ -130,9 +130,6 @@ struct Found {
 
 impl Erasure<'_> {
     /// Erases `target`.
-    ///
-    /// # Errors
-    /// When it is refused, or a step fails. The error says whether anything was changed.
     pub async fn run(&self, target: &Target) -> Result<Receipt, EraseError> {
         let mut ids = self.ids_of(target).await?;
         let mut found = self.find(&mut ids).await?;

@@ -68,7 +68,6 @@ struct Answer {
 
 impl Lookup {
     /// The way that `settings` say. Nothing is opened before it is needed.
-    #[must_use]
     pub fn new(settings: &LookupSettings, client: &Client) -> Self {
         match settings {
             LookupSettings::None => Self::None,
@@ -80,15 +79,11 @@ impl Lookup {
     }
 
     /// Whether anybody is asked at all.
-    #[must_use]
     pub fn asks(&self) -> bool {
         !matches!(self, Self::None)
     }
 
     /// Whether `client_reference_id` is a user.
-    ///
-    /// # Errors
-    /// When there is no answer. It is to be asked again.
     pub async fn knows(&self, client_reference_id: &str) -> Result<bool, LookupError> {
         match self {
             Self::None => Ok(true),

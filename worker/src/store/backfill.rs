@@ -8,18 +8,12 @@ use time::OffsetDateTime;
 use crate::error::StoreError;
 
 /// When the last complete backfill of this mode began, if there was one.
-///
-/// # Errors
-/// When the database is away.
 pub async fn last_complete<C: ConnectionTrait>(db: &C, livemode: bool) -> Result<Option<OffsetDateTime>, StoreError> {
     let row = Entity::find_by_id(livemode).one(db).await.map_err(StoreError::doing("read the last backfill"))?;
     Ok(row.and_then(|row| OffsetDateTime::from_unix_timestamp(row.began).ok()))
 }
 
 /// Records that a complete backfill began at `began`, unless another one was recorded since `last` was read.
-///
-/// # Errors
-/// When the database is away.
 pub async fn record<C: ConnectionTrait>(
     db: &C,
     livemode: bool,

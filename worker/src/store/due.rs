@@ -47,9 +47,6 @@ pub struct Taken {
 }
 
 /// Puts `questions` in. One that is there already is asked anew.
-///
-/// # Errors
-/// When the database is away.
 pub async fn put(tx: &DatabaseTransaction, mut questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice; of several, the last one knows most.
     questions.sort_by(|a, b| (&a.entity_id, a.kind()).cmp(&(&b.entity_id, b.kind())));
@@ -121,9 +118,6 @@ fn question(row: Model) -> Option<Question> {
 /// Takes up to `limit` questions of `kind` that are due. Each comes due again after `lease`.
 ///
 /// While a replay has not reached its end, rows may be half rebuilt: what it may still answer waits.
-///
-/// # Errors
-/// When the database is away.
 pub async fn take(
     store: &Store,
     kind: Kind,
@@ -173,9 +167,6 @@ async fn take_due(
 }
 
 /// Asks the question again at `due_at`, unless it was put anew since it was taken.
-///
-/// # Errors
-/// When the database is away.
 pub async fn postpone<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
@@ -193,9 +184,6 @@ pub async fn postpone<C: ConnectionTrait>(
 
 /// Forgets the question, which is answered, unless it was put anew since it was taken. Returns whether
 /// it is forgotten.
-///
-/// # Errors
-/// When the database is away.
 pub async fn settle<C: ConnectionTrait>(db: &C, taken: &Taken) -> Result<bool, StoreError> {
     let settled = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
     settled.map(|done| done.rows_affected > 0).map_err(StoreError::doing("remove an answered question"))
@@ -208,9 +196,6 @@ fn as_taken(taken: &Taken) -> Expr {
 }
 
 /// Forgets the questions of `kind` about `entity_ids`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn remove<C: ConnectionTrait>(db: &C, kind: Kind, entity_ids: &[&str]) -> Result<(), StoreError> {
     if entity_ids.is_empty() {
         return Ok(());

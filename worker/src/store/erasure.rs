@@ -36,9 +36,6 @@ pub(super) fn newest_after(sequence: i64) -> SelectStatement {
 }
 
 /// The erasures after `sequence`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn after<C: ConnectionTrait>(db: &C, sequence: i64) -> Result<Vec<Model>, StoreError> {
     let new = Entity::find().filter(Column::Sequence.gt(sequence)).lock(LockType::KeyShare);
     new.all(db).await.map_err(StoreError::doing("read the erasures"))
@@ -46,9 +43,6 @@ pub async fn after<C: ConnectionTrait>(db: &C, sequence: i64) -> Result<Vec<Mode
 
 /// Records when each of these ids was erased, in seconds since the Unix epoch. An erasure never moves back:
 /// clocks of two hosts may differ. Waits until every transaction has ended that does not know of them.
-///
-/// # Errors
-/// When the database is away, or such a transaction takes longer than a lock is waited for.
 pub async fn record(store: &Store, erased: Arc<BTreeMap<String, i64>>, now: OffsetDateTime) -> Result<(), StoreError> {
     const LOCK: &str = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE";
     let record = async move |tx: DatabaseTransaction| {

@@ -33,7 +33,6 @@ pub struct Lease {
 
 impl Lease {
     /// The lease `name`.
-    #[must_use]
     pub fn new(store: Store, name: &'static str) -> Self {
         Self { store, name, seen: None }
     }
@@ -42,9 +41,6 @@ impl Lease {
     ///
     /// # Cancel safety
     /// None: a cancelled statement may leave its connection in the middle of an answer.
-    ///
-    /// # Errors
-    /// When the database is away. `work` has not begun then.
     pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<Option<T>, StoreError> {
         let Some(renewed) = self.take().await? else { return Ok(None) };
         let (outcome, renewed) = self.renew_during(work, renewed).await;

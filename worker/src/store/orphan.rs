@@ -21,9 +21,6 @@ use crate::error::StoreError;
 ///
 /// An orphan that no Checkout Session had claimed learns its session and email when one comes. During a
 /// replay they owe a signal, and `owed` has the event of each; else it is empty.
-///
-/// # Errors
-/// When the database is away or refuses the data.
 pub async fn insert(
     tx: &DatabaseTransaction,
     orphans: &[NewOrphan],
@@ -57,9 +54,6 @@ pub async fn insert(
 /// Notes an operator's word, given `at`, on whose payment `orphan` is: resolves it if it is open,
 /// inserts it as resolved if it is not there yet, so that a payment that comes later is none, and
 /// takes back what an operator said before. Returns the orphan if the word counts. `owed` as of [`resolve`].
-///
-/// # Errors
-/// When the database is away.
 pub async fn resolve_by_operator(
     tx: &DatabaseTransaction,
     orphan: &NewOrphan,
@@ -113,7 +107,6 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
 }
 
 /// The orphan that a row tells of. None for a reason that only a later program knows.
-#[must_use]
 pub fn known(row: &Model) -> Option<NewOrphan> {
     Some(NewOrphan {
         id: row.id.clone(),
@@ -126,7 +119,6 @@ pub fn known(row: &Model) -> Option<NewOrphan> {
 }
 
 /// What it was the payment of.
-#[must_use]
 pub fn payment(row: &Model) -> PaymentIds {
     PaymentIds {
         checkout_session_id: row.checkout_session_id.clone(),
@@ -136,9 +128,6 @@ pub fn payment(row: &Model) -> PaymentIds {
 }
 
 /// Which of `ids` are open orphans.
-///
-/// # Errors
-/// When the database is away.
 pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
     if ids.is_empty() {
         return Ok(HashSet::new());
@@ -155,17 +144,11 @@ pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Hash
 }
 
 /// The orphan `id`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn find<C: ConnectionTrait>(db: &C, id: &str) -> Result<Option<Model>, StoreError> {
     Entity::find_by_id(id).one(db).await.map_err(StoreError::doing("read an orphaned payment"))
 }
 
 /// The orphans, newest first; `open` leaves out those that are resolved.
-///
-/// # Errors
-/// When the database is away.
 pub async fn list<C: ConnectionTrait>(db: &C, open: bool, limit: u64) -> Result<Vec<Model>, StoreError> {
     let mut rows = Entity::find().order_by_desc(Column::DtCreated).order_by_asc(Column::Id).limit(limit);
     if open {
@@ -175,9 +158,6 @@ pub async fn list<C: ConnectionTrait>(db: &C, open: bool, limit: u64) -> Result<
 }
 
 /// Erases the emails of orphans that were first seen before `before`. Returns how many.
-///
-/// # Errors
-/// When the database is away.
 pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) -> Result<u64, StoreError> {
     let erased = Entity::update_many()
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
@@ -190,9 +170,6 @@ pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) ->
 
 /// Erases the emails of orphans that are of any of `ids`: customers, subscriptions or Checkout
 /// Sessions. Returns how many.
-///
-/// # Errors
-/// When the database is away.
 pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<u64, StoreError> {
     let erased = Entity::update_many()
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
@@ -204,9 +181,6 @@ pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result
 }
 
 /// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
-///
-/// # Errors
-/// When the database is away.
 pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
     type Row = (String, Option<String>, Option<String>, Option<String>);
     let rows: Result<Vec<Row>, _> = Entity::find()
@@ -229,9 +203,6 @@ fn of_any(ids: &[&str]) -> Condition {
 
 /// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns
 /// the orphan as it is then. `owed` is the event, if the signal of it is owed until a replay has ended.
-///
-/// # Errors
-/// When the database is away.
 pub async fn resolve(
     tx: &DatabaseTransaction,
     id: &str,
@@ -263,9 +234,6 @@ fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
 }
 
 /// Takes up to `limit` orphans that owe a signal, each with the event that led to it: they owe none then.
-///
-/// # Errors
-/// When the database is away.
 pub async fn take_owing(tx: &DatabaseTransaction, limit: u64) -> Result<Vec<(Model, EventReference)>, StoreError> {
     let doing = StoreError::doing("take orphans that owe a signal");
     let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).order_by_asc(Column::Id).limit(limit);
@@ -279,9 +247,6 @@ pub async fn take_owing(tx: &DatabaseTransaction, limit: u64) -> Result<Vec<(Mod
 }
 
 /// How many orphans owe a signal.
-///
-/// # Errors
-/// When the database is away.
 pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).count(db).await;
     owing.map_err(StoreError::doing("count orphans that owe a signal"))
@@ -299,9 +264,6 @@ fn event(owed: &str) -> Option<EventReference> {
 }
 
 /// How many orphans are open.
-///
-/// # Errors
-/// When the database is away.
 pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let open = Entity::find().filter(Column::ResolvedAt.is_null()).count(db).await;
     open.map_err(StoreError::doing("count orphaned payments"))

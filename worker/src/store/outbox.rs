@@ -27,9 +27,6 @@ const INSERT: Insert<'_> = Insert {
 };
 
 /// Puts `signals` in, in their order.
-///
-/// # Errors
-/// When the database is away or refuses the data.
 pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<(), StoreError> {
     let cells = |signal: NewSignal| -> [Cell; 8] {
         [
@@ -48,9 +45,6 @@ pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: Offs
 }
 
 /// Whether no signal waits.
-///
-/// # Errors
-/// When the database is away.
 pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
     // By the key, or PostgreSQL would walk through all that was sent and not vacuumed yet.
     let first = Entity::find().select_only().column(Column::Id).order_by_asc(Column::Id).limit(1);
@@ -63,9 +57,6 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
 /// again under their message ids.
 ///
 /// PostgreSQL only: on SQLite a file lock stands for all shards.
-///
-/// # Errors
-/// When the database is away.
 pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
     const FREE: &str = "SELECT shard FROM signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
         ORDER BY shard FOR UPDATE SKIP LOCKED";
@@ -75,9 +66,6 @@ pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreErro
 }
 
 /// Removes the signals of changes of the subscription `id` that wait.
-///
-/// # Errors
-/// When the database is away.
 pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(), StoreError> {
     let waiting =
         Entity::delete_many().filter(Column::EntityId.eq(id)).filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
@@ -85,9 +73,6 @@ pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(
 }
 
 /// Whether a signal of any of these subscriptions and orphans waits.
-///
-/// # Errors
-/// When the database is away.
 pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
     let any = Entity::find().select_only().column(Column::Id).filter(Column::EntityId.is_in(ids.iter().copied()));
     let any: Result<Option<i64>, _> = any.into_tuple().one(db).await;
@@ -95,9 +80,6 @@ pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bo
 }
 
 /// Up to `limit` signals of `shards`, oldest first, but none of the subscriptions and orphans `except`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn oldest<C: ConnectionTrait>(
     db: &C,
     shards: &[i32],
@@ -115,15 +97,11 @@ pub async fn oldest<C: ConnectionTrait>(
 }
 
 /// All shards.
-#[must_use]
 pub fn all_shards() -> Vec<i32> {
     (0..SHARDS.cast_signed()).collect()
 }
 
 /// Removes the signals that JetStream has.
-///
-/// # Errors
-/// When the database is away.
 pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(), StoreError> {
     ids.sort_unstable();
     let those = super::among(db.get_database_backend(), Column::Id, ids);
@@ -132,9 +110,6 @@ pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(),
 }
 
 /// How many signals wait, and since when the oldest does.
-///
-/// # Errors
-/// When the database is away.
 pub async fn backlog<C: ConnectionTrait>(db: &C) -> Result<(u64, Option<OffsetDateTime>), StoreError> {
     let doing = StoreError::doing("count signals in the outbox");
     let count = Entity::find().count(db).await.map_err(&doing)?;

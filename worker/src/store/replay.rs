@@ -47,13 +47,11 @@ pub struct Replay {
 
 impl Replay {
     /// Whether a process runs it.
-    #[must_use]
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
         now - self.beat < BEAT_MAX
     }
 
     /// Whether a process runs it or somebody will finish it.
-    #[must_use]
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
         now - self.beat < CUT_OFF_MAX
     }
@@ -78,9 +76,6 @@ pub(super) fn rebuilding(row: &QueryResult, now: OffsetDateTime) -> Result<Optio
 }
 
 /// The replay that has not reached its end; in a database of the version before there may be several.
-///
-/// # Errors
-/// When the database is away.
 pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, StoreError> {
     let rows = Entity::find().filter(Column::DtFinished.is_null()).order_by_asc(Column::Name).all(db).await;
     Ok(rows.map_err(StoreError::doing("look for replays"))?.into_iter().map(replay).collect())
@@ -88,9 +83,6 @@ pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, Store
 
 /// The last sequence that a replay still has to reach, if there is one: until then rows may be half
 /// rebuilt, and no question about an event up to it is to be asked.
-///
-/// # Errors
-/// When the database is away.
 pub async fn rebuilding_until<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<Option<u64>, StoreError> {
     let unfinished = unfinished(db).await?;
     let open = unfinished.iter().filter(|replay| replay.is_open(now));
@@ -98,9 +90,6 @@ pub async fn rebuilding_until<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -
 }
 
 /// Notes `replay`, in place of all earlier ones.
-///
-/// # Errors
-/// When the database is away.
 pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), StoreError> {
     let model = ActiveModel {
         name: Set(String::new()),
@@ -131,17 +120,11 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
 }
 
 /// Says that the process of the replay runs now, or with an older time that it does no more.
-///
-/// # Errors
-/// When the database is away.
 pub async fn beat<C: ConnectionTrait>(db: &C, at: OffsetDateTime) -> Result<(), StoreError> {
     set(db, Column::DtBeat, at).await
 }
 
 /// Says that the replay reached its end.
-///
-/// # Errors
-/// When the database is away.
 pub async fn finish<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<(), StoreError> {
     set(db, Column::DtFinished, now).await
 }

@@ -68,9 +68,6 @@ impl From<Cell> for Value {
 }
 
 /// Inserts `rows`, whose cells are in the order of the columns. Returns what the statement returns.
-///
-/// # Errors
-/// When the database is away or refuses the data.
 pub(super) async fn insert<const N: usize>(
     tx: &DatabaseTransaction,
     Insert { into, select, then }: Insert<'_>,

@@ -65,9 +65,6 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
     WHERE stripe_subscription.version = excluded.version - 1 RETURNING stripe_subscription_id";
 
 /// The modes that rows are of: `livemode`, each value once.
-///
-/// # Errors
-/// When the database is away.
 pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> {
     let modes = Entity::find().select_only().column(Column::Livemode).distinct().into_tuple().all(db).await;
     modes.map_err(StoreError::doing("look at the subscriptions' mode"))
@@ -85,9 +82,6 @@ pub struct Found {
 }
 
 /// The rows that exist among `ids`.
-///
-/// # Errors
-/// When the database is away, or a row's merge state cannot be read.
 pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
     let doing = StoreError::doing(LOAD);
     let rows = db.query_all(&rows_among(db.get_database_backend(), ids)).await.map_err(&doing)?;
@@ -96,9 +90,6 @@ pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<St
 
 /// What a batch has to know, as the first statement of its transaction: the rows that exist among `ids`,
 /// whether a replay is rebuilding others, and whether an erasure is newer than the sequence `erasures`.
-///
-/// # Errors
-/// When the database is away, or a row's merge state cannot be read.
 pub async fn find(
     tx: &DatabaseTransaction,
     ids: &[&str],
@@ -164,9 +155,6 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
 }
 
 /// Locks the rows `ids` for this transaction. On SQLite every transaction has the one write lock.
-///
-/// # Errors
-/// When the database is away.
 pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreError> {
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());
@@ -178,9 +166,6 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
 }
 
 /// Which of `ids` have a row.
-///
-/// # Errors
-/// When the database is away.
 pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<HashSet<String>, StoreError> {
     let rows = keys().filter(super::among(db.get_database_backend(), KEY, ids.iter().cloned()));
     let ids: Result<Vec<String>, _> = rows.into_tuple().all(db).await;
@@ -188,18 +173,12 @@ pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<Hash
 }
 
 /// Up to `limit` keys after `after`, in their order.
-///
-/// # Errors
-/// When the database is away.
 pub async fn keys_after<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
     let rows = keys().filter(Column::StripeSubscriptionId.gt(after)).order_by_asc(Column::StripeSubscriptionId);
     rows.limit(limit).into_tuple().all(db).await.map_err(StoreError::doing("list subscriptions"))
 }
 
 /// Up to `limit` keys after `after`, in their order, of rows that owe a signal.
-///
-/// # Errors
-/// When the database is away.
 pub async fn owing<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
     let rows = keys().filter(Column::LastSent.is_not_null()).filter(Column::StripeSubscriptionId.gt(after));
     let rows = rows.order_by_asc(Column::StripeSubscriptionId).limit(limit).into_tuple().all(db).await;
@@ -207,18 +186,12 @@ pub async fn owing<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Resul
 }
 
 /// How many rows owe a signal.
-///
-/// # Errors
-/// When the database is away.
 pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let owing = Entity::find().filter(Column::LastSent.is_not_null()).count(db).await;
     owing.map_err(StoreError::doing("count subscriptions that owe a signal"))
 }
 
 /// How many rows there are.
-///
-/// # Errors
-/// When the database is away.
 pub async fn count<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     Entity::find().count(db).await.map_err(StoreError::doing("count subscriptions"))
 }
@@ -229,9 +202,6 @@ fn keys() -> Select<Entity> {
 
 /// The ids of the subscriptions, and of their Checkout Sessions, that are of any of `ids`: customers,
 /// subscriptions or Checkout Sessions.
-///
-/// # Errors
-/// When the database is away.
 pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
     let any = [Column::StripeCustomerId, Column::StripeSubscriptionId, Column::CheckoutSessionId];
     let rows: Result<Vec<(String, Option<String>)>, _> = Entity::find()
@@ -246,9 +216,6 @@ pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<Stri
 }
 
 /// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
-///
-/// # Errors
-/// When the database is away.
 pub async fn other_of_user<C: ConnectionTrait>(
     db: &C,
     client_reference_id: &str,
@@ -271,9 +238,6 @@ pub async fn other_of_user<C: ConnectionTrait>(
 /// Writes `rows`, in the order of their keys: two writers that take locks in different orders
 /// deadlock. Returns the keys that were written: the others were written by another worker since
 /// they were read.
-///
-/// # Errors
-/// When the database is away or refuses the data.
 pub async fn save(
     tx: &DatabaseTransaction,
     rows: Vec<Row>,

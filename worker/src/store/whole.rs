@@ -37,9 +37,6 @@ pub struct Whole {
 }
 
 /// The rows that exist among `ids`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Whole>, StoreError> {
     let doing = StoreError::doing("read whole subscriptions");
     let rows = Entity::find().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied())).into_query();
@@ -56,7 +53,6 @@ pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<St
 }
 
 /// The columns of a row with this merge state.
-#[must_use]
 pub fn columns_of(state: &State) -> Fields {
     fields(&columns(state.visible()))
 }
@@ -113,9 +109,6 @@ fn shown(value: Value) -> serde_json::Value {
 
 /// The ids of up to `limit` rows after `after`, in the order of the key: those of one mode and of no
 /// connected account that were first written before `before`.
-///
-/// # Errors
-/// When the database is away.
 pub async fn ids<C: ConnectionTrait>(
     db: &C,
     livemode: bool,
@@ -141,9 +134,6 @@ pub async fn ids<C: ConnectionTrait>(
 /// Writes the columns of a row anew from its merge state, unless the row was written since it was read.
 /// A merge state that cannot be read is emptied, and the columns stay: the next event is merged into
 /// nothing. The revision stays, too: of what the merge state says subscribers were told.
-///
-/// # Errors
-/// When the database is away.
 pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &Whole) -> Result<(), StoreError> {
     let columns = match &row.state {
         Some(state) => columns(state.visible()),

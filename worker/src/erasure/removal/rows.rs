@@ -19,9 +19,6 @@ pub(super) struct Stripped {
 }
 
 /// Takes the metadata out of the row `id`, if there is one, and signals it in any case.
-///
-/// # Errors
-/// When the database is away.
 pub(super) async fn strip(store: &Store, id: &str, cause: &EventReference) -> Result<Option<Stripped>, StoreError> {
     loop {
         let (id, cause) = (id.to_owned(), cause.clone());
