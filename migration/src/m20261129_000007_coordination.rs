@@ -3,75 +3,36 @@
 
 use sea_orm_migration::prelude::*;
 
+const LEASE: &str = "litestripe_lease";
+const BACKFILL: &str = "litestripe_backfill";
+const ERASURE: &str = "litestripe_erasure";
+
 #[derive(DeriveMigrationName)]
 pub(crate) struct Migration;
-
-#[derive(DeriveIden)]
-enum LitestripeLease {
-    Table,
-    Name,
-    IsHeld,
-    Renewed,
-}
-
-#[derive(DeriveIden)]
-enum LitestripeBackfill {
-    Table,
-    Livemode,
-    Began,
-}
-
-#[derive(DeriveIden)]
-enum LitestripeErasure {
-    Table,
-    StripeId,
-    ErasedAt,
-    Sequence,
-}
 
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.create_table(lease()).await?;
-        manager.create_table(backfill()).await?;
-        manager.create_table(erasure()).await
+        let text = |column: &'static str| ColumnDef::new(column).text().not_null().take();
+        let boolean = |column: &'static str| ColumnDef::new(column).boolean().not_null().take();
+        let number = |column: &'static str| ColumnDef::new(column).big_integer().not_null().take();
+        let create = |table: &'static str| Table::create().table(table).if_not_exists().take();
+        let mut lease = create(LEASE);
+        lease.col(text("name").primary_key()).col(boolean("is_held")).col(number("renewed"));
+        let mut backfill = create(BACKFILL);
+        backfill.col(boolean("livemode").primary_key()).col(number("began"));
+        let mut erasure = create(ERASURE);
+        erasure.col(text("stripe_id").primary_key()).col(number("erased_at")).col(number("sequence").unique_key());
+        for table in [lease, backfill, erasure] {
+            manager.create_table(table).await?;
+        }
+        Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.drop_table(Table::drop().table(LitestripeErasure::Table).take()).await?;
-        manager.drop_table(Table::drop().table(LitestripeBackfill::Table).take()).await?;
-        manager.drop_table(Table::drop().table(LitestripeLease::Table).take()).await
+        for name in [ERASURE, BACKFILL, LEASE] {
+            manager.drop_table(Table::drop().table(name).take()).await?;
+        }
+        Ok(())
     }
-}
-
-fn lease() -> TableCreateStatement {
-    use LitestripeLease as Column;
-    Table::create()
-        .table(Column::Table)
-        .if_not_exists()
-        .col(ColumnDef::new(Column::Name).text().not_null().primary_key())
-        .col(ColumnDef::new(Column::IsHeld).boolean().not_null())
-        .col(ColumnDef::new(Column::Renewed).big_integer().not_null())
-        .take()
-}
-
-fn backfill() -> TableCreateStatement {
-    use LitestripeBackfill as Column;
-    Table::create()
-        .table(Column::Table)
-        .if_not_exists()
-        .col(ColumnDef::new(Column::Livemode).boolean().not_null().primary_key())
-        .col(ColumnDef::new(Column::Began).big_integer().not_null())
-        .take()
-}
-
-fn erasure() -> TableCreateStatement {
-    use LitestripeErasure as Column;
-    Table::create()
-        .table(Column::Table)
-        .if_not_exists()
-        .col(ColumnDef::new(Column::StripeId).text().not_null().primary_key())
-        .col(ColumnDef::new(Column::ErasedAt).big_integer().not_null())
-        .col(ColumnDef::new(Column::Sequence).big_integer().not_null().unique_key())
-        .take()
 }
