@@ -13,7 +13,6 @@ pub struct Model {
     pub began: i64,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

@@ -17,29 +17,21 @@ pub struct Model {
     pub due_at: TimeDateTimeWithTimeZone,
     /// How often it was asked without an answer.
     pub attempts: i32,
-    /// The Checkout Session it is about.
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_customer_id: Option<String>,
-    /// The subscription it is about.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_subscription_id: Option<String>,
-    /// The connected account.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_account_id: Option<String>,
-    /// The client reference id to look up.
     #[sea_orm(column_type = "Text", nullable)]
     pub client_reference_id: Option<String>,
-    /// Whether something was paid.
     pub is_paid: bool,
-    /// The event's `livemode`.
     pub livemode: bool,
     /// The event that led to the question.
     #[sea_orm(column_type = "Text")]
     pub event_id: String,
-    /// Its type.
     #[sea_orm(column_type = "Text")]
     pub event_type: String,
     /// Its `created`, in seconds since the Unix epoch.
@@ -48,7 +40,6 @@ pub struct Model {
     pub stream_sequence: i64,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

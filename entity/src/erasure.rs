@@ -16,7 +16,6 @@ pub struct Model {
     pub sequence: i64,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

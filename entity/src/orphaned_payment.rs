@@ -9,13 +9,10 @@ pub struct Model {
     /// The subscription's id, else the Checkout Session's.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub id: String,
-    /// The Checkout Session that was paid, if one came.
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,
-    /// Stripe's customer.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_customer_id: Option<String>,
-    /// The subscription, if there is one.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_subscription_id: Option<String>,
     /// Where the customer can be reached. Erased on resolution.
@@ -24,27 +21,21 @@ pub struct Model {
     /// `missing_client_reference_id`, `unknown_client_reference_id` or `no_checkout_session`.
     #[sea_orm(column_type = "Text")]
     pub reason: String,
-    /// The event that led to it.
     #[sea_orm(column_type = "Text")]
     pub event_id: String,
-    /// The event's `livemode`.
     pub livemode: bool,
     /// When a user was found. Null while the orphan is open.
     pub resolved_at: Option<TimeDateTimeWithTimeZone>,
-    /// The user that was found.
     #[sea_orm(column_type = "Text", nullable)]
     pub resolved_client_reference_id: Option<String>,
     /// While a signal is owed that it was created, or resolved: `created`, type and id of the event that
     /// led to it. Null as a rule.
     #[sea_orm(column_type = "Text", nullable)]
     pub owed_event: Option<String>,
-    /// When the row was first written.
     pub dt_created: TimeDateTimeWithTimeZone,
-    /// When the row was last written.
     pub dt_last_updated: TimeDateTimeWithTimeZone,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

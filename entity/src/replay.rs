@@ -2,7 +2,6 @@
 
 use sea_orm::entity::prelude::*;
 
-/// One replay.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "replay")]
 pub struct Model {
@@ -14,23 +13,18 @@ pub struct Model {
     pub signals: String,
     /// The first sequence of `STRIPE_EVENTS` that it applies again.
     pub first_sequence: i64,
-    /// The last one.
     pub last_sequence: i64,
     /// The event types it applies, comma-separated; empty for all.
     #[sea_orm(column_type = "Text")]
     pub event_types: String,
-    /// The one subscription it is about, if it is about one.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_subscription_id: Option<String>,
-    /// When it was started first.
     pub dt_started: TimeDateTimeWithTimeZone,
     /// When its process last said that it runs.
     pub dt_beat: TimeDateTimeWithTimeZone,
-    /// When its end was reached.
     pub dt_finished: Option<TimeDateTimeWithTimeZone>,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

@@ -14,7 +14,6 @@ pub struct Model {
     /// The subscription's or orphan's id: its signals are sent one after another.
     #[sea_orm(column_type = "Text")]
     pub entity_id: String,
-    /// Where it is published.
     #[sea_orm(column_type = "Text")]
     pub subject: String,
     /// Its `Nats-Msg-Id`.
@@ -22,17 +21,13 @@ pub struct Model {
     pub message_id: String,
     /// `created` of the event that led to it, in seconds since the Unix epoch: its `ce-time`.
     pub event_created: i64,
-    /// The trace it belongs to.
     #[sea_orm(column_type = "Text", nullable)]
     pub traceparent: Option<String>,
-    /// The body, JSON.
     #[sea_orm(column_type = "Text")]
     pub body: String,
-    /// When it was committed.
     pub dt_created: TimeDateTimeWithTimeZone,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 

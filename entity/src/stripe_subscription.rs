@@ -1,10 +1,9 @@
 //! `stripe_subscription`: one row per Stripe subscription. Nothing in it identifies a person.
 //!
-//! Comments say where Stripe has a value; "snapshot" is the `data.object` of the event that stands.
+//! "Snapshot" is the `data.object` of the event that stands. A column without a comment is of that name there.
 
 use sea_orm::entity::prelude::*;
 
-/// One Stripe subscription.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "stripe_subscription")]
 pub struct Model {
@@ -17,29 +16,21 @@ pub struct Model {
     /// The newest Checkout Session's `client_reference_id` that is not empty.
     #[sea_orm(column_type = "Text", nullable)]
     pub client_reference_id: Option<String>,
-    /// The newest Checkout Session's `id`.
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,
     /// Snapshot `status`. Null until an event carried the subscription.
     #[sea_orm(column_type = "Text", nullable)]
     pub status: Option<String>,
-    /// Snapshot `created`.
     pub created: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `start_date`.
     pub start_date: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `cancel_at`.
     pub cancel_at: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `canceled_at`.
     pub canceled_at: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `cancel_at_period_end`.
     pub cancel_at_period_end: bool,
     /// Snapshot `current_period_start`, or the earliest of its items'.
     pub current_period_start: Option<TimeDateTimeWithTimeZone>,
     /// Snapshot `current_period_end`, or the latest of its items'.
     pub current_period_end: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `trial_end`.
     pub trial_end: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `ended_at`.
     pub ended_at: Option<TimeDateTimeWithTimeZone>,
     /// Snapshot `items.data`, reduced to price, product, quantity and lookup key.
     #[sea_orm(column_type = "JsonBinary")]
@@ -47,10 +38,8 @@ pub struct Model {
     /// `<event type>.<key>`: the metadata of the newest event of each type.
     #[sea_orm(column_type = "JsonBinary")]
     pub metadata: Json,
-    /// Snapshot `metadata`.
     #[sea_orm(column_type = "JsonBinary")]
     pub subscription_metadata: Json,
-    /// The event's `livemode`.
     pub livemode: bool,
     /// The event's `account`, for events of connected accounts.
     #[sea_orm(column_type = "Text", nullable)]
@@ -64,7 +53,6 @@ pub struct Model {
     /// The event whose snapshot stands.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_event_id: Option<String>,
-    /// That event's `created`.
     pub last_event_created: Option<TimeDateTimeWithTimeZone>,
     /// What the columns above are a function of, as JSON.
     #[sea_orm(column_type = "Text")]
@@ -73,13 +61,10 @@ pub struct Model {
     /// what it shows: then it owes a signal. Null as a rule.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_sent: Option<String>,
-    /// When the row was first written.
     pub dt_created: TimeDateTimeWithTimeZone,
-    /// When the row was last written.
     pub dt_last_updated: TimeDateTimeWithTimeZone,
 }
 
-/// None: rows stand alone.
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
 pub enum Relation {}
 
