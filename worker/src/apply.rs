@@ -35,32 +35,21 @@ pub const IN_FLIGHT: usize = 2;
 
 /// What applying a batch needs.
 #[derive(Clone)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Applier {
-    /// Where rows and outbox are.
     pub store: Store,
-    /// The metadata that is kept.
     pub metadata_keys: MetadataKeys,
-    /// What the events are applied under.
     pub terms: Arc<Terms>,
     /// Whose personal data is not to come back.
     pub erasures: Erasures,
     /// Whether a customer that is deleted at Stripe is erased here.
     pub erase_on_customer_deleted: bool,
-    /// Where poisoned events go.
     pub dead_letters: DeadLetters,
     /// Wakes the relay when there may be signals to send.
     pub relay: Arc<Notify>,
     /// Wakes the questions when there may be users to look up.
     pub questions: Arc<Notify>,
-    /// Who waits for the database.
     pub waiting: Arc<Waiting>,
-}
-
-impl Applier {
-    /// Tries to reach the database. That it is away is said once for the whole worker.
-    fn wait(&self) -> Wait {
-        Wait::with_others(DATABASE, Arc::clone(&self.waiting))
-    }
 }
 
 /// Applies a batch: commit, then ack, then wake the relay.
@@ -130,7 +119,7 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
         Some(erasure::question(customer, message.stream_sequence(), now))
     });
     let questions: Vec<_> = deleted.collect();
-    let mut wait = applier.wait();
+    let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while !questions.is_empty() {
         let questions = questions.clone();
         let queue = async move |tx: DatabaseTransaction| {
@@ -170,7 +159,7 @@ async fn save_when_possible(
     let mut outcome = Outcome::default();
     // A refused set is halved until the event that is at fault stands alone.
     let mut sets = vec![Arc::new(arrivals)];
-    let mut wait = applier.wait();
+    let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while let Some(set) = sets.pop() {
         match save(applier, &set).await {
             Ok(late) => {

@@ -29,17 +29,15 @@ pub struct StoreError {
 
 /// Why the database did not do it.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum Cause {
-    /// What the database said.
     #[error(transparent)]
     Database(#[from] DbErr),
     /// What is stored cannot be read as JSON, or what is to be stored cannot be written.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// Nothing.
     #[error("no answer within {} s", .0.as_secs())]
     Silence(Duration),
-    /// The work panicked.
     #[error("it panicked, which is a bug")]
     Panic,
 }
@@ -48,16 +46,6 @@ impl StoreError {
     /// For `map_err`.
     pub fn doing<E: Into<Cause>>(doing: &'static str) -> impl Fn(E) -> Self {
         move |cause| Self { doing, cause: cause.into() }
-    }
-
-    /// The database gave no answer for so long.
-    pub fn silent(doing: &'static str, waited: Duration) -> Self {
-        Self { doing, cause: Cause::Silence(waited) }
-    }
-
-    /// The work panicked.
-    pub fn panicked(doing: &'static str) -> Self {
-        Self { doing, cause: Cause::Panic }
     }
 
     /// Whether the same statement may succeed later.
@@ -130,14 +118,11 @@ fn is_passing(error: &dyn sqlx::error::DatabaseError) -> bool {
 }
 
 fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {
-    const SQLITE_TOOBIG: u32 = 18;
-    const SQLITE_CONSTRAINT: u32 = 19;
-    const SQLITE_MISMATCH: u32 = 20;
     let code = error.code().unwrap_or_default();
     if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
         return ["22", "23", "54"].iter().any(|class| code.starts_with(class));
     }
     // The low byte of an extended result code is the primary one.
     let primary = code.parse::<u32>().map(|code| code & 0xff);
-    matches!(primary, Ok(SQLITE_TOOBIG | SQLITE_CONSTRAINT | SQLITE_MISMATCH))
+    matches!(primary, Ok(18..=20)) // TOOBIG, CONSTRAINT, MISMATCH
 }

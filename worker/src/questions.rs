@@ -37,16 +37,12 @@ mod uncertain;
 mod user;
 
 /// What asking needs.
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Questions {
-    /// Where rows, orphans and questions are.
     pub store: Store,
-    /// Where events are, and go.
     pub jetstream: jetstream::Context,
-    /// Whom to ask for users.
     pub lookup: Lookup,
-    /// Whom to ask for subscriptions.
     pub stripe: Option<StripeApi>,
-    /// When a payment is an orphan.
     pub orphans: OrphanSettings,
     /// Whose personal data is not to come back.
     pub erasures: Erasures,
@@ -54,9 +50,7 @@ pub struct Questions {
     pub erase_on_customer_deleted: bool,
     /// Says that there may be questions.
     pub wake: Arc<Notify>,
-    /// Wakes the relay.
     pub relay: Arc<Notify>,
-    /// Who waits for the database.
     pub waiting: Arc<Waiting>,
     /// When it was last logged that a question has no answer.
     pub complained: Mutex<Option<Instant>>,
@@ -64,7 +58,6 @@ pub struct Questions {
 
 /// What became of a question.
 enum Outcome {
-    /// It is answered.
     Answered,
     /// It is to be asked again after this time.
     Again(Duration),
@@ -92,11 +85,6 @@ enum QuestionError {
 }
 
 impl Questions {
-    /// Whether what led to the question is covered by an erasure: then nothing personal is looked for.
-    async fn is_erased(&self, question: &Question) -> Result<bool, StoreError> {
-        is_erased(&self.erasures, self.store.connection(), question).await
-    }
-
     async fn forget(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         due::settle(self.store.connection(), taken).await?;
         Ok(Outcome::Answered)
@@ -148,8 +136,8 @@ fn delay(first: Duration, max: Duration, attempts: i32) -> Duration {
     first.saturating_mul(1 << doublings).min(max)
 }
 
-/// Whether what led to the question is covered by an erasure. In a transaction that writes personal data this
-/// is the first statement: see `store::erasure`.
+/// Whether what led to the question is covered by an erasure: then nothing personal is looked for. In a
+/// transaction that writes personal data this is the first statement: see `store::erasure`.
 async fn is_erased<C: ConnectionTrait>(erasures: &Erasures, db: &C, question: &Question) -> Result<bool, StoreError> {
     erasures.refresh(db).await?;
     let payment = question.payment();

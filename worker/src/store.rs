@@ -1,7 +1,8 @@
 //! The database: a connection, a transaction, the schema.
 //!
 //! Owns all SQL on our tables, here and in the modules below. May not know messages or Stripe.
-//! Every write of a row is guarded by the `version` that was read.
+//! Every write of a row is guarded by the `version` that was read. Whatever is asked of the database fails
+//! when it is away, takes too long or refuses the data: see [`StoreError::disposition`].
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
-    RuntimeErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait as _, Value,
+    RuntimeErr, SqliteTransactionMode, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -72,8 +73,7 @@ pub struct Store {
 impl Store {
     /// Opens the database. A PostgreSQL server is not contacted yet.
     pub async fn open(settings: &DatabaseSettings) -> Result<Self, StoreError> {
-        let mut options = ConnectOptions::new(settings.url.expose_secret());
-        options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
+        let mut options = options(settings);
         match settings.kind {
             DatabaseKind::Sqlite => configure_sqlite(&mut options),
             DatabaseKind::Postgres => configure_postgres(&mut options),
@@ -86,8 +86,7 @@ impl Store {
     /// Opens a database of somebody else's, which is only read: nothing of it is changed, not even
     /// its journal mode.
     pub async fn open_to_read(settings: &DatabaseSettings) -> Result<Self, StoreError> {
-        let mut options = ConnectOptions::new(settings.url.expose_secret());
-        options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
+        let mut options = options(settings);
         match settings.kind {
             DatabaseKind::Sqlite => {
                 options.max_connections(1).map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
@@ -171,14 +170,14 @@ impl Store {
     }
 
     /// Applies the migrations that wait. Of several workers that call it at once, one does it and
-    /// the others wait for it.
+    /// the others wait for it. A failure changes nothing.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::up(&transaction, None).await.map_err(StoreError::doing("migrate the database up"))?;
         transaction.commit().await.map_err(StoreError::doing("commit the migrations"))
     }
 
-    /// Takes `steps` migrations back. Their tables' rows are gone.
+    /// Takes `steps` migrations back. Their tables' rows are gone. A failure changes nothing.
     pub async fn migrate_down(&self, steps: u32) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::down(&transaction, Some(steps)).await.map_err(StoreError::doing("migrate the database down"))?;
@@ -193,12 +192,8 @@ impl Store {
                 SET LOCAL idle_in_transaction_session_timeout = 0";
             let doing = StoreError::doing("wait for another migration");
             transaction.execute_unprepared(PATIENCE).await.map_err(&doing)?;
-            let lock = Statement::from_sql_and_values(
-                transaction.get_database_backend(),
-                "SELECT pg_advisory_xact_lock($1)",
-                [MIGRATION_LOCK.into()],
-            );
-            transaction.execute_raw(lock).await.map_err(&doing)?;
+            let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
+            transaction.execute_unprepared(&lock).await.map_err(&doing)?;
         }
         Ok(transaction)
     }
@@ -235,6 +230,12 @@ pub struct Step {
     pub name: String,
     /// Whether the database has it.
     pub applied: bool,
+}
+
+fn options(settings: &DatabaseSettings) -> ConnectOptions {
+    let mut options = ConnectOptions::new(settings.url.expose_secret());
+    options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
+    options
 }
 
 fn relay_lock_path(settings: &DatabaseSettings) -> Result<Option<PathBuf>, StoreError> {

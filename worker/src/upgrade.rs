@@ -21,36 +21,30 @@ const BUCKET: &str = "litestripe";
 const STREAM: &str = "KV_litestripe";
 const PREFIX: &str = "$KV.litestripe.";
 
-/// Before an id in the key of an erasure.
+/// What stands before an id in the key of an erasure, and the other keys.
 const ERASED: &str = "erased.";
-
-/// The other keys.
 const BACKFILL_LIVE: &str = "backfill.live";
 const BACKFILL_TEST: &str = "backfill.test";
 const LEASE: &str = "lease.backfill";
 
 /// Why it could not be taken over.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum UpgradeError {
-    /// The bucket cannot be read.
     #[error("cannot read the KV bucket litestripe")]
     Read(#[source] RawMessageError),
-    /// JetStream does not say whether there is a bucket.
     #[error(transparent)]
     Find(#[from] ScanError),
-    /// The bucket cannot be opened.
     #[error("cannot open the KV bucket litestripe")]
     Open(#[source] jetstream::context::KeyValueError),
-    /// What was taken over stays in the bucket.
     #[error("cannot purge a key of the KV bucket litestripe")]
     Purge(#[source] jetstream::kv::PurgeError),
-    /// The database does not take it.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 /// What the bucket holds.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Kept {
     erased: BTreeMap<String, i64>,
     /// By `livemode`.
@@ -63,7 +57,7 @@ struct Erased {
     at: i64,
 }
 
-/// Moves what the bucket holds into the database, if there is anything.
+/// Moves what the bucket holds into the database, if there is anything. If it fails, another try does the rest.
 pub async fn take_over(store: &Store, jetstream: &jetstream::Context) -> Result<(), UpgradeError> {
     let Some(bucket) = scan::find(jetstream, STREAM).await? else { return Ok(()) };
     let Kept { erased, backfills, keys } = read(&bucket).await?;

@@ -22,7 +22,7 @@ use time::OffsetDateTime;
 
 use super::Applier;
 use crate::erasure::Erasures;
-use crate::error::StoreError;
+use crate::error::{Cause, StoreError};
 use crate::fail_point::fail_point;
 use crate::store;
 use crate::store::subscription::Found;
@@ -42,8 +42,8 @@ pub(super) async fn save(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Res
     let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
     match tokio::time::timeout(SAVE_MAX, saving).await {
         Ok(Ok(saved)) => saved,
-        Ok(Err(_)) => Err(StoreError::panicked("merge an event")),
-        Err(_) => Err(StoreError::silent("save a batch", SAVE_MAX)),
+        Ok(Err(_)) => Err(StoreError::doing("merge an event")(Cause::Panic)),
+        Err(_) => Err(StoreError::doing("save a batch")(Cause::Silence(SAVE_MAX))),
     }
 }
 

@@ -38,7 +38,6 @@ const SENT_MAX: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(100);
 
 /// Whom to erase.
-#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// A customer, by Stripe's id.
     Customer(String),
@@ -47,12 +46,10 @@ pub enum Target {
 }
 
 /// What an erasure needs.
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Erasure<'a> {
-    /// Where rows and orphans are.
     pub store: &'a Store,
-    /// Where events and signals are.
     pub jetstream: &'a jetstream::Context,
-    /// Those of everybody.
     pub erasures: &'a Erasures,
     /// Also if an event of the person is not applied.
     pub force: bool,
@@ -60,22 +57,18 @@ pub struct Erasure<'a> {
     pub seen: &'a (dyn Fn() + Send + Sync),
 }
 
-/// What was removed, and when.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// What was removed, and when: events, dead letters and signals are messages of their streams.
+#[derive(Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Receipt {
-    /// The customer, if one was asked for.
     pub customer: Option<String>,
-    /// The orphan, if one was asked for.
     pub orphan: Option<String>,
     /// When it was recorded: what is not younger does not come back.
     pub recorded_at: Timestamp,
     /// All ids of the person that are known.
     pub ids: Vec<String>,
-    /// Messages removed from `STRIPE_EVENTS`.
     pub events: u64,
-    /// Messages removed from `STRIPE_DEAD_LETTERS`.
     pub dead_letters: u64,
-    /// Messages removed from `LITESTRIPE_SIGNALS`.
     pub signals: u64,
     /// Rows whose metadata was removed.
     pub subscriptions: u64,
@@ -87,34 +80,26 @@ pub struct Receipt {
 
 /// Why a person was not erased, or not wholly.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum EraseError {
-    /// There is no such orphan.
     #[error("there is no orphan {0}: `litestripe-worker orphans list --all` shows all; nothing was changed")]
     UnknownOrphan(String),
-    /// What it says would be lost.
     #[error(
         "event {0} in STRIPE_EVENTS is of this customer and no worker has applied it yet; nothing was changed. Let a worker run (`litestripe-worker run`) and try again; `--force` removes it all the same, and what it says is lost"
     )]
     Unapplied(u64),
-    /// An event came while the erasure was at work.
     #[error("event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again")]
     CameMeanwhile(u64),
-    /// The ids of the person do not come to an end.
     #[error("ever more ids belong to this customer; nothing was changed")]
     TooManyIds,
-    /// Signals could not be sent.
     #[error("signals of this customer wait in the outbox; all else is erased: run it again when they are sent")]
     SignalsWait,
-    /// A database.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A stream.
     #[error(transparent)]
     Scan(#[from] ScanError),
-    /// The durable consumer.
     #[error("cannot see how far the events are applied")]
     Progress(#[source] jetstream::context::ConsumerInfoError),
-    /// The clock.
     #[error("the clock of this machine is beyond the year 9999")]
     Clock(#[from] OutOfRange),
 }
@@ -156,9 +141,9 @@ impl Erasure<'_> {
         let (subscriptions, stay_from) = self.strip_rows(&ids, &event(recorded_at)).await?;
         let signals = self.remove_signals(&ids, &stay_from).await?;
         self.store.forget_deleted().await?;
-        let (customer, orphan) = match target.clone() {
-            Target::Customer(id) => (Some(id), None),
-            Target::Orphan(id) => (None, Some(id)),
+        let (customer, orphan) = match target {
+            Target::Customer(id) => (Some(id.clone()), None),
+            Target::Orphan(id) => (None, Some(id.clone())),
         };
         Ok(Receipt {
             customer,
@@ -289,7 +274,7 @@ impl Erasure<'_> {
         let mut older = Vec::new();
         let look = |message: Seen<'_>| {
             (self.seen)();
-            if known.own(message.body) && !Revision::read(message.body).is_from(stay_from) {
+            if known.own(message.body) && !stays(message.body, stay_from) {
                 older.push(message.sequence);
             }
         };
@@ -311,23 +296,18 @@ impl Erasure<'_> {
 }
 
 /// The revision that a signal is of. An orphan's has none.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
 struct Revision {
     stripe_subscription_id: Option<String>,
     revision: Option<i64>,
 }
 
-impl Revision {
-    fn read(body: &[u8]) -> Self {
-        serde_json::from_slice(body).unwrap_or_default()
-    }
-
-    /// Whether it is not below the one of its row.
-    fn is_from(&self, revisions: &BTreeMap<String, i64>) -> bool {
-        let of_row = self.stripe_subscription_id.as_ref().and_then(|id| revisions.get(id));
-        of_row.is_some_and(|of_row| self.revision >= Some(*of_row))
-    }
+/// Whether a signal is not below the revision of its row.
+fn stays(body: &[u8], stay_from: &BTreeMap<String, i64>) -> bool {
+    let signal: Revision = serde_json::from_slice(body).unwrap_or_default();
+    let of_row = signal.stripe_subscription_id.as_ref().and_then(|id| stay_from.get(id));
+    of_row.is_some_and(|of_row| signal.revision >= Some(*of_row))
 }
 
 /// What signals say led to an erasure's changes.

@@ -40,7 +40,7 @@ impl Questions {
         let mut email = None;
         let asked = self.stripe.as_ref().filter(|stripe| stripe.sees(question.livemode));
         if let Some(stripe) = asked
-            && !self.is_erased(question).await?
+            && !is_erased(&self.erasures, self.store.connection(), question).await?
         {
             if self.publish_sessions(stripe, question).await? {
                 return Ok(Outcome::Again(CLAIM_MAX));

@@ -18,47 +18,26 @@ use crate::store::Store;
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// A way to ask.
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Lookup {
     /// Nobody is asked: every client reference id is a user's.
     None,
     /// A query with one parameter. It knows the id when it returns a row.
-    Sql {
-        /// Where it runs.
-        database: DatabaseSettings,
-        /// The connection, once it was needed.
-        store: OnceCell<Store>,
-        /// The query.
-        query: String,
-    },
+    Sql { database: DatabaseSettings, store: OnceCell<Store>, query: String },
     /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known": false}`.
-    Nats {
-        /// Who carries it.
-        client: Client,
-        /// Where the application listens.
-        subject: String,
-    },
+    Nats { client: Client, subject: String },
 }
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum LookupError {
-    /// The query did not run.
     #[error("the user lookup's query failed")]
     Sql(#[source] StoreError),
-    /// The application did not answer.
     #[error("the application does not answer on {subject}")]
-    Nats {
-        /// Where it should.
-        subject: String,
-        /// Why it did not.
-        source: async_nats::RequestError,
-    },
-    /// The application answered something else.
+    Nats { subject: String, source: async_nats::RequestError },
     #[error("the answer on {subject} is not {{\"known\": true}} or {{\"known\": false}}")]
-    Answer {
-        /// Where it came from.
-        subject: String,
-    },
+    Answer { subject: String },
 }
 
 #[derive(Deserialize)]
@@ -83,7 +62,7 @@ impl Lookup {
         !matches!(self, Self::None)
     }
 
-    /// Whether `client_reference_id` is a user.
+    /// Whether `client_reference_id` is a user. After an error it is to be asked again.
     pub async fn knows(&self, client_reference_id: &str) -> Result<bool, LookupError> {
         match self {
             Self::None => Ok(true),

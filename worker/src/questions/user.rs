@@ -41,7 +41,7 @@ impl Questions {
         if self.lookup.knows(&user).await? {
             return Ok(self.note_known(taken, user).await?);
         }
-        let is_wanted = is_paid(question) && !self.is_erased(question).await?;
+        let is_wanted = is_paid(question) && !is_erased(&self.erasures, self.store.connection(), question).await?;
         let email = if is_wanted { self.email_of_session(question).await? } else { None };
         Ok(self.note_unknown(taken, user, email).await?)
     }

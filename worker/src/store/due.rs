@@ -3,6 +3,7 @@
 //! Invariant: a question that was taken comes due again unless it is answered, so a dead worker
 //! loses none.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use litestripe_contract::event::{EventId, EventType};
@@ -47,13 +48,11 @@ pub struct Taken {
 }
 
 /// Puts `questions` in. One that is there already is asked anew.
-pub async fn put(tx: &DatabaseTransaction, mut questions: Vec<Question>) -> Result<(), StoreError> {
+pub async fn put(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice; of several, the last one knows most.
-    questions.sort_by(|a, b| (&a.entity_id, a.kind()).cmp(&(&b.entity_id, b.kind())));
-    questions.reverse();
-    questions.dedup_by(|a, b| (&a.entity_id, a.kind()) == (&b.entity_id, b.kind()));
-    questions.reverse();
-    let put = super::rows::insert(tx, INSERT, questions.into_iter().map(cells).collect()).await;
+    let by_key = questions.into_iter().map(|question| ((question.entity_id.clone(), question.kind()), question));
+    let by_key: BTreeMap<_, _> = by_key.collect();
+    let put = super::rows::insert(tx, INSERT, by_key.into_values().map(cells).collect()).await;
     put.map(drop).map_err(StoreError::doing("save questions"))
 }
 

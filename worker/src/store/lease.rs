@@ -38,6 +38,7 @@ impl Lease {
     }
 
     /// Does `work` while no other worker does. Returns `None` if another worker holds the lease: ask again.
+    /// An error comes before `work` has begun.
     ///
     /// # Cancel safety
     /// None: a cancelled statement may leave its connection in the middle of an answer.

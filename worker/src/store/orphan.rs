@@ -7,14 +7,18 @@ use litestripe_contract::signal::{EventReference, OrphanReason, Timestamp};
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, ExprTrait as _, LockType, OnConflict};
+use sea_orm::sea_query::{Expr, ExprTrait as _, IntoCondition, LockType, OnConflict};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait as _,
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
     PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
+
+/// The columns with an id of the person's.
+const IDS: [Column; 4] =
+    [Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId];
 
 /// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
 /// were inserted.
@@ -159,37 +163,29 @@ pub async fn list<C: ConnectionTrait>(db: &C, open: bool, limit: u64) -> Result<
 
 /// Erases the emails of orphans that were first seen before `before`. Returns how many.
 pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) -> Result<u64, StoreError> {
-    let erased = Entity::update_many()
-        .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
-        .filter(Column::CustomerEmail.is_not_null())
-        .filter(Column::DtCreated.lt(before))
-        .exec(db)
-        .await;
-    erased.map(|done| done.rows_affected).map_err(StoreError::doing("erase emails of old orphans"))
+    let erased = erase_emails_where(db, Column::DtCreated.lt(before)).await;
+    erased.map_err(StoreError::doing("erase emails of old orphans"))
 }
 
 /// Erases the emails of orphans that are of any of `ids`: customers, subscriptions or Checkout
 /// Sessions. Returns how many.
 pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<u64, StoreError> {
+    erase_emails_where(db, of_any(ids)).await.map_err(StoreError::doing("erase a customer's emails"))
+}
+
+async fn erase_emails_where<C: ConnectionTrait>(db: &C, which: impl IntoCondition) -> Result<u64, DbErr> {
     let erased = Entity::update_many()
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
         .filter(Column::CustomerEmail.is_not_null())
-        .filter(of_any(ids))
-        .exec(db)
-        .await;
-    erased.map(|done| done.rows_affected).map_err(StoreError::doing("erase a customer's emails"))
+        .filter(which);
+    Ok(erased.exec(db).await?.rows_affected)
 }
 
 /// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
 pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
     type Row = (String, Option<String>, Option<String>, Option<String>);
-    let rows: Result<Vec<Row>, _> = Entity::find()
-        .select_only()
-        .columns([Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId])
-        .filter(of_any(ids))
-        .into_tuple()
-        .all(db)
-        .await;
+    let rows: Result<Vec<Row>, _> =
+        Entity::find().select_only().columns(IDS).filter(of_any(ids)).into_tuple().all(db).await;
     let rows = rows.map_err(StoreError::doing("look for a customer's orphans"))?;
     let ids =
         rows.into_iter().flat_map(|(id, session, subscription, customer)| [Some(id), session, subscription, customer]);
@@ -197,8 +193,7 @@ pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<Stri
 }
 
 fn of_any(ids: &[&str]) -> Condition {
-    let columns = [Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId];
-    columns.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied())))
+    IDS.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied())))
 }
 
 /// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns

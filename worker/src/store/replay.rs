@@ -26,6 +26,7 @@ const CUT_OFF_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which events a replay applies again, and what is signalled.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Replay {
     /// Empty, but for one of the version before.
     pub name: String,
@@ -33,13 +34,10 @@ pub struct Replay {
     pub signals: String,
     /// The first sequence of `STRIPE_EVENTS`.
     pub first_sequence: u64,
-    /// The last one.
     pub last_sequence: u64,
     /// The event types; none for all.
     pub event_types: Vec<String>,
-    /// The one subscription it is about, if it is about one.
     pub stripe_subscription_id: Option<String>,
-    /// When it was started first.
     pub started: OffsetDateTime,
     /// When its process last said that it runs.
     pub beat: OffsetDateTime,
