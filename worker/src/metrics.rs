@@ -20,27 +20,40 @@ const BUILD: &str = "litestripe_build_info";
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 
+/// Without labels, so each can be shown as 0 from the start.
+const COUNTERS: [&str; 6] = [APPLIED, IGNORED, DEAD_LETTERS, SIGNALS, PURGED, BACKFILLED];
+
+fn help(name: &str) -> &'static str {
+    match name {
+        APPLIED => "Events whose effect is committed, repetitions included",
+        IGNORED => "Events of types that the worker does not handle",
+        DEAD_LETTERS => "Events put aside because they can never be applied",
+        SIGNALS => "Signals that JetStream has stored",
+        PURGED => "Applied events purged to make room for new ones",
+        BACKFILLED => "Events that never arrived, fetched from Stripe into STRIPE_EVENTS",
+        BACKFILLS => "Backfills that this worker made by itself, by how they ended",
+        STREAM_BYTES => "Bytes in STRIPE_EVENTS",
+        STREAM_BYTES_MAX => "Bytes at which STRIPE_EVENTS refuses new events",
+        WAITING => "1 while the worker waits for what the label names",
+        _ => "Always 1; the label tells the version",
+    }
+}
+
 /// Starts recording. Before it, and in commands other than `run`, everything below does nothing.
-pub fn install() {
+pub(crate) fn install() {
     let Ok(handle) = PrometheusBuilder::new().install_recorder() else { return };
-    describe_counter!(APPLIED, "Events whose effect is committed, repetitions included");
-    describe_counter!(IGNORED, "Events of types that the worker does not handle");
-    describe_counter!(DEAD_LETTERS, "Events put aside because they can never be applied");
-    describe_counter!(SIGNALS, "Signals that JetStream has stored");
-    describe_counter!(PURGED, "Applied events purged to make room for new ones");
-    describe_counter!(BACKFILLED, "Events that never arrived, fetched from Stripe into STRIPE_EVENTS");
-    describe_counter!(BACKFILLS, "Backfills that this worker made by itself, by how they ended");
-    describe_gauge!(STREAM_BYTES, "Bytes in STRIPE_EVENTS");
-    describe_gauge!(STREAM_BYTES_MAX, "Bytes at which STRIPE_EVENTS refuses new events");
-    describe_gauge!(WAITING, "1 while the worker waits for what the label names");
-    describe_gauge!(BUILD, "Always 1; the label tells the version");
-    gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    for name in [APPLIED, IGNORED, DEAD_LETTERS, SIGNALS, PURGED, BACKFILLED] {
+    for name in COUNTERS {
+        describe_counter!(name, help(name));
         counter!(name).absolute(0);
+    }
+    describe_counter!(BACKFILLS, help(BACKFILLS));
+    for name in [STREAM_BYTES, STREAM_BYTES_MAX, WAITING, BUILD] {
+        describe_gauge!(name, help(name));
     }
     for outcome in ["complete", "failed"] {
         counter!(BACKFILLS, "outcome" => outcome).absolute(0);
     }
+    gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     waiting_for_database(false);
     waiting_for_signals(false);
     waiting_for_broker(false);
@@ -56,64 +69,55 @@ pub fn install() {
 }
 
 /// Everything recorded so far, as Prometheus reads it.
-#[must_use]
-pub fn render() -> String {
+pub(crate) fn render() -> String {
     HANDLE.get().map(PrometheusHandle::render).unwrap_or_default()
 }
 
-/// `count` events are committed.
-pub fn applied(count: usize) {
+pub(crate) fn applied(count: usize) {
     counter!(APPLIED).increment(count as u64);
 }
 
-/// An event is of a type that we do not handle.
-pub fn ignored() {
+pub(crate) fn ignored() {
     counter!(IGNORED).increment(1);
 }
 
-/// An event became a dead letter.
-pub fn dead_letter() {
+pub(crate) fn dead_letter() {
     counter!(DEAD_LETTERS).increment(1);
 }
 
-/// `count` signals have their PubAck.
-pub fn signals_sent(count: usize) {
+pub(crate) fn signals_sent(count: usize) {
     counter!(SIGNALS).increment(count as u64);
 }
 
-/// `count` applied events were purged.
-pub fn events_purged(count: u64) {
+pub(crate) fn events_purged(count: u64) {
     counter!(PURGED).increment(count);
 }
 
-/// A backfill has published `count` events.
-pub fn events_backfilled(count: u64) {
+pub(crate) fn events_backfilled(count: u64) {
     counter!(BACKFILLED).increment(count);
 }
 
-/// A backfill has ended, completely or not.
-pub fn backfill_ended(is_complete: bool) {
-    counter!(BACKFILLS, "outcome" => if is_complete { "complete" } else { "failed" }).increment(1);
+pub(crate) fn backfill_ended(is_complete: bool) {
+    let outcome = if is_complete { "complete" } else { "failed" };
+    counter!(BACKFILLS, "outcome" => outcome).increment(1);
 }
 
-/// How full the events stream is.
 #[expect(clippy::cast_precision_loss, reason = "a gauge is read by people")]
-pub fn events_stream_fill(bytes: u64, bytes_max: u64) {
+pub(crate) fn events_stream_fill(bytes: u64, bytes_max: u64) {
     gauge!(STREAM_BYTES).set(bytes as f64);
     gauge!(STREAM_BYTES_MAX).set(bytes_max as f64);
 }
 
-/// Whether a batch waits for the database.
-pub fn waiting_for_database(waiting: bool) {
-    gauge!(WAITING, "for" => "database").set(f64::from(u8::from(waiting)));
+pub(crate) fn waiting_for_database(waiting: bool) {
+    gauge!(WAITING, "for" => "database").set(f64::from(waiting));
 }
 
-/// Whether the worker waits for NATS, or for a stream of its.
-pub fn waiting_for_broker(waiting: bool) {
-    gauge!(WAITING, "for" => "broker").set(f64::from(u8::from(waiting)));
+/// For NATS, or for a stream of ours.
+pub(crate) fn waiting_for_broker(waiting: bool) {
+    gauge!(WAITING, "for" => "broker").set(f64::from(waiting));
 }
 
-/// Whether signals wait in the outbox because they cannot be published.
-pub fn waiting_for_signals(waiting: bool) {
-    gauge!(WAITING, "for" => "signals").set(f64::from(u8::from(waiting)));
+/// Signals wait in the outbox because they cannot be published.
+pub(crate) fn waiting_for_signals(waiting: bool) {
+    gauge!(WAITING, "for" => "signals").set(f64::from(waiting));
 }

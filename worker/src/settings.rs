@@ -67,7 +67,6 @@ litestripe_contract::settings! {
 /// The most events that one transaction may take: it bounds memory and a statement's parameters.
 const BATCH_MAX: usize = 1000;
 
-/// The longest grace period.
 const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// How often a worker with a key backfills by itself, where nothing else is set.
@@ -76,69 +75,48 @@ const BACKFILL_INTERVAL_DEFAULT: Duration = Duration::from_secs(60 * 60);
 /// Windows of the API budget that make sense: below, a request's way takes too large a part of it.
 const WINDOWS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
-/// What a database's URL must be.
 const DATABASE: &str =
     "a URL that starts with sqlite: or postgres://, with / # ? @ % of a password written as %2F %23 %3F %40 %25";
 
-/// Everything the worker is told.
+/// Everything the worker is told. The help texts above say what each setting means.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the help texts say it")]
 pub struct Settings {
-    /// How to reach NATS.
     pub nats: NatsSettings,
-    /// The limits of the events stream.
     pub events: EventsSettings,
-    /// How long signals are kept.
     pub signals_max_age: Duration,
-    /// How long dead letters are kept.
     pub dead_letters_max_age: Duration,
-    /// Where the rows are.
     pub database: DatabaseSettings,
-    /// Where health and metrics are served.
     pub listen: SocketAddr,
-    /// Events per transaction, at most.
     pub batch: usize,
-    /// The metadata that is kept.
     pub metadata_keys: MetadataKeys,
-    /// When a payment is an orphan.
     pub orphans: OrphanSettings,
-    /// Whether a customer that is deleted at Stripe is erased here.
     pub erase_on_customer_deleted: bool,
-    /// How a client reference id is matched to a user.
     pub lookup: LookupSettings,
-    /// How to call Stripe's API. None without a key.
+    /// None without a key.
     pub stripe: Option<StripeSettings>,
-    /// How to log.
     pub log: LogSettings,
 }
 
 /// When a payment is an orphan, and for how long it shows an email.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the help texts say it")]
 pub struct OrphanSettings {
-    /// How long a subscription may wait for its Checkout Session.
     pub grace: Duration,
-    /// Whether a subscription that no Checkout Session claims is an orphan at all.
     pub without_session: bool,
-    /// When an open orphan's email is erased all the same.
     pub email_max_age: Duration,
 }
 
 /// How a client reference id is matched to a user.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the fields are what they are called")]
 pub enum LookupSettings {
     /// Every client reference id is a user's.
     None,
     /// A query with one parameter, which knows an id when it returns a row.
-    Sql {
-        /// The query.
-        query: String,
-        /// Where it runs.
-        database: DatabaseSettings,
-    },
+    Sql { query: String, database: DatabaseSettings },
     /// A subject on which the application answers.
-    Nats {
-        /// The subject.
-        subject: String,
-    },
+    Nats { subject: String },
 }
 
 /// How to call Stripe's API.
@@ -159,7 +137,7 @@ pub struct StripeSettings {
 pub struct BudgetSettings {
     /// Calls in every window, at most.
     pub requests: u32,
-    /// The window.
+    /// From one second to a day.
     pub window: Duration,
     /// The key under which it is shared.
     pub key: String,
@@ -200,44 +178,37 @@ pub enum DatabaseKind {
 /// All the problems at once.
 pub fn read(given: Given) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
-    let database = read_database(&mut reader);
-    let listen = reader.defaulted(&LISTEN, ADDRESS, settings::address);
-    let batch = reader.defaulted(&BATCH, "a number from 1 to 1000", |value| {
-        value.parse().ok().filter(|batch| (1..=BATCH_MAX).contains(batch))
-    });
-    let signals_max_age = reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration);
-    let dead_letters_max_age = reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration);
-    let metadata_keys =
-        reader.defaulted(&METADATA_KEYS, "*, none, or keys, comma-separated", |value| value.parse().ok());
-    let orphans = read_orphans(&mut reader);
-    let erase_on_customer_deleted = reader.defaulted(&ERASE_ON_CUSTOMER_DELETED, "true or false", settings::flag);
-    let lookup = read_lookup(&mut reader, database.as_ref());
-    let stripe = read_stripe(&mut reader);
-    let nats = NatsSettings::read(&mut reader);
-    let events = EventsSettings::read(&mut reader);
-    let log = LogSettings::read(&mut reader);
-    let settings = nats.zip(database).zip(lookup).map(|((nats, database), lookup)| Settings {
-        nats,
-        events,
-        signals_max_age,
-        dead_letters_max_age,
-        database,
-        listen,
-        batch,
-        metadata_keys,
-        orphans,
-        erase_on_customer_deleted,
-        lookup,
-        stripe,
-        log,
-    });
+    let settings = read_all(&mut reader);
     reader.finish(settings)
 }
 
-fn read_database(reader: &mut Reader) -> Option<DatabaseSettings> {
+fn read_all(reader: &mut Reader) -> Option<Settings> {
+    let database = read_database(reader);
+    Some(Settings {
+        listen: reader.defaulted(&LISTEN, ADDRESS, settings::address),
+        batch: reader.defaulted(&BATCH, "a number from 1 to 1000", |value| {
+            value.parse().ok().filter(|batch| (1..=BATCH_MAX).contains(batch))
+        }),
+        signals_max_age: reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration),
+        dead_letters_max_age: reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration),
+        metadata_keys: reader
+            .defaulted(&METADATA_KEYS, "*, none, or keys, comma-separated", |value| value.parse().ok()),
+        orphans: read_orphans(reader),
+        erase_on_customer_deleted: reader.defaulted(&ERASE_ON_CUSTOMER_DELETED, "true or false", settings::flag),
+        lookup: read_lookup(reader, &database),
+        database,
+        stripe: read_stripe(reader),
+        events: EventsSettings::read(reader),
+        log: LogSettings::read(reader),
+        // The last one, because only it may give up: the problems of all others are met by then.
+        nats: NatsSettings::read(reader)?,
+    })
+}
+
+fn read_database(reader: &mut Reader) -> DatabaseSettings {
     let (url, kind) = reader.defaulted(&DATABASE_URL, DATABASE, database_url);
     let auto_migrate = reader.optional(&AUTO_MIGRATE, "true or false", settings::flag);
-    Some(DatabaseSettings { url, kind, auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite) })
+    DatabaseSettings { url, kind, auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite) }
 }
 
 fn read_orphans(reader: &mut Reader) -> OrphanSettings {
@@ -250,13 +221,13 @@ fn read_orphans(reader: &mut Reader) -> OrphanSettings {
     }
 }
 
-fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Option<LookupSettings> {
+fn read_lookup(reader: &mut Reader, database: &DatabaseSettings) -> LookupSettings {
     let database = match reader.optional(&USER_DATABASE_URL, DATABASE, database_url) {
         Some((url, kind)) => DatabaseSettings { url, kind, auto_migrate: false },
-        None => database?.clone(),
+        None => database.clone(),
     };
     let expected = "none, sql:<query with $1>, or nats:<subject>";
-    Some(reader.defaulted(&USER_LOOKUP, expected, |value| {
+    reader.defaulted(&USER_LOOKUP, expected, |value| {
         if value == "none" {
             return Some(LookupSettings::None);
         }
@@ -269,7 +240,7 @@ fn read_lookup(reader: &mut Reader, database: Option<&DatabaseSettings>) -> Opti
         let subject = value.strip_prefix("nats:")?.trim();
         let valid = !subject.is_empty() && !subject.contains([' ', '*', '>']) && !subject.split('.').any(str::is_empty);
         valid.then(|| LookupSettings::Nats { subject: subject.to_owned() })
-    }))
+    })
 }
 
 fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
