@@ -1,6 +1,5 @@
 //! `/healthz`, `/readyz` and `/metrics` of a running worker. The only file of this crate that knows HTTP.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -8,7 +7,6 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
@@ -20,69 +18,54 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What readiness depends on, filled in as it comes.
 #[derive(Default)]
-pub struct Readiness {
+pub(crate) struct Readiness {
     /// The database, once it answered and its schema is current.
-    pub store: OnceLock<Store>,
-    /// Whether the consumer is open.
-    pub consuming: AtomicBool,
+    pub(crate) store: OnceLock<Store>,
+    pub(crate) consuming: AtomicBool,
 }
 
-/// What the worker is connected to.
-#[derive(Clone)]
-pub struct Dependencies {
-    /// The broker.
-    pub nats: async_nats::Client,
-    /// How far the worker has come.
-    pub readiness: Arc<Readiness>,
-}
-
-/// The address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: set LITESTRIPE_WORKER_LISTEN to a free address")]
-pub struct ListenError {
+pub(crate) struct ListenError {
     address: SocketAddr,
     source: std::io::Error,
 }
 
 /// Takes the address, so that a second worker on it fails at once.
-///
-/// # Errors
-/// When it is taken or not ours.
-pub async fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
+pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(|source| ListenError { address, source })
 }
 
-/// Serves until `shutdown`.
-pub async fn serve(listener: TcpListener, dependencies: Dependencies, shutdown: CancellationToken) {
+/// Serves until the process ends.
+pub(crate) async fn serve(listener: TcpListener, nats: async_nats::Client, readiness: Arc<Readiness>) {
     let alive = warp::path!("healthz").map(|| answer(StatusCode::OK, "alive"));
-    let ready = warp::path!("readyz").and_then(move || {
-        let dependencies = dependencies.clone();
-        async move { Ok::<_, Infallible>(readiness(&dependencies).await) }
+    let ready = warp::path!("readyz").then(move || {
+        let (nats, readiness) = (nats.clone(), Arc::clone(&readiness));
+        async move {
+            match waits_for(&nats, &readiness).await {
+                None => answer(StatusCode::OK, "ready"),
+                Some(what) => answer(StatusCode::SERVICE_UNAVAILABLE, &format!("waiting for {what}")),
+            }
+        }
     });
     let metrics = warp::path!("metrics").map(|| {
         let text = crate::metrics::render();
         warp::reply::with_header(text, "content-type", "text/plain; version=0.0.4; charset=utf-8").into_response()
     });
-    let routes = warp::get()
-        .and(alive.map(Reply::into_response).or(ready.map(Reply::into_response)).unify().or(metrics).unify());
-    warp::serve(routes).incoming(listener).graceful(shutdown.cancelled_owned()).run().await;
+    let routes = alive.or(ready).unify().map(Reply::into_response).or(metrics).unify();
+    warp::serve(warp::get().and(routes)).incoming(listener).run().await;
 }
 
-async fn readiness(dependencies: &Dependencies) -> WithStatus<Json> {
-    if dependencies.nats.connection_state() != State::Connected {
-        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for NATS");
+async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&'static str> {
+    if nats.connection_state() != State::Connected {
+        return Some("NATS");
     }
-    let Some(store) = dependencies.readiness.store.get().cloned() else {
-        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
-    };
+    let Some(store) = readiness.store.get().cloned() else { return Some("the database") };
     let ping = detached(async move { store.ping().await });
     if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
-        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the database");
+        return Some("the database");
     }
-    if !dependencies.readiness.consuming.load(Ordering::Relaxed) {
-        return answer(StatusCode::SERVICE_UNAVAILABLE, "waiting for the streams");
-    }
-    answer(StatusCode::OK, "ready")
+    (!readiness.consuming.load(Ordering::Relaxed)).then_some("the streams")
 }
 
 fn answer(status: StatusCode, text: &str) -> WithStatus<Json> {

@@ -17,21 +17,18 @@ use crate::metrics;
 
 /// Something that is waited for, and how it is said.
 #[derive(Debug, Clone, Copy)]
-pub struct Awaited {
+pub(crate) struct Awaited {
     /// Logged when waiting begins, in front of the reason.
-    pub begins: &'static str,
-    /// Logged when waiting is over.
-    pub ends: &'static str,
+    pub(crate) begins: &'static str,
+    pub(crate) ends: &'static str,
     /// The pause before the second try. It doubles with each one, with jitter.
-    pub first: Duration,
-    /// The longest pause.
-    pub longest: Duration,
+    pub(crate) first: Duration,
+    pub(crate) longest: Duration,
     /// The gauge that is 1 meanwhile.
-    pub gauge: Option<fn(bool)>,
+    pub(crate) gauge: Option<fn(bool)>,
 }
 
-/// The database.
-pub const DATABASE: Awaited = Awaited {
+pub(crate) const DATABASE: Awaited = Awaited {
     begins: "waiting for the database (DATABASE_URL)",
     ends: "the database is back",
     first: Duration::from_millis(50),
@@ -40,7 +37,7 @@ pub const DATABASE: Awaited = Awaited {
 };
 
 /// JetStream, with its streams and consumers.
-pub const JETSTREAM: Awaited = Awaited {
+pub(crate) const JETSTREAM: Awaited = Awaited {
     begins: "waiting for JetStream",
     ends: "JetStream is back",
     first: Duration::from_millis(100),
@@ -54,7 +51,7 @@ pub struct Waiting(AtomicUsize);
 
 /// Tries of one thing.
 #[derive(Debug)]
-pub struct Wait {
+pub(crate) struct Wait {
     awaited: Awaited,
     pauses: backon::ExponentialBackoff,
     is_waiting: bool,
@@ -62,26 +59,22 @@ pub struct Wait {
 }
 
 impl Wait {
-    /// Tries that nobody shares.
-    #[must_use]
-    pub fn new(awaited: Awaited) -> Self {
+    pub(crate) fn new(awaited: Awaited) -> Self {
         Self::with_others(awaited, Arc::default())
     }
 
     /// Tries beside others of the same thing.
-    #[must_use]
-    pub fn with_others(awaited: Awaited, all: Arc<Waiting>) -> Self {
+    pub(crate) fn with_others(awaited: Awaited, all: Arc<Waiting>) -> Self {
         Self { awaited, pauses: pauses(awaited), is_waiting: false, all }
     }
 
     /// Whether the last try failed.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
+    pub(crate) fn is_waiting(&self) -> bool {
         self.is_waiting
     }
 
     /// A try failed. Returns how long to wait before the next one.
-    pub fn failed(&mut self, error: &(dyn Error + 'static)) -> Duration {
+    pub(crate) fn failed(&mut self, error: &(dyn Error + 'static)) -> Duration {
         let reason = exit::chain(error);
         let begins = self.awaited.begins;
         let is_first = !std::mem::replace(&mut self.is_waiting, true);
@@ -94,8 +87,7 @@ impl Wait {
         self.pauses.next().unwrap_or(self.awaited.longest)
     }
 
-    /// A try succeeded.
-    pub fn succeeded(&mut self) {
+    pub(crate) fn succeeded(&mut self) {
         if !self.is_waiting {
             return;
         }
@@ -127,8 +119,25 @@ impl Drop for Wait {
     }
 }
 
+/// Tries until it succeeds.
+pub(crate) async fn until_ok<T, E: Error + 'static>(
+    awaited: Awaited,
+    mut attempt: impl AsyncFnMut() -> Result<T, E>,
+) -> T {
+    let mut wait = Wait::new(awaited);
+    loop {
+        match attempt().await {
+            Err(error) => tokio::time::sleep(wait.failed(&error)).await,
+            Ok(value) => {
+                wait.succeeded();
+                return value;
+            }
+        }
+    }
+}
+
 /// Sleeps, unless `shutdown` comes first: then it returns `None`.
-pub async fn pause(duration: Duration, shutdown: &CancellationToken) -> Option<()> {
+pub(crate) async fn pause(duration: Duration, shutdown: &CancellationToken) -> Option<()> {
     tokio::select! {
         () = shutdown.cancelled() => None,
         () = tokio::time::sleep(duration) => Some(()),

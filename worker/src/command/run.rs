@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use futures_util::future::BoxFuture;
 use litestripe_contract::{connect, shutdown};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -13,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::Failure;
-use crate::health::{self, Dependencies, Readiness};
+use crate::health::{self, Readiness};
 use crate::metrics;
 use crate::questions::Questions;
 use crate::questions::lookup::Lookup;
@@ -29,7 +27,7 @@ use crate::start::{broker, parts::Parts};
 use crate::store::lease::Lease;
 use crate::stream::dead_letter::DeadLetters;
 use crate::stripe::api::StripeApi;
-use crate::wait::{JETSTREAM, Wait};
+use crate::wait::{self, JETSTREAM};
 
 /// How long a stopping worker may take, at most. What is unfinished then is delivered again.
 const STOP_MAX: Duration = Duration::from_secs(15);
@@ -40,11 +38,6 @@ const ANSWERS_MAX: Duration = Duration::from_secs(5);
 /// How long acks may take to leave the process at the end.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-/// A part of the worker panicked. Whoever supervises it starts it again.
-#[derive(Debug, thiserror::Error)]
-#[error("a part of the worker panicked, which is a bug: what is unfinished will be delivered again")]
-struct Panicked;
-
 pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let started = OffsetDateTime::now_utc();
     let supervisor = Supervisor { shutdown: shutdown::token()?, panicked: CancellationToken::new() };
@@ -52,11 +45,9 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let listener = health::listen(settings.listen).await?;
     let nats = connect::connect(&settings.nats, "litestripe-worker").await.map_err(Failure::configuration)?;
     let readiness = Arc::new(Readiness::default());
-    let dependencies = Dependencies { nats: nats.clone(), readiness: Arc::clone(&readiness) };
-    let forever = CancellationToken::new();
     // Not waited for: it answers until the process ends.
     let unwaited = TaskTracker::new();
-    supervisor.spawn(&unwaited, "health", health::serve(listener, dependencies, forever).boxed());
+    supervisor.spawn(&unwaited, "health", health::serve(listener, nats.clone(), Arc::clone(&readiness)));
 
     let prepared = tokio::select! {
         prepared = prepare(&settings, &readiness, nats) => prepared,
@@ -64,11 +55,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     };
     let parts = prepared?;
     let worker = Worker::spawn(&settings, &parts, &supervisor, started)?;
-    supervisor.spawn(
-        &unwaited,
-        "the care of streams",
-        broker::tend_streams(settings.clone(), parts.jetstream.clone()).boxed(),
-    );
+    let care = broker::tend_streams(settings.clone(), parts.jetstream.clone());
+    supervisor.spawn(&unwaited, "the care of streams", care);
     worker.consume(&settings, &parts, &readiness, &supervisor.shutdown).await;
     if tokio::time::timeout(STOP_MAX, worker.stop(&parts)).await.is_err() {
         warn!("gave up after {} s: what is unfinished will be delivered again", STOP_MAX.as_secs());
@@ -82,16 +70,7 @@ async fn prepare(settings: &Settings, readiness: &Readiness, nats: async_nats::C
     let store = database::open(&settings.database, Schema::Migrated).await?;
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
-    let mut wait = Wait::new(JETSTREAM);
-    loop {
-        match Parts::read(store.clone(), nats.clone()).await {
-            Ok(parts) => {
-                wait.succeeded();
-                return Ok(parts);
-            }
-            Err(error) => tokio::time::sleep(wait.failed(&error)).await,
-        }
-    }
+    Ok(wait::until_ok(JETSTREAM, async || Parts::read(store.clone(), nats.clone()).await).await)
 }
 
 /// Watches the parts without which the worker does only some of its work.
@@ -103,7 +82,7 @@ struct Supervisor {
 impl Supervisor {
     /// Spawns a part. If it panics, the worker says so, stops as if it was told to, and ends with a
     /// failure.
-    fn spawn(&self, tracker: &TaskTracker, name: &'static str, work: BoxFuture<'static, ()>) {
+    fn spawn(&self, tracker: &TaskTracker, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         let (work, panicked, shutdown) = (tokio::spawn(work), self.panicked.clone(), self.shutdown.clone());
         tracker.spawn(async move {
             if work.await.is_err_and(|error| error.is_panic()) {
@@ -115,7 +94,11 @@ impl Supervisor {
     }
 
     fn outcome(&self) -> Result<(), Failure> {
-        if self.panicked.is_cancelled() { Err(Panicked.into()) } else { Ok(()) }
+        if self.panicked.is_cancelled() {
+            let bug = "a part of the worker panicked, which is a bug: what is unfinished will be delivered again";
+            return Err(Failure::new(bug));
+        }
+        Ok(())
     }
 }
 
@@ -137,34 +120,37 @@ impl Worker {
         supervisor: &Supervisor,
         started: OffsetDateTime,
     ) -> Result<Self, Failure> {
-        let (asking, relaying, relay_stop) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
+        let (asking, relaying) = <(TaskTracker, TaskTracker)>::default();
+        let relay_stop = CancellationToken::new();
         let wake = Arc::new(Notify::new());
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &wake);
         let stripe = parts.stripe(settings)?;
-        supervisor.spawn(&relaying, "the relay", parts.relay(settings, &wake).run(relay_stop.clone()).boxed());
+        supervisor.spawn(&relaying, "the relay", parts.relay(settings, &wake).run(relay_stop.clone()));
         let shutdown = &supervisor.shutdown;
-        if let Some(schedule) = backfills(settings, parts, stripe.clone(), started) {
-            supervisor.spawn(&asking, "the backfill", schedule.run(shutdown.clone()).boxed());
+        let backfills = stripe.clone().and_then(|stripe| backfills(settings, parts, stripe, started));
+        if let Some(schedule) = backfills {
+            supervisor.spawn(&asking, "the backfill", schedule.run(shutdown.clone()));
         }
+        let Parts { store, jetstream, erasures, .. } = parts.clone();
         let questions = Questions {
-            store: parts.store.clone(),
-            jetstream: parts.jetstream.clone(),
+            store: store.clone(),
+            jetstream: jetstream.clone(),
             lookup: Lookup::new(&settings.lookup, &parts.nats),
             stripe,
             orphans: settings.orphans.clone(),
-            erasures: parts.erasures.clone(),
+            erasures,
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             wake: Arc::clone(&applier.questions),
             relay: Arc::clone(&wake),
             waiting: Arc::clone(&applier.waiting),
             complained: std::sync::Mutex::default(),
         };
-        supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()).boxed());
-        let owed = owed::run(parts.store.clone(), Arc::clone(&wake), shutdown.clone());
-        supervisor.spawn(&asking, "the sender of owed signals", owed.boxed());
-        let retention = retention::run(parts.store.clone(), parts.jetstream.clone(), shutdown.clone());
-        supervisor.spawn(&asking, "the retention", retention.boxed());
+        supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()));
+        let owed = owed::run(store.clone(), wake, shutdown.clone());
+        supervisor.spawn(&asking, "the sender of owed signals", owed);
+        let retention = retention::run(store, jetstream, shutdown.clone());
+        supervisor.spawn(&asking, "the retention", retention);
         Ok(Self { applier, dead_letters, asking, relaying, relay_stop })
     }
 
@@ -196,26 +182,17 @@ impl Worker {
 }
 
 /// The backfills that this worker takes part in, if it has a key and is not told otherwise.
-fn backfills(
-    settings: &Settings,
-    parts: &Parts,
-    stripe: Option<StripeApi>,
-    started: OffsetDateTime,
-) -> Option<Schedule> {
-    let (stripe, key) = stripe.zip(settings.stripe.clone())?;
+fn backfills(settings: &Settings, parts: &Parts, stripe: StripeApi, started: OffsetDateTime) -> Option<Schedule> {
+    let key = settings.stripe.clone()?;
+    let Parts { store, jetstream, erasures, .. } = parts.clone();
+    let types = backfill::types(settings);
     Some(Schedule {
         interval: key.backfill_interval?,
         started,
-        record: Record::new(parts.store.clone(), key.is_live()),
-        lease: Lease::new(parts.store.clone(), "backfill"),
-        backfill: Backfill {
-            stripe,
-            jetstream: parts.jetstream.clone(),
-            store: parts.store.clone(),
-            erasures: parts.erasures.clone(),
-            types: backfill::types(settings),
-        },
-        store: parts.store.clone(),
+        record: Record::new(store.clone(), key.is_live()),
+        lease: Lease::new(store.clone(), "backfill"),
+        store: store.clone(),
+        backfill: Backfill { stripe, jetstream, store, erasures, types },
         stripe: key,
     })
 }

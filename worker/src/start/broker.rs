@@ -8,7 +8,7 @@ use litestripe_contract::{connect, exit, stream};
 
 use crate::metrics;
 use crate::settings::Settings;
-use crate::wait::{JETSTREAM, Wait};
+use crate::wait::{self, JETSTREAM};
 
 /// How long a command waits for NATS: an operator at a terminal wants an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -19,35 +19,25 @@ const TEND_EVERY: Duration = Duration::from_secs(5);
 /// NATS does not answer.
 #[derive(Debug, thiserror::Error)]
 #[error("NATS at {0} does not answer (NATS_URL); nothing was changed")]
-pub struct Unreachable(String);
+pub(crate) struct Unreachable(String);
 
 /// Returns once `nats` is connected, or fails after 5 s.
-///
-/// # Errors
-/// When there is no connection by then.
-pub async fn reach(nats: &async_nats::Client, settings: &Settings) -> Result<(), Unreachable> {
+pub(crate) async fn reach(nats: &async_nats::Client, settings: &Settings) -> Result<(), Unreachable> {
     let connected = tokio::time::timeout(ANSWER_MAX, connect::connected(nats, &settings.nats)).await;
     connected.map_err(|_| Unreachable(settings.nats.hosts()))
 }
 
 /// Waits for the broker, and until its streams are there.
-pub async fn prepare(nats: &async_nats::Client, settings: &Settings) {
+pub(crate) async fn prepare(nats: &async_nats::Client, settings: &Settings) {
     metrics::waiting_for_broker(nats.connection_state() != State::Connected);
     connect::connected(nats, &settings.nats).await;
     metrics::waiting_for_broker(false);
     let jetstream = connect::jetstream(nats.clone());
-    let mut wait = Wait::new(JETSTREAM);
-    while let Err(error) = provide(settings, &jetstream).await {
-        tokio::time::sleep(wait.failed(&error)).await;
-    }
-    wait.succeeded();
+    wait::until_ok(JETSTREAM, async || provide(settings, &jetstream).await).await;
 }
 
 /// Creates the streams that are missing.
-///
-/// # Errors
-/// When one neither exists nor can be created.
-pub async fn provide(settings: &Settings, jetstream: &jetstream::Context) -> Result<(), stream::ProvisionError> {
+pub(crate) async fn provide(settings: &Settings, jetstream: &jetstream::Context) -> Result<(), stream::ProvisionError> {
     let replicas = settings.events.replicas;
     stream::provide_events(jetstream, &settings.events).await?;
     stream::provide(jetstream, stream::signals(replicas, settings.signals_max_age)).await?;
@@ -55,7 +45,7 @@ pub async fn provide(settings: &Settings, jetstream: &jetstream::Context) -> Res
 }
 
 /// Creates streams that somebody deleted, again and again.
-pub async fn tend_streams(settings: Settings, jetstream: jetstream::Context) {
+pub(crate) async fn tend_streams(settings: Settings, jetstream: jetstream::Context) {
     loop {
         tokio::time::sleep(TEND_EVERY).await;
         metrics::waiting_for_broker(jetstream.client().connection_state() != State::Connected);

@@ -20,10 +20,10 @@ use crate::stream::dead_letter::DeadLetters;
 use crate::wait::{JETSTREAM, Wait, pause};
 
 /// How long whoever stops waits for the batch in flight, which takes milliseconds as a rule.
-pub const FINISH_MAX: Duration = Duration::from_secs(10);
+pub(crate) const FINISH_MAX: Duration = Duration::from_secs(10);
 
 /// Applies batches until `shutdown`. A consumer that is gone is opened again.
-pub async fn consume(
+pub(crate) async fn consume(
     settings: &Settings,
     jetstream: &jetstream::Context,
     applier: &Applier,
@@ -52,7 +52,7 @@ pub async fn consume(
 }
 
 /// Takes part in consuming while `work` runs: a command must not depend on a worker being up.
-pub async fn while_consuming<T>(settings: &Settings, parts: &Parts, work: impl Future<Output = T>) -> T {
+pub(crate) async fn while_consuming<T>(settings: &Settings, parts: &Parts, work: impl Future<Output = T>) -> T {
     let stop = CancellationToken::new();
     let dead_letters = DeadLetters::new(parts.jetstream.clone());
     // Whoever relays looks by itself; questions are left to the workers.

@@ -9,8 +9,7 @@ use crate::wait::{DATABASE, Wait};
 
 /// What the schema has to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Schema {
-    /// Whatever it is.
+pub(crate) enum Schema {
     Any,
     /// Current. Who asks is no reason to change it.
     Current,
@@ -20,8 +19,7 @@ pub enum Schema {
 
 /// The database cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// It does not do what it was asked.
+pub(crate) enum OpenError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// Its schema is behind, and we were not told to migrate it.
@@ -32,28 +30,20 @@ pub enum OpenError {
     SchemaBehind(String),
 }
 
-impl OpenError {
-    fn may_pass(&self) -> bool {
-        matches!(self, Self::Store(error) if error.may_pass())
-    }
-}
-
 /// Opens the database, waits until it answers and sees to its schema.
 ///
-/// # Errors
-/// When only a person can help: a URL that cannot be used, a user or database that does not exist, a
-/// schema that is behind.
-pub async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, OpenError> {
+/// Fails only where a person must help: a URL that cannot be used, a user or database that does not
+/// exist, a schema that is behind.
+pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, OpenError> {
     let mut wait = Wait::new(DATABASE);
     loop {
         match try_open(settings, schema).await {
-            Err(error) if error.may_pass() => tokio::time::sleep(wait.failed(&error)).await,
-            outcome => {
-                if outcome.is_ok() {
-                    wait.succeeded();
-                }
-                return outcome;
+            Err(OpenError::Store(error)) if error.may_pass() => tokio::time::sleep(wait.failed(&error)).await,
+            Ok(store) => {
+                wait.succeeded();
+                return Ok(store);
             }
+            Err(error) => return Err(error),
         }
     }
 }

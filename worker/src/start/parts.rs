@@ -22,24 +22,14 @@ use crate::stripe::api::{ApiError, StripeApi};
 use crate::stripe::budget::Budget;
 use crate::upgrade::{self, UpgradeError};
 
-/// A command could not be started.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum StartError {
+pub(crate) enum StartError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error(transparent)]
     Unreachable(#[from] Unreachable),
     #[error(transparent)]
     Open(#[from] OpenError),
-    #[error(transparent)]
-    Read(#[from] ReadError),
-}
-
-/// The erasures could not be read.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum ReadError {
     #[error(transparent)]
     Upgrade(#[from] UpgradeError),
     #[error(transparent)]
@@ -48,44 +38,33 @@ pub enum ReadError {
 
 /// The database, the broker, and the erasures, without which no event may be applied.
 #[derive(Clone)]
-pub struct Parts {
-    /// Where the rows are.
-    pub store: Store,
-    /// The connection to NATS.
-    pub nats: async_nats::Client,
-    /// JetStream over it.
-    pub jetstream: jetstream::Context,
+pub(crate) struct Parts {
+    pub(crate) store: Store,
+    pub(crate) nats: async_nats::Client,
+    pub(crate) jetstream: jetstream::Context,
     /// Whose personal data is not to come back.
-    pub erasures: Erasures,
+    pub(crate) erasures: Erasures,
 }
 
 impl Parts {
     /// Reaches NATS within 5 s, opens the database and reads the erasures. `name` is what the
     /// connection is called at the server.
-    ///
-    /// # Errors
-    /// When one of them cannot be used.
-    pub async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Self, StartError> {
+    pub(crate) async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
-        Ok(Self::read(store, nats).await?)
+        Self::read(store, nats).await
     }
 
     /// What there is over a database and a broker that answer. What the version before kept in NATS is moved
     /// into the database first.
-    ///
-    /// # Errors
-    /// When the erasures cannot be read.
-    pub async fn read(store: Store, nats: async_nats::Client) -> Result<Self, ReadError> {
+    pub(crate) async fn read(store: Store, nats: async_nats::Client) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
         upgrade::take_over(&store, &jetstream).await?;
         let erasures = Erasures::load(&store, jetstream.clone()).await?;
         Ok(Self { store, nats, jetstream, erasures })
     }
 
-    /// What applies live events.
-    #[must_use]
-    pub fn applier(&self, settings: &Settings, dead_letters: &DeadLetters, relay: &Arc<Notify>) -> Applier {
+    pub(crate) fn applier(&self, settings: &Settings, dead_letters: &DeadLetters, relay: &Arc<Notify>) -> Applier {
         Applier {
             store: self.store.clone(),
             metadata_keys: settings.metadata_keys.clone(),
@@ -100,16 +79,12 @@ impl Parts {
     }
 
     /// The relay, which looks at the outbox when `wake` says so.
-    #[must_use]
-    pub fn relay(&self, settings: &Settings, wake: &Arc<Notify>) -> Relay {
+    pub(crate) fn relay(&self, settings: &Settings, wake: &Arc<Notify>) -> Relay {
         Relay::new(self.store.clone(), self.jetstream.clone(), settings.nats.clone(), Arc::clone(wake))
     }
 
     /// A client of Stripe's API within the budget of all workers, if there is a key.
-    ///
-    /// # Errors
-    /// When no HTTP client can be made.
-    pub fn stripe(&self, settings: &Settings) -> Result<Option<StripeApi>, ApiError> {
+    pub(crate) fn stripe(&self, settings: &Settings) -> Result<Option<StripeApi>, ApiError> {
         let Some(stripe) = settings.stripe.clone() else { return Ok(None) };
         let budget = Budget::new(&stripe.budget, self.jetstream.clone(), settings.events.replicas);
         StripeApi::new(stripe, Arc::new(budget)).map(Some)
@@ -117,7 +92,7 @@ impl Parts {
 
     /// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
     /// depend on a worker being up.
-    pub async fn while_relaying<T>(&self, settings: &Settings, work: impl Future<Output = T>) -> T {
+    pub(crate) async fn while_relaying<T>(&self, settings: &Settings, work: impl Future<Output = T>) -> T {
         let stop = CancellationToken::new();
         let relay = tokio::spawn(self.relay(settings, &Arc::new(Notify::new())).run(stop.clone()));
         let outcome = work.await;
@@ -129,18 +104,14 @@ impl Parts {
 }
 
 /// A connection to NATS, within 5 s.
-///
-/// # Errors
-/// When the settings can never work, or nobody answers by then.
-pub async fn connect_within(settings: &Settings, name: &str) -> Result<async_nats::Client, StartError> {
+pub(crate) async fn connect_within(settings: &Settings, name: &str) -> Result<async_nats::Client, StartError> {
     let nats = connect::connect(&settings.nats, name).await?;
     broker::reach(&nats, settings).await?;
     Ok(nats)
 }
 
 /// What live events are applied under.
-#[must_use]
-pub fn terms(settings: &Settings) -> Terms {
+pub(crate) fn terms(settings: &Settings) -> Terms {
     let rules = Rules {
         lookup: !matches!(settings.lookup, LookupSettings::None),
         without_session: settings.orphans.without_session,
