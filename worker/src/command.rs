@@ -6,11 +6,13 @@ use std::process::ExitCode;
 
 use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
-use litestripe_contract::{exit, telemetry};
+use litestripe_contract::telemetry;
 
-use crate::settings::{SETTINGS, Settings, WINDOW};
+use crate::settings::{SETTINGS, Settings, StripeSettings, WINDOW};
 use crate::start::database::Schema;
 use crate::start::parts::{self, Parts};
+use crate::stripe::api::StripeApi;
+use crate::stripe::mode;
 
 mod backfill;
 mod dead_letters;
@@ -28,7 +30,10 @@ mod run;
 mod schema;
 mod status;
 
-pub(crate) use failure::{Failure, NoKey};
+use failure::Failure;
+
+const NO_KEY: &str =
+    "STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -62,9 +67,14 @@ enum Command {
 /// Parses the command line and does what it says.
 #[must_use]
 pub fn main() -> ExitCode {
-    if let Err(problems) = settings::dotenv() {
-        return exit::fail(exit::CONFIGURATION, problems);
+    match parse_and_execute() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.exit(),
     }
+}
+
+fn parse_and_execute() -> Result<(), Failure> {
+    settings::dotenv().map_err(Failure::configuration)?;
     let matches = command_line().get_matches();
     let command = match Command::from_arg_matches(&matches) {
         Ok(command) => command,
@@ -76,20 +86,10 @@ pub fn main() -> ExitCode {
         return schema.print();
     }
     let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
-    let settings = match crate::settings::read(given) {
-        Ok(settings) => settings,
-        Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
-    };
+    let settings = crate::settings::read(given).map_err(Failure::configuration)?;
     let log = settings.log.clone();
     telemetry::init(&if matches!(command, Command::Run) { log } else { log.quiet() });
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => return exit::fail(exit::FAILURE, error),
-    };
-    match runtime.block_on(execute(command, settings)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.exit(),
-    }
+    tokio::runtime::Runtime::new()?.block_on(execute(command, settings))
 }
 
 /// What the command `name` works with: see [`Parts::start`].
@@ -100,6 +100,20 @@ async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Parts,
 /// A connection to NATS for the command `name`, within 5 s.
 async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, Failure> {
     parts::connect_within(settings, &format!("litestripe-worker {name}")).await.map_err(failure::start)
+}
+
+/// How to call Stripe's API, for a command that must.
+fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
+    settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NO_KEY))
+}
+
+/// A client of Stripe's API, unless its key is of another mode than all rows and that is not wanted.
+async fn stripe(settings: &Settings, parts: &Parts, any_mode: bool) -> Result<StripeApi, Failure> {
+    let mismatch = mode::mismatch(&parts.store, key(settings)?).await?;
+    if let Some(mismatch) = mismatch.filter(|_| !any_mode) {
+        return Err(Failure::configuration(mismatch));
+    }
+    parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NO_KEY))
 }
 
 async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
@@ -127,7 +141,7 @@ pub fn command_line() -> clap::Command {
         .after_help(
             "Every setting may be given as a flag or as the environment variable of the same name; .env is read.",
         );
-    let command = settings::declare(settings::declare(command, SETTINGS), SHARED);
-    let command = command.mut_arg(WINDOW.name, |arg| arg.hide(true));
+    let command =
+        settings::declare(settings::declare(command, SETTINGS), SHARED).mut_arg(WINDOW.name, |arg| arg.hide(true));
     Command::augment_subcommands(command).subcommand_required(false).arg_required_else_help(false)
 }

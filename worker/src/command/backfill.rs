@@ -7,15 +7,14 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
 
-use super::print;
+use super::print::{self, Output};
 use super::progress::Progress;
-use super::{Failure, NoKey, moment};
+use super::{Failure, moment};
 use crate::recover::backfill::record::{self, Record};
 use crate::recover::backfill::{self, BackfillError, End, Summary, Wanted};
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
-use crate::stripe::mode;
 
 #[derive(Debug, Args)]
 pub(crate) struct Backfill {
@@ -29,9 +28,8 @@ pub(crate) struct Backfill {
     /// Go on although the key is of another mode than all rows
     #[arg(long)]
     any_mode: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What `backfill --json` prints.
@@ -57,12 +55,9 @@ enum Halfway {
 impl Backfill {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let shutdown = shutdown::token()?;
-        let key = settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NoKey))?;
+        let key = super::key(settings)?;
         let parts = super::start(settings, "backfill", Schema::Migrated).await?;
-        if let Some(mismatch) = mode::mismatch(&parts.store, key).await?.filter(|_| !self.any_mode) {
-            return Err(Failure::configuration(mismatch));
-        }
-        let stripe = parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
+        let stripe = super::stripe(settings, &parts, self.any_mode).await?;
         let Parts { store, jetstream, erasures, .. } = parts;
         let record = Record::new(store.clone(), key.is_live());
         let types = backfill::types(settings);
@@ -94,7 +89,9 @@ impl Backfill {
         if let Err(error @ BackfillError::NoStream) = outcome {
             return Err(error.into());
         }
-        self.print(since, summary, matches!(outcome, Ok(End::Complete)))?;
+        let complete = matches!(outcome, Ok(End::Complete));
+        let report = Report { since: since.format(&Rfc3339)?, complete, summary };
+        self.output.print(&report, || print(&report))?;
         match outcome {
             // It has not looked at all there is.
             Ok(End::Complete) if self.undelivered_only => Ok(()),
@@ -103,26 +100,21 @@ impl Backfill {
             Err(error) => Err(Halfway::Failed(error).into()),
         }
     }
+}
 
-    fn print(&self, since: OffsetDateTime, summary: Summary, complete: bool) -> Result<(), Failure> {
-        let report = Report { since: since.format(&Rfc3339)?, complete, summary };
-        if self.json {
-            print::json(&report)?;
-            return Ok(());
-        }
-        let Summary { listed, already_there, published, duplicates, skipped } = report.summary;
-        let rows = [
-            ("since", report.since, if complete { "" } else { "not all of it" }),
-            ("listed", listed.to_string(), "by Stripe"),
-            ("already there", already_there.to_string(), "in STRIPE_EVENTS"),
-            ("published", published.to_string(), "had not arrived"),
-            ("duplicates", duplicates.to_string(), "of the published ones, arrived meanwhile"),
-            ("skipped", skipped.to_string(), "cannot be stored"),
-        ];
-        let rows = rows.into_iter().map(|(what, value, note)| [what.to_owned(), value, note.to_owned()]);
-        print::table(["what", "value", ""], rows);
-        Ok(())
-    }
+fn print(report: &Report) {
+    let Summary { listed, already_there, published, duplicates, skipped } = report.summary;
+    let not_all = if report.complete { "" } else { "not all of it" };
+    let since = ["since".to_owned(), report.since.clone(), not_all.to_owned()];
+    let counts = [
+        ("listed", listed, "by Stripe"),
+        ("already there", already_there, "in STRIPE_EVENTS"),
+        ("published", published, "had not arrived"),
+        ("duplicates", duplicates, "of the published ones, arrived meanwhile"),
+        ("skipped", skipped, "cannot be stored"),
+    ];
+    let counts = counts.map(|(what, count, note)| [what.to_owned(), count.to_string(), note.to_owned()]);
+    print::table(["what", "value", ""], [since].into_iter().chain(counts));
 }
 
 /// A time that long ago, or that time.

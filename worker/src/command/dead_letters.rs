@@ -13,7 +13,7 @@ use litestripe_domain::event;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::print;
+use super::print::{self, Output};
 use crate::apply;
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
@@ -23,32 +23,24 @@ use crate::stream::dead_letter;
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
     /// List dead letters, oldest first
-    List(List),
+    List(Output),
     /// Show one dead letter
-    Show(Show),
+    Show {
+        /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+        sequence: u64,
+        /// Show the event's body too, which holds personal data
+        #[arg(long)]
+        body: bool,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Apply dead letters after what was wrong is mended; those applied are removed
     Retry(Retry),
     /// Remove one dead letter for good, its body overwritten
-    Drop(Drop),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct List {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Show {
-    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
-    sequence: u64,
-    /// Show the event's body too, which holds personal data
-    #[arg(long)]
-    body: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    Drop {
+        /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+        sequence: u64,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -59,24 +51,8 @@ pub(crate) struct Retry {
     /// Retry all of them
     #[arg(long)]
     all: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Drop {
-    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
-    sequence: u64,
-}
-
-/// Why a dead letter cannot be shown, retried or dropped.
-#[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("there is no dead letter {0}: `litestripe-worker dead-letters list` shows all")]
-    Unknown(u64),
-    #[error("{0} of {1} dead letters are still poison")]
-    StillPoison(usize, usize),
+    #[command(flatten)]
+    output: Output,
 }
 
 impl DeadLetters {
@@ -87,65 +63,60 @@ impl DeadLetters {
         let stream =
             stream.map_err(|_| Failure::new("there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it"))?;
         match self {
-            Self::List(list) => list.execute(&stream).await,
-            Self::Show(show) => show.execute(&stream).await,
+            Self::List(output) => list(&stream, output).await,
+            Self::Show { sequence, body, output } => {
+                let letter = find(&stream, sequence).await?;
+                let mut shown = as_json(&letter);
+                if body {
+                    shown["body"] = String::from_utf8_lossy(&letter.payload).into();
+                }
+                output.fields(&shown)
+            }
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
                 let parts = Parts::read(store, nats).await?;
                 retry.execute(settings, &stream, &parts).await
             }
-            Self::Drop(dropped) => dropped.execute(&stream).await,
+            Self::Drop { sequence } => {
+                find(&stream, sequence).await?;
+                remove(&stream, sequence).await?;
+                print::line(&format!("dead letter {sequence} is gone"));
+                Ok(())
+            }
         }
     }
 }
 
-impl List {
-    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
-        let mut listed = Vec::new();
-        let mut after = 0;
-        while let Some(letter) = next(stream, after).await? {
-            after = letter.sequence;
-            listed.push(as_json(&letter));
-        }
-        if self.json {
-            print::json(&listed)?;
-        } else if listed.is_empty() {
-            print::line("no dead letters");
-        } else {
-            let rows = listed.iter().map(|letter| {
-                ["sequence", "stream_sequence", "event_type", "since", "reason"].map(|field| match &letter[field] {
-                    Value::Null => "-".to_owned(),
-                    Value::String(text) => text.clone(),
-                    other => other.to_string(),
-                })
-            });
-            print::table(["sequence", "event sequence", "type", "since", "reason"], rows);
-        }
-        Ok(())
+async fn list(stream: &Stream, output: Output) -> Result<(), Failure> {
+    let mut listed = Vec::new();
+    let mut after = 0;
+    while let Some(letter) = next(stream, after).await? {
+        after = letter.sequence;
+        listed.push(as_json(&letter));
     }
+    let fields = ["sequence", "stream_sequence", "event_type", "since", "reason"];
+    let header = ["sequence", "event sequence", "type", "since", "reason"];
+    print(output, &listed, header, |letter| fields.map(|field| print::cell(&letter[field])))
 }
 
-impl Show {
-    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
-        let letter = find(stream, self.sequence).await?;
-        let mut shown = as_json(&letter);
-        if self.body {
-            shown["body"] = String::from_utf8_lossy(&letter.payload).into();
-        }
-        if self.json {
-            print::json(&shown)?;
-        } else {
-            print::fields(&shown);
-        }
-        Ok(())
-    }
+/// Prints what is said of each dead letter, or that there is none.
+fn print<const N: usize>(
+    output: Output,
+    letters: &[Value],
+    header: [&str; N],
+    row: impl Fn(&Value) -> [String; N],
+) -> Result<(), Failure> {
+    output.print(&letters, || match letters {
+        [] => print::line("no dead letters"),
+        letters => print::table(header, letters.iter().map(row)),
+    })
 }
 
 impl Retry {
     async fn execute(self, settings: &Settings, stream: &Stream, parts: &Parts) -> Result<(), Failure> {
         let dead_letters = dead_letter::DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
-        let mut report = Vec::new();
+        let (mut report, mut poison) = (Vec::new(), 0);
         let mut letter = match self.sequence {
             Some(sequence) => Some(find(stream, sequence).await?),
             None => next(stream, 0).await?,
@@ -157,44 +128,20 @@ impl Retry {
                 Err(error) => Some(error.to_string()),
             };
             // Applied first, removed then: in between it would only be applied again, to no effect.
-            if outcome.is_none() {
-                remove(stream, one.sequence).await?;
+            match outcome {
+                None => remove(stream, one.sequence).await?,
+                Some(_) => poison += 1,
             }
-            report.push((one.sequence, outcome));
+            report.push(json!({ "sequence": one.sequence, "applied": outcome.is_none(), "reason": outcome }));
             letter = if self.all { next(stream, one.sequence).await? } else { None };
         }
-        let retried = report.len();
-        let poison = report.iter().filter(|(_, outcome)| outcome.is_some()).count();
-        self.print(report)?;
-        if poison > 0 { Err(Refusal::StillPoison(poison, retried).into()) } else { Ok(()) }
-    }
-
-    fn print(&self, report: Vec<(u64, Option<String>)>) -> Result<(), Failure> {
-        if self.json {
-            let report: Vec<Value> = report
-                .into_iter()
-                .map(
-                    |(sequence, reason)| json!({ "sequence": sequence, "applied": reason.is_none(), "reason": reason }),
-                )
-                .collect();
-            print::json(&report)?;
-        } else if report.is_empty() {
-            print::line("no dead letters");
-        } else {
-            let rows = report.into_iter().map(|(sequence, reason)| {
-                [sequence.to_string(), reason.unwrap_or_else(|| "applied and removed".to_owned())]
-            });
-            print::table(["sequence", "outcome"], rows);
+        print(self.output, &report, ["sequence", "outcome"], |letter| {
+            let outcome = letter["reason"].as_str().unwrap_or("applied and removed");
+            [print::cell(&letter["sequence"]), outcome.to_owned()]
+        })?;
+        if poison > 0 {
+            return Err(Failure::new(format!("{poison} of {} dead letters are still poison", report.len())));
         }
-        Ok(())
-    }
-}
-
-impl Drop {
-    async fn execute(self, stream: &Stream) -> Result<(), Failure> {
-        let letter = find(stream, self.sequence).await?;
-        remove(stream, letter.sequence).await?;
-        print::line(&format!("dead letter {} is gone", letter.sequence));
         Ok(())
     }
 }
@@ -204,7 +151,7 @@ fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
         index: 0,
         event,
         traceparent: labelled(letter, header::TRACEPARENT),
-        stream_sequence: labelled(letter, header::STREAM_SEQUENCE).and_then(|number| number.parse().ok()).unwrap_or(0),
+        stream_sequence: stream_sequence(letter).unwrap_or(0),
     }
 }
 
@@ -221,7 +168,9 @@ async fn next(stream: &Stream, after: u64) -> Result<Option<StreamMessage>, Fail
 async fn find(stream: &Stream, sequence: u64) -> Result<StreamMessage, Failure> {
     match stream.get_raw_message(sequence).await {
         Ok(letter) => Ok(letter),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Err(Refusal::Unknown(sequence).into()),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Err(Failure::new(format!(
+            "there is no dead letter {sequence}: `litestripe-worker dead-letters list` shows all"
+        ))),
         Err(error) => Err(error.into()),
     }
 }
@@ -236,15 +185,16 @@ fn labelled(letter: &StreamMessage, name: &str) -> Option<String> {
     letter.headers.get(name).map(|value| value.as_str().to_owned())
 }
 
-fn event_type(letter: &StreamMessage) -> String {
-    subject::event_type(&letter.subject).map_or_else(|| "-".to_owned(), String::from)
+/// The event's own sequence in STRIPE_EVENTS.
+fn stream_sequence(letter: &StreamMessage) -> Option<u64> {
+    labelled(letter, header::STREAM_SEQUENCE)?.parse().ok()
 }
 
 fn as_json(letter: &StreamMessage) -> Value {
     json!({
         "sequence": letter.sequence,
-        "stream_sequence": labelled(letter, header::STREAM_SEQUENCE).and_then(|number| number.parse::<u64>().ok()),
-        "event_type": event_type(letter),
+        "stream_sequence": stream_sequence(letter),
+        "event_type": subject::event_type(&letter.subject).map_or_else(|| "-".to_owned(), String::from),
         "reason": labelled(letter, header::REASON),
         "since": Timestamp::from(letter.time.truncate_to_second()),
         "body_bytes": letter.payload.len(),

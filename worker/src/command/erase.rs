@@ -6,7 +6,7 @@ use clap::Args;
 use litestripe_contract::event::ID_BYTES_MAX;
 
 use super::Failure;
-use super::print;
+use super::print::{self, Output};
 use super::progress::Progress;
 use crate::erasure::{Erasure, Receipt, Target};
 use crate::settings::Settings;
@@ -20,9 +20,8 @@ pub(crate) struct Erase {
     /// Also if an event of the customer is not applied yet: what it says is lost
     #[arg(long)]
     force: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -56,15 +55,12 @@ impl Erase {
         let erasure = Erasure { store, jetstream, erasures, force: self.force, seen: &seen };
         let receipt = parts.while_relaying(settings, erasure.run(&target)).await;
         progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
-        print(&receipt?, self.json)
+        let receipt = receipt?;
+        self.output.print(&receipt, || print(&receipt))
     }
 }
 
-fn print(receipt: &Receipt, json: bool) -> Result<(), Failure> {
-    if json {
-        print::json(&receipt)?;
-        return Ok(());
-    }
+fn print(receipt: &Receipt) {
     let rows = [
         ("messages in STRIPE_EVENTS", receipt.events),
         ("of those, not applied", receipt.unapplied),
@@ -73,7 +69,6 @@ fn print(receipt: &Receipt, json: bool) -> Result<(), Failure> {
         ("subscriptions with metadata", receipt.subscriptions),
         ("orphans with an email", receipt.orphans),
     ];
-    print::table(["erased", "count"], rows.into_iter().map(|(what, count)| [what.to_owned(), count.to_string()]));
+    print::table(["erased", "count"], rows.map(|(what, count)| [what.to_owned(), count.to_string()]));
     print::line(&format!("recorded at {} for {}", receipt.recorded_at, receipt.ids.join(", ")));
-    Ok(())
 }

@@ -7,31 +7,27 @@ use litestripe_contract::exit;
 
 use crate::start::parts::StartError;
 
+type Cause = Box<dyn Error + Send + Sync>;
+
 /// What ends a command. It is one line on stderr and an exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
-    error: Box<dyn Error + Send + Sync>,
+    error: Cause,
 }
 
-/// A command that asks Stripe was called without a key.
-#[derive(Debug, thiserror::Error)]
-#[error("STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API")]
-pub(crate) struct NoKey;
-
 impl Failure {
-    /// A failure at work that has no type of its own.
-    pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { code: exit::FAILURE, error: message.into().into() }
+    pub(crate) fn new(error: impl Into<Cause>) -> Self {
+        Self { code: exit::FAILURE, error: error.into() }
     }
 
     /// The settings or the command line cannot be used.
-    pub(crate) fn configuration(error: impl Error + Send + Sync + 'static) -> Self {
+    pub(crate) fn configuration(error: impl Into<Cause>) -> Self {
         Self { code: exit::CONFIGURATION, error: error.into() }
     }
 
     /// Differences remain.
-    pub(crate) fn differences(error: impl Error + Send + Sync + 'static) -> Self {
+    pub(crate) fn differences(error: impl Into<Cause>) -> Self {
         Self { code: exit::DIFFERENCES, error: error.into() }
     }
 
@@ -42,7 +38,7 @@ impl Failure {
 
 impl<E: Error + Send + Sync + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { code: exit::FAILURE, error: error.into() }
+        Self::new(error)
     }
 }
 

@@ -1,62 +1,38 @@
 //! `migrate up | down | status`.
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
 use super::Failure;
-use super::print;
+use super::print::{self, Output};
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
-use crate::store::{Step, Store};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Migrate {
     /// Apply the migrations that wait
     Up,
     /// Take migrations back; their tables and all rows in them are dropped
-    Down(Down),
+    Down {
+        /// How many to take back
+        #[arg(long, default_value_t = 1)]
+        steps: u32,
+    },
     /// List migrations and whether they are applied
-    Status(Listing),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Down {
-    /// How many to take back
-    #[arg(long, default_value_t = 1)]
-    steps: u32,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Listing {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    Status(Output),
 }
 
 impl Migrate {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let store = database::open(&settings.database, Schema::Any).await?;
+        let mut output = Output::default();
         match self {
             Self::Up => store.migrate_up().await?,
-            Self::Down(down) => store.migrate_down(down.steps).await?,
-            Self::Status(listing) => return print(&store, listing.json).await,
+            Self::Down { steps } => store.migrate_down(steps).await?,
+            Self::Status(asked) => output = asked,
         }
-        print(&store, false).await
+        let steps = store.migrations().await?;
+        let yes_or_no = |applied| if applied { "yes" } else { "no" };
+        let rows = steps.iter().map(|step| [step.name.clone(), yes_or_no(step.applied).to_owned()]);
+        output.print(&steps, || print::table(["migration", "applied"], rows))
     }
-}
-
-async fn print(store: &Store, json: bool) -> Result<(), Failure> {
-    let steps = store.migrations().await?;
-    if json {
-        print::json(&steps)?;
-    } else {
-        print::table(
-            ["migration", "applied"],
-            steps.into_iter().map(|Step { name, applied }| [name, yes_or_no(applied).to_owned()]),
-        );
-    }
-    Ok(())
-}
-
-fn yes_or_no(applied: bool) -> &'static str {
-    if applied { "yes" } else { "no" }
 }

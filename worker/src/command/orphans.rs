@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::Failure;
-use super::print;
+use super::print::{self, Output};
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
 use crate::store::{self, Store};
@@ -28,30 +28,22 @@ const LIST_MAX: usize = 1000;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Orphans {
     /// List open orphans, newest first
-    List(List),
+    List {
+        /// List resolved orphans too
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Show one orphan
-    Show(Show),
+    Show {
+        /// The orphan's id: a subscription's (sub_…) or a Checkout Session's (cs_…)
+        id: String,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Say whose payment an orphan is: notes the user, erases the email, signals it
     Resolve(Resolve),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct List {
-    /// List resolved orphans too
-    #[arg(long)]
-    all: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Show {
-    /// The orphan's id: a subscription's (sub_…) or a Checkout Session's (cs_…)
-    id: String,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -64,99 +56,46 @@ pub(crate) struct Resolve {
     /// Also if another subscription of this user has not ended
     #[arg(long)]
     force: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-/// Why an orphan cannot be shown or resolved.
-#[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("there is no orphan {0}: `litestripe-worker orphans list --all` shows all")]
-    Unknown(String),
-    #[error("{id} was resolved already, at {at}, to client reference id {client_reference_id}; nothing was changed")]
-    Resolved { id: String, at: Timestamp, client_reference_id: String },
-    #[error(
-        "client reference id {0} already has subscription {1}, which has not ended; nothing was changed. Is it the right user? `--force` resolves all the same"
-    )]
-    HasAnother(String, String),
-    #[error("{0} was resolved meanwhile to client reference id {1}, which stands")]
-    Overruled(String, String),
-    #[error("a client reference id may not hold control characters")]
-    NotAnId,
-}
-
-impl Refusal {
-    fn resolved(orphan: &Model) -> Self {
-        let at = orphan.resolved_at.unwrap_or(orphan.dt_last_updated);
-        Self::Resolved {
-            id: orphan.id.clone(),
-            at: at.truncate_to_second().into(),
-            client_reference_id: orphan.resolved_client_reference_id.clone().unwrap_or_default(),
-        }
-    }
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Orphans {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let store = database::open(&settings.database, Schema::Current).await?;
         match self {
-            Self::List(list) => list.execute(&store).await,
-            Self::Show(show) => show.execute(&store).await,
+            Self::List { all, output } => list(&store, all, output).await,
+            Self::Show { id, output } => output.fields(&as_json(&find(&store, &id).await?)),
             Self::Resolve(resolve) => resolve.execute(settings, &store).await,
         }
     }
 }
 
-impl List {
-    async fn execute(self, store: &Store) -> Result<(), Failure> {
-        let mut orphans = store::orphan::list(store.connection(), !self.all, LIST_MAX as u64 + 1).await?;
-        if orphans.len() > LIST_MAX {
-            orphans.truncate(LIST_MAX);
-            eprintln!("only the newest {LIST_MAX} are listed");
-        }
-        if self.json {
-            let orphans: Vec<Value> = orphans.iter().map(as_json).collect();
-            print::json(&orphans)?;
-            return Ok(());
-        }
+async fn list(store: &Store, all: bool, output: Output) -> Result<(), Failure> {
+    let mut orphans = store::orphan::list(store.connection(), !all, LIST_MAX as u64 + 1).await?;
+    if orphans.len() > LIST_MAX {
+        orphans.truncate(LIST_MAX);
+        eprintln!("only the newest {LIST_MAX} are listed");
+    }
+    let orphans: Vec<Value> = orphans.iter().map(as_json).collect();
+    output.print(&orphans, || {
         if orphans.is_empty() {
-            print::line(if self.all { "no orphans" } else { "no open orphans" });
-            return Ok(());
+            print::line(if all { "no orphans" } else { "no open orphans" });
+            return;
         }
-        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        let rows = orphans.into_iter().map(|orphan| {
-            let state = match orphan.resolved_client_reference_id {
-                Some(user) => format!("resolved: {user}"),
-                None => "open".to_owned(),
+        let rows = orphans.iter().map(|orphan| {
+            let cell = |field| print::cell(&orphan[field]);
+            let mode = if orphan["livemode"] == true { "live" } else { "test" };
+            let state = match &orphan["resolved_client_reference_id"] {
+                Value::Null => "open".to_owned(),
+                user => format!("resolved: {}", print::cell(user)),
             };
-            let seen = Timestamp::from(orphan.dt_created.truncate_to_second()).to_string();
-            let mode = if orphan.livemode { "live" } else { "test" };
-            [
-                orphan.id,
-                orphan.reason,
-                or_dash(orphan.customer_email),
-                or_dash(orphan.stripe_customer_id),
-                mode.to_owned(),
-                seen,
-                state,
-            ]
+            let [id, reason, email, customer, since] =
+                ["orphan_id", "reason", "customer_email", "stripe_customer_id", "dt_created"].map(cell);
+            [id, reason, email, customer, mode.to_owned(), since, state]
         });
         print::table(["id", "reason", "email", "customer", "mode", "since", "state"], rows);
-        Ok(())
-    }
-}
-
-impl Show {
-    async fn execute(self, store: &Store) -> Result<(), Failure> {
-        let orphan = find(store, &self.id).await?;
-        if self.json {
-            print::json(&as_json(&orphan))?;
-        } else {
-            print::fields(&as_json(&orphan));
-        }
-        Ok(())
-    }
+    })
 }
 
 impl Resolve {
@@ -164,54 +103,44 @@ impl Resolve {
         let orphan = find(store, &self.id).await?;
         self.check(store, &orphan).await?;
         let nats = super::connect(settings, "orphans").await?;
+        let (id, user) = (&orphan.id, &self.client_reference_id);
         let resolution = Resolution {
-            orphan_id: &orphan.id,
-            client_reference_id: &self.client_reference_id,
+            orphan_id: id,
+            client_reference_id: user,
             payment: store::orphan::payment(&orphan),
             reason: &orphan.reason,
         };
         let scope = Scope { livemode: orphan.livemode, account: None };
         let created = OffsetDateTime::now_utc().unix_timestamp();
         own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope).await?;
-        let word = (created, self.client_reference_id.as_str());
-        match tokio::time::timeout(APPLIED_MAX, resolved(store, &orphan.id, word)).await {
-            Ok(orphan) => {
-                let orphan = orphan?;
-                if orphan.resolved_client_reference_id.as_ref() != Some(&self.client_reference_id) {
-                    let user = orphan.resolved_client_reference_id.unwrap_or_default();
-                    return Err(Refusal::Overruled(orphan.id, user).into());
-                }
-                if self.json {
-                    print::json(&as_json(&orphan))?;
-                } else {
-                    print::line(&format!(
-                        "{} is resolved to client reference id {}",
-                        orphan.id, self.client_reference_id
-                    ));
-                }
+        let Ok(resolved) = tokio::time::timeout(APPLIED_MAX, resolved(store, id, (created, user))).await else {
+            let stored = json!({ "orphan_id": id, "client_reference_id": user, "state": "stored" });
+            let later = "it takes effect when a worker runs (`litestripe-worker run`)";
+            return self.output.print(&stored, || print::line(&format!("the resolution of {id} is stored; {later}")));
+        };
+        let resolved = resolved?;
+        match &resolved.resolved_client_reference_id {
+            Some(stands) if stands == user => self.output.print(&as_json(&resolved), || {
+                print::line(&format!("{id} is resolved to client reference id {user}"));
+            }),
+            other => {
+                let other = other.as_deref().unwrap_or_default();
+                let stands = format!("{id} was resolved meanwhile to client reference id {other}, which stands");
+                Err(Failure::new(stands))
             }
-            Err(_) if self.json => {
-                let stored = json!({
-                    "orphan_id": orphan.id,
-                    "client_reference_id": self.client_reference_id,
-                    "state": "stored",
-                });
-                print::json(&stored)?;
-            }
-            Err(_) => print::line(&format!(
-                "the resolution of {} is stored; it takes effect when a worker runs (`litestripe-worker run`)",
-                orphan.id
-            )),
         }
-        Ok(())
     }
 
     async fn check(&self, store: &Store, orphan: &Model) -> Result<(), Failure> {
         if self.client_reference_id.chars().any(char::is_control) {
-            return Err(Refusal::NotAnId.into());
+            return Err(Failure::new("a client reference id may not hold control characters"));
         }
-        if orphan.resolved_at.is_some() {
-            return Err(Refusal::resolved(orphan).into());
+        let id = &orphan.id;
+        if let Some(at) = orphan.resolved_at {
+            let (at, to) = (timestamp(at), orphan.resolved_client_reference_id.as_deref().unwrap_or_default());
+            return Err(Failure::new(format!(
+                "{id} was resolved already, at {at}, to client reference id {to}; nothing was changed"
+            )));
         }
         if self.force {
             return Ok(());
@@ -219,7 +148,10 @@ impl Resolve {
         let (this, user) = (orphan.stripe_subscription_id.as_deref(), &self.client_reference_id);
         // What a user tried in test mode says nothing about live mode.
         match store::subscription::other_of_user(store.connection(), user, orphan.livemode, this).await? {
-            Some(other) => Err(Refusal::HasAnother(user.clone(), other).into()),
+            Some(other) => Err(Failure::new(format!(
+                "client reference id {user} already has subscription {other}, which has not ended; nothing was changed. \
+                 Is it the right user? `--force` resolves all the same"
+            ))),
             None => Ok(()),
         }
     }
@@ -241,11 +173,16 @@ async fn resolved(store: &Store, id: &str, word: (i64, &str)) -> Result<Model, F
 
 async fn find(store: &Store, id: &str) -> Result<Model, Failure> {
     let orphan = store::orphan::find(store.connection(), id).await?;
-    Ok(orphan.ok_or_else(|| Refusal::Unknown(id.to_owned()))?)
+    orphan.ok_or_else(|| {
+        Failure::new(format!("there is no orphan {id}: `litestripe-worker orphans list --all` shows all"))
+    })
+}
+
+fn timestamp(at: OffsetDateTime) -> Timestamp {
+    at.truncate_to_second().into()
 }
 
 fn as_json(orphan: &Model) -> Value {
-    let time = |at: OffsetDateTime| Timestamp::from(at.truncate_to_second());
     json!({
         "orphan_id": orphan.id,
         "reason": orphan.reason,
@@ -255,9 +192,9 @@ fn as_json(orphan: &Model) -> Value {
         "stripe_subscription_id": orphan.stripe_subscription_id,
         "event_id": orphan.event_id,
         "livemode": orphan.livemode,
-        "resolved_at": orphan.resolved_at.map(time),
+        "resolved_at": orphan.resolved_at.map(timestamp),
         "resolved_client_reference_id": orphan.resolved_client_reference_id,
-        "dt_created": time(orphan.dt_created),
-        "dt_last_updated": time(orphan.dt_last_updated),
+        "dt_created": timestamp(orphan.dt_created),
+        "dt_last_updated": timestamp(orphan.dt_last_updated),
     })
 }

@@ -2,27 +2,41 @@
 
 use std::io::Write as _;
 
+use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
+
+use super::Failure;
+
+/// How a command prints its result.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct Output {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Output {
+    /// Prints `value` as JSON where that was asked for; else `text` prints for people.
+    pub(crate) fn print(self, value: &impl Serialize, text: impl FnOnce()) -> Result<(), Failure> {
+        if self.json {
+            line(&serde_json::to_string_pretty(value)?)
+        } else {
+            text()
+        }
+        Ok(())
+    }
+
+    /// Prints `value` as JSON, or the fields of the object a line each.
+    pub(crate) fn fields(self, value: &Value) -> Result<(), Failure> {
+        let row = |(name, value): (&String, &Value)| [name.clone(), cell(value)];
+        self.print(value, || table(["field", "value"], value.as_object().into_iter().flatten().map(row)))
+    }
+}
 
 /// Prints a line. A reader that has seen enough (`| head`) is no failure.
 pub(crate) fn line(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
-}
-
-/// Prints `value` as JSON.
-///
-/// # Errors
-/// When it has a map with keys that are not text.
-pub(crate) fn json(value: &impl Serialize) -> Result<(), serde_json::Error> {
-    line(&serde_json::to_string_pretty(value)?);
-    Ok(())
-}
-
-/// Prints the fields of a JSON object, a line each.
-pub(crate) fn fields(object: &Value) {
-    let rows = object.as_object().into_iter().flatten().map(|(name, value)| [name.clone(), cell(value)]);
-    table(["field", "value"], rows);
 }
 
 /// A JSON value as a cell of a table.
@@ -35,11 +49,8 @@ pub(crate) fn cell(value: &Value) -> String {
 }
 
 /// Prints a table that people read and `awk` can take apart.
-pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) {
+pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) {
     let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header(header);
-    for row in rows {
-        table.add_row(row);
-    }
+    table.load_style(comfy_table::presets::NOTHING).set_header(header).add_rows(rows);
     line(&table.to_string());
 }

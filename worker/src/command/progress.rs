@@ -17,30 +17,8 @@ pub(crate) struct Progress {
     bar: ProgressBar,
     is_terminal: bool,
     last_line: Instant,
-}
-
-/// Progress through a stream: by positions, because nobody knows how many of its events are wanted.
-pub(crate) struct Positions {
-    progress: Progress,
-    reached: u64,
-}
-
-impl Positions {
-    /// Progress of `what` from after the sequence `done` to the sequence `last`.
-    pub(crate) fn start(what: &'static str, done: u64, last: u64) -> Self {
-        Self { progress: Progress::start(what, "events", Some(last.saturating_sub(done))), reached: done }
-    }
-
-    /// Everything up to `sequence` is done.
-    pub(crate) fn reached(&mut self, sequence: u64) {
-        self.progress.advance(sequence.saturating_sub(self.reached));
-        self.reached = self.reached.max(sequence);
-    }
-
-    /// It is over: the summary follows.
-    pub(crate) fn finish(self) {
-        self.progress.finish();
-    }
+    /// Of a stream: the sequence after which the work began.
+    after: u64,
 }
 
 impl Progress {
@@ -58,7 +36,18 @@ impl Progress {
         bar.set_style(style);
         bar.set_prefix(what);
         bar.set_message(unit);
-        Self { what, unit, bar, is_terminal, last_line: Instant::now() }
+        Self { what, unit, bar, is_terminal, last_line: Instant::now(), after: 0 }
+    }
+
+    /// Progress of `what` through a stream, from after the sequence `after` to the sequence `last`: by
+    /// positions, because nobody knows how many of its events are wanted.
+    pub(crate) fn through(what: &'static str, after: u64, last: u64) -> Self {
+        Self { after, ..Self::start(what, "events", Some(last.saturating_sub(after))) }
+    }
+
+    /// Everything up to `sequence` is done.
+    pub(crate) fn reached(&mut self, sequence: u64) {
+        self.advance(sequence.saturating_sub(self.after + self.bar.position()));
     }
 
     /// `count` more are done.

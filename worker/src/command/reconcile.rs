@@ -6,16 +6,15 @@ use clap::Args;
 use litestripe_contract::shutdown;
 use serde_json::json;
 
-use super::print;
+use super::Failure;
+use super::print::{self, Output};
 use super::progress::Progress;
-use super::{Failure, NoKey};
 use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, STATUSES, Sources};
 use crate::settings::Settings;
 use crate::start::broker;
 use crate::start::consume::while_consuming;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
-use crate::stripe::mode;
 
 /// Lines of the table, at most: nobody reads more, and `--json` has all.
 const LINES_MAX: usize = 1000;
@@ -31,17 +30,10 @@ pub(crate) struct Reconcile {
     /// Also if the key is of one mode and every row of the other
     #[arg(long)]
     any_mode: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
-/// Some rows are still not as Stripe has them.
-#[derive(Debug, thiserror::Error)]
-#[error("{0} rows are not as Stripe has them{1}")]
-pub(crate) struct Remaining(usize, &'static str);
-
-/// It did not come to its end.
 #[derive(Debug, thiserror::Error)]
 #[error("broke off after {compared} subscriptions{mended}; running it again is safe")]
 struct BrokenOff {
@@ -53,18 +45,15 @@ struct BrokenOff {
 
 impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
-        let key = settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NoKey))?;
+        super::key(&settings)?;
         // It may be the import on the first day.
         let schema = if self.repair { Schema::Migrated } else { Schema::Current };
         let parts = super::start(&settings, "reconcile", schema).await?;
         let Parts { store, nats, jetstream, erasures } = &parts;
-        if let Some(mismatch) = mode::mismatch(store, key).await?.filter(|_| !self.any_mode) {
-            return Err(Failure::configuration(mismatch));
-        }
+        let stripe = super::stripe(&settings, &parts, self.any_mode).await?;
         if self.repair {
             broker::prepare(nats, &settings).await;
         }
-        let stripe = parts.stripe(&settings)?.ok_or_else(|| Failure::configuration(NoKey))?;
         // Until here nothing was done that would have to be finished.
         let stop = shutdown::token()?;
         let sources = Sources {
@@ -91,9 +80,9 @@ impl Reconcile {
             }
             Ok(()) if report.remaining() == 0 => Ok(()),
             Ok(()) => {
-                let hint =
-                    if self.repair { "" } else { ": `litestripe-worker reconcile --repair` mends what can be mended" };
-                Err(Failure::differences(Remaining(report.remaining(), hint)))
+                let hint = ": `litestripe-worker reconcile --repair` mends what can be mended";
+                let hint = if self.repair { "" } else { hint };
+                Err(Failure::differences(format!("{} rows are not as Stripe has them{hint}", report.remaining())))
             }
         }
     }
@@ -124,25 +113,23 @@ impl Reconcile {
             "calls": report.calls,
             "differences": report.findings,
         });
-        if self.json {
-            print::json(&summary)?;
-            return Ok(());
-        }
-        if different > 0 {
-            let lines = report.findings.iter().flat_map(|finding| self.lines(finding));
-            print::table(["subscription", "field", "row", "stripe", "outcome"], lines.take(LINES_MAX));
-            if report.findings.iter().flat_map(|finding| self.lines(finding)).nth(LINES_MAX).is_some() {
-                print::line(&format!("only the first {LINES_MAX} lines: --json shows all"));
+        self.output.print(&summary, || {
+            if different > 0 {
+                let mut lines = report.findings.iter().flat_map(|finding| self.lines(finding));
+                let header = ["subscription", "field", "row", "stripe", "outcome"];
+                print::table(header, lines.by_ref().take(LINES_MAX));
+                if lines.next().is_some() {
+                    print::line(&format!("only the first {LINES_MAX} lines: --json shows all"));
+                }
+                print::line("");
             }
-            print::line("");
-        }
-        let repaired = if self.repair { format!("{} repaired, ", different - remaining) } else { String::new() };
-        print::line(&format!(
-            "{} subscriptions compared in {} calls: {equal} equal, {different} different, {repaired}{remaining} remain, \
-             {unknown} unknown to Stripe",
-            report.compared, report.calls
-        ));
-        Ok(())
+            let repaired = if self.repair { format!("{} repaired, ", different - remaining) } else { String::new() };
+            print::line(&format!(
+                "{} subscriptions compared in {} calls: {equal} equal, {different} different, {repaired}{remaining} \
+                 remain, {unknown} unknown to Stripe",
+                report.compared, report.calls
+            ));
+        })
     }
 
     /// A finding as lines of the table: one for each field.
@@ -153,21 +140,18 @@ impl Reconcile {
             (false, None) if self.repair => "remains",
             (false, None) => "-",
         };
-        let line = |field: &str, row: String, stripe: String| {
-            [finding.stripe_subscription_id.clone(), field.to_owned(), row, stripe, outcome.to_owned()]
-        };
-        let row = match finding.problem {
+        let id = &finding.stripe_subscription_id;
+        let line = |field: &str, row, stripe| [id.clone(), field.to_owned(), row, stripe, outcome.to_owned()];
+        let whole = match finding.problem {
             Problem::Different => None,
             Problem::Missing => Some(("missing", "there")),
             Problem::Unreadable => Some(("unreadable", "-")),
             Problem::UnknownToStripe => Some(("there", "unknown")),
             Problem::CannotBeKept => Some(("-", "cannot be kept")),
         };
-        let whole = row.map(|(row, stripe)| line("-", row.to_owned(), stripe.to_owned()));
-        let fields = finding
-            .differences
-            .iter()
-            .map(|difference| line(&difference.field, print::cell(&difference.row), print::cell(&difference.stripe)));
+        let whole = whole.map(|(row, stripe)| line("-", row.to_owned(), stripe.to_owned()));
+        let fields = finding.differences.iter();
+        let fields = fields.map(|one| line(&one.field, print::cell(&one.row), print::cell(&one.stripe)));
         whole.into_iter().chain(fields).collect()
     }
 }

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use super::moment;
-use super::print;
-use super::progress::Positions;
+use super::print::{self, Output};
+use super::progress::Progress;
 use crate::recover::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
 use crate::settings::Settings;
 use crate::start::database::Schema;
@@ -50,9 +50,8 @@ pub(crate) struct Replay {
     /// Show what would change, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Replay {
@@ -77,7 +76,7 @@ impl Replay {
         replayer.applier.terms = replay::terms(terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
         let done = again.progress(&parts.jetstream).await.ok().flatten().map_or(0, |progress| progress.ack_floor);
-        let mut progress = Positions::start("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
+        let mut progress = Progress::through("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
         let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
         let summary = parts.while_relaying(settings, work).await;
         progress.finish();
@@ -96,73 +95,68 @@ impl Replay {
     }
 
     fn nothing(&self) -> Result<(), Failure> {
-        if self.json {
-            print::json(&Summary { finished: true, ..Summary::default() })?;
-        } else {
+        self.output.print(&Summary { finished: true, ..Summary::default() }, || {
             let applied = if self.signals == Signals::None { " that is applied already" } else { "" };
             print::line(&format!("STRIPE_EVENTS holds no such event{applied}: nothing to replay"));
-        }
-        Ok(())
+        })
     }
 
     fn report(&self, summary: &Summary) -> Result<(), Failure> {
-        if self.json {
-            print::json(&summary)?;
-        } else if summary.finished {
-            print::line(&format!(
-                "replayed events {} to {}: {} applied again, {} poisoned, {} signals",
-                summary.first_sequence, summary.last_sequence, summary.events, summary.poisoned, summary.signals
-            ));
+        let Summary { first_sequence, last_sequence, events, poisoned, signals, finished, .. } = summary;
+        let span = format!("events {first_sequence} to {last_sequence}");
+        if *finished || self.output.json {
+            self.output.print(summary, || {
+                print::line(&format!(
+                    "replayed {span}: {events} applied again, {poisoned} poisoned, {signals} signals"
+                ));
+            })?;
         }
-        if summary.finished {
+        if *finished {
             return Ok(());
         }
         let waiting = "rows it changed are signalled when it reaches its end";
-        Err(Failure::new(format!(
-            "stopped after {} events: run again, it goes on from there; {waiting}",
-            summary.events
-        )))
+        Err(Failure::new(format!("stopped after {events} events: run again, it goes on from there; {waiting}")))
     }
 
     async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
-        let mut progress = Positions::start("replay (dry run)", asked.first_sequence - 1, asked.last_sequence);
+        let mut progress = Progress::through("replay (dry run)", asked.first_sequence - 1, asked.last_sequence);
         let dry = replayer.dry_run(asked, shutdown, |sequence| progress.reached(sequence)).await;
         progress.finish();
-        let dry: DryRun = dry?;
+        let dry = dry?;
         if !dry.finished {
             return Err(Failure::new("stopped before the end: no row was changed"));
         }
+        self.print_dry(&dry, asked)
+    }
+
+    fn print_dry(&self, dry: &DryRun, asked: &Asked) -> Result<(), Failure> {
+        let (first, last) = (asked.first_sequence, asked.last_sequence);
         let changes = dry.changes();
-        let created = changes.iter().filter(|(_, is_new, _)| *is_new).count();
-        if self.json {
-            let rows: Vec<_> = changes
-                .iter()
-                .map(|(id, is_new, fields)| json!({ "stripe_subscription_id": id, "new": is_new, "changed": fields }))
-                .collect();
-            let report = json!({
-                "first_sequence": asked.first_sequence, "last_sequence": asked.last_sequence,
-                "events": dry.events, "poisoned": dry.poisoned, "rows": rows, "orphans": dry.orphans,
-            });
-            print::json(&report)?;
-            return Ok(());
-        }
-        let listed = changes.iter().take(LIST_MAX).map(|(id, is_new, fields)| {
-            [(*id).to_owned(), if *is_new { "new" } else { "changed" }.to_owned(), fields.join(", ")]
+        let rows: Vec<_> = changes
+            .iter()
+            .map(|(id, is_new, fields)| json!({ "stripe_subscription_id": id, "new": is_new, "changed": fields }))
+            .collect();
+        let report = json!({
+            "first_sequence": first, "last_sequence": last, "events": dry.events, "poisoned": dry.poisoned,
+            "rows": rows, "orphans": dry.orphans,
         });
-        if !changes.is_empty() {
-            print::table(["subscription", "row", "fields"], listed);
-        }
-        if changes.len() > LIST_MAX {
-            print::line(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
-        }
-        print::line(&format!(
-            "a replay of events {} to {} would create {created} rows, change {}, and create {} orphans; no row was changed",
-            asked.first_sequence,
-            asked.last_sequence,
-            changes.len() - created,
-            dry.orphans.len()
-        ));
-        Ok(())
+        self.output.print(&report, || {
+            let row = |(id, is_new, fields): &(&str, bool, Vec<String>)| {
+                [(*id).to_owned(), if *is_new { "new" } else { "changed" }.to_owned(), fields.join(", ")]
+            };
+            if !changes.is_empty() {
+                print::table(["subscription", "row", "fields"], changes.iter().take(LIST_MAX).map(row));
+            }
+            if changes.len() > LIST_MAX {
+                print::line(&format!("and {} more (--json lists all)", changes.len() - LIST_MAX));
+            }
+            let created = changes.iter().filter(|(_, is_new, _)| *is_new).count();
+            let (changed, orphans) = (changes.len() - created, dry.orphans.len());
+            print::line(&format!(
+                "a replay of events {first} to {last} would create {created} rows, change {changed}, and create \
+                 {orphans} orphans; no row was changed"
+            ));
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use litestripe_contract::shutdown;
 use serde_json::json;
 
 use super::Failure;
-use super::print;
+use super::print::{self, Output};
 use super::progress::Progress;
 use crate::recover::resend::{self, Put};
 use crate::settings::Settings;
@@ -27,9 +27,8 @@ struct Rows {
 pub(crate) struct Resend {
     #[command(flatten)]
     rows: Rows,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Resend {
@@ -38,7 +37,7 @@ impl Resend {
         let store = &parts.store;
         let Put { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
-        if self.json {
+        if self.output.json {
             print::line(&json!({ "sent": sent, "outbox": waiting, "left_to_replay": left }).to_string());
         } else if waiting > 0 {
             print::line(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));

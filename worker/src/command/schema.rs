@@ -1,15 +1,15 @@
 //! `schema`: the signals' JSON Schemas and the AsyncAPI document, derived from the Rust types.
 
-use super::print;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use litestripe_contract::signal::{Orphan, SubscriptionChanged};
-use litestripe_contract::{exit, subject};
+use litestripe_contract::subject;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Value, json};
+
+use super::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Schema {
@@ -20,16 +20,16 @@ pub(crate) struct Schema {
     write: Option<PathBuf>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Document {
     /// JSON Schema (2020-12) of `subscription.changed`
-    #[value(name = "subscription.changed")]
+    #[value(name = subject::SUBSCRIPTION_CHANGED)]
     SubscriptionChanged,
     /// JSON Schema (2020-12) of `orphan.created`
-    #[value(name = "orphan.created")]
+    #[value(name = subject::ORPHAN_CREATED)]
     OrphanCreated,
     /// JSON Schema (2020-12) of `orphan.resolved`
-    #[value(name = "orphan.resolved")]
+    #[value(name = subject::ORPHAN_RESOLVED)]
     OrphanResolved,
     /// AsyncAPI 3 document of all signals
     Asyncapi,
@@ -38,40 +38,32 @@ pub(crate) enum Document {
 /// Where an AsyncAPI document has its schemas.
 const SCHEMAS: &str = "/components/schemas";
 
-const ALL: [Document; 4] =
-    [Document::SubscriptionChanged, Document::OrphanCreated, Document::OrphanResolved, Document::Asyncapi];
-
 impl Schema {
-    pub(crate) fn print(self) -> ExitCode {
+    pub(crate) fn print(self) -> Result<(), Failure> {
         if let Some(folder) = self.write {
-            return match write_all(&folder) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => exit::fail(exit::FAILURE, format!("cannot write to {}: {error}", folder.display())),
-            };
+            let written = write_all(&folder);
+            return written.map_err(|error| Failure::new(format!("cannot write to {}: {error}", folder.display())));
         }
         let document = match self.document {
             Some(document) => document.content(),
-            None => ALL.into_iter().map(|document| (document.name().to_owned(), document.content())).collect(),
+            None => Document::value_variants().iter().map(|document| (document.name(), document.content())).collect(),
         };
         print::line(&pretty(&document));
-        ExitCode::SUCCESS
+        Ok(())
     }
 }
 
-fn write_all(folder: &std::path::Path) -> std::io::Result<()> {
+fn write_all(folder: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    ALL.into_iter()
-        .try_for_each(|document| std::fs::write(folder.join(document.file_name()), pretty(&document.content()) + "\n"))
+    for document in Document::value_variants() {
+        std::fs::write(folder.join(document.file_name()), pretty(&document.content()) + "\n")?;
+    }
+    Ok(())
 }
 
 impl Document {
-    fn name(self) -> &'static str {
-        match self {
-            Self::SubscriptionChanged => subject::SUBSCRIPTION_CHANGED,
-            Self::OrphanCreated => subject::ORPHAN_CREATED,
-            Self::OrphanResolved => subject::ORPHAN_RESOLVED,
-            Self::Asyncapi => "asyncapi",
-        }
+    fn name(self) -> String {
+        self.to_possible_value().expect("no document is hidden").get_name().to_owned()
     }
 
     fn file_name(self) -> String {
@@ -107,14 +99,13 @@ fn asyncapi() -> Value {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = SCHEMAS.into());
     let mut generator = settings.for_serialize().into_generator();
     let signals = [
-        (Document::SubscriptionChanged, generator.subschema_for::<SubscriptionChanged>()),
-        (Document::OrphanCreated, generator.subschema_for::<Orphan>()),
-        (Document::OrphanResolved, generator.subschema_for::<Orphan>()),
+        (subject::SUBSCRIPTION_CHANGED, generator.subschema_for::<SubscriptionChanged>()),
+        (subject::ORPHAN_CREATED, generator.subschema_for::<Orphan>()),
+        (subject::ORPHAN_RESOLVED, generator.subschema_for::<Orphan>()),
     ];
     let mut channels = serde_json::Map::new();
     let mut operations = serde_json::Map::new();
-    for (signal, schema) in signals {
-        let name = signal.name();
+    for (name, schema) in signals {
         let key = name.replace('.', "-");
         let message = json!({
             "name": name,
@@ -123,14 +114,12 @@ fn asyncapi() -> Value {
             "payload": schema,
         });
         channels.insert(key.clone(), json!({ "address": name, "messages": { "signal": message } }));
-        operations.insert(
-            format!("send-{key}"),
-            json!({
-                "action": "send",
-                "channel": { "$ref": format!("#/channels/{key}") },
-                "messages": [{ "$ref": format!("#/channels/{key}/messages/signal") }],
-            }),
-        );
+        let operation = json!({
+            "action": "send",
+            "channel": { "$ref": format!("#/channels/{key}") },
+            "messages": [{ "$ref": format!("#/channels/{key}/messages/signal") }],
+        });
+        operations.insert(format!("send-{key}"), operation);
     }
     json!({
         "asyncapi": "3.0.0",

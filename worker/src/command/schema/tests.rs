@@ -1,11 +1,13 @@
 use std::path::Path;
 
-use super::{ALL, pretty};
+use clap::ValueEnum as _;
+
+use super::{Document, pretty};
 
 #[test]
 fn committed_documents_are_what_the_types_say() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/signals");
-    for document in ALL {
+    for document in Document::value_variants() {
         let path = folder.join(document.file_name());
         let committed = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(
@@ -18,7 +20,7 @@ fn committed_documents_are_what_the_types_say() {
 
 #[test]
 fn no_signal_has_a_field_for_an_email() {
-    for document in ALL {
+    for document in Document::value_variants() {
         assert!(!pretty(&document.content()).to_lowercase().contains("\"email"), "{document:?}");
     }
 }
