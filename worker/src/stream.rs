@@ -2,9 +2,9 @@
 //!
 //! Owns JetStream's consumers and messages. May not know what an event means to a row.
 
-pub mod consumer;
-pub mod dead_letter;
-pub mod own_event;
-pub mod progress;
+pub(crate) mod consumer;
+pub(crate) mod dead_letter;
+pub(crate) mod own_event;
+pub(crate) mod progress;
 mod pull;
 pub(crate) mod scan;

@@ -4,7 +4,8 @@
 //! what is in a message.
 //!
 //! A message is acked only after its event was committed. One that is not acked within `ACK_WAIT`
-//! is delivered again, as often as it takes: there is no last delivery.
+//! is delivered again, as often as it takes: there is no last delivery. Everything fails when the broker
+//! is away or the stream is missing.
 
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 /// The consumer could not be opened. Whoever waits for the broker tries again.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open consumer {WORKER_CONSUMER} on {EVENTS_STREAM}")]
-pub struct OpenError(#[source] ConsumerError);
+pub(crate) struct OpenError(#[source] ConsumerError);
 
 /// Messages of the durable consumer, as they come.
 pub struct Batches {
@@ -61,17 +62,14 @@ pub struct Batches {
 
 /// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
 /// stream holds, which is harmless because merging is idempotent.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn open(jetstream: &jetstream::Context, batch: usize) -> Result<Batches, OpenError> {
+pub(crate) async fn open(jetstream: &jetstream::Context, batch: usize) -> Result<Batches, OpenError> {
     let config = durable(WORKER_CONSUMER, DeliverPolicy::All);
     Batches::of(jetstream, WORKER_CONSUMER, config, batch).await.map_err(OpenError)
 }
 
 /// A consumer beside the workers', for events that are applied again.
 #[derive(Debug, Clone)]
-pub struct Again {
+pub(crate) struct Again {
     /// Its name: whoever opens it under the same name goes on at its position.
     pub consumer: String,
     /// Where it begins, when it is new.
@@ -81,62 +79,46 @@ pub struct Again {
 }
 
 impl Again {
-    /// Opens it, creating it if it is missing.
-    ///
-    /// # Errors
-    /// When the broker is away or the stream is missing.
-    pub async fn open(&self, jetstream: &jetstream::Context, batch: usize) -> Result<Batches, ConsumerError> {
+    pub(crate) async fn open(&self, jetstream: &jetstream::Context, batch: usize) -> Result<Batches, ConsumerError> {
+        let from = DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence };
         let config = Config {
             filter_subjects: self.subjects.clone(),
             ack_wait: AGAIN_ACK_WAIT,
             inactive_threshold: AGAIN_KEPT,
-            ..durable(&self.consumer, DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence })
+            ..durable(&self.consumer, from)
         };
         Batches::of(jetstream, &self.consumer, config, batch).await
     }
 
-    /// How far it is. None when it does not exist.
-    ///
-    /// # Errors
-    /// When the broker is away or the stream is missing.
-    pub async fn progress(&self, jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
+    pub(crate) async fn progress(&self, jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
         progress::of_consumer(jetstream, &self.consumer).await
     }
 
     /// The first event that the stream holds, and the last one up to which all are applied again: none
     /// while the consumer does not exist.
-    ///
-    /// # Errors
-    /// When the broker is away or the stream is missing.
-    pub async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ProgressError> {
-        let first_sequence = jetstream.get_stream(EVENTS_STREAM).await?.cached_info().state.first_sequence;
-        let floor = self.progress(jetstream).await?.map_or(0, |progress| progress.applied_until());
-        Ok((first_sequence, floor.max(self.first_sequence.saturating_sub(1))))
+    pub(crate) async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ProgressError> {
+        let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+        let progress = self.progress(jetstream).await?;
+        let applied_until = progress.map_or(0, |progress| progress.applied_until());
+        let floor = applied_until.max(self.first_sequence.saturating_sub(1));
+        Ok((stream.cached_info().state.first_sequence, floor))
     }
 
-    /// Removes it, if it is there.
-    ///
-    /// # Errors
-    /// When the broker is away.
-    pub async fn remove(&self, jetstream: &jetstream::Context) -> Result<(), ConsumerError> {
+    pub(crate) async fn remove(&self, jetstream: &jetstream::Context) -> Result<(), ConsumerError> {
         let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
         match stream.delete_consumer(&self.consumer).await {
-            Err(error) if !matches!(error.kind(), ConsumerErrorKind::JetStream(ref refused) if refused.error_code() == ErrorCode::CONSUMER_NOT_FOUND) => {
-                Err(error.into())
-            }
+            Err(error) if !is_not_found(&error) => Err(error.into()),
             _ => Ok(()),
         }
     }
 }
 
 /// The sequence of the first event that was stored at `time` or later; one past the last if none was.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -> Result<u64, ConsumerError> {
+pub(crate) async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -> Result<u64, ConsumerError> {
+    let name = format!("litestripe-replay-at-{}", time.unix_timestamp_nanos());
     let config = Config {
         // Named, so that a broker's permissions can allow it.
-        name: Some(format!("litestripe-replay-at-{}", time.unix_timestamp_nanos())),
+        name: Some(name),
         deliver_policy: DeliverPolicy::ByStartTime { start_time: time },
         ack_policy: AckPolicy::None,
         inactive_threshold: Duration::from_secs(5),
@@ -150,8 +132,7 @@ pub async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -
 
 /// A consumer cannot be used. Whoever waits for the broker tries again.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "what the broker says")]
-pub enum ConsumerError {
+pub(crate) enum ConsumerError {
     #[error("cannot find {EVENTS_STREAM}")]
     Stream(#[from] GetStreamError),
     #[error("cannot use a consumer on {EVENTS_STREAM}")]
@@ -162,11 +143,14 @@ pub enum ConsumerError {
 
 impl ConsumerError {
     /// Whether the broker has understood what is asked for and will not do it, however often it is asked.
-    #[must_use]
-    pub fn is_refusal(&self) -> bool {
+    pub(crate) fn is_refusal(&self) -> bool {
         let Self::Consumer(error) = self else { return false };
         matches!(error.kind(), ConsumerErrorKind::JetStream(refused) if refused.code() == 400)
     }
+}
+
+fn is_not_found(error: &jetstream::stream::ConsumerError) -> bool {
+    matches!(error.kind(), ConsumerErrorKind::JetStream(refused) if refused.error_code() == ErrorCode::CONSUMER_NOT_FOUND)
 }
 
 fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
@@ -199,16 +183,12 @@ impl Batches {
     /// The messages that are there, at least one. None when the consumer is gone and must be opened
     /// again.
     ///
-    /// # Cancel safety
-    /// A cancelled wait loses no message.
+    /// Cancel safety: a cancelled wait loses no message.
     pub async fn next(&mut self) -> Option<Batch> {
         self.at_most(self.batch).await
     }
 
     /// The same, but not more than `limit` messages.
-    ///
-    /// # Cancel safety
-    /// A cancelled wait loses no message.
     pub async fn at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
             if self.pull.is_doubted && self.is_gone().await {
@@ -254,45 +234,35 @@ pub struct Batch {
 
 /// A message, as far as the rest of the worker may know it.
 pub struct Delivery<'a> {
-    /// The event's body.
     pub payload: &'a [u8],
     message: &'a Message,
 }
 
 impl Delivery<'_> {
-    /// The trace it belongs to.
-    #[must_use]
     pub fn traceparent(&self) -> Option<String> {
         let headers = self.message.headers.as_ref()?;
         headers.get(header::TRACEPARENT).map(|value| value.as_str().to_owned())
     }
 
     /// Its sequence in the stream; 0 for a message that has none, which the server never sends.
-    #[must_use]
     pub fn stream_sequence(&self) -> u64 {
         self.message.info().map_or(0, |info| info.stream_sequence)
     }
 }
 
 impl Batch {
-    /// The messages, in the order in which they came.
     pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
         self.messages.iter().map(|message| Delivery { payload: &message.payload, message })
     }
 
-    /// How many messages it is of.
-    #[must_use]
     pub fn count(&self) -> usize {
         self.messages.len()
     }
 
-    /// Takes in the messages of `other`, behind its own.
     pub fn append(&mut self, mut other: Self) {
         self.messages.append(&mut other.messages);
     }
 
-    /// The highest sequence among them.
-    #[must_use]
     pub fn last_sequence(&self) -> u64 {
         self.messages().map(|message| message.stream_sequence()).max().unwrap_or(0)
     }
@@ -311,20 +281,21 @@ impl Batch {
 
     /// Says that we are still at it: the server waits for another `ACK_WAIT`.
     pub async fn keep_alive(&self) {
-        for message in &self.messages {
-            settle(message, AckKind::Progress).await;
-        }
+        self.settle_all(AckKind::Progress).await;
     }
 
     /// Gives the messages to whichever worker asks next.
     pub async fn hand_back(&self) {
+        self.settle_all(AckKind::Nak(Some(HAND_BACK_DELAY))).await;
+    }
+
+    async fn settle_all(&self, kind: AckKind) {
         for message in &self.messages {
-            settle(message, AckKind::Nak(Some(HAND_BACK_DELAY))).await;
+            settle(message, kind).await;
         }
     }
 
     /// Takes out the messages at `indexes`, which are to be put aside.
-    #[must_use]
     pub fn take(self, indexes: &[usize]) -> Vec<Doomed> {
         let wanted = |(index, message)| indexes.contains(&index).then_some(Doomed { message });
         self.messages.into_iter().enumerate().filter_map(wanted).collect()
@@ -337,31 +308,22 @@ pub struct Doomed {
 }
 
 impl Doomed {
-    /// The subject it was stored under.
-    #[must_use]
     pub fn subject(&self) -> &Subject {
         &self.message.subject
     }
 
-    /// Body and headers as they were stored.
-    #[must_use]
     pub fn content(&self) -> (bytes::Bytes, async_nats::HeaderMap) {
         (self.message.payload.clone(), self.message.headers.clone().unwrap_or_default())
     }
 
-    /// How large it is, in bytes.
-    #[must_use]
     pub fn bytes(&self) -> usize {
         self.message.length
     }
 
-    /// Its sequence in the stream.
-    #[must_use]
     pub fn stream_sequence(&self) -> Option<u64> {
         self.message.info().ok().map(|info| info.stream_sequence)
     }
 
-    /// Says that it is never to be delivered again.
     pub async fn terminate(self) {
         settle(&self.message, AckKind::Term).await;
     }

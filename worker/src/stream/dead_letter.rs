@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
-use async_nats::jetstream::{self, context::PublishErrorKind};
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::{self};
 use backon::{ExponentialBuilder, Retryable as _};
 use futures_util::StreamExt as _;
 use litestripe_contract::subject::{self, DEAD_LETTERS_STREAM};
@@ -38,8 +39,6 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    /// Publishes to `STRIPE_DEAD_LETTERS` over `jetstream`.
-    #[must_use]
     pub fn new(jetstream: jetstream::Context) -> Self {
         let room = Arc::new(Semaphore::new(OUTSTANDING_BYTES_MAX as usize));
         Self { jetstream, tasks: TaskTracker::new(), room }
@@ -48,11 +47,10 @@ impl DeadLetters {
     /// Puts the messages of `batch` that `poisoned` names aside, each with its reason. One that
     /// cannot be put aside is delivered again, and tried again then. Returns once they are on their way,
     /// which takes a while only when there are many or large ones.
-    pub async fn put_aside(&self, batch: Batch, poisoned: Vec<(usize, String)>) {
+    pub async fn put_aside(&self, batch: Batch, mut poisoned: Vec<(usize, String)>) {
         if poisoned.is_empty() {
             return;
         }
-        let mut poisoned = poisoned;
         poisoned.sort_by_key(|(index, _)| *index);
         let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
         let doomed = batch.take(&indexes);
@@ -68,7 +66,6 @@ impl DeadLetters {
         });
     }
 
-    /// Returns when all that was begun is done.
     pub async fn finish(&self) {
         self.tasks.close();
         self.tasks.wait().await;
@@ -84,12 +81,10 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: S
     let (body, headers) = doomed.content();
     let headers = labelled(&headers, sequence, &reason);
     let subject = format!("{}{name}", subject::DEAD_LETTERS_PREFIX);
-    let publish = || async {
-        let ack = jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone()).await?;
-        ack.await
-    };
+    let publish =
+        || async { jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone()).await?.await };
     let patience = ExponentialBuilder::new().with_min_delay(Duration::from_millis(100)).with_max_times(3).with_jitter();
-    let passing = |error: &jetstream::context::PublishError| {
+    let passing = |error: &PublishError| {
         matches!(
             error.kind(),
             PublishErrorKind::TimedOut | PublishErrorKind::StreamNotFound | PublishErrorKind::BrokenPipe

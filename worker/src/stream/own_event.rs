@@ -2,7 +2,8 @@
 //!
 //! Owns their shape and how they are stored. Everything that changes a row enters through the
 //! stream, so that a replay restores it: snapshots fetched from Stripe's API and operators'
-//! resolutions of orphans come in here and then take the way of every other event.
+//! resolutions of orphans come in here and then take the way of every other event. Whatever stores one
+//! returns its sequence in the stream.
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
@@ -10,13 +11,13 @@ use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE, SNAPSHOT_T
 use litestripe_contract::{header, subject};
 use litestripe_domain::payment::PaymentIds;
 use serde::Serialize;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
 
 /// An event of ours, in the shape of Stripe's.
 #[derive(Serialize)]
 struct OwnEvent<'a> {
-    id: &'a EventId,
+    id: EventId,
     object: &'static str,
     #[serde(rename = "type")]
     event_type: &'static str,
@@ -34,8 +35,7 @@ struct Data<'a> {
 
 /// Where an object belongs.
 #[derive(Debug, Clone, Copy)]
-pub struct Scope<'a> {
-    /// Whether it exists in live mode.
+pub(crate) struct Scope<'a> {
     pub livemode: bool,
     /// The connected account it belongs to.
     pub account: Option<&'a str>,
@@ -44,21 +44,17 @@ pub struct Scope<'a> {
 /// What an operator says of an orphan, with what its row needs where a replay meets the resolution
 /// before the payment.
 #[derive(Debug, Serialize)]
-pub struct Resolution<'a> {
-    /// The orphan.
+pub(crate) struct Resolution<'a> {
     pub orphan_id: &'a str,
-    /// The user.
     pub client_reference_id: &'a str,
-    /// What it was the payment of.
     #[serde(flatten)]
     pub payment: PaymentIds,
-    /// Why it was one.
+    /// Why it was an orphan.
     pub reason: &'a str,
 }
 
-/// An event of ours could not be stored.
 #[derive(Debug, thiserror::Error)]
-pub enum OwnEventError {
+pub(crate) enum OwnEventError {
     /// JetStream did not store it, or did not say so.
     #[error("cannot store {0} in STRIPE_EVENTS")]
     Publish(EventId, #[source] PublishError),
@@ -68,127 +64,104 @@ pub enum OwnEventError {
 }
 
 /// Stores `object`, a subscription or a Checkout Session as Stripe's API returned it, as what it
-/// was at `as_of`. Returns its sequence in `STRIPE_EVENTS`.
-///
-/// # Errors
-/// When JetStream does not store it.
-pub async fn publish_snapshot(
+/// was at `as_of`.
+pub(crate) async fn publish_snapshot(
     jetstream: &jetstream::Context,
     id: &str,
     object: &RawValue,
     as_of: i64,
     scope: Scope<'_>,
 ) -> Result<u64, OwnEventError> {
-    let event_id = snapshot_id(id, as_of)?;
-    publish(jetstream, SNAPSHOT_TYPE, "snapshot", &event_id, as_of, object, scope).await
+    let event = snapshot_event(id, object, as_of, scope)?;
+    event.store(jetstream, "snapshot", event.id.as_str()).await
 }
 
 /// The body under which [`publish_snapshot`] stores `object`: what it would lead to can be seen
 /// without storing it.
-///
-/// # Errors
-/// When what was fetched is no JSON, or its id is no id.
-pub fn snapshot(id: &str, object: &RawValue, as_of: i64, scope: Scope<'_>) -> Result<Vec<u8>, OwnEventError> {
-    body(SNAPSHOT_TYPE, &snapshot_id(id, as_of)?, as_of, object, scope)
+pub(crate) fn snapshot(id: &str, object: &RawValue, as_of: i64, scope: Scope<'_>) -> Result<Vec<u8>, OwnEventError> {
+    snapshot_event(id, object, as_of, scope)?.body()
 }
 
 /// The same object as of the same second is the same event.
-fn snapshot_id(id: &str, as_of: i64) -> Result<EventId, OwnEventError> {
-    event_id(format!("litestripe.snapshot.{id}.{as_of}"))
+fn snapshot_event<'a>(
+    id: &str,
+    object: &'a RawValue,
+    as_of: i64,
+    scope: Scope<'a>,
+) -> Result<OwnEvent<'a>, OwnEventError> {
+    OwnEvent::new(SNAPSHOT_TYPE, format!("litestripe.snapshot.{id}.{as_of}"), as_of, object, scope)
 }
 
-/// Stores an operator's resolution, made at `created`. Returns its sequence in `STRIPE_EVENTS`.
-///
-/// # Errors
-/// When JetStream does not store it.
-pub async fn publish_resolution(
+/// Stores an operator's resolution, made at `created`.
+pub(crate) async fn publish_resolution(
     jetstream: &jetstream::Context,
     resolution: &Resolution<'_>,
     created: i64,
     scope: Scope<'_>,
 ) -> Result<u64, OwnEventError> {
-    let (event_id, object) = resolution_event(resolution, created)?;
-    publish(jetstream, RESOLUTION_TYPE, "resolution", &event_id, created, &object, scope).await
+    let object = resolution.object()?;
+    let event = resolution.event(&object, created, scope)?;
+    event.store(jetstream, "resolution", event.id.as_str()).await
 }
 
 /// Stores a resolution that was made at `created` once more, `now`: it is the same event, and yet no
-/// repetition that JetStream is to drop. Returns its sequence in `STRIPE_EVENTS`.
-///
-/// # Errors
-/// When JetStream does not store it.
-pub async fn repeat_resolution(
+/// repetition that JetStream is to drop.
+pub(crate) async fn repeat_resolution(
     jetstream: &jetstream::Context,
     resolution: &Resolution<'_>,
     created: i64,
     scope: Scope<'_>,
     now: i64,
 ) -> Result<u64, OwnEventError> {
-    let (event_id, object) = resolution_event(resolution, created)?;
-    let body = body(RESOLUTION_TYPE, &event_id, created, &object, scope)?;
-    let message_id = format!("{event_id}:{now}");
-    store(jetstream, RESOLUTION_TYPE, "resolution", &event_id, &message_id, body).await
+    let object = resolution.object()?;
+    let event = resolution.event(&object, created, scope)?;
+    event.store(jetstream, "resolution", &format!("{}:{now}", event.id)).await
 }
 
-fn resolution_event(resolution: &Resolution<'_>, created: i64) -> Result<(EventId, Box<RawValue>), OwnEventError> {
-    // Two operators may decide differently in one second: only the same decision is the same event.
-    let user: [u8; 32] = Sha256::digest(resolution.client_reference_id).into();
-    let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
-    let event_id = event_id(format!("litestripe.resolution.{}.{created}.{user:016x}", resolution.orphan_id))?;
-    let object =
-        serde_json::value::to_raw_value(resolution).map_err(|_| OwnEventError::Content(event_id.to_string()))?;
-    Ok((event_id, object))
+impl Resolution<'_> {
+    fn object(&self) -> Result<Box<RawValue>, OwnEventError> {
+        to_raw_value(self).map_err(|_| OwnEventError::Content(self.orphan_id.to_owned()))
+    }
+
+    fn event<'a>(&self, object: &'a RawValue, created: i64, scope: Scope<'a>) -> Result<OwnEvent<'a>, OwnEventError> {
+        // Two operators may decide differently in one second: only the same decision is the same event.
+        let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
+        let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
+        let id = format!("litestripe.resolution.{}.{created}.{user:016x}", self.orphan_id);
+        OwnEvent::new(RESOLUTION_TYPE, id, created, object, scope)
+    }
 }
 
-fn event_id(id: String) -> Result<EventId, OwnEventError> {
-    EventId::parse(id.as_str()).map_err(|_| OwnEventError::Content(id))
-}
+impl<'a> OwnEvent<'a> {
+    fn new(
+        event_type: &'static str,
+        id: String,
+        created: i64,
+        object: &'a RawValue,
+        scope: Scope<'a>,
+    ) -> Result<Self, OwnEventError> {
+        let id = EventId::parse(id.as_str()).map_err(|_| OwnEventError::Content(id))?;
+        let (Scope { livemode, account }, data) = (scope, Data { object });
+        Ok(Self { id, object: "event", event_type, created, livemode, account, data })
+    }
 
-async fn publish(
-    jetstream: &jetstream::Context,
-    event_type: &'static str,
-    source: &str,
-    id: &EventId,
-    created: i64,
-    object: &RawValue,
-    scope: Scope<'_>,
-) -> Result<u64, OwnEventError> {
-    let body = body(event_type, id, created, object, scope)?;
-    store(jetstream, event_type, source, id, id.as_str(), body).await
-}
+    fn body(&self) -> Result<Vec<u8>, OwnEventError> {
+        serde_json::to_vec(self).map_err(|_| OwnEventError::Content(self.id.to_string()))
+    }
 
-async fn store(
-    jetstream: &jetstream::Context,
-    event_type: &'static str,
-    source: &str,
-    id: &EventId,
-    message_id: &str,
-    body: Vec<u8>,
-) -> Result<u64, OwnEventError> {
-    let mut headers = HeaderMap::new();
-    headers.insert(header::MESSAGE_ID, message_id);
-    headers.insert(header::SOURCE, source);
-    let subject = subject::of_event(&EventType::parse(event_type).expect("our own types are types"));
-    let failed = |error| OwnEventError::Publish(id.clone(), error);
-    let ack = jetstream.publish_with_headers(subject, headers, body.into()).await.map_err(failed)?;
-    // Of a duplicate it is the sequence of the first.
-    ack.await.map(|ack| ack.sequence).map_err(failed)
-}
-
-fn body(
-    event_type: &'static str,
-    id: &EventId,
-    created: i64,
-    object: &RawValue,
-    scope: Scope<'_>,
-) -> Result<Vec<u8>, OwnEventError> {
-    let event = OwnEvent {
-        id,
-        object: "event",
-        event_type,
-        created,
-        livemode: scope.livemode,
-        account: scope.account,
-        data: Data { object },
-    };
-    serde_json::to_vec(&event).map_err(|_| OwnEventError::Content(id.to_string()))
+    async fn store(
+        &self,
+        jetstream: &jetstream::Context,
+        source: &str,
+        message_id: &str,
+    ) -> Result<u64, OwnEventError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::MESSAGE_ID, message_id);
+        headers.insert(header::SOURCE, source);
+        let subject = subject::of_event(&EventType::parse(self.event_type).expect("our own types are types"));
+        let failed = |error| OwnEventError::Publish(self.id.clone(), error);
+        let ack = jetstream.publish_with_headers(subject, headers, self.body()?.into()).await.map_err(failed)?;
+        // Of a duplicate it is the sequence of the first.
+        ack.await.map(|ack| ack.sequence).map_err(failed)
+    }
 }

@@ -1,4 +1,5 @@
-//! How far the workers have applied the event stream: the one answer, from one formula.
+//! How far the workers have applied the event stream: the one answer, from one formula. Fails when the broker
+//! is away or the stream is missing.
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
@@ -9,8 +10,7 @@ use time::OffsetDateTime;
 
 /// The broker does not say how far the events are applied.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "what the broker says")]
-pub enum ProgressError {
+pub(crate) enum ProgressError {
     #[error("cannot see how far the events are applied")]
     Stream(#[from] GetStreamError),
     #[error("cannot see how far the events are applied")]
@@ -21,21 +21,17 @@ pub enum ProgressError {
 
 /// How far a consumer has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
+pub(crate) struct Progress {
     /// Everything up to this sequence is acked.
     pub ack_floor: u64,
-    /// The last sequence that was delivered.
     pub delivered: u64,
-    /// Messages that were not delivered yet.
     pub pending: u64,
-    /// Messages that were delivered and not acked.
     pub unacked: usize,
 }
 
 impl Progress {
     /// Up to this sequence everything is applied: all there is, if nothing waits.
-    #[must_use]
-    pub fn applied_until(&self) -> u64 {
+    pub(crate) fn applied_until(&self) -> u64 {
         match (self.unacked, self.pending) {
             (0, 0) => u64::MAX,
             (0, _) => self.delivered,
@@ -43,9 +39,7 @@ impl Progress {
         }
     }
 
-    /// Whether everything up to `sequence` is applied.
-    #[must_use]
-    pub fn has_applied(&self, sequence: u64) -> bool {
+    pub(crate) fn has_applied(&self, sequence: u64) -> bool {
         self.applied_until() >= sequence
     }
 }
@@ -62,18 +56,12 @@ impl From<&Info> for Progress {
 }
 
 /// How far the workers have come. None when no worker was ever there.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn of_workers(jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
+pub(crate) async fn of_workers(jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
     of_consumer(jetstream, WORKER_CONSUMER).await
 }
 
 /// How far the consumer `name` has come. None when it does not exist.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn of_consumer(jetstream: &jetstream::Context, name: &str) -> Result<Option<Progress>, ProgressError> {
+pub(crate) async fn of_consumer(jetstream: &jetstream::Context, name: &str) -> Result<Option<Progress>, ProgressError> {
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream.consumer_info(name).await {
         Ok(info) => Ok(Some(Progress::from(&info))),
@@ -83,10 +71,7 @@ pub async fn of_consumer(jetstream: &jetstream::Context, name: &str) -> Result<O
 }
 
 /// Whether every event that was stored before `end` is applied.
-///
-/// # Errors
-/// When the broker is away or the stream is missing.
-pub async fn has_applied_all_before(
+pub(crate) async fn has_applied_all_before(
     jetstream: &jetstream::Context,
     end: OffsetDateTime,
 ) -> Result<bool, ProgressError> {

@@ -34,7 +34,6 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long nothing is asked for after a request that came to nothing.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Messages as they come.
 pub(super) struct Pull {
     consumer: Consumer<pull::Config>,
     jetstream: jetstream::Context,
@@ -59,9 +58,6 @@ pub(super) struct Pull {
 
 impl Pull {
     /// Messages of `consumer`: `batch` at a time are asked for when half as many are on their way.
-    ///
-    /// # Errors
-    /// When the client was closed.
     pub(super) async fn of(
         consumer: Consumer<pull::Config>,
         jetstream: jetstream::Context,
@@ -151,8 +147,8 @@ impl Pull {
             ..pull::BatchConfig::default()
         };
         // Waits only where the client has much to send, and then the next look will do.
-        let asked = tokio::task::unconstrained(self.consumer.request_batch(request, self.inbox.clone())).now_or_never();
-        match asked {
+        let asking = self.consumer.request_batch(request, self.inbox.clone());
+        match tokio::task::unconstrained(asking).now_or_never() {
             Some(Ok(())) => {
                 self.open += self.batch;
                 self.heard = Instant::now();

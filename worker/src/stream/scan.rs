@@ -1,7 +1,7 @@
 //! Reading a stream once through, and removing messages from it.
 //!
 //! Owns the readers: consumers without acks, which end with the work, and whose pulls are limited in
-//! bytes. May not know what is looked for.
+//! bytes. May not know what is looked for. Everything fails when the broker stops answering.
 
 use std::time::Duration;
 
@@ -43,7 +43,6 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     move |source| ScanError { doing, stream, source: source.into() }
 }
 
-/// A message, as far as it is looked at.
 pub(crate) struct Seen<'a> {
     pub(crate) sequence: u64,
     pub(crate) body: &'a [u8],
@@ -51,9 +50,6 @@ pub(crate) struct Seen<'a> {
 
 /// Shows `see` every message of `stream` from the sequence `from` up to the last that there is now.
 /// Returns that one's sequence. A stream that does not exist holds nothing.
-///
-/// # Errors
-/// When the broker stops answering.
 pub(crate) async fn read(
     jetstream: &jetstream::Context,
     name: &'static str,
@@ -66,17 +62,8 @@ pub(crate) async fn read(
     if stream.cached_info().state.messages == 0 || last < from {
         return Ok(last);
     }
-    let unique = jetstream.client().new_inbox();
-    let config = pull::Config {
-        // So that an operator who lists consumers sees whose it is.
-        name: Some(format!("litestripe-erase-{}", unique.rsplit('.').next().unwrap_or_default())),
-        deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from.max(1) },
-        ack_policy: AckPolicy::None,
-        inactive_threshold: FORGET_AFTER,
-        memory_storage: true,
-        num_replicas: 1,
-        ..pull::Config::default()
-    };
+    let from = DeliverPolicy::ByStartSequence { start_sequence: from.max(1) };
+    let config = pull::Config { inactive_threshold: FORGET_AFTER, ..reader(jetstream, "erase", from) };
     let mut consumer = stream.create_consumer(config).await.map_err(failed(reading, name))?;
     let mut left = consumer.cached_info().num_pending;
     let pull = consumer.stream().max_messages_per_batch(PULL_MESSAGES);
@@ -106,11 +93,22 @@ pub(crate) async fn read(
     Ok(last)
 }
 
+/// A consumer that acks nothing. An operator who lists consumers sees `whose` it is; and without a name the
+/// request for it would have a subject of another form, which permissions would have to allow too.
+pub(crate) fn reader(jetstream: &jetstream::Context, whose: &str, from: DeliverPolicy) -> pull::Config {
+    let unique = jetstream.client().new_inbox();
+    pull::Config {
+        name: Some(format!("litestripe-{whose}-{}", unique.rsplit('.').next().unwrap_or_default())),
+        deliver_policy: from,
+        ack_policy: AckPolicy::None,
+        memory_storage: true,
+        num_replicas: 1,
+        ..pull::Config::default()
+    }
+}
+
 /// Removes messages for good: the server overwrites their bytes on disk. Returns how many were
 /// there.
-///
-/// # Errors
-/// When the broker does not remove one.
 pub(crate) async fn remove(
     jetstream: &jetstream::Context,
     name: &'static str,
