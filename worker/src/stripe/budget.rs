@@ -9,7 +9,6 @@
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
-use backon::BackoffBuilder as _;
 use leaky_bucket::RateLimiter;
 use litestripe_contract::exit;
 use time::OffsetDateTime;
@@ -34,10 +33,13 @@ const QUEUE: usize = 1024;
 /// How long the broker may be away before a warning.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Pauses between tries. Their jitter keeps processes whose writes conflicted from conflicting again.
+const PAUSE_FIRST: Duration = Duration::from_millis(2);
+const PAUSE_LONGEST: Duration = Duration::from_secs(1);
+
 /// How often to look for our own write where a replica lags behind.
 const LAG: Duration = Duration::from_millis(2);
 
-/// A shared budget.
 pub struct Budget {
     queue: mpsc::Sender<oneshot::Sender<Instant>>,
     _reserver: AbortOnDropHandle<()>,
@@ -72,16 +74,10 @@ enum ReserveError {
 
 impl Budget {
     /// The budget of `settings`, shared through the broker of `jetstream`.
-    #[must_use]
     pub fn new(settings: &BudgetSettings, jetstream: jetstream::Context, replicas: usize) -> Self {
-        let reserver = Reserver {
-            plan: Plan::new(settings.requests, settings.window),
-            pace: pace(settings),
-            bucket: Bucket::new(jetstream, replicas),
-            key: settings.key.clone(),
-            last: None,
-            grant: None,
-        };
+        let plan = Plan::new(settings.requests, settings.window);
+        let (bucket, key) = (Bucket::new(jetstream, replicas), settings.key.clone());
+        let reserver = Reserver { plan, pace: pace(settings), bucket, key, last: None, grant: None };
         let (queue, queued) = mpsc::channel(QUEUE);
         Self { queue, _reserver: AbortOnDropHandle::new(tokio::spawn(reserver.run(queued))) }
     }
@@ -138,7 +134,7 @@ impl Reserver {
         let count = waiting.max(RESERVED_MIN).min(self.plan.size_max);
         let started = Instant::now();
         let mut warned = false;
-        let mut delays = delays();
+        let mut pauses = super::pauses(PAUSE_FIRST, PAUSE_LONGEST);
         loop {
             match self.try_reserve(count).await {
                 Ok(grant) => {
@@ -153,7 +149,7 @@ impl Reserver {
                 }
                 Err(_) => {}
             }
-            tokio::time::sleep(delays.next().unwrap_or(PATIENCE)).await;
+            tokio::time::sleep(pauses.next().unwrap_or(PAUSE_LONGEST)).await;
         }
     }
 
@@ -177,7 +173,7 @@ impl Reserver {
     }
 
     /// Our write of `revision`, or a later one, and when the broker stored it.
-    async fn read_back(&self, revision: u64, until: Instant) -> Result<(Entry, OffsetDateTime), ReserveError> {
+    async fn read_back(&mut self, revision: u64, until: Instant) -> Result<(Entry, OffsetDateTime), ReserveError> {
         loop {
             let entry = self.bucket.read(&self.key).await?;
             match entry.written {
@@ -200,15 +196,5 @@ fn pace(settings: &BudgetSettings) -> RateLimiter {
         .max(tokens)
         .refill(tokens)
         .interval(settings.window * size / settings.requests.max(1))
-        .build()
-}
-
-/// With jitter, so that processes whose writes conflicted do not conflict again.
-fn delays() -> impl Iterator<Item = Duration> {
-    backon::ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(2))
-        .with_max_delay(Duration::from_secs(1))
-        .without_max_times()
-        .with_jitter()
         .build()
 }

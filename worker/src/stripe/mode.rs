@@ -13,17 +13,14 @@ use crate::store::{self, Store};
     "STRIPE_SECRET_KEY is a {key} mode key, but every row of stripe_subscription is {rows} mode: set it to the {rows} \
      mode's key (sk_{rows}_… or rk_{rows}_…), or DATABASE_URL to the {key} mode's database; `--any-mode` goes on all the same"
 )]
-pub struct Mismatch {
+pub(crate) struct Mismatch {
     key: &'static str,
     rows: &'static str,
 }
 
 /// The mismatch of key and rows, if there is one. Without rows there is none, nor with rows of both
 /// modes.
-///
-/// # Errors
-/// When the database is away.
-pub async fn mismatch(store: &Store, stripe: &StripeSettings) -> Result<Option<Mismatch>, StoreError> {
+pub(crate) async fn mismatch(store: &Store, stripe: &StripeSettings) -> Result<Option<Mismatch>, StoreError> {
     let has_table = store.migrations().await?.iter().any(|step| step.applied);
     let modes = if has_table { store::subscription::modes(store.connection()).await? } else { Vec::new() };
     Ok(match modes.as_slice() {

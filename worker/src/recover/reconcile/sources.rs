@@ -77,7 +77,7 @@ impl Sources<'_> {
 
     /// The page of subscriptions after `after`, and up to when it tells every change.
     pub(super) async fn page(&self, status: &str, after: Option<&str>) -> Result<(api::Page, i64), ReconcileError> {
-        let list = self.stripe.subscriptions(Some(status), after);
+        let list = self.stripe.subscriptions(status, after);
         self.ask(list, api::page, "it is no list of subscriptions").await
     }
 
