@@ -66,7 +66,6 @@ const PASSED_OVER_MAX: usize = 10_000;
 /// Subscriptions whose signals are in flight at a time.
 const CHAINS_IN_FLIGHT: usize = 256;
 
-/// Why a round ended early.
 #[derive(Debug, thiserror::Error)]
 enum RelayError {
     #[error(transparent)]
@@ -96,7 +95,6 @@ struct Blocked {
     max_payload: usize,
     /// Since when each is passed over.
     since: HashMap<String, Instant>,
-    /// The signals that were complained about.
     complained: HashSet<i64>,
 }
 
@@ -115,13 +113,12 @@ enum Round {
 
 impl Relay {
     /// A relay that looks at the outbox when `wake` says so.
-    #[must_use]
-    pub fn new(store: Store, jetstream: jetstream::Context, nats: NatsSettings, wake: Arc<Notify>) -> Self {
+    pub(crate) fn new(store: Store, jetstream: jetstream::Context, nats: NatsSettings, wake: Arc<Notify>) -> Self {
         Self { store, jetstream, nats, wake, blocked: Mutex::default() }
     }
 
     /// Sends signals until `shutdown`, and then those that are still there, once.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
         let mut wait = Wait::new(SIGNALS);
         let mut is_woken = false;
@@ -175,17 +172,12 @@ impl Relay {
         }
         match self.store.relay_lock_path() {
             Some(path) => self.round_under_file_lock(path).await,
-            None => self.round_under_row_locks().await,
+            None => self.store.clone().uncancelled(async move |tx| self.round_under_row_locks(tx).await).await,
         }
     }
 
     /// On PostgreSQL the shards' row locks are held by a transaction: death releases them.
-    async fn round_under_row_locks(self: Arc<Self>) -> Result<Round, RelayError> {
-        let store = self.store.clone();
-        store.uncancelled(async move |tx| self.round_in(tx).await).await
-    }
-
-    async fn round_in(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
+    async fn round_under_row_locks(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
         let shards = store::outbox::lock_shards(&tx).await?;
         if shards.is_empty() {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
@@ -198,11 +190,11 @@ impl Relay {
             tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
             return Ok(over);
         }
-        let sent = self.send(rows).await;
+        let (sent, round) = self.send(rows).await;
         fail_point!("worker::after_signal");
-        store::outbox::delete(&tx, sent.ids).await?;
+        store::outbox::delete(&tx, sent).await?;
         tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
-        sent.round.map(|round| if round == Round::Idle { over } else { round })
+        round.map(|round| if round == Round::Idle { over } else { round })
     }
 
     /// On SQLite all processes share one host, and a file lock beside the database is held while
@@ -221,10 +213,10 @@ impl Relay {
         if rows.is_empty() {
             return Ok(Round::Idle);
         }
-        let sent = self.send(rows).await;
+        let (sent, round) = self.send(rows).await;
         fail_point!("worker::after_signal");
-        store::outbox::delete(db, sent.ids).await?;
-        sent.round
+        store::outbox::delete(db, sent).await?;
+        round
     }
 
     /// Whoever woke the relay until now has committed its signals: they are about to be read, or are in shards of
@@ -233,40 +225,40 @@ impl Relay {
         let _ = self.wake.notified().now_or_never();
     }
 
-    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time.
-    async fn send(&self, rows: Vec<Model>) -> Sent {
+    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time. Returns which
+    /// are sent.
+    async fn send(&self, rows: Vec<Model>) -> (Vec<i64>, Result<Round, RelayError>) {
         let full = rows.len() as u64 == TAKE_MAX;
         let deadline = Instant::now() + HOLD_MAX;
         let blocked_before = self.blocked().since.len();
-        let sent = Mutex::new(Vec::with_capacity(rows.len()));
-        let failure = Mutex::new(None);
-        futures_util::stream::iter(chains(rows))
-            .for_each_concurrent(CHAINS_IN_FLIGHT, |chain| async {
-                for row in chain {
-                    let (id, entity_id) = (row.id, row.entity_id.clone());
-                    match tokio::time::timeout_at(deadline, self.publish(row)).await {
-                        Ok(Ok(())) => sent.lock().expect("nothing panics while it holds this").push(id),
-                        Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
-                            self.block(entity_id, id);
-                            return;
-                        }
-                        Ok(Err(error)) => {
-                            failure.lock().expect("nothing panics while it holds this").get_or_insert(error);
-                            return;
-                        }
-                        Err(_) => return,
-                    }
-                }
-            })
-            .await;
-        let ids = sent.into_inner().expect("nothing panics while it holds this");
+        let sending = futures_util::stream::iter(chains(rows)).map(|chain| self.send_chain(chain, deadline));
+        let (sent, failures): (Vec<_>, Vec<_>) = sending.buffer_unordered(CHAINS_IN_FLIGHT).unzip().await;
+        let ids = sent.concat();
         metrics::signals_sent(ids.len());
-        let round = match failure.into_inner().expect("nothing panics while it holds this") {
+        let round = match failures.into_iter().find_map(Result::err) {
             Some(error) => Err(RelayError::Publish(error)),
             None if full && (!ids.is_empty() || self.blocked().since.len() > blocked_before) => Ok(Round::More),
             None => Ok(Round::Idle),
         };
-        Sent { ids, round }
+        (ids, round)
+    }
+
+    /// Publishes the signals of one subscription, up to the first that cannot be. Returns the ids of those before.
+    async fn send_chain(&self, chain: Vec<Model>, deadline: Instant) -> (Vec<i64>, Result<(), PublishError>) {
+        let mut sent = Vec::with_capacity(chain.len());
+        for row in chain {
+            let (id, entity_id) = (row.id, row.entity_id.clone());
+            match tokio::time::timeout_at(deadline, self.publish(row)).await {
+                Ok(Ok(())) => sent.push(id),
+                Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
+                    self.block(entity_id, id);
+                    break;
+                }
+                Ok(Err(error)) => return (sent, Err(error)),
+                Err(_) => break,
+            }
+        }
+        (sent, Ok(()))
     }
 
     /// Passes the subscription over, with the signals behind this one, and says so once.
@@ -306,24 +298,16 @@ impl Relay {
     }
 }
 
-/// What became of the rows taken out.
-struct Sent {
-    ids: Vec<i64>,
-    round: Result<Round, RelayError>,
-}
-
 /// The rows by subscription or orphan, each in its order.
 fn chains(rows: Vec<Model>) -> Vec<Vec<Model>> {
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut chains: Vec<Vec<Model>> = Vec::new();
     for row in rows {
-        match places.get(&row.entity_id) {
-            Some(place) => chains[*place].push(row),
-            None => {
-                places.insert(row.entity_id.clone(), chains.len());
-                chains.push(vec![row]);
-            }
-        }
+        let place = *places.entry(row.entity_id.clone()).or_insert_with(|| {
+            chains.push(Vec::new());
+            chains.len() - 1
+        });
+        chains[place].push(row);
     }
     chains
 }

@@ -7,8 +7,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream;
-use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::{self, consumer::pull, stream::State};
 use litestripe_contract::exit;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +17,7 @@ use crate::metrics;
 use crate::recover::replay;
 use crate::store::{Store, detached};
 use crate::stream::progress::Progress;
+use crate::wait::pause;
 
 /// How often the stream is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -26,7 +26,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 const PURGE_ABOVE: u64 = 80;
 const PURGE_DOWN_TO: u64 = 70;
 
-/// What the stream holds.
 #[derive(Debug, Clone, Copy)]
 struct Fill {
     bytes: u64,
@@ -39,7 +38,7 @@ struct Fill {
 }
 
 /// Purges until `shutdown`.
-pub async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
+pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
     // While the database is away it stays what it was: no replay begins then.
     let mut replayed_until = 0;
     loop {
@@ -47,9 +46,8 @@ pub async fn run(store: Store, jetstream: jetstream::Context, shutdown: Cancella
         if let Err(error) = look(&jetstream, replayed_until).await {
             debug!("cannot look after room in STRIPE_EVENTS: {}", exit::chain(error.as_ref()));
         }
-        tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY) => {}
-            () = shutdown.cancelled() => return,
+        if pause(LOOK_EVERY, &shutdown).await.is_none() {
+            return;
         }
     }
 }
@@ -70,14 +68,9 @@ async fn look(
     let Some(bytes_max) = u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0) else { return Ok(()) };
     metrics::events_stream_fill(info.state.bytes, bytes_max);
     let consumer = stream.get_consumer::<pull::Config>(WORKER_CONSUMER).await?;
-    let fill = Fill {
-        bytes: info.state.bytes,
-        bytes_max,
-        messages: info.state.messages,
-        first_sequence: info.state.first_sequence,
-        last_sequence: info.state.last_sequence,
-        applied_until: Progress::from(consumer.cached_info()).applied_until().min(replayed_until),
-    };
+    let State { bytes, messages, first_sequence, last_sequence, .. } = info.state;
+    let applied_until = Progress::from(consumer.cached_info()).applied_until().min(replayed_until);
+    let fill = Fill { bytes, bytes_max, messages, first_sequence, last_sequence, applied_until };
     let Some(keep_from) = keep_from(fill) else { return Ok(()) };
     #[expect(clippy::disallowed_methods, reason = "up to the first event that is still needed")]
     let purged = stream.purge().sequence(keep_from).await?.purged;
