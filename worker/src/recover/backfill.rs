@@ -13,7 +13,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::{self};
 use bytes::Bytes;
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, TryFutureExt as _};
 use litestripe_contract::event::{EventId, HANDLED_TYPES};
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_contract::{header, subject};
@@ -32,13 +32,13 @@ use crate::store::Store;
 use crate::stripe::api::{ApiError, StripeApi};
 
 mod present;
-pub mod record;
-pub mod schedule;
+pub(crate) mod record;
+pub(crate) mod schedule;
 
 use present::Present;
 
 /// How long Stripe keeps events. Stripe: "List all events".
-pub const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+pub(crate) const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// How far Stripe's clock, in `created`, may be ahead of the broker's.
 const CLOCKS_APART: Duration = Duration::from_secs(10 * 60);
@@ -49,44 +49,30 @@ const IN_FLIGHT: usize = 32;
 /// Tries to store one event, each as long as a PubAck is waited for.
 const TRIES_MAX: u32 = 4;
 
-/// What `Litestripe-Source` says.
-const SOURCE: &str = "backfill";
-
-/// Fetches what the stream lacks.
 #[derive(Clone)]
-pub struct Backfill {
-    /// Whom to ask.
+pub(crate) struct Backfill {
     pub stripe: StripeApi,
-    /// Where it goes.
     pub jetstream: jetstream::Context,
-    /// Where the erasures are.
     pub store: Store,
-    /// Whose events are not to come back.
     pub erasures: Erasures,
-    /// The types that are asked for.
     pub types: Vec<&'static str>,
 }
 
 /// The types of events that workers act upon.
-#[must_use]
-pub fn types(settings: &Settings) -> Vec<&'static str> {
+pub(crate) fn types(settings: &Settings) -> Vec<&'static str> {
     let deleted = settings.erase_on_customer_deleted.then_some("customer.deleted");
     HANDLED_TYPES.into_iter().chain(deleted).collect()
 }
 
-/// Which events are asked for.
 #[derive(Debug, Clone, Copy)]
-pub struct Wanted {
-    /// Created then or later.
+pub(crate) struct Wanted {
     pub since: OffsetDateTime,
     /// Only those that some endpoint has not accepted.
     pub undelivered_only: bool,
 }
 
-/// What a backfill did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Summary {
-    /// Events that Stripe listed.
+pub(crate) struct Summary {
     pub listed: u64,
     /// Of these, events that the stream held already.
     pub already_there: u64,
@@ -98,10 +84,8 @@ pub struct Summary {
     pub skipped: u64,
 }
 
-/// How a backfill ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// Everything was looked at.
+pub(crate) enum End {
     Complete,
     /// It was asked to stop after a page.
     Stopped,
@@ -109,17 +93,13 @@ pub enum End {
 
 /// Why a backfill ended halfway. What was published stays.
 #[derive(Debug, thiserror::Error)]
-pub enum BackfillError {
-    /// Stripe did not say what there is.
+pub(crate) enum BackfillError {
     #[error(transparent)]
     Api(#[from] ApiError),
-    /// The erasures cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is nowhere to put events.
     #[error("there is no stream {EVENTS_STREAM}: `litestripe-ingress` and `litestripe-worker run` create it")]
     NoStream,
-    /// It cannot be seen what the stream holds.
     #[error("cannot read which events {EVENTS_STREAM} holds")]
     Read(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// JetStream did not store an event, or did not say so.
@@ -127,7 +107,7 @@ pub enum BackfillError {
     Publish(EventId, #[source] PublishError),
 }
 
-/// What became of an event that the stream lacked.
+#[derive(PartialEq)]
 enum Published {
     Stored,
     Duplicate,
@@ -137,10 +117,7 @@ enum Published {
 impl Backfill {
     /// Goes through what Stripe lists, newest first, and publishes what the stream lacks. `report` is
     /// called with every page; `summary` is right also when this fails.
-    ///
-    /// # Errors
-    /// When Stripe or the broker fails, for longer than its requests are tried again.
-    pub async fn pass(
+    pub(crate) async fn pass(
         &self,
         wanted: Wanted,
         summary: &mut Summary,
@@ -189,14 +166,10 @@ impl Backfill {
         let publishing = futures_util::stream::iter(lacking).map(|event| self.publish(event));
         let mut outcomes = publishing.buffer_unordered(IN_FLIGHT);
         while let Some(outcome) = outcomes.next().await {
-            match outcome? {
-                Published::Stored => summary.published += 1,
-                Published::Duplicate => {
-                    summary.published += 1;
-                    summary.duplicates += 1;
-                }
-                Published::TooLarge => summary.skipped += 1,
-            }
+            let outcome = outcome?;
+            summary.published += u64::from(outcome != Published::TooLarge);
+            summary.duplicates += u64::from(outcome == Published::Duplicate);
+            summary.skipped += u64::from(outcome == Published::TooLarge);
         }
         Ok(())
     }
@@ -223,29 +196,27 @@ impl Backfill {
     async fn publish(&self, event: ListedEvent) -> Result<Published, BackfillError> {
         let ListedEvent { id, event_type, raw } = event;
         let body = Bytes::from(Box::<str>::from(raw).into_string());
-        for attempt in 1.. {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::MESSAGE_ID, id.as_str());
-            headers.insert(header::SOURCE, SOURCE);
-            let sent = self.jetstream.publish_with_headers(subject::of_event(&event_type), headers, body.clone()).await;
-            let error = match sent {
-                Ok(ack) => match ack.await {
-                    Ok(ack) if ack.duplicate && attempt == 1 => return Ok(Published::Duplicate),
-                    // A repetition of ours, after a PubAck that was lost, is no duplicate.
-                    Ok(_) => return Ok(Published::Stored),
-                    Err(error) => error,
-                },
-                Err(error) => error,
-            };
-            match error.kind() {
-                PublishErrorKind::MaxPayloadExceeded => {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::MESSAGE_ID, id.as_str());
+        headers.insert(header::SOURCE, "backfill");
+        let subject = subject::of_event(&event_type);
+        let mut attempt = 1;
+        loop {
+            let publishing = self.jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone());
+            let acked = publishing.and_then(IntoFuture::into_future).await;
+            match acked.map_err(|error| (error.kind(), error)) {
+                // A repetition of ours, after a PubAck that was lost, is no duplicate.
+                Ok(ack) if ack.duplicate && attempt == 1 => return Ok(Published::Duplicate),
+                Ok(_) => return Ok(Published::Stored),
+                Err((PublishErrorKind::MaxPayloadExceeded, _)) => {
                     warn!(event_id = %id, "{id} is larger than the NATS server's max_payload: it cannot be stored");
                     return Ok(Published::TooLarge);
                 }
-                PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe if attempt < TRIES_MAX => {}
-                _ => return Err(BackfillError::Publish(id, error)),
+                Err((PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe, _)) if attempt < TRIES_MAX => {
+                    attempt += 1
+                }
+                Err((_, error)) => return Err(BackfillError::Publish(id, error)),
             }
         }
-        unreachable!("the loop above ends by returning")
     }
 }

@@ -27,17 +27,15 @@ const AT_ONCE: u64 = 500;
 /// How often a worker looks.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// What became of signals that were owed.
 #[derive(Debug, Default)]
-pub struct Sent {
-    /// Signals that are in the outbox.
+pub(crate) struct Sent {
     pub signals: u64,
     /// Rows that cannot be read, and still owe theirs.
     pub unreadable: Vec<String>,
 }
 
 /// Sends what is owed whenever no replay is unfinished, until `shutdown`.
-pub async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) {
+pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) {
     loop {
         match send(&store, &relay, &shutdown).await {
             Ok(Sent { signals: 0, .. }) => {}
@@ -52,10 +50,7 @@ pub async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) 
 
 /// Sends what is owed, unless a replay is unfinished. Stops between two transactions when `shutdown`
 /// came.
-///
-/// # Errors
-/// When the database is away.
-pub async fn send(store: &Store, relay: &Notify, shutdown: &CancellationToken) -> Result<Sent, StoreError> {
+pub(crate) async fn send(store: &Store, relay: &Notify, shutdown: &CancellationToken) -> Result<Sent, StoreError> {
     let mut sent = Sent::default();
     if !store::replay::unfinished(store.connection()).await?.is_empty() {
         return Ok(sent);
@@ -77,11 +72,7 @@ pub async fn send(store: &Store, relay: &Notify, shutdown: &CancellationToken) -
     Ok(sent)
 }
 
-/// How many signals are owed.
-///
-/// # Errors
-/// When the database is away.
-pub async fn count(store: &Store) -> Result<u64, StoreError> {
+pub(crate) async fn count(store: &Store) -> Result<u64, StoreError> {
     let rows = store::subscription::count_owing(store.connection()).await?;
     Ok(rows + store::orphan::count_owing(store.connection()).await?)
 }
@@ -104,12 +95,12 @@ async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Resu
     Ok(())
 }
 
-/// Sends what the rows `ids` owe, and returns how many signals that are. A row that another process
-/// writes meanwhile is left to it.
 async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreError> {
     store.uncancelled(async move |tx| send_rows(tx, &ids).await).await
 }
 
+/// Sends what the rows `ids` owe, and returns how many signals that are. A row that another process
+/// writes meanwhile is left to it.
 async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, StoreError> {
     let now = OffsetDateTime::now_utc();
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();

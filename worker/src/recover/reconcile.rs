@@ -20,11 +20,11 @@ use std::time::Duration;
 use async_nats::jetstream;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use litestripe_domain::event::api;
-use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use crate::error::StoreError;
+use crate::recover::short_hash;
 use crate::store::{subscription, whole};
 use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::{self, ProgressError};
@@ -32,9 +32,9 @@ use crate::stripe::api::ApiError;
 
 use sources::Look;
 
-pub use difference::Difference;
-pub use report::{Finding, Problem, Report};
-pub use sources::Sources;
+pub(crate) use difference::Difference;
+pub(crate) use report::{Finding, Problem, Report};
+pub(crate) use sources::Sources;
 
 /// Lists of Checkout Sessions that are asked for at a time.
 const ASKED_MAX: usize = 4;
@@ -59,11 +59,10 @@ const IDS: u64 = 1000;
 /// many, the list's silence is taken for an answer: each costs a call.
 const UNKNOWN_ASKED_MAX: usize = 100;
 
-/// All subscriptions.
 const ALL: &str = "all";
 
 /// The lists of subscriptions that Stripe gives. Stripe: "List subscriptions", `status`.
-pub const STATUSES: [&str; 10] = [
+pub(crate) const STATUSES: [&str; 10] = [
     ALL,
     "ended",
     "active",
@@ -76,10 +75,8 @@ pub const STATUSES: [&str; 10] = [
     "paused",
 ];
 
-/// Why it broke off.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum ReconcileError {
+pub(crate) enum ReconcileError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -92,29 +89,23 @@ pub enum ReconcileError {
     Stopped,
 }
 
-/// One walk.
-pub struct Reconcile<'a> {
+pub(crate) struct Reconcile<'a> {
     sources: Sources<'a>,
     /// Told how many more subscriptions are done.
     advance: Box<dyn FnMut(u64) + Send + 'a>,
-    /// What came of it so far.
     pub report: Report,
-    /// What has to be looked at again.
     again: VecDeque<Finding>,
 }
 
 impl<'a> Reconcile<'a> {
     /// A walk that tells `advance` how many more subscriptions are done.
-    pub fn new(sources: Sources<'a>, advance: impl FnMut(u64) + Send + 'a) -> Self {
+    pub(crate) fn new(sources: Sources<'a>, advance: impl FnMut(u64) + Send + 'a) -> Self {
         Self { sources, advance: Box::new(advance), report: Report::default(), again: VecDeque::new() }
     }
 
-    /// Walks through Stripe's subscriptions of `status`, one of [`STATUSES`]. The report says what came of it, also where it broke off.
-    ///
-    /// # Errors
-    /// When Stripe, the database or the broker gives no answer, or it was told to stop. What is
-    /// repaired by then stays, and another walk does the rest.
-    pub async fn run(&mut self, status: &str) -> Result<(), ReconcileError> {
+    /// Walks through Stripe's subscriptions of `status`, one of [`STATUSES`]. The report says what came of it, also where it
+    /// broke off: what is repaired by then stays, and another walk does the rest.
+    pub(crate) async fn run(&mut self, status: &str) -> Result<(), ReconcileError> {
         let outcome = self.walk(status).await;
         // Where it broke off, what was not looked at again is reported as it was seen first.
         self.report.findings.extend(self.again.drain(..));
@@ -128,7 +119,7 @@ impl<'a> Reconcile<'a> {
         let mut after: Option<String> = None;
         loop {
             let (page, as_of) = self.sources.page(status, after.as_deref()).await?;
-            listed.extend(page.objects.iter().map(|object| hash(&object.id)));
+            listed.extend(page.objects.iter().map(|object| short_hash(&object.id)));
             after = page.objects.last().map(|object| object.id.clone());
             self.look_at(page.objects, as_of).await?;
             if !page.has_more || after.is_none() {
@@ -154,7 +145,7 @@ impl<'a> Reconcile<'a> {
             let ids = whole::ids(self.sources.store.connection(), livemode, began, &after, IDS).await?;
             let Some(last) = ids.last() else { return Ok(()) };
             after.clone_from(last);
-            for id in ids.iter().filter(|id| !listed.contains(&hash(id))) {
+            for id in ids.iter().filter(|id| !listed.contains(&short_hash(id))) {
                 let is_asked = self.report.count(Problem::UnknownToStripe) < UNKNOWN_ASKED_MAX;
                 match if is_asked { self.sources.subscription(id).await? } else { None } {
                     Some((object, as_of)) => self.look_at(vec![object], as_of).await?,
@@ -240,26 +231,16 @@ impl<'a> Reconcile<'a> {
         jetstream: &jetstream::Context,
         sequence: u64,
     ) -> Result<(), ReconcileError> {
-        let mut silent_since: Option<Instant> = None;
+        let mut heard = Instant::now();
         loop {
             match progress::of_workers(jetstream).await {
                 Ok(Some(progress)) if progress.has_applied(sequence) => return Ok(()),
-                Ok(_) => silent_since = None,
-                Err(error) => {
-                    let since = *silent_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > SILENCE_MAX {
-                        return Err(ReconcileError::Progress(error));
-                    }
-                }
+                Ok(_) => heard = Instant::now(),
+                Err(error) if heard.elapsed() > SILENCE_MAX => return Err(ReconcileError::Progress(error)),
+                Err(_) => {}
             }
             (self.advance)(0);
             self.sources.sleep(POLL).await?;
         }
     }
-}
-
-/// What is remembered of an id.
-fn hash(id: &str) -> [u8; 16] {
-    let digest: [u8; 32] = Sha256::digest(id).into();
-    digest.first_chunk().copied().unwrap_or_default()
 }

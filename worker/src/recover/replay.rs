@@ -23,81 +23,53 @@ use crate::store::replay::{BEAT_EVERY, Replay};
 use crate::store::{self, Store};
 use crate::stream::consumer::{Again, ConsumerError};
 use crate::stream::progress::ProgressError;
+use crate::wait::pause;
 
 mod apply;
 mod dry_run;
 mod request;
 
-pub use dry_run::DryRun;
-pub use request::{Bound, Request, Signals};
+pub(crate) use dry_run::DryRun;
+pub(crate) use request::{Bound, Request, Signals};
 use request::{goes_on, wider};
 
-/// Why there is no replay.
 #[derive(Debug, thiserror::Error)]
-pub enum ReplayError {
-    /// The stream has no such sequence.
+pub(crate) enum ReplayError {
     #[error("{EVENTS_STREAM} has no event {asked}: it holds {first} to {last}")]
-    NoSuchSequence {
-        /// What was asked for.
-        asked: u64,
-        /// The first sequence it holds.
-        first: u64,
-        /// The last one.
-        last: u64,
-    },
-    /// It would end before it begins.
+    NoSuchSequence { asked: u64, first: u64, last: u64 },
     #[error("the replay would end (at event {last}) before it begins (at event {first})")]
-    Backwards {
-        /// Where it would begin.
-        first: u64,
-        /// Where it would end.
-        last: u64,
-    },
+    Backwards { first: u64, last: u64 },
     /// Only one replay at a time may change rows, or one would signal the other's intermediate states.
     #[error("a replay is running since {since}: wait for its end")]
-    Running {
-        /// When it was started.
-        since: OffsetDateTime,
-    },
-    /// Rows that owe a signal cannot be read.
+    Running { since: OffsetDateTime },
     #[error("the signals of {} rows cannot be sent, because these cannot be read: {}", .0.len(), .0.join(", "))]
     Unreadable(Vec<String>),
-    /// The database is away.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The broker is away, or refuses; or the stream is missing.
     #[error("cannot read {EVENTS_STREAM}")]
     Broker(#[source] ConsumerError),
-    /// The broker does not say how far the events are applied.
     #[error("cannot read {EVENTS_STREAM}")]
     Progress(#[from] ProgressError),
-    /// Somebody removed the consumer.
     #[error("the consumer of this replay is gone: run it again")]
     ConsumerGone,
 }
 
-/// What a replay did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Summary {
-    /// The first sequence it applied again.
+pub(crate) struct Summary {
     pub first_sequence: u64,
-    /// The last one.
     pub last_sequence: u64,
     /// Events this process applied again.
     pub events: u64,
     /// Events among them that can never be applied: they are dead letters.
     pub poisoned: u64,
-    /// Signals that were owed at the end.
     pub signals: u64,
-    /// Whether the end was reached.
     pub finished: bool,
 }
 
-/// What a replay needs.
-pub struct Replayer {
+pub(crate) struct Replayer {
     /// As for live events, under terms of its own.
     pub applier: Applier,
-    /// Where the events are.
     pub jetstream: jetstream::Context,
     /// Events per transaction.
     pub batch: usize,
@@ -107,10 +79,11 @@ impl Replayer {
     /// Notes the replay in the database, and returns it as it is to be done: it also covers what an
     /// unfinished one left, and goes on at its position where that was the same but for its end. None if
     /// there is nothing to do.
-    ///
-    /// # Errors
-    /// When another one is running, or the request cannot be met.
-    pub async fn begin(&self, request: &Request, now: OffsetDateTime) -> Result<Option<(Replay, Again)>, ReplayError> {
+    pub(crate) async fn begin(
+        &self,
+        request: &Request,
+        now: OffsetDateTime,
+    ) -> Result<Option<(Replay, Again)>, ReplayError> {
         let db = self.applier.store.connection();
         let unfinished = store::replay::unfinished(db).await?;
         if let Some(running) = unfinished.iter().find(|other| other.is_running(now)) {
@@ -128,11 +101,8 @@ impl Replayer {
     }
 
     /// Applies the events again, up to the end or until `shutdown`, and sends the signals that are owed
-    /// then. `progress` hears of every batch up to which sequence it goes.
-    ///
-    /// # Errors
-    /// When the broker refuses, or the database gives no answer at the end. Run again, it goes on.
-    pub async fn run(
+    /// then. Run again after a failure, it goes on. `progress` hears of every batch up to which sequence it goes.
+    pub(crate) async fn run(
         &self,
         replay: &Replay,
         again: &Again,
@@ -144,12 +114,12 @@ impl Replayer {
         let mut summary = Summary { first_sequence, last_sequence, ..Summary::default() };
         let stop = CancellationToken::new();
         let heart = tokio::spawn(beat(store.clone(), stop.clone()));
-        let is_at_end = self.apply_again(replay, again, shutdown, |applied, sequence| {
+        let applying = self.apply_again(replay, again, shutdown, |applied, sequence| {
             summary.events += applied.applied;
             summary.poisoned += applied.poisoned;
             progress(sequence);
         });
-        let is_at_end = is_at_end.await;
+        let is_at_end = applying.await;
         stop.cancel();
         let _ = heart.await;
         if matches!(is_at_end, Ok(true)) {
@@ -173,36 +143,27 @@ impl Replayer {
         summary.signals = owed::count(store).await?;
         store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;
         summary.finished = true;
-        if let Err(error) = again.remove(&self.jetstream).await {
-            warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
-        }
+        self.remove(again).await;
         let sent = owed::send(store, &self.applier.relay, shutdown).await?;
         if shutdown.is_cancelled() {
             warn!("stopped before all signals were sent: a running worker sends the others");
         }
         if sent.unreadable.is_empty() { Ok(()) } else { Err(ReplayError::Unreadable(sent.unreadable)) }
     }
-}
 
-/// When what a replay changes is signalled.
-#[must_use]
-pub fn signalling(replay: &Replay) -> Signalling {
-    match Signals::parse(&replay.signals) {
-        Signals::None => Signalling::Never,
-        Signals::Changed => Signalling::Later,
+    async fn remove(&self, again: &Again) {
+        if let Err(error) = again.remove(&self.jetstream).await {
+            warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
+        }
     }
 }
 
 /// Up to which event all open replays have applied all again: what is above may not be purged.
-///
-/// # Errors
-/// When database or broker is away.
-pub async fn floor(store: &Store, jetstream: &jetstream::Context) -> Result<u64, ReplayError> {
+pub(crate) async fn floor(store: &Store, jetstream: &jetstream::Context) -> Result<u64, ReplayError> {
     let now = OffsetDateTime::now_utc();
     let mut lowest = u64::MAX;
     for replay in store::replay::unfinished(store.connection()).await?.iter().filter(|replay| replay.is_open(now)) {
-        let (_, floor) = again(replay).floor(jetstream).await?;
-        lowest = lowest.min(floor);
+        lowest = lowest.min(again(replay).floor(jetstream).await?.1);
     }
     Ok(lowest)
 }
@@ -213,11 +174,7 @@ fn again(replay: &Replay) -> Again {
 }
 
 async fn beat(store: Store, stop: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(BEAT_EVERY) => {}
-        }
+    while pause(BEAT_EVERY, &stop).await.is_some() {
         if let Err(error) = store::replay::beat(store.connection(), OffsetDateTime::now_utc()).await {
             tracing::debug!("{error}");
         }
@@ -225,7 +182,10 @@ async fn beat(store: Store, stop: CancellationToken) {
 }
 
 /// Terms of a replay: the operator's rules for orphans, and nothing sent before its end.
-#[must_use]
-pub fn terms(terms: Terms, replay: &Replay) -> Arc<Terms> {
-    Arc::new(Terms { signalling: signalling(replay), ..terms })
+pub(crate) fn terms(terms: Terms, replay: &Replay) -> Arc<Terms> {
+    let signalling = match Signals::parse(&replay.signals) {
+        Signals::None => Signalling::Never,
+        Signals::Changed => Signalling::Later,
+    };
+    Arc::new(Terms { signalling, ..terms })
 }

@@ -17,7 +17,7 @@ use crate::error::StoreError;
 use crate::store::{self, Store};
 
 /// Rows that are put into the outbox at once.
-pub const AT_ONCE: u64 = 500;
+pub(crate) const AT_ONCE: u64 = 500;
 
 /// Signals that may wait in the outbox before more are put in: a live one has to queue behind them.
 const BACKLOG_MAX: u64 = 2000;
@@ -25,28 +25,20 @@ const BACKLOG_MAX: u64 = 2000;
 /// How often it is looked whether they are sent.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// What became of some rows.
 #[derive(Debug, Default)]
-pub struct Put {
-    /// Rows that are in the outbox.
+pub(crate) struct Put {
     pub sent: u64,
     /// Rows that owe a signal: they are left to the end of the replay.
     pub left: u64,
 }
 
 /// Puts the rows `ids` into the outbox.
-///
-/// # Errors
-/// When the database is away.
-pub async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
+pub(crate) async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
     store.uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await).await
 }
 
 /// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
-///
-/// # Errors
-/// When the database is away.
-pub async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), StoreError> {
+pub(crate) async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), StoreError> {
     while !shutdown.is_cancelled() && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX {
         tokio::time::sleep(LOOK_EVERY).await;
     }

@@ -1,24 +1,24 @@
 //! Which events the stream holds.
 //!
 //! Owns reading their ids: headers only, through a consumer of its own that acks nothing and is gone
-//! soon after. An id is kept as 16 bytes of its hash, so a million of them take some 20 MB.
+//! soon after.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
-use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::consumer::{Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::stream::Stream;
 use futures_util::StreamExt as _;
 use litestripe_contract::event::EventId;
 use litestripe_contract::header;
 use litestripe_contract::subject::EVENTS_STREAM;
-use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tracing::debug;
 
 use super::BackfillError;
+use crate::recover::short_hash;
+use crate::stream::scan;
 
 /// Messages of one pull, at most: async-nats drops what it cannot buffer, at 65,536.
 const PULL_MAX: usize = 2000;
@@ -33,7 +33,6 @@ const INACTIVE_MAX: Duration = Duration::from_secs(10 * 60);
 /// Pulls in a row that may fail.
 const TRIES_MAX: u32 = 5;
 
-/// The ids in the stream, from some time on.
 pub(super) struct Present {
     jetstream: jetstream::Context,
     stream: Stream,
@@ -51,17 +50,14 @@ type PullError = Box<dyn std::error::Error + Send + Sync>;
 impl Present {
     /// The ids of what was stored at `since` or later; none are read yet.
     pub(super) async fn open(jetstream: &jetstream::Context, since: OffsetDateTime) -> Result<Self, BackfillError> {
-        let stream = jetstream.get_stream(EVENTS_STREAM).await.map_err(|error| match error.kind() {
-            GetStreamErrorKind::JetStream(answer) if answer.code() == 404 => BackfillError::NoStream,
-            _ => BackfillError::Read(error.into()),
-        })?;
+        let found = scan::find(jetstream, EVENTS_STREAM).await.map_err(|error| BackfillError::Read(error.into()))?;
+        let stream = found.ok_or(BackfillError::NoStream)?;
         let from = DeliverPolicy::ByStartTime { start_time: since };
         Ok(Self { jetstream: jetstream.clone(), stream, consumer: None, from, last: 0, ids: HashSet::new() })
     }
 
-    /// Whether the stream holds the event.
     pub(super) fn holds(&self, id: &EventId) -> bool {
-        self.ids.contains(&digest(id.as_str()))
+        self.ids.contains(&short_hash(id.as_str()))
     }
 
     /// Reads the ids of all that the stream holds by now.
@@ -88,7 +84,9 @@ impl Present {
             Some(consumer) => consumer,
             None => {
                 self.last = 0;
-                self.stream.create_consumer(config(self.name(), self.from)).await?
+                let config = scan::reader(&self.jetstream, "backfill", self.from);
+                let config = pull::Config { headers_only: true, inactive_threshold: INACTIVE_MAX, ..config };
+                self.stream.create_consumer(config).await?
             }
         };
         let pending = consumer.info().await?.num_pending;
@@ -104,13 +102,6 @@ impl Present {
         Ok(pending)
     }
 
-    /// A name that nobody else has. Without one the request for a consumer has a subject of another
-    /// form, which permissions would have to allow too.
-    fn name(&self) -> String {
-        let inbox = self.jetstream.client().new_inbox();
-        format!("litestripe-backfill-{}", inbox.rsplit('.').next().unwrap_or_default())
-    }
-
     fn note(&mut self, message: &jetstream::Message) -> Result<(), PullError> {
         let place = message.info()?;
         if place.consumer_sequence != self.last + 1 {
@@ -119,25 +110,7 @@ impl Present {
         self.last = place.consumer_sequence;
         self.from = DeliverPolicy::ByStartSequence { start_sequence: place.stream_sequence + 1 };
         let id = message.headers.as_ref().and_then(|headers| headers.get(header::MESSAGE_ID));
-        self.ids.extend(id.map(|id| digest(id.as_str())));
+        self.ids.extend(id.map(|id| short_hash(id.as_str())));
         Ok(())
     }
-}
-
-fn config(name: String, from: DeliverPolicy) -> pull::Config {
-    pull::Config {
-        name: Some(name),
-        deliver_policy: from,
-        ack_policy: AckPolicy::None,
-        headers_only: true,
-        inactive_threshold: INACTIVE_MAX,
-        memory_storage: true,
-        num_replicas: 1,
-        ..pull::Config::default()
-    }
-}
-
-fn digest(id: &str) -> [u8; 16] {
-    let digest: [u8; 32] = Sha256::digest(id).into();
-    digest.first_chunk().copied().unwrap_or_default()
 }

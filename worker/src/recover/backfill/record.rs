@@ -15,37 +15,28 @@ use crate::store::{self, Store};
 const OVERLAP: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// How far the first backfill goes back: as far as Stripe tries a live delivery again.
-pub const FIRST: Duration = Duration::from_secs(72 * 60 * 60);
+pub(crate) const FIRST: Duration = Duration::from_secs(72 * 60 * 60);
 
 /// What is known of backfills of one mode.
 #[derive(Clone)]
-pub struct Record {
+pub(crate) struct Record {
     store: Store,
     livemode: bool,
 }
 
 impl Record {
-    /// The record of that mode.
-    #[must_use]
-    pub fn new(store: Store, livemode: bool) -> Self {
+    pub(crate) fn new(store: Store, livemode: bool) -> Self {
         Self { store, livemode }
     }
 
-    /// When the last complete backfill began, if there was one.
-    ///
-    /// # Errors
-    /// When the database is away.
-    pub async fn last_complete(&self) -> Result<Option<OffsetDateTime>, StoreError> {
+    pub(crate) async fn last_complete(&self) -> Result<Option<OffsetDateTime>, StoreError> {
         let last = store::backfill::last_complete(self.store.connection(), self.livemode).await?;
         Ok(believed(last, OffsetDateTime::now_utc()))
     }
 
     /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
     /// that leaves a gap after the last complete one is not noted.
-    ///
-    /// # Errors
-    /// When the database is away.
-    pub async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), StoreError> {
+    pub(crate) async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), StoreError> {
         let db = self.store.connection();
         let last = store::backfill::last_complete(db, self.livemode).await?;
         if !extends(believed(last, began), since, began) {
@@ -56,8 +47,7 @@ impl Record {
 }
 
 /// Where the next backfill starts: a whole second, as Stripe has them.
-#[must_use]
-pub fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> OffsetDateTime {
+pub(crate) fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> OffsetDateTime {
     let since = match last {
         Some(last) => (last.min(now) - OVERLAP).max(oldest(now)),
         None => now - FIRST,
@@ -65,9 +55,7 @@ pub fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> OffsetDa
     since.truncate_to_second()
 }
 
-/// The oldest event that Stripe may list.
-#[must_use]
-pub fn oldest(now: OffsetDateTime) -> OffsetDateTime {
+pub(crate) fn oldest(now: OffsetDateTime) -> OffsetDateTime {
     now - KEPT
 }
 

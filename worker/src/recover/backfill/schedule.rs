@@ -28,7 +28,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// workers that are started together make one. The record has whole seconds.
 const TOGETHER: Duration = Duration::from_secs(2);
 
-/// A backfill that succeeds.
 const BACKFILLS: Awaited = Awaited {
     begins: "a backfill failed and is tried again",
     ends: "backfills succeed again",
@@ -38,24 +37,18 @@ const BACKFILLS: Awaited = Awaited {
 };
 
 /// What makes a worker backfill by itself.
-pub struct Schedule {
-    /// What is done.
+pub(crate) struct Schedule {
     pub backfill: Backfill,
-    /// How often.
     pub interval: Duration,
     /// When this process was started: the first one is due unless it was made since.
     pub started: OffsetDateTime,
-    /// What is known of earlier ones.
     pub record: Record,
-    /// Who does it.
     pub lease: Lease,
     /// Where the rows are, whose mode must be the key's.
     pub store: Store,
-    /// The key.
     pub stripe: StripeSettings,
 }
 
-/// Why a backfill has to be tried again.
 #[derive(Debug, thiserror::Error)]
 enum ScheduleError {
     #[error(transparent)]
@@ -67,8 +60,7 @@ enum ScheduleError {
 }
 
 impl Schedule {
-    /// Backfills until `shutdown`.
-    pub async fn run(mut self, shutdown: CancellationToken) {
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         let mut wait = Wait::new(BACKFILLS);
         while !shutdown.is_cancelled() {
             let pause = match self.turn(&shutdown).await {
@@ -87,24 +79,23 @@ impl Schedule {
 
     /// Backfills if one is due and nobody else is at it. Returns the time until the next is due.
     async fn turn(&mut self, shutdown: &CancellationToken) -> Result<Duration, ScheduleError> {
-        let Self { backfill, interval, started, record, lease, store, stripe } = self;
-        let left = due_in(record, *interval, *started).await?;
+        let left = due_in(&self.record, self.interval, self.started).await?;
         if !left.is_zero() {
             return Ok(left);
         }
         let work = async {
             // Somebody may have done it just before we got the lease.
-            let left = due_in(record, *interval, *started).await?;
+            let left = due_in(&self.record, self.interval, self.started).await?;
             if !left.is_zero() {
                 return Ok(left);
             }
-            if let Some(mismatch) = mode::mismatch(store, stripe).await? {
+            if let Some(mismatch) = mode::mismatch(&self.store, &self.stripe).await? {
                 return Err(mismatch.into());
             }
-            make(backfill, record, shutdown).await?;
-            Ok(*interval)
+            make(&self.backfill, &self.record, shutdown).await?;
+            Ok(self.interval)
         };
-        lease.during(work).await?.unwrap_or(Ok(LOOK_EVERY))
+        self.lease.during(work).await?.unwrap_or(Ok(LOOK_EVERY))
     }
 }
 
@@ -129,18 +120,18 @@ async fn make(backfill: &Backfill, record: &Record, shutdown: &CancellationToken
 }
 
 fn tell(summary: &Summary, since: OffsetDateTime) {
-    let Summary { listed, already_there, published, duplicates, skipped } = *summary;
     let since = since.format(&Rfc3339).unwrap_or_default();
-    if published == 0 && skipped == 0 {
+    let listed = summary.listed;
+    if summary.published == 0 && summary.skipped == 0 {
         return debug!(listed, "backfill since {since}: none of {listed} events was missing");
     }
-    let missing = published - duplicates;
+    let missing = summary.published - summary.duplicates;
     info!(
         listed,
-        already_there,
-        published,
-        duplicates,
-        skipped,
+        already_there = summary.already_there,
+        published = summary.published,
+        duplicates = summary.duplicates,
+        skipped = summary.skipped,
         "backfill since {since}: of {listed} events, {missing} had not arrived and are in STRIPE_EVENTS now"
     );
 }

@@ -16,10 +16,8 @@ const OF_EVENTS: [&str; 6] =
 /// The columns whose values are the operator's text.
 const METADATA: [&str; 2] = ["metadata", "subscription_metadata"];
 
-/// A column in which a row differs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Difference {
-    /// The column.
+pub(crate) struct Difference {
     pub field: String,
     /// What stands in it; of metadata the keys that differ, of `merge_state` the columns that the
     /// next event would overwrite with something wrong.

@@ -6,17 +6,13 @@ use serde::Serialize;
 
 use super::Difference;
 
-/// What is wrong with a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Problem {
-    /// Columns are not as Stripe has them.
+pub(crate) enum Problem {
     Different,
-    /// There is none.
     Missing,
     /// Its columns or its merge state cannot be read.
     Unreadable,
-    /// Stripe has no such subscription.
     UnknownToStripe,
     /// What Stripe says cannot be kept.
     CannotBeKept,
@@ -24,14 +20,10 @@ pub enum Problem {
 
 /// A row that is not as Stripe has it.
 #[derive(Debug, Clone, Serialize)]
-pub struct Finding {
-    /// The row's key.
+pub(crate) struct Finding {
     pub stripe_subscription_id: String,
-    /// What is wrong.
     pub problem: Problem,
-    /// Whether it is repaired.
     pub repaired: bool,
-    /// Where it is wrong.
     pub differences: Vec<Difference>,
     /// What a person has to know.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -54,27 +46,21 @@ impl Finding {
     }
 }
 
-/// What came of it.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(crate) struct Report {
     /// Subscriptions of Stripe's that were compared with their rows.
     pub compared: u64,
-    /// Rows that are not as Stripe has them, or were not.
     pub findings: Vec<Finding>,
     /// Requests to Stripe, retries aside.
     pub calls: u64,
 }
 
 impl Report {
-    /// How many rows are still wrong.
-    #[must_use]
-    pub fn remaining(&self) -> usize {
+    pub(crate) fn remaining(&self) -> usize {
         self.findings.iter().filter(|finding| !finding.repaired).count()
     }
 
-    /// How many have this problem.
-    #[must_use]
-    pub fn count(&self, problem: Problem) -> usize {
+    pub(crate) fn count(&self, problem: Problem) -> usize {
         self.findings.iter().filter(|finding| finding.problem == problem).count()
     }
 }

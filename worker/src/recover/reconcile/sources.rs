@@ -9,7 +9,6 @@ use std::time::Duration;
 use async_nats::jetstream;
 use litestripe_domain::event::{self, Body, Event, MetadataKeys, api};
 use litestripe_domain::merge::State;
-use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -22,20 +21,16 @@ use crate::store::whole::{self, Fields, Whole};
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, Resolution, Scope};
 use crate::stripe::api::{Answer, ApiError, StripeApi};
+use crate::wait::pause;
 
-/// What is asked, and where.
-pub struct Sources<'a> {
-    /// Where the rows are.
+pub(crate) struct Sources<'a> {
     pub store: &'a Store,
-    /// Who knows what they should be.
     pub stripe: &'a StripeApi,
-    /// The metadata that is kept.
     pub metadata_keys: &'a MetadataKeys,
     /// Where repairs are stored, for somebody to apply them. None: nothing is changed.
     pub repair: Option<&'a jetstream::Context>,
     /// Whose personal data is not to come back.
     pub erasures: &'a Erasures,
-    /// Ends it early.
     pub stop: &'a CancellationToken,
     /// Requests to Stripe so far, retries aside.
     pub calls: AtomicU64,
@@ -69,10 +64,7 @@ enum Repair {
 
 impl Sources<'_> {
     pub(super) async fn sleep(&self, duration: Duration) -> Result<(), ReconcileError> {
-        tokio::select! {
-            () = tokio::time::sleep(duration) => Ok(()),
-            () = self.stop.cancelled() => Err(ReconcileError::Stopped),
-        }
+        pause(duration, self.stop).await.ok_or(ReconcileError::Stopped)
     }
 
     /// The page of subscriptions after `after`, and up to when it tells every change.
@@ -83,7 +75,8 @@ impl Sources<'_> {
 
     /// A subscription, and up to when it tells every change. None if Stripe does not know it.
     pub(super) async fn subscription(&self, id: &str) -> Result<Option<(api::Object, i64)>, ReconcileError> {
-        known(self.ask(self.stripe.subscription(id, None), api::object, "it is no subscription").await)
+        let subscription = self.stripe.subscription(id, None);
+        known(self.ask(subscription, api::object, "it is no subscription").await)
     }
 
     /// What Stripe answers, unless it is told to stop first: a question changes nothing.
@@ -116,7 +109,10 @@ impl Sources<'_> {
         let mut look = Look { finding, object, as_of, session, resolved, told, row, repair };
         let event = match self.decode(&look.object, as_of) {
             Ok(event) => event,
-            Err(note) => return Ok(Some(Look { finding: look.finding.with_note(note), ..look })),
+            Err(note) => {
+                look.finding.note = Some(note);
+                return Ok(Some(look));
+            }
         };
         let is_erased = self.erasures.covers(&event);
         let mut state = State::default();
@@ -153,13 +149,15 @@ impl Sources<'_> {
             return Ok(());
         }
         // Without a user a session only makes an orphan: of a subscription that ended, nobody's to care for.
-        let ended = matches!(look.told["status"].as_str(), Some("canceled" | "incomplete_expired"));
+        let status = look.told["status"].as_str();
+        let ended = matches!(status, Some("canceled" | "incomplete_expired"));
         let wants_any = !ended && !knows("checkout_session_id");
         let id = look.id();
         let orphan = store::orphan::find(self.store.connection(), id).await?;
         let user = orphan.as_ref().and_then(|orphan| orphan.resolved_client_reference_id.clone());
         let listed = self.stripe.checkout_sessions_of(id, None);
-        let listed = known(self.ask(listed, api::page, "it is no list of Checkout Sessions").await)?;
+        let listed = self.ask(listed, api::page, "it is no list of Checkout Sessions").await;
+        let listed = known(listed)?;
         let (objects, as_of) = listed.map_or((Vec::new(), look.as_of), |(page, as_of)| (page.objects, as_of));
         let mut sessions = Vec::new();
         for object in objects {
@@ -175,8 +173,12 @@ impl Sources<'_> {
         let (session, named) = chosen.map(|index| sessions.swap_remove(index)).unzip();
         let named = named.flatten();
         look.resolved = orphan.filter(|_| user.is_some() && named.is_none());
-        look.told.extend(named.or(user).map(|user| ("client_reference_id".to_owned(), json!(user))));
-        look.told.extend(session.as_ref().map(|session| ("checkout_session_id".to_owned(), json!(session.id))));
+        if let Some(user) = named.or(user) {
+            look.told.insert("client_reference_id".to_owned(), json!(user));
+        }
+        if let Some(session) = &session {
+            look.told.insert("checkout_session_id".to_owned(), json!(session.id));
+        }
         look.session = session.map(|session| (session, as_of));
         Ok(())
     }
@@ -189,12 +191,9 @@ impl Sources<'_> {
         look: &Look,
     ) -> Result<Option<u64>, ReconcileError> {
         let id = look.id();
-        let rewrites = |row: &Whole| match look.repair {
-            Repair::None => false,
-            Repair::Columns => true,
-            Repair::Events => row.state.is_none(),
-        };
-        if let Some(row) = look.row.as_ref().filter(|row| rewrites(row)) {
+        if let Some(row) = &look.row
+            && (look.repair == Repair::Columns || look.repair == Repair::Events && row.state.is_none())
+        {
             whole::repair(self.store.connection(), id, row).await?;
         }
         if look.repair != Repair::Events {
@@ -206,10 +205,13 @@ impl Sources<'_> {
             last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *as_of, scope).await?.max(last);
         }
         if let Some(orphan) = &look.resolved {
+            let user = orphan.resolved_client_reference_id.as_deref();
+            let mut payment = store::orphan::payment(orphan);
+            payment.stripe_subscription_id = Some(id.to_owned());
             let resolution = Resolution {
                 orphan_id: &orphan.id,
-                client_reference_id: orphan.resolved_client_reference_id.as_deref().unwrap_or_default(),
-                payment: PaymentIds { stripe_subscription_id: Some(id.to_owned()), ..store::orphan::payment(orphan) },
+                client_reference_id: user.unwrap_or_default(),
+                payment,
                 reason: &orphan.reason,
             };
             let at = orphan.resolved_at.unwrap_or(orphan.dt_last_updated).unix_timestamp();
@@ -224,27 +226,27 @@ impl Look {
     fn compared_with(&self, row: Option<&Whole>) -> Option<Finding> {
         let finding = |problem| Finding::new(&self.object.id, problem);
         let Some(row) = row else { return Some(finding(Problem::Missing)) };
-        let differences = difference::differences(&self.told, row);
-        if row.columns.is_none() || row.expected.is_none() {
-            let what = if row.columns.is_none() { "a column" } else { "merge_state" };
-            let finding = finding(Problem::Unreadable).with_note(format!("{what} cannot be read"));
-            return Some(Finding { differences, ..finding });
-        }
-        (!differences.is_empty()).then(|| Finding { differences, ..finding(Problem::Different) })
+        let mut finding = match (&row.columns, &row.expected) {
+            (None, _) => finding(Problem::Unreadable).with_note("a column cannot be read"),
+            (_, None) => finding(Problem::Unreadable).with_note("merge_state cannot be read"),
+            _ => finding(Problem::Different),
+        };
+        finding.differences = difference::differences(&self.told, row);
+        (finding.problem == Problem::Unreadable || !finding.differences.is_empty()).then_some(finding)
     }
 
     /// Where the merge state says what Stripe says, its columns need no event. An answer that is not newer
     /// than the row says nothing about it, so that it is only looked at again.
     fn choose_repair(&mut self) {
-        let told = &self.told;
-        if self.row.as_ref().is_some_and(|row| difference::only_the_column_knows_the_user(told, row)) {
+        let (told, row) = (&self.told, self.row.as_ref());
+        if row.is_some_and(|row| difference::only_the_column_knows_the_user(told, row)) {
             let note =
                 "not repairable: only this column knows the client reference id, and writing the row would lose it";
             self.finding.note = Some(note.to_owned());
             return;
         }
-        let head = self.row.as_ref().and_then(|row| row.state.as_ref()?.visible().head_created);
-        if self.row.as_ref().is_some_and(|row| difference::is_in_columns_only(told, row)) {
+        let head = row.and_then(|row| row.state.as_ref()?.visible().head_created);
+        if row.is_some_and(|row| difference::is_in_columns_only(told, row)) {
             self.repair = Repair::Columns;
         } else if head.is_none_or(|head| head < self.as_of) {
             self.repair = Repair::Events;

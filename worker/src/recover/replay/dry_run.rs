@@ -10,7 +10,6 @@ use litestripe_domain::plan::{self, Circumstances};
 use litestripe_domain::row::{Row, Stored};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
 
 use super::apply::next;
 use super::{ReplayError, Replayer, again};
@@ -18,70 +17,64 @@ use crate::apply::{self, Applier};
 use crate::error::StoreError;
 use crate::store;
 use crate::store::replay::Replay;
+use crate::stream::consumer::{Again, Batches};
 
 impl Replayer {
     /// What the replay would change, without changing anything. Keeps the rows that would change in
-    /// memory. `progress` hears of every batch up to which sequence it goes.
-    ///
-    /// # Errors
-    /// When database or broker is away, also for a moment: half of it would look like the whole.
-    pub async fn dry_run(
+    /// memory. `progress` hears of every batch up to which sequence it goes. Fails when database or broker is
+    /// away, also for a moment: half of it would look like the whole.
+    pub(crate) async fn dry_run(
         &self,
         replay: &Replay,
         shutdown: &CancellationToken,
-        mut progress: impl FnMut(u64),
+        progress: impl FnMut(u64),
     ) -> Result<DryRun, ReplayError> {
         let mut again = again(replay);
         again.consumer = format!("{}-dry-{}", again.consumer, OffsetDateTime::now_utc().unix_timestamp_nanos());
-        let mut dry = DryRun::default();
         let mut batches = again.open(&self.jetstream, self.batch).await.map_err(ReplayError::Broker)?;
-        let outcome = loop {
-            let Some(batch) = next(&mut batches, shutdown).await else { break Ok(()) };
+        let outcome = self.try_all(&mut batches, replay, &again, shutdown, progress).await;
+        batches.close().await;
+        self.remove(&again).await;
+        outcome
+    }
+
+    async fn try_all(
+        &self,
+        batches: &mut Batches,
+        replay: &Replay,
+        again: &Again,
+        shutdown: &CancellationToken,
+        mut progress: impl FnMut(u64),
+    ) -> Result<DryRun, ReplayError> {
+        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+        let mut dry = DryRun::default();
+        while !dry.finished
+            && let Some(batch) = next(batches, shutdown).await
+        {
             let Some(batch) = batch else {
-                match again.progress(&self.jetstream).await {
-                    Ok(Some(progress)) if progress.has_applied(replay.last_sequence) => {
-                        dry.finished = true;
-                        break Ok(());
-                    }
-                    Ok(Some(_)) => continue,
-                    Ok(None) => break Err(ReplayError::ConsumerGone),
-                    Err(error) => break Err(error.into()),
-                }
+                let progress = again.progress(&self.jetstream).await?.ok_or(ReplayError::ConsumerGone)?;
+                dry.finished = progress.has_applied(replay.last_sequence);
+                continue;
             };
-            let (arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);
-            let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+            let (mut arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);
             dry.poisoned += apply::wanted_poison(&batch, &poisoned, wanted);
-            let arrivals: Vec<Arrival> =
-                arrivals.into_iter().filter(|arrival| wanted(arrival.stream_sequence, Some(arrival))).collect();
-            if let Err(error) = dry.apply(&self.applier, &arrivals).await {
-                break Err(error.into());
-            }
+            arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
+            dry.apply(&self.applier, &arrivals).await?;
             let last = batch.last_sequence();
             progress(last.min(replay.last_sequence));
             batch.ack_except([]).await;
-            if last >= replay.last_sequence {
-                dry.finished = true;
-                break Ok(());
-            }
-        };
-        batches.close().await;
-        if let Err(error) = again.remove(&self.jetstream).await {
-            warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
+            dry.finished = last >= replay.last_sequence;
         }
-        outcome.map(|()| dry)
+        Ok(dry)
     }
 }
 
-/// What a replay would change.
 #[derive(Debug, Default)]
-pub struct DryRun {
-    /// Events it would apply again.
+pub(crate) struct DryRun {
     pub events: u64,
     /// Events among them that can never be applied.
     pub poisoned: u64,
-    /// Orphans it would create.
     pub orphans: BTreeSet<String>,
-    /// Whether all events were looked at.
     pub finished: bool,
     /// Rows that would differ: as they are (None if there is none), and as they would be.
     rows: HashMap<String, (Option<merge::Visible>, Stored)>,
@@ -89,8 +82,7 @@ pub struct DryRun {
 
 impl DryRun {
     /// The rows that would change: the id, whether it is new, and the fields.
-    #[must_use]
-    pub fn changes(&self) -> Vec<(&str, bool, Vec<String>)> {
+    pub(crate) fn changes(&self) -> Vec<(&str, bool, Vec<String>)> {
         let mut changes: Vec<_> = self
             .rows
             .iter()

@@ -12,8 +12,7 @@ use crate::stream::{consumer, progress};
 
 /// Where a replay begins or ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bound {
-    /// At this sequence of the stream.
+pub(crate) enum Bound {
     Sequence(u64),
     /// At the first event that was stored at this time or later; as an end, before it.
     Time(OffsetDateTime),
@@ -21,7 +20,7 @@ pub enum Bound {
 
 /// Whether subscribers are sent what a replay changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-pub enum Signals {
+pub(crate) enum Signals {
     /// Nothing is sent, of events that are applied; the changes of the others the workers will send.
     None,
     /// Each row that changed is, once, at the end, with its final state.
@@ -42,35 +41,21 @@ impl Signals {
     }
 }
 
-/// What an operator wants replayed.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(crate) struct Request {
     /// Where it begins: without, at the stream's first event.
     pub from: Option<Bound>,
     /// Where it ends: without, at the stream's last event.
     pub until: Option<Bound>,
     /// Only events of these types; all, if none is named.
     pub event_types: Vec<EventType>,
-    /// Only events of this subscription.
     pub stripe_subscription_id: Option<String>,
-    /// Whether subscribers are sent what it changes.
     pub signals: Signals,
-}
-
-impl Request {
-    /// Each type once: JetStream refuses subjects that overlap.
-    fn event_types(&self) -> Vec<String> {
-        let types: BTreeSet<_> = self.event_types.iter().map(EventType::to_string).collect();
-        types.into_iter().collect()
-    }
 }
 
 impl Replayer {
     /// What `request` comes down to. Nothing if the stream holds no such event.
-    ///
-    /// # Errors
-    /// When the request cannot be met.
-    pub async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
+    pub(crate) async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
         let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
         let state = &stream.cached_info().state;
@@ -79,19 +64,16 @@ impl Replayer {
             None => first,
             Some(bound) => self.sequence(bound, first, last).await?.max(first),
         };
-        let last_sequence = match request.until {
+        let mut last_sequence = match request.until {
             None => last,
             Some(Bound::Time(time)) => self.sequence(Bound::Time(time), first, last).await?.saturating_sub(1),
             Some(bound) => self.sequence(bound, first, last).await?,
         };
-        let last_sequence = match request.signals {
+        if request.signals == Signals::None {
             // What it applied silently, a worker would merge to nothing, and it would never be sent.
-            Signals::None => {
-                let progress = progress::of_workers(&self.jetstream).await?;
-                last_sequence.min(progress.map_or(0, |progress| progress.applied_until()))
-            }
-            Signals::Changed => last_sequence,
-        };
+            let progress = progress::of_workers(&self.jetstream).await?;
+            last_sequence = last_sequence.min(progress.map_or(0, |progress| progress.applied_until()));
+        }
         let is_backwards = match (request.from, request.until) {
             (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
             (Some(Bound::Time(from)), Some(Bound::Time(until))) => until < from,
@@ -101,12 +83,14 @@ impl Replayer {
             return Err(ReplayError::Backwards { first: first_sequence, last: last_sequence });
         }
         let is_empty = state.messages == 0 || first_sequence > last_sequence;
+        // Each once: JetStream refuses subjects that overlap.
+        let event_types: BTreeSet<_> = request.event_types.iter().map(EventType::to_string).collect();
         Ok((!is_empty).then(|| Replay {
             name: String::new(),
             signals: request.signals.as_str().to_owned(),
             first_sequence,
             last_sequence,
-            event_types: request.event_types(),
+            event_types: event_types.into_iter().collect(),
             stripe_subscription_id: request.stripe_subscription_id.clone(),
             started: now,
             beat: now,
