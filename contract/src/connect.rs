@@ -37,7 +37,6 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// Why no connection can ever come of these settings.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum ConnectError {
     #[error("{setting} names {}, which cannot be used", path.display())]
     File { setting: &'static str, path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },

@@ -31,7 +31,6 @@ macro_rules! settings {
 
 /// One setting: an environment variable, and a flag of the same name in kebab case.
 #[derive(Debug, Clone, Copy)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Setting {
     pub name: &'static str,
     /// What it is when it is not given. An empty value counts as not given.
@@ -249,7 +248,6 @@ pub fn address(value: &str) -> Option<std::net::SocketAddr> {
 
 /// How to reach NATS.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct NatsSettings {
     /// The servers, each a URL. May hold passwords: never print them, see [`NatsSettings::hosts`].
     pub servers: Vec<ServerAddr>,
@@ -261,7 +259,6 @@ pub struct NatsSettings {
 
 /// Who we are to NATS.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Identity {
     Anonymous,
     Credentials(PathBuf),
@@ -323,7 +320,6 @@ impl Identity {
 
 /// The limits of the events stream, which either program may have to create.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct EventsSettings {
     pub replicas: usize,
     pub max_age: Duration,
@@ -350,7 +346,6 @@ impl EventsSettings {
 
 /// How to log.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct LogSettings {
     pub filter: String,
     pub filter_is_set: bool,

@@ -5,7 +5,6 @@ use crate::signal::{self, Cause};
 
 /// An event of a batch, and where it came from.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Arrival {
     /// The place of its message in the batch.
     pub index: usize,

@@ -28,7 +28,6 @@ use crate::payment::PaymentIds;
 
 /// An event of a type the worker handles, as far as it is kept.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Event {
     pub id: EventId,
     /// Its type, as the body says.
@@ -56,7 +55,6 @@ pub enum Body {
 
 /// A subscription after an event, and what the event says it was before.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct SubscriptionEvent {
     /// Stripe's id of the subscription: printable ASCII.
     pub stripe_subscription_id: String,
@@ -66,7 +64,6 @@ pub struct SubscriptionEvent {
 
 /// What a subscription was before an event.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Before {
     /// It did not exist: the event created it.
     Nothing,
@@ -81,7 +78,6 @@ pub enum Before {
 /// seconds since the Unix epoch, in the range of a `Timestamp`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-#[expect(missing_docs, reason = "Stripe's own names and meanings")]
 pub struct Snapshot {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub customer: Option<String>,
@@ -124,7 +120,6 @@ impl Snapshot {
 
 /// A Checkout Session after an event.
 #[derive(Debug, Clone, Default, PartialEq)]
-#[expect(missing_docs, reason = "Stripe's own names and meanings")]
 pub struct CheckoutSession {
     /// Stripe's id of it: printable ASCII.
     pub id: String,
@@ -159,7 +154,6 @@ impl CheckoutSession {
 /// An operator's word on whose payment an orphan is, with what the orphan's row needs where a
 /// rebuild meets the word before the payment.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Resolution {
     pub reason: Option<String>,
     pub orphan_id: String,
@@ -229,7 +223,6 @@ impl MetadataKeys {
 
 /// Why an event can never be applied. Names fields, shows no values.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum DecodeError {
     #[error("the body is not JSON (line {line}, column {column})")]
     /// Both count from 1.
@@ -242,7 +235,6 @@ pub enum DecodeError {
 
 /// What is wrong with a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum Problem {
     #[error("is missing")]
     Missing,

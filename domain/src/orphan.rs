@@ -35,7 +35,6 @@ pub struct Rules {
 
 /// A payment that matches no user.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct NewOrphan {
     /// The subscription's id, else the Checkout Session's.
     pub id: String,

@@ -6,7 +6,6 @@ use crate::event::CheckoutSession;
 
 /// Stripe's ids of a payment, as far as they are known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct PaymentIds {
     /// The Checkout Session that was paid, if one came.
     pub checkout_session_id: Option<String>,

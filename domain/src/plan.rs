@@ -30,7 +30,6 @@ pub enum Signalling {
 
 /// What a batch is applied under.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Terms {
     pub rules: Rules,
     pub signalling: Signalling,
@@ -38,7 +37,6 @@ pub struct Terms {
 
 /// What a batch is applied under, and what it met.
 #[derive(Debug, Clone, Copy)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Circumstances<'a> {
     pub terms: &'a Terms,
     /// When the replay was started that may not have reached an event of the same row yet.
@@ -48,7 +46,6 @@ pub struct Circumstances<'a> {
 
 /// What a batch does to orphans and open questions, be there a row or not.
 #[derive(Debug, Default)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Consequences<'a> {
     /// A payment that names no user, and the event that told.
     pub orphan: Option<(&'a Arrival, NewOrphan)>,
@@ -60,7 +57,6 @@ pub struct Consequences<'a> {
 
 /// An orphan that found its user, if there is one under this id.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Resolution<'a> {
     pub id: String,
     pub client_reference_id: String,
@@ -71,7 +67,6 @@ pub struct Resolution<'a> {
 
 /// What a batch does to one subscription's row.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Plan<'a> {
     pub id: &'a str,
     pub arrivals: Vec<&'a Arrival>,
@@ -182,7 +177,6 @@ fn is_half_built(
 
 /// The signal that a row owes, and the row once it is sent.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Owed {
     pub row: Row,
     /// What it shows, unless that was sent already.
@@ -216,7 +210,6 @@ pub fn of_unchanged(
 
 /// A row without its metadata.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Erased {
     pub row: Row,
     /// What it is now, without what was erased. None of a row that owes a signal, which is sent later.

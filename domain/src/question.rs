@@ -42,7 +42,6 @@ impl Kind {
 
 /// What is asked, with what the asking needs. [`Kind`] says what each means.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Asked {
     Lookup { payment: PaymentIds, client_reference_id: String, is_paid: bool },
     Grace { stripe_customer_id: Option<String> },
@@ -52,7 +51,6 @@ pub enum Asked {
 
 /// A question that waits for its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Question {
     /// What it is about: the subscription's id, else the Checkout Session's; the customer's for an erasure.
     pub entity_id: String,

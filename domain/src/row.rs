@@ -9,7 +9,6 @@ use crate::merge::{State, Visible};
 
 /// What a row is before a batch.
 #[derive(Debug, Clone, Default)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Stored {
     pub state: State,
     pub version: i64,
@@ -22,7 +21,6 @@ pub struct Stored {
 
 /// A row to be written.
 #[derive(Debug, Default)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Row {
     pub stripe_subscription_id: String,
     pub state: State,

@@ -14,7 +14,6 @@ use crate::orphan::NewOrphan;
 
 /// A signal on its way to the outbox.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct NewSignal {
     /// The subscription's or orphan's id.
     pub entity_id: String,
@@ -29,7 +28,6 @@ pub struct NewSignal {
 
 /// The event that led to a signal, and the trace it belongs to.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Cause {
     pub event: EventReference,
     /// Its delivery's trace.

@@ -3,8 +3,6 @@
 //! Owns columns and their types, nothing else. May not know where rows come from. The schema is
 //! the migrations'; a test compares the two on both databases. No table has relations: rows stand alone.
 
-#![expect(missing_docs, reason = "the names say it; a comment adds what they do not")]
-
 pub mod backfill;
 pub mod due_check;
 pub mod erasure;

@@ -16,7 +16,6 @@ const THIN: &str = "v2.core.event";
 
 /// A signed body is no event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum NotAnEvent {
     #[error("the body is no JSON object")]
     NotJson,
@@ -29,7 +28,6 @@ pub enum NotAnEvent {
 
 /// The fields that decide what becomes of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Envelope {
     pub id: EventId,
     /// Its type, which need not be a valid subject.

@@ -43,7 +43,6 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why ingress cannot serve, or does not any more.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum RunError {
     #[error(transparent)]
     NoSecret(#[from] NoSecret),

@@ -67,7 +67,6 @@ impl VerifiedBody {
 
 /// Why a delivery is not known to come from Stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum SignatureError {
     #[error("the Stripe-Signature header is missing")]
     Missing,

@@ -35,7 +35,6 @@ pub const IN_FLIGHT: usize = 2;
 
 /// What applying a batch needs.
 #[derive(Clone)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Applier {
     pub store: Store,
     pub metadata_keys: MetadataKeys,

@@ -29,7 +29,6 @@ pub struct StoreError {
 
 /// Why the database did not do it.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum Cause {
     #[error(transparent)]
     Database(#[from] DbErr),

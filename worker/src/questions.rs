@@ -37,7 +37,6 @@ mod uncertain;
 mod user;
 
 /// What asking needs.
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Questions {
     pub store: Store,
     pub jetstream: jetstream::Context,

@@ -80,7 +80,6 @@ const DATABASE: &str =
 
 /// Everything the worker is told. The help texts above say what each setting means.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the help texts say it")]
 pub struct Settings {
     pub nats: NatsSettings,
     pub events: EventsSettings,
@@ -100,7 +99,6 @@ pub struct Settings {
 
 /// When a payment is an orphan, and for how long it shows an email.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the help texts say it")]
 pub struct OrphanSettings {
     pub grace: Duration,
     pub without_session: bool,
@@ -109,7 +107,6 @@ pub struct OrphanSettings {
 
 /// How a client reference id is matched to a user.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the fields are what they are called")]
 pub enum LookupSettings {
     /// Every client reference id is a user's.
     None,

@@ -29,7 +29,6 @@ const LEASE: &str = "lease.backfill";
 
 /// Why it could not be taken over.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum UpgradeError {
     #[error("cannot read the KV bucket litestripe")]
     Read(#[source] RawMessageError),

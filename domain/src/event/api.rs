@@ -8,7 +8,6 @@ use super::Email;
 
 /// One object, as it came.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Object {
     pub id: String,
     pub livemode: bool,
@@ -47,7 +46,6 @@ impl Object {
 
 /// A page of a list, in Stripe's order: newest first.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Page {
     pub objects: Vec<Object>,
     /// Whether another page follows. Stripe: "Pagination".
@@ -56,7 +54,6 @@ pub struct Page {
 
 /// An event on a page of events, as it came.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct ListedEvent {
     pub id: EventId,
     pub event_type: EventType,
@@ -65,7 +62,6 @@ pub struct ListedEvent {
 
 /// A page of events, newest first.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct EventPage {
     pub events: Vec<ListedEvent>,
     /// What else is on it: without an id or a type that we could store it under.

@@ -98,7 +98,6 @@ pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
 
 /// A customer that was deleted at Stripe.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct DeletedCustomer {
     /// The customer: printable ASCII.
     pub stripe_customer_id: String,

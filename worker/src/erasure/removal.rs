@@ -46,7 +46,6 @@ pub enum Target {
 }
 
 /// What an erasure needs.
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Erasure<'a> {
     pub store: &'a Store,
     pub jetstream: &'a jetstream::Context,
@@ -59,7 +58,6 @@ pub struct Erasure<'a> {
 
 /// What was removed, and when: events, dead letters and signals are messages of their streams.
 #[derive(Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Receipt {
     pub customer: Option<String>,
     pub orphan: Option<String>,
@@ -80,7 +78,6 @@ pub struct Receipt {
 
 /// Why a person was not erased, or not wholly.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum EraseError {
     #[error("there is no orphan {0}: `litestripe-worker orphans list --all` shows all; nothing was changed")]
     UnknownOrphan(String),

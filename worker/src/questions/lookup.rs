@@ -18,7 +18,6 @@ use crate::store::Store;
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// A way to ask.
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Lookup {
     /// Nobody is asked: every client reference id is a user's.
     None,
@@ -30,7 +29,6 @@ pub enum Lookup {
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum LookupError {
     #[error("the user lookup's query failed")]
     Sql(#[source] StoreError),

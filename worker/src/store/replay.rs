@@ -26,7 +26,6 @@ const CUT_OFF_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which events a replay applies again, and what is signalled.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Replay {
     /// Empty, but for one of the version before.
     pub name: String,
