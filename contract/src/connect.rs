@@ -17,7 +17,8 @@ use secrecy::ExposeSecret as _;
 use tracing::{debug, info, warn};
 
 use crate::settings::{
-    Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NatsSettings, Setting,
+    Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY,
+    NatsSettings, Setting,
 };
 
 /// A half-open link is noticed after two of these without an answer.
@@ -39,7 +40,11 @@ const POLL: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{setting} names {}, which cannot be used", path.display())]
-    File { setting: &'static str, path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
+    File {
+        setting: &'static str,
+        path: PathBuf,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("cannot connect to NATS")]
     Options(#[source] async_nats::ConnectError),
 }
@@ -48,22 +53,39 @@ pub enum ConnectError {
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
     let hosts = settings.hosts();
     let said = Mutex::new(HashSet::new());
-    let options = options(settings, name).await?.retry_on_initial_connect().event_callback(move |event| {
-        report(&event, &hosts, &said);
-        std::future::ready(())
-    });
-    options.connect(settings.servers.as_slice()).await.map_err(ConnectError::Options)
+    let options = options(settings, name)
+        .await?
+        .retry_on_initial_connect()
+        .event_callback(move |event| {
+            report(&event, &hosts, &said);
+            std::future::ready(())
+        });
+    options
+        .connect(settings.servers.as_slice())
+        .await
+        .map_err(ConnectError::Options)
 }
 
 /// Connects `client` anew if the server takes larger messages by now: a server that was told to by a
 /// reload says so to new connections alone. Asked over a connection beside it, because what is in
 /// flight on the old one has to be sent again.
 pub async fn follow_max_payload(client: &Client, settings: &NatsSettings, name: &str) {
-    let Ok(options) = options(settings, name).await else { return };
-    let probe = tokio::time::timeout(REQUEST_TIMEOUT, options.connect(settings.servers.as_slice())).await;
-    let (before, Ok(Ok(probe))) = (client.max_payload(), probe) else { return };
+    let Ok(options) = options(settings, name).await else {
+        return;
+    };
+    let probe = tokio::time::timeout(
+        REQUEST_TIMEOUT,
+        options.connect(settings.servers.as_slice()),
+    )
+    .await;
+    let (before, Ok(Ok(probe))) = (client.max_payload(), probe) else {
+        return;
+    };
     if probe.max_payload() > before {
-        info!("NATS takes messages of {} bytes now, of {before} before: connecting anew", probe.max_payload());
+        info!(
+            "NATS takes messages of {} bytes now, of {before} before: connecting anew",
+            probe.max_payload()
+        );
         // Fails only for a client that was closed.
         let _ = client.force_reconnect().await;
     }
@@ -72,7 +94,10 @@ pub async fn follow_max_payload(client: &Client, settings: &NatsSettings, name: 
 async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, ConnectError> {
     // A dependency that brings a second crypto backend must not make the first handshake panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    #[expect(clippy::disallowed_methods, reason = "the one place where options are made")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place where options are made"
+    )]
     let mut options = identify(ConnectOptions::new(), &settings.identity)
         .await?
         .name(name)
@@ -95,7 +120,10 @@ async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, 
 
 /// JetStream over `client`, with our timeouts.
 pub fn jetstream(client: Client) -> jetstream::Context {
-    jetstream::ContextBuilder::new().timeout(REQUEST_TIMEOUT).ack_timeout(REQUEST_TIMEOUT).build(client)
+    jetstream::ContextBuilder::new()
+        .timeout(REQUEST_TIMEOUT)
+        .ack_timeout(REQUEST_TIMEOUT)
+        .build(client)
 }
 
 /// Returns once `client` is connected. Says so when it has to wait, once.
@@ -103,19 +131,30 @@ pub async fn connected(client: &Client, settings: &NatsSettings) {
     let mut waited = Duration::ZERO;
     while client.connection_state() != State::Connected {
         if waited == REQUEST_TIMEOUT / 2 {
-            warn!(servers = settings.hosts(), "waiting for NATS at {} (NATS_URL)", settings.hosts());
+            warn!(
+                servers = settings.hosts(),
+                "waiting for NATS at {} (NATS_URL)",
+                settings.hosts()
+            );
         }
         tokio::time::sleep(POLL).await;
         waited += POLL;
     }
 }
 
-async fn identify(options: ConnectOptions, identity: &Identity) -> Result<ConnectOptions, ConnectError> {
+async fn identify(
+    options: ConnectOptions,
+    identity: &Identity,
+) -> Result<ConnectOptions, ConnectError> {
     Ok(match identity {
         Identity::Anonymous => options,
-        Identity::Credentials(file) => options.credentials_file(file).await.map_err(unusable(&NATS_CREDS, file))?,
+        Identity::Credentials(file) => options
+            .credentials_file(file)
+            .await
+            .map_err(unusable(&NATS_CREDS, file))?,
         Identity::Nkey(file) => {
-            let seed = std::fs::read_to_string(file).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
+            let seed =
+                std::fs::read_to_string(file).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
             KeyPair::from_seed(seed.trim()).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
             options.nkey(seed.trim().to_owned())
         }
@@ -128,7 +167,8 @@ async fn identify(options: ConnectOptions, identity: &Identity) -> Result<Connec
 /// Files are looked into before anything is sent: async-nats does it at every attempt to connect, and
 /// one that can never work would look like a broker that is away.
 fn certificates(setting: &Setting, path: &Path) -> Result<(), ConnectError> {
-    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let found =
+        CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     match found.map_err(unusable(setting, path))?.as_slice() {
         [] => Err(unusable(setting, path)("it holds no PEM certificate")),
         _ => Ok(()),
@@ -140,7 +180,11 @@ fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     path: &Path,
 ) -> impl FnOnce(E) -> ConnectError + use<E> {
     let (setting, path) = (setting.name, path.to_owned());
-    move |source| ConnectError::File { setting, path, source: source.into() }
+    move |source| ConnectError::File {
+        setting,
+        path,
+        source: source.into(),
+    }
 }
 
 /// `said` are the reasons that were given since there is no connection.
@@ -151,7 +195,10 @@ fn report(event: &Event, hosts: &str, said: &Mutex<HashSet<String>>) {
             said.clear();
             info!(servers = hosts, "connected to NATS at {hosts}");
         }
-        Event::Disconnected => warn!(servers = hosts, "connection to NATS lost; reconnecting to {hosts}"),
+        Event::Disconnected => warn!(
+            servers = hosts,
+            "connection to NATS lost; reconnecting to {hosts}"
+        ),
         Event::ServerError(error) => warn!("NATS says: {error}"),
         // Once per attempt to connect. That nobody answers is said by whoever waits; that somebody
         // refuses us, by nobody else. The text is the library's and names no credentials.
@@ -159,7 +206,10 @@ fn report(event: &Event, hosts: &str, said: &Mutex<HashSet<String>>) {
             let error = error.to_string();
             debug!("NATS connection: {error}");
             if !error.contains("IO error") && said.insert(error.clone()) {
-                warn!(servers = hosts, "cannot connect to NATS at {hosts}: {error}");
+                warn!(
+                    servers = hosts,
+                    "cannot connect to NATS at {hosts}: {error}"
+                );
             }
         }
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining | Event::Closed => {

@@ -27,7 +27,11 @@ impl EventId {
     /// Takes printable ASCII of 1 to [`ID_BYTES_MAX`] bytes.
     pub fn parse(id: impl Into<String>) -> Result<Self, InvalidEventId> {
         let id = id.into();
-        if Self::fits(&id) { Ok(Self(id)) } else { Err(InvalidEventId) }
+        if Self::fits(&id) {
+            Ok(Self(id))
+        } else {
+            Err(InvalidEventId)
+        }
     }
 
     /// Whether a text keeps to what an event's id keeps to, as all ids of Stripe do.
@@ -76,10 +80,15 @@ impl EventType {
     pub fn parse(name: impl Into<String>) -> Result<Self, InvalidEventType> {
         let name = name.into();
         let plain = |part: &str| {
-            let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+            let allowed =
+                |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
             !part.is_empty() && part.bytes().all(allowed)
         };
-        if name.len() <= TYPE_BYTES_MAX && name.split('.').all(plain) { Ok(Self(name)) } else { Err(InvalidEventType) }
+        if name.len() <= TYPE_BYTES_MAX && name.split('.').all(plain) {
+            Ok(Self(name))
+        } else {
+            Err(InvalidEventType)
+        }
     }
 
     /// The type as Stripe writes it.

@@ -105,7 +105,9 @@ pub fn dotenv() -> Result<(), Problems> {
         Ok(()) => Ok(()),
         Err(error) if error.not_found() => Ok(()),
         // Its own text would print the line, which may hold a secret.
-        Err(dotenvy::Error::LineParse(..)) => Err(Problems(vec![".env has a line that is not NAME=value".to_owned()])),
+        Err(dotenvy::Error::LineParse(..)) => Err(Problems(vec![
+            ".env has a line that is not NAME=value".to_owned(),
+        ])),
         Err(error) => Err(Problems(vec![format!(".env cannot be read: {error}")])),
     }
 }
@@ -118,7 +120,15 @@ impl Given {
     /// What the command line and the environment gave for `settings`.
     pub fn from_matches(matches: &ArgMatches, settings: &[&'static [Setting]]) -> Self {
         let all = settings.iter().copied().flatten();
-        Self(all.filter_map(|setting| Some((setting.name, matches.get_one::<String>(setting.name)?.clone()))).collect())
+        Self(
+            all.filter_map(|setting| {
+                Some((
+                    setting.name,
+                    matches.get_one::<String>(setting.name)?.clone(),
+                ))
+            })
+            .collect(),
+        )
     }
 }
 
@@ -135,7 +145,9 @@ pub struct Problems(pub Vec<String>);
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the settings cannot be used:")?;
-        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+        self.0
+            .iter()
+            .try_for_each(|problem| write!(f, "\n  {problem}"))
     }
 }
 
@@ -148,7 +160,10 @@ pub struct Reader {
 impl Reader {
     /// A reader of `given`.
     pub fn new(given: Given) -> Self {
-        Self { given, problems: Vec::new() }
+        Self {
+            given,
+            problems: Vec::new(),
+        }
     }
 
     /// Whether `setting` was given, rather than left to its default.
@@ -157,7 +172,12 @@ impl Reader {
     }
 
     /// The value of a setting without a default, if it was given. `expected` says what it must be.
-    pub fn optional<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+    pub fn optional<T>(
+        &mut self,
+        setting: &Setting,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
         let text = self.text(setting)?;
         let value = parse(text);
         if value.is_none() {
@@ -170,14 +190,24 @@ impl Reader {
     ///
     /// # Panics
     /// When the setting has no default or `parse` refuses it: a test of each program rules it out.
-    pub fn defaulted<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> T {
+    pub fn defaulted<T>(
+        &mut self,
+        setting: &Setting,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> T {
         self.optional(setting, expected, &parse)
             .or_else(|| parse(setting.default?))
             .expect("a default is a valid value of its setting")
     }
 
     /// The value of a setting that must be given.
-    pub fn required<T>(&mut self, setting: &Setting, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+    pub fn required<T>(
+        &mut self,
+        setting: &Setting,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
         if !self.is_given(setting) {
             self.problem(setting, format!("is missing: set it to {expected}"));
         }
@@ -198,7 +228,11 @@ impl Reader {
     }
 
     fn text(&self, setting: &Setting) -> Option<&str> {
-        self.given.0.get(setting.name).map(|text| text.trim()).filter(|text| !text.is_empty())
+        self.given
+            .0
+            .get(setting.name)
+            .map(|text| text.trim())
+            .filter(|text| !text.is_empty())
     }
 }
 
@@ -235,7 +269,10 @@ pub const BYTES: &str = "a size such as 512KiB, 1MiB or 10GiB";
 
 /// A size in bytes as people write it.
 pub fn bytes(value: &str) -> Option<u64> {
-    value.parse::<bytesize::ByteSize>().ok().map(|size| size.as_u64())
+    value
+        .parse::<bytesize::ByteSize>()
+        .ok()
+        .map(|size| size.as_u64())
 }
 
 /// What [`address`] expects.
@@ -269,21 +306,39 @@ pub enum Identity {
 impl NatsSettings {
     /// The servers without user or password, for people.
     pub fn hosts(&self) -> String {
-        let hosts: Vec<_> = self.servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
+        let hosts: Vec<_> = self
+            .servers
+            .iter()
+            .map(|server| format!("{}:{}", server.host(), server.port()))
+            .collect();
         hosts.join(", ")
     }
 
     /// Reads the settings that say how to reach NATS.
     pub fn read(reader: &mut Reader) -> Option<Self> {
-        let servers = reader.defaulted(&NATS_URL, "one or more URLs such as nats://127.0.0.1:4222", |value| {
-            // A host that is missing, as after a last comma, would be taken for an empty name.
-            let server = |url: &str| url.trim().parse::<ServerAddr>().ok().filter(|server| !server.host().is_empty());
-            value.split(',').map(server).collect::<Option<Vec<_>>>()
-        });
+        let servers = reader.defaulted(
+            &NATS_URL,
+            "one or more URLs such as nats://127.0.0.1:4222",
+            |value| {
+                // A host that is missing, as after a last comma, would be taken for an empty name.
+                let server = |url: &str| {
+                    url.trim()
+                        .parse::<ServerAddr>()
+                        .ok()
+                        .filter(|server| !server.host().is_empty())
+                };
+                value.split(',').map(server).collect::<Option<Vec<_>>>()
+            },
+        );
         let identity = Identity::read(reader);
         let tls_client = read_certificate(reader);
         let tls_ca = reader.optional(&NATS_TLS_CA, "a path", path);
-        Some(Self { servers, identity: identity?, tls_ca, tls_client })
+        Some(Self {
+            servers,
+            identity: identity?,
+            tls_ca,
+            tls_client,
+        })
     }
 }
 
@@ -291,8 +346,15 @@ fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {
     let certificate = reader.optional(&NATS_TLS_CERT, "a path", path);
     let key = reader.optional(&NATS_TLS_KEY, "a path", path);
     if certificate.is_some() != key.is_some() {
-        let missing = if key.is_none() { &NATS_TLS_KEY } else { &NATS_TLS_CERT };
-        reader.problem(missing, "is missing: NATS_TLS_CERT and NATS_TLS_KEY go together");
+        let missing = if key.is_none() {
+            &NATS_TLS_KEY
+        } else {
+            &NATS_TLS_CERT
+        };
+        reader.problem(
+            missing,
+            "is missing: NATS_TLS_CERT and NATS_TLS_KEY go together",
+        );
     }
     certificate.zip(key)
 }
@@ -307,12 +369,19 @@ impl Identity {
             (None, None, None, None) => return Some(Self::Anonymous),
             (Some(file), None, None, None) => return Some(Self::Credentials(file)),
             (None, Some(file), None, None) => return Some(Self::Nkey(file)),
-            (None, None, Some(user), Some(password)) => return Some(Self::Password(user, password)),
-            (None, None, Some(_), None) => reader.problem(&NATS_PASSWORD, "is missing: it goes with NATS_USER"),
-            (None, None, None, Some(_)) => reader.problem(&NATS_USER, "is missing: it goes with NATS_PASSWORD"),
-            _ => {
-                reader.problem(&NATS_CREDS, "and NATS_NKEY_SEED_FILE and NATS_USER exclude each other: set one of them")
+            (None, None, Some(user), Some(password)) => {
+                return Some(Self::Password(user, password));
             }
+            (None, None, Some(_), None) => {
+                reader.problem(&NATS_PASSWORD, "is missing: it goes with NATS_USER")
+            }
+            (None, None, None, Some(_)) => {
+                reader.problem(&NATS_USER, "is missing: it goes with NATS_PASSWORD")
+            }
+            _ => reader.problem(
+                &NATS_CREDS,
+                "and NATS_NKEY_SEED_FILE and NATS_USER exclude each other: set one of them",
+            ),
         }
         None
     }
@@ -334,11 +403,15 @@ impl EventsSettings {
     pub fn read(reader: &mut Reader) -> Self {
         Self {
             replicas: reader.defaulted(&STREAM_REPLICAS, "1, 3 or 5", |value| {
-                value.parse().ok().filter(|replicas| [1, 3, 5].contains(replicas))
+                value
+                    .parse()
+                    .ok()
+                    .filter(|replicas| [1, 3, 5].contains(replicas))
             }),
             max_age: reader.defaulted(&EVENTS_MAX_AGE, DURATION, duration),
-            max_bytes: reader
-                .defaulted(&EVENTS_MAX_BYTES, BYTES, |value| bytes(value).filter(|size| i64::try_from(*size).is_ok())),
+            max_bytes: reader.defaulted(&EVENTS_MAX_BYTES, BYTES, |value| {
+                bytes(value).filter(|size| i64::try_from(*size).is_ok())
+            }),
             max_bytes_is_set: reader.is_given(&EVENTS_MAX_BYTES),
         }
     }
@@ -355,17 +428,29 @@ pub struct LogSettings {
 impl LogSettings {
     /// For commands whose output people read: only warnings, unless the operator said otherwise.
     pub fn quiet(self) -> Self {
-        let filter = if self.filter_is_set { self.filter } else { "warn".to_owned() };
-        Self { filter, filter_is_set: true, ..self }
+        let filter = if self.filter_is_set {
+            self.filter
+        } else {
+            "warn".to_owned()
+        };
+        Self {
+            filter,
+            filter_is_set: true,
+            ..self
+        }
     }
 
     /// Reads how to log.
     pub fn read(reader: &mut Reader) -> Self {
         Self {
-            filter: reader.defaulted(&LOG_FILTER, "a log filter such as info or litestripe_worker=debug", |value| {
-                let parses = tracing_subscriber::EnvFilter::try_new(value).is_ok();
-                parses.then(|| value.to_owned())
-            }),
+            filter: reader.defaulted(
+                &LOG_FILTER,
+                "a log filter such as info or litestripe_worker=debug",
+                |value| {
+                    let parses = tracing_subscriber::EnvFilter::try_new(value).is_ok();
+                    parses.then(|| value.to_owned())
+                },
+            ),
             filter_is_set: reader.is_given(&LOG_FILTER),
             json: reader.defaulted(&LOG_FORMAT, "text or json", |value| match value {
                 "text" => Some(false),

@@ -19,7 +19,9 @@ pub fn token() -> std::io::Result<CancellationToken> {
                 _ = interrupt.recv() => "SIGINT",
             };
             if first {
-                tracing::info!("{name}: finishing what is in flight; a second signal exits at once");
+                tracing::info!(
+                    "{name}: finishing what is in flight; a second signal exits at once"
+                );
                 cancelled.cancel();
             }
         }

@@ -156,9 +156,13 @@ impl OrphanReason {
 
     /// The reason that is written as `name`, if there is one.
     pub fn parse(name: &str) -> Option<Self> {
-        [Self::MissingClientReferenceId, Self::UnknownClientReferenceId, Self::NoCheckoutSession]
-            .into_iter()
-            .find(|reason| reason.as_str() == name)
+        [
+            Self::MissingClientReferenceId,
+            Self::UnknownClientReferenceId,
+            Self::NoCheckoutSession,
+        ]
+        .into_iter()
+        .find(|reason| reason.as_str() == name)
     }
 }
 
@@ -214,7 +218,10 @@ impl Timestamp {
 
 impl std::fmt::Display for Timestamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let text = self.0.format(&time::format_description::well_known::Rfc3339).map_err(|_| std::fmt::Error)?;
+        let text = self
+            .0
+            .format(&time::format_description::well_known::Rfc3339)
+            .map_err(|_| std::fmt::Error)?;
         f.write_str(&text)
     }
 }

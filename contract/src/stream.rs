@@ -26,24 +26,52 @@ pub fn events(settings: &EventsSettings) -> Config {
     Config {
         max_bytes: i64::try_from(settings.max_bytes).unwrap_or(i64::MAX),
         allow_atomic_publish: true,
-        ..stream(subject::EVENTS_STREAM, subjects, DiscardPolicy::New, settings.replicas, settings.max_age)
+        ..stream(
+            subject::EVENTS_STREAM,
+            subjects,
+            DiscardPolicy::New,
+            settings.replicas,
+            settings.max_age,
+        )
     }
 }
 
 /// The stream of signals. What is older than `max_age` goes.
 pub fn signals(replicas: usize, max_age: Duration) -> Config {
-    let subjects = [subject::SUBSCRIPTION_CHANGED, subject::ORPHAN_CREATED, subject::ORPHAN_RESOLVED];
+    let subjects = [
+        subject::SUBSCRIPTION_CHANGED,
+        subject::ORPHAN_CREATED,
+        subject::ORPHAN_RESOLVED,
+    ];
     let subjects = subjects.map(String::from).to_vec();
-    stream(subject::SIGNALS_STREAM, subjects, DiscardPolicy::Old, replicas, max_age)
+    stream(
+        subject::SIGNALS_STREAM,
+        subjects,
+        DiscardPolicy::Old,
+        replicas,
+        max_age,
+    )
 }
 
 /// The stream of dead letters.
 pub fn dead_letters(replicas: usize, max_age: Duration) -> Config {
     let subjects = vec![format!("{}>", subject::DEAD_LETTERS_PREFIX)];
-    stream(subject::DEAD_LETTERS_STREAM, subjects, DiscardPolicy::New, replicas, max_age)
+    stream(
+        subject::DEAD_LETTERS_STREAM,
+        subjects,
+        DiscardPolicy::New,
+        replicas,
+        max_age,
+    )
 }
 
-fn stream(name: &str, subjects: Vec<String>, discard: DiscardPolicy, replicas: usize, max_age: Duration) -> Config {
+fn stream(
+    name: &str,
+    subjects: Vec<String>,
+    discard: DiscardPolicy,
+    replicas: usize,
+    max_age: Duration,
+) -> Config {
     Config {
         name: name.to_owned(),
         subjects,
@@ -68,13 +96,20 @@ pub struct ProvisionError {
 
 /// Creates the events stream if it is missing. Where its size is nobody's wish and the server has
 /// less storage, the size is halved until it fits; where the server refuses batches, it goes without.
-pub async fn provide_events(jetstream: &jetstream::Context, settings: &EventsSettings) -> Result<(), ProvisionError> {
+pub async fn provide_events(
+    jetstream: &jetstream::Context,
+    settings: &EventsSettings,
+) -> Result<(), ProvisionError> {
     let mut config = events(settings);
     loop {
         let refused = match provide(jetstream, config.clone()).await {
             Err(refused) if refused.lacks_storage() && !settings.max_bytes_is_set => refused,
             // A server before 2.12 ignores what it does not know, unless it is told to be strict.
-            Err(refused) if refused.is_refusal() && !refused.lacks_storage() && config.allow_atomic_publish => {
+            Err(refused)
+                if refused.is_refusal()
+                    && !refused.lacks_storage()
+                    && config.allow_atomic_publish =>
+            {
                 config.allow_atomic_publish = false;
                 continue;
             }
@@ -128,8 +163,12 @@ fn code(error: &CreateStreamError) -> Option<ErrorCode> {
 
 fn hint(error: &CreateStreamError) -> &'static str {
     match error.kind() {
-        CreateStreamErrorKind::JetStreamUnavailable => " (is JetStream enabled on the NATS server?)",
-        CreateStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED => {
+        CreateStreamErrorKind::JetStreamUnavailable => {
+            " (is JetStream enabled on the NATS server?)"
+        }
+        CreateStreamErrorKind::JetStream(error)
+            if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
+        {
             " (the server has less storage than LITESTRIPE_EVENTS_MAX_BYTES asks for)"
         }
         _ => "",

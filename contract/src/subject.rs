@@ -34,7 +34,9 @@ pub fn of_event(event_type: &EventType) -> String {
 
 /// The event type in the subject of a raw event or a dead letter, if it is one.
 pub fn event_type(subject: &str) -> Option<EventType> {
-    let tail = subject.strip_prefix(EVENTS_PREFIX).or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))?;
+    let tail = subject
+        .strip_prefix(EVENTS_PREFIX)
+        .or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))?;
     EventType::parse(tail).ok()
 }
 

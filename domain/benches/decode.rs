@@ -17,12 +17,16 @@ fn a_subscription(bencher: Bencher<'_, '_>, event_type: &str) {
     let body = events::subscription(event_type, "evt_1", 1_795_430_000);
     let decoded = || decode(black_box(&body), &MetadataKeys::All);
     assert!(decoded().is_ok_and(|event| event.is_some()));
-    bencher.counter(BytesCount::new(body.len())).bench_local(decoded);
+    bencher
+        .counter(BytesCount::new(body.len()))
+        .bench_local(decoded);
 }
 
 /// Passed over without a look inside.
 #[divan::bench]
 fn another_type(bencher: Bencher<'_, '_>) {
     let body = events::subscription("invoice.created", "evt_1", 1_795_430_000);
-    bencher.counter(BytesCount::new(body.len())).bench_local(|| decode(black_box(&body), &MetadataKeys::All));
+    bencher
+        .counter(BytesCount::new(body.len()))
+        .bench_local(|| decode(black_box(&body), &MetadataKeys::All));
 }

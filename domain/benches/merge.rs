@@ -18,7 +18,9 @@ fn main() {
 
 fn event(id: &str, created: i64) -> Event {
     let body = events::subscription(UPDATED, id, created);
-    decode(&body, &MetadataKeys::All).expect("it is an event").expect("it is of a type that is handled")
+    decode(&body, &MetadataKeys::All)
+        .expect("it is an event")
+        .expect("it is of a type that is handled")
 }
 
 fn state(events: &[Event]) -> State {
@@ -31,22 +33,31 @@ fn state(events: &[Event]) -> State {
 
 #[divan::bench]
 fn a_later_event(bencher: Bencher<'_, '_>) {
-    let (before, later) = (state(&[event("evt_1", CREATED)]), event("evt_2", CREATED + 1));
-    bencher.with_inputs(|| before.clone()).bench_local_values(|mut state| {
-        state.merge(black_box(&later));
-        state
-    });
+    let (before, later) = (
+        state(&[event("evt_1", CREATED)]),
+        event("evt_2", CREATED + 1),
+    );
+    bencher
+        .with_inputs(|| before.clone())
+        .bench_local_values(|mut state| {
+            state.merge(black_box(&later));
+            state
+        });
 }
 
 /// The walk over a second's events.
 #[divan::bench(args = [1, 4, 16])]
 fn another_event_of_the_same_second(bencher: Bencher<'_, '_>, others: usize) {
-    let others: Vec<Event> = (0..others).map(|number| event(&format!("evt_{number}"), CREATED)).collect();
+    let others: Vec<Event> = (0..others)
+        .map(|number| event(&format!("evt_{number}"), CREATED))
+        .collect();
     let (before, another) = (state(&others), event("evt_x", CREATED));
-    bencher.with_inputs(|| before.clone()).bench_local_values(|mut state| {
-        state.merge(black_box(&another));
-        state.visible()
-    });
+    bencher
+        .with_inputs(|| before.clone())
+        .bench_local_values(|mut state| {
+            state.merge(black_box(&another));
+            state.visible()
+        });
 }
 
 #[divan::bench]

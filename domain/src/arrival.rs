@@ -17,7 +17,10 @@ pub struct Arrival {
 impl Arrival {
     /// What a signal says of it.
     pub fn cause(&self) -> Cause {
-        Cause { event: signal::reference(&self.event), traceparent: self.traceparent.clone() }
+        Cause {
+            event: signal::reference(&self.event),
+            traceparent: self.traceparent.clone(),
+        }
     }
 
     pub(crate) fn session(&self) -> Option<&CheckoutSession> {

@@ -16,7 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
-use litestripe_contract::event::{EventId, EventType, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE};
+use litestripe_contract::event::{
+    EventId, EventType, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
+};
 use litestripe_contract::signal::Item;
 use serde::{Deserialize, Serialize};
 
@@ -112,9 +114,20 @@ pub struct Snapshot {
 impl Snapshot {
     /// The same with no metadata.
     pub(crate) fn without_metadata(&self) -> Self {
-        let Self { customer, status, items, .. } = self;
+        let Self {
+            customer,
+            status,
+            items,
+            ..
+        } = self;
         let (customer, status, items) = (customer.clone(), status.clone(), items.clone());
-        Self { customer, status, items, metadata: BTreeMap::new(), ..*self }
+        Self {
+            customer,
+            status,
+            items,
+            metadata: BTreeMap::new(),
+            ..*self
+        }
     }
 }
 
@@ -147,7 +160,11 @@ impl CheckoutSession {
     pub fn is_paid(&self) -> bool {
         let pays = matches!(self.mode.as_deref(), Some("payment" | "subscription"));
         let completed = matches!(self.status.as_deref(), None | Some("complete"));
-        pays && completed && matches!(self.payment_status.as_deref(), Some("paid" | "no_payment_required"))
+        pays && completed
+            && matches!(
+                self.payment_status.as_deref(),
+                Some("paid" | "no_payment_required")
+            )
     }
 }
 
@@ -202,7 +219,8 @@ impl FromStr for MetadataKeys {
             "*" => Ok(Self::All),
             "" | "none" => Ok(Self::Only(BTreeSet::new())),
             list => {
-                let keys: BTreeSet<String> = list.split(',').map(|key| key.trim().to_owned()).collect();
+                let keys: BTreeSet<String> =
+                    list.split(',').map(|key| key.trim().to_owned()).collect();
                 if keys.contains("") || keys.contains("*") {
                     return Err(InvalidMetadataKeys);
                 }
@@ -230,7 +248,11 @@ pub enum DecodeError {
     #[error("the body is not an object")]
     NotAnObject,
     #[error("`{place}{name}` {problem}")]
-    Field { place: &'static str, name: &'static str, problem: Problem },
+    Field {
+        place: &'static str,
+        name: &'static str,
+        problem: Problem,
+    },
 }
 
 /// What is wrong with a field.
@@ -289,10 +311,16 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
     let envelope: Envelope<'_> = match serde_json::from_slice(body) {
         Ok(Nested::Object(envelope)) => envelope,
         Ok(_) => return Err(DecodeError::NotAnObject),
-        Err(error) => return Err(DecodeError::NotJson { line: error.line(), column: error.column() }),
+        Err(error) => {
+            return Err(DecodeError::NotJson {
+                line: error.line(),
+                column: error.column(),
+            });
+        }
     };
     let event_type = ENVELOPE.required_text(envelope.event_type, "type", ID_BYTES_MAX)?;
-    let event_type = EventType::parse(event_type).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))?;
+    let event_type =
+        EventType::parse(event_type).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))?;
     let Some(kind) = Kind::of(event_type.as_str()) else {
         return Ok(None);
     };
@@ -320,10 +348,20 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
             let event = object::subscription(object, &data.previous_attributes, keys)?;
             Body::Subscription(Box::new(event))
         }
-        Kind::CheckoutSession => Body::CheckoutSession(Box::new(object::checkout_session(object, keys)?)),
+        Kind::CheckoutSession => {
+            Body::CheckoutSession(Box::new(object::checkout_session(object, keys)?))
+        }
         Kind::Resolution => Body::Resolution(object::resolution(object)?),
     };
-    Ok(Some(Event { id, event_type, created, livemode, stripe_account_id, body, redacted: false }))
+    Ok(Some(Event {
+        id,
+        event_type,
+        created,
+        livemode,
+        stripe_account_id,
+        body,
+        redacted: false,
+    }))
 }
 
 impl Event {

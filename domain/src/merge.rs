@@ -50,14 +50,18 @@ impl State {
                 let moved = self.checkout.merge_session(event, session);
                 moved | self.merge_metadata(event)
             }
-            Body::Resolution(resolution) => self.checkout.merge_reference(event, &resolution.client_reference_id),
+            Body::Resolution(resolution) => self
+                .checkout
+                .merge_reference(event, &resolution.client_reference_id),
         }
     }
 
     fn merge_metadata(&mut self, event: &Event) -> bool {
         // A snapshot we fetched has no type of Stripe's to keep metadata under.
         let of_stripe = event.event_type.as_str() != SNAPSHOT_TYPE;
-        event.metadata().is_some_and(|map| of_stripe && self.metadata.merge(event, map))
+        event
+            .metadata()
+            .is_some_and(|map| of_stripe && self.metadata.merge(event, map))
     }
 
     /// Empties all metadata. Returns whether there was any.
@@ -66,7 +70,10 @@ impl State {
     /// before, and an older event brings nothing back.
     pub(crate) fn erase_metadata(&mut self) -> bool {
         let of_types = self.metadata.erase();
-        let of_snapshots = self.subscription.as_mut().is_some_and(snapshot::Register::erase_metadata);
+        let of_snapshots = self
+            .subscription
+            .as_mut()
+            .is_some_and(snapshot::Register::erase_metadata);
         of_types | of_snapshots
     }
 
@@ -87,10 +94,17 @@ struct Latest<T> {
 impl<T: Ord> Latest<T> {
     /// Puts `event`'s value into `register`, if it is newer. `value` is only made when it is.
     fn merge(register: &mut Option<Self>, event: &Event, value: impl FnOnce() -> T) -> bool {
-        if register.as_ref().is_some_and(|held| held.stamp() > (event.created, &event.id)) {
+        if register
+            .as_ref()
+            .is_some_and(|held| held.stamp() > (event.created, &event.id))
+        {
             return false;
         }
-        let new = Some(Self { created: event.created, id: event.id.clone(), value: value() });
+        let new = Some(Self {
+            created: event.created,
+            id: event.id.clone(),
+            value: value(),
+        });
         let newer = new > *register;
         if newer {
             *register = new;

@@ -77,28 +77,55 @@ pub(crate) fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan
 }
 
 /// The question whose user the client reference id of a Checkout Session's payment is.
-pub fn lookup(arrival: &Arrival, client_reference_id: &str, is_paid: bool, now: OffsetDateTime) -> Option<Question> {
+pub fn lookup(
+    arrival: &Arrival,
+    client_reference_id: &str,
+    is_paid: bool,
+    now: OffsetDateTime,
+) -> Option<Question> {
     let session = arrival.session()?;
-    let (payment, client_reference_id) = (PaymentIds::from_session(session), client_reference_id.to_owned());
-    let asked = Asked::Lookup { payment, client_reference_id, is_paid };
+    let (payment, client_reference_id) = (
+        PaymentIds::from_session(session),
+        client_reference_id.to_owned(),
+    );
+    let asked = Asked::Lookup {
+        payment,
+        client_reference_id,
+        is_paid,
+    };
     Some(question(asked, payment_id(session), arrival, now))
 }
 
 /// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
 /// grace period.
-pub fn grace(arrival: &Arrival, row: &Visible, rules: &Rules, end: OffsetDateTime) -> Option<Question> {
+pub fn grace(
+    arrival: &Arrival,
+    row: &Visible,
+    rules: &Rules,
+    end: OffsetDateTime,
+) -> Option<Question> {
     let waits = row.created_event_seen && row.checkout_session_id.is_none();
     if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
         return None;
     }
-    let asked = Asked::Grace { stripe_customer_id: row.subscription.stripe_customer_id.clone() };
-    Some(question(asked, arrival.event.stripe_subscription_id()?, arrival, end))
+    let asked = Asked::Grace {
+        stripe_customer_id: row.subscription.stripe_customer_id.clone(),
+    };
+    Some(question(
+        asked,
+        arrival.event.stripe_subscription_id()?,
+        arrival,
+        end,
+    ))
 }
 
 /// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
 /// of that and Stripe's `created`, and asking in vain does not move it.
 pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) -> OffsetDateTime {
-    let created = row.subscription.created.map_or(dt_created, |created| created.get());
+    let created = row
+        .subscription
+        .created
+        .map_or(dt_created, |created| created.get());
     later(dt_created.max(created), grace)
 }
 
@@ -109,7 +136,12 @@ pub fn fetch(arrival: &Arrival, row: &Visible, now: OffsetDateTime) -> Option<Qu
     }
     let head = OffsetDateTime::from_unix_timestamp(row.head_created?).ok()?;
     let due_at = later(now.max(head), FETCH_AFTER);
-    Some(question(Asked::Fetch, arrival.event.stripe_subscription_id()?, arrival, due_at))
+    Some(question(
+        Asked::Fetch,
+        arrival.event.stripe_subscription_id()?,
+        arrival,
+        due_at,
+    ))
 }
 
 fn question(asked: Asked, id: &str, arrival: &Arrival, due_at: OffsetDateTime) -> Question {
@@ -133,7 +165,10 @@ fn later(at: OffsetDateTime, delay: Duration) -> OffsetDateTime {
 
 /// One payment has one id: the subscription's, else the session's.
 fn payment_id(session: &CheckoutSession) -> &str {
-    session.stripe_subscription_id.as_deref().unwrap_or(&session.id)
+    session
+        .stripe_subscription_id
+        .as_deref()
+        .unwrap_or(&session.id)
 }
 
 /// Whether a subscription without a session may still have cost somebody money. Stripe: "The

@@ -24,8 +24,12 @@ impl PaymentIds {
 
     /// Those that are known.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        [&self.checkout_session_id, &self.stripe_customer_id, &self.stripe_subscription_id]
-            .into_iter()
-            .filter_map(Option::as_deref)
+        [
+            &self.checkout_session_id,
+            &self.stripe_customer_id,
+            &self.stripe_subscription_id,
+        ]
+        .into_iter()
+        .filter_map(Option::as_deref)
     }
 }

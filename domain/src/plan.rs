@@ -92,7 +92,9 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
             by_subscription.entry(id).or_default().push(arrival);
         }
         match &arrival.event.body {
-            Body::CheckoutSession(session) if id.is_none() => others.push((session.id.as_str(), arrival)),
+            Body::CheckoutSession(session) if id.is_none() => {
+                others.push((session.id.as_str(), arrival))
+            }
             Body::Resolution(resolution) => others.push((resolution.orphan_id.as_str(), arrival)),
             Body::CheckoutSession(_) | Body::Subscription(_) => {}
         }
@@ -109,36 +111,76 @@ pub fn of_subscription<'a>(
     mut arrivals: Vec<&'a Arrival>,
     circumstances: Circumstances<'_>,
 ) -> Option<Plan<'a>> {
-    let Circumstances { terms, rebuilding, now } = circumstances;
+    let Circumstances {
+        terms,
+        rebuilding,
+        now,
+    } = circumstances;
     arrivals.sort_by(|a, b| (a.event.created, &a.event.id).cmp(&(b.event.created, &b.event.id)));
-    let Stored { mut state, version, revision, dt_created, last_sent: sent_before } = stored.unwrap_or_default();
+    let Stored {
+        mut state,
+        version,
+        revision,
+        dt_created,
+        last_sent: sent_before,
+    } = stored.unwrap_or_default();
     let before = state.visible();
     let mut merged = transitions(&mut state, &arrivals);
-    let after = merged.last().map_or(&before, |transition| &transition.shown);
+    let after = merged
+        .last()
+        .map_or(&before, |transition| &transition.shown);
     let mut sender = Sender::new(id, revision, &sent_before, &before.subscription, now);
     let last_sent = match terms.signalling {
         Signalling::Now if is_half_built(rebuilding, version, &sent_before, after, &arrivals) => {
             sender.owe(&after.subscription)
         }
         Signalling::Now => sender.send_now(&merged, &after.subscription, || {
-            let newest = || arrivals.last().map(|arrival| signal::reference(&arrival.event));
+            let newest = || {
+                arrivals
+                    .last()
+                    .map(|arrival| signal::reference(&arrival.event))
+            };
             signal::standing(&state).or_else(newest)
         }),
         Signalling::Later => sender.owe(&after.subscription),
         Signalling::Never => sender.skip(&after.subscription),
     };
-    let Sender { signals, revision, .. } = sender;
+    let Sender {
+        signals, revision, ..
+    } = sender;
     if merged.is_empty() && (version == 0 || (signals.is_empty() && last_sent == sent_before)) {
         return None;
     }
     let consequences = merged.last().map_or_else(Consequences::default, |last| {
         let dt_created = dt_created.unwrap_or(now);
         let last = last.arrival;
-        Step { merged: &merged, last, before: &before, after, rules: &terms.rules, dt_created, now }.consequences()
+        Step {
+            merged: &merged,
+            last,
+            before: &before,
+            after,
+            rules: &terms.rules,
+            dt_created,
+            now,
+        }
+        .consequences()
     });
     let visible = merged.pop().map_or(before, |transition| transition.shown);
-    let row = Row { stripe_subscription_id: id.to_owned(), state, visible, version: version + 1, revision, last_sent };
-    Some(Plan { id, arrivals, row, signals, consequences })
+    let row = Row {
+        stripe_subscription_id: id.to_owned(),
+        state,
+        visible,
+        version: version + 1,
+        revision,
+        last_sent,
+    };
+    Some(Plan {
+        id,
+        arrivals,
+        row,
+        signals,
+        consequences,
+    })
 }
 
 /// An event that changed the state, and what the row shows after it.
@@ -151,7 +193,10 @@ fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transitio
     let mut merged = Vec::new();
     for &arrival in arrivals {
         if state.merge(&arrival.event) {
-            merged.push(Transition { arrival, shown: state.visible() });
+            merged.push(Transition {
+                arrival,
+                shown: state.visible(),
+            });
         }
     }
     merged
@@ -166,12 +211,23 @@ fn is_half_built(
     after: &Visible,
     arrivals: &[&Arrival],
 ) -> bool {
-    let Some(started) = rebuilding else { return false };
+    let Some(started) = rebuilding else {
+        return false;
+    };
     if last_sent.is_owed() {
         return after.subscription.status.is_none();
     }
-    let of_session = || arrivals.iter().filter_map(|arrival| arrival.session()?.created).min();
-    let created = after.subscription.created.map(|created| created.unix()).or_else(of_session);
+    let of_session = || {
+        arrivals
+            .iter()
+            .filter_map(|arrival| arrival.session()?.created)
+            .min()
+    };
+    let created = after
+        .subscription
+        .created
+        .map(|created| created.unix())
+        .or_else(of_session);
     version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
 }
 
@@ -189,10 +245,26 @@ pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
     let shown = stored.state.visible().subscription;
     let event = signal::standing(&stored.state)?;
     let mut sender = Sender::new(id, stored.revision, &stored.last_sent, &shown, now);
-    sender.send(&shown, Cause { event, traceparent: None }, true);
-    let Sender { mut signals, revision, .. } = sender;
+    sender.send(
+        &shown,
+        Cause {
+            event,
+            traceparent: None,
+        },
+        true,
+    );
+    let Sender {
+        mut signals,
+        revision,
+        ..
+    } = sender;
     let signal = signals.pop();
-    let row = Stored { revision, last_sent: LastSent::Current, ..stored }.into_row(id);
+    let row = Stored {
+        revision,
+        last_sent: LastSent::Current,
+        ..stored
+    }
+    .into_row(id);
     Some(Owed { row, signal })
 }
 
@@ -204,7 +276,12 @@ pub fn of_unchanged(
     event: EventReference,
     now: OffsetDateTime,
 ) -> NewSignal {
-    let change = Change { previous_revision: 0, changes: Changes::default(), event, replayed: true };
+    let change = Change {
+        previous_revision: 0,
+        changes: Changes::default(),
+        event,
+        replayed: true,
+    };
     signal::subscription_again(&change.under(revision, id, subscription), now)
 }
 
@@ -218,21 +295,47 @@ pub struct Erased {
 }
 
 /// Takes the metadata out of a row, and signals the row even if it had none: older signals will be removed.
-pub fn of_erased(id: &str, mut stored: Stored, event: EventReference, now: OffsetDateTime) -> Erased {
+pub fn of_erased(
+    id: &str,
+    mut stored: Stored,
+    event: EventReference,
+    now: OffsetDateTime,
+) -> Erased {
     let before = stored.state.visible().subscription;
     let had_metadata = stored.state.erase_metadata();
     let shown = stored.state.visible().subscription;
     let last_sent = std::mem::take(&mut stored.last_sent);
     if last_sent.is_owed() {
-        let row = Row { last_sent: last_sent.without_metadata(&shown), ..stored.into_row(id) };
-        return Erased { row, signal: None, had_metadata };
+        let row = Row {
+            last_sent: last_sent.without_metadata(&shown),
+            ..stored.into_row(id)
+        };
+        return Erased {
+            row,
+            signal: None,
+            had_metadata,
+        };
     }
     let mut changes = merge::changes(&before, &shown).unwrap_or_default();
-    changes.previous.retain(|name, _| !matches!(name.as_str(), "metadata" | "subscription_metadata"));
-    let change = Change { previous_revision: stored.revision, changes, event, replayed: false };
+    changes
+        .previous
+        .retain(|name, _| !matches!(name.as_str(), "metadata" | "subscription_metadata"));
+    let change = Change {
+        previous_revision: stored.revision,
+        changes,
+        event,
+        replayed: false,
+    };
     let changed = change.signal(id, &shown, now);
-    let row = Row { revision: changed.revision, ..stored.into_row(id) };
-    Erased { row, signal: Some(signal::subscription_changed(&changed, None)), had_metadata }
+    let row = Row {
+        revision: changed.revision,
+        ..stored.into_row(id)
+    };
+    Erased {
+        row,
+        signal: Some(signal::subscription_changed(&changed, None)),
+        had_metadata,
+    }
 }
 
 /// Sends subscribers what a row shows, and knows what they were sent last.
@@ -248,13 +351,26 @@ struct Sender<'r> {
 }
 
 impl<'r> Sender<'r> {
-    fn new(id: &'r str, revision: i64, last_sent: &'r LastSent, shown: &'r Subscription, now: OffsetDateTime) -> Self {
+    fn new(
+        id: &'r str,
+        revision: i64,
+        last_sent: &'r LastSent,
+        shown: &'r Subscription,
+        now: OffsetDateTime,
+    ) -> Self {
         let sent = match last_sent {
             LastSent::Current => (revision > 0).then_some(shown),
             LastSent::Nothing => None,
             LastSent::Older(sent) => Some(&**sent),
         };
-        Self { id, now, is_owed: last_sent.is_owed(), sent, revision, signals: Vec::new() }
+        Self {
+            id,
+            now,
+            is_owed: last_sent.is_owed(),
+            sent,
+            revision,
+            signals: Vec::new(),
+        }
     }
 
     /// Sends each transition; of a row that owed a signal what it shows, also if no event changed it.
@@ -265,11 +381,24 @@ impl<'r> Sender<'r> {
         cause: impl FnOnce() -> Option<EventReference>,
     ) -> LastSent {
         for transition in merged {
-            self.send(&transition.shown.subscription, transition.arrival.cause(), false);
+            self.send(
+                &transition.shown.subscription,
+                transition.arrival.cause(),
+                false,
+            );
         }
         if self.is_owed && self.sent != Some(shown) {
-            let Some(event) = cause() else { return self.owe(shown) };
-            self.send(shown, Cause { event, traceparent: None }, true);
+            let Some(event) = cause() else {
+                return self.owe(shown);
+            };
+            self.send(
+                shown,
+                Cause {
+                    event,
+                    traceparent: None,
+                },
+                true,
+            );
         }
         LastSent::Current
     }
@@ -303,9 +432,15 @@ impl<'r> Sender<'r> {
         }
         let nothing = Subscription::default();
         let changes = merge::changes(self.sent.unwrap_or(&nothing), shown).unwrap_or_default();
-        let change = Change { previous_revision: self.revision, changes, event: cause.event, replayed };
+        let change = Change {
+            previous_revision: self.revision,
+            changes,
+            event: cause.event,
+            replayed,
+        };
         let changed = change.signal(self.id, shown, self.now);
-        self.signals.push(signal::subscription_changed(&changed, cause.traceparent));
+        self.signals
+            .push(signal::subscription_changed(&changed, cause.traceparent));
         (self.revision, self.sent) = (changed.revision, Some(shown));
     }
 }
@@ -319,7 +454,12 @@ struct Change {
 }
 
 impl Change {
-    fn signal(self, id: &str, subscription: &Subscription, now: OffsetDateTime) -> SubscriptionChanged {
+    fn signal(
+        self,
+        id: &str,
+        subscription: &Subscription,
+        now: OffsetDateTime,
+    ) -> SubscriptionChanged {
         let revision = next_revision(self.previous_revision, now);
         self.under(revision, id, subscription)
     }
@@ -357,7 +497,9 @@ impl<'a> Step<'_, 'a> {
         self.seek_user(&mut consequences);
         self.await_session(&mut consequences);
         if self.after.subscription.uncertain {
-            consequences.questions.extend(orphan::fetch(self.last, self.after, self.now));
+            consequences
+                .questions
+                .extend(orphan::fetch(self.last, self.after, self.now));
         } else if self.before.subscription.uncertain {
             consequences.answered.push(Kind::Fetch);
         }
@@ -368,22 +510,35 @@ impl<'a> Step<'_, 'a> {
     fn seek_user(&self, consequences: &mut Consequences<'a>) {
         let Some(client_reference_id) = &self.after.subscription.client_reference_id else {
             if self.after.paid {
-                consequences.orphan = self.sessions().find_map(|arrival| Some((arrival, missing_reference(arrival)?)));
+                consequences.orphan = self
+                    .sessions()
+                    .find_map(|arrival| Some((arrival, missing_reference(arrival)?)));
             }
             return;
         };
-        if self.arrivals().any(|arrival| matches!(arrival.event.body, Body::Resolution(_))) {
+        if self
+            .arrivals()
+            .any(|arrival| matches!(arrival.event.body, Body::Resolution(_)))
+        {
             // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
             consequences.answered.push(Kind::Lookup);
         } else if self.rules.lookup {
             // One session may say that it is paid and another whose it is, in any order: the row knows both.
-            let paid_first =
-                self.sessions().max_by_key(|arrival| arrival.session().is_some_and(CheckoutSession::is_paid));
-            let lookup = |arrival| orphan::lookup(arrival, client_reference_id, self.after.paid, self.now);
+            let paid_first = self
+                .sessions()
+                .max_by_key(|arrival| arrival.session().is_some_and(CheckoutSession::is_paid));
+            let lookup =
+                |arrival| orphan::lookup(arrival, client_reference_id, self.after.paid, self.now);
             consequences.questions.extend(paid_first.and_then(lookup));
-        } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id) {
+        } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id)
+        {
             consequences.resolution = Some(Resolution {
-                id: self.last.event.stripe_subscription_id().unwrap_or_default().to_owned(),
+                id: self
+                    .last
+                    .event
+                    .stripe_subscription_id()
+                    .unwrap_or_default()
+                    .to_owned(),
                 client_reference_id: client_reference_id.clone(),
                 arrival: self.last,
                 by_operator: None,
@@ -393,9 +548,15 @@ impl<'a> Step<'_, 'a> {
 
     /// Whether its Checkout Session came, or has to be waited for.
     fn await_session(&self, consequences: &mut Consequences<'a>) {
-        let Self { before, after, rules, .. } = *self;
-        let claimed =
-            |row: &Visible| row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some();
+        let Self {
+            before,
+            after,
+            rules,
+            ..
+        } = *self;
+        let claimed = |row: &Visible| {
+            row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some()
+        };
         let may_be_paid = |row: &Visible| orphan::may_be_paid(row.subscription.status.as_deref());
         if claimed(after) && before.created_event_seen && !claimed(before) {
             consequences.answered.push(Kind::Grace);
@@ -403,9 +564,14 @@ impl<'a> Step<'_, 'a> {
             && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before)))
         {
             // The sweep forgets the question while nothing was paid.
-            let created = self.arrivals().find(|arrival| arrival.is_creation()).unwrap_or(self.last);
+            let created = self
+                .arrivals()
+                .find(|arrival| arrival.is_creation())
+                .unwrap_or(self.last);
             let end = orphan::end_of_grace(after, self.dt_created, rules.grace);
-            consequences.questions.extend(orphan::grace(created, after, rules, end));
+            consequences
+                .questions
+                .extend(orphan::grace(created, after, rules, end));
         }
     }
 
@@ -414,19 +580,32 @@ impl<'a> Step<'_, 'a> {
     }
 
     fn sessions(&self) -> impl Iterator<Item = &'a Arrival> {
-        self.arrivals().filter(|arrival| arrival.session().is_some())
+        self.arrivals()
+            .filter(|arrival| arrival.session().is_some())
     }
 }
 
 /// What an event that concerns no subscription's row means for orphans and open questions.
-pub fn of_payment<'a>(arrival: &'a Arrival, rules: &Rules, now: OffsetDateTime) -> Consequences<'a> {
-    let mut consequences = Consequences { resolution: by_operator(arrival), ..Consequences::default() };
+pub fn of_payment<'a>(
+    arrival: &'a Arrival,
+    rules: &Rules,
+    now: OffsetDateTime,
+) -> Consequences<'a> {
+    let mut consequences = Consequences {
+        resolution: by_operator(arrival),
+        ..Consequences::default()
+    };
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));
     if rules.lookup
         && let Some(session) = arrival.session()
-        && let Some(client_reference_id) = session.client_reference_id.as_deref().filter(|_| session.is_paid())
+        && let Some(client_reference_id) = session
+            .client_reference_id
+            .as_deref()
+            .filter(|_| session.is_paid())
     {
-        consequences.questions.extend(orphan::lookup(arrival, client_reference_id, true, now));
+        consequences
+            .questions
+            .extend(orphan::lookup(arrival, client_reference_id, true, now));
     }
     if consequences.resolution.is_some() {
         consequences.answered.push(Kind::Lookup);
@@ -439,7 +618,9 @@ fn missing_reference(arrival: &Arrival) -> Option<NewOrphan> {
 }
 
 fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
-    let Body::Resolution(resolution) = &arrival.event.body else { return None };
+    let Body::Resolution(resolution) = &arrival.event.body else {
+        return None;
+    };
     Some(Resolution {
         id: resolution.orphan_id.clone(),
         client_reference_id: resolution.client_reference_id.clone(),

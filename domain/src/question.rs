@@ -43,8 +43,14 @@ impl Kind {
 /// What is asked, with what the asking needs. [`Kind`] says what each means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    Lookup { payment: PaymentIds, client_reference_id: String, is_paid: bool },
-    Grace { stripe_customer_id: Option<String> },
+    Lookup {
+        payment: PaymentIds,
+        client_reference_id: String,
+        is_paid: bool,
+    },
+    Grace {
+        stripe_customer_id: Option<String>,
+    },
     Fetch,
     Erase,
 }
@@ -86,8 +92,14 @@ impl Question {
                 stripe_subscription_id: entity_id(),
                 ..PaymentIds::default()
             },
-            Asked::Fetch => PaymentIds { stripe_subscription_id: entity_id(), ..PaymentIds::default() },
-            Asked::Erase => PaymentIds { stripe_customer_id: entity_id(), ..PaymentIds::default() },
+            Asked::Fetch => PaymentIds {
+                stripe_subscription_id: entity_id(),
+                ..PaymentIds::default()
+            },
+            Asked::Erase => PaymentIds {
+                stripe_customer_id: entity_id(),
+                ..PaymentIds::default()
+            },
         }
     }
 }

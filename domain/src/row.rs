@@ -35,9 +35,22 @@ pub struct Row {
 impl Stored {
     /// The row as it is to be written over this one.
     pub fn into_row(self, id: &str) -> Row {
-        let Self { state, version, revision, last_sent, .. } = self;
+        let Self {
+            state,
+            version,
+            revision,
+            last_sent,
+            ..
+        } = self;
         let visible = state.visible();
-        Row { stripe_subscription_id: id.to_owned(), state, visible, version: version + 1, revision, last_sent }
+        Row {
+            stripe_subscription_id: id.to_owned(),
+            state,
+            visible,
+            version: version + 1,
+            revision,
+            last_sent,
+        }
     }
 }
 
@@ -67,7 +80,11 @@ impl LastSent {
             Self::Older(mut sent) => {
                 sent.metadata.clear();
                 sent.subscription_metadata.clear();
-                if *sent == *shown { Self::Nothing } else { Self::Older(sent) }
+                if *sent == *shown {
+                    Self::Nothing
+                } else {
+                    Self::Older(sent)
+                }
             }
             other => other,
         }
@@ -78,9 +95,10 @@ impl LastSent {
         match self {
             Self::Current => None,
             Self::Nothing => Some("null".to_owned()),
-            Self::Older(sent) => {
-                Some(serde_json::to_string(sent).expect("a signal has no map with keys that are not text"))
-            }
+            Self::Older(sent) => Some(
+                serde_json::to_string(sent)
+                    .expect("a signal has no map with keys that are not text"),
+            ),
         }
     }
 

@@ -39,7 +39,8 @@ pub fn reference(event: &Event) -> EventReference {
     EventReference {
         id: event.id.clone(),
         event_type: event.event_type.clone(),
-        created: Timestamp::from_unix(event.created).expect("decoding checked the range of `created`"),
+        created: Timestamp::from_unix(event.created)
+            .expect("decoding checked the range of `created`"),
     }
 }
 
@@ -48,24 +49,52 @@ pub fn standing(state: &State) -> Option<EventReference> {
     let (id, created) = state.visible().last_event?;
     let usual = || {
         let is_own = id.as_str().starts_with("litestripe.");
-        EventType::parse(if is_own { SNAPSHOT_TYPE } else { "customer.subscription.updated" }).ok()
+        EventType::parse(if is_own {
+            SNAPSHOT_TYPE
+        } else {
+            "customer.subscription.updated"
+        })
+        .ok()
     };
     let event_type = state.type_of(&id).cloned().or_else(usual)?;
-    Some(EventReference { id, event_type, created: Timestamp::from_unix(created).ok()? })
+    Some(EventReference {
+        id,
+        event_type,
+        created: Timestamp::from_unix(created).ok()?,
+    })
 }
 
-pub(crate) fn subscription_changed(signal: &SubscriptionChanged, traceparent: Option<String>) -> NewSignal {
+pub(crate) fn subscription_changed(
+    signal: &SubscriptionChanged,
+    traceparent: Option<String>,
+) -> NewSignal {
     let id = &signal.stripe_subscription_id;
-    let cause = Cause { event: signal.event.clone(), traceparent };
-    outgoing(cause, id, subject::SUBSCRIPTION_CHANGED, format!("{id}:{}", signal.revision), signal)
+    let cause = Cause {
+        event: signal.event.clone(),
+        traceparent,
+    };
+    outgoing(
+        cause,
+        id,
+        subject::SUBSCRIPTION_CHANGED,
+        format!("{id}:{}", signal.revision),
+        signal,
+    )
 }
 
 /// A subscription's row again, under a revision that was sent before: under a `Nats-Msg-Id` of its
 /// own, or it would be dropped as a repeat.
 pub(crate) fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
     let id = &signal.stripe_subscription_id;
-    let cause = Cause { event: signal.event.clone(), traceparent: None };
-    let message_id = format!("{id}:{}:again:{}", signal.revision, now.unix_timestamp_nanos());
+    let cause = Cause {
+        event: signal.event.clone(),
+        traceparent: None,
+    };
+    let message_id = format!(
+        "{id}:{}:again:{}",
+        signal.revision,
+        now.unix_timestamp_nanos()
+    );
     outgoing(cause, id, subject::SUBSCRIPTION_CHANGED, message_id, signal)
 }
 
@@ -89,7 +118,13 @@ fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSign
         livemode: orphan.livemode,
         event: cause.event.clone(),
     };
-    outgoing(cause, &orphan.id, subject, format!("{}:{subject}", orphan.id), &signal)
+    outgoing(
+        cause,
+        &orphan.id,
+        subject,
+        format!("{}:{subject}", orphan.id),
+        &signal,
+    )
 }
 
 fn outgoing<T: Serialize>(

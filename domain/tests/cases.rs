@@ -33,7 +33,11 @@ fn every_case_reads_as_expected() {
             (Value::String(field), Value::String(reason)) => names(reason, field),
             _ => expected == read,
         };
-        if same { Ok(()) } else { Err(diff(&pretty(&expected), &pretty(&read)).into()) }
+        if same {
+            Ok(())
+        } else {
+            Err(diff(&pretty(&expected), &pretty(&read)).into())
+        }
     });
 }
 
@@ -43,7 +47,10 @@ fn no_case_leaves_anything_personal_behind() {
         if !String::from_utf8_lossy(&case.body).contains(PERSONAL) {
             return Err("plants nothing marked PERSONAL".into());
         }
-        match left_of(&case.body)?.into_iter().find(|text| text.contains(PERSONAL)) {
+        match left_of(&case.body)?
+            .into_iter()
+            .find(|text| text.contains(PERSONAL))
+        {
             None => Ok(()),
             Some(text) => Err(format!("leaves this behind: {text}").into()),
         }
@@ -87,11 +94,18 @@ fn left_of(body: &[u8]) -> Result<Vec<String>, Box<dyn Error>> {
         Ok(Some(event)) => {
             let state = applied(&event);
             let row = serde_json::to_string(&state.visible().subscription)?;
-            Ok(vec![row, serde_json::to_string(&state)?, format!("{event:?}")])
+            Ok(vec![
+                row,
+                serde_json::to_string(&state)?,
+                format!("{event:?}"),
+            ])
         }
         Err(error) => {
             let causes = iter::successors(Some(&error as &dyn Error), |&error| error.source());
-            Ok(causes.map(ToString::to_string).chain([format!("{error:?}")]).collect())
+            Ok(causes
+                .map(ToString::to_string)
+                .chain([format!("{error:?}")])
+                .collect())
         }
     }
 }
@@ -108,9 +122,9 @@ fn applied(event: &Event) -> State {
 
 /// Whether `reason` names `field`, by the end of its path or by all of it.
 fn names(reason: &str, field: &str) -> bool {
-    reason
-        .match_indices(field)
-        .any(|(at, _)| reason[..at].ends_with(['`', '.']) && reason[at + field.len()..].starts_with('`'))
+    reason.match_indices(field).any(|(at, _)| {
+        reason[..at].ends_with(['`', '.']) && reason[at + field.len()..].starts_with('`')
+    })
 }
 
 struct Case {
@@ -123,7 +137,8 @@ impl Case {
     /// # Errors
     /// When there is no expectation, or it is no JSON.
     fn expected(&self) -> Result<Value, Box<dyn Error>> {
-        let text = fs::read(&self.expect).map_err(|error| format!("{}: {error}", self.expect.display()))?;
+        let text = fs::read(&self.expect)
+            .map_err(|error| format!("{}: {error}", self.expect.display()))?;
         Ok(serde_json::from_slice(&text)?)
     }
 }
@@ -140,7 +155,11 @@ fn check_all(check: impl Fn(&Case) -> Result<(), Box<dyn Error>>) {
             writeln!(failed, "--- {}\n{error}", case.name).expect("a string takes any text");
         }
     }
-    assert!(failed.is_empty(), "{count} of {} cases failed\n{failed}", cases.len());
+    assert!(
+        failed.is_empty(),
+        "{count} of {} cases failed\n{failed}",
+        cases.len()
+    );
 }
 
 /// The cases by name. One without its body has an empty one, which reads as nothing.
@@ -150,7 +169,11 @@ fn cases() -> Vec<Case> {
     let paths = files.map(|file| file.expect("a folder just opened lists its files").path());
     let stems: BTreeSet<PathBuf> = paths.map(|path| path.with_extension("")).collect();
     let case = |stem: PathBuf| Case {
-        name: stem.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        name: stem
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
         body: fs::read(stem.with_extension("json")).unwrap_or_default(),
         expect: stem.with_extension("expect"),
     };
@@ -167,7 +190,9 @@ fn diff(expected: &str, read: &str) -> String {
     let lines = edits(&old, &new);
     let near = |at: usize| {
         let from = at.saturating_sub(2);
-        lines[from..(at + 3).min(lines.len())].iter().any(|(mark, _)| *mark != ' ')
+        lines[from..(at + 3).min(lines.len())]
+            .iter()
+            .any(|(mark, _)| *mark != ' ')
     };
     let mut text = String::new();
     for (_, (mark, line)) in lines.iter().enumerate().filter(|(at, _)| near(*at)) {
@@ -181,8 +206,11 @@ fn edits<'a>(old: &[&'a str], new: &[&'a str]) -> Vec<(char, &'a str)> {
     let mut common = vec![vec![0_usize; new.len() + 1]; old.len() + 1];
     for i in (0..old.len()).rev() {
         for j in (0..new.len()).rev() {
-            common[i][j] =
-                if old[i] == new[j] { common[i + 1][j + 1] + 1 } else { common[i + 1][j].max(common[i][j + 1]) };
+            common[i][j] = if old[i] == new[j] {
+                common[i + 1][j + 1] + 1
+            } else {
+                common[i + 1][j].max(common[i][j + 1])
+            };
         }
     }
     let (mut i, mut j, mut lines) = (0, 0, Vec::new());

@@ -18,8 +18,14 @@ type Seen = HashMap<String, i64>;
 async fn main() -> Result<(), async_nats::Error> {
     let url = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://127.0.0.1:4222".to_owned());
     let client = async_nats::connect(url).await?;
-    let stream = jetstream::new(client).get_stream(subject::SIGNALS_STREAM).await?;
-    let subjects = [subject::SUBSCRIPTION_CHANGED, subject::ORPHAN_CREATED, subject::ORPHAN_RESOLVED];
+    let stream = jetstream::new(client)
+        .get_stream(subject::SIGNALS_STREAM)
+        .await?;
+    let subjects = [
+        subject::SUBSCRIPTION_CHANGED,
+        subject::ORPHAN_CREATED,
+        subject::ORPHAN_RESOLVED,
+    ];
     let config = pull::Config {
         durable_name: Some("my-app".to_owned()),
         filter_subjects: subjects.map(str::to_owned).to_vec(),
@@ -40,7 +46,12 @@ async fn main() -> Result<(), async_nats::Error> {
             changed(&mut seen, &serde_json::from_slice(&signal.payload)?);
         } else {
             let orphan: Orphan = serde_json::from_slice(&signal.payload)?;
-            println!("{}: {} {}", signal.subject, orphan.orphan_id, orphan.reason.as_str());
+            println!(
+                "{}: {} {}",
+                signal.subject,
+                orphan.orphan_id,
+                orphan.reason.as_str()
+            );
         }
         signal.ack().await?; // After the work: a crash before it means once more.
     }
@@ -53,8 +64,13 @@ fn changed(seen: &mut Seen, signal: &SubscriptionChanged) {
     if last.is_some_and(|last| signal.revision <= last) {
         return println!("{id}: {} is not above {last:?}: ignored", signal.revision);
     }
-    if let Some(previous) = signal.previous_revision.filter(|previous| Some(*previous) != last) {
-        println!("{id}: missed what came between {last:?} and {previous}; this signal has the whole row");
+    if let Some(previous) = signal
+        .previous_revision
+        .filter(|previous| Some(*previous) != last)
+    {
+        println!(
+            "{id}: missed what came between {last:?} and {previous}; this signal has the whole row"
+        );
     }
     let row = &signal.subscription;
     println!(

@@ -63,7 +63,12 @@ impl Options {
     /// One worker, and no setting beyond what it needs.
     #[must_use]
     pub fn on(database: DatabaseKind) -> Self {
-        Self { database, workers: 1, ingress: Vec::new(), worker: Vec::new() }
+        Self {
+            database,
+            workers: 1,
+            ingress: Vec::new(),
+            worker: Vec::new(),
+        }
     }
 
     /// The same with another number of workers.
@@ -148,7 +153,8 @@ impl Bridge {
         Self {
             ingress: None,
             workers: Vec::new(),
-            broker: nats::Server::prepare(nats::Options::default()).expect("a folder for nats-server can be made"),
+            broker: nats::Server::prepare(nats::Options::default())
+                .expect("a folder for nats-server can be made"),
             database: Database::prepare(options.database),
             options,
             http: stripe::client(),
@@ -171,7 +177,10 @@ impl Bridge {
     /// Starts another worker, which need not be ready when this returns.
     pub fn start_worker(&mut self) -> &Node {
         let address = format!("127.0.0.1:{}", port::free());
-        let node = Node::start(&self.worker().env("LITESTRIPE_WORKER_LISTEN", &address), &address);
+        let node = Node::start(
+            &self.worker().env("LITESTRIPE_WORKER_LISTEN", &address),
+            &address,
+        );
         self.workers.push(node);
         self.workers.last().expect("one was pushed just now")
     }
@@ -203,7 +212,10 @@ impl Bridge {
     /// # Panics
     /// When no answer comes.
     pub async fn post(&self, delivery: &Delivery) -> reqwest::Response {
-        delivery.post(&self.http, &self.hook()).await.expect("ingress answers")
+        delivery
+            .post(&self.http, &self.hook())
+            .await
+            .expect("ingress answers")
     }
 
     /// Delivers an event as Stripe does.
@@ -234,7 +246,9 @@ impl Bridge {
     pub async fn publish(&self, event_type: &str, body: impl Into<Bytes>, message_id: &str) -> u64 {
         let message = (event_type.to_owned(), body.into(), message_id.to_owned());
         let acks = self.publish_all(vec![message]).await;
-        let [ack] = acks.as_slice() else { panic!("one message has one ack") };
+        let [ack] = acks.as_slice() else {
+            panic!("one message has one ack")
+        };
         assert!(!ack.duplicate, "{message_id} was in the stream already");
         ack.sequence
     }
@@ -244,7 +258,10 @@ impl Bridge {
     ///
     /// # Panics
     /// When one is not stored.
-    pub async fn publish_all(&self, messages: Vec<(String, Bytes, String)>) -> Vec<jetstream::publish::PublishAck> {
+    pub async fn publish_all(
+        &self,
+        messages: Vec<(String, Bytes, String)>,
+    ) -> Vec<jetstream::publish::PublishAck> {
         let jetstream = self.jetstream().await;
         let mut acks = Vec::with_capacity(messages.len());
         for some in messages.chunks(IN_FLIGHT) {
@@ -253,7 +270,12 @@ impl Bridge {
                 let mut headers = HeaderMap::new();
                 headers.insert(header::MESSAGE_ID, message_id.as_str());
                 let subject = format!("{EVENTS_PREFIX}{event_type}");
-                sent.push(jetstream.publish_with_headers(subject, headers, body.clone()).await.expect("it is sent"));
+                sent.push(
+                    jetstream
+                        .publish_with_headers(subject, headers, body.clone())
+                        .await
+                        .expect("it is sent"),
+                );
             }
             for ack in sent {
                 acks.push(ack.await.expect("it is stored"));
@@ -268,22 +290,32 @@ impl Bridge {
     /// When that takes too long.
     #[track_caller]
     pub fn wait_until_applied(&self) -> impl Future<Output = ()> {
-        eventually("every event to be applied and every signal sent", APPLIED_DEADLINE, async || {
-            let seen = |error: &dyn std::fmt::Display| error.to_string();
-            let jetstream = self.jetstream().await;
-            let stream = jetstream.get_stream(EVENTS_STREAM).await.map_err(|error| seen(&error))?;
-            let consumer = stream.consumer_info(WORKER_CONSUMER).await.map_err(|error| seen(&error))?;
-            let outbox = self.database.outbox().await.map_err(|error| seen(&error))?;
-            let last = stream.cached_info().state.last_sequence;
-            let delivered = consumer.delivered.stream_sequence;
-            let (pending, unacked) = (consumer.num_pending, consumer.num_ack_pending);
-            if delivered >= last && (pending, unacked, outbox) == (0, 0, 0) {
-                return Ok(());
-            }
-            Err(format!(
-                "delivered {delivered} of {last}, {pending} pending, {unacked} not acked, {outbox} in the outbox"
-            ))
-        })
+        eventually(
+            "every event to be applied and every signal sent",
+            APPLIED_DEADLINE,
+            async || {
+                let seen = |error: &dyn std::fmt::Display| error.to_string();
+                let jetstream = self.jetstream().await;
+                let stream = jetstream
+                    .get_stream(EVENTS_STREAM)
+                    .await
+                    .map_err(|error| seen(&error))?;
+                let consumer = stream
+                    .consumer_info(WORKER_CONSUMER)
+                    .await
+                    .map_err(|error| seen(&error))?;
+                let outbox = self.database.outbox().await.map_err(|error| seen(&error))?;
+                let last = stream.cached_info().state.last_sequence;
+                let delivered = consumer.delivered.stream_sequence;
+                let (pending, unacked) = (consumer.num_pending, consumer.num_ack_pending);
+                if delivered >= last && (pending, unacked, outbox) == (0, 0, 0) {
+                    return Ok(());
+                }
+                Err(format!(
+                    "delivered {delivered} of {last}, {pending} pending, {unacked} not acked, {outbox} in the outbox"
+                ))
+            },
+        )
     }
 
     /// Waits until so many of the messages that workers have taken are not acknowledged yet.
@@ -292,10 +324,14 @@ impl Bridge {
     /// When that takes too long.
     #[track_caller]
     pub fn wait_until_unacknowledged(&self, count: usize) -> impl Future<Output = ()> {
-        eventually("messages to be taken", APPLIED_DEADLINE, async move || match self.unacknowledged().await {
-            taken if taken == count => Ok(()),
-            taken => Err(format!("{taken} of {count} are")),
-        })
+        eventually(
+            "messages to be taken",
+            APPLIED_DEADLINE,
+            async move || match self.unacknowledged().await {
+                taken if taken == count => Ok(()),
+                taken => Err(format!("{taken} of {count} are")),
+            },
+        )
     }
 
     /// How many of the messages that workers have taken are not acknowledged yet.
@@ -303,8 +339,17 @@ impl Bridge {
     /// # Panics
     /// When the stream or the workers' consumer is missing.
     pub async fn unacknowledged(&self) -> usize {
-        let stream = self.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
-        stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there").num_ack_pending
+        let stream = self
+            .jetstream()
+            .await
+            .get_stream(EVENTS_STREAM)
+            .await
+            .expect("the stream is there");
+        stream
+            .consumer_info(WORKER_CONSUMER)
+            .await
+            .expect("the consumer is there")
+            .num_ack_pending
     }
 
     /// Waits until everything is applied, and checks that rows and signals tell the same.
@@ -331,7 +376,11 @@ impl Bridge {
     /// # Panics
     /// When one is not as the documents under `docs/signals` say.
     pub async fn signals(&self) -> Vec<Signal> {
-        self.read(SIGNALS_STREAM).await.iter().map(Signal::read).collect()
+        self.read(SIGNALS_STREAM)
+            .await
+            .iter()
+            .map(Signal::read)
+            .collect()
     }
 
     /// All rows, by key.
@@ -347,7 +396,11 @@ impl Bridge {
     /// # Panics
     /// When there is none.
     pub async fn row(&self, id: &str) -> stripe_subscription::Model {
-        let row = self.rows().await.into_iter().find(|row| row.stripe_subscription_id == id);
+        let row = self
+            .rows()
+            .await
+            .into_iter()
+            .find(|row| row.stripe_subscription_id == id);
         row.unwrap_or_else(|| panic!("{id} has no row"))
     }
 
@@ -356,7 +409,10 @@ impl Bridge {
     /// # Panics
     /// When the database is away.
     pub async fn orphans(&self) -> Vec<orphaned_payment::Model> {
-        self.database.orphans().await.expect("the orphans can be read")
+        self.database
+            .orphans()
+            .await
+            .expect("the orphans can be read")
     }
 
     /// All dead letters, in the order of the stream.
@@ -369,7 +425,11 @@ impl Bridge {
             headers: headers(message),
             body: message.payload.clone(),
         };
-        self.read(DEAD_LETTERS_STREAM).await.iter().map(letter).collect()
+        self.read(DEAD_LETTERS_STREAM)
+            .await
+            .iter()
+            .map(letter)
+            .collect()
     }
 
     /// The bodies of all messages of a stream, in its order.
@@ -377,7 +437,11 @@ impl Bridge {
     /// # Panics
     /// When the broker is away, or the stream missing.
     pub async fn bodies(&self, stream: &str) -> Vec<Bytes> {
-        self.read(stream).await.into_iter().map(|message| message.payload.clone()).collect()
+        self.read(stream)
+            .await
+            .into_iter()
+            .map(|message| message.payload.clone())
+            .collect()
     }
 
     /// How many events the stream holds.
@@ -385,7 +449,12 @@ impl Bridge {
     /// # Panics
     /// When the broker is away, or the stream missing.
     pub async fn stored_events(&self) -> u64 {
-        let stream = self.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+        let stream = self
+            .jetstream()
+            .await
+            .get_stream(EVENTS_STREAM)
+            .await
+            .expect("the stream is there");
         stream.cached_info().state.messages
     }
 
@@ -394,23 +463,43 @@ impl Bridge {
     /// # Panics
     /// When the broker is away the first time.
     pub async fn jetstream(&self) -> &jetstream::Context {
-        self.jetstream.get_or_init(async || jetstream::new(self.broker.connect().await)).await
+        self.jetstream
+            .get_or_init(async || jetstream::new(self.broker.connect().await))
+            .await
     }
 
     async fn read(&self, stream: &str) -> Vec<Message> {
-        let stream = self.jetstream().await.get_stream(stream).await.expect("the stream is there");
+        let stream = self
+            .jetstream()
+            .await
+            .get_stream(stream)
+            .await
+            .expect("the stream is there");
         let count = stream.cached_info().state.messages;
-        let config = pull::OrderedConfig { deliver_policy: DeliverPolicy::All, ..Default::default() };
-        let consumer = stream.create_consumer(config).await.expect("an ordered consumer can be made");
+        let config = pull::OrderedConfig {
+            deliver_policy: DeliverPolicy::All,
+            ..Default::default()
+        };
+        let consumer = stream
+            .create_consumer(config)
+            .await
+            .expect("an ordered consumer can be made");
         let messages = consumer.messages().await.expect("messages can be pulled");
         let count = usize::try_from(count).expect("a test's messages fit into memory");
-        messages.take(count).map(|message| message.expect("a message comes")).collect().await
+        messages
+            .take(count)
+            .map(|message| message.expect("a message comes"))
+            .collect()
+            .await
     }
 }
 
 impl Node {
     fn start(launch: &Launch, address: &str) -> Self {
-        Self { program: launch.start(), url: format!("http://{address}") }
+        Self {
+            program: launch.start(),
+            url: format!("http://{address}"),
+        }
     }
 
     /// Its HTTP address, as a URL.
@@ -424,7 +513,10 @@ impl Node {
     /// When nobody answers.
     pub async fn page(&self, path: &str) -> Result<(u16, String), String> {
         let get = async {
-            let answer = stripe::client().get(format!("{}{path}", self.url)).send().await?;
+            let answer = stripe::client()
+                .get(format!("{}{path}", self.url))
+                .send()
+                .await?;
             Ok((answer.status().as_u16(), answer.text().await?))
         };
         get.await.map_err(|error: reqwest::Error| error.to_string())
@@ -437,7 +529,11 @@ impl Node {
     #[track_caller]
     pub fn wait_until_ready(&self) -> impl Future<Output = ()> {
         eventually("a program to be ready", READY_DEADLINE, async || {
-            assert!(self.program.is_running(), "it ended:\n{}", self.program.log());
+            assert!(
+                self.program.is_running(),
+                "it ended:\n{}",
+                self.program.log()
+            );
             match self.page("/readyz").await? {
                 (200, _) => Ok(()),
                 (status, body) => Err(format!("{status} {body}; its log:\n{}", self.program.log())),
@@ -447,7 +543,11 @@ impl Node {
 
     /// How many lines of its log contain `text`.
     pub fn count_in_log(&self, text: &str) -> usize {
-        self.program.log().lines().filter(|line| line.contains(text)).count()
+        self.program
+            .log()
+            .lines()
+            .filter(|line| line.contains(text))
+            .count()
     }
 }
 
@@ -460,11 +560,15 @@ impl Deref for Node {
 }
 
 fn with(launch: Launch, settings: &[(&'static str, String)]) -> Launch {
-    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value))
+    settings
+        .iter()
+        .fold(launch, |launch, (name, value)| launch.env(name, value))
 }
 
 /// Of repeated headers the first.
 fn headers(message: &Message) -> BTreeMap<String, String> {
     let headers = message.headers.iter().flat_map(HeaderMap::iter);
-    headers.filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string()))).collect()
+    headers
+        .filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string())))
+        .collect()
 }

@@ -32,7 +32,10 @@ pub fn eventually<T>(
                 Ok(Err(seen)) => last = seen,
                 Err(_) => {}
             }
-            assert!(Instant::now() < end, "{caller}: waited {deadline:?} for {what}; last seen: {last}");
+            assert!(
+                Instant::now() < end,
+                "{caller}: waited {deadline:?} for {what}; last seen: {last}"
+            );
             sleep(PAUSE).await;
         }
     }

@@ -61,7 +61,11 @@ impl Server {
     /// # Panics
     /// When it does not start, with its log.
     pub async fn start_on(port: u16) -> Self {
-        Self::start_with(Options { port: Some(port), ..Options::default() }).await
+        Self::start_with(Options {
+            port: Some(port),
+            ..Options::default()
+        })
+        .await
     }
 
     /// A running server with these options.
@@ -79,13 +83,32 @@ impl Server {
     /// # Errors
     /// When its folder or configuration file cannot be written.
     pub fn prepare(options: Options) -> io::Result<Self> {
-        let temporary = || tempfile::Builder::new().prefix("litestripe-nats-").tempdir();
-        let own_folder = if options.folder.is_none() { Some(temporary()?) } else { None };
-        let folder = options.folder.as_deref().or(own_folder.as_ref().map(TempDir::path));
-        let folder = folder.expect("one is made above where none is given").to_owned();
+        let temporary = || {
+            tempfile::Builder::new()
+                .prefix("litestripe-nats-")
+                .tempdir()
+        };
+        let own_folder = if options.folder.is_none() {
+            Some(temporary()?)
+        } else {
+            None
+        };
+        let folder = options
+            .folder
+            .as_deref()
+            .or(own_folder.as_ref().map(TempDir::path));
+        let folder = folder
+            .expect("one is made above where none is given")
+            .to_owned();
         let port = options.port.unwrap_or_else(port::free);
         std::fs::write(folder.join("nats.conf"), config(port, &folder, &options))?;
-        Ok(Self { process: None, port, folder, log: options.log, _own_folder: own_folder })
+        Ok(Self {
+            process: None,
+            port,
+            folder,
+            log: options.log,
+            _own_folder: own_folder,
+        })
     }
 
     /// Where clients connect.
@@ -113,7 +136,9 @@ impl Server {
     /// # Panics
     /// When it does not answer.
     pub async fn connect(&self) -> async_nats::Client {
-        async_nats::connect(self.url()).await.expect("a running server accepts a client")
+        async_nats::connect(self.url())
+            .await
+            .expect("a running server accepts a client")
     }
 
     /// Stops it gracefully; the store stays.
@@ -140,7 +165,9 @@ impl Server {
     /// # Panics
     /// When it does not start, with its log.
     pub async fn resume(&mut self) {
-        self.try_resume().await.unwrap_or_else(|problem| panic!("{problem}"));
+        self.try_resume()
+            .await
+            .unwrap_or_else(|problem| panic!("{problem}"));
     }
 
     /// [`Self::resume`] for callers that have a person to tell.
@@ -163,7 +190,9 @@ impl Server {
             }
             if ended || Instant::now() > end {
                 let log = process.log();
-                return Err(io::Error::other(format!("nats-server does not start:\n{log}")));
+                return Err(io::Error::other(format!(
+                    "nats-server does not start:\n{log}"
+                )));
             }
             sleep(Duration::from_millis(5)).await;
         }
@@ -180,7 +209,9 @@ impl Server {
 }
 
 fn config(port: u16, folder: &Path, options: &Options) -> String {
-    let Options { config, jetstream, .. } = options;
+    let Options {
+        config, jetstream, ..
+    } = options;
     let store = folder.join("store");
     format!(
         "listen: \"127.0.0.1:{port}\"\n\
@@ -198,5 +229,7 @@ async fn answers(port: u16) -> bool {
         BufReader::new(stream).read_line(&mut line).await.ok()?;
         line.starts_with("INFO ").then_some(())
     };
-    timeout(Duration::from_secs(1), greeting).await.is_ok_and(|greeting| greeting.is_some())
+    timeout(Duration::from_secs(1), greeting)
+        .await
+        .is_ok_and(|greeting| greeting.is_some())
 }

@@ -22,8 +22,8 @@ static TAKEN: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
 /// When every port of the range is taken.
 pub fn free() -> u16 {
     let count = RANGE.end - RANGE.start;
-    let start =
-        u16::try_from(RandomState::new().hash_one(0) % u64::from(count)).expect("a remainder of a u16 is a u16");
+    let start = u16::try_from(RandomState::new().hash_one(0) % u64::from(count))
+        .expect("a remainder of a u16 is a u16");
     (0..count)
         .map(|step| RANGE.start + (start + step) % count)
         .find(|&port| reserve(port))
@@ -31,10 +31,15 @@ pub fn free() -> u16 {
 }
 
 fn reserve(port: u16) -> bool {
-    let Ok(lock) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)) else { return false };
+    let Ok(lock) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)) else {
+        return false;
+    };
     if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err() {
         return false;
     }
-    TAKEN.lock().expect("no holder of this lock panics").push(lock);
+    TAKEN
+        .lock()
+        .expect("no holder of this lock panics")
+        .push(lock);
     true
 }

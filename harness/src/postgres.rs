@@ -75,7 +75,9 @@ impl Server {
     /// # Errors
     /// When there is no PostgreSQL, `initdb` fails, or the folder cannot be written.
     pub fn prepare(options: Options) -> io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("litestripe-postgres-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix("litestripe-postgres-")
+            .tempdir()?;
         let owner = Owner::of_servers(folder.path())?;
         let template = template(owner.as_ref())?;
         copy(&template, &folder.path().join("data"), owner.as_ref())?;
@@ -84,7 +86,14 @@ impl Server {
         }
         let port = options.port.unwrap_or_else(port::free);
         let databases = AtomicU32::new(0);
-        Ok(Self { process: None, port, settings: options.settings, owner, databases, folder })
+        Ok(Self {
+            process: None,
+            port,
+            settings: options.settings,
+            owner,
+            databases,
+            folder,
+        })
     }
 
     /// The URL of a database of that name, which need not exist; `postgres` always does.
@@ -97,11 +106,19 @@ impl Server {
     /// # Panics
     /// When the server does not answer.
     pub async fn database(&self) -> String {
-        let name = format!("litestripe_{}", self.databases.fetch_add(1, Ordering::Relaxed) + 1);
+        let name = format!(
+            "litestripe_{}",
+            self.databases.fetch_add(1, Ordering::Relaxed) + 1
+        );
         let mut options = ConnectOptions::new(self.url("postgres"));
         options.max_connections(1).sqlx_logging(false);
-        let server = Database::connect(options).await.expect("a running server accepts a client");
-        server.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database can be made");
+        let server = Database::connect(options)
+            .await
+            .expect("a running server accepts a client");
+        server
+            .execute_unprepared(&format!("CREATE DATABASE {name}"))
+            .await
+            .expect("a database can be made");
         server.close().await.expect("a connection can be closed");
         self.url(&name)
     }
@@ -140,7 +157,9 @@ impl Server {
     /// # Panics
     /// When it does not start, with its log.
     pub async fn resume(&mut self) {
-        self.try_resume().await.unwrap_or_else(|problem| panic!("{problem}"));
+        self.try_resume()
+            .await
+            .unwrap_or_else(|problem| panic!("{problem}"));
     }
 
     /// [`Self::resume`] for callers that have a person to tell.
@@ -164,7 +183,9 @@ impl Server {
                 process = self.spawn()?;
             } else if Instant::now() > end {
                 let log = process.log();
-                return Err(io::Error::other(format!("postgres does not answer:\n{log}")));
+                return Err(io::Error::other(format!(
+                    "postgres does not answer:\n{log}"
+                )));
             }
             sleep(Duration::from_millis(20)).await;
         }
@@ -177,7 +198,11 @@ impl Server {
         let folder = self.folder.path();
         let mut command = process::command(&postgres, Signal::Quit);
         command.arg("-D").arg(folder.join("data"));
-        command.arg("-k").arg(folder).arg("-p").arg(self.port.to_string());
+        command
+            .arg("-k")
+            .arg(folder)
+            .arg("-p")
+            .arg(self.port.to_string());
         command.args(["-c", "listen_addresses=127.0.0.1"]);
         for (name, value) in &self.settings {
             command.arg("-c").arg(format!("{name}={value}"));
@@ -217,7 +242,9 @@ impl Owner {
             return Ok(None);
         }
         let users = fs::read_to_string("/etc/passwd")?;
-        let user = ["postgres", "nobody"].iter().find_map(|wanted| Self::named(wanted, &users));
+        let user = ["postgres", "nobody"]
+            .iter()
+            .find_map(|wanted| Self::named(wanted, &users));
         let missing = "PostgreSQL refuses root, and there is no user `postgres` or `nobody` here";
         user.map(Some).ok_or_else(|| io::Error::other(missing))
     }
@@ -241,7 +268,11 @@ impl Owner {
 /// Whose folder it is and who runs there; of the environment only `PATH`, as `PG…` variables steer
 /// both programs.
 fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
-    command.current_dir(folder).env_clear().env("LC_ALL", "C").env("TZ", "UTC");
+    command
+        .current_dir(folder)
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("TZ", "UTC");
     command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     if let Some(owner) = owner {
         command.uid(owner.user).gid(owner.group);
@@ -264,7 +295,9 @@ fn template(owner: Option<&Owner>) -> io::Result<PathBuf> {
     let lock = File::create(templates.join("lock"))?;
     lock.lock()?;
     if !template.exists() {
-        let folder = tempfile::Builder::new().prefix("litestripe-initdb-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix("litestripe-initdb-")
+            .tempdir()?;
         if let Some(owner) = owner {
             owner.take(folder.path())?;
         }
@@ -281,7 +314,10 @@ fn template(owner: Option<&Owner>) -> io::Result<PathBuf> {
 
 fn init(initdb: &Path, folder: &Path, data: &Path, owner: Option<&Owner>) -> io::Result<()> {
     let mut command = Command::new(initdb);
-    command.arg("-D").arg(data).args(["--username=postgres", "--auth=trust"]);
+    command
+        .arg("-D")
+        .arg(data)
+        .args(["--username=postgres", "--auth=trust"]);
     command.args(["--encoding=UTF8", "--locale=C", "--no-sync"]);
     in_folder(&mut command, folder, owner);
     let output = command.output()?;
@@ -332,5 +368,7 @@ async fn answers(port: u16) -> bool {
         stream.write_all(STARTUP).await.ok()?;
         stream.read_u8().await.ok()
     };
-    timeout(Duration::from_secs(1), first_byte).await.is_ok_and(|byte| byte == Some(b'R'))
+    timeout(Duration::from_secs(1), first_byte)
+        .await
+        .is_ok_and(|byte| byte == Some(b'R'))
 }

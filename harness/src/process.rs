@@ -66,10 +66,14 @@ pub struct Process {
 /// The caller adds arguments and environment. Where util-linux's `setpriv` is missing, the command
 /// is the plain program, and only dropping its [`Process`] ends it.
 pub(crate) fn command(program: &Path, signal: Signal) -> Command {
-    let Some(setpriv) = setpriv() else { return Command::new(program) };
+    let Some(setpriv) = setpriv() else {
+        return Command::new(program);
+    };
     let mut command = Command::new(setpriv);
     // It replaces itself by the program, so the pid is the program's.
-    command.args(["--pdeathsig", signal.name(), "--"]).arg(program);
+    command
+        .args(["--pdeathsig", signal.name(), "--"])
+        .arg(program);
     // A Ctrl-C in the terminal goes to its whole process group. The child's end is its owner's to
     // decide, and it comes with the owner's in any case.
     command.process_group(0);
@@ -82,14 +86,16 @@ fn setpriv() -> Option<&'static Path> {
     FOUND
         .get_or_init(|| {
             let path = std::env::var_os("PATH")?;
-            std::env::split_paths(&path).map(|folder| folder.join("setpriv")).find(|setpriv| {
-                Command::new(setpriv)
-                    .args(["--pdeathsig", "KILL", "--", "true"])
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::null())
-                    .status()
-                    .is_ok_and(|status| status.success())
-            })
+            std::env::split_paths(&path)
+                .map(|folder| folder.join("setpriv"))
+                .find(|setpriv| {
+                    Command::new(setpriv)
+                        .args(["--pdeathsig", "KILL", "--", "true"])
+                        .stdout(Stdio::null())
+                        .stderr(Stdio::null())
+                        .status()
+                        .is_ok_and(|status| status.success())
+                })
         })
         .as_deref()
 }
@@ -105,12 +111,24 @@ impl Process {
     pub(crate) fn spawn(name: &str, mut command: Command, log: Option<&Path>) -> io::Result<Self> {
         let stdout = tempfile::tempfile()?;
         let stderr = match log {
-            Some(path) => File::options().create(true).read(true).append(true).open(path)?,
+            Some(path) => File::options()
+                .create(true)
+                .read(true)
+                .append(true)
+                .open(path)?,
             None => tempfile::tempfile()?,
         };
-        command.stdin(Stdio::null()).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
+        command
+            .stdin(Stdio::null())
+            .stdout(stdout.try_clone()?)
+            .stderr(stderr.try_clone()?);
         let child = Mutex::new(spawn_from_lasting_thread(command)?);
-        Ok(Self { name: name.to_owned(), child, stdout, stderr })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            stdout,
+            stderr,
+        })
     }
 
     /// The process id.
@@ -170,12 +188,19 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let mut child = self.child();
         // Not reaped before this function ends, because the lock is held: the pid is still its own.
-        if child.try_wait().expect("a child of ours can be waited for").is_some() {
+        if child
+            .try_wait()
+            .expect("a child of ours can be waited for")
+            .is_some()
+        {
             return;
         }
         // The shell's own `kill`: the program of that name is not on every machine.
         let kill = format!("kill -s {} {}", signal.name(), child.id());
-        let status = Command::new("sh").args(["-c", &kill]).status().expect("every Unix has sh");
+        let status = Command::new("sh")
+            .args(["-c", &kill])
+            .status()
+            .expect("every Unix has sh");
         assert!(status.success(), "`{kill}` failed");
         let end = Instant::now() + STOPS_WITHIN;
         while signal == Signal::Stop && !is_stopped(child.id()) {
@@ -191,7 +216,8 @@ impl Process {
     pub async fn wait(&self, deadline: Duration) -> ExitStatus {
         let what = format!("{} to end", self.name);
         eventually(&what, deadline, async || {
-            self.try_wait().ok_or_else(|| format!("it runs; its log:\n{}", self.log()))
+            self.try_wait()
+                .ok_or_else(|| format!("it runs; its log:\n{}", self.log()))
         })
         .await
     }
@@ -206,7 +232,9 @@ impl Process {
     }
 
     fn try_wait(&self) -> Option<ExitStatus> {
-        self.child().try_wait().expect("a child of ours can be waited for")
+        self.child()
+            .try_wait()
+            .expect("a child of ours can be waited for")
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -216,11 +244,14 @@ impl Process {
 
 /// Whether all threads of a process are stopped, or it is none any more. Linux: `proc_pid_stat(5)`.
 fn is_stopped(pid: u32) -> bool {
-    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
     threads.flatten().all(|thread| {
         let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
         // The state follows the name, which may hold anything. What ended meanwhile has none.
-        stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['T', 't', 'Z', 'X']))
+        stat.rsplit_once(')')
+            .is_none_or(|(_, rest)| rest.trim_start().starts_with(['T', 't', 'Z', 'X']))
     })
 }
 
@@ -229,7 +260,10 @@ impl Drop for Process {
         if std::thread::panicking() {
             eprintln!("--- log of {}:\n{}---", self.name, self.log());
         }
-        let child = self.child.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let child = self
+            .child
+            .get_mut()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         // Both fail only for a child that has been reaped.
         let _ = child.kill();
         let _ = child.wait();
@@ -256,13 +290,16 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
         sender
     });
     let (reply, answer) = mpsc::channel();
-    spawner.send((command, reply)).expect("the spawner ends with the process");
+    spawner
+        .send((command, reply))
+        .expect("the spawner ends with the process");
     answer.recv().expect("the spawner answers every request")
 }
 
 fn read(file: &File) -> String {
     let length = file.metadata().expect("an open file has a length").len();
     let mut bytes = vec![0; usize::try_from(length).expect("a log fits into memory")];
-    file.read_exact_at(&mut bytes, 0).expect("what was written can be read");
+    file.read_exact_at(&mut bytes, 0)
+        .expect("what was written can be read");
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -54,14 +54,25 @@ impl Program {
     /// # Panics
     /// When it has not been built (`cargo build --workspace --bins`).
     pub fn named(name: &str) -> Launch {
-        let path = folder().map(|folder| folder.join(name)).expect("a test knows where it lies");
-        assert!(path.exists(), "{name} is not built: run `cargo build --workspace --bins`");
+        let path = folder()
+            .map(|folder| folder.join(name))
+            .expect("a test knows where it lies");
+        assert!(
+            path.exists(),
+            "{name} is not built: run `cargo build --workspace --bins`"
+        );
         Self::at(path)
     }
 
     /// Any program, such as the Python of [`crate::tools::python`].
     pub fn at(path: impl Into<PathBuf>) -> Launch {
-        Launch { path: path.into(), arguments: Vec::new(), environment: Vec::new(), folder: None, log: None }
+        Launch {
+            path: path.into(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            folder: None,
+            log: None,
+        }
     }
 
     /// Its working folder.
@@ -137,7 +148,8 @@ impl Launch {
     /// # Panics
     /// When it cannot be started; that it ends at once is seen by whoever waits for it.
     pub fn start(&self) -> Program {
-        self.try_start().unwrap_or_else(|problem| panic!("{}: {problem}", self.path.display()))
+        self.try_start()
+            .unwrap_or_else(|problem| panic!("{}: {problem}", self.path.display()))
     }
 
     /// [`Self::start`] for callers that have a person to tell.
@@ -146,16 +158,35 @@ impl Launch {
     /// When it cannot be started, or its folder cannot be made.
     pub fn try_start(&self) -> io::Result<Program> {
         let temporary = || tempfile::Builder::new().prefix("litestripe-run-").tempdir();
-        let own_folder = if self.folder.is_none() { Some(temporary()?) } else { None };
-        let folder = self.folder.as_deref().or(own_folder.as_ref().map(TempDir::path));
-        let folder = folder.expect("one is made above where none is given").to_owned();
+        let own_folder = if self.folder.is_none() {
+            Some(temporary()?)
+        } else {
+            None
+        };
+        let folder = self
+            .folder
+            .as_deref()
+            .or(own_folder.as_ref().map(TempDir::path));
+        let folder = folder
+            .expect("one is made above where none is given")
+            .to_owned();
         let mut command = process::command(&self.path, Signal::Kill);
         command.args(&self.arguments).current_dir(&folder);
-        command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+        command
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        let name = self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy();
+        let name = self
+            .path
+            .file_name()
+            .unwrap_or(self.path.as_os_str())
+            .to_string_lossy();
         let process = Process::spawn(&name, command, self.log.as_deref())?;
-        Ok(Program { process, folder, _own_folder: own_folder })
+        Ok(Program {
+            process,
+            folder,
+            _own_folder: own_folder,
+        })
     }
 
     /// Starts it and waits for its end: for commands that answer and exit.
@@ -165,7 +196,11 @@ impl Launch {
     pub async fn run(&self, deadline: Duration) -> Finished {
         let program = self.start();
         let status = program.wait(deadline).await;
-        Finished { status, stdout: program.stdout(), stderr: program.stderr() }
+        Finished {
+            status,
+            stdout: program.stdout(),
+            stderr: program.stderr(),
+        }
     }
 }
 
@@ -178,5 +213,10 @@ pub fn folder() -> io::Result<PathBuf> {
     let folder = current.parent().unwrap_or(&current);
     // Tests lie in `deps` and examples in `examples`, both beside the programs.
     let inner = folder.ends_with("deps") || folder.ends_with("examples");
-    Ok(if inner { folder.parent().unwrap_or(folder) } else { folder }.to_owned())
+    Ok(if inner {
+        folder.parent().unwrap_or(folder)
+    } else {
+        folder
+    }
+    .to_owned())
 }

@@ -26,11 +26,16 @@ pub use story::story;
 /// The `Stripe-Signature` header: HMAC-SHA256 over `{timestamp}.{body}`, the key being the whole
 /// `whsec_…` text.
 pub fn sign(secret: &str, timestamp: i64, body: &[u8]) -> String {
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
     mac.update(timestamp.to_string().as_bytes());
     mac.update(b".");
     mac.update(body);
-    let hex = mac.finalize().into_bytes().into_iter().map(|byte| format!("{byte:02x}"));
+    let hex = mac
+        .finalize()
+        .into_bytes()
+        .into_iter()
+        .map(|byte| format!("{byte:02x}"));
     format!("t={timestamp},v1={}", hex.collect::<String>())
 }
 
@@ -82,10 +87,17 @@ impl Delivery {
     ///
     /// # Errors
     /// When no HTTP answer comes back.
-    pub async fn post(&self, client: &reqwest::Client, url: &str) -> reqwest::Result<reqwest::Response> {
+    pub async fn post(
+        &self,
+        client: &reqwest::Client,
+        url: &str,
+    ) -> reqwest::Result<reqwest::Response> {
         let mut request = client
             .post(url)
-            .header("User-Agent", "Stripe/1.0 (+https://stripe.com/docs/webhooks)")
+            .header(
+                "User-Agent",
+                "Stripe/1.0 (+https://stripe.com/docs/webhooks)",
+            )
             .header("Content-Type", "application/json; charset=utf-8")
             .header("Accept", "*/*; q=0.5, application/xml")
             .header("Cache-Control", "no-cache");

@@ -35,7 +35,11 @@ pub fn python() -> io::Result<&'static Path> {
     locate(&FOUND, "python", "LITESTRIPE_PYTHON")
 }
 
-fn locate(found: &'static OnceLock<PathBuf>, part: &str, variable: &str) -> io::Result<&'static Path> {
+fn locate(
+    found: &'static OnceLock<PathBuf>,
+    part: &str,
+    variable: &str,
+) -> io::Result<&'static Path> {
     if let Some(path) = found.get() {
         return Ok(path);
     }
@@ -50,9 +54,14 @@ fn ask_script(part: &str, variable: &str) -> io::Result<PathBuf> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/tools");
     // The script prints shell-quoted `export` lines, so a shell reads them.
     let read = format!(r#"eval "$("$0" {part})" && printf %s "${variable}""#);
-    let output = Command::new("bash").args(["-euc", &read, script]).stderr(std::process::Stdio::inherit()).output()?;
+    let output = Command::new("bash")
+        .args(["-euc", &read, script])
+        .stderr(std::process::Stdio::inherit())
+        .output()?;
     if !output.status.success() {
-        return Err(io::Error::other(format!("scripts/tools {part} failed, its words are above")));
+        return Err(io::Error::other(format!(
+            "scripts/tools {part} failed, its words are above"
+        )));
     }
     let path = String::from_utf8(output.stdout).map_err(io::Error::other)?;
     Ok(PathBuf::from(path))

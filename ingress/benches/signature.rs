@@ -35,36 +35,63 @@ fn body(length: usize) -> Bytes {
 
 fn signed(body: &[u8], now: OffsetDateTime) -> String {
     let timestamp = now.unix_timestamp();
-    let mut mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
     mac.update(format!("{timestamp}.").as_bytes());
     mac.update(body);
-    let signature: String = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let signature: String = mac
+        .finalize()
+        .into_bytes()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     format!("t={timestamp},v1={signature}")
 }
 
 fn verified(length: usize) -> VerifiedBody {
     let (body, now) = (body(length), OffsetDateTime::now_utc());
-    verify(&signed(&body, now), body, &[SigningSecret::new(SECRET)], now, TOLERANCE).expect("it is signed")
+    verify(
+        &signed(&body, now),
+        body,
+        &[SigningSecret::new(SECRET)],
+        now,
+        TOLERANCE,
+    )
+    .expect("it is signed")
 }
 
 #[divan::bench(args = LENGTHS)]
 fn a_good_signature(bencher: Bencher<'_, '_>, length: usize) {
-    let (body, now, secrets) = (body(length), OffsetDateTime::now_utc(), [SigningSecret::new(SECRET)]);
+    let (body, now, secrets) = (
+        body(length),
+        OffsetDateTime::now_utc(),
+        [SigningSecret::new(SECRET)],
+    );
     let header = signed(&body, now);
     let verified = || verify(black_box(&header), body.clone(), &secrets, now, TOLERANCE).is_ok();
-    bencher.counter(BytesCount::new(length)).bench_local(verified);
+    bencher
+        .counter(BytesCount::new(length))
+        .bench_local(verified);
 }
 
 #[divan::bench(args = LENGTHS)]
 fn a_bad_signature(bencher: Bencher<'_, '_>, length: usize) {
-    let (body, now, secrets) = (body(length), OffsetDateTime::now_utc(), [SigningSecret::new("whsec_another")]);
+    let (body, now, secrets) = (
+        body(length),
+        OffsetDateTime::now_utc(),
+        [SigningSecret::new("whsec_another")],
+    );
     let header = signed(&body, now);
     let verified = || verify(black_box(&header), body.clone(), &secrets, now, TOLERANCE).is_ok();
-    bencher.counter(BytesCount::new(length)).bench_local(verified);
+    bencher
+        .counter(BytesCount::new(length))
+        .bench_local(verified);
 }
 
 #[divan::bench(args = LENGTHS)]
 fn an_envelope(bencher: Bencher<'_, '_>, length: usize) {
     let body = verified(length);
-    bencher.counter(BytesCount::new(length)).bench_local(|| Envelope::read(black_box(&body)));
+    bencher
+        .counter(BytesCount::new(length))
+        .bench_local(|| Envelope::read(black_box(&body)));
 }

@@ -33,7 +33,10 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new(bytes_max: usize) -> Arc<Self> {
-        Arc::new(Self { bytes_max, bytes: AtomicUsize::new(0) })
+        Arc::new(Self {
+            bytes_max,
+            bytes: AtomicUsize::new(0),
+        })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -49,8 +52,14 @@ struct Share {
 
 impl Share {
     fn grow(&mut self, bytes: usize) -> Result<(), BodyError> {
-        let room = |held: usize| held.checked_add(bytes).filter(|total| *total <= self.budget.bytes_max);
-        self.budget.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map_err(|_| BodyError::NoRoom)?;
+        let room = |held: usize| {
+            held.checked_add(bytes)
+                .filter(|total| *total <= self.budget.bytes_max)
+        };
+        self.budget
+            .bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, room)
+            .map_err(|_| BodyError::NoRoom)?;
         self.bytes += bytes;
         Ok(())
     }
@@ -77,7 +86,10 @@ pub(crate) async fn read<B: Buf, E>(
         Some(Ok(length)) if length <= limit => Some(length),
         Some(_) => return Err(BodyError::TooLarge { limit }),
     };
-    let mut share = Share { budget: Arc::clone(budget), bytes: 0 };
+    let mut share = Share {
+        budget: Arc::clone(budget),
+        bytes: 0,
+    };
     let mut body = Joined::Nothing;
     let mut chunks = std::pin::pin!(chunks);
     while let Some(chunk) = chunks.next().await {
@@ -88,7 +100,10 @@ pub(crate) async fn read<B: Buf, E>(
         share.grow(chunk.remaining())?;
         body = body.join(chunk.copy_to_bytes(chunk.remaining()), declared);
     }
-    Ok(Bytes::from_owner(Held { bytes: body.into_bytes(), _share: share }))
+    Ok(Bytes::from_owner(Held {
+        bytes: body.into_bytes(),
+        _share: share,
+    }))
 }
 
 /// The chunks of a body so far. Many small chunks are not kept one by one: each would pin the
@@ -104,7 +119,8 @@ impl Joined {
         let mut joined = match self {
             Self::Nothing => return Self::One(chunk),
             Self::One(first) => {
-                let mut joined = BytesMut::with_capacity(declared.unwrap_or(first.len() + chunk.len()));
+                let mut joined =
+                    BytesMut::with_capacity(declared.unwrap_or(first.len() + chunk.len()));
                 joined.extend_from_slice(&first);
                 joined
             }

@@ -58,7 +58,10 @@ const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Serves until `shutdown`, then finishes what is in flight.
 pub(crate) async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
     B: hyper::body::Body + Send + 'static,
     B::Data: Send,
@@ -69,10 +72,14 @@ where
     let graceful = GracefulShutdown::new();
     let threads = Threads::start();
     let failures = Throttle::new(Duration::from_secs(60));
-    while let Some(accepted) = shutdown.run_until_cancelled(accept(&listener, &connections)).await {
+    while let Some(accepted) = shutdown
+        .run_until_cancelled(accept(&listener, &connections))
+        .await
+    {
         match accepted {
             Ok((stream, permit)) => {
-                let connection = serve_connection(http.clone(), stream, service.clone(), graceful.watcher());
+                let connection =
+                    serve_connection(http.clone(), stream, service.clone(), graceful.watcher());
                 threads.spawn(async move {
                     let _permit = permit;
                     connection.await;
@@ -89,7 +96,11 @@ where
     drop(listener);
     if timeout(STOP_WITHIN, graceful.shutdown()).await.is_err() {
         let open = CONNECTIONS_MAX - connections.available_permits();
-        warn!(open, "{open} connections are still open after {} s; leaving them", STOP_WITHIN.as_secs());
+        warn!(
+            open,
+            "{open} connections are still open after {} s; leaving them",
+            STOP_WITHIN.as_secs()
+        );
     }
 }
 
@@ -97,7 +108,10 @@ async fn accept(
     listener: &TcpListener,
     connections: &Arc<Semaphore>,
 ) -> io::Result<(std::net::TcpStream, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(connections).acquire_owned().await.expect("nobody closes the semaphore");
+    let permit = Arc::clone(connections)
+        .acquire_owned()
+        .await
+        .expect("nobody closes the semaphore");
     let (stream, _) = listener.accept().await?;
     stream.set_nodelay(true)?;
     Ok((stream.into_std()?, permit))
@@ -114,8 +128,12 @@ fn http() -> http1::Builder {
     http
 }
 
-async fn serve_connection<S, B>(http: http1::Builder, stream: std::net::TcpStream, service: S, watcher: Watcher)
-where
+async fn serve_connection<S, B>(
+    http: http1::Builder,
+    stream: std::net::TcpStream,
+    service: S,
+    watcher: Watcher,
+) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     B: hyper::body::Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -126,7 +144,12 @@ where
         Err(error) => return debug!("connection not served: {error}"),
     };
     let lingers = Arc::new(AtomicBool::new(false));
-    let socket = Socket { stream, lingers: Arc::clone(&lingers), write_deadline: None, linger_deadline: None };
+    let socket = Socket {
+        stream,
+        lingers: Arc::clone(&lingers),
+        write_deadline: None,
+        linger_deadline: None,
+    };
     let service = service_fn(move |request| {
         let response = service.call(request);
         let lingers = Arc::clone(&lingers);
@@ -136,14 +159,20 @@ where
             Ok::<_, Infallible>(response)
         }
     });
-    if let Err(error) = watcher.watch(http.serve_connection(TokioIo::new(socket), service)).await {
+    if let Err(error) = watcher
+        .watch(http.serve_connection(TokioIo::new(socket), service))
+        .await
+    {
         debug!("connection ended: {error}");
     }
 }
 
 /// Whether the answer ends its connection: then the request may not have been read to its end.
 fn closes<B>(response: &Response<B>) -> bool {
-    response.headers().get(CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
+    response
+        .headers()
+        .get(CONNECTION)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
 }
 
 /// A client's socket.
@@ -159,25 +188,39 @@ struct Socket {
 }
 
 impl Socket {
-    fn bound<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn bound<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.write_deadline = None;
             return written;
         }
-        let deadline = self.write_deadline.get_or_insert_with(|| Box::pin(sleep(WRITE_WITHIN)));
+        let deadline = self
+            .write_deadline
+            .get_or_insert_with(|| Box::pin(sleep(WRITE_WITHIN)));
         ready!(deadline.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.bound(cx, written)
     }
@@ -195,7 +238,9 @@ impl AsyncWrite for Socket {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }
         let end = Instant::now() + LINGER;
-        let deadline = this.linger_deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
+        let deadline = this
+            .linger_deadline
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
         let mut dropped = [0; 8 << 10];
         loop {
             if deadline.as_mut().poll(cx).is_ready() {

@@ -43,10 +43,19 @@ impl Envelope {
 }
 
 fn parse(body: &[u8]) -> Result<Envelope, NotAnEvent> {
-    let Fields([id, event_type, object]) = serde_json::from_slice(body).map_err(|_| NotAnEvent::NotJson)?;
-    let id = text(id).and_then(|id| EventId::parse(id).ok()).ok_or(NotAnEvent::Id)?;
-    let event_type = text(event_type).filter(|name| !name.is_empty()).ok_or(NotAnEvent::Type)?;
-    Ok(Envelope { id, event_type, is_thin: text(object).as_deref() == Some(THIN) })
+    let Fields([id, event_type, object]) =
+        serde_json::from_slice(body).map_err(|_| NotAnEvent::NotJson)?;
+    let id = text(id)
+        .and_then(|id| EventId::parse(id).ok())
+        .ok_or(NotAnEvent::Id)?;
+    let event_type = text(event_type)
+        .filter(|name| !name.is_empty())
+        .ok_or(NotAnEvent::Type)?;
+    Ok(Envelope {
+        id,
+        event_type,
+        is_thin: text(object).as_deref() == Some(THIN),
+    })
 }
 
 fn text(value: Option<&RawValue>) -> Option<String> {

@@ -56,9 +56,16 @@ pub enum RunError {
 
 /// Serves on `listener` until `shutdown`, then finishes what is in flight. A broker that is away is
 /// waited for while serving.
-pub async fn run(settings: Settings, listener: TcpListener, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(
+    settings: Settings,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
     let client = connect::connect(&settings.nats, publish::CONNECTION_NAME).await?;
-    let Some(secrets) = shutdown.run_until_cancelled(secret::obtain(&settings.secrets)).await else {
+    let Some(secrets) = shutdown
+        .run_until_cancelled(secret::obtain(&settings.secrets))
+        .await
+    else {
         return Ok(());
     };
     let secrets = watch::Sender::new(secrets?);
@@ -70,7 +77,11 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
     if let Ok(address) = listener.local_addr() {
         info!(%address, "listening on http://{address}");
     }
-    let mut serving = pin!(connection::serve(listener, route::service(Arc::new(ingress)), &shutdown));
+    let mut serving = pin!(connection::serve(
+        listener,
+        route::service(Arc::new(ingress)),
+        &shutdown
+    ));
     let outcome = tokio::select! {
         () = &mut serving => Ok(()),
         _ = background.join_next() => {
@@ -82,7 +93,9 @@ pub async fn run(settings: Settings, listener: TcpListener, shutdown: Cancellati
     };
     background.shutdown().await;
     if timeout(FLUSH_WITHIN, publisher.flush()).await.is_err() {
-        warn!("NATS did not take the last bytes; they belong to deliveries that were not answered 200");
+        warn!(
+            "NATS did not take the last bytes; they belong to deliveries that were not answered 200"
+        );
     }
     info!("stopped");
     outcome

@@ -23,7 +23,9 @@ fn main() -> ExitCode {
     }
     let matches = command().get_matches();
     let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
-    let holds_secret = |path: &std::path::Path| std::fs::read(path).is_ok_and(|file| secret::find(&file).is_some());
+    let holds_secret = |path: &std::path::Path| {
+        std::fs::read(path).is_ok_and(|file| secret::find(&file).is_some())
+    };
     let settings = match settings::read(given, holds_secret) {
         Ok(settings) => settings,
         Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
@@ -49,12 +51,17 @@ async fn serve(settings: Settings) -> ExitCode {
     let listener = match TcpListener::bind(address).await {
         Ok(listener) => listener,
         Err(error) => {
-            return exit::fail(exit::FAILURE, format!("cannot listen on {address} (LITESTRIPE_LISTEN): {error}"));
+            return exit::fail(
+                exit::FAILURE,
+                format!("cannot listen on {address} (LITESTRIPE_LISTEN): {error}"),
+            );
         }
     };
     let token = match shutdown::token() {
         Ok(token) => token,
-        Err(error) => return exit::fail(exit::FAILURE, format!("cannot listen for signals: {error}")),
+        Err(error) => {
+            return exit::fail(exit::FAILURE, format!("cannot listen for signals: {error}"));
+        }
     };
     match litestripe_ingress::run(settings, listener, token).await {
         Ok(()) => ExitCode::SUCCESS,

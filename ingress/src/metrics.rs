@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use metrics::{
-    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
@@ -13,8 +14,9 @@ const BODIES_IN_FLIGHT_BYTES: &str = "litestripe_ingress_bodies_in_flight_bytes"
 const BUILD_INFO: &str = "litestripe_build_info";
 
 /// From what a local disk does to the longest that an answer may take.
-const PUBLISH_SECONDS_BUCKETS: [f64; 14] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 8.0];
+const PUBLISH_SECONDS_BUCKETS: [f64; 14] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 8.0,
+];
 
 /// What became of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,13 +71,22 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn new() -> Self {
         let recorder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Full(PUBLISH_SECONDS.to_owned()), &PUBLISH_SECONDS_BUCKETS)
+            .set_buckets_for_metric(
+                Matcher::Full(PUBLISH_SECONDS.to_owned()),
+                &PUBLISH_SECONDS_BUCKETS,
+            )
             .expect("there are buckets")
             .build_recorder();
         metrics::with_local_recorder(&recorder, || {
             describe_counter!(DELIVERIES, "Deliveries answered, by outcome");
-            describe_histogram!(PUBLISH_SECONDS, "Seconds from a verified delivery to its PubAck");
-            describe_gauge!(BODIES_IN_FLIGHT_BYTES, "Bytes of bodies read and not yet stored or dropped");
+            describe_histogram!(
+                PUBLISH_SECONDS,
+                "Seconds from a verified delivery to its PubAck"
+            );
+            describe_gauge!(
+                BODIES_IN_FLIGHT_BYTES,
+                "Bytes of bodies read and not yet stored or dropped"
+            );
             describe_gauge!(BUILD_INFO, "The version of the running program");
             gauge!(BUILD_INFO, "program" => env!("CARGO_PKG_NAME"), "version" => env!("CARGO_PKG_VERSION")).set(1.0);
             Self {
@@ -98,7 +109,8 @@ impl Metrics {
     }
 
     pub(crate) fn page(&self, bodies_in_flight_bytes: usize) -> String {
-        self.bodies_in_flight_bytes.set(bodies_in_flight_bytes as f64);
+        self.bodies_in_flight_bytes
+            .set(bodies_in_flight_bytes as f64);
         self.page.render()
     }
 

@@ -81,7 +81,12 @@ impl Publisher {
     pub(crate) fn new(client: Client, settings: &Settings) -> Self {
         let jetstream = connect::jetstream(client.clone());
         let broken = watch::Sender::new(0);
-        let (group, batches) = Group::new(client.clone(), jetstream.clone(), settings.group_commit, broken.subscribe());
+        let (group, batches) = Group::new(
+            client.clone(),
+            jetstream.clone(),
+            settings.group_commit,
+            broken.subscribe(),
+        );
         Self {
             group,
             batches: tokio::sync::Mutex::new(batches),
@@ -173,7 +178,9 @@ impl Publisher {
     async fn connection_is_given_up(&self) {
         let mut lost_since = self.lost_since.subscribe();
         loop {
-            let given_up_at = lost_since.borrow_and_update().map(|since| since + CONNECTION_GRACE);
+            let given_up_at = lost_since
+                .borrow_and_update()
+                .map(|since| since + CONNECTION_GRACE);
             tokio::select! {
                 Some(()) = OptionFuture::from(given_up_at.map(sleep_until)) => return,
                 _ = lost_since.changed() => {}
@@ -188,7 +195,12 @@ impl Publisher {
     /// Nothing is lost.
     pub(crate) async fn tend(&self) {
         let make_batches = async { self.batches.lock().await.run().await };
-        tokio::join!(self.watch_connection(), self.keep_stream(), make_batches, self.follow_max_payload());
+        tokio::join!(
+            self.watch_connection(),
+            self.keep_stream(),
+            make_batches,
+            self.follow_max_payload()
+        );
     }
 
     async fn follow_max_payload(&self) {
@@ -212,7 +224,8 @@ impl Publisher {
                 }
                 changed
             });
-            let connects_before = std::mem::replace(&mut connects, statistics.connects.load(Ordering::Relaxed));
+            let connects_before =
+                std::mem::replace(&mut connects, statistics.connects.load(Ordering::Relaxed));
             if (changed && !is_connected) || connects != connects_before {
                 self.broken.send_modify(|broken| *broken += 1);
             }
@@ -269,13 +282,18 @@ impl Publisher {
             return;
         }
         if let Err(error) = self.client.flush().await {
-            debug!("cannot flush the connection to NATS: {}", exit::chain(&error));
+            debug!(
+                "cannot flush the connection to NATS: {}",
+                exit::chain(&error)
+            );
         }
     }
 }
 
 fn backoff(min: Duration, max: Duration) -> impl Iterator<Item = Duration> {
-    let builder = ExponentialBuilder::new().with_min_delay(min).with_max_delay(max);
+    let builder = ExponentialBuilder::new()
+        .with_min_delay(min)
+        .with_max_delay(max);
     builder.without_max_times().with_jitter().build()
 }
 

@@ -22,7 +22,8 @@ use time::OffsetDateTime;
 use tracing::{Level, debug, enabled, warn};
 use warp::Filter;
 use warp::http::header::{
-    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER,
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue,
+    RETRY_AFTER,
 };
 use warp::http::{Method, StatusCode};
 
@@ -58,9 +59,24 @@ pub(crate) struct Ingress {
 }
 
 impl Ingress {
-    pub(crate) fn new(settings: Settings, secrets: Secrets, publisher: Arc<Publisher>, metrics: Arc<Metrics>) -> Self {
-        let (bodies, refused) = (Budget::new(body::BUDGET_BYTES), Throttle::new(REFUSED_INTERVAL));
-        Self { settings, secrets, bodies, publisher, metrics, refused }
+    pub(crate) fn new(
+        settings: Settings,
+        secrets: Secrets,
+        publisher: Arc<Publisher>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let (bodies, refused) = (
+            Budget::new(body::BUDGET_BYTES),
+            Throttle::new(REFUSED_INTERVAL),
+        );
+        Self {
+            settings,
+            secrets,
+            bodies,
+            publisher,
+            metrics,
+            refused,
+        }
     }
 }
 
@@ -86,7 +102,9 @@ fn routes(
         .and(warp::header::headers_cloned())
         .and(warp::body::stream())
         .then(hook);
-    let healthz = warp::path!("healthz").and(warp::method()).map(|method| read_only(&method, healthz));
+    let healthz = warp::path!("healthz")
+        .and(warp::method())
+        .map(|method| read_only(&method, healthz));
     let readyz = warp::path!("readyz")
         .and(warp::method())
         .and(ingress.clone())
@@ -96,7 +114,13 @@ fn routes(
         .and(ingress)
         .map(|method, ingress: Arc<Ingress>| read_only(&method, || metrics(&ingress)));
     let elsewhere = warp::any().map(|| close(error(StatusCode::NOT_FOUND, "not found")));
-    let others = healthz.or(readyz).unify().or(metrics).unify().or(elsewhere).unify();
+    let others = healthz
+        .or(readyz)
+        .unify()
+        .or(metrics)
+        .unify()
+        .or(elsewhere)
+        .unify();
     // One `or` around the hook, not four: each moves and polls what it holds once more.
     hook.or(others).unify()
 }
@@ -110,7 +134,11 @@ async fn hook<B: Buf>(
 ) -> warp::reply::Response {
     let received = OffsetDateTime::now_utc();
     let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
-    ingress.metrics.delivery(delivered.as_ref().map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome));
+    ingress.metrics.delivery(
+        delivered
+            .as_ref()
+            .map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome),
+    );
     match delivered {
         Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
         Err(refusal) => {
@@ -139,12 +167,23 @@ async fn deliver<B: Buf>(
     if HookId::parse(uuid) != Some(ingress.settings.hook) {
         return Err(Refusal::UnknownHook);
     }
-    let limit = ingress.settings.body_limit.min(ingress.publisher.body_bytes_max());
+    let limit = ingress
+        .settings
+        .body_limit
+        .min(ingress.publisher.body_bytes_max());
     let reading = body::read(chunks, content_length(headers), limit, &ingress.bodies);
-    let body = tokio::time::timeout(BODY_WITHIN, reading).await.map_err(|_| Refusal::Slow)??;
+    let body = tokio::time::timeout(BODY_WITHIN, reading)
+        .await
+        .map_err(|_| Refusal::Slow)??;
     let header = signature_header(headers);
     let secrets = Arc::clone(&ingress.secrets.borrow());
-    let body = signature::verify(&header, body, &secrets, received, ingress.settings.tolerance)?;
+    let body = signature::verify(
+        &header,
+        body,
+        &secrets,
+        received,
+        ingress.settings.tolerance,
+    )?;
     let envelope = Envelope::read(&body)?;
     if envelope.is_thin || !ingress.settings.event_types.contains(&envelope.event_type) {
         debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
@@ -154,7 +193,14 @@ async fn deliver<B: Buf>(
     let verified = Instant::now();
     let id = enabled!(Level::DEBUG).then(|| envelope.id.clone());
     let traceparent = traceparent(headers);
-    let delivery = Delivery { id: envelope.id, event_type, body, signature: header, received, traceparent };
+    let delivery = Delivery {
+        id: envelope.id,
+        event_type,
+        body,
+        signature: header,
+        received,
+        traceparent,
+    };
     let stored = ingress.publisher.store(delivery).await?;
     ingress.metrics.published(verified.elapsed());
     if let Some(id) = id {
@@ -181,7 +227,9 @@ enum Refusal {
     Signature(#[from] SignatureError),
     #[error(transparent)]
     NotAnEvent(#[from] NotAnEvent),
-    #[error("the event's type is not lower-case letters, digits and _, in parts joined by single dots")]
+    #[error(
+        "the event's type is not lower-case letters, digits and _, in parts joined by single dots"
+    )]
     NotASubject,
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -205,9 +253,15 @@ impl Refusal {
             Self::Signature(SignatureError::NoMatch | SignatureError::NotText) => {
                 (StatusCode::BAD_REQUEST, Outcome::Mismatch)
             }
-            Self::Signature(SignatureError::Stale { .. }) => (StatusCode::BAD_REQUEST, Outcome::Stale),
-            Self::NotAnEvent(_) | Self::NotASubject => (StatusCode::BAD_REQUEST, Outcome::NotAnEvent),
-            Self::Store(StoreError::Unavailable(_)) => (StatusCode::SERVICE_UNAVAILABLE, Outcome::Unavailable),
+            Self::Signature(SignatureError::Stale { .. }) => {
+                (StatusCode::BAD_REQUEST, Outcome::Stale)
+            }
+            Self::NotAnEvent(_) | Self::NotASubject => {
+                (StatusCode::BAD_REQUEST, Outcome::NotAnEvent)
+            }
+            Self::Store(StoreError::Unavailable(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, Outcome::Unavailable)
+            }
         }
     }
 
@@ -218,13 +272,20 @@ impl Refusal {
     fn answer(&self) -> warp::reply::Response {
         let mut answer = error(self.status(), &self.to_string());
         if matches!(self, Self::Method) {
-            answer.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
+            answer
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("POST"));
         }
         if answer.status() == StatusCode::SERVICE_UNAVAILABLE {
-            answer.headers_mut().insert(RETRY_AFTER, RETRY_AFTER_S.into());
+            answer
+                .headers_mut()
+                .insert(RETRY_AFTER, RETRY_AFTER_S.into());
         }
         // The rest of the body is on its way.
-        if matches!(self, Self::Method | Self::UnknownHook | Self::Slow | Self::Body(_)) {
+        if matches!(
+            self,
+            Self::Method | Self::UnknownHook | Self::Slow | Self::Body(_)
+        ) {
             close(answer)
         } else {
             answer
@@ -234,7 +295,9 @@ impl Refusal {
     fn log(&self, refused: &Throttle) {
         debug!("answering {}: {self}", self.status());
         let Self::Signature(error) = self else { return };
-        let Some(omitted) = refused.admit(Instant::now()) else { return };
+        let Some(omitted) = refused.admit(Instant::now()) else {
+            return;
+        };
         match error {
             SignatureError::Stale { age } => warn!(
                 omitted,
@@ -243,7 +306,10 @@ impl Refusal {
                 age.as_secs()
             ),
             SignatureError::NoMatch => {
-                warn!(omitted, "refused a delivery: {error}; is the signing secret this endpoint's?");
+                warn!(
+                    omitted,
+                    "refused a delivery: {error}; is the signing secret this endpoint's?"
+                );
             }
             SignatureError::Missing | SignatureError::Malformed | SignatureError::NotText => {
                 warn!(omitted, "refused a delivery: {error}");
@@ -266,18 +332,28 @@ fn readyz(ingress: &Ingress) -> warp::reply::Response {
 fn metrics(ingress: &Ingress) -> warp::reply::Response {
     let page = ingress.metrics.page(ingress.bodies.bytes());
     let mut answer = Response::new(page.into());
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
+    answer.headers_mut().insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; version=0.0.4"),
+    );
     answer
 }
 
-fn read_only(method: &Method, answer: impl FnOnce() -> warp::reply::Response) -> warp::reply::Response {
+fn read_only(
+    method: &Method,
+    answer: impl FnOnce() -> warp::reply::Response,
+) -> warp::reply::Response {
     if method == Method::GET || method == Method::HEAD {
         let mut answer = answer();
-        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        answer
+            .headers_mut()
+            .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         return answer;
     }
     let mut answer = error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
-    answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    answer
+        .headers_mut()
+        .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     close(answer)
 }
 
@@ -305,12 +381,22 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
 fn traceparent(headers: &HeaderMap) -> Option<String> {
     let text = headers.get(header::TRACEPARENT)?.to_str().ok()?;
     let parts: Vec<&str> = text.split('-').collect();
-    let [version, trace, parent, flags] = parts.as_slice() else { return None };
-    let is_hex = |part: &str, length: usize| {
-        part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    let [version, trace, parent, flags] = parts.as_slice() else {
+        return None;
     };
-    let is_id = |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
-    let valid = is_hex(version, 2) && *version != "ff" && is_id(trace, 32) && is_id(parent, 16) && is_hex(flags, 2);
+    let is_hex = |part: &str, length: usize| {
+        part.len() == length
+            && part
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let is_id =
+        |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
+    let valid = is_hex(version, 2)
+        && *version != "ff"
+        && is_id(trace, 32)
+        && is_id(parent, 16)
+        && is_hex(flags, 2);
     valid.then(|| text.to_owned())
 }
 
@@ -324,19 +410,28 @@ fn error(status: StatusCode, message: &str) -> warp::reply::Response {
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> warp::reply::Response {
-    answer(status, serde_json::to_vec(body).expect("texts can be written").into())
+    answer(
+        status,
+        serde_json::to_vec(body)
+            .expect("texts can be written")
+            .into(),
+    )
 }
 
 fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
     let mut answer = Response::new(body.into());
     *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
 }
 
 /// Ends the connection after this answer.
 fn close(mut answer: warp::reply::Response) -> warp::reply::Response {
-    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    answer
+        .headers_mut()
+        .insert(CONNECTION, HeaderValue::from_static("close"));
     answer
 }
 

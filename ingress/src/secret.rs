@@ -70,7 +70,10 @@ pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>
             Err(error) => format!("which cannot be read ({error})"),
         };
         if tries == TRIES {
-            return Err(NoSecret { path: path.clone(), why });
+            return Err(NoSecret {
+                path: path.clone(),
+                why,
+            });
         }
         if tries == 1 {
             let path = path.display();
@@ -93,13 +96,19 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
         tokio::time::sleep(LOOK_AGAIN_AFTER).await;
         let Ok(Some(secret)) = read(path).await else {
             if !is_missing {
-                warn!("{} ({FILE_SETTING}) holds no whsec_… any more; keeping the last one", path.display());
+                warn!(
+                    "{} ({FILE_SETTING}) holds no whsec_… any more; keeping the last one",
+                    path.display()
+                );
             }
             is_missing = true;
             continue;
         };
         is_missing = false;
-        let is_known = secrets.borrow().iter().any(|known| known.fingerprint() == secret.fingerprint());
+        let is_known = secrets
+            .borrow()
+            .iter()
+            .any(|known| known.fingerprint() == secret.fingerprint());
         if !is_known {
             announce(&secret, FILE_SETTING);
             secrets.send_replace(Arc::new([secret]));
@@ -111,28 +120,47 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
 pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
     let is_secret = |text: &&str| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte);
-        text.strip_prefix(PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
+        text.strip_prefix(PREFIX)
+            .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
     };
-    text.split(',').map(str::trim).map(|text| Some(text).filter(is_secret).map(SigningSecret::new)).collect()
+    text.split(',')
+        .map(str::trim)
+        .map(|text| Some(text).filter(is_secret).map(SigningSecret::new))
+        .collect()
 }
 
 /// The first `whsec_[a-zA-Z0-9]+` in what a file holds.
 pub fn find(file: &[u8]) -> Option<SigningSecret> {
-    let starts = (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));
-    let mut names = starts.map(|rest| rest.split(|byte| !byte.is_ascii_alphanumeric()).next().unwrap_or_default());
+    let starts =
+        (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));
+    let mut names = starts.map(|rest| {
+        rest.split(|byte| !byte.is_ascii_alphanumeric())
+            .next()
+            .unwrap_or_default()
+    });
     let name = names.find(|name| !name.is_empty())?;
-    Some(SigningSecret::new(&format!("{PREFIX}{}", str::from_utf8(name).ok()?)))
+    Some(SigningSecret::new(&format!(
+        "{PREFIX}{}",
+        str::from_utf8(name).ok()?
+    )))
 }
 
 async fn read(path: &Path) -> io::Result<Option<SigningSecret>> {
     let mut bytes = Vec::new();
-    tokio::fs::File::open(path).await?.take(FILE_BYTES_MAX).read_to_end(&mut bytes).await?;
+    tokio::fs::File::open(path)
+        .await?
+        .take(FILE_BYTES_MAX)
+        .read_to_end(&mut bytes)
+        .await?;
     Ok(find(&bytes))
 }
 
 fn announce(secret: &SigningSecret, setting: &str) {
     let fingerprint = secret.fingerprint();
-    info!(fingerprint, "using the signing secret with fingerprint {fingerprint} from {setting}");
+    info!(
+        fingerprint,
+        "using the signing secret with fingerprint {fingerprint} from {setting}"
+    );
 }
 
 #[cfg(test)]

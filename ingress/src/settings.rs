@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use litestripe_contract::event::{EventType, HANDLED_TYPES};
 use litestripe_contract::settings::{
-    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address, bytes, path,
+    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address, bytes,
+    path,
 };
 use uuid::Uuid;
 
@@ -102,7 +103,9 @@ impl EventTypes {
         if text == "*" {
             return Some(Self::All);
         }
-        let types = text.split(',').map(|name| Some(EventType::parse(name.trim()).ok()?.as_str().to_owned()));
+        let types = text
+            .split(',')
+            .map(|name| Some(EventType::parse(name.trim()).ok()?.as_str().to_owned()));
         types.collect::<Option<_>>().map(Self::Some)
     }
 }
@@ -121,14 +124,25 @@ pub(crate) enum GroupCommit {
 /// other problems: it may yet come.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
-    let hook = reader.required(&UUID, "the UUID of the hook's path, 36 characters with hyphens", HookId::parse);
+    let hook = reader.required(
+        &UUID,
+        "the UUID of the hook's path, 36 characters with hyphens",
+        HookId::parse,
+    );
     let (secrets, no_secret) = read_secrets(&mut reader, holds_secret);
-    let tolerance_s: u32 = reader.defaulted(&TOLERANCE, "whole seconds", |value| value.parse().ok());
+    let tolerance_s: u32 =
+        reader.defaulted(&TOLERANCE, "whole seconds", |value| value.parse().ok());
     let listen = reader.defaulted(&LISTEN, ADDRESS, address);
-    let event_types = reader.optional(&EVENT_TYPES, "event types, comma-separated, or *", EventTypes::parse);
+    let event_types = reader.optional(
+        &EVENT_TYPES,
+        "event types, comma-separated, or *",
+        EventTypes::parse,
+    );
     let body_limit = reader.defaulted(&BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {
         let limit = usize::try_from(bytes(value)?).ok()?;
-        (BODY_LIMIT_MIN..=BUDGET_BYTES).contains(&limit).then_some(limit)
+        (BODY_LIMIT_MIN..=BUDGET_BYTES)
+            .contains(&limit)
+            .then_some(limit)
     });
     let group_commit = reader.defaulted(&GROUP_COMMIT, "auto, on or off", |value| match value {
         "auto" => Some(GroupCommit::Auto),
@@ -158,16 +172,25 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
 }
 
 /// Where the secrets come from, and what to say if there are none so far.
-fn read_secrets(reader: &mut Reader, holds_secret: impl Fn(&Path) -> bool) -> (SecretSource, Option<String>) {
+fn read_secrets(
+    reader: &mut Reader,
+    holds_secret: impl Fn(&Path) -> bool,
+) -> (SecretSource, Option<String>) {
     let expected = "whsec_ and letters and digits, or several of them, comma-separated";
     let secrets = reader.optional(&SECRET, expected, secret::parse_list);
     let file: PathBuf = reader.defaulted(&SECRET_FILE, "a path", path);
     let has_none = !reader.is_given(&SECRET) && !holds_secret(&file);
     let no_secret = has_none.then(|| {
         let (file, setting) = (file.display(), SECRET.name);
-        format!("{setting} is missing, and {} names {file}, which holds none", SECRET_FILE.name)
+        format!(
+            "{setting} is missing, and {} names {file}, which holds none",
+            SECRET_FILE.name
+        )
     });
-    (secrets.map_or(SecretSource::File(file), SecretSource::Given), no_secret)
+    (
+        secrets.map_or(SecretSource::File(file), SecretSource::Given),
+        no_secret,
+    )
 }
 
 #[cfg(test)]

@@ -38,7 +38,11 @@ impl SigningSecret {
     pub fn new(text: &str) -> Self {
         let keyed = Hmac::new_from_slice(text.as_bytes()).expect("HMAC takes a key of any length");
         let digest = Sha256::digest(text.as_bytes());
-        let fingerprint = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let fingerprint = digest
+            .iter()
+            .take(4)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         Self { keyed, fingerprint }
     }
 
@@ -102,9 +106,9 @@ pub fn verify(
         return Err(SignatureError::NoMatch);
     }
     match signed.timestamp.age(received) {
-        Some(age) if !tolerance.is_zero() && age > tolerance => {
-            Err(SignatureError::Stale { age: Duration::from_secs(age.as_secs()) })
-        }
+        Some(age) if !tolerance.is_zero() && age > tolerance => Err(SignatureError::Stale {
+            age: Duration::from_secs(age.as_secs()),
+        }),
         _ => Ok(VerifiedBody(body)),
     }
 }
@@ -134,10 +138,19 @@ impl SignedHeader {
                 _ => {}
             }
         }
-        let timestamp = timestamp.and_then(Timestamp::parse).ok_or(SignatureError::Malformed)?;
+        let timestamp = timestamp
+            .and_then(Timestamp::parse)
+            .ok_or(SignatureError::Malformed)?;
         // The SDK's comparison raises at the first signature that is not ASCII.
-        let signatures = signatures.iter().take_while(|text| text.is_ascii()).filter_map(|text| mac(text)).collect();
-        Ok(Self { timestamp, signatures })
+        let signatures = signatures
+            .iter()
+            .take_while(|text| text.is_ascii())
+            .filter_map(|text| mac(text))
+            .collect();
+        Ok(Self {
+            timestamp,
+            signatures,
+        })
     }
 
     fn matches(&self, secret: &SigningSecret, body: &[u8]) -> bool {
@@ -147,7 +160,9 @@ impl SignedHeader {
         mac.update(body);
         // Compared in constant time.
         let expected = mac.finalize();
-        self.signatures.iter().any(|signature| expected == CtOutput::new((*signature).into()))
+        self.signatures
+            .iter()
+            .any(|signature| expected == CtOutput::new((*signature).into()))
     }
 }
 
@@ -166,8 +181,9 @@ impl Timestamp {
             Some(digits) => ("-", digits),
             None => ("", text.strip_prefix('+').unwrap_or(text)),
         };
-        let groups_are_digits =
-            digits.split('_').all(|group| !group.is_empty() && group.bytes().all(|byte| byte.is_ascii_digit()));
+        let groups_are_digits = digits
+            .split('_')
+            .all(|group| !group.is_empty() && group.bytes().all(|byte| byte.is_ascii_digit()));
         let digits = digits.replace('_', "");
         if !groups_are_digits || digits.len() > TIMESTAMP_DIGITS_MAX {
             return None;
@@ -184,7 +200,9 @@ impl Timestamp {
     /// How long before `now` this was, or nothing if it was not before.
     fn age(&self, now: OffsetDateTime) -> Option<Duration> {
         const NANOS_PER_S: i128 = 1_000_000_000;
-        let age_ns = u128::try_from(now.unix_timestamp_nanos() - i128::from(self.unix_s) * NANOS_PER_S).ok()?;
+        let age_ns =
+            u128::try_from(now.unix_timestamp_nanos() - i128::from(self.unix_s) * NANOS_PER_S)
+                .ok()?;
         Some(Duration::from_nanos_u128(age_ns))
     }
 }

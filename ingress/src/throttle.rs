@@ -17,13 +17,19 @@ struct State {
 
 impl Throttle {
     pub(crate) fn new(interval: Duration) -> Self {
-        Self { interval, state: Mutex::default() }
+        Self {
+            interval,
+            state: Mutex::default(),
+        }
     }
 
     /// Whether a line may be written at `now`, and then how many were not written since the last.
     pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.last.is_some_and(|last| now.saturating_duration_since(last) < self.interval) {
+        if state
+            .last
+            .is_some_and(|last| now.saturating_duration_since(last) < self.interval)
+        {
             state.omitted += 1;
             return None;
         }

@@ -42,6 +42,14 @@ pub async fn applied(db: &DatabaseConnection) -> Result<Vec<String>, DbErr> {
     if !SchemaManager::new(db).has_table(HISTORY).await? {
         return Ok(Vec::new());
     }
-    let names = Query::select().column("version").from(HISTORY).order_by("version", Order::Asc).take();
-    db.query_all(&names).await?.iter().map(|row| row.try_get("", "version")).collect()
+    let names = Query::select()
+        .column("version")
+        .from(HISTORY)
+        .order_by("version", Order::Asc)
+        .take();
+    db.query_all(&names)
+        .await?
+        .iter()
+        .map(|row| row.try_get("", "version"))
+        .collect()
 }

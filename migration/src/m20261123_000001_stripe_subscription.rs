@@ -6,7 +6,10 @@ use sea_orm_migration::prelude::*;
 pub(crate) struct Migration;
 
 #[derive(DeriveIden)]
-#[expect(clippy::enum_variant_names, reason = "a variant is a column, and the key is named after its table")]
+#[expect(
+    clippy::enum_variant_names,
+    reason = "a variant is a column, and the key is named after its table"
+)]
 enum StripeSubscription {
     Table,
     StripeSubscriptionId,
@@ -83,16 +86,24 @@ impl MigrationTrait for Migration {
             .take();
         manager.create_table(table).await?;
         // Applications look up by their own user and by Stripe's customer.
-        for (name, column) in
-            [(CUSTOMER_INDEX, Column::StripeCustomerId), (CLIENT_REFERENCE_INDEX, Column::ClientReferenceId)]
-        {
-            let index = Index::create().name(name).table(Column::Table).col(column).if_not_exists().take();
+        for (name, column) in [
+            (CUSTOMER_INDEX, Column::StripeCustomerId),
+            (CLIENT_REFERENCE_INDEX, Column::ClientReferenceId),
+        ] {
+            let index = Index::create()
+                .name(name)
+                .table(Column::Table)
+                .col(column)
+                .if_not_exists()
+                .take();
             manager.create_index(index).await?;
         }
         Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.drop_table(Table::drop().table(StripeSubscription::Table).take()).await
+        manager
+            .drop_table(Table::drop().table(StripeSubscription::Table).take())
+            .await
     }
 }

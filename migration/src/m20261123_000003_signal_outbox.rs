@@ -37,15 +37,29 @@ impl MigrationTrait for Migration {
         let table = Table::create()
             .table(Column::Table)
             .if_not_exists()
-            .col(ColumnDef::new(Column::Id).big_integer().not_null().auto_increment().primary_key())
+            .col(
+                ColumnDef::new(Column::Id)
+                    .big_integer()
+                    .not_null()
+                    .auto_increment()
+                    .primary_key(),
+            )
             .col(ColumnDef::new(Column::Shard).integer().not_null())
             .col(text(Column::EntityId).not_null())
             .col(text(Column::Subject).not_null())
             .col(text(Column::MessageId).not_null())
-            .col(ColumnDef::new(Column::EventCreated).big_integer().not_null())
+            .col(
+                ColumnDef::new(Column::EventCreated)
+                    .big_integer()
+                    .not_null(),
+            )
             .col(text(Column::Traceparent))
             .col(text(Column::Body).not_null())
-            .col(ColumnDef::new(Column::DtCreated).timestamp_with_time_zone().not_null())
+            .col(
+                ColumnDef::new(Column::DtCreated)
+                    .timestamp_with_time_zone()
+                    .not_null(),
+            )
             .take();
         manager.create_table(table).await?;
         let by_shard = Index::create()
@@ -60,10 +74,18 @@ impl MigrationTrait for Migration {
         let shards = Table::create()
             .table(SignalShard::Table)
             .if_not_exists()
-            .col(ColumnDef::new(SignalShard::Shard).integer().not_null().primary_key())
+            .col(
+                ColumnDef::new(SignalShard::Shard)
+                    .integer()
+                    .not_null()
+                    .primary_key(),
+            )
             .take();
         manager.create_table(shards).await?;
-        let mut rows = Query::insert().into_table(SignalShard::Table).columns([SignalShard::Shard]).take();
+        let mut rows = Query::insert()
+            .into_table(SignalShard::Table)
+            .columns([SignalShard::Shard])
+            .take();
         for shard in 0..SHARDS {
             rows.values_panic([shard.into()]);
         }
@@ -71,7 +93,11 @@ impl MigrationTrait for Migration {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.drop_table(Table::drop().table(SignalShard::Table).take()).await?;
-        manager.drop_table(Table::drop().table(SignalOutbox::Table).take()).await
+        manager
+            .drop_table(Table::drop().table(SignalShard::Table).take())
+            .await?;
+        manager
+            .drop_table(Table::drop().table(SignalOutbox::Table).take())
+            .await
     }
 }

@@ -37,7 +37,11 @@ impl MigrationTrait for Migration {
             .if_not_exists()
             .col(text(Column::EntityId).not_null())
             .col(text(Column::Kind).not_null())
-            .col(ColumnDef::new(Column::DueAt).timestamp_with_time_zone().not_null())
+            .col(
+                ColumnDef::new(Column::DueAt)
+                    .timestamp_with_time_zone()
+                    .not_null(),
+            )
             .col(ColumnDef::new(Column::Attempts).integer().not_null())
             .col(text(Column::CheckoutSessionId))
             .col(text(Column::StripeCustomerId))
@@ -53,12 +57,18 @@ impl MigrationTrait for Migration {
             .primary_key(Index::create().col(Column::EntityId).col(Column::Kind))
             .take();
         manager.create_table(table).await?;
-        let by_due =
-            Index::create().name("due_check_due_at").table(Column::Table).col(Column::DueAt).if_not_exists().take();
+        let by_due = Index::create()
+            .name("due_check_due_at")
+            .table(Column::Table)
+            .col(Column::DueAt)
+            .if_not_exists()
+            .take();
         manager.create_index(by_due).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.drop_table(Table::drop().table(DueCheck::Table).take()).await
+        manager
+            .drop_table(Table::drop().table(DueCheck::Table).take())
+            .await
     }
 }

@@ -49,8 +49,12 @@ impl MigrationTrait for Migration {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.drop_table(Table::drop().table(SignalDue::Table).take()).await?;
-        manager.drop_table(Table::drop().table(Replay::Table).take()).await
+        manager
+            .drop_table(Table::drop().table(SignalDue::Table).take())
+            .await?;
+        manager
+            .drop_table(Table::drop().table(Replay::Table).take())
+            .await
     }
 }
 
@@ -87,8 +91,16 @@ fn signal_due() -> TableCreateStatement {
         .col(ColumnDef::new(Column::Unchanged).boolean().not_null())
         .col(text(Column::EventId).not_null())
         .col(text(Column::EventType).not_null())
-        .col(ColumnDef::new(Column::EventCreated).big_integer().not_null())
-        .col(ColumnDef::new(Column::DtCreated).timestamp_with_time_zone().not_null())
+        .col(
+            ColumnDef::new(Column::EventCreated)
+                .big_integer()
+                .not_null(),
+        )
+        .col(
+            ColumnDef::new(Column::DtCreated)
+                .timestamp_with_time_zone()
+                .not_null(),
+        )
         .primary_key(Index::create().col(Column::EntityId).col(Column::Subject))
         .take()
 }

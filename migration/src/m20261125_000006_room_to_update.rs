@@ -12,17 +12,28 @@ pub(crate) struct Migration;
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        alter(manager, "ALTER TABLE stripe_subscription SET (fillfactor = 70)").await
+        alter(
+            manager,
+            "ALTER TABLE stripe_subscription SET (fillfactor = 70)",
+        )
+        .await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        alter(manager, "ALTER TABLE stripe_subscription RESET (fillfactor)").await
+        alter(
+            manager,
+            "ALTER TABLE stripe_subscription RESET (fillfactor)",
+        )
+        .await
     }
 }
 
 async fn alter(manager: &SchemaManager<'_>, statement: &str) -> Result<(), DbErr> {
     if manager.get_database_backend() == DbBackend::Postgres {
-        manager.get_connection().execute_unprepared(statement).await?;
+        manager
+            .get_connection()
+            .execute_unprepared(statement)
+            .await?;
     }
     Ok(())
 }

@@ -18,11 +18,19 @@ impl MigrationTrait for Migration {
         let number = |column: &'static str| ColumnDef::new(column).big_integer().not_null().take();
         let create = |table: &'static str| Table::create().table(table).if_not_exists().take();
         let mut lease = create(LEASE);
-        lease.col(text("name").primary_key()).col(boolean("is_held")).col(number("renewed"));
+        lease
+            .col(text("name").primary_key())
+            .col(boolean("is_held"))
+            .col(number("renewed"));
         let mut backfill = create(BACKFILL);
-        backfill.col(boolean("livemode").primary_key()).col(number("began"));
+        backfill
+            .col(boolean("livemode").primary_key())
+            .col(number("began"));
         let mut erasure = create(ERASURE);
-        erasure.col(text("stripe_id").primary_key()).col(number("erased_at")).col(number("sequence").unique_key());
+        erasure
+            .col(text("stripe_id").primary_key())
+            .col(number("erased_at"))
+            .col(number("sequence").unique_key());
         for table in [lease, backfill, erasure] {
             manager.create_table(table).await?;
         }

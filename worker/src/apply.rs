@@ -56,18 +56,29 @@ pub struct Applier {
 /// A database that is away is waited for, with the batch's messages kept alive. When `shutdown`
 /// comes while waiting, the messages are handed back.
 pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
-    let Decoded { batch, arrivals, mut poisoned, .. } = decoded;
+    let Decoded {
+        batch,
+        arrivals,
+        mut poisoned,
+        ..
+    } = decoded;
     let events = arrivals.len();
-    if applier.erase_on_customer_deleted && queue_erasures(applier, &batch, shutdown).await.is_none() {
+    if applier.erase_on_customer_deleted
+        && queue_erasures(applier, &batch, shutdown).await.is_none()
+    {
         batch.hand_back().await;
         return;
     }
-    let Some(Outcome { refused, late }) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+    let Some(Outcome { refused, late }) =
+        save_when_possible(applier, arrivals, &batch, shutdown).await
+    else {
         batch.hand_back().await;
         return;
     };
     poisoned.extend(refused);
-    batch.ack_except(poisoned.iter().map(|(index, _)| *index)).await;
+    batch
+        .ack_except(poisoned.iter().map(|(index, _)| *index))
+        .await;
     fail_point!("worker::after_ack");
     applier.relay.notify_one();
     if applier.terms.rules.lookup {
@@ -96,7 +107,12 @@ pub async fn apply_again(
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,
     shutdown: &CancellationToken,
 ) -> Option<AppliedAgain> {
-    let Decoded { batch, mut arrivals, poisoned, .. } = decoded;
+    let Decoded {
+        batch,
+        mut arrivals,
+        poisoned,
+        ..
+    } = decoded;
     let poisoned = wanted_poison(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
@@ -106,12 +122,19 @@ pub async fn apply_again(
     };
     batch.ack_except([]).await;
     let refused = outcome.refused.len() as u64;
-    Some(AppliedAgain { applied: events - refused, poisoned: refused + poisoned })
+    Some(AppliedAgain {
+        applied: events - refused,
+        poisoned: refused + poisoned,
+    })
 }
 
 /// Queues the erasure of the customers that were deleted at Stripe: before their
 /// messages are acked, however long the database is away. Nothing when `shutdown` came first.
-async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &CancellationToken) -> Option<()> {
+async fn queue_erasures(
+    applier: &Applier,
+    batch: &Batch,
+    shutdown: &CancellationToken,
+) -> Option<()> {
     let now = OffsetDateTime::now_utc();
     let deleted = batch.messages().filter_map(|message| {
         let customer = whose::deleted_customer(message.payload)?;
@@ -123,7 +146,9 @@ async fn queue_erasures(applier: &Applier, batch: &Batch, shutdown: &Cancellatio
         let questions = questions.clone();
         let queue = async move |tx: DatabaseTransaction| {
             store::due::put(&tx, questions).await?;
-            tx.commit().await.map_err(StoreError::doing("commit erasures"))
+            tx.commit()
+                .await
+                .map_err(StoreError::doing("commit erasures"))
         };
         match applier.store.uncancelled(queue).await {
             Ok(()) => {
@@ -171,7 +196,9 @@ async fn save_when_possible(
                 pause(wait.failed(&error), shutdown).await?;
             }
             Err(error) => match Arc::try_unwrap(set).ok()? {
-                single if single.len() == 1 => outcome.refused.push((single[0].index, exit::chain(&error))),
+                single if single.len() == 1 => {
+                    outcome.refused.push((single[0].index, exit::chain(&error)))
+                }
                 mut half => {
                     let rest = half.split_off(half.len() / 2);
                     sets.extend([Arc::new(rest), Arc::new(half)]);

@@ -32,8 +32,7 @@ mod status;
 
 use failure::Failure;
 
-const NO_KEY: &str =
-    "STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API";
+const NO_KEY: &str = "STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -88,23 +87,34 @@ fn parse_and_execute() -> Result<(), Failure> {
     let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
     let settings = crate::settings::read(given).map_err(Failure::configuration)?;
     let log = settings.log.clone();
-    telemetry::init(&if matches!(command, Command::Run) { log } else { log.quiet() });
+    telemetry::init(&if matches!(command, Command::Run) {
+        log
+    } else {
+        log.quiet()
+    });
     tokio::runtime::Runtime::new()?.block_on(execute(command, settings))
 }
 
 /// What the command `name` works with: see [`Parts::start`].
 async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Parts, Failure> {
-    Parts::start(settings, &format!("litestripe-worker {name}"), schema).await.map_err(failure::start)
+    Parts::start(settings, &format!("litestripe-worker {name}"), schema)
+        .await
+        .map_err(failure::start)
 }
 
 /// A connection to NATS for the command `name`, within 5 s.
 async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, Failure> {
-    parts::connect_within(settings, &format!("litestripe-worker {name}")).await.map_err(failure::start)
+    parts::connect_within(settings, &format!("litestripe-worker {name}"))
+        .await
+        .map_err(failure::start)
 }
 
 /// How to call Stripe's API, for a command that must.
 fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
-    settings.stripe.as_ref().ok_or_else(|| Failure::configuration(NO_KEY))
+    settings
+        .stripe
+        .as_ref()
+        .ok_or_else(|| Failure::configuration(NO_KEY))
 }
 
 /// A client of Stripe's API, unless its key is of another mode than all rows and that is not wanted.
@@ -113,7 +123,9 @@ async fn stripe(settings: &Settings, parts: &Parts, any_mode: bool) -> Result<St
     if let Some(mismatch) = mismatch.filter(|_| !any_mode) {
         return Err(Failure::configuration(mismatch));
     }
-    parts.stripe(settings)?.ok_or_else(|| Failure::configuration(NO_KEY))
+    parts
+        .stripe(settings)?
+        .ok_or_else(|| Failure::configuration(NO_KEY))
 }
 
 async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
@@ -141,7 +153,9 @@ pub fn command_line() -> clap::Command {
         .after_help(
             "Every setting may be given as a flag or as the environment variable of the same name; .env is read.",
         );
-    let command =
-        settings::declare(settings::declare(command, SETTINGS), SHARED).mut_arg(WINDOW.name, |arg| arg.hide(true));
-    Command::augment_subcommands(command).subcommand_required(false).arg_required_else_help(false)
+    let command = settings::declare(settings::declare(command, SETTINGS), SHARED)
+        .mut_arg(WINDOW.name, |arg| arg.hide(true));
+    Command::augment_subcommands(command)
+        .subcommand_required(false)
+        .arg_required_else_help(false)
 }

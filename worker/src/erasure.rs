@@ -58,7 +58,10 @@ struct Known {
 impl Erasures {
     /// Reads all erasures.
     pub async fn load(store: &Store, jetstream: jetstream::Context) -> Result<Self, StoreError> {
-        let erasures = Self { jetstream, known: Arc::default() };
+        let erasures = Self {
+            jetstream,
+            known: Arc::default(),
+        };
         erasures.refresh(store.connection()).await?;
         Ok(erasures)
     }
@@ -82,10 +85,18 @@ impl Erasures {
     /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch. When it returns, every
     /// transaction that did not know of it has ended.
     pub async fn record(&self, store: &Store, ids: &Ids, at: i64) -> Result<(), StoreError> {
-        let erased: Arc<BTreeMap<_, _>> = Arc::new(ids.iter().map(|id| (id.to_owned(), at)).collect());
-        let once = || async { store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await };
-        let tries = ExponentialBuilder::new().with_min_delay(RECORD_RETRY).with_max_times(RECORD_TRIES).with_jitter();
-        once.retry(tries.with_max_delay(10 * RECORD_RETRY)).when(StoreError::may_pass).await?;
+        let erased: Arc<BTreeMap<_, _>> =
+            Arc::new(ids.iter().map(|id| (id.to_owned(), at)).collect());
+        let once = || async {
+            store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await
+        };
+        let tries = ExponentialBuilder::new()
+            .with_min_delay(RECORD_RETRY)
+            .with_max_times(RECORD_TRIES)
+            .with_jitter();
+        once.retry(tries.with_max_delay(10 * RECORD_RETRY))
+            .when(StoreError::may_pass)
+            .await?;
         self.refresh(store.connection()).await
     }
 
@@ -116,7 +127,10 @@ impl Erasures {
         let jetstream = self.jetstream.clone();
         tokio::spawn(async move {
             if let Err(error) = scan::remove(&jetstream, EVENTS_STREAM, sequences).await {
-                debug!("late events of erased persons stay in STRIPE_EVENTS: {}", exit::chain(&error));
+                debug!(
+                    "late events of erased persons stay in STRIPE_EVENTS: {}",
+                    exit::chain(&error)
+                );
             }
         });
     }
@@ -133,18 +147,34 @@ impl Known {
         }
         let (ids, of_object) = match &event.body {
             Body::Subscription(body) => {
-                let ids = [Some(body.stripe_subscription_id.as_str()), body.snapshot.customer.as_deref(), None];
+                let ids = [
+                    Some(body.stripe_subscription_id.as_str()),
+                    body.snapshot.customer.as_deref(),
+                    None,
+                ];
                 (ids, body.snapshot.created)
             }
             Body::CheckoutSession(session) => {
                 let subscription = session.stripe_subscription_id.as_deref();
-                ([Some(session.id.as_str()), session.stripe_customer_id.as_deref(), subscription], session.created)
+                (
+                    [
+                        Some(session.id.as_str()),
+                        session.stripe_customer_id.as_deref(),
+                        subscription,
+                    ],
+                    session.created,
+                )
             }
             Body::Resolution(resolution) => {
                 let payment = &resolution.payment;
-                let (customer, subscription) =
-                    (payment.stripe_customer_id.as_deref(), payment.stripe_subscription_id.as_deref());
-                ([Some(resolution.orphan_id.as_str()), customer, subscription], None)
+                let (customer, subscription) = (
+                    payment.stripe_customer_id.as_deref(),
+                    payment.stripe_subscription_id.as_deref(),
+                );
+                (
+                    [Some(resolution.orphan_id.as_str()), customer, subscription],
+                    None,
+                )
             }
         };
         // What we fetched is dated to the fetch, and shows what is as old as the object.
@@ -154,7 +184,8 @@ impl Known {
     }
 
     fn covers_ids<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
-        ids.into_iter().any(|id| self.erased.get(id).is_some_and(|at| created <= *at))
+        ids.into_iter()
+            .any(|id| self.erased.get(id).is_some_and(|at| created <= *at))
     }
 }
 

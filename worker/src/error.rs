@@ -44,7 +44,10 @@ pub enum Cause {
 impl StoreError {
     /// For `map_err`.
     pub fn doing<E: Into<Cause>>(doing: &'static str) -> impl Fn(E) -> Self {
-        move |cause| Self { doing, cause: cause.into() }
+        move |cause| Self {
+            doing,
+            cause: cause.into(),
+        }
     }
 
     /// Whether the same statement may succeed later.
@@ -54,7 +57,9 @@ impl StoreError {
     /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
     pub fn disposition(&self) -> Disposition {
         match &self.cause {
-            Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => Disposition::Poison,
+            Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => {
+                Disposition::Poison
+            }
             Cause::Silence(_) => Disposition::Wait,
             Cause::Database(error) => match database_error(error) {
                 Some(error) if is_about_data(error) => Disposition::Poison,
@@ -66,7 +71,9 @@ impl StoreError {
     /// Whether a start that failed for this reason may succeed later without a person's help: the
     /// database is away, busy, restarting, full or read-only.
     pub fn may_pass(&self) -> bool {
-        let Cause::Database(error) = &self.cause else { return matches!(self.cause, Cause::Silence(_)) };
+        let Cause::Database(error) = &self.cause else {
+            return matches!(self.cause, Cause::Silence(_));
+        };
         match (error, sqlx_error(error)) {
             (DbErr::ConnectionAcquire(_), _) => true,
             (_, Some(error)) => match error.as_database_error() {
@@ -86,7 +93,9 @@ impl StoreError {
 
     /// The database's own code for it, for people and metrics.
     pub fn code(&self) -> Option<String> {
-        let Cause::Database(error) = &self.cause else { return None };
+        let Cause::Database(error) = &self.cause else {
+            return None;
+        };
         database_error(error)?.code().map(|code| code.into_owned())
     }
 }
@@ -109,8 +118,14 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
 /// SQLite: "Result Codes"; what passes is BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
 fn is_passing(error: &dyn sqlx::error::DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
-    if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
-        return !is_about_data(error) && !["28", "3D", "3F", "42", "0A"].iter().any(|class| code.starts_with(class));
+    if error
+        .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
+        .is_some()
+    {
+        return !is_about_data(error)
+            && !["28", "3D", "3F", "42", "0A"]
+                .iter()
+                .any(|class| code.starts_with(class));
     }
     let primary = code.parse::<u32>().map(|code| code & 0xff);
     matches!(primary, Ok(5 | 6 | 7 | 10 | 13 | 15))
@@ -118,8 +133,13 @@ fn is_passing(error: &dyn sqlx::error::DatabaseError) -> bool {
 
 fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
-    if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
-        return ["22", "23", "54"].iter().any(|class| code.starts_with(class));
+    if error
+        .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
+        .is_some()
+    {
+        return ["22", "23", "54"]
+            .iter()
+            .any(|class| code.starts_with(class));
     }
     // The low byte of an extended result code is the primary one.
     let primary = code.parse::<u32>().map(|code| code & 0xff);

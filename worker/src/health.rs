@@ -33,34 +33,58 @@ pub(crate) struct ListenError {
 
 /// Takes the address, so that a second worker on it fails at once.
 pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
-    TcpListener::bind(address).await.map_err(|source| ListenError { address, source })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ListenError { address, source })
 }
 
 /// Serves until the process ends.
-pub(crate) async fn serve(listener: TcpListener, nats: async_nats::Client, readiness: Arc<Readiness>) {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    nats: async_nats::Client,
+    readiness: Arc<Readiness>,
+) {
     let alive = warp::path!("healthz").map(|| answer(StatusCode::OK, "alive"));
     let ready = warp::path!("readyz").then(move || {
         let (nats, readiness) = (nats.clone(), Arc::clone(&readiness));
         async move {
             match waits_for(&nats, &readiness).await {
                 None => answer(StatusCode::OK, "ready"),
-                Some(what) => answer(StatusCode::SERVICE_UNAVAILABLE, &format!("waiting for {what}")),
+                Some(what) => answer(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    &format!("waiting for {what}"),
+                ),
             }
         }
     });
     let metrics = warp::path!("metrics").map(|| {
         let text = crate::metrics::render();
-        warp::reply::with_header(text, "content-type", "text/plain; version=0.0.4; charset=utf-8").into_response()
+        warp::reply::with_header(
+            text,
+            "content-type",
+            "text/plain; version=0.0.4; charset=utf-8",
+        )
+        .into_response()
     });
-    let routes = alive.or(ready).unify().map(Reply::into_response).or(metrics).unify();
-    warp::serve(warp::get().and(routes)).incoming(listener).run().await;
+    let routes = alive
+        .or(ready)
+        .unify()
+        .map(Reply::into_response)
+        .or(metrics)
+        .unify();
+    warp::serve(warp::get().and(routes))
+        .incoming(listener)
+        .run()
+        .await;
 }
 
 async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&'static str> {
     if nats.connection_state() != State::Connected {
         return Some("NATS");
     }
-    let Some(store) = readiness.store.get().cloned() else { return Some("the database") };
+    let Some(store) = readiness.store.get().cloned() else {
+        return Some("the database");
+    };
     let ping = detached(async move { store.ping().await });
     if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
         return Some("the database");
@@ -69,5 +93,8 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
 }
 
 fn answer(status: StatusCode, text: &str) -> WithStatus<Json> {
-    warp::reply::with_status(warp::reply::json(&serde_json::json!({ "status": text })), status)
+    warp::reply::with_status(
+        warp::reply::json(&serde_json::json!({ "status": text })),
+        status,
+    )
 }

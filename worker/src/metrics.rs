@@ -41,7 +41,9 @@ fn help(name: &str) -> &'static str {
 
 /// Starts recording. Before it, and in commands other than `run`, everything below does nothing.
 pub(crate) fn install() {
-    let Ok(handle) = PrometheusBuilder::new().install_recorder() else { return };
+    let Ok(handle) = PrometheusBuilder::new().install_recorder() else {
+        return;
+    };
     for name in COUNTERS {
         describe_counter!(name, help(name));
         counter!(name).absolute(0);
@@ -70,7 +72,10 @@ pub(crate) fn install() {
 
 /// Everything recorded so far, as Prometheus reads it.
 pub(crate) fn render() -> String {
-    HANDLE.get().map(PrometheusHandle::render).unwrap_or_default()
+    HANDLE
+        .get()
+        .map(PrometheusHandle::render)
+        .unwrap_or_default()
 }
 
 pub(crate) fn applied(count: usize) {

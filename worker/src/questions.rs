@@ -90,19 +90,32 @@ impl Questions {
     }
 
     async fn row(&self, id: &str) -> Result<Option<Stored>, StoreError> {
-        Ok(store::subscription::load(self.store.connection(), &[id]).await?.remove(id))
+        Ok(store::subscription::load(self.store.connection(), &[id])
+            .await?
+            .remove(id))
     }
 }
 
 async fn commit(tx: DatabaseTransaction, relay: &Notify) -> Result<(), StoreError> {
-    tx.commit().await.map_err(StoreError::doing("commit an answer"))?;
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit an answer"))?;
     relay.notify_one();
     Ok(())
 }
 
 /// Writes a row as it is over the version that was read. Returns whether nobody else wrote it since.
-async fn rewrite(tx: &DatabaseTransaction, id: &str, stored: Stored, now: OffsetDateTime) -> Result<bool, StoreError> {
-    Ok(!store::subscription::save(tx, vec![stored.into_row(id)], now).await?.is_empty())
+async fn rewrite(
+    tx: &DatabaseTransaction,
+    id: &str,
+    stored: Stored,
+    now: OffsetDateTime,
+) -> Result<bool, StoreError> {
+    Ok(
+        !store::subscription::save(tx, vec![stored.into_row(id)], now)
+            .await?
+            .is_empty(),
+    )
 }
 
 async fn insert_orphan(
@@ -121,12 +134,18 @@ async fn insert_orphan(
         livemode: question.livemode,
     };
     let inserted = store::orphan::insert(tx, std::slice::from_ref(&orphan), &[], now).await?;
-    let signals = inserted.iter().map(|_| signal::orphan_created(&orphan, cause(question))).collect();
+    let signals = inserted
+        .iter()
+        .map(|_| signal::orphan_created(&orphan, cause(question)))
+        .collect();
     store::outbox::insert(tx, signals, now).await
 }
 
 fn cause(question: &Question) -> Cause {
-    Cause { event: question.event.clone(), traceparent: None }
+    Cause {
+        event: question.event.clone(),
+        traceparent: None,
+    }
 }
 
 /// `first`, doubled with each attempt, up to `max`.
@@ -137,7 +156,11 @@ fn delay(first: Duration, max: Duration, attempts: i32) -> Duration {
 
 /// Whether what led to the question is covered by an erasure: then nothing personal is looked for. In a
 /// transaction that writes personal data this is the first statement: see `store::erasure`.
-async fn is_erased<C: ConnectionTrait>(erasures: &Erasures, db: &C, question: &Question) -> Result<bool, StoreError> {
+async fn is_erased<C: ConnectionTrait>(
+    erasures: &Erasures,
+    db: &C,
+    question: &Question,
+) -> Result<bool, StoreError> {
     erasures.refresh(db).await?;
     let payment = question.payment();
     let ids = payment.iter().chain([question.entity_id.as_str()]);

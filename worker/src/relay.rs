@@ -75,7 +75,10 @@ enum RelayError {
     #[error("cannot publish signals")]
     Publish(#[source] PublishError),
     #[error("cannot lock {}", path.display())]
-    Lock { path: PathBuf, source: std::io::Error },
+    Lock {
+        path: PathBuf,
+        source: std::io::Error,
+    },
 }
 
 /// Sends signals from the outbox.
@@ -113,8 +116,19 @@ enum Round {
 
 impl Relay {
     /// A relay that looks at the outbox when `wake` says so.
-    pub(crate) fn new(store: Store, jetstream: jetstream::Context, nats: NatsSettings, wake: Arc<Notify>) -> Self {
-        Self { store, jetstream, nats, wake, blocked: Mutex::default() }
+    pub(crate) fn new(
+        store: Store,
+        jetstream: jetstream::Context,
+        nats: NatsSettings,
+        wake: Arc<Notify>,
+    ) -> Self {
+        Self {
+            store,
+            jetstream,
+            nats,
+            wake,
+            blocked: Mutex::default(),
+        }
     }
 
     /// Sends signals until `shutdown`, and then those that are still there, once.
@@ -130,7 +144,9 @@ impl Relay {
                 async move { relay.round(is_woken).await }
             });
             // A round that hears no more from the database goes on by itself, with its connection.
-            let outcome = tokio::time::timeout(ROUND_MAX, round).await.unwrap_or(Err(RelayError::Silence));
+            let outcome = tokio::time::timeout(ROUND_MAX, round)
+                .await
+                .unwrap_or(Err(RelayError::Silence));
             let pause = match &outcome {
                 Ok(_) => {
                     wait.succeeded();
@@ -142,7 +158,12 @@ impl Relay {
             metrics::waiting_for_signals(wait.is_waiting() || is_blocked);
             if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_AGAIN {
                 asked = Instant::now();
-                connect::follow_max_payload(&relay.jetstream.client(), &relay.nats, "litestripe-worker").await;
+                connect::follow_max_payload(
+                    &relay.jetstream.client(),
+                    &relay.nats,
+                    "litestripe-worker",
+                )
+                .await;
             }
             // Somebody works at signals, so there is no need to ask whether there are any.
             let was_busy = matches!(outcome, Ok(Round::Busy));
@@ -172,7 +193,12 @@ impl Relay {
         }
         match self.store.relay_lock_path() {
             Some(path) => self.round_under_file_lock(path).await,
-            None => self.store.clone().uncancelled(async move |tx| self.round_under_row_locks(tx).await).await,
+            None => {
+                self.store
+                    .clone()
+                    .uncancelled(async move |tx| self.round_under_row_locks(tx).await)
+                    .await
+            }
         }
     }
 
@@ -180,20 +206,30 @@ impl Relay {
     async fn round_under_row_locks(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
         let shards = store::outbox::lock_shards(&tx).await?;
         if shards.is_empty() {
-            tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
+            tx.rollback()
+                .await
+                .map_err(StoreError::doing("end a look into the outbox"))?;
             return Ok(Round::Busy);
         }
         self.forget_wakes();
-        let over = if shards.len() < store::outbox::SHARDS as usize { Round::Shared } else { Round::Idle };
+        let over = if shards.len() < store::outbox::SHARDS as usize {
+            Round::Shared
+        } else {
+            Round::Idle
+        };
         let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
         if rows.is_empty() {
-            tx.rollback().await.map_err(StoreError::doing("end a look into the outbox"))?;
+            tx.rollback()
+                .await
+                .map_err(StoreError::doing("end a look into the outbox"))?;
             return Ok(over);
         }
         let (sent, round) = self.send(rows).await;
         fail_point!("worker::after_signal");
         store::outbox::delete(&tx, sent).await?;
-        tx.commit().await.map_err(StoreError::doing("commit what was sent"))?;
+        tx.commit()
+            .await
+            .map_err(StoreError::doing("commit what was sent"))?;
         round.map(|round| if round == Round::Idle { over } else { round })
     }
 
@@ -201,15 +237,29 @@ impl Relay {
     /// signals are in flight, so that the one writer is not: death releases it.
     async fn round_under_file_lock(&self, path: PathBuf) -> Result<Round, RelayError> {
         let db = self.store.connection();
-        let refused = |source| RelayError::Lock { path: path.clone(), source };
-        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(refused)?;
+        let refused = |source| RelayError::Lock {
+            path: path.clone(),
+            source,
+        };
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(refused)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Busy),
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
         self.forget_wakes();
-        let rows = store::outbox::oldest(db, &store::outbox::all_shards(), &self.passed_over(), TAKE_MAX).await?;
+        let rows = store::outbox::oldest(
+            db,
+            &store::outbox::all_shards(),
+            &self.passed_over(),
+            TAKE_MAX,
+        )
+        .await?;
         if rows.is_empty() {
             return Ok(Round::Idle);
         }
@@ -231,20 +281,28 @@ impl Relay {
         let full = rows.len() as u64 == TAKE_MAX;
         let deadline = Instant::now() + HOLD_MAX;
         let blocked_before = self.blocked().since.len();
-        let sending = futures_util::stream::iter(chains(rows)).map(|chain| self.send_chain(chain, deadline));
-        let (sent, failures): (Vec<_>, Vec<_>) = sending.buffer_unordered(CHAINS_IN_FLIGHT).unzip().await;
+        let sending =
+            futures_util::stream::iter(chains(rows)).map(|chain| self.send_chain(chain, deadline));
+        let (sent, failures): (Vec<_>, Vec<_>) =
+            sending.buffer_unordered(CHAINS_IN_FLIGHT).unzip().await;
         let ids = sent.concat();
         metrics::signals_sent(ids.len());
         let round = match failures.into_iter().find_map(Result::err) {
             Some(error) => Err(RelayError::Publish(error)),
-            None if full && (!ids.is_empty() || self.blocked().since.len() > blocked_before) => Ok(Round::More),
+            None if full && (!ids.is_empty() || self.blocked().since.len() > blocked_before) => {
+                Ok(Round::More)
+            }
             None => Ok(Round::Idle),
         };
         (ids, round)
     }
 
     /// Publishes the signals of one subscription, up to the first that cannot be. Returns the ids of those before.
-    async fn send_chain(&self, chain: Vec<Model>, deadline: Instant) -> (Vec<i64>, Result<(), PublishError>) {
+    async fn send_chain(
+        &self,
+        chain: Vec<Model>,
+        deadline: Instant,
+    ) -> (Vec<i64>, Result<(), PublishError>) {
         let mut sent = Vec::with_capacity(chain.len());
         for row in chain {
             let (id, entity_id) = (row.id, row.entity_id.clone());
@@ -281,9 +339,14 @@ impl Relay {
         let mut blocked = self.blocked();
         let max_payload = self.jetstream.client().max_payload();
         if blocked.max_payload != max_payload {
-            *blocked = Blocked { max_payload, ..Blocked::default() };
+            *blocked = Blocked {
+                max_payload,
+                ..Blocked::default()
+            };
         }
-        blocked.since.retain(|_, since| since.elapsed() < PASSED_OVER);
+        blocked
+            .since
+            .retain(|_, since| since.elapsed() < PASSED_OVER);
         blocked.since.keys().cloned().collect()
     }
 
@@ -293,7 +356,10 @@ impl Relay {
 
     async fn publish(&self, row: Model) -> Result<(), PublishError> {
         let headers = headers(&row);
-        let ack = self.jetstream.publish_with_headers(row.subject, headers, row.body.into()).await?;
+        let ack = self
+            .jetstream
+            .publish_with_headers(row.subject, headers, row.body.into())
+            .await?;
         ack.await.map(|_| ())
     }
 }

@@ -42,9 +42,14 @@ pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: C
     // While the database is away it stays what it was: no replay begins then.
     let mut replayed_until = 0;
     loop {
-        replayed_until = replay_floor(&store, &jetstream).await.unwrap_or(replayed_until);
+        replayed_until = replay_floor(&store, &jetstream)
+            .await
+            .unwrap_or(replayed_until);
         if let Err(error) = look(&jetstream, replayed_until).await {
-            debug!("cannot look after room in STRIPE_EVENTS: {}", exit::chain(error.as_ref()));
+            debug!(
+                "cannot look after room in STRIPE_EVENTS: {}",
+                exit::chain(error.as_ref())
+            );
         }
         if pause(LOOK_EVERY, &shutdown).await.is_none() {
             return;
@@ -65,14 +70,39 @@ async fn look(
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let stream = jetstream.get_stream(EVENTS_STREAM).await?;
     let info = stream.cached_info();
-    let Some(bytes_max) = u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0) else { return Ok(()) };
+    let Some(bytes_max) = u64::try_from(info.config.max_bytes)
+        .ok()
+        .filter(|bytes| *bytes > 0)
+    else {
+        return Ok(());
+    };
     metrics::events_stream_fill(info.state.bytes, bytes_max);
     let consumer = stream.get_consumer::<pull::Config>(WORKER_CONSUMER).await?;
-    let State { bytes, messages, first_sequence, last_sequence, .. } = info.state;
-    let applied_until = Progress::from(consumer.cached_info()).applied_until().min(replayed_until);
-    let fill = Fill { bytes, bytes_max, messages, first_sequence, last_sequence, applied_until };
-    let Some(keep_from) = keep_from(fill) else { return Ok(()) };
-    #[expect(clippy::disallowed_methods, reason = "up to the first event that is still needed")]
+    let State {
+        bytes,
+        messages,
+        first_sequence,
+        last_sequence,
+        ..
+    } = info.state;
+    let applied_until = Progress::from(consumer.cached_info())
+        .applied_until()
+        .min(replayed_until);
+    let fill = Fill {
+        bytes,
+        bytes_max,
+        messages,
+        first_sequence,
+        last_sequence,
+        applied_until,
+    };
+    let Some(keep_from) = keep_from(fill) else {
+        return Ok(());
+    };
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "up to the first event that is still needed"
+    )]
     let purged = stream.purge().sequence(keep_from).await?.purged;
     metrics::events_purged(purged);
     warn!(
@@ -87,7 +117,8 @@ async fn look(
 /// The first sequence to keep, if anything is to be purged.
 fn keep_from(fill: Fill) -> Option<u64> {
     // In 128 bits, because a size in bytes times a percentage may not fit in 64.
-    let is_above = u128::from(fill.bytes) * 100 > u128::from(fill.bytes_max) * u128::from(PURGE_ABOVE);
+    let is_above =
+        u128::from(fill.bytes) * 100 > u128::from(fill.bytes_max) * u128::from(PURGE_ABOVE);
     if !is_above || fill.messages == 0 {
         return None;
     }
@@ -96,7 +127,9 @@ fn keep_from(fill: Fill) -> Option<u64> {
     // Events are of about one size over a stretch; the next look mends what is left.
     let span = u128::from(fill.last_sequence - fill.first_sequence + 1);
     let share = (excess * span).div_ceil(u128::from(fill.bytes.max(1)));
-    let wanted_from = fill.first_sequence.saturating_add(u64::try_from(share).unwrap_or(u64::MAX));
+    let wanted_from = fill
+        .first_sequence
+        .saturating_add(u64::try_from(share).unwrap_or(u64::MAX));
     let keep_from = wanted_from.min(fill.applied_until.saturating_add(1));
     (keep_from > fill.first_sequence).then_some(keep_from)
 }

@@ -73,10 +73,10 @@ const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const BACKFILL_INTERVAL_DEFAULT: Duration = Duration::from_secs(60 * 60);
 
 /// Windows of the API budget that make sense: below, a request's way takes too large a part of it.
-const WINDOWS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
+const WINDOWS: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
-const DATABASE: &str =
-    "a URL that starts with sqlite: or postgres://, with / # ? @ % of a password written as %2F %23 %3F %40 %25";
+const DATABASE: &str = "a URL that starts with sqlite: or postgres://, with / # ? @ % of a password written as %2F %23 %3F %40 %25";
 
 /// Everything the worker is told. The help texts above say what each setting means.
 #[derive(Debug, Clone)]
@@ -111,7 +111,10 @@ pub enum LookupSettings {
     /// Every client reference id is a user's.
     None,
     /// A query with one parameter, which knows an id when it returns a row.
-    Sql { query: String, database: DatabaseSettings },
+    Sql {
+        query: String,
+        database: DatabaseSettings,
+    },
     /// A subject on which the application answers.
     Nats { subject: String },
 }
@@ -184,14 +187,24 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
     Some(Settings {
         listen: reader.defaulted(&LISTEN, ADDRESS, settings::address),
         batch: reader.defaulted(&BATCH, "a number from 1 to 1000", |value| {
-            value.parse().ok().filter(|batch| (1..=BATCH_MAX).contains(batch))
+            value
+                .parse()
+                .ok()
+                .filter(|batch| (1..=BATCH_MAX).contains(batch))
         }),
         signals_max_age: reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration),
         dead_letters_max_age: reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration),
-        metadata_keys: reader
-            .defaulted(&METADATA_KEYS, "*, none, or keys, comma-separated", |value| value.parse().ok()),
+        metadata_keys: reader.defaulted(
+            &METADATA_KEYS,
+            "*, none, or keys, comma-separated",
+            |value| value.parse().ok(),
+        ),
         orphans: read_orphans(reader),
-        erase_on_customer_deleted: reader.defaulted(&ERASE_ON_CUSTOMER_DELETED, "true or false", settings::flag),
+        erase_on_customer_deleted: reader.defaulted(
+            &ERASE_ON_CUSTOMER_DELETED,
+            "true or false",
+            settings::flag,
+        ),
         lookup: read_lookup(reader, &database),
         database,
         stripe: read_stripe(reader),
@@ -205,7 +218,11 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
 fn read_database(reader: &mut Reader) -> DatabaseSettings {
     let (url, kind) = reader.defaulted(&DATABASE_URL, DATABASE, database_url);
     let auto_migrate = reader.optional(&AUTO_MIGRATE, "true or false", settings::flag);
-    DatabaseSettings { url, kind, auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite) }
+    DatabaseSettings {
+        url,
+        kind,
+        auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite),
+    }
 }
 
 fn read_orphans(reader: &mut Reader) -> OrphanSettings {
@@ -220,7 +237,11 @@ fn read_orphans(reader: &mut Reader) -> OrphanSettings {
 
 fn read_lookup(reader: &mut Reader, database: &DatabaseSettings) -> LookupSettings {
     let database = match reader.optional(&USER_DATABASE_URL, DATABASE, database_url) {
-        Some((url, kind)) => DatabaseSettings { url, kind, auto_migrate: false },
+        Some((url, kind)) => DatabaseSettings {
+            url,
+            kind,
+            auto_migrate: false,
+        },
         None => database.clone(),
     };
     let expected = "none, sql:<query with $1>, or nats:<subject>";
@@ -230,21 +251,30 @@ fn read_lookup(reader: &mut Reader, database: &DatabaseSettings) -> LookupSettin
         }
         if let Some(query) = value.strip_prefix("sql:") {
             let query = query.trim();
-            return query
-                .contains("$1")
-                .then(|| LookupSettings::Sql { query: query.to_owned(), database: database.clone() });
+            return query.contains("$1").then(|| LookupSettings::Sql {
+                query: query.to_owned(),
+                database: database.clone(),
+            });
         }
         let subject = value.strip_prefix("nats:")?.trim();
-        let valid = !subject.is_empty() && !subject.contains([' ', '*', '>']) && !subject.split('.').any(str::is_empty);
-        valid.then(|| LookupSettings::Nats { subject: subject.to_owned() })
+        let valid = !subject.is_empty()
+            && !subject.contains([' ', '*', '>'])
+            && !subject.split('.').any(str::is_empty);
+        valid.then(|| LookupSettings::Nats {
+            subject: subject.to_owned(),
+        })
     })
 }
 
 fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
-    let base = reader.defaulted(&STRIPE_API_BASE, "a URL that starts with https:// or http://", |value| {
-        let is_http = value.starts_with("https://") || value.starts_with("http://");
-        is_http.then(|| value.trim_end_matches('/').to_owned())
-    });
+    let base = reader.defaulted(
+        &STRIPE_API_BASE,
+        "a URL that starts with https:// or http://",
+        |value| {
+            let is_http = value.starts_with("https://") || value.starts_with("http://");
+            is_http.then(|| value.trim_end_matches('/').to_owned())
+        },
+    );
     let budget = BudgetSettings {
         requests: reader.defaulted(&MAX_REQUESTS_PER_MINUTE, "a number above 0", |value| {
             value.parse().ok().filter(|requests| *requests > 0)
@@ -260,16 +290,32 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
     };
     let interval = |value: &str| match value {
         "off" => Some(None),
-        interval => settings::duration(interval).filter(|interval| *interval >= Duration::from_secs(1)).map(Some),
+        interval => settings::duration(interval)
+            .filter(|interval| *interval >= Duration::from_secs(1))
+            .map(Some),
     };
     let backfill_interval = reader
-        .optional(&BACKFILL_INTERVAL, "off, or a time such as 30m or 1h, at least 1s", interval)
+        .optional(
+            &BACKFILL_INTERVAL,
+            "off, or a time such as 30m or 1h, at least 1s",
+            interval,
+        )
         .unwrap_or(Some(BACKFILL_INTERVAL_DEFAULT));
-    let key = reader.optional(&STRIPE_SECRET_KEY, "a secret or restricted key (sk_… or rk_…)", |value| {
-        let fits = value.starts_with("sk_") || value.starts_with("rk_");
-        (fits && value.bytes().all(|byte| byte.is_ascii_graphic())).then(|| SecretString::from(value))
-    })?;
-    Some(StripeSettings { key, base, budget, backfill_interval })
+    let key = reader.optional(
+        &STRIPE_SECRET_KEY,
+        "a secret or restricted key (sk_… or rk_…)",
+        |value| {
+            let fits = value.starts_with("sk_") || value.starts_with("rk_");
+            (fits && value.bytes().all(|byte| byte.is_ascii_graphic()))
+                .then(|| SecretString::from(value))
+        },
+    )?;
+    Some(StripeSettings {
+        key,
+        base,
+        budget,
+        backfill_interval,
+    })
 }
 
 /// A URL that sea-orm and sqlx take. They are asked here, because later their own messages would
@@ -281,7 +327,9 @@ fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
         return Some((SecretString::from(value), DatabaseKind::Sqlite));
     }
     // `postgresql://` is as common as `postgres://`, but sea-orm knows only the latter.
-    let rest = value.strip_prefix("postgres://").or_else(|| value.strip_prefix("postgresql://"))?;
+    let rest = value
+        .strip_prefix("postgres://")
+        .or_else(|| value.strip_prefix("postgresql://"))?;
     let value = format!("postgres://{rest}");
     PgConnectOptions::from_str(&value).ok()?;
     // A password that begins like a port leaves its `@` in what follows.

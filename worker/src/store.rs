@@ -14,8 +14,9 @@ use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
 use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
-    RuntimeErr, SqliteTransactionMode, TransactionOptions, TransactionTrait as _, Value,
+    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction,
+    DbBackend, DbErr, RuntimeErr, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
+    Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -78,9 +79,15 @@ impl Store {
             DatabaseKind::Sqlite => configure_sqlite(&mut options),
             DatabaseKind::Postgres => configure_postgres(&mut options),
         }
-        let db = Database::connect(options).await.map_err(StoreError::doing("open the database (DATABASE_URL)"))?;
+        let db = Database::connect(options)
+            .await
+            .map_err(StoreError::doing("open the database (DATABASE_URL)"))?;
         let relay_lock_path = relay_lock_path(settings)?;
-        Ok(Self { db, kind: settings.kind, relay_lock_path })
+        Ok(Self {
+            db,
+            kind: settings.kind,
+            relay_lock_path,
+        })
     }
 
     /// Opens a database of somebody else's, which is only read: nothing of it is changed, not even
@@ -89,13 +96,19 @@ impl Store {
         let mut options = options(settings);
         match settings.kind {
             DatabaseKind::Sqlite => {
-                options.max_connections(1).map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
+                options
+                    .max_connections(1)
+                    .map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
             }
             DatabaseKind::Postgres => configure_postgres(&mut options),
         }
         let opening = StoreError::doing("open the users' database (LITESTRIPE_USER_DATABASE_URL)");
         let db = Database::connect(options).await.map_err(opening)?;
-        Ok(Self { db, kind: settings.kind, relay_lock_path: None })
+        Ok(Self {
+            db,
+            kind: settings.kind,
+            relay_lock_path: None,
+        })
     }
 
     /// The connection, for single statements.
@@ -137,25 +150,39 @@ impl Store {
     ///
     /// # Cancel safety
     /// None: see [`Store::uncancelled`].
-    #[expect(clippy::disallowed_methods, reason = "the one place where transactions begin")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place where transactions begin"
+    )]
     async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
         let options = TransactionOptions {
-            sqlite_transaction_mode: (self.kind == DatabaseKind::Sqlite).then_some(SqliteTransactionMode::Immediate),
+            sqlite_transaction_mode: (self.kind == DatabaseKind::Sqlite)
+                .then_some(SqliteTransactionMode::Immediate),
             ..TransactionOptions::default()
         };
-        self.db.begin_with_options(options).await.map_err(StoreError::doing("begin a transaction"))
+        self.db
+            .begin_with_options(options)
+            .await
+            .map_err(StoreError::doing("begin a transaction"))
     }
 
     /// Asks the database whether it is there.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        self.db.execute_unprepared("SELECT 1").await.map(|_| ()).map_err(StoreError::doing("reach the database"))
+        self.db
+            .execute_unprepared("SELECT 1")
+            .await
+            .map(|_| ())
+            .map_err(StoreError::doing("reach the database"))
     }
 
     /// Takes what was deleted out of SQLite's log, as far as nobody reads it: it would stay there until
     /// the log comes round. PostgreSQL does the like in its own time.
     pub async fn forget_deleted(&self) -> Result<(), StoreError> {
         if self.kind == DatabaseKind::Sqlite {
-            let truncated = self.db.execute_unprepared("PRAGMA wal_checkpoint(TRUNCATE)").await;
+            let truncated = self
+                .db
+                .execute_unprepared("PRAGMA wal_checkpoint(TRUNCATE)")
+                .await;
             truncated.map_err(StoreError::doing("truncate the database's log"))?;
         }
         Ok(())
@@ -164,24 +191,41 @@ impl Store {
     /// The migrations that were applied and those that wait.
     pub async fn migrations(&self) -> Result<Vec<Step>, StoreError> {
         let applied = litestripe_migration::applied(&self.db).await;
-        let applied = applied.map_err(StoreError::doing("read the schema version (DATABASE_URL)"))?;
-        let step = |name: &str| Step { name: name.to_owned(), applied: applied.iter().any(|other| other == name) };
-        Ok(Migrator::get_migration_files().iter().map(|known| step(known.name())).collect())
+        let applied =
+            applied.map_err(StoreError::doing("read the schema version (DATABASE_URL)"))?;
+        let step = |name: &str| Step {
+            name: name.to_owned(),
+            applied: applied.iter().any(|other| other == name),
+        };
+        Ok(Migrator::get_migration_files()
+            .iter()
+            .map(|known| step(known.name()))
+            .collect())
     }
 
     /// Applies the migrations that wait. Of several workers that call it at once, one does it and
     /// the others wait for it. A failure changes nothing.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
-        Migrator::up(&transaction, None).await.map_err(StoreError::doing("migrate the database up"))?;
-        transaction.commit().await.map_err(StoreError::doing("commit the migrations"))
+        Migrator::up(&transaction, None)
+            .await
+            .map_err(StoreError::doing("migrate the database up"))?;
+        transaction
+            .commit()
+            .await
+            .map_err(StoreError::doing("commit the migrations"))
     }
 
     /// Takes `steps` migrations back. Their tables' rows are gone. A failure changes nothing.
     pub async fn migrate_down(&self, steps: u32) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
-        Migrator::down(&transaction, Some(steps)).await.map_err(StoreError::doing("migrate the database down"))?;
-        transaction.commit().await.map_err(StoreError::doing("commit the migrations"))
+        Migrator::down(&transaction, Some(steps))
+            .await
+            .map_err(StoreError::doing("migrate the database down"))?;
+        transaction
+            .commit()
+            .await
+            .map_err(StoreError::doing("commit the migrations"))
     }
 
     async fn begin_migration(&self) -> Result<DatabaseTransaction, StoreError> {
@@ -191,9 +235,15 @@ impl Store {
             const PATIENCE: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
                 SET LOCAL idle_in_transaction_session_timeout = 0";
             let doing = StoreError::doing("wait for another migration");
-            transaction.execute_unprepared(PATIENCE).await.map_err(&doing)?;
+            transaction
+                .execute_unprepared(PATIENCE)
+                .await
+                .map_err(&doing)?;
             let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
-            transaction.execute_unprepared(&lock).await.map_err(&doing)?;
+            transaction
+                .execute_unprepared(&lock)
+                .await
+                .map_err(&doing)?;
         }
         Ok(transaction)
     }
@@ -202,12 +252,18 @@ impl Store {
 /// Runs `work` in a task of its own: dropped, it goes on, with its connection. A query that is cancelled
 /// may leave its connection in the middle of an answer.
 pub async fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    tokio::spawn(work).await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }
 
 /// Whether `column` is one of `values`. PostgreSQL gets them as one array: the text of the statement, and
 /// with it what was prepared for it, does not depend on how many there are.
-fn among<V>(backend: DbBackend, column: impl IntoColumnRef, values: impl IntoIterator<Item = V>) -> Expr
+fn among<V>(
+    backend: DbBackend,
+    column: impl IntoColumnRef,
+    values: impl IntoIterator<Item = V>,
+) -> Expr
 where
     V: Into<Value> + ValueType,
 {
@@ -234,7 +290,10 @@ pub struct Step {
 
 fn options(settings: &DatabaseSettings) -> ConnectOptions {
     let mut options = ConnectOptions::new(settings.url.expose_secret());
-    options.sqlx_logging(false).record_stmt_in_spans(false).acquire_timeout(ACQUIRE_TIMEOUT);
+    options
+        .sqlx_logging(false)
+        .record_stmt_in_spans(false)
+        .acquire_timeout(ACQUIRE_TIMEOUT);
     options
 }
 
@@ -269,7 +328,9 @@ fn configure_sqlite(options: &mut ConnectOptions) {
     // A COMMIT that failed (disk full, I/O error) ends the transaction in SQLite and not in sqlx, which
     // from then on only nests: what it "commits" is not committed. Such a connection is closed.
     options.map_sqlx_sqlite_pool_opts(|pool| {
-        pool.before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
+        pool.before_acquire(|connection, _| {
+            Box::pin(async move { Ok(!connection.is_in_transaction()) })
+        })
     });
 }
 
@@ -282,7 +343,9 @@ fn configure_postgres(options: &mut ConnectOptions) {
         .set_application_name("litestripe-worker")
         .statement_timeout(STATEMENT_TIMEOUT)
         .map_sqlx_postgres_opts(move |postgres| {
-            postgres
-                .options([("lock_timeout", lock_timeout.as_str()), ("idle_in_transaction_session_timeout", "30000")])
+            postgres.options([
+                ("lock_timeout", lock_timeout.as_str()),
+                ("idle_in_transaction_session_timeout", "30000"),
+            ])
         });
 }

@@ -58,19 +58,30 @@ struct Erased {
 
 /// Moves what the bucket holds into the database, if there is anything. If it fails, another try does the rest.
 pub async fn take_over(store: &Store, jetstream: &jetstream::Context) -> Result<(), UpgradeError> {
-    let Some(bucket) = scan::find(jetstream, STREAM).await? else { return Ok(()) };
-    let Kept { erased, backfills, keys } = read(&bucket).await?;
+    let Some(bucket) = scan::find(jetstream, STREAM).await? else {
+        return Ok(());
+    };
+    let Kept {
+        erased,
+        backfills,
+        keys,
+    } = read(&bucket).await?;
     if keys.is_empty() {
         return Ok(());
     }
     let count = erased.len();
     save(store, erased, backfills).await?;
-    let bucket = jetstream.get_key_value(BUCKET).await.map_err(UpgradeError::Open)?;
+    let bucket = jetstream
+        .get_key_value(BUCKET)
+        .await
+        .map_err(UpgradeError::Open)?;
     for key in keys {
         // Not by its sequence: a KV bucket does not let a message be deleted.
         bucket.purge(key).await.map_err(UpgradeError::Purge)?;
     }
-    info!("moved {count} erasures and what is known of backfills from the KV bucket litestripe into the database");
+    info!(
+        "moved {count} erasures and what is known of backfills from the KV bucket litestripe into the database"
+    );
     Ok(())
 }
 
@@ -78,13 +89,19 @@ async fn read(bucket: &Stream) -> Result<Kept, UpgradeError> {
     let all = format!("{PREFIX}>");
     let (mut kept, mut last) = (Kept::default(), 0);
     loop {
-        let message = match bucket.get_first_raw_message_by_subject(&all, last + 1).await {
+        let message = match bucket
+            .get_first_raw_message_by_subject(&all, last + 1)
+            .await
+        {
             Ok(message) => message,
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(kept),
             Err(error) => return Err(UpgradeError::Read(error)),
         };
         last = message.sequence;
-        kept.add(message.subject.strip_prefix(PREFIX).unwrap_or_default(), &message.payload);
+        kept.add(
+            message.subject.strip_prefix(PREFIX).unwrap_or_default(),
+            &message.payload,
+        );
     }
 }
 
@@ -95,11 +112,18 @@ impl Kept {
             return;
         }
         if let Some(id) = key.strip_prefix(ERASED).and_then(id_of) {
-            self.erased.extend(serde_json::from_slice(value).ok().map(|Erased { at }| (id, at)));
+            self.erased.extend(
+                serde_json::from_slice(value)
+                    .ok()
+                    .map(|Erased { at }| (id, at)),
+            );
         } else if key == BACKFILL_LIVE || key == BACKFILL_TEST {
-            let began = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+            let began = std::str::from_utf8(value)
+                .ok()
+                .and_then(|text| text.parse().ok());
             let began = began.and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
-            self.backfills.extend(began.map(|began| (key == BACKFILL_LIVE, began)));
+            self.backfills
+                .extend(began.map(|began| (key == BACKFILL_LIVE, began)));
         } else if key != LEASE {
             return;
         }
@@ -122,7 +146,9 @@ async fn save(
 /// The id in the rest of a key. One with characters that no key may have stands there in hexadecimal digits
 /// after a `=`, which no plain one has.
 fn id_of(rest: &str) -> Option<String> {
-    let Some(digits) = rest.strip_prefix('=') else { return Some(rest.to_owned()) };
+    let Some(digits) = rest.strip_prefix('=') else {
+        return Some(rest.to_owned());
+    };
     let digits = digits.as_bytes().chunks(2);
     let bytes = digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
     String::from_utf8(bytes.collect::<Option<_>>()?).ok()
@@ -147,9 +173,21 @@ mod tests {
         for (key, value) in keys {
             kept.add(key, value.as_bytes());
         }
-        assert_eq!(kept.erased, [("a.b".to_owned(), 1001), ("cus_1".to_owned(), 1000)].into());
+        assert_eq!(
+            kept.erased,
+            [("a.b".to_owned(), 1001), ("cus_1".to_owned(), 1000)].into()
+        );
         let began = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
         assert_eq!(kept.backfills, [(false, began)].into());
-        assert_eq!(kept.keys, ["erased.cus_1", "erased.=612e62", "backfill.test", "backfill.live", "lease.backfill"]);
+        assert_eq!(
+            kept.keys,
+            [
+                "erased.cus_1",
+                "erased.=612e62",
+                "backfill.test",
+                "backfill.live",
+                "lease.backfill"
+            ]
+        );
     }
 }

@@ -65,7 +65,12 @@ impl Wait {
 
     /// Tries beside others of the same thing.
     pub(crate) fn with_others(awaited: Awaited, all: Arc<Waiting>) -> Self {
-        Self { awaited, pauses: pauses(awaited), is_waiting: false, all }
+        Self {
+            awaited,
+            pauses: pauses(awaited),
+            is_waiting: false,
+            all,
+        }
     }
 
     /// Whether the last try failed.
@@ -99,7 +104,8 @@ impl Wait {
 
     /// Ends the waiting. Returns whether nobody waits any more.
     fn end(&mut self) -> bool {
-        let is_last = std::mem::take(&mut self.is_waiting) && self.all.0.fetch_sub(1, Ordering::Relaxed) == 1;
+        let is_last =
+            std::mem::take(&mut self.is_waiting) && self.all.0.fetch_sub(1, Ordering::Relaxed) == 1;
         if is_last {
             self.show(false);
         }

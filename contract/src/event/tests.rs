@@ -38,7 +38,10 @@ fn event_types_are_subject_tails() {
 
 #[test]
 fn every_handled_type_is_a_type() {
-    for name in HANDLED_TYPES.into_iter().chain([SNAPSHOT_TYPE, RESOLUTION_TYPE]) {
+    for name in HANDLED_TYPES
+        .into_iter()
+        .chain([SNAPSHOT_TYPE, RESOLUTION_TYPE])
+    {
         assert!(EventType::parse(name).is_ok(), "{name}");
     }
 }

@@ -1,9 +1,15 @@
 use std::time::Duration;
 
-use super::{BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, bytes, duration};
+use super::{
+    BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, bytes,
+    duration,
+};
 
 fn reader(given: &[(&'static str, &str)]) -> Reader {
-    let given: Given = given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    let given: Given = given
+        .iter()
+        .map(|(name, value)| (*name, (*value).to_owned()))
+        .collect();
     Reader::new(given)
 }
 
@@ -39,8 +45,14 @@ fn every_problem_is_reported_by_name_and_without_its_value() {
     let nats = NatsSettings::read(&mut reader);
     EventsSettings::read(&mut reader);
     LogSettings::read(&mut reader);
-    let Problems(problems) = reader.finish(nats).map(|_| ()).expect_err("they are all wrong");
-    let names: Vec<_> = problems.iter().filter_map(|problem| problem.split(' ').next()).collect();
+    let Problems(problems) = reader
+        .finish(nats)
+        .map(|_| ())
+        .expect_err("they are all wrong");
+    let names: Vec<_> = problems
+        .iter()
+        .filter_map(|problem| problem.split(' ').next())
+        .collect();
     assert_eq!(
         names,
         [
@@ -71,14 +83,21 @@ fn nats_servers_are_urls_with_a_host() {
 #[test]
 fn a_required_setting_that_is_missing_is_a_problem_once() {
     let mut reader = reader(&[]);
-    assert_eq!(reader.required(&super::NATS_CREDS, "a path", super::text), None);
+    assert_eq!(
+        reader.required(&super::NATS_CREDS, "a path", super::text),
+        None
+    );
     let Problems(problems) = reader.finish::<()>(None).expect_err("it is missing");
     assert_eq!(problems, ["NATS_CREDS is missing: set it to a path"]);
 }
 
 #[test]
 fn durations_and_sizes_are_as_people_write_them() {
-    assert_eq!(duration("10m"), Some(Duration::from_secs(600)), "{DURATION}");
+    assert_eq!(
+        duration("10m"),
+        Some(Duration::from_secs(600)),
+        "{DURATION}"
+    );
     assert_eq!(duration("ten"), None);
     assert_eq!(bytes("1MiB"), Some(1 << 20), "{BYTES}");
     assert_eq!(bytes("-1"), None);

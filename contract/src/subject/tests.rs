@@ -6,13 +6,21 @@ fn subjects_parse_back_to_what_built_them() {
     for name in HANDLED_TYPES {
         let expected = EventType::parse(name).expect("a handled type is a type");
         assert_eq!(event_type(&of_event(&expected)).as_ref(), Some(&expected));
-        assert_eq!(event_type(&format!("{DEAD_LETTERS_PREFIX}{name}")), Some(expected));
+        assert_eq!(
+            event_type(&format!("{DEAD_LETTERS_PREFIX}{name}")),
+            Some(expected)
+        );
     }
 }
 
 #[test]
 fn other_subjects_name_no_event_type() {
-    for subject in ["", "stripe.events.", "stripe.events.A", "subscription.changed"] {
+    for subject in [
+        "",
+        "stripe.events.",
+        "stripe.events.A",
+        "subscription.changed",
+    ] {
         assert_eq!(event_type(subject), None, "{subject}");
     }
 }

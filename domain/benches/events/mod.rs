@@ -4,8 +4,10 @@ use serde_json::{Value, json};
 
 /// An event about a subscription, in as many bytes as Stripe would use.
 pub(crate) fn subscription(event_type: &str, id: &str, created: i64) -> Vec<u8> {
-    let object: Value = serde_json::from_str(include_str!("../../../harness/src/stripe/subscription.json"))
-        .expect("the harness's template is JSON");
+    let object: Value = serde_json::from_str(include_str!(
+        "../../../harness/src/stripe/subscription.json"
+    ))
+    .expect("the harness's template is JSON");
     let mut object = object;
     object["id"] = "sub_1QyaBcDeFgHiJkLmNoPqRsTu".into();
     object["customer"] = "cus_QyaBcDeFgHiJkL".into();

@@ -37,10 +37,15 @@ impl Object {
     /// A subscription of somebody who was erased: the rest of it is not to be stored again. None for what
     /// is no object.
     pub fn impersonal(&self) -> Option<Self> {
-        let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.raw.get()).ok()?;
+        let mut fields: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(self.raw.get()).ok()?;
         fields.retain(|name, _| IMPERSONAL.contains(&name.as_str()));
         let raw = serde_json::value::to_raw_value(&fields).ok()?;
-        Some(Self { id: self.id.clone(), livemode: self.livemode, raw })
+        Some(Self {
+            id: self.id.clone(),
+            livemode: self.livemode,
+            raw,
+        })
     }
 }
 
@@ -111,19 +116,28 @@ pub fn page(body: &[u8]) -> Option<Page> {
 /// The page of events in `body`.
 pub fn event_page(body: &[u8]) -> Option<EventPage> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
-    let last = data.last().and_then(|raw| serde_json::from_str::<Listed>(raw.get()).ok()?.id);
+    let last = data
+        .last()
+        .and_then(|raw| serde_json::from_str::<Listed>(raw.get()).ok()?.id);
     let count = data.len();
     let events: Vec<_> = data.into_iter().filter_map(listed_event).collect();
     let skipped = count - events.len();
     // Without an id to go on from, the pages after this one would never be seen.
     let after = if has_more { Some(last?) } else { None };
-    Some(EventPage { events, skipped, after })
+    Some(EventPage {
+        events,
+        skipped,
+        after,
+    })
 }
 
 /// The email of the customer in `body`, if it has one.
 pub fn customer_email(body: &[u8]) -> Option<Email> {
     let customer: Customer = serde_json::from_slice(body).ok()?;
-    customer.email.filter(|email| !email.is_empty() && !email.contains('\0')).map(Email)
+    customer
+        .email
+        .filter(|email| !email.is_empty() && !email.contains('\0'))
+        .map(Email)
 }
 
 fn identified(raw: Box<RawValue>) -> Option<Object> {
@@ -133,6 +147,13 @@ fn identified(raw: Box<RawValue>) -> Option<Object> {
 
 fn listed_event(raw: Box<RawValue>) -> Option<ListedEvent> {
     let Listed { id, event_type } = serde_json::from_str(raw.get()).ok()?;
-    let (id, event_type) = (EventId::parse(id?).ok()?, EventType::parse(event_type?).ok()?);
-    Some(ListedEvent { id, event_type, raw })
+    let (id, event_type) = (
+        EventId::parse(id?).ok()?,
+        EventType::parse(event_type?).ok()?,
+    );
+    Some(ListedEvent {
+        id,
+        event_type,
+        raw,
+    })
 }

@@ -13,7 +13,8 @@ use litestripe_contract::signal::Item;
 use super::json::{self, Leaf, Nested, objects, parse_borrowed};
 use super::read::Place;
 use super::{
-    Before, CheckoutSession, DecodeError, Email, MetadataKeys, Problem, Resolution, Snapshot, SubscriptionEvent,
+    Before, CheckoutSession, DecodeError, Email, MetadataKeys, Problem, Resolution, Snapshot,
+    SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
 
@@ -95,9 +96,15 @@ impl Fields<'_> {
 }
 
 /// The subscription at its beginning: it starts from nothing.
-pub(super) fn created(object: &Fields<'_>, keys: &MetadataKeys) -> Result<SubscriptionEvent, DecodeError> {
+pub(super) fn created(
+    object: &Fields<'_>,
+    keys: &MetadataKeys,
+) -> Result<SubscriptionEvent, DecodeError> {
     let event = subscription(object, &Nested::Absent, keys)?;
-    Ok(SubscriptionEvent { before: Before::Nothing, ..event })
+    Ok(SubscriptionEvent {
+        before: Before::Nothing,
+        ..event
+    })
 }
 
 /// The subscription after an event, and with `previous` laid over it, before.
@@ -115,12 +122,20 @@ pub(super) fn subscription(
         Nested::Absent | Nested::Null => Before::Same,
         Nested::Object(previous) if reading.lay(previous, PREVIOUS, keys).is_ok() => {
             let before = reading.snapshot();
-            if before == snapshot { Before::Same } else { Before::Snapshot(Box::new(before)) }
+            if before == snapshot {
+                Before::Same
+            } else {
+                Before::Snapshot(Box::new(before))
+            }
         }
         // The event is no poison for that: it only says less about its place among those of its second.
         _ => Before::Unreadable,
     };
-    Ok(SubscriptionEvent { stripe_subscription_id, snapshot, before })
+    Ok(SubscriptionEvent {
+        stripe_subscription_id,
+        snapshot,
+        before,
+    })
 }
 
 /// A subscription while it is read: the period is still where its API version put it.
@@ -140,7 +155,12 @@ struct Period {
 
 impl Reading {
     /// Lays `fields` over what was read so far: what is present replaces, objects key by key.
-    fn lay(&mut self, fields: &Fields<'_>, at: Place, keys: &MetadataKeys) -> Result<(), DecodeError> {
+    fn lay(
+        &mut self,
+        fields: &Fields<'_>,
+        at: Place,
+        keys: &MetadataKeys,
+    ) -> Result<(), DecodeError> {
         let kept = &mut self.kept;
         if fields.status.is_present() {
             kept.status = at.text(fields.status, "status", STATUS_BYTES_MAX)?;
@@ -156,8 +176,16 @@ impl Reading {
             (&mut kept.canceled_at, fields.canceled_at, "canceled_at"),
             (&mut kept.ended_at, fields.ended_at, "ended_at"),
             (&mut kept.trial_end, fields.trial_end, "trial_end"),
-            (&mut self.own.start, fields.current_period_start, "current_period_start"),
-            (&mut self.own.end, fields.current_period_end, "current_period_end"),
+            (
+                &mut self.own.start,
+                fields.current_period_start,
+                "current_period_start",
+            ),
+            (
+                &mut self.own.end,
+                fields.current_period_end,
+                "current_period_end",
+            ),
         ] {
             if leaf.is_present() {
                 *target = at.seconds(leaf, name)?;
@@ -210,7 +238,10 @@ fn items(list: Leaf<'_>, at: Place) -> Result<(Vec<Item>, Period), DecodeError> 
         let Nested::Object(fields) = fields else {
             return Err(at.fault("items.data", Problem::NotAList));
         };
-        let start = at.seconds(fields.current_period_start, "items.data[].current_period_start")?;
+        let start = at.seconds(
+            fields.current_period_start,
+            "items.data[].current_period_start",
+        )?;
         let end = at.seconds(fields.current_period_end, "items.data[].current_period_end")?;
         period.start = period.start.into_iter().chain(start).min();
         period.end = period.end.max(end);
@@ -224,7 +255,10 @@ fn item(fields: &ItemFields<'_>, at: Place) -> Result<Item, DecodeError> {
         Some(_) => priced(fields.price, at, "items.data[].price")?,
         None => priced(fields.plan, at, "items.data[].plan")?,
     };
-    Ok(Item { quantity: at.integer(fields.quantity, "items.data[].quantity")?, ..item })
+    Ok(Item {
+        quantity: at.integer(fields.quantity, "items.data[].quantity")?,
+        ..item
+    })
 }
 
 /// The item of a price or a plan, which may be its id alone.
@@ -236,8 +270,17 @@ fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeE
         Some(_) => {
             let price = at.object(leaf, name)?.unwrap_or(PriceFields::default());
             item.price = at.text(price.id, name, ID_BYTES_MAX)?;
-            item.lookup_key = at.text(price.lookup_key, "items.data[].price.lookup_key", TEXT_BYTES_MAX)?;
-            lay_reference(&mut item.product, price.product, at, "items.data[].price.product")?;
+            item.lookup_key = at.text(
+                price.lookup_key,
+                "items.data[].price.lookup_key",
+                TEXT_BYTES_MAX,
+            )?;
+            lay_reference(
+                &mut item.product,
+                price.product,
+                at,
+                "items.data[].price.product",
+            )?;
         }
     }
     Ok(item)
@@ -265,9 +308,16 @@ fn lay_reference(
     Ok(())
 }
 
-pub(super) fn checkout_session(object: &Fields<'_>, keys: &MetadataKeys) -> Result<CheckoutSession, DecodeError> {
+pub(super) fn checkout_session(
+    object: &Fields<'_>,
+    keys: &MetadataKeys,
+) -> Result<CheckoutSession, DecodeError> {
     let text = |leaf, name, bytes_max| OBJECT.text(leaf, name, bytes_max);
-    let reference = non_empty(text(object.client_reference_id, "client_reference_id", TEXT_BYTES_MAX)?);
+    let reference = non_empty(text(
+        object.client_reference_id,
+        "client_reference_id",
+        TEXT_BYTES_MAX,
+    )?);
     let mut session = CheckoutSession {
         id: required_id(object.id, "id")?,
         mode: text(object.mode, "mode", STATUS_BYTES_MAX)?,
@@ -280,10 +330,22 @@ pub(super) fn checkout_session(object: &Fields<'_>, keys: &MetadataKeys) -> Resu
         metadata: BTreeMap::new(),
         created: OBJECT.seconds(object.created, "created")?,
     };
-    lay_reference(&mut session.stripe_customer_id, object.customer, OBJECT, "customer")?;
+    lay_reference(
+        &mut session.stripe_customer_id,
+        object.customer,
+        OBJECT,
+        "customer",
+    )?;
     let mut subscription = None;
-    lay_reference(&mut subscription, object.subscription, OBJECT, "subscription")?;
-    session.stripe_subscription_id = non_empty(subscription).map(|id| checked_id(id, "subscription")).transpose()?;
+    lay_reference(
+        &mut subscription,
+        object.subscription,
+        OBJECT,
+        "subscription",
+    )?;
+    session.stripe_subscription_id = non_empty(subscription)
+        .map(|id| checked_id(id, "subscription"))
+        .transpose()?;
     OBJECT.lay_metadata(&mut session.metadata, object.metadata, keys)?;
     OBJECT.bounded(&session.metadata, object.metadata)?;
     Ok(session)
@@ -293,23 +355,43 @@ pub(super) fn checkout_session(object: &Fields<'_>, keys: &MetadataKeys) -> Resu
 /// counts as none: only an orphan needs it, and the rest of the session matters more.
 fn customer_email(object: &Fields<'_>) -> Option<Email> {
     let email = |leaf| non_empty(OBJECT.text(leaf, "customer_email", TEXT_BYTES_MAX).ok()?);
-    let details = OBJECT.object(object.customer_details, "customer_details").ok()?;
+    let details = OBJECT
+        .object(object.customer_details, "customer_details")
+        .ok()?;
     let entered = email(details.unwrap_or(CustomerDetails::default()).email);
     entered.or_else(|| email(object.customer_email)).map(Email)
 }
 
 /// An operator's resolution of an orphan, as this program published it.
 pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError> {
-    let subscription = OBJECT.text(object.stripe_subscription_id, "stripe_subscription_id", ID_BYTES_MAX)?;
-    let reference = OBJECT.text(object.client_reference_id, "client_reference_id", TEXT_BYTES_MAX)?;
+    let subscription = OBJECT.text(
+        object.stripe_subscription_id,
+        "stripe_subscription_id",
+        ID_BYTES_MAX,
+    )?;
+    let reference = OBJECT.text(
+        object.client_reference_id,
+        "client_reference_id",
+        TEXT_BYTES_MAX,
+    )?;
     let missing = || OBJECT.fault("client_reference_id", Problem::Missing);
     Ok(Resolution {
         reason: OBJECT.text(object.reason, "reason", TEXT_BYTES_MAX)?,
         orphan_id: required_id(object.orphan_id, "orphan_id")?,
         payment: PaymentIds {
-            checkout_session_id: OBJECT.text(object.checkout_session_id, "checkout_session_id", ID_BYTES_MAX)?,
-            stripe_customer_id: OBJECT.text(object.stripe_customer_id, "stripe_customer_id", ID_BYTES_MAX)?,
-            stripe_subscription_id: subscription.map(|id| checked_id(id, "stripe_subscription_id")).transpose()?,
+            checkout_session_id: OBJECT.text(
+                object.checkout_session_id,
+                "checkout_session_id",
+                ID_BYTES_MAX,
+            )?,
+            stripe_customer_id: OBJECT.text(
+                object.stripe_customer_id,
+                "stripe_customer_id",
+                ID_BYTES_MAX,
+            )?,
+            stripe_subscription_id: subscription
+                .map(|id| checked_id(id, "stripe_subscription_id"))
+                .transpose()?,
         },
         client_reference_id: non_empty(reference).ok_or_else(missing)?,
     })
@@ -329,5 +411,9 @@ fn required_id(leaf: Leaf<'_>, name: &'static str) -> Result<String, DecodeError
 
 /// Ids that become keys, headers and message ids keep to what an event's id keeps to.
 fn checked_id(id: String, name: &'static str) -> Result<String, DecodeError> {
-    if EventId::fits(&id) { Ok(id) } else { Err(OBJECT.fault(name, Problem::NotAnId)) }
+    if EventId::fits(&id) {
+        Ok(id)
+    } else {
+        Err(OBJECT.fault(name, Problem::NotAnId))
+    }
 }

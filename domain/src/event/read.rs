@@ -17,7 +17,11 @@ pub(super) struct Place(pub(super) &'static str);
 
 impl Place {
     pub(super) fn fault(self, name: &'static str, problem: Problem) -> DecodeError {
-        DecodeError::Field { place: self.0, name, problem }
+        DecodeError::Field {
+            place: self.0,
+            name,
+            problem,
+        }
     }
 
     /// Unicode text of at most `bytes_max` bytes without NUL, which PostgreSQL cannot store.
@@ -46,16 +50,25 @@ impl Place {
         name: &'static str,
         bytes_max: usize,
     ) -> Result<String, DecodeError> {
-        self.text(leaf, name, bytes_max)?.ok_or_else(|| self.fault(name, Problem::Missing))
+        self.text(leaf, name, bytes_max)?
+            .ok_or_else(|| self.fault(name, Problem::Missing))
     }
 
-    pub(super) fn integer(self, leaf: Leaf<'_>, name: &'static str) -> Result<Option<i64>, DecodeError> {
+    pub(super) fn integer(
+        self,
+        leaf: Leaf<'_>,
+        name: &'static str,
+    ) -> Result<Option<i64>, DecodeError> {
         let number = |json| parse(json).ok_or_else(|| self.fault(name, Problem::NotInteger));
         leaf.value().map(number).transpose()
     }
 
     /// Seconds since the Unix epoch that make a [`Timestamp`].
-    pub(super) fn seconds(self, leaf: Leaf<'_>, name: &'static str) -> Result<Option<i64>, DecodeError> {
+    pub(super) fn seconds(
+        self,
+        leaf: Leaf<'_>,
+        name: &'static str,
+    ) -> Result<Option<i64>, DecodeError> {
         let seconds = self.integer(leaf, name)?;
         if let Some(Err(_)) = seconds.map(Timestamp::from_unix) {
             return Err(self.fault(name, Problem::OutOfRange));
@@ -63,7 +76,11 @@ impl Place {
         Ok(seconds)
     }
 
-    pub(super) fn flag(self, leaf: Leaf<'_>, name: &'static str) -> Result<Option<bool>, DecodeError> {
+    pub(super) fn flag(
+        self,
+        leaf: Leaf<'_>,
+        name: &'static str,
+    ) -> Result<Option<bool>, DecodeError> {
         let flag = |json| parse(json).ok_or_else(|| self.fault(name, Problem::NotBoolean));
         leaf.value().map(flag).transpose()
     }
@@ -113,7 +130,9 @@ impl Place {
     pub(super) fn bounded(self, map: &Metadata, leaf: Leaf<'_>) -> Result<(), DecodeError> {
         // Written by us it may be longer than it was: a number by its quotes, and in a list `1e15`,
         // which becomes 1000000000000000.0. Five times is beyond all of it.
-        let near = leaf.value().is_some_and(|json| json.len() > METADATA_BYTES_MAX / 5);
+        let near = leaf
+            .value()
+            .is_some_and(|json| json.len() > METADATA_BYTES_MAX / 5);
         if near && json_bytes(map) > METADATA_BYTES_MAX {
             return Err(self.fault("metadata", Problem::TooLong(METADATA_BYTES_MAX)));
         }

@@ -53,7 +53,10 @@ fn with(mut value: Value, pointer: &str, new: Value) -> Value {
     let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
     match value.pointer_mut(parent).expect("the parent exists") {
         Value::Object(map) => map.insert(key.to_owned(), new),
-        Value::Array(list) => Some(std::mem::replace(&mut list[key.parse::<usize>().expect("index")], new)),
+        Value::Array(list) => Some(std::mem::replace(
+            &mut list[key.parse::<usize>().expect("index")],
+            new,
+        )),
         _ => panic!("no parent at {pointer}"),
     };
     value
@@ -61,12 +64,19 @@ fn with(mut value: Value, pointer: &str, new: Value) -> Value {
 
 fn without(mut value: Value, pointer: &str) -> Value {
     let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
-    value.pointer_mut(parent).expect("parent").as_object_mut().expect("object").remove(key);
+    value
+        .pointer_mut(parent)
+        .expect("parent")
+        .as_object_mut()
+        .expect("object")
+        .remove(key);
     value
 }
 
 fn read(body: &Value) -> Event {
-    decode(body.to_string().as_bytes(), &MetadataKeys::All).expect("it decodes").expect("it is handled")
+    decode(body.to_string().as_bytes(), &MetadataKeys::All)
+        .expect("it decodes")
+        .expect("it is handled")
 }
 
 fn read_subscription(body: &Value) -> SubscriptionEvent {
@@ -108,25 +118,37 @@ fn check_refused(body: &str, reason: &str) {
 #[track_caller]
 fn check_field_refused(pointer: &str, new: Value, reason: &str) {
     let object = with(subscription(), pointer, new);
-    check_refused(&body("customer.subscription.updated", object).to_string(), reason);
+    check_refused(
+        &body("customer.subscription.updated", object).to_string(),
+        reason,
+    );
 }
 
 #[test]
 fn a_subscription_is_read_by_its_kept_fields() {
-    let event = read(&body("customer.subscription.trial_will_end", subscription()));
+    let event = read(&body(
+        "customer.subscription.trial_will_end",
+        subscription(),
+    ));
     assert_eq!(event.id.as_str(), "evt_1");
-    assert_eq!(event.event_type.as_str(), "customer.subscription.trial_will_end");
+    assert_eq!(
+        event.event_type.as_str(),
+        "customer.subscription.trial_will_end"
+    );
     assert_eq!((event.created, event.livemode), (1_700_000_000, true));
     assert_eq!(event.stripe_account_id, None);
     assert_eq!(event.stripe_subscription_id(), Some("sub_1"));
-    let Body::Subscription(event) = event.body else { panic!("no subscription") };
+    let Body::Subscription(event) = event.body else {
+        panic!("no subscription")
+    };
     let item = |price: &str, product: &str, quantity, lookup_key: Option<&str>| Item {
         price: Some(price.to_owned()),
         product: Some(product.to_owned()),
         quantity,
         lookup_key: lookup_key.map(str::to_owned),
     };
-    let metadata = [("plan", "pro"), ("seats", "2")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let metadata =
+        [("plan", "pro"), ("seats", "2")].map(|(key, value)| (key.to_owned(), value.to_owned()));
     assert_eq!(event.before, Before::Same);
     assert_eq!(
         event.snapshot,
@@ -138,7 +160,10 @@ fn a_subscription_is_read_by_its_kept_fields() {
             trial_end: Some(1_695_000_000),
             current_period_start: Some(1_699_000_000),
             current_period_end: Some(1_703_000_000),
-            items: vec![item("price_1", "prod_1", Some(2), Some("pro")), item("price_2", "prod_2", None, None)],
+            items: vec![
+                item("price_1", "prod_1", Some(2), Some("pro")),
+                item("price_2", "prod_2", None, None)
+            ],
             metadata: metadata.into(),
             ..Snapshot::default()
         }
@@ -150,14 +175,28 @@ fn a_snapshot_survives_its_own_json() {
     for object in [subscription(), json!({ "id": "sub_1" })] {
         let snapshot = snapshot(object);
         let json = serde_json::to_string(&snapshot).expect("it is JSON");
-        assert_eq!(serde_json::from_str::<Snapshot>(&json).expect("it reads back"), snapshot);
+        assert_eq!(
+            serde_json::from_str::<Snapshot>(&json).expect("it reads back"),
+            snapshot
+        );
     }
-    assert_eq!(serde_json::to_string(&Snapshot::default()).expect("it is JSON"), "{}");
+    assert_eq!(
+        serde_json::to_string(&Snapshot::default()).expect("it is JSON"),
+        "{}"
+    );
 }
 
 #[test]
 fn a_missing_field_reads_as_a_null_one() {
-    let names = ["customer", "status", "created", "cancel_at_period_end", "trial_end", "items", "metadata"];
+    let names = [
+        "customer",
+        "status",
+        "created",
+        "cancel_at_period_end",
+        "trial_end",
+        "items",
+        "metadata",
+    ];
     for name in names {
         let pointer = format!("/{name}");
         let null = snapshot(with(subscription(), &pointer, Value::Null));
@@ -166,7 +205,10 @@ fn a_missing_field_reads_as_a_null_one() {
     let empty = Snapshot::default();
     assert_eq!(snapshot(json!({ "id": "sub_1" })), empty);
     assert_eq!(snapshot(json!({ "id": "sub_1", "items": {} })), empty);
-    assert_eq!(snapshot(json!({ "id": "sub_1", "items": { "data": null } })), empty);
+    assert_eq!(
+        snapshot(json!({ "id": "sub_1", "items": { "data": null } })),
+        empty
+    );
 }
 
 #[test]
@@ -174,16 +216,27 @@ fn the_period_is_the_subscriptions_own_where_it_has_one() {
     let own = with(subscription(), "/current_period_end", json!(1_705_000_000));
     let read = snapshot(own.clone());
     assert_eq!(read.current_period_end, Some(1_705_000_000));
-    assert_eq!(read.current_period_start, Some(1_699_000_000), "each end is looked for by itself");
+    assert_eq!(
+        read.current_period_start,
+        Some(1_699_000_000),
+        "each end is looked for by itself"
+    );
     let null = snapshot(with(own, "/current_period_end", Value::Null));
     assert_eq!(null.current_period_end, Some(1_703_000_000));
 }
 
 #[test]
 fn an_expanded_object_reads_as_its_id() {
-    let expanded = with(subscription(), "/customer", json!({ "id": "cus_1", "email": "a@example.com" }));
+    let expanded = with(
+        subscription(),
+        "/customer",
+        json!({ "id": "cus_1", "email": "a@example.com" }),
+    );
     assert_eq!(snapshot(expanded), snapshot(subscription()));
-    assert_eq!(snapshot(with(subscription(), "/customer", json!({}))).customer, None);
+    assert_eq!(
+        snapshot(with(subscription(), "/customer", json!({}))).customer,
+        None
+    );
     let mut expanded = session();
     expanded["subscription"] = subscription();
     expanded["customer"] = json!({ "id": "cus_1", "deleted": true });
@@ -193,14 +246,22 @@ fn an_expanded_object_reads_as_its_id() {
 #[test]
 fn an_items_price_may_be_an_id_or_a_plan() {
     let price = |new: Value| {
-        let item = snapshot(with(subscription(), "/items/data/0", new)).items.swap_remove(0);
+        let item = snapshot(with(subscription(), "/items/data/0", new))
+            .items
+            .swap_remove(0);
         (item.price, item.product)
     };
     let (some, product) = (Some("price_9".to_owned()), Some("prod_9".to_owned()));
     let plan = json!({ "id": "price_9", "product": "prod_9" });
     assert_eq!(price(json!({ "price": "price_9" })), (some.clone(), None));
-    assert_eq!(price(json!({ "plan": plan })), (some.clone(), product.clone()));
-    assert_eq!(price(json!({ "price": null, "plan": plan })), (some.clone(), product));
+    assert_eq!(
+        price(json!({ "plan": plan })),
+        (some.clone(), product.clone())
+    );
+    assert_eq!(
+        price(json!({ "price": null, "plan": plan })),
+        (some.clone(), product)
+    );
     assert_eq!(price(json!({ "plan": "price_9" })), (some, None));
     assert_eq!(price(json!({})), (None, None));
 }
@@ -209,19 +270,47 @@ fn an_items_price_may_be_an_id_or_a_plan() {
 fn before_is_the_snapshot_with_the_previous_attributes_laid_over() {
     let after = snapshot(subscription());
     assert_eq!(
-        before(subscription(), json!({ "status": "trialing", "trial_end": null, "latest_invoice": "in_1" })),
-        Snapshot { status: Some("trialing".to_owned()), trial_end: None, ..after.clone() }
+        before(
+            subscription(),
+            json!({ "status": "trialing", "trial_end": null, "latest_invoice": "in_1" })
+        ),
+        Snapshot {
+            status: Some("trialing".to_owned()),
+            trial_end: None,
+            ..after.clone()
+        }
     );
     assert_eq!(
-        before(subscription(), json!({ "metadata": { "plan": "basic", "seats": null, "gone": "x" } })).metadata,
-        [("gone", "x"), ("plan", "basic")].map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+        before(
+            subscription(),
+            json!({ "metadata": { "plan": "basic", "seats": null, "gone": "x" } })
+        )
+        .metadata,
+        [("gone", "x"), ("plan", "basic")]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into()
     );
-    assert_eq!(before(subscription(), json!({ "metadata": null })).metadata, BTreeMap::new());
-    let one = before(subscription(), json!({ "items": { "data": [{ "price": "price_0", "quantity": 1 }] } }));
+    assert_eq!(
+        before(subscription(), json!({ "metadata": null })).metadata,
+        BTreeMap::new()
+    );
+    let one = before(
+        subscription(),
+        json!({ "items": { "data": [{ "price": "price_0", "quantity": 1 }] } }),
+    );
     assert_eq!(one.items.len(), 1);
-    assert_eq!(one.current_period_start, None, "the item's period went with it");
-    assert_eq!(before(subscription(), json!({ "items": { "url": "/v1" } })), after);
-    assert_eq!(before(subscription(), json!({ "customer": { "name": "Jane" } })), after);
+    assert_eq!(
+        one.current_period_start, None,
+        "the item's period went with it"
+    );
+    assert_eq!(
+        before(subscription(), json!({ "items": { "url": "/v1" } })),
+        after
+    );
+    assert_eq!(
+        before(subscription(), json!({ "customer": { "name": "Jane" } })),
+        after
+    );
 }
 
 #[test]
@@ -230,14 +319,28 @@ fn before_finds_the_period_where_its_api_version_had_it() {
     let before_old = before(old.clone(), json!({ "current_period_end": 1_702_500_000 }));
     assert_eq!(before_old.current_period_end, Some(1_702_500_000));
     let items = json!({ "items": { "data": [{ "current_period_end": 1_702_000_000 }] } });
-    assert_eq!(before(old, items.clone()).current_period_end, Some(1_705_000_000));
-    assert_eq!(before(subscription(), items).current_period_end, Some(1_702_000_000));
+    assert_eq!(
+        before(old, items.clone()).current_period_end,
+        Some(1_705_000_000)
+    );
+    assert_eq!(
+        before(subscription(), items).current_period_end,
+        Some(1_702_000_000)
+    );
 }
 
 #[test]
 fn an_event_without_a_change_we_keep_stays_where_it_is() {
-    for previous in [Value::Null, json!({}), json!({ "latest_invoice": null }), json!({ "status": "active" })] {
-        assert_eq!(read_subscription(&updated(subscription(), previous)).before, Before::Same);
+    for previous in [
+        Value::Null,
+        json!({}),
+        json!({ "latest_invoice": null }),
+        json!({ "status": "active" }),
+    ] {
+        assert_eq!(
+            read_subscription(&updated(subscription(), previous)).before,
+            Before::Same
+        );
     }
     let snapshot = read_subscription(&body(SNAPSHOT_TYPE, subscription()));
     assert_eq!(snapshot.before, Before::Same);
@@ -247,7 +350,12 @@ fn an_event_without_a_change_we_keep_stays_where_it_is() {
 
 #[test]
 fn previous_attributes_that_cannot_be_read_do_not_refuse_the_event() {
-    for previous in [json!([]), json!("x"), json!({ "status": 7 }), json!({ "metadata": { "plan": "\0" } })] {
+    for previous in [
+        json!([]),
+        json!("x"),
+        json!({ "status": 7 }),
+        json!({ "metadata": { "plan": "\0" } }),
+    ] {
         let read = read_subscription(&updated(subscription(), previous));
         assert_eq!(read.before, Before::Unreadable);
         assert_eq!(read.snapshot, snapshot(subscription()));
@@ -264,7 +372,10 @@ fn a_session_is_read_by_its_kept_fields() {
     assert_eq!(read.client_reference_id.as_deref(), Some("user-1"));
     assert_eq!(read.stripe_customer_id.as_deref(), Some("cus_1"));
     assert_eq!(read.stripe_subscription_id.as_deref(), Some("sub_1"));
-    assert_eq!(read.metadata, [("campaign".to_owned(), "spring".to_owned())].into());
+    assert_eq!(
+        read.metadata,
+        [("campaign".to_owned(), "spring".to_owned())].into()
+    );
     assert_eq!(read.created, Some(1_699_999_000));
     let empty = with(session(), "/client_reference_id", json!(""));
     assert_eq!(read_session(empty).client_reference_id, None);
@@ -272,11 +383,19 @@ fn a_session_is_read_by_its_kept_fields() {
 
 #[test]
 fn the_email_is_the_entered_one_and_does_not_print() {
-    let email = |session| read_session(session).customer_email.map(|email| email.expose().to_owned());
+    let email = |session| {
+        read_session(session)
+            .customer_email
+            .map(|email| email.expose().to_owned())
+    };
     assert_eq!(email(session()).as_deref(), Some("entered@example.com"));
     let not_entered = with(session(), "/customer_details", json!({ "email": null }));
     assert_eq!(email(not_entered).as_deref(), Some("given@example.com"));
-    let neither = with(without(session(), "/customer_details"), "/customer_email", Value::Null);
+    let neither = with(
+        without(session(), "/customer_details"),
+        "/customer_email",
+        Value::Null,
+    );
     assert_eq!(email(neither), None);
     assert!(!format!("{:?}", read_session(session())).contains('@'));
 }
@@ -287,17 +406,28 @@ fn a_resolution_is_read() {
         "client_reference_id": "user-1" });
     let event = read(&body(RESOLUTION_TYPE, object.clone()));
     assert_eq!(event.stripe_subscription_id(), None);
-    let Body::Resolution(resolution) = event.body else { panic!("no resolution") };
-    assert_eq!((&*resolution.orphan_id, &*resolution.client_reference_id), ("cs_1", "user-1"));
+    let Body::Resolution(resolution) = event.body else {
+        panic!("no resolution")
+    };
+    assert_eq!(
+        (&*resolution.orphan_id, &*resolution.client_reference_id),
+        ("cs_1", "user-1")
+    );
     let empty = with(object, "/client_reference_id", json!(""));
-    check_refused(&body(RESOLUTION_TYPE, empty).to_string(), "`data.object.client_reference_id` is missing");
+    check_refused(
+        &body(RESOLUTION_TYPE, empty).to_string(),
+        "`data.object.client_reference_id` is missing",
+    );
 }
 
 #[test]
 fn livemode_and_account_are_the_events_own() {
     let mut connected = body("customer.subscription.updated", subscription());
     connected["account"] = json!("acct_1");
-    assert_eq!(read(&connected).stripe_account_id.as_deref(), Some("acct_1"));
+    assert_eq!(
+        read(&connected).stripe_account_id.as_deref(),
+        Some("acct_1")
+    );
     connected["livemode"] = json!(false);
     connected["data"]["object"]["livemode"] = json!(true);
     assert!(!read(&connected).livemode);
@@ -308,18 +438,31 @@ fn livemode_and_account_are_the_events_own() {
 fn other_types_are_not_ours_whatever_they_hold() {
     for data in [json!(null), json!([1]), json!({ "object": 7 })] {
         let body = json!({ "type": "customer.subscription.renamed", "data": data, "created": "x" });
-        assert_eq!(decode(body.to_string().as_bytes(), &MetadataKeys::All), Ok(None));
+        assert_eq!(
+            decode(body.to_string().as_bytes(), &MetadataKeys::All),
+            Ok(None)
+        );
     }
 }
 
 #[test]
 fn what_is_not_kept_is_not_looked_at() {
     let deep = format!("{}{}", "[".repeat(NESTING_DEEP), "]".repeat(NESTING_DEEP));
-    for odd in [r#""\ud800""#, r#""\u0000""#, "1e999", "-0", "123456789012345678901234567890", &deep] {
+    for odd in [
+        r#""\ud800""#,
+        r#""\u0000""#,
+        "1e999",
+        "-0",
+        "123456789012345678901234567890",
+        &deep,
+    ] {
         let event = body("customer.subscription.updated", subscription()).to_string();
         let odd = format!(r#""odd": {odd}, "\udc00": {odd}, "#);
         let event = event
-            .replace(r#""pending_webhooks""#, &format!(r#"{odd}"pending_webhooks""#))
+            .replace(
+                r#""pending_webhooks""#,
+                &format!(r#"{odd}"pending_webhooks""#),
+            )
             .replace(r#""cancel_at":"#, &format!(r#"{odd}"cancel_at":"#))
             .replace(r#""product":"#, &format!(r#"{odd}"product":"#));
         let read = decode(event.as_bytes(), &MetadataKeys::All);
@@ -330,8 +473,15 @@ fn what_is_not_kept_is_not_looked_at() {
 #[test]
 fn of_a_repeated_field_the_last_stands() {
     let event = body("customer.subscription.updated", subscription()).to_string();
-    let event = event.replace(r#""status":"active""#, r#""status":7,"metadata":{"a":"b"},"status":"past_due""#);
-    let Ok(Some(Event { body: Body::Subscription(read), .. })) = decode(event.as_bytes(), &MetadataKeys::All) else {
+    let event = event.replace(
+        r#""status":"active""#,
+        r#""status":7,"metadata":{"a":"b"},"status":"past_due""#,
+    );
+    let Ok(Some(Event {
+        body: Body::Subscription(read),
+        ..
+    })) = decode(event.as_bytes(), &MetadataKeys::All)
+    else {
         panic!("it decodes");
     };
     assert_eq!(read.snapshot.status.as_deref(), Some("past_due"));
@@ -339,20 +489,40 @@ fn of_a_repeated_field_the_last_stands() {
 
 #[test]
 fn metadata_that_is_no_text_is_kept_as_its_json() {
-    let metadata = json!({ "n": 1.50, "b": true, "z": null, "o": { "a": [1, "x"] }, "t": "\u{1F600}" });
+    let metadata =
+        json!({ "n": 1.50, "b": true, "z": null, "o": { "a": [1, "x"] }, "t": "\u{1F600}" });
     let read = snapshot(with(subscription(), "/metadata", metadata)).metadata;
-    let read: Vec<_> = read.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-    assert_eq!(read, [("b", "true"), ("n", "1.5"), ("o", r#"{"a":[1,"x"]}"#), ("t", "\u{1F600}")]);
+    let read: Vec<_> = read
+        .iter()
+        .map(|(key, value)| (key.as_str(), value.as_str()))
+        .collect();
+    assert_eq!(
+        read,
+        [
+            ("b", "true"),
+            ("n", "1.5"),
+            ("o", r#"{"a":[1,"x"]}"#),
+            ("t", "\u{1F600}")
+        ]
+    );
 }
 
 #[test]
 fn metadata_keys_are_all_none_or_a_list() {
-    let only = |list: &[&str]| Ok(MetadataKeys::Only(list.iter().map(|key| (*key).to_owned()).collect()));
+    let only = |list: &[&str]| {
+        Ok(MetadataKeys::Only(
+            list.iter().map(|key| (*key).to_owned()).collect(),
+        ))
+    };
     assert_eq!("*".parse(), Ok(MetadataKeys::All));
     assert_eq!("".parse(), only(&[]));
     assert_eq!("plan, tier".parse(), only(&["plan", "tier"]));
     for wrong in ["plan,", ",", "*,plan"] {
-        assert_eq!(wrong.parse::<MetadataKeys>(), Err(InvalidMetadataKeys), "{wrong}");
+        assert_eq!(
+            wrong.parse::<MetadataKeys>(),
+            Err(InvalidMetadataKeys),
+            "{wrong}"
+        );
     }
 }
 
@@ -361,10 +531,17 @@ fn other_metadata_keys_leave_no_trace() {
     let keys = "plan".parse().expect("a key");
     let mut event = updated(subscription(), json!({ "metadata": { "seats": "1" } }));
     event["data"]["object"]["metadata"]["bad"] = json!("\0");
-    let Ok(Some(Event { body: Body::Subscription(read), .. })) = decode(event.to_string().as_bytes(), &keys) else {
+    let Ok(Some(Event {
+        body: Body::Subscription(read),
+        ..
+    })) = decode(event.to_string().as_bytes(), &keys)
+    else {
         panic!("it decodes");
     };
-    assert_eq!(read.snapshot.metadata, [("plan".to_owned(), "pro".to_owned())].into());
+    assert_eq!(
+        read.snapshot.metadata,
+        [("plan".to_owned(), "pro".to_owned())].into()
+    );
     assert_eq!(read.before, Before::Same);
 }
 
@@ -380,19 +557,47 @@ fn a_body_that_is_no_event_is_refused() {
         ("/id", json!(null), "`id` is missing"),
         ("/id", json!(7), "`id` is not text that can be kept"),
         ("/id", json!("e vt"), "`id` is not a valid id"),
-        ("/id", json!("e".repeat(256)), "`id` is longer than 255 bytes"),
+        (
+            "/id",
+            json!("e".repeat(256)),
+            "`id` is longer than 255 bytes",
+        ),
         ("/type", json!(null), "`type` is missing"),
         ("/created", json!(null), "`created` is missing"),
         ("/created", json!(1.5), "`created` is not a whole number"),
-        ("/created", json!("1700000000"), "`created` is not a whole number"),
-        ("/created", json!(u64::MAX), "`created` is not a whole number"),
-        ("/created", json!(253_402_300_800_i64), "`created` lies outside the years 0 to 9999"),
-        ("/livemode", json!("true"), "`livemode` is neither true nor false"),
-        ("/account", json!({}), "`account` is not text that can be kept"),
+        (
+            "/created",
+            json!("1700000000"),
+            "`created` is not a whole number",
+        ),
+        (
+            "/created",
+            json!(u64::MAX),
+            "`created` is not a whole number",
+        ),
+        (
+            "/created",
+            json!(253_402_300_800_i64),
+            "`created` lies outside the years 0 to 9999",
+        ),
+        (
+            "/livemode",
+            json!("true"),
+            "`livemode` is neither true nor false",
+        ),
+        (
+            "/account",
+            json!({}),
+            "`account` is not text that can be kept",
+        ),
         ("/data", json!(null), "`data` is missing"),
         ("/data", json!([]), "`data` is not an object"),
         ("/data/object", json!(null), "`data.object` is missing"),
-        ("/data/object", json!("sub_1"), "`data.object` is not an object"),
+        (
+            "/data/object",
+            json!("sub_1"),
+            "`data.object` is not an object",
+        ),
     ] {
         check_refused(&with(event.clone(), pointer, new).to_string(), reason);
     }
@@ -403,26 +608,78 @@ fn a_kept_field_that_cannot_be_kept_is_refused() {
     let long = |bytes: usize| json!("x".repeat(bytes));
     check_field_refused("/id", json!(null), "`data.object.id` is missing");
     check_field_refused("/id", json!("sub 1"), "`data.object.id` is not a valid id");
-    check_field_refused("/customer", json!(7), "`data.object.customer` is neither an id nor an object");
-    check_field_refused("/customer", long(256), "`data.object.customer` is longer than 255 bytes");
-    check_field_refused("/status", long(65), "`data.object.status` is longer than 64 bytes");
-    check_field_refused("/status", json!("a\0"), "`data.object.status` holds a NUL character");
-    check_field_refused("/cancel_at", json!("soon"), "`data.object.cancel_at` is not a whole number");
+    check_field_refused(
+        "/customer",
+        json!(7),
+        "`data.object.customer` is neither an id nor an object",
+    );
+    check_field_refused(
+        "/customer",
+        long(256),
+        "`data.object.customer` is longer than 255 bytes",
+    );
+    check_field_refused(
+        "/status",
+        long(65),
+        "`data.object.status` is longer than 64 bytes",
+    );
+    check_field_refused(
+        "/status",
+        json!("a\0"),
+        "`data.object.status` holds a NUL character",
+    );
+    check_field_refused(
+        "/cancel_at",
+        json!("soon"),
+        "`data.object.cancel_at` is not a whole number",
+    );
     let range = "`data.object.trial_end` lies outside the years 0 to 9999";
     check_field_refused("/trial_end", json!(i64::MAX), range);
     let flag = "`data.object.cancel_at_period_end` is neither true nor false";
     check_field_refused("/cancel_at_period_end", json!(0), flag);
-    check_field_refused("/items", json!(7), "`data.object.items` is not a list of objects");
-    check_field_refused("/items/data", json!({}), "`data.object.items.data` is not a list of objects");
-    check_field_refused("/items/data/0", json!(null), "`data.object.items.data` is not a list of objects");
+    check_field_refused(
+        "/items",
+        json!(7),
+        "`data.object.items` is not a list of objects",
+    );
+    check_field_refused(
+        "/items/data",
+        json!({}),
+        "`data.object.items.data` is not a list of objects",
+    );
+    check_field_refused(
+        "/items/data/0",
+        json!(null),
+        "`data.object.items.data` is not a list of objects",
+    );
     let items = json!(vec![json!({}); 101]);
-    check_field_refused("/items/data", items, "`data.object.items.data` has more than 100 entries");
+    check_field_refused(
+        "/items/data",
+        items,
+        "`data.object.items.data` has more than 100 entries",
+    );
     let quantity = "`data.object.items.data[].quantity` is not a whole number";
     check_field_refused("/items/data/0/quantity", json!(0.5), quantity);
-    check_field_refused("/items/data/0/price", json!([]), "`data.object.items.data[].price` is not an object");
-    check_field_refused("/metadata", json!([]), "`data.object.metadata` is not an object");
-    check_field_refused("/metadata/plan", json!("\0"), "`data.object.metadata` holds a NUL character");
-    check_field_refused("/metadata/a\0", json!(""), "`data.object.metadata` holds a NUL character");
+    check_field_refused(
+        "/items/data/0/price",
+        json!([]),
+        "`data.object.items.data[].price` is not an object",
+    );
+    check_field_refused(
+        "/metadata",
+        json!([]),
+        "`data.object.metadata` is not an object",
+    );
+    check_field_refused(
+        "/metadata/plan",
+        json!("\0"),
+        "`data.object.metadata` holds a NUL character",
+    );
+    check_field_refused(
+        "/metadata/a\0",
+        json!(""),
+        "`data.object.metadata` holds a NUL character",
+    );
     let large = "`data.object.metadata` is longer than 131072 bytes";
     check_field_refused("/metadata/plan", long(128 * 1024), large);
 }
@@ -436,7 +693,11 @@ fn kept_text_that_is_not_unicode_and_kept_nesting_too_deep_are_refused() {
     check_refused(&lone, "`data.object.metadata` is not text that can be kept");
     let lone = event.replace(r#""active""#, r#""\ud800""#);
     check_refused(&lone, "`data.object.status` is not text that can be kept");
-    let deep = format!(r#"{}{},"seats""#, "[".repeat(NESTING_DEEP), "]".repeat(NESTING_DEEP));
+    let deep = format!(
+        r#"{}{},"seats""#,
+        "[".repeat(NESTING_DEEP),
+        "]".repeat(NESTING_DEEP)
+    );
     let deep = event.replace(r#""pro","seats""#, &deep);
     check_refused(&deep, "`data.object.metadata` is not text that can be kept");
 }
@@ -451,14 +712,28 @@ fn page_of_events_keeps_each_as_it_came_and_counts_what_is_none() {
         {"id":"evt_4","type":"customer.subscription.deleted"}
     ],"has_more":true}"#;
     let page = api::event_page(body).expect("it is a page");
-    let events: Vec<_> = page.events.iter().map(|event| (event.id.as_str(), event.raw.get())).collect();
+    let events: Vec<_> = page
+        .events
+        .iter()
+        .map(|event| (event.id.as_str(), event.raw.get()))
+        .collect();
     let expected = [
-        ("evt_1", r#"{"id":"evt_1", "type":"customer.subscription.created",  "data":{"object":{}}}"#),
-        ("evt_4", r#"{"id":"evt_4","type":"customer.subscription.deleted"}"#),
+        (
+            "evt_1",
+            r#"{"id":"evt_1", "type":"customer.subscription.created",  "data":{"object":{}}}"#,
+        ),
+        (
+            "evt_4",
+            r#"{"id":"evt_4","type":"customer.subscription.deleted"}"#,
+        ),
     ];
-    assert_eq!((events.as_slice(), page.skipped, page.after.as_deref()), (expected.as_slice(), 3, Some("evt_4")));
+    assert_eq!(
+        (events.as_slice(), page.skipped, page.after.as_deref()),
+        (expected.as_slice(), 3, Some("evt_4"))
+    );
 
-    let last = api::event_page(br#"{"data":[{"id":"evt_1"}],"has_more":false}"#).expect("it is a page");
+    let last =
+        api::event_page(br#"{"data":[{"id":"evt_1"}],"has_more":false}"#).expect("it is a page");
     assert_eq!((last.events.len(), last.skipped, last.after), (0, 1, None));
     // Nobody knows where the next one starts.
     assert!(api::event_page(br#"{"data":[{}],"has_more":true}"#).is_none());

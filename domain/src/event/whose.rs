@@ -32,8 +32,15 @@ impl Whose {
         let payment = own.filter(|_| kind == Kind::Payment);
         let named = ["stripe_subscription_id", "checkout_session_id", "orphan_id"];
         let named = named.into_iter().filter_map(|name| object[name].as_str());
-        let payments = payment.into_iter().chain(id(&object["subscription"])).chain(named);
-        Some(Self { customer: customer.map(str::to_owned), payments: payments.map(str::to_owned).collect(), body })
+        let payments = payment
+            .into_iter()
+            .chain(id(&object["subscription"]))
+            .chain(named);
+        Some(Self {
+            customer: customer.map(str::to_owned),
+            payments: payments.map(str::to_owned).collect(),
+            body,
+        })
     }
 
     /// Whether a text anywhere in the body, as a whole, is one that `wanted` accepts.
@@ -64,7 +71,9 @@ fn kind(body: &Value, object: &Value) -> Kind {
     match object["object"].as_str() {
         Some("customer") => Kind::Customer,
         Some("subscription" | "checkout.session") => Kind::Payment,
-        None if event_type.starts_with("customer.subscription.") || event_type.starts_with("checkout.session.") => {
+        None if event_type.starts_with("customer.subscription.")
+            || event_type.starts_with("checkout.session.") =>
+        {
             Kind::Payment
         }
         _ => Kind::Other,
@@ -86,7 +95,10 @@ pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
     }
     Some(DeletedCustomer {
         stripe_customer_id: customer.to_owned(),
-        stripe_account_id: body["account"].as_str().filter(|id| EventId::fits(id)).map(str::to_owned),
+        stripe_account_id: body["account"]
+            .as_str()
+            .filter(|id| EventId::fits(id))
+            .map(str::to_owned),
         livemode: body["livemode"].as_bool().unwrap_or(false),
         event: EventReference {
             id: EventId::parse(body["id"].as_str()?).ok()?,

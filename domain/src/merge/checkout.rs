@@ -44,15 +44,21 @@ impl Registers {
         let first_paid = session.is_paid() && !self.paid;
         self.paid |= first_paid;
         let reference = session.client_reference_id.as_ref();
-        moved | first_paid | reference.is_some_and(|reference| self.merge_reference(event, reference))
+        moved
+            | first_paid
+            | reference.is_some_and(|reference| self.merge_reference(event, reference))
     }
 
     pub(super) fn merge_reference(&mut self, event: &Event, reference: &str) -> bool {
-        Latest::merge(&mut self.client_reference_id, event, || reference.to_owned())
+        Latest::merge(&mut self.client_reference_id, event, || {
+            reference.to_owned()
+        })
     }
 
     pub(super) fn client_reference_id(&self) -> Option<&str> {
-        self.client_reference_id.as_ref().map(|latest| latest.value.as_str())
+        self.client_reference_id
+            .as_ref()
+            .map(|latest| latest.value.as_str())
     }
 
     pub(super) fn session(&self) -> Option<&Session> {

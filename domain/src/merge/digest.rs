@@ -19,7 +19,8 @@ pub(super) struct Digest([u8; BYTES]);
 
 impl Digest {
     pub(super) fn of(snapshot: &Snapshot) -> Self {
-        let json = serde_json::to_vec(snapshot).expect("a snapshot is text, numbers, lists and maps with text as keys");
+        let json = serde_json::to_vec(snapshot)
+            .expect("a snapshot is text, numbers, lists and maps with text as keys");
         let sha256: [u8; 32] = sha2::Sha256::digest(json).into();
         let mut half = [0; BYTES];
         half.copy_from_slice(&sha256[..BYTES]);
@@ -42,8 +43,11 @@ impl Serialize for Digest {
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
-        let number = u128::from_str_radix(&text, 16).ok().filter(|_| text.len() == 2 * BYTES);
-        let number = number.ok_or_else(|| de::Error::custom("a digest is 32 hexadecimal digits"))?;
+        let number = u128::from_str_radix(&text, 16)
+            .ok()
+            .filter(|_| text.len() == 2 * BYTES);
+        let number =
+            number.ok_or_else(|| de::Error::custom("a digest is 32 hexadecimal digits"))?;
         Ok(Self(number.to_be_bytes()))
     }
 }

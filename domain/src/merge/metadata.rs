@@ -23,13 +23,21 @@ impl Registers {
 
     /// The type of the event `id`, if it is the newest of its type.
     pub(super) fn type_of(&self, id: &EventId) -> Option<&EventType> {
-        let holds = |latest: &Option<Latest<_>>| latest.as_ref().is_some_and(|latest| latest.id == *id);
-        self.0.iter().find(|(_, latest)| holds(latest)).map(|(event_type, _)| event_type)
+        let holds =
+            |latest: &Option<Latest<_>>| latest.as_ref().is_some_and(|latest| latest.id == *id);
+        self.0
+            .iter()
+            .find(|(_, latest)| holds(latest))
+            .map(|(event_type, _)| event_type)
     }
 
     /// Empties all maps, under the stamps that they have. Returns whether one was not empty.
     pub(super) fn erase(&mut self) -> bool {
-        let maps = self.0.values_mut().flatten().map(|latest| &mut latest.value);
+        let maps = self
+            .0
+            .values_mut()
+            .flatten()
+            .map(|latest| &mut latest.value);
         maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
     }
 

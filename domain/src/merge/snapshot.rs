@@ -80,7 +80,11 @@ pub(super) struct Last<'a> {
 }
 
 /// Merges a subscription event. Returns whether the register changed.
-pub(super) fn merge(register: &mut Option<Register>, event: &Event, body: &SubscriptionEvent) -> bool {
+pub(super) fn merge(
+    register: &mut Option<Register>,
+    event: &Event,
+    body: &SubscriptionEvent,
+) -> bool {
     let place = (Phase::of(&body.snapshot), event.created);
     match register {
         Some(held) if held.place() > place => false,
@@ -97,7 +101,13 @@ pub(super) fn merge(register: &mut Option<Register>, event: &Event, body: &Subsc
 impl Register {
     fn empty((phase, second): (Phase, i64)) -> Self {
         let (events, snapshots) = (BTreeMap::new(), BTreeMap::new());
-        Self { phase, second, events, snapshots, saturated: false }
+        Self {
+            phase,
+            second,
+            events,
+            snapshots,
+            saturated: false,
+        }
     }
 
     fn place(&self) -> (Phase, i64) {
@@ -109,7 +119,12 @@ impl Register {
         if self.events.get(&event.id).is_some_and(|held| *held >= edge) {
             return false;
         }
-        if self.saturated && self.events.last_key_value().is_some_and(|(id, _)| *id > event.id) {
+        if self.saturated
+            && self
+                .events
+                .last_key_value()
+                .is_some_and(|(id, _)| *id > event.id)
+        {
             return false;
         }
         self.keep(edge.after, event, &body.snapshot);
@@ -123,7 +138,10 @@ impl Register {
     /// the same, one whose metadata was not erased tells it, whichever comes first.
     fn keep(&mut self, digest: Digest, event: &Event, snapshot: &Snapshot) {
         let metadata = event.metadata().filter(|map| !map.is_empty());
-        let held = self.snapshots.entry(digest).or_insert_with(|| snapshot.without_metadata());
+        let held = self
+            .snapshots
+            .entry(digest)
+            .or_insert_with(|| snapshot.without_metadata());
         if let Some(metadata) = metadata.filter(|_| held.metadata.is_empty()) {
             held.metadata.clone_from(metadata);
         }
@@ -131,7 +149,10 @@ impl Register {
 
     /// Empties the metadata of all snapshots. Returns whether there was any.
     pub(super) fn erase_metadata(&mut self) -> bool {
-        let maps = self.snapshots.values_mut().map(|snapshot| &mut snapshot.metadata);
+        let maps = self
+            .snapshots
+            .values_mut()
+            .map(|snapshot| &mut snapshot.metadata);
         maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
     }
 
@@ -142,7 +163,8 @@ impl Register {
             self.events = self.events.pop_last().into_iter().collect();
         }
         let events = &self.events;
-        self.snapshots.retain(|digest, _| events.values().any(|edge| edge.after == *digest));
+        self.snapshots
+            .retain(|digest, _| events.values().any(|edge| edge.after == *digest));
     }
 
     /// Whether one of the steps of a walk cannot be read. A → B → A with the second unreadable would
@@ -155,7 +177,11 @@ impl Register {
     ///
     /// `None` only for a state that this program did not write: every event has its snapshot.
     pub(super) fn last(&self) -> Option<Last<'_>> {
-        let steps: Vec<_> = self.events.values().map(|edge| (edge.before, edge.after)).collect();
+        let steps: Vec<_> = self
+            .events
+            .values()
+            .map(|edge| (edge.before, edge.after))
+            .collect();
         let (end, certain) = match walk::end(&steps) {
             End::Certain(end) => (Some(end), true),
             End::Likely(end) => (Some(end), false),
@@ -163,7 +189,11 @@ impl Register {
         };
         // The largest id among those that lead there; among all, where none is known to be last.
         let leads_there = |edge: &Edge| end.is_none_or(|end| edge.after == end);
-        let (id, edge) = self.events.iter().rev().find(|(_, edge)| leads_there(edge))?;
+        let (id, edge) = self
+            .events
+            .iter()
+            .rev()
+            .find(|(_, edge)| leads_there(edge))?;
         Some(Last {
             id,
             created: self.second,
@@ -184,6 +214,12 @@ impl Edge {
             Before::Snapshot(snapshot) => Some(Digest::of(snapshot)),
         };
         let unreadable = body.before == Before::Unreadable;
-        Self { after, before, unreadable, livemode: event.livemode, account: event.stripe_account_id.clone() }
+        Self {
+            after,
+            before,
+            unreadable,
+            livemode: event.livemode,
+            account: event.stripe_account_id.clone(),
+        }
     }
 }

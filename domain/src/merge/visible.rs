@@ -36,7 +36,10 @@ impl State {
     pub fn visible(&self) -> Visible {
         let mut visible = Visible {
             checkout_session_id: self.checkout.session().map(|session| session.id.clone()),
-            last_event: self.checkout.last_event().map(|(created, id)| (id.clone(), created)),
+            last_event: self
+                .checkout
+                .last_event()
+                .map(|(created, id)| (id.clone(), created)),
             created_event_seen: self.created_seen,
             paid: self.checkout.paid(),
             ..Visible::default()
@@ -44,7 +47,11 @@ impl State {
         let row = &mut visible.subscription;
         row.client_reference_id = self.checkout.client_reference_id().map(str::to_owned);
         row.metadata = self.metadata.visible();
-        if let Some(last) = self.subscription.as_ref().and_then(super::snapshot::Register::last) {
+        if let Some(last) = self
+            .subscription
+            .as_ref()
+            .and_then(super::snapshot::Register::last)
+        {
             show_snapshot(&mut visible, &last);
         } else if let Some(session) = self.checkout.session() {
             row.stripe_customer_id.clone_from(&session.customer);
@@ -94,7 +101,10 @@ pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
     if before == after {
         return None;
     }
-    let mut changes = Changes { changed: Vec::new(), previous: Map::new() };
+    let mut changes = Changes {
+        changed: Vec::new(),
+        previous: Map::new(),
+    };
     // Exhaustive: a field added to the signal does not compile until it is compared here.
     macro_rules! compare {
         ($($field:ident),* $(,)?) => {

@@ -38,7 +38,11 @@ pub(super) fn end<N: Copy + Ord>(steps: &[Step<N>]) -> End<N> {
     };
     let unbalanced = balance.values().filter(|balance| **balance != 0).count();
     // The balances sum to 0: if there are two of them and one is 1, the other is -1.
-    if unbalanced == 2 && !any_twice(steps) && connected(steps) { End::Certain(*end) } else { End::Likely(*end) }
+    if unbalanced == 2 && !any_twice(steps) && connected(steps) {
+        End::Certain(*end)
+    } else {
+        End::Likely(*end)
+    }
 }
 
 /// How much more often each node is entered than left. Nothing is a node, too.
@@ -59,7 +63,8 @@ fn any_twice<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
 }
 
 fn connected<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
-    let mut reached: BTreeSet<Option<N>> = steps.first().map(|(from, _)| *from).into_iter().collect();
+    let mut reached: BTreeSet<Option<N>> =
+        steps.first().map(|(from, _)| *from).into_iter().collect();
     let mut left: Vec<&Step<N>> = steps.iter().collect();
     loop {
         let before = left.len();

@@ -9,7 +9,9 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::event::{Before, CheckoutSession, Event, Resolution as Word, Snapshot, SubscriptionEvent};
+use crate::event::{
+    Before, CheckoutSession, Event, Resolution as Word, Snapshot, SubscriptionEvent,
+};
 use crate::payment::PaymentIds;
 use crate::question::Asked;
 
@@ -58,21 +60,42 @@ proptest! {
 /// How many histories there are; `LITESTRIPE_LONG` says how many more.
 fn cases() -> ProptestConfig {
     #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
-    let long = std::env::var("LITESTRIPE_LONG").ok().and_then(|cases| cases.parse().ok());
-    ProptestConfig { cases: long.unwrap_or(2_000), failure_persistence: None, ..ProptestConfig::default() }
+    let long = std::env::var("LITESTRIPE_LONG")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
+    ProptestConfig {
+        cases: long.unwrap_or(2_000),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 /// What happens, and in which second.
 fn event() -> impl Strategy<Value = (i64, Body)> {
     let reference = || select(&[None, Some(USER), Some("stranger")][..]);
-    let session = (select(&["cs_1", "cs_2"][..]), reference(), select(&["paid", "unpaid"][..]));
+    let session = (
+        select(&["cs_1", "cs_2"][..]),
+        reference(),
+        select(&["paid", "unpaid"][..]),
+    );
     let payment = (reference(), select(&["paid", "unpaid"][..]));
     let statuses = &["incomplete", "incomplete_expired", "active", "canceled"][..];
     let body = prop_oneof![
-        (select(statuses), any::<bool>()).prop_map(|(status, created)| subscription(status, created)),
-        session.prop_map(|(id, reference, paid)| checkout_session(id, Some(SUBSCRIPTION), reference, paid)),
+        (select(statuses), any::<bool>())
+            .prop_map(|(status, created)| subscription(status, created)),
+        session.prop_map(|(id, reference, paid)| checkout_session(
+            id,
+            Some(SUBSCRIPTION),
+            reference,
+            paid
+        )),
         // Without a subscription: a session has one client reference id for good.
-        payment.prop_map(|(reference, paid)| checkout_session(reference.unwrap_or("cs_once"), None, reference, paid)),
+        payment.prop_map(|(reference, paid)| checkout_session(
+            reference.unwrap_or("cs_once"),
+            None,
+            reference,
+            paid
+        )),
         Just(word(SUBSCRIPTION, Some(SUBSCRIPTION))),
         Just(word("cs_once", None)),
         Just(word("stranger", None)),
@@ -83,15 +106,34 @@ fn event() -> impl Strategy<Value = (i64, Body)> {
 fn subscription(status: &str, created: bool) -> Body {
     Body::Subscription(Box::new(SubscriptionEvent {
         stripe_subscription_id: SUBSCRIPTION.to_owned(),
-        snapshot: Snapshot { status: Some(status.to_owned()), ..Snapshot::default() },
-        before: if created { Before::Nothing } else { Before::Same },
+        snapshot: Snapshot {
+            status: Some(status.to_owned()),
+            ..Snapshot::default()
+        },
+        before: if created {
+            Before::Nothing
+        } else {
+            Before::Same
+        },
     }))
 }
 
-fn checkout_session(id: &str, subscription: Option<&str>, reference: Option<&str>, payment_status: &str) -> Body {
+fn checkout_session(
+    id: &str,
+    subscription: Option<&str>,
+    reference: Option<&str>,
+    payment_status: &str,
+) -> Body {
     Body::CheckoutSession(Box::new(CheckoutSession {
         id: id.to_owned(),
-        mode: Some(if subscription.is_some() { "subscription" } else { "payment" }.to_owned()),
+        mode: Some(
+            if subscription.is_some() {
+                "subscription"
+            } else {
+                "payment"
+            }
+            .to_owned(),
+        ),
         payment_status: Some(payment_status.to_owned()),
         client_reference_id: reference.map(str::to_owned),
         stripe_subscription_id: subscription.map(str::to_owned),
@@ -104,7 +146,10 @@ fn word(orphan_id: &str, subscription: Option<&str>) -> Body {
     Body::Resolution(Word {
         reason: None,
         orphan_id: orphan_id.to_owned(),
-        payment: PaymentIds { stripe_subscription_id: subscription.map(str::to_owned), ..PaymentIds::default() },
+        payment: PaymentIds {
+            stripe_subscription_id: subscription.map(str::to_owned),
+            ..PaymentIds::default()
+        },
         client_reference_id: "said_by_operator".to_owned(),
     })
 }
@@ -124,7 +169,12 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
         body,
         redacted: false,
     };
-    Arrival { index, event, traceparent: None, stream_sequence: 1 + index as u64 }
+    Arrival {
+        index,
+        event,
+        traceparent: None,
+        stream_sequence: 1 + index as u64,
+    }
 }
 
 /// The tables, as far as orphans go.
@@ -140,10 +190,28 @@ impl Table {
     fn apply(&mut self, batch: Vec<&Arrival>, terms: &Terms) {
         let (by_subscription, others) = by_subscription(batch);
         for (id, arrivals) in by_subscription {
-            let circumstances = Circumstances { terms, rebuilding: None, now: NOW };
-            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else { continue };
-            let Row { state, version, revision, last_sent, .. } = plan.row;
-            self.row = Some(Stored { state, version, revision, last_sent, dt_created: None });
+            let circumstances = Circumstances {
+                terms,
+                rebuilding: None,
+                now: NOW,
+            };
+            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else {
+                continue;
+            };
+            let Row {
+                state,
+                version,
+                revision,
+                last_sent,
+                ..
+            } = plan.row;
+            self.row = Some(Stored {
+                state,
+                version,
+                revision,
+                last_sent,
+                dt_created: None,
+            });
             self.follow(id, plan.consequences);
         }
         for (id, arrival) in others {
@@ -174,13 +242,16 @@ impl Table {
     }
 
     fn resolve(&mut self, id: &str) {
-        self.orphans.entry(id.to_owned()).and_modify(|open| *open = false);
+        self.orphans
+            .entry(id.to_owned())
+            .and_modify(|open| *open = false);
     }
 
     /// A grace period that ends in between: nothing was paid yet, so nobody need wait.
     fn sweep_too_early(&mut self) {
         if !self.may_be_paid() {
-            self.questions.remove(&(SUBSCRIPTION.to_owned(), Kind::Grace));
+            self.questions
+                .remove(&(SUBSCRIPTION.to_owned(), Kind::Grace));
         }
     }
 
@@ -189,7 +260,10 @@ impl Table {
     }
 
     fn visible(&self) -> Visible {
-        self.row.as_ref().map(|row| row.state.visible()).unwrap_or_default()
+        self.row
+            .as_ref()
+            .map(|row| row.state.visible())
+            .unwrap_or_default()
     }
 
     /// The row and the open orphans, once the sweep has asked everything.
@@ -197,7 +271,11 @@ impl Table {
         let row = self.visible();
         for ((id, _), question) in std::mem::take(&mut self.questions) {
             match &question.asked {
-                Asked::Lookup { payment, client_reference_id, is_paid } => {
+                Asked::Lookup {
+                    payment,
+                    client_reference_id,
+                    is_paid,
+                } => {
                     let reference = match &payment.stripe_subscription_id {
                         Some(_) => row.subscription.client_reference_id.as_ref(),
                         None => Some(client_reference_id),
@@ -208,11 +286,18 @@ impl Table {
                         self.orphans.entry(id).or_insert(true);
                     }
                 }
-                Asked::Grace { .. } if self.may_be_paid() => drop(self.orphans.entry(id).or_insert(true)),
+                Asked::Grace { .. } if self.may_be_paid() => {
+                    drop(self.orphans.entry(id).or_insert(true))
+                }
                 Asked::Grace { .. } | Asked::Fetch | Asked::Erase => {}
             }
         }
-        let open = self.orphans.into_iter().filter(|(_, open)| *open).map(|(id, _)| id).collect();
+        let open = self
+            .orphans
+            .into_iter()
+            .filter(|(_, open)| *open)
+            .map(|(id, _)| id)
+            .collect();
         (row, open)
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! Reads `.env` when present, like the programs, so that beside a running ingress no option is
 //! needed.
-#![expect(clippy::print_stdout, reason = "a program for people: what was answered is its output")]
+#![expect(
+    clippy::print_stdout,
+    reason = "a program for people: what was answered is its output"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -45,13 +48,28 @@ struct Target {
     #[arg(long, global = true)]
     url: Option<String>,
     /// HTTP address of the ingress.
-    #[arg(long, global = true, env = "LITESTRIPE_LISTEN", default_value = "127.0.0.1:8080")]
+    #[arg(
+        long,
+        global = true,
+        env = "LITESTRIPE_LISTEN",
+        default_value = "127.0.0.1:8080"
+    )]
     listen: String,
     /// The UUID in the hook's path.
-    #[arg(long, global = true, env = "STRIPE_WEBHOOK_UUID", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "STRIPE_WEBHOOK_UUID",
+        hide_env_values = true
+    )]
     uuid: Option<String>,
     /// The signing secret, whsec_…; of several, comma-separated, the first is used.
-    #[arg(long, global = true, env = "STRIPE_WEBHOOK_SECRET", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "STRIPE_WEBHOOK_SECRET",
+        hide_env_values = true
+    )]
     secret: Option<String>,
 }
 
@@ -76,8 +94,14 @@ async fn run(arguments: Arguments) -> Result<bool, String> {
     let now = OffsetDateTime::now_utc();
     let messages = match arguments.what {
         What::Story => stripe::story(now).into_iter().map(Message::from).collect(),
-        What::Event { file: Some(file), event_type } => vec![read(&file, event_type, now)?],
-        What::Event { file: None, event_type } => {
+        What::Event {
+            file: Some(file),
+            event_type,
+        } => vec![read(&file, event_type, now)?],
+        What::Event {
+            file: None,
+            event_type,
+        } => {
             let event_type = event_type.ok_or("give a file or --type")?;
             vec![sample(&event_type, now.unix_timestamp()).into()]
         }
@@ -95,13 +119,19 @@ impl Target {
         if let Some(url) = &self.url {
             return Ok(url.clone());
         }
-        let uuid = self.uuid.as_ref().ok_or("set STRIPE_WEBHOOK_UUID, or give --uuid or --url")?;
+        let uuid = self
+            .uuid
+            .as_ref()
+            .ok_or("set STRIPE_WEBHOOK_UUID, or give --uuid or --url")?;
         Ok(format!("http://{}/ls/hook/{uuid}/", self.listen))
     }
 
     fn secret(&self) -> Result<&str, String> {
         let secrets = self.secret.as_deref().unwrap_or_default();
-        let first = secrets.split(',').map(str::trim).find(|secret| !secret.is_empty());
+        let first = secrets
+            .split(',')
+            .map(str::trim)
+            .find(|secret| !secret.is_empty());
         first.ok_or_else(|| "set STRIPE_WEBHOOK_SECRET or give --secret".to_owned())
     }
 }
@@ -114,22 +144,33 @@ struct Message {
 
 impl From<Event> for Message {
     fn from(event: Event) -> Self {
-        Self { body: event.body(), event }
+        Self {
+            body: event.body(),
+            event,
+        }
     }
 }
 
 fn read(file: &Path, event_type: Option<String>, now: OffsetDateTime) -> Result<Message, String> {
     let cannot = |problem: String| format!("cannot send {}: {problem}", file.display());
     let body = std::fs::read(file).map_err(|problem| cannot(problem.to_string()))?;
-    let mut value: Value = serde_json::from_slice(&body).map_err(|problem| cannot(problem.to_string()))?;
+    let mut value: Value =
+        serde_json::from_slice(&body).map_err(|problem| cannot(problem.to_string()))?;
     match (value["object"] == "event", event_type) {
-        (true, None) => Ok(Message { event: Event { value }, body: body.into() }),
+        (true, None) => Ok(Message {
+            event: Event { value },
+            body: body.into(),
+        }),
         (true, Some(event_type)) => {
             value["type"] = event_type.into();
             Ok(Event { value }.into())
         }
-        (false, Some(event_type)) => Ok(Event::new(&event_type, now.unix_timestamp(), value).into()),
-        (false, None) => Err(cannot("it holds no event; --type makes one of an object".to_owned())),
+        (false, Some(event_type)) => {
+            Ok(Event::new(&event_type, now.unix_timestamp(), value).into())
+        }
+        (false, None) => Err(cannot(
+            "it holds no event; --type makes one of an object".to_owned(),
+        )),
     }
 }
 
@@ -161,11 +202,21 @@ async fn send(
     let answer = Delivery::new(body, secret)
         .post(client, url)
         .await
-        .map_err(|problem| format!("no answer from the ingress: {}", chain(&problem.without_url())))?;
+        .map_err(|problem| {
+            format!(
+                "no answer from the ingress: {}",
+                chain(&problem.without_url())
+            )
+        })?;
     let status = answer.status();
     let text = answer.text().await.unwrap_or_default();
     let mark = if status == 200 { "ok " } else { "NO " };
-    println!("{mark} {} {:<38} {}", status.as_u16(), event.event_type(), event.summary());
+    println!(
+        "{mark} {} {:<38} {}",
+        status.as_u16(),
+        event.event_type(),
+        event.summary()
+    );
     if status != 200 {
         println!("         {}", text.trim());
     }

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use litestripe_entity::{orphaned_payment, signal_outbox, stripe_subscription};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
-    PaginatorTrait as _, QueryOrder as _, Statement, TransactionTrait as _,
+    ConnectOptions, ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend,
+    DbErr, EntityTrait as _, PaginatorTrait as _, QueryOrder as _, Statement,
+    TransactionTrait as _,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -45,7 +46,9 @@ impl Database {
     pub fn prepare(kind: DatabaseKind) -> Self {
         let place = match kind {
             DatabaseKind::Sqlite => {
-                let folder = tempfile::Builder::new().prefix("litestripe-sqlite-").tempdir();
+                let folder = tempfile::Builder::new()
+                    .prefix("litestripe-sqlite-")
+                    .tempdir();
                 Place::Sqlite(folder.expect("a temporary folder can be made"))
             }
             DatabaseKind::Postgres => {
@@ -53,13 +56,19 @@ impl Database {
                 Place::Postgres(server.unwrap_or_else(|problem| panic!("{problem}")))
             }
         };
-        Self { place, connection: OnceCell::new() }
+        Self {
+            place,
+            connection: OnceCell::new(),
+        }
     }
 
     /// What `DATABASE_URL` is set to.
     pub fn url(&self) -> String {
         match &self.place {
-            Place::Sqlite(folder) => format!("sqlite://{}?mode=rwc", folder.path().join("litestripe.db").display()),
+            Place::Sqlite(folder) => format!(
+                "sqlite://{}?mode=rwc",
+                folder.path().join("litestripe.db").display()
+            ),
             Place::Postgres(server) => server.url("postgres"),
         }
     }
@@ -108,7 +117,11 @@ impl Database {
     pub async fn connection(&self) -> Result<&DatabaseConnection, DbErr> {
         let connect = || async {
             let mut options = ConnectOptions::new(self.url());
-            options.max_connections(2).connect_lazy(true).acquire_timeout(Duration::from_secs(5)).sqlx_logging(false);
+            options
+                .max_connections(2)
+                .connect_lazy(true)
+                .acquire_timeout(Duration::from_secs(5))
+                .sqlx_logging(false);
             sea_orm::Database::connect(options).await
         };
         self.connection.get_or_try_init(connect).await
@@ -116,15 +129,23 @@ impl Database {
 
     pub(super) async fn rows(&self) -> Result<Vec<stripe_subscription::Model>, DbErr> {
         let by_key = stripe_subscription::Column::StripeSubscriptionId;
-        stripe_subscription::Entity::find().order_by_asc(by_key).all(self.connection().await?).await
+        stripe_subscription::Entity::find()
+            .order_by_asc(by_key)
+            .all(self.connection().await?)
+            .await
     }
 
     pub(super) async fn orphans(&self) -> Result<Vec<orphaned_payment::Model>, DbErr> {
-        orphaned_payment::Entity::find().order_by_asc(orphaned_payment::Column::Id).all(self.connection().await?).await
+        orphaned_payment::Entity::find()
+            .order_by_asc(orphaned_payment::Column::Id)
+            .all(self.connection().await?)
+            .await
     }
 
     pub(super) async fn outbox(&self) -> Result<u64, DbErr> {
-        signal_outbox::Entity::find().count(self.connection().await?).await
+        signal_outbox::Entity::find()
+            .count(self.connection().await?)
+            .await
     }
 
     /// Every column of every row of every table, a line each: `table.column: text`.
@@ -145,7 +166,8 @@ impl Database {
         let mut lines = Vec::new();
         for row in self.query(columns).await? {
             let (table, column): (String, String) = (row.try_get("", "t")?, row.try_get("", "c")?);
-            let texts = format!("SELECT CAST(\"{column}\" AS TEXT) AS v FROM \"{table}\" ORDER BY 1");
+            let texts =
+                format!("SELECT CAST(\"{column}\" AS TEXT) AS v FROM \"{table}\" ORDER BY 1");
             for row in self.query(&texts).await? {
                 let text: Option<String> = row.try_get("", "v")?;
                 lines.extend(text.map(|text| format!("{table}.{column}: {text}")));
@@ -160,7 +182,12 @@ impl Database {
     /// When the database is away or refuses the query.
     pub async fn query(&self, sql: &str) -> Result<Vec<sea_orm::QueryResult>, DbErr> {
         let connection = self.connection().await?;
-        connection.query_all_raw(Statement::from_string(connection.get_database_backend(), sql)).await
+        connection
+            .query_all_raw(Statement::from_string(
+                connection.get_database_backend(),
+                sql,
+            ))
+            .await
     }
 
     /// A transaction of another session that holds what `lock`, a statement, locks.
@@ -168,9 +195,17 @@ impl Database {
     /// # Panics
     /// When the database is away, or somebody else has it.
     pub async fn locked(&self, lock: &str) -> DatabaseTransaction {
-        let other = self.connection().await.expect("the database answers").begin().await;
+        let other = self
+            .connection()
+            .await
+            .expect("the database answers")
+            .begin()
+            .await;
         let other = other.expect("a transaction can be begun");
-        other.execute_unprepared(lock).await.expect("nobody else has it");
+        other
+            .execute_unprepared(lock)
+            .await
+            .expect("nobody else has it");
         other
     }
 
@@ -195,11 +230,15 @@ impl Database {
         }
         let busy = "SELECT pid FROM pg_stat_activity \
             WHERE application_name = 'litestripe-worker' AND xact_start IS NOT NULL";
-        eventually("workers to be idle", Duration::from_secs(30), async || match self.query(busy).await {
-            Ok(busy) if busy.is_empty() => Ok(()),
-            Ok(busy) => Err(format!("{} transactions", busy.len())),
-            Err(error) => Err(error.to_string()),
-        })
+        eventually(
+            "workers to be idle",
+            Duration::from_secs(30),
+            async || match self.query(busy).await {
+                Ok(busy) if busy.is_empty() => Ok(()),
+                Ok(busy) => Err(format!("{} transactions", busy.len())),
+                Err(error) => Err(error.to_string()),
+            },
+        )
         .await;
     }
 
@@ -208,13 +247,15 @@ impl Database {
     /// # Panics
     /// When there is none within half a minute.
     pub async fn until_a_worker_waits(&self) {
-        eventually("a worker to wait for a lock", Duration::from_secs(30), async || {
-            match self.waiting_workers().await {
+        eventually(
+            "a worker to wait for a lock",
+            Duration::from_secs(30),
+            async || match self.waiting_workers().await {
                 Ok(0) => Err("none does".to_owned()),
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.to_string()),
-            }
-        })
+            },
+        )
         .await;
     }
 }
@@ -222,7 +263,9 @@ impl Database {
 /// The statement that locks the row of a subscription.
 #[must_use]
 pub fn lock_of(subscription: &str) -> String {
-    format!("SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{subscription}' FOR UPDATE")
+    format!(
+        "SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{subscription}' FOR UPDATE"
+    )
 }
 
 /// The columns of a row that signals carry, as a signal writes them.

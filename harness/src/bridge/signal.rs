@@ -15,9 +15,18 @@ use super::{headers, shown};
 
 /// The schemas that are committed, by subject.
 const SCHEMAS: [(&str, &str); 3] = [
-    ("subscription.changed", include_str!("../../../docs/signals/subscription.changed.schema.json")),
-    ("orphan.created", include_str!("../../../docs/signals/orphan.created.schema.json")),
-    ("orphan.resolved", include_str!("../../../docs/signals/orphan.resolved.schema.json")),
+    (
+        "subscription.changed",
+        include_str!("../../../docs/signals/subscription.changed.schema.json"),
+    ),
+    (
+        "orphan.created",
+        include_str!("../../../docs/signals/orphan.created.schema.json"),
+    ),
+    (
+        "orphan.resolved",
+        include_str!("../../../docs/signals/orphan.resolved.schema.json"),
+    ),
 ];
 
 /// A signal as it stands in the stream.
@@ -38,7 +47,10 @@ impl Signal {
     /// When it is not as the documents say.
     pub(super) fn read(message: &Message) -> Self {
         let signal = Self {
-            sequence: message.info().expect("JetStream numbers its messages").stream_sequence,
+            sequence: message
+                .info()
+                .expect("JetStream numbers its messages")
+                .stream_sequence,
             subject: message.subject.to_string(),
             headers: headers(message),
             body: serde_json::from_slice(&message.payload).expect("a signal is JSON"),
@@ -54,28 +66,54 @@ impl Signal {
     /// When it has none, as orphans' signals.
     #[must_use]
     pub fn changed(&self) -> Vec<&str> {
-        let changed = self.body["changed"].as_array().expect("it tells what changed");
+        let changed = self.body["changed"]
+            .as_array()
+            .expect("it tells what changed");
         changed.iter().filter_map(Value::as_str).collect()
     }
 
     fn check_body(&self) {
         let schema = schema(&self.subject);
-        let problems: Vec<_> = schema.validator.iter_errors(&self.body).map(|error| error.to_string()).collect();
-        assert!(problems.is_empty(), "{}: {problems:?}\n{:#}", self.subject, self.body);
+        let problems: Vec<_> = schema
+            .validator
+            .iter_errors(&self.body)
+            .map(|error| error.to_string())
+            .collect();
+        assert!(
+            problems.is_empty(),
+            "{}: {problems:?}\n{:#}",
+            self.subject,
+            self.body
+        );
         // JSON Schema lets unknown fields pass; we document every field there is.
-        let fields: BTreeSet<_> = self.body.as_object().expect("it is an object").keys().cloned().collect();
-        assert_eq!(fields, schema.fields, "{}: other fields than documented", self.subject);
+        let fields: BTreeSet<_> = self
+            .body
+            .as_object()
+            .expect("it is an object")
+            .keys()
+            .cloned()
+            .collect();
+        assert_eq!(
+            fields, schema.fields,
+            "{}: other fields than documented",
+            self.subject
+        );
     }
 
     fn check_headers(&self) {
         let header = |name: &str| self.headers.get(name).map_or("", String::as_str);
-        let entity = self.text("stripe_subscription_id").filter(|_| self.subject == "subscription.changed");
+        let entity = self
+            .text("stripe_subscription_id")
+            .filter(|_| self.subject == "subscription.changed");
         assert_eq!(header("ce-specversion"), "1.0");
         assert_eq!(header("ce-source"), "litestripe");
         assert_eq!(header("ce-type"), format!("litestripe.v1.{}", self.subject));
         assert_eq!(header("ce-datacontenttype"), "application/json");
         assert_eq!(header("ce-id"), header("Nats-Msg-Id"));
-        assert_eq!(Some(header("ce-subject")), entity.or(self.text("orphan_id")));
+        assert_eq!(
+            Some(header("ce-subject")),
+            entity.or(self.text("orphan_id"))
+        );
         assert_eq!(self.body["event"]["created"], header("ce-time"));
     }
 
@@ -88,7 +126,8 @@ impl Signal {
 #[must_use]
 pub fn of_subscription<'a>(signals: &'a [Signal], id: &str) -> Vec<&'a Signal> {
     let is_its = |signal: &&Signal| {
-        signal.subject == "subscription.changed" && signal.text("stripe_subscription_id") == Some(id)
+        signal.subject == "subscription.changed"
+            && signal.text("stripe_subscription_id") == Some(id)
     };
     signals.iter().filter(is_its).collect()
 }
@@ -100,16 +139,25 @@ pub(super) fn check_chains(signals: &[Signal]) {
     let mut rows: BTreeMap<&str, &Signal> = BTreeMap::new();
     let mut orphans: BTreeMap<&str, &str> = BTreeMap::new();
     for signal in signals {
-        let id = signal.headers.get("Nats-Msg-Id").expect("a signal has an id");
+        let id = signal
+            .headers
+            .get("Nats-Msg-Id")
+            .expect("a signal has an id");
         assert!(ids.insert(id), "{id} is there twice");
         match signal.text("orphan_id") {
             Some(orphan) => {
-                let expected = if orphans.contains_key(orphan) { "orphan.resolved" } else { "orphan.created" };
+                let expected = if orphans.contains_key(orphan) {
+                    "orphan.resolved"
+                } else {
+                    "orphan.created"
+                };
                 assert_eq!(signal.subject, expected, "of {orphan}");
                 orphans.insert(orphan, &signal.subject);
             }
             None => {
-                let id = signal.text("stripe_subscription_id").expect("its schema demands it");
+                let id = signal
+                    .text("stripe_subscription_id")
+                    .expect("its schema demands it");
                 let before = rows.get(id).copied();
                 match before.filter(|before| before.body["revision"] == signal.body["revision"]) {
                     Some(before) => check_again(before, signal),
@@ -124,10 +172,17 @@ pub(super) fn check_chains(signals: &[Signal]) {
 /// Checks a row that is sent once more under its revision: the same row, and no change.
 fn check_again(before: &Signal, signal: &Signal) {
     for field in fields_of_rows() {
-        assert_eq!(signal.body[&field], before.body[&field], "`{field}` of a row that is sent again");
+        assert_eq!(
+            signal.body[&field], before.body[&field],
+            "`{field}` of a row that is sent again"
+        );
     }
     assert_eq!(signal.body["replayed"], true, "{:#}", signal.body);
-    assert!(signal.changed().is_empty() && signal.body["previous_revision"].is_null(), "{:#}", signal.body);
+    assert!(
+        signal.changed().is_empty() && signal.body["previous_revision"].is_null(),
+        "{:#}",
+        signal.body
+    );
 }
 
 fn check_step(before: Option<&Signal>, signal: &Signal) {
@@ -135,16 +190,33 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
     let before_body = before.map_or(&nothing, |before| &before.body);
     let body = &signal.body;
     let id = &body["stripe_subscription_id"];
-    assert_eq!(body["previous_revision"], before_body["revision"], "the revision before that of {id}");
-    assert!(body["revision"].as_i64() > before_body["revision"].as_i64(), "the revision of {id} grows");
+    assert_eq!(
+        body["previous_revision"], before_body["revision"],
+        "the revision before that of {id}"
+    );
+    assert!(
+        body["revision"].as_i64() > before_body["revision"].as_i64(),
+        "the revision of {id} grows"
+    );
     let differing: Map<String, Value> = fields_of_rows()
         .filter(|field| before_body[field] != body[field])
         .map(|field| (field.clone(), before_body[field].clone()))
         .collect();
     let changed: BTreeSet<_> = signal.changed().into_iter().collect();
-    assert_eq!(changed, differing.keys().map(String::as_str).collect(), "what changed of {id}");
-    assert_eq!(body["previous"], Value::Object(differing), "what it was before");
-    assert!(before.is_none() || !changed.is_empty(), "{id} is signalled without a change");
+    assert_eq!(
+        changed,
+        differing.keys().map(String::as_str).collect(),
+        "what changed of {id}"
+    );
+    assert_eq!(
+        body["previous"],
+        Value::Object(differing),
+        "what it was before"
+    );
+    assert!(
+        before.is_none() || !changed.is_empty(),
+        "{id} is signalled without a change"
+    );
     let access = match body["status"].as_str() {
         Some("trialing" | "active") => "granted",
         Some("past_due") => "grace",
@@ -157,15 +229,28 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
 /// signal is of a row that is not there.
 pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]) {
     let mut last: BTreeMap<&str, &Signal> = BTreeMap::new();
-    for signal in signals.iter().filter(|signal| signal.subject == "subscription.changed") {
-        last.insert(signal.text("stripe_subscription_id").expect("its schema demands it"), signal);
+    for signal in signals
+        .iter()
+        .filter(|signal| signal.subject == "subscription.changed")
+    {
+        last.insert(
+            signal
+                .text("stripe_subscription_id")
+                .expect("its schema demands it"),
+            signal,
+        );
     }
     for row in rows {
         let id = row.stripe_subscription_id.as_str();
-        let signal = last.remove(id).unwrap_or_else(|| panic!("{id} has a row and no signal"));
+        let signal = last
+            .remove(id)
+            .unwrap_or_else(|| panic!("{id} has a row and no signal"));
         let row = shown(row);
         for field in row.as_object().expect("it is made as one").keys() {
-            assert_eq!(row[field], signal.body[field], "`{field}` of the row {id} and its last signal");
+            assert_eq!(
+                row[field], signal.body[field],
+                "`{field}` of the row {id} and its last signal"
+            );
         }
     }
     assert!(last.is_empty(), "signals of no row: {:?}", last.keys());
@@ -173,8 +258,13 @@ pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]
 
 /// The fields that a row's columns become.
 fn fields_of_rows() -> impl Iterator<Item = String> {
-    let Value::Object(fields) = no_row() else { unreachable!("it is written as an object below") };
-    fields.into_iter().map(|(field, _)| field).filter(|field| field != "revision")
+    let Value::Object(fields) = no_row() else {
+        unreachable!("it is written as an object below")
+    };
+    fields
+        .into_iter()
+        .map(|(field, _)| field)
+        .filter(|field| field != "revision")
 }
 
 /// What stands for a row that is not there, as the first signal's `previous` tells it.
@@ -210,13 +300,29 @@ struct Schema {
 /// The schema of a subject's signals, with formats (`date-time`) checked.
 fn schema(subject: &str) -> &'static Schema {
     static ALL: OnceLock<BTreeMap<&str, Schema>> = OnceLock::new();
-    let all = ALL.get_or_init(|| SCHEMAS.into_iter().map(|(subject, text)| (subject, compile(text))).collect());
-    all.get(subject).unwrap_or_else(|| panic!("{subject} is not documented"))
+    let all = ALL.get_or_init(|| {
+        SCHEMAS
+            .into_iter()
+            .map(|(subject, text)| (subject, compile(text)))
+            .collect()
+    });
+    all.get(subject)
+        .unwrap_or_else(|| panic!("{subject} is not documented"))
 }
 
 fn compile(text: &str) -> Schema {
     let schema: Value = serde_json::from_str(text).expect("the documents are JSON");
-    let validator = jsonschema::options().should_validate_formats(true).build(&schema);
-    let fields = schema["properties"].as_object().expect("a signal has properties").keys().cloned().collect();
-    Schema { validator: validator.expect("the documents are JSON Schemas"), fields }
+    let validator = jsonschema::options()
+        .should_validate_formats(true)
+        .build(&schema);
+    let fields = schema["properties"]
+        .as_object()
+        .expect("a signal has properties")
+        .keys()
+        .cloned()
+        .collect();
+    Schema {
+        validator: validator.expect("the documents are JSON Schemas"),
+        fields,
+    }
 }

@@ -53,7 +53,10 @@ impl Trouble {
     /// This HTTP status, such as 429.
     #[must_use]
     pub fn status(status: u16) -> Self {
-        Self { status, headers: Vec::new() }
+        Self {
+            status,
+            headers: Vec::new(),
+        }
     }
 
     /// The same with a header, such as `Retry-After`.
@@ -108,12 +111,18 @@ impl Api {
     }
 
     async fn start_with(date: bool) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
         let shared = Arc::<Shared>::default();
         let mut server = JoinSet::new();
         server.spawn(serve(listener, Arc::clone(&shared), date));
-        Self { url: format!("http://{address}"), shared, _server: server }
+        Self {
+            url: format!("http://{address}"),
+            shared,
+            _server: server,
+        }
     }
 
     /// What `STRIPE_API_BASE` is set to.
@@ -151,13 +160,21 @@ impl Api {
     /// Holds back the answers to requests whose path contains `path`.
     pub fn hold(&self, path: &'static str) -> Hold {
         self.shared.state().held.push(path);
-        Hold { path, shared: Arc::clone(&self.shared) }
+        Hold {
+            path,
+            shared: Arc::clone(&self.shared),
+        }
     }
 
     /// What it was asked so far whose path contains `path`.
     pub fn requests(&self, path: &str) -> Vec<Request> {
         let state = self.shared.state();
-        state.requests.iter().filter(|request| request.path.contains(path)).cloned().collect()
+        state
+            .requests
+            .iter()
+            .filter(|request| request.path.contains(path))
+            .cloned()
+            .collect()
     }
 }
 
@@ -182,16 +199,27 @@ impl Shared {
         let mut released = self.released.subscribe();
         let path = request.uri().to_string();
         let headers = request.headers().iter();
-        let headers = headers.map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into()));
+        let headers = headers.map(|(name, value)| {
+            (
+                name.to_string(),
+                String::from_utf8_lossy(value.as_bytes()).into(),
+            )
+        });
         let headers: BTreeMap<String, String> = headers.collect();
         let authorized = headers.get("authorization") == Some(&format!("Bearer {API_KEY}"));
-        let record = Request { at: Instant::now(), path: path.clone(), headers };
+        let record = Request {
+            at: Instant::now(),
+            path: path.clone(),
+            headers,
+        };
         let answer = {
             let mut state = self.state();
             state.requests.push(record);
             match state.take_trouble(&path) {
                 Some(trouble) => response(&trouble, &json!({ "error": { "type": "api_error" } })),
-                None if request.method() != Method::GET => response(&Trouble::status(405), &Value::Null),
+                None if request.method() != Method::GET => {
+                    response(&Trouble::status(405), &Value::Null)
+                }
                 None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),
                 None => state.look_up(&path),
             }
@@ -206,7 +234,10 @@ impl Shared {
 
 impl State {
     fn take_trouble(&mut self, path: &str) -> Option<Trouble> {
-        let index = self.troubles.iter().position(|(wanted, _)| path.contains(wanted))?;
+        let index = self
+            .troubles
+            .iter()
+            .position(|(wanted, _)| path.contains(wanted))?;
         Some(self.troubles.remove(index).1)
     }
 
@@ -218,22 +249,31 @@ impl State {
             "/v1/events" => page(self.events(&query), url.path(), &query),
             "/v1/checkout/sessions" => page(self.checkout_sessions(&query), url.path(), &query),
             path => {
-                let subscription = path.strip_prefix("/v1/subscriptions/").map(|id| self.subscriptions.get(id));
-                let customer = || path.strip_prefix("/v1/customers/").map(|id| self.customers.get(id));
+                let subscription = path
+                    .strip_prefix("/v1/subscriptions/")
+                    .map(|id| self.subscriptions.get(id));
+                let customer = || {
+                    path.strip_prefix("/v1/customers/")
+                        .map(|id| self.customers.get(id))
+                };
                 subscription.or_else(customer).flatten().cloned()
             }
         };
         match found {
             Some(object) => response(&Trouble::status(200), &object),
-            None => {
-                response(&Trouble::status(404), &json!({ "error": { "code": "resource_missing", "message": "none" } }))
-            }
+            None => response(
+                &Trouble::status(404),
+                &json!({ "error": { "code": "resource_missing", "message": "none" } }),
+            ),
         }
     }
 
     fn checkout_sessions(&self, query: &[(String, String)]) -> Vec<&Value> {
         let wanted = one(query, "subscription");
-        self.checkout_sessions.iter().filter(|session| session["subscription"].as_str() == wanted).collect()
+        self.checkout_sessions
+            .iter()
+            .filter(|session| session["subscription"].as_str() == wanted)
+            .collect()
     }
 
     /// Stripe: "List subscriptions": `status` all, ended, or one of them; without it all but canceled.
@@ -245,19 +285,28 @@ impl State {
             Some("ended") => matches!(status, "canceled" | "incomplete_expired"),
             Some(wanted) => status == wanted,
         };
-        let listed = self.subscriptions.values().filter(|object| object["test_clock"].is_null());
-        listed.filter(|object| object["status"].as_str().is_some_and(is_wanted)).collect()
+        let listed = self
+            .subscriptions
+            .values()
+            .filter(|object| object["test_clock"].is_null());
+        listed
+            .filter(|object| object["status"].as_str().is_some_and(is_wanted))
+            .collect()
     }
 
     /// Stripe: "List all events".
     fn events(&self, query: &[(String, String)]) -> Vec<&Value> {
         let types: Vec<&str> = all(query, "types[]").collect();
-        let since: i64 = one(query, "created[gte]").and_then(|since| since.parse().ok()).unwrap_or(0);
+        let since: i64 = one(query, "created[gte]")
+            .and_then(|since| since.parse().ok())
+            .unwrap_or(0);
         let delivered = one(query, "delivery_success").map(|text| text == "true");
         let wanted = self.events.iter().filter(|(event, was_delivered)| {
             let name = event["type"].as_str().unwrap_or_default();
             (types.is_empty() || types.contains(&name))
-                && event["created"].as_i64().is_some_and(|created| created >= since)
+                && event["created"]
+                    .as_i64()
+                    .is_some_and(|created| created >= since)
                 && delivered.is_none_or(|delivered| delivered == *was_delivered)
         });
         wanted.map(|(event, _)| event).collect()
@@ -265,7 +314,10 @@ impl State {
 }
 
 fn all<'a>(query: &'a [(String, String)], name: &str) -> impl Iterator<Item = &'a str> {
-    query.iter().filter(move |(given, _)| given == name).map(|(_, value)| value.as_str())
+    query
+        .iter()
+        .filter(move |(given, _)| given == name)
+        .map(|(_, value)| value.as_str())
 }
 
 fn one<'a>(query: &'a [(String, String)], name: &str) -> Option<&'a str> {
@@ -274,8 +326,15 @@ fn one<'a>(query: &'a [(String, String)], name: &str) -> Option<&'a str> {
 
 /// A page of a list, newest first. Nothing where `starting_after` names none of it. Stripe: "Pagination".
 fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Option<Value> {
-    objects.sort_by_key(|object| (std::cmp::Reverse(object["created"].as_i64()), object["id"].to_string()));
-    let limit = one(query, "limit").and_then(|limit| limit.parse().ok()).unwrap_or(10);
+    objects.sort_by_key(|object| {
+        (
+            std::cmp::Reverse(object["created"].as_i64()),
+            object["id"].to_string(),
+        )
+    });
+    let limit = one(query, "limit")
+        .and_then(|limit| limit.parse().ok())
+        .unwrap_or(10);
     let first = match one(query, "starting_after") {
         Some(after) => objects.iter().position(|object| object["id"] == after)? + 1,
         None => 0,
@@ -291,8 +350,15 @@ fn response(trouble: &Trouble, body: &Value) -> Response<Full<Bytes>> {
         .status(trouble.status)
         .header("Content-Type", "application/json")
         .header("Request-Id", "req_ofTheStub");
-    let response = trouble.headers.iter().fold(response, |response, (name, value)| response.header(*name, value));
-    response.body(Full::new(body.to_string().into())).expect("tests ask for headers that can be sent")
+    let response = trouble
+        .headers
+        .iter()
+        .fold(response, |response, (name, value)| {
+            response.header(*name, value)
+        });
+    response
+        .body(Full::new(body.to_string().into()))
+        .expect("tests ask for headers that can be sent")
 }
 
 async fn serve(listener: TcpListener, shared: Arc<Shared>, date: bool) {
@@ -305,11 +371,17 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, date: bool) {
         });
         connections.spawn(async move {
             // It fails when the worker is killed in the middle of a request.
-            let _ = http1::Builder::new().auto_date_header(date).serve_connection(TokioIo::new(stream), answer).await;
+            let _ = http1::Builder::new()
+                .auto_date_header(date)
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
         });
     }
 }
 
 fn text(object: &Value, field: &str) -> String {
-    object[field].as_str().expect("Stripe's objects have ids").to_owned()
+    object[field]
+        .as_str()
+        .expect("Stripe's objects have ids")
+        .to_owned()
 }

@@ -63,7 +63,11 @@ impl Event {
         let object = &self.value["data"]["object"];
         let text = |field: &str| object[field].as_str();
         // A Checkout Session's id has 66 characters, of which the first ones tell.
-        let mut summary = text("id").unwrap_or_default().chars().take(28).collect::<String>();
+        let mut summary = text("id")
+            .unwrap_or_default()
+            .chars()
+            .take(28)
+            .collect::<String>();
         let _ = write!(summary, " {}", text("status").unwrap_or_default());
         if let Some(paid) = text("payment_status") {
             let user = text("client_reference_id").unwrap_or("none");
@@ -92,7 +96,10 @@ impl Event {
     }
 
     fn text(&self, pointer: &str) -> &str {
-        self.value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+        self.value
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
     }
 }
 

@@ -92,7 +92,11 @@ impl Purchase {
     /// An event about the Checkout Session, with the fields of `changes` instead (whole values; null
     /// is a value).
     pub fn checkout_session_event(&self, event_type: &str, created: i64, changes: Value) -> Event {
-        Event::new(event_type, created, changed(self.checkout_session(), changes))
+        Event::new(
+            event_type,
+            created,
+            changed(self.checkout_session(), changes),
+        )
     }
 
     /// The fields that the subscription has while it is on trial.
@@ -110,7 +114,9 @@ impl Purchase {
 
 /// `object` with the members of `changes` in place of its own.
 pub(super) fn changed(mut object: Value, changes: Value) -> Value {
-    let Value::Object(changes) = changes else { return object };
+    let Value::Object(changes) = changes else {
+        return object;
+    };
     for (key, value) in changes {
         object[key.as_str()] = value;
     }

@@ -29,9 +29,13 @@ fn life(purchase: &Purchase) -> Vec<Event> {
     let asked = end - 10 * 86_400;
 
     let metadata = json!({ "plan": "team", "source": "pricing-page" });
-    let trial = changed(purchase.on_trial(), json!({ "metadata": { "workspace": "acme" } }));
-    let event =
-        |event_type: &str, at: i64, changes: &Value| purchase.subscription_event(event_type, at, changes.clone());
+    let trial = changed(
+        purchase.on_trial(),
+        json!({ "metadata": { "workspace": "acme" } }),
+    );
+    let event = |event_type: &str, at: i64, changes: &Value| {
+        purchase.subscription_event(event_type, at, changes.clone())
+    };
 
     let checkout = json!({
         "client_reference_id": "user_4711",
@@ -40,8 +44,14 @@ fn life(purchase: &Purchase) -> Vec<Event> {
         "payment_status": "no_payment_required",
         "metadata": metadata,
     });
-    let active = changed(trial.clone(), json!({ "status": "active", "items": purchase.items(trial_end, renewal) }));
-    let renewed = changed(active.clone(), json!({ "items": purchase.items(renewal, end) }));
+    let active = changed(
+        trial.clone(),
+        json!({ "status": "active", "items": purchase.items(trial_end, renewal) }),
+    );
+    let renewed = changed(
+        active.clone(),
+        json!({ "items": purchase.items(renewal, end) }),
+    );
     let canceling = changed(
         renewed.clone(),
         json!({
@@ -55,12 +65,19 @@ fn life(purchase: &Purchase) -> Vec<Event> {
             },
         }),
     );
-    let ended = changed(canceling.clone(), json!({ "status": "canceled", "ended_at": end }));
+    let ended = changed(
+        canceling.clone(),
+        json!({ "status": "canceled", "ended_at": end }),
+    );
 
     vec![
         purchase.checkout_session_event("checkout.session.completed", started, checkout),
         event("customer.subscription.created", started, &trial),
-        event("customer.subscription.trial_will_end", trial_end - 3 * 86_400, &trial),
+        event(
+            "customer.subscription.trial_will_end",
+            trial_end - 3 * 86_400,
+            &trial,
+        ),
         event(UPDATED, trial_end, &active).with_previous_attributes(json!({
             "items": { "data": purchase.items(started, trial_end)["data"] },
             "status": "trialing",

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use async_nats::jetstream::stream::State;
-use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
+use litestripe_contract::subject::{
+    DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER,
+};
 use litestripe_harness::bridge::{DatabaseKind, lock_of, of_subscription};
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Program;
@@ -21,27 +23,41 @@ use crate::rig::{DEADLINE, Rig, count_in_log};
 
 #[tokio::test]
 async fn full_stream_refuses_until_applied_events_have_made_room() {
-    let settings = [("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB"), ("LITESTRIPE_BATCH", "20")];
+    let settings = [
+        ("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB"),
+        ("LITESTRIPE_BATCH", "20"),
+    ];
     let mut rig = Rig::start(DatabaseKind::Postgres, 0, &settings).await;
     let accepted = fill(&rig).await;
     assert!(accepted > 100, "{accepted}");
     let full = events(&rig).await;
-    assert_eq!((full.first_sequence, full.messages), (1, accepted), "nothing was removed to make room");
+    assert_eq!(
+        (full.first_sequence, full.messages),
+        (1, accepted),
+        "nothing was removed to make room"
+    );
 
     rig.start_worker(0, &[]);
     accepts_again(&rig).await;
     let made = events(&rig).await;
     assert!(made.first_sequence > 1, "{made:?}");
-    rig.running(0).wait_for_log("purged the oldest", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("purged the oldest", DEADLINE)
+        .await;
 
     // With the database away nothing can be applied, and so nothing may be purged.
     rig.bridge.wait_until_applied().await;
     let applied = events(&rig).await.last_sequence;
     rig.bridge.database.kill().await;
     fill(&rig).await;
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     let kept = events(&rig).await;
-    assert!(kept.first_sequence <= applied + 1, "{kept:?}: only what was applied ({applied}) may go");
+    assert!(
+        kept.first_sequence <= applied + 1,
+        "{kept:?}: only what was applied ({applied}) may go"
+    );
     rig.bridge.database.resume().await;
     accepts_again(&rig).await;
     // Rows are compared with the merge of everything that was ever accepted.
@@ -62,10 +78,18 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
     let bytes = events(&rig).await.bytes;
     eventually("the worker to look after room", DEADLINE, async || {
         let page = rig.worker_metrics(0).await;
-        if page.contains(&format!("events_stream_bytes {bytes}\n")) { Ok(()) } else { Err(page) }
+        if page.contains(&format!("events_stream_bytes {bytes}\n")) {
+            Ok(())
+        } else {
+            Err(page)
+        }
     })
     .await;
-    assert_eq!(events(&rig).await.first_sequence, 1, "the replay is at the first event");
+    assert_eq!(
+        events(&rig).await.first_sequence,
+        1,
+        "the replay is at the first event"
+    );
 
     lock.rollback().await.expect("the transaction is open");
     assert!(replay.wait(DEADLINE).await.success(), "{}", replay.log());
@@ -78,7 +102,11 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
 async fn fill(rig: &Rig) -> u64 {
     let mut accepted = 0;
     loop {
-        match rig.ledger.deliver(&rig.client, &rig.hook(), &bought()).await {
+        match rig
+            .ledger
+            .deliver(&rig.client, &rig.hook(), &bought())
+            .await
+        {
             Answer::Accepted => accepted += 1,
             Answer::Refused(503) => return accepted,
             answer => panic!("{answer:?}"),
@@ -87,11 +115,19 @@ async fn fill(rig: &Rig) -> u64 {
 }
 
 async fn accepts_again(rig: &Rig) {
-    rig.ledger.deliver_until_accepted(&rig.client, &rig.hook(), &bought()).await;
+    rig.ledger
+        .deliver_until_accepted(&rig.client, &rig.hook(), &bought())
+        .await;
 }
 
 async fn events(rig: &Rig) -> State {
-    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    let stream = rig
+        .bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
     stream.cached_info().state.clone()
 }
 
@@ -101,13 +137,24 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
     let load = Load::start(&rig.ledger, &rig.hook(), 7);
     until_accepted(&rig, 200).await;
 
-    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
-    stream.delete_consumer(WORKER_CONSUMER).await.expect("a consumer can be deleted");
+    let stream = rig
+        .bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
+    stream
+        .delete_consumer(WORKER_CONSUMER)
+        .await
+        .expect("a consumer can be deleted");
 
     // Either makes it again. The other one finds it there, or makes it, too.
     eventually("a worker to consume again", DEADLINE, async || {
         let logs = [rig.running(0).log(), rig.running(1).log()];
-        let again = logs.iter().any(|log| log.matches("consuming STRIPE_EVENTS").count() == 2);
+        let again = logs
+            .iter()
+            .any(|log| log.matches("consuming STRIPE_EVENTS").count() == 2);
         if again { Ok(()) } else { Err(logs.concat()) }
     })
     .await;
@@ -116,7 +163,11 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
         let before = [applied(&rig, 0).await, applied(&rig, 1).await];
         eventually("both workers to apply events", DEADLINE, async || {
             let now = [applied(&rig, 0).await, applied(&rig, 1).await];
-            if now[0] > before[0] && now[1] > before[1] { Ok(()) } else { Err(format!("{before:?} to {now:?}")) }
+            if now[0] > before[0] && now[1] > before[1] {
+                Ok(())
+            } else {
+                Err(format!("{before:?} to {now:?}"))
+            }
         })
         .await;
     }
@@ -128,8 +179,12 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
 /// How many events a worker has applied since it started.
 async fn applied(rig: &Rig, index: usize) -> u64 {
     let metrics = rig.worker_metrics(index).await;
-    let count = metrics.lines().find_map(|line| line.strip_prefix("litestripe_worker_events_applied_total "));
-    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no count of events:\n{metrics}"))
+    let count = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("litestripe_worker_events_applied_total "));
+    count
+        .and_then(|count| count.parse().ok())
+        .unwrap_or_else(|| panic!("no count of events:\n{metrics}"))
 }
 
 #[tokio::test]
@@ -140,7 +195,12 @@ async fn consumer_deleted_while_nobody_could_be_told_is_made_again() {
     while_workers_are_cut_off(&rig, WORKER_CONSUMER).await;
     rig.deliver_all(&[bought()]).await;
     check(&rig, Stream::Whole).await;
-    assert_eq!(count_in_log(rig.running(0), "connection to NATS lost"), 1, "{}", rig.running(0).log());
+    assert_eq!(
+        count_in_log(rig.running(0), "connection to NATS lost"),
+        1,
+        "{}",
+        rig.running(0).log()
+    );
 }
 
 #[tokio::test]
@@ -154,15 +214,28 @@ async fn broker_that_lost_its_store_is_given_streams_and_consumer_again() {
     rig.deliver_all(&[bought()]).await;
     rig.bridge.wait_until_applied().await;
     check_rows_are_merged(&rig).await;
-    assert_eq!(rig.bridge.signals().await.len(), 1, "the other was in the store that is lost");
+    assert_eq!(
+        rig.bridge.signals().await.len(),
+        1,
+        "the other was in the store that is lost"
+    );
 }
 
 #[tokio::test]
 async fn consumer_has_as_many_replicas_as_the_stream_whatever_the_setting_says_by_now() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.running(0).stop().await;
-    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
-    stream.delete_consumer(WORKER_CONSUMER).await.expect("a consumer can be deleted");
+    let stream = rig
+        .bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
+    stream
+        .delete_consumer(WORKER_CONSUMER)
+        .await
+        .expect("a consumer can be deleted");
     // A single server refuses a consumer with three.
     rig.start_worker(0, &[("LITESTRIPE_STREAM_REPLICAS", "3")]);
     rig.until_worker_is_ready(0).await;
@@ -172,22 +245,33 @@ async fn consumer_has_as_many_replicas_as_the_stream_whatever_the_setting_says_b
 async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchase = purchase();
-    rig.deliver_all(&[created(&purchase), bought(), bought()]).await;
+    rig.deliver_all(&[created(&purchase), bought(), bought()])
+        .await;
     rig.bridge.wait_until_applied().await;
     let (lock, replay) = held_up_replay(&rig, &purchase).await;
     while_workers_are_cut_off(&rig, "litestripe-replay").await;
     lock.rollback().await.expect("the transaction is open");
     let status = replay.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", replay.log());
-    assert!(replay.stdout().contains("replayed events 1 to 3"), "{}", replay.log());
+    assert!(
+        replay.stdout().contains("replayed events 1 to 3"),
+        "{}",
+        replay.log()
+    );
 }
 
 /// A replay that waits for somebody else's lock on the row that its first event changes.
 async fn held_up_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction, Program) {
     // As if the row had lost what its events said.
     let id = &purchase.subscription;
-    let empty = format!("UPDATE stripe_subscription SET merge_state = '{{}}' WHERE stripe_subscription_id = '{id}'");
-    rig.bridge.database.query(&empty).await.expect("it can be written");
+    let empty = format!(
+        "UPDATE stripe_subscription SET merge_state = '{{}}' WHERE stripe_subscription_id = '{id}'"
+    );
+    rig.bridge
+        .database
+        .query(&empty)
+        .await
+        .expect("it can be written");
     let lock = rig.bridge.database.locked(&lock_of(id)).await;
     let replay = rig.worker().args(["replay"]).start();
     rig.bridge.database.until_a_worker_waits().await;
@@ -196,17 +280,30 @@ async fn held_up_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction,
 
 /// Deletes a consumer while the workers have no connection.
 async fn while_workers_are_cut_off(rig: &Rig, consumer: &str) {
-    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    let stream = rig
+        .bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
     rig.worker_to_nats.set(Mode::Cut);
-    rig.running(0).wait_for_log("connection to NATS lost", DEADLINE).await;
-    stream.delete_consumer(consumer).await.expect("a consumer can be deleted");
+    rig.running(0)
+        .wait_for_log("connection to NATS lost", DEADLINE)
+        .await;
+    stream
+        .delete_consumer(consumer)
+        .await
+        .expect("a consumer can be deleted");
     rig.worker_to_nats.set(Mode::Pass);
 }
 
 async fn until_accepted(rig: &Rig, count: usize) {
-    eventually("deliveries", DEADLINE, async || match rig.ledger.figures() {
-        figures if figures.accepted >= count => Ok(()),
-        figures => Err(format!("{figures:?}")),
+    eventually("deliveries", DEADLINE, async || {
+        match rig.ledger.figures() {
+            figures if figures.accepted >= count => Ok(()),
+            figures => Err(format!("{figures:?}")),
+        }
     })
     .await;
 }
@@ -227,19 +324,30 @@ async fn streams_deleted(names: &[&str]) {
     rig.deliver_all(&[bought(), bought()]).await;
     check(&rig, Stream::Whole).await;
     for name in names {
-        rig.bridge.jetstream().await.delete_stream(name).await.expect("a stream can be deleted");
+        rig.bridge
+            .jetstream()
+            .await
+            .delete_stream(name)
+            .await
+            .expect("a stream can be deleted");
     }
 
     let purchase = purchase();
     let updated = json!({ "metadata": { "step": "2" } });
-    let updated = purchase.subscription_event("customer.subscription.updated", purchase.created + 2, updated);
+    let updated = purchase.subscription_event(
+        "customer.subscription.updated",
+        purchase.created + 2,
+        updated,
+    );
     rig.deliver_all(&[created(&purchase), updated]).await;
 
     rig.bridge.wait_until_applied().await;
     check_rows_are_merged(&rig).await;
     let signals = rig.bridge.signals().await;
     let signals = of_subscription(&signals, &purchase.subscription);
-    let last = signals.last().unwrap_or_else(|| panic!("no signal:\n{}", rig.running(0).log()));
+    let last = signals
+        .last()
+        .unwrap_or_else(|| panic!("no signal:\n{}", rig.running(0).log()));
     assert_eq!(last.body["subscription_metadata"], json!({ "step": "2" }));
     assert_eq!(signals[0].body["previous_revision"], json!(null));
 }
@@ -263,7 +371,10 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
     rig.bridge.broker.restart().await;
     rig.running(0).signal(Signal::Cont);
     rig.deliver_all(&[bought()]).await;
-    assert_eq!(rig.ledger.deliver(&rig.client, &hook, &large()).await, Answer::Refused(413));
+    assert_eq!(
+        rig.ledger.deliver(&rig.client, &hook, &large()).await,
+        Answer::Refused(413)
+    );
     check(&rig, Stream::Whole).await;
 
     configure(&rig, |config| config.replace("\nmax_payload: 64KB\n", ""));
@@ -274,7 +385,10 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
 
 #[tokio::test]
 async fn max_payload_raised_by_a_reload_is_noticed_when_something_was_too_large() {
-    let broker = nats::Options { config: "max_payload: 64KB".to_owned(), ..nats::Options::default() };
+    let broker = nats::Options {
+        config: "max_payload: 64KB".to_owned(),
+        ..nats::Options::default()
+    };
     let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
     rig.start_ingress(&[]);
     rig.start_worker(0, &[]);
@@ -282,17 +396,37 @@ async fn max_payload_raised_by_a_reload_is_noticed_when_something_was_too_large(
     rig.until_worker_is_ready(0).await;
     let mut large = bought();
     large.value["data"]["object"]["description"] = json!("x".repeat(100_000));
-    assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), &large).await, Answer::Refused(413));
+    assert_eq!(
+        rig.ledger.deliver(&rig.client, &rig.hook(), &large).await,
+        Answer::Refused(413)
+    );
     let insert = signals_to_insert(1, &"x".repeat(100_000), "large");
-    rig.bridge.database.query(&insert).await.expect("the table is there");
-    rig.running(0).wait_for_log("larger than the NATS server's max_payload", DEADLINE).await;
+    rig.bridge
+        .database
+        .query(&insert)
+        .await
+        .expect("the table is there");
+    rig.running(0)
+        .wait_for_log("larger than the NATS server's max_payload", DEADLINE)
+        .await;
 
-    configure(&rig, |config| config.replace("max_payload: 64KB", "max_payload: 1MB"));
-    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    configure(&rig, |config| {
+        config.replace("max_payload: 64KB", "max_payload: 1MB")
+    });
+    rig.bridge
+        .broker
+        .process()
+        .expect("it runs")
+        .signal(Signal::Hup);
     rig.deliver_all(&[large]).await;
     rig.bridge.wait_until_applied().await;
     for program in [rig.ingress(), rig.running(0)] {
-        assert_eq!(count_in_log(program, "connection to NATS lost"), 1, "{}", program.log());
+        assert_eq!(
+            count_in_log(program, "connection to NATS lost"),
+            1,
+            "{}",
+            program.log()
+        );
     }
 }
 
@@ -308,7 +442,10 @@ async fn postgres_signals_that_are_too_large_hold_up_their_own_subscriptions_onl
 
 async fn signals_too_large(database: DatabaseKind) {
     const WAITING: &str = "litestripe_worker_waiting{for=\"signals\"} 1";
-    let broker = nats::Options { config: "max_payload: 40KB".to_owned(), ..nats::Options::default() };
+    let broker = nats::Options {
+        config: "max_payload: 40KB".to_owned(),
+        ..nats::Options::default()
+    };
     let mut rig = Rig::servers(database, broker).await;
     rig.start_ingress(&[]);
     rig.start_worker(0, &[]);
@@ -317,28 +454,50 @@ async fn signals_too_large(database: DatabaseKind) {
     let body = "x".repeat(50_000);
     for (count, body, prefix) in [(1200, body.as_str(), "large"), (200, "small", "small")] {
         let insert = signals_to_insert(count, body, prefix);
-        rig.bridge.database.query(&insert).await.expect("the table is there");
+        rig.bridge
+            .database
+            .query(&insert)
+            .await
+            .expect("the table is there");
     }
-    rig.running(0).wait_for_log("larger than the NATS server's max_payload", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("larger than the NATS server's max_payload", DEADLINE)
+        .await;
     rig.deliver_all(&[bought()]).await;
     let sent = async || {
-        let stream = rig.bridge.jetstream().await.get_stream(SIGNALS_STREAM).await.expect("the worker made it");
+        let stream = rig
+            .bridge
+            .jetstream()
+            .await
+            .get_stream(SIGNALS_STREAM)
+            .await
+            .expect("the worker made it");
         stream.cached_info().state.messages
     };
-    eventually("the signal of another subscription", DEADLINE, async || match sent().await {
-        1 => Ok(()),
-        sent => Err(format!("{sent} sent")),
-    })
+    eventually(
+        "the signal of another subscription",
+        DEADLINE,
+        async || match sent().await {
+            1 => Ok(()),
+            sent => Err(format!("{sent} sent")),
+        },
+    )
     .await;
     assert!(rig.worker_metrics(0).await.contains(WAITING));
     assert_eq!(sent().await, 1, "what is behind a large one waits with it");
 
-    configure(&rig, |config| config.replace("max_payload: 40KB", "max_payload: 1MB"));
+    configure(&rig, |config| {
+        config.replace("max_payload: 40KB", "max_payload: 1MB")
+    });
     rig.bridge.broker.restart().await;
     rig.bridge.wait_until_applied().await;
     eventually("the metric to say so", DEADLINE, async || {
         let page = rig.worker_metrics(0).await;
-        if page.contains(WAITING) { Err(page) } else { Ok(()) }
+        if page.contains(WAITING) {
+            Err(page)
+        } else {
+            Ok(())
+        }
     })
     .await;
 }
@@ -354,19 +513,33 @@ fn signals_to_insert(count: usize, body: &str, prefix: &str) -> String {
 
 #[tokio::test]
 async fn wrong_password_at_the_start_is_named_and_waited_for() {
-    let broker = nats::Options { config: users("another-secret"), ..nats::Options::default() };
+    let broker = nats::Options {
+        config: users("another-secret"),
+        ..nats::Options::default()
+    };
     let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
     let wrong = "secret-of-the-tests";
-    rig.settings = [("NATS_USER", "litestripe"), ("NATS_PASSWORD", wrong)].map(|(a, b)| (a.into(), b.into())).to_vec();
+    rig.settings = [("NATS_USER", "litestripe"), ("NATS_PASSWORD", wrong)]
+        .map(|(a, b)| (a.into(), b.into()))
+        .to_vec();
     rig.start_ingress(&[]);
     rig.start_worker(0, &[]);
     for program in [rig.ingress(), rig.running(0)] {
         program.wait_for_log("waiting for NATS", DEADLINE).await;
-        assert_eq!(count_in_log(program, "authorization violation"), 1, "{}", program.log());
+        assert_eq!(
+            count_in_log(program, "authorization violation"),
+            1,
+            "{}",
+            program.log()
+        );
         assert_eq!(count_in_log(program, wrong), 0);
     }
     configure(&rig, |config| config.replace("another-secret", wrong));
-    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.bridge
+        .broker
+        .process()
+        .expect("it runs")
+        .signal(Signal::Hup);
     rig.until_ingress_is_ready().await;
     rig.until_worker_is_ready(0).await;
 }
@@ -382,7 +555,10 @@ fn users(password: &str) -> String {
 #[tokio::test]
 async fn revoked_authorization_is_waited_for_and_said() {
     let (good, other) = ("secret-of-the-tests", "another-secret");
-    let broker = nats::Options { config: users(good), ..nats::Options::default() };
+    let broker = nats::Options {
+        config: users(good),
+        ..nats::Options::default()
+    };
     let mut rig = Rig::servers(DatabaseKind::Sqlite, broker).await;
     for (name, value) in [("NATS_USER", "litestripe"), ("NATS_PASSWORD", good)] {
         rig.settings.push((name.to_owned(), value.to_owned()));
@@ -395,17 +571,32 @@ async fn revoked_authorization_is_waited_for_and_said() {
     rig.bridge.wait_until_applied().await;
 
     configure(&rig, |config| config.replace(good, other));
-    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.bridge
+        .broker
+        .process()
+        .expect("it runs")
+        .signal(Signal::Hup);
     for program in [rig.ingress(), rig.running(0)] {
-        program.wait_for_log("connection to NATS lost", DEADLINE).await;
+        program
+            .wait_for_log("connection to NATS lost", DEADLINE)
+            .await;
     }
-    assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), &bought()).await, Answer::Refused(503));
+    assert_eq!(
+        rig.ledger
+            .deliver(&rig.client, &rig.hook(), &bought())
+            .await,
+        Answer::Refused(503)
+    );
     // The reason is said, and the password is not.
     for program in [rig.ingress(), rig.running(0)] {
         eventually("the reason in the log", DEADLINE, async || {
             let log = program.log();
             let log_lower = log.to_lowercase();
-            if log_lower.contains("authorization") || log_lower.contains("authentication") { Ok(()) } else { Err(log) }
+            if log_lower.contains("authorization") || log_lower.contains("authentication") {
+                Ok(())
+            } else {
+                Err(log)
+            }
         })
         .await;
         assert_eq!(count_in_log(program, good), 0);
@@ -413,7 +604,11 @@ async fn revoked_authorization_is_waited_for_and_said() {
     }
 
     configure(&rig, |config| config.replace(other, good));
-    rig.bridge.broker.process().expect("it runs").signal(Signal::Hup);
+    rig.bridge
+        .broker
+        .process()
+        .expect("it runs")
+        .signal(Signal::Hup);
     rig.deliver_all(&[bought()]).await;
     check(&rig, Stream::Whole).await;
 }
@@ -428,7 +623,12 @@ async fn broker_host_that_is_gone_without_a_word_is_noticed() {
     }
     rig.deliver_all(&[bought(), bought()]).await;
     check(&rig, Stream::Whole).await;
-    assert_eq!(count_in_log(rig.running(0), "connection to NATS lost"), 1, "{}", rig.running(0).log());
+    assert_eq!(
+        count_in_log(rig.running(0), "connection to NATS lost"),
+        1,
+        "{}",
+        rig.running(0).log()
+    );
 }
 
 /// Changes the broker's configuration file, which it reads when it is started or told to.

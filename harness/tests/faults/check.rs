@@ -53,18 +53,31 @@ pub(crate) async fn check(rig: &Rig, stream: Stream) -> Found {
     let accepted = rig.ledger.accepted();
     check_stream(&stored, &accepted, stream);
 
-    let bodies = stored.iter().map(|stored| stored.body.clone()).chain(accepted.into_values());
+    let bodies = stored
+        .iter()
+        .map(|stored| stored.body.clone())
+        .chain(accepted.into_values());
     let rows = rig.bridge.rows().await;
     check_rows(&rows, &merged(bodies));
     let signals = rig.bridge.signals().await;
-    let found = Found { events: stored.len(), rows: rows.len(), ..check_signals(&signals, &rows) };
+    let found = Found {
+        events: stored.len(),
+        rows: rows.len(),
+        ..check_signals(&signals, &rows)
+    };
     check_orphans(rig, &signals).await;
-    Found { dead_letters: check_dead_letters(rig, &stored, stream).await, ..found }
+    Found {
+        dead_letters: check_dead_letters(rig, &stored, stream).await,
+        ..found
+    }
 }
 
 /// Checks that rows are the merge of what was accepted, whatever became of the streams.
 pub(crate) async fn check_rows_are_merged(rig: &Rig) {
-    check_rows(&rig.bridge.rows().await, &merged(rig.ledger.accepted().into_values()));
+    check_rows(
+        &rig.bridge.rows().await,
+        &merged(rig.ledger.accepted().into_values()),
+    );
 }
 
 /// An event as it stands in the stream.
@@ -80,11 +93,21 @@ struct Stored {
 const ASKED_AT_A_TIME: usize = 16;
 
 async fn stored(rig: &Rig) -> Vec<Stored> {
-    let stream = rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let stream = rig
+        .bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
     let state = &stream.cached_info().state;
     let sequences = state.first_sequence..=state.last_sequence;
     let messages = futures_util::stream::iter(sequences).map(|sequence| at(&stream, sequence));
-    messages.buffered(ASKED_AT_A_TIME).filter_map(async |message| message.map(read)).collect().await
+    messages
+        .buffered(ASKED_AT_A_TIME)
+        .filter_map(async |message| message.map(read))
+        .collect()
+        .await
 }
 
 /// The message at `sequence`, unless it was removed. Any replica answers a direct get; one that has
@@ -104,7 +127,9 @@ fn read(message: StreamMessage) -> Stored {
     let id = message.headers.get(header::MESSAGE_ID);
     Stored {
         sequence: message.sequence,
-        message_id: id.map(|id| id.as_str().to_owned()).expect("whoever publishes events gives them an id"),
+        message_id: id
+            .map(|id| id.as_str().to_owned())
+            .expect("whoever publishes events gives them an id"),
         at: message.time,
         body: message.payload,
     }
@@ -115,15 +140,28 @@ fn check_stream(stored: &[Stored], accepted: &BTreeMap<String, Bytes>, stream: S
     for stored in stored {
         by_id.entry(&stored.message_id).or_default().push(stored);
     }
-    let lost: Vec<_> = accepted.keys().filter(|id| !by_id.contains_key(id.as_str())).collect();
-    assert!(stream == Stream::Purged || lost.is_empty(), "{} accepted events are not stored: {lost:?}", lost.len());
+    let lost: Vec<_> = accepted
+        .keys()
+        .filter(|id| !by_id.contains_key(id.as_str()))
+        .collect();
+    assert!(
+        stream == Stream::Purged || lost.is_empty(),
+        "{} accepted events are not stored: {lost:?}",
+        lost.len()
+    );
     for (id, copies) in by_id {
         for pair in copies.windows(2) {
             let between = pair[1].at - pair[0].at;
-            assert!(between >= DUPLICATE_WINDOW, "{id} is stored twice within {between}");
+            assert!(
+                between >= DUPLICATE_WINDOW,
+                "{id} is stored twice within {between}"
+            );
         }
         if let Some(body) = accepted.get(id) {
-            assert!(copies.iter().all(|copy| copy.body == body), "{id} is stored with another body");
+            assert!(
+                copies.iter().all(|copy| copy.body == body),
+                "{id} is stored with another body"
+            );
         }
     }
 }
@@ -132,8 +170,12 @@ fn check_stream(stored: &[Stored], accepted: &BTreeMap<String, Bytes>, stream: S
 fn merged(bodies: impl Iterator<Item = Bytes>) -> BTreeMap<String, State> {
     let mut states: BTreeMap<String, State> = BTreeMap::new();
     for body in bodies {
-        let Ok(Some(event)) = event::decode(&body, &MetadataKeys::All) else { continue };
-        let Some(id) = event.stripe_subscription_id() else { continue };
+        let Ok(Some(event)) = event::decode(&body, &MetadataKeys::All) else {
+            continue;
+        };
+        let Some(id) = event.stripe_subscription_id() else {
+            continue;
+        };
         states.entry(id.to_owned()).or_default().merge(&event);
     }
     states
@@ -141,20 +183,37 @@ fn merged(bodies: impl Iterator<Item = Bytes>) -> BTreeMap<String, State> {
 
 fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, State>) {
     let ids: BTreeSet<_> = rows.iter().map(|row| &row.stripe_subscription_id).collect();
-    assert_eq!(ids, states.keys().collect(), "there is a row for every subscription that events tell of");
+    assert_eq!(
+        ids,
+        states.keys().collect(),
+        "there is a row for every subscription that events tell of"
+    );
     for row in rows {
         let id = &row.stripe_subscription_id;
         let state = &states[id];
         let stored: State = serde_json::from_str(&row.merge_state).expect("a merge state is JSON");
-        assert_eq!(&stored, state, "the merge state of {id} is not the merge of its events");
+        assert_eq!(
+            &stored, state,
+            "the merge state of {id} is not the merge of its events"
+        );
         let visible = state.visible();
         let expected = serde_json::to_value(&visible.subscription).expect("a row is JSON");
         let shown = shown(row);
         for (field, value) in expected.as_object().expect("a row is an object") {
-            assert_eq!(&shown[field], value, "`{field}` of {id} is not what its events make of it");
+            assert_eq!(
+                &shown[field], value,
+                "`{field}` of {id} is not what its events make of it"
+            );
         }
-        assert_eq!(row.checkout_session_id, visible.checkout_session_id, "of {id}");
-        assert_eq!(row.last_event_id, visible.last_event.map(|(id, _)| String::from(id)), "of {id}");
+        assert_eq!(
+            row.checkout_session_id, visible.checkout_session_id,
+            "of {id}"
+        );
+        assert_eq!(
+            row.last_event_id,
+            visible.last_event.map(|(id, _)| String::from(id)),
+            "of {id}"
+        );
     }
 }
 
@@ -167,7 +226,10 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
     for signal in signals {
         let message_id = signal.headers["Nats-Msg-Id"].as_str();
         if let Some(earlier) = first.get(message_id) {
-            assert_eq!(earlier.body, signal.body, "{message_id} was sent with two bodies");
+            assert_eq!(
+                earlier.body, signal.body,
+                "{message_id} was sent with two bodies"
+            );
             found.repeated_signals += 1;
             continue;
         }
@@ -175,17 +237,30 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
         found.signals += 1;
         let Some(id) = changed(signal) else { continue };
         let (revision, previous) = (&signal.body["revision"], &signal.body["previous_revision"]);
-        let before = last.get(id).map_or(&Value::Null, |before| &before.body["revision"]);
-        assert_eq!(previous, before, "the revision before {revision} of {id}: one was lost, doubled or overtaken");
-        assert!(revision.as_i64() > before.as_i64(), "the revision of {id} grows: {before}, {revision}");
+        let before = last
+            .get(id)
+            .map_or(&Value::Null, |before| &before.body["revision"]);
+        assert_eq!(
+            previous, before,
+            "the revision before {revision} of {id}: one was lost, doubled or overtaken"
+        );
+        assert!(
+            revision.as_i64() > before.as_i64(),
+            "the revision of {id} grows: {before}, {revision}"
+        );
         last.insert(id, signal);
     }
     for row in rows {
         let id = row.stripe_subscription_id.as_str();
-        let signal = last.remove(id).unwrap_or_else(|| panic!("{id} has a row and no signal"));
+        let signal = last
+            .remove(id)
+            .unwrap_or_else(|| panic!("{id} has a row and no signal"));
         let row = shown(row);
         for field in row.as_object().expect("it is made as one").keys() {
-            assert_eq!(row[field], signal.body[field], "`{field}` of the row {id} and its last signal");
+            assert_eq!(
+                row[field], signal.body[field],
+                "`{field}` of the row {id} and its last signal"
+            );
         }
     }
     assert!(last.is_empty(), "signals of no row: {:?}", last.keys());
@@ -194,7 +269,11 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
 
 /// The subscription of which a `subscription.changed` tells.
 fn changed(signal: &Signal) -> Option<&str> {
-    if signal.subject == "subscription.changed" { signal.body["stripe_subscription_id"].as_str() } else { None }
+    if signal.subject == "subscription.changed" {
+        signal.body["stripe_subscription_id"].as_str()
+    } else {
+        None
+    }
 }
 
 /// Checks that every orphan was signalled once, and nobody else as one.
@@ -202,7 +281,12 @@ async fn check_orphans(rig: &Rig, signals: &[Signal]) {
     let created: BTreeMap<_, _> = signals
         .iter()
         .filter(|signal| signal.subject == "orphan.created")
-        .map(|signal| (signal.headers["Nats-Msg-Id"].clone(), signal.body["orphan_id"].clone()))
+        .map(|signal| {
+            (
+                signal.headers["Nats-Msg-Id"].clone(),
+                signal.body["orphan_id"].clone(),
+            )
+        })
         .collect();
     let mut signalled: Vec<_> = created.values().filter_map(Value::as_str).collect();
     signalled.sort_unstable();
@@ -218,12 +302,18 @@ async fn check_dead_letters(rig: &Rig, stored: &[Stored], stream: Stream) -> usi
         .filter(|stored| event::decode(&stored.body, &MetadataKeys::All).is_err())
         .map(|stored| stored.sequence)
         .collect();
-    let sequence = |headers: &BTreeMap<String, String>| headers[header::STREAM_SEQUENCE].parse::<u64>();
+    let sequence =
+        |headers: &BTreeMap<String, String>| headers[header::STREAM_SEQUENCE].parse::<u64>();
     let letters = rig.bridge.dead_letters().await;
-    let letters: BTreeSet<u64> =
-        letters.iter().map(|letter| sequence(&letter.headers).expect("it is a number")).collect();
+    let letters: BTreeSet<u64> = letters
+        .iter()
+        .map(|letter| sequence(&letter.headers).expect("it is a number"))
+        .collect();
     if stream == Stream::Whole {
-        assert_eq!(letters, poison, "the stream sequences of dead letters, and of events that are poison");
+        assert_eq!(
+            letters, poison,
+            "the stream sequences of dead letters, and of events that are poison"
+        );
     }
     letters.len()
 }

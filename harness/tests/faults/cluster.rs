@@ -19,8 +19,14 @@ const CLUSTER_DEADLINE: Duration = Duration::from_secs(90);
 async fn cluster_loses_its_leader_and_then_a_node_with_its_disk_and_nothing_else() {
     let mut cluster = Cluster::start().await;
     let rig = &mut cluster.rig;
-    let settings = [("NATS_URL", cluster.urls.as_str()), ("LITESTRIPE_STREAM_REPLICAS", "3")];
-    rig.settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let settings = [
+        ("NATS_URL", cluster.urls.as_str()),
+        ("LITESTRIPE_STREAM_REPLICAS", "3"),
+    ];
+    rig.settings = settings
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
     rig.start_ingress(&[]);
     rig.until_ingress_is_ready().await;
     rig.make_consumer(NODES).await;
@@ -71,7 +77,11 @@ struct Cluster {
 impl Cluster {
     async fn start() -> Self {
         let routes: Vec<u16> = (0..NODES).map(|_| port::free()).collect();
-        let all = routes.iter().map(|port| format!("nats-route://127.0.0.1:{port}")).collect::<Vec<_>>().join(", ");
+        let all = routes
+            .iter()
+            .map(|port| format!("nats-route://127.0.0.1:{port}"))
+            .collect::<Vec<_>>()
+            .join(", ");
         let options = |route: &u16| nats::Options {
             config: format!(
                 "cluster {{ name: litestripe-tests, listen: \"127.0.0.1:{route}\", routes: [{all}], pool_size: -1 }}"
@@ -83,7 +93,12 @@ impl Cluster {
             others.push(nats::Server::start_with(options(route)).await);
         }
         let rig = Rig::servers(DatabaseKind::Postgres, options(&routes[0])).await;
-        let urls = [&rig.bridge.broker].into_iter().chain(&others).map(nats::Server::url).collect::<Vec<_>>().join(",");
+        let urls = [&rig.bridge.broker]
+            .into_iter()
+            .chain(&others)
+            .map(nats::Server::url)
+            .collect::<Vec<_>>()
+            .join(",");
         Self { rig, others, urls }
     }
 
@@ -95,42 +110,81 @@ impl Cluster {
     }
 
     async fn info(&self) -> Info {
-        eventually("the stream to have a leader", CLUSTER_DEADLINE, async || {
-            let stream = self.rig.bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-            stream.map(|stream| stream.cached_info().clone()).map_err(|error| error.to_string())
-        })
+        eventually(
+            "the stream to have a leader",
+            CLUSTER_DEADLINE,
+            async || {
+                let stream = self
+                    .rig
+                    .bridge
+                    .jetstream()
+                    .await
+                    .get_stream(EVENTS_STREAM)
+                    .await;
+                stream
+                    .map(|stream| stream.cached_info().clone())
+                    .map_err(|error| error.to_string())
+            },
+        )
         .await
     }
 
     /// The node that leads the events stream.
     async fn leader(&self) -> usize {
-        let name = eventually("the stream to have a leader", CLUSTER_DEADLINE, async || {
-            let cluster = self.info().await.cluster;
-            cluster.and_then(|cluster| cluster.leader).ok_or_else(|| "none".to_owned())
-        })
+        let name = eventually(
+            "the stream to have a leader",
+            CLUSTER_DEADLINE,
+            async || {
+                let cluster = self.info().await.cluster;
+                cluster
+                    .and_then(|cluster| cluster.leader)
+                    .ok_or_else(|| "none".to_owned())
+            },
+        )
         .await;
-        let ports = [&self.rig.bridge.broker].into_iter().chain(&self.others).map(nats::Server::port);
+        let ports = [&self.rig.bridge.broker]
+            .into_iter()
+            .chain(&self.others)
+            .map(nats::Server::port);
         let mut names = ports.map(|port| format!("litestripe-{port}"));
-        names.position(|other| other == name).expect("the leader is one of them")
+        names
+            .position(|other| other == name)
+            .expect("the leader is one of them")
     }
 
     /// Waits until every node has all of the stream.
     async fn until_all_are_current(&self) {
-        eventually("every replica to be current", CLUSTER_DEADLINE, async || {
-            let cluster = self.info().await.cluster.ok_or("no cluster")?;
-            let current = cluster.replicas.iter().filter(|replica| replica.current && !replica.offline).count();
-            if cluster.leader.is_some() && current == NODES - 1 { Ok(()) } else { Err(format!("{cluster:?}")) }
-        })
+        eventually(
+            "every replica to be current",
+            CLUSTER_DEADLINE,
+            async || {
+                let cluster = self.info().await.cluster.ok_or("no cluster")?;
+                let current = cluster
+                    .replicas
+                    .iter()
+                    .filter(|replica| replica.current && !replica.offline)
+                    .count();
+                if cluster.leader.is_some() && current == NODES - 1 {
+                    Ok(())
+                } else {
+                    Err(format!("{cluster:?}"))
+                }
+            },
+        )
         .await;
     }
 
     /// Waits until the load goes on.
     async fn until_more_is_accepted(&self) {
         let before = self.rig.ledger.figures().accepted;
-        eventually("deliveries to be accepted again", DEADLINE, async || match self.rig.ledger.figures() {
-            figures if figures.accepted >= before + 150 => Ok(()),
-            figures => Err(format!("{before} before, now {figures:?}")),
-        })
+        eventually(
+            "deliveries to be accepted again",
+            DEADLINE,
+            async || match self.rig.ledger.figures() {
+                figures if figures.accepted >= before + 150 => Ok(()),
+                figures => Err(format!("{before} before, now {figures:?}")),
+            },
+        )
         .await;
     }
 }

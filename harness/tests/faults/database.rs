@@ -7,7 +7,9 @@ use litestripe_harness::bridge::{DatabaseKind, lock_of};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{Event, Purchase};
-use sea_orm::{ConnectionTrait as _, SqliteTransactionMode, TransactionOptions, TransactionTrait as _};
+use sea_orm::{
+    ConnectionTrait as _, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
+};
 use serde_json::json;
 use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt as _;
@@ -38,13 +40,27 @@ async fn set_read_only(rig: &Rig, read_only: bool) {
     let wanted = if read_only { "on" } else { "off" };
     let set = format!("ALTER SYSTEM SET default_transaction_read_only = {wanted}");
     for sql in [set.as_str(), "SELECT pg_reload_conf()"] {
-        rig.bridge.database.query(sql).await.expect("the server answers");
+        rig.bridge
+            .database
+            .query(sql)
+            .await
+            .expect("the server answers");
     }
     // Sessions see it when they next are idle.
     eventually("the setting to be seen", DEADLINE, async || {
-        let shown = rig.bridge.database.query("SHOW default_transaction_read_only").await;
-        let shown: Option<String> = shown.ok().and_then(|rows| rows.first()?.try_get_by_index(0).ok());
-        if shown.as_deref() == Some(wanted) { Ok(()) } else { Err(format!("{shown:?}")) }
+        let shown = rig
+            .bridge
+            .database
+            .query("SHOW default_transaction_read_only")
+            .await;
+        let shown: Option<String> = shown
+            .ok()
+            .and_then(|rows| rows.first()?.try_get_by_index(0).ok());
+        if shown.as_deref() == Some(wanted) {
+            Ok(())
+        } else {
+            Err(format!("{shown:?}"))
+        }
     })
     .await;
 }
@@ -53,21 +69,46 @@ async fn set_read_only(rig: &Rig, read_only: bool) {
 async fn exhausted_connection_slots_are_waited_for() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    let port = rig.bridge.database.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
+    let port = rig
+        .bridge
+        .database
+        .url()
+        .rsplit(':')
+        .next()
+        .and_then(|rest| rest.split('/').next()?.parse().ok());
     let hogs = tokio::spawn(hog(port.expect("a PostgreSQL URL names a port")));
     eventually("the slots to be taken", DEADLINE, async || {
         let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hog'";
-        let rows = rig.bridge.database.query(count).await.map_err(|error| error.to_string())?;
-        let count: i64 = rows[0].try_get_by_index(0).map_err(|error| error.to_string())?;
-        if count > 80 { Ok(()) } else { Err(format!("{count} of some 90")) }
+        let rows = rig
+            .bridge
+            .database
+            .query(count)
+            .await
+            .map_err(|error| error.to_string())?;
+        let count: i64 = rows[0]
+            .try_get_by_index(0)
+            .map_err(|error| error.to_string())?;
+        if count > 80 {
+            Ok(())
+        } else {
+            Err(format!("{count} of some 90"))
+        }
     })
     .await;
     // Whatever slot is freed, a hog has it before the worker.
     let kick = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'litestripe-worker'";
-    rig.bridge.database.query(kick).await.expect("the server answers");
+    rig.bridge
+        .database
+        .query(kick)
+        .await
+        .expect("the server answers");
     rig.deliver_all(&update(&purchases, 3)).await;
     waits(&rig).await;
-    rig.bridge.database.query(kick).await.expect("the server answers");
+    rig.bridge
+        .database
+        .query(kick)
+        .await
+        .expect("the server answers");
 
     hogs.abort();
     goes_on(&rig).await;
@@ -96,14 +137,23 @@ async fn hog(port: u16) {
 fn startup() -> Vec<u8> {
     let pairs = b"user\0postgres\0database\0postgres\0application_name\0hog\0\0";
     let length = u32::try_from(8 + pairs.len()).expect("it is short");
-    [&length.to_be_bytes()[..], &0x0003_0000_u32.to_be_bytes(), pairs].concat()
+    [
+        &length.to_be_bytes()[..],
+        &0x0003_0000_u32.to_be_bytes(),
+        pairs,
+    ]
+    .concat()
 }
 
 #[tokio::test]
 async fn row_locked_by_another_session_is_waited_for() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    let lock = rig.bridge.database.locked(&lock_of(&purchases[0].subscription)).await;
+    let lock = rig
+        .bridge
+        .database
+        .locked(&lock_of(&purchases[0].subscription))
+        .await;
     rig.deliver_all(&update(&purchases, 3)).await;
     waits(&rig).await;
     lock.rollback().await.expect("the transaction is open");
@@ -115,7 +165,11 @@ async fn sqlite_locked_by_another_process_is_waited_for() {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     // SQLite has one writer: this one, whatever it writes.
-    let other = rig.bridge.database.locked("UPDATE stripe_subscription SET version = version").await;
+    let other = rig
+        .bridge
+        .database
+        .locked("UPDATE stripe_subscription SET version = version")
+        .await;
     rig.deliver_all(&update(&purchases, 3)).await;
     waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
@@ -127,9 +181,15 @@ async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
     // A new file has to become a WAL one, which takes a lock that no busy timeout waits for: of
     // several workers that start at once, all but one may find it taken.
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    let other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
+    let other = rig
+        .bridge
+        .database
+        .locked("CREATE TABLE other (id INTEGER)")
+        .await;
     rig.start_worker(0, &[]);
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     other.rollback().await.expect("the transaction is open");
     rig.until_worker_is_ready(0).await;
     start_with(&rig, 3).await;
@@ -139,12 +199,24 @@ async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
 #[tokio::test]
 async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    let exclusive =
-        TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Exclusive), ..Default::default() };
-    let database = rig.bridge.database.connection().await.expect("the file can be made");
-    let other = database.begin_with_options(exclusive).await.expect("nobody else has it");
+    let exclusive = TransactionOptions {
+        sqlite_transaction_mode: Some(SqliteTransactionMode::Exclusive),
+        ..Default::default()
+    };
+    let database = rig
+        .bridge
+        .database
+        .connection()
+        .await
+        .expect("the file can be made");
+    let other = database
+        .begin_with_options(exclusive)
+        .await
+        .expect("nobody else has it");
     rig.start_worker(0, &[]);
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     other.rollback().await.expect("the transaction is open");
     rig.until_worker_is_ready(0).await;
 }
@@ -152,10 +224,20 @@ async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
 #[tokio::test]
 async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_for() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    rig.bridge.database.query("PRAGMA journal_mode = WAL").await.expect("the file can be made");
-    let other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
+    rig.bridge
+        .database
+        .query("PRAGMA journal_mode = WAL")
+        .await
+        .expect("the file can be made");
+    let other = rig
+        .bridge
+        .database
+        .locked("CREATE TABLE other (id INTEGER)")
+        .await;
     rig.start_worker(0, &[]);
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     other.rollback().await.expect("the transaction is open");
     rig.until_worker_is_ready(0).await;
 }
@@ -163,9 +245,15 @@ async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_
 #[tokio::test]
 async fn worker_that_waits_for_a_locked_sqlite_at_its_start_stops_when_told() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    let _other = rig.bridge.database.locked("CREATE TABLE other (id INTEGER)").await;
+    let _other = rig
+        .bridge
+        .database
+        .locked("CREATE TABLE other (id INTEGER)")
+        .await;
     rig.start_worker(0, &[]);
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     let status = rig.running(0).stop().await;
     assert!(status.success(), "{status}: {}", rig.running(0).log());
 }
@@ -175,7 +263,9 @@ async fn database_that_is_read_only_while_a_worker_migrates_is_waited_for() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[]).await;
     set_read_only(&rig, true).await;
     rig.start_worker(0, &[]);
-    rig.running(0).wait_for_log("waiting for the database", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     set_read_only(&rig, false).await;
     rig.until_worker_is_ready(0).await;
 }
@@ -197,14 +287,24 @@ async fn deadlock_with_another_session_is_waited_out() {
     let mut purchases = start_with(&rig, 2).await;
     purchases.sort_by(|a, b| a.subscription.cmp(&b.subscription));
     // The worker takes rows in the order of their keys; the other session has the second already.
-    let other = rig.bridge.database.locked(&lock_of(&purchases[1].subscription)).await;
-    other.execute_unprepared("SET LOCAL deadlock_timeout = '10min'").await.expect("the tests' user may");
+    let other = rig
+        .bridge
+        .database
+        .locked(&lock_of(&purchases[1].subscription))
+        .await;
+    other
+        .execute_unprepared("SET LOCAL deadlock_timeout = '10min'")
+        .await
+        .expect("the tests' user may");
     rig.running(0).signal(Signal::Stop);
     rig.deliver_all(&update(&purchases, 3)).await;
     rig.running(0).signal(Signal::Cont);
     rig.bridge.database.until_a_worker_waits().await;
     // Whose statement goes is the server's choice: the worker's, because it looks first.
-    other.execute_unprepared(&lock_of(&purchases[0].subscription)).await.expect("the worker's statement was ended");
+    other
+        .execute_unprepared(&lock_of(&purchases[0].subscription))
+        .await
+        .expect("the worker's statement was ended");
     waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
     goes_on(&rig).await;
@@ -214,8 +314,15 @@ async fn deadlock_with_another_session_is_waited_out() {
 async fn serialization_failures_make_no_dead_letters() {
     // Four workers whose transactions the server may not run side by side.
     let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[("LITESTRIPE_BATCH", "5")]).await;
-    for sql in ["ALTER SYSTEM SET default_transaction_isolation = 'serializable'", "SELECT pg_reload_conf()"] {
-        rig.bridge.database.query(sql).await.expect("the server answers");
+    for sql in [
+        "ALTER SYSTEM SET default_transaction_isolation = 'serializable'",
+        "SELECT pg_reload_conf()",
+    ] {
+        rig.bridge
+            .database
+            .query(sql)
+            .await
+            .expect("the server answers");
     }
     let now = OffsetDateTime::now_utc().unix_timestamp() - 600;
     let purchases: Vec<_> = (0..5).map(|_| Purchase::new(now)).collect();
@@ -230,19 +337,35 @@ async fn serialization_failures_make_no_dead_letters() {
     check(&rig, Stream::Whole).await;
     assert_eq!(rig.bridge.dead_letters().await.len(), 0);
     let refused = |worker: usize| count_in_log(rig.running(worker), "waiting for the database");
-    assert!((0..4).map(refused).sum::<usize>() > 0, "no transaction was refused: this test shows nothing");
+    assert!(
+        (0..4).map(refused).sum::<usize>() > 0,
+        "no transaction was refused: this test shows nothing"
+    );
 }
 
 #[tokio::test]
 async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_ever() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::Strand).await;
+    in_the_middle_of_a_statement(
+        &rig,
+        &purchases,
+        &lock_of(&purchases[0].subscription),
+        Mode::Strand,
+    )
+    .await;
     // It notices within its patience, connects anew and applies what it had begun.
     eventually("the worker to apply again", PATIENCE, async || {
         let rows = rig.bridge.rows().await;
-        let steps: Vec<_> = rows.iter().map(|row| row.subscription_metadata["step"].clone()).collect();
-        if steps.iter().all(|step| step == "12") { Ok(()) } else { Err(format!("{steps:?}\n{}", rig.running(0).log())) }
+        let steps: Vec<_> = rows
+            .iter()
+            .map(|row| row.subscription_metadata["step"].clone())
+            .collect();
+        if steps.iter().all(|step| step == "12") {
+            Ok(())
+        } else {
+            Err(format!("{steps:?}\n{}", rig.running(0).log()))
+        }
     })
     .await;
     check(&rig, Stream::Whole).await;
@@ -254,9 +377,17 @@ async fn database_host_that_is_gone_without_a_word_does_not_hold_up_signals_for_
     let purchases = start_with(&rig, 3).await;
     in_the_middle_of_a_statement(&rig, &purchases, "LOCK TABLE signal_shard", Mode::Strand).await;
     eventually("the worker to send signals again", PATIENCE, async || {
-        let waiting = rig.bridge.database.query("SELECT message_id FROM signal_outbox").await;
+        let waiting = rig
+            .bridge
+            .database
+            .query("SELECT message_id FROM signal_outbox")
+            .await;
         let waiting = waiting.map_err(|error| error.to_string())?.len();
-        if waiting == 0 { Ok(()) } else { Err(format!("{waiting} wait\n{}", rig.running(0).log())) }
+        if waiting == 0 {
+            Ok(())
+        } else {
+            Err(format!("{waiting} wait\n{}", rig.running(0).log()))
+        }
     })
     .await;
     check(&rig, Stream::Whole).await;
@@ -266,10 +397,19 @@ async fn database_host_that_is_gone_without_a_word_does_not_hold_up_signals_for_
 async fn stop_is_bounded_while_the_database_does_not_answer() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::HalfOpen).await;
+    in_the_middle_of_a_statement(
+        &rig,
+        &purchases,
+        &lock_of(&purchases[0].subscription),
+        Mode::HalfOpen,
+    )
+    .await;
     rig.running(0).signal(Signal::Term);
     rig.running(0).wait(Duration::from_secs(30)).await;
-    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(Mode::Pass);
+    rig.worker_to_database
+        .as_ref()
+        .expect("it is PostgreSQL")
+        .set(Mode::Pass);
     rig.start_worker(0, &[]);
     check(&rig, Stream::Whole).await;
 }
@@ -278,14 +418,29 @@ async fn stop_is_bounded_while_the_database_does_not_answer() {
 async fn second_signal_ends_a_worker_at_once() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, &lock_of(&purchases[0].subscription), Mode::HalfOpen).await;
+    in_the_middle_of_a_statement(
+        &rig,
+        &purchases,
+        &lock_of(&purchases[0].subscription),
+        Mode::HalfOpen,
+    )
+    .await;
     rig.running(0).signal(Signal::Term);
-    rig.running(0).wait_for_log("finishing what is in flight", DEADLINE).await;
+    rig.running(0)
+        .wait_for_log("finishing what is in flight", DEADLINE)
+        .await;
     let begun = Instant::now();
     rig.running(0).signal(Signal::Term);
     rig.running(0).wait(DEADLINE).await;
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
-    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(Mode::Pass);
+    assert!(
+        begun.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        begun.elapsed()
+    );
+    rig.worker_to_database
+        .as_ref()
+        .expect("it is PostgreSQL")
+        .set(Mode::Pass);
     rig.start_worker(0, &[]);
     check(&rig, Stream::Whole).await;
 }
@@ -297,7 +452,10 @@ async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &
     let lock = rig.bridge.database.locked(lock).await;
     rig.deliver_all(&update(purchases, 12)).await;
     rig.bridge.database.until_a_worker_waits().await;
-    rig.worker_to_database.as_ref().expect("it is PostgreSQL").set(mode);
+    rig.worker_to_database
+        .as_ref()
+        .expect("it is PostgreSQL")
+        .set(mode);
     lock.rollback().await.expect("the transaction is open");
 }
 
@@ -305,8 +463,11 @@ async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &
 async fn start_with(rig: &Rig, count: usize) -> Vec<Purchase> {
     let now = OffsetDateTime::now_utc().unix_timestamp() - 600;
     let purchases: Vec<_> = (0..count).map(|_| Purchase::new(now)).collect();
-    let created = |purchase: &Purchase| purchase.subscription_event("customer.subscription.created", now, json!({}));
-    rig.deliver_all(&purchases.iter().map(created).collect::<Vec<_>>()).await;
+    let created = |purchase: &Purchase| {
+        purchase.subscription_event("customer.subscription.created", now, json!({}))
+    };
+    rig.deliver_all(&purchases.iter().map(created).collect::<Vec<_>>())
+        .await;
     rig.bridge.wait_until_applied().await;
     purchases
 }
@@ -315,29 +476,54 @@ async fn start_with(rig: &Rig, count: usize) -> Vec<Purchase> {
 fn update(purchases: &[Purchase], count: i64) -> Vec<Event> {
     let event = |purchase: &Purchase, step: i64| {
         let changes = json!({ "metadata": { "step": step.to_string() } });
-        purchase.subscription_event("customer.subscription.updated", purchase.created + step, changes)
+        purchase.subscription_event(
+            "customer.subscription.updated",
+            purchase.created + step,
+            changes,
+        )
     };
-    (1..=count).flat_map(|step| purchases.iter().map(move |purchase| event(purchase, step))).collect()
+    (1..=count)
+        .flat_map(|step| purchases.iter().map(move |purchase| event(purchase, step)))
+        .collect()
 }
 
 /// The worker waits, and its page says so.
 async fn waits(rig: &Rig) {
     let worker = rig.running(0);
-    worker.wait_for_log("waiting for the database", DEADLINE).await;
+    worker
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     eventually("the metric to say so", DEADLINE, async || {
         let page = rig.worker_metrics(0).await;
-        if page.contains(WAITING) { Ok(()) } else { Err(page) }
+        if page.contains(WAITING) {
+            Ok(())
+        } else {
+            Err(page)
+        }
     })
     .await;
-    assert!(rig.bridge.unacknowledged().await > 0, "what was not applied was not acked");
+    assert!(
+        rig.bridge.unacknowledged().await > 0,
+        "what was not applied was not acked"
+    );
 }
 
 /// The worker goes on by itself, said it once, and blamed no event.
 async fn goes_on(rig: &Rig) {
     check(rig, Stream::Whole).await;
     let worker = rig.running(0);
-    assert_eq!(count_in_log(worker, "waiting for the database"), 1, "{}", worker.log());
-    assert_eq!(count_in_log(worker, "the database is back"), 1, "{}", worker.log());
+    assert_eq!(
+        count_in_log(worker, "waiting for the database"),
+        1,
+        "{}",
+        worker.log()
+    );
+    assert_eq!(
+        count_in_log(worker, "the database is back"),
+        1,
+        "{}",
+        worker.log()
+    );
     assert_eq!(count_in_log(worker, "ERROR"), 0, "{}", worker.log());
     assert_eq!(rig.bridge.dead_letters().await.len(), 0);
     assert!(rig.worker_metrics(0).await.contains(NOT_WAITING));

@@ -38,7 +38,10 @@ async fn dead_letters(database: DatabaseKind) {
         well.subscription_event(CREATED, now, json!({})),
     ];
     for event in &events {
-        assert_eq!(rig.ledger.deliver(&rig.client, &rig.hook(), event).await, Answer::Accepted);
+        assert_eq!(
+            rig.ledger.deliver(&rig.client, &rig.hook(), event).await,
+            Answer::Accepted
+        );
     }
     rig.bridge.wait_until_applied().await;
     assert_eq!(rig.bridge.rows().await.len(), 1, "poison holds up nobody");
@@ -46,7 +49,11 @@ async fn dead_letters(database: DatabaseKind) {
     let letters = listed(&rig).await;
     assert_eq!(letters.len(), 2, "{letters:?}");
     let letter = |field: &str| {
-        let letter = letters.iter().find(|letter| letter["reason"].as_str().is_some_and(|why| why.contains(field)));
+        let letter = letters.iter().find(|letter| {
+            letter["reason"]
+                .as_str()
+                .is_some_and(|why| why.contains(field))
+        });
         let letter = letter.unwrap_or_else(|| panic!("no reason names `{field}`: {letters:?}"));
         assert_eq!(letter["event_type"], CREATED);
         letter["sequence"].to_string()
@@ -58,7 +65,11 @@ async fn dead_letters(database: DatabaseKind) {
 
     let shown = run(&rig, &["show", &curable_letter, "--json"], &[]).await;
     let shown: Value = serde_json::from_str(&shown.stdout).expect("it is JSON");
-    assert_eq!((&shown["event_type"], &shown["body"]), (&json!(CREATED), &Value::Null), "no body unasked");
+    assert_eq!(
+        (&shown["event_type"], &shown["body"]),
+        (&json!(CREATED), &Value::Null),
+        "no body unasked"
+    );
     let body = run(&rig, &["show", &curable_letter, "--body", "--json"], &[]).await;
     assert!(body.stdout.contains(events[0].id()), "{body:?}");
 
@@ -69,25 +80,64 @@ async fn dead_letters(database: DatabaseKind) {
     assert_eq!(listed(&rig).await.len(), 2);
 
     // Mended for one of them: the metadata that nobody can store is not asked for any more.
-    let retried = run(&rig, &["retry", "--all", "--json"], &[("LITESTRIPE_METADATA_KEYS", "plan")]).await;
+    let retried = run(
+        &rig,
+        &["retry", "--all", "--json"],
+        &[("LITESTRIPE_METADATA_KEYS", "plan")],
+    )
+    .await;
     assert_eq!(retried.status.code(), Some(1), "{retried:?}");
     let report: Value = serde_json::from_str(&retried.stdout).expect("it is JSON");
     let applied = |letter: &Value| letter["applied"] == json!(true);
-    assert_eq!(report.as_array().map(|report| report.iter().filter(|letter| applied(letter)).count()), Some(1));
+    assert_eq!(
+        report
+            .as_array()
+            .map(|report| report.iter().filter(|letter| applied(letter)).count()),
+        Some(1)
+    );
     let left = listed(&rig).await;
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(left[0]["sequence"].to_string(), hopeless_letter);
 
     rig.bridge.wait_until_applied().await;
-    assert_eq!(rig.bridge.row(&curable.subscription).await.subscription_metadata, json!({ "plan": "team" }));
-    let again = run(&rig, &["retry", &curable_letter], &[("LITESTRIPE_METADATA_KEYS", "plan")]).await;
+    assert_eq!(
+        rig.bridge
+            .row(&curable.subscription)
+            .await
+            .subscription_metadata,
+        json!({ "plan": "team" })
+    );
+    let again = run(
+        &rig,
+        &["retry", &curable_letter],
+        &[("LITESTRIPE_METADATA_KEYS", "plan")],
+    )
+    .await;
     assert_eq!(again.status.code(), Some(1), "{again:?}");
-    assert!(again.stderr.contains("there is no dead letter"), "{again:?}");
+    assert!(
+        again.stderr.contains("there is no dead letter"),
+        "{again:?}"
+    );
     let signals = rig.bridge.signals().await;
-    assert_eq!(of_subscription(&signals, &curable.subscription).len(), 1, "it is applied once");
+    assert_eq!(
+        of_subscription(&signals, &curable.subscription).len(),
+        1,
+        "it is applied once"
+    );
 
-    assert!(run(&rig, &["drop", &hopeless_letter], &[]).await.status.success());
-    assert_eq!(run(&rig, &["drop", &hopeless_letter], &[]).await.status.code(), Some(1));
+    assert!(
+        run(&rig, &["drop", &hopeless_letter], &[])
+            .await
+            .status
+            .success()
+    );
+    assert_eq!(
+        run(&rig, &["drop", &hopeless_letter], &[])
+            .await
+            .status
+            .code(),
+        Some(1)
+    );
     assert_eq!(listed(&rig).await, Vec::<Value>::new());
     assert_eq!(rig.bridge.rows().await.len(), 2);
 }
@@ -96,22 +146,35 @@ async fn dead_letters(database: DatabaseKind) {
 async fn dead_letter_of_another_event_with_the_same_sequence_swallows_none() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let now = OffsetDateTime::now_utc().unix_timestamp() - 60;
-    let poison = Purchase::new(now).subscription_event(CREATED, now, json!({ "trial_end": i64::MAX }));
+    let poison =
+        Purchase::new(now).subscription_event(CREATED, now, json!({ "trial_end": i64::MAX }));
     rig.deliver_all(std::slice::from_ref(&poison)).await;
     // As if STRIPE_EVENTS had been made anew since: the first event of the old one was poison too.
     let jetstream = rig.bridge.jetstream().await;
     let letters = stream::dead_letters(1, Duration::ZERO);
-    let letters = jetstream::stream::Config { duplicate_window: Duration::from_secs(10), ..letters };
-    jetstream.create_stream(letters).await.expect("a stream can be made");
+    let letters = jetstream::stream::Config {
+        duplicate_window: Duration::from_secs(10),
+        ..letters
+    };
+    jetstream
+        .create_stream(letters)
+        .await
+        .expect("a stream can be made");
     let mut headers = HeaderMap::new();
     headers.insert(header::MESSAGE_ID, "dead:1");
-    let other = jetstream.publish_with_headers(format!("stripe.dead.{CREATED}"), headers, "{}".into()).await;
+    let other = jetstream
+        .publish_with_headers(format!("stripe.dead.{CREATED}"), headers, "{}".into())
+        .await;
     other.expect("it is sent").await.expect("it is stored");
 
     rig.start_worker(0, &[]);
     eventually("the event to be stored beside it", DEADLINE, async || {
         let letters = rig.bridge.dead_letters().await;
-        if letters.iter().any(|letter| letter.body == poison.body()) { Ok(()) } else { Err(rig.running(0).log()) }
+        if letters.iter().any(|letter| letter.body == poison.body()) {
+            Ok(())
+        } else {
+            Err(rig.running(0).log())
+        }
     })
     .await;
     rig.bridge.wait_until_applied().await;
@@ -123,10 +186,15 @@ async fn all_dead_letters_are_listed_however_many_there_are() {
     const COUNT: usize = 10_050;
     let rig = Rig::servers(DatabaseKind::Sqlite, nats::Options::default()).await;
     let jetstream = rig.bridge.jetstream().await;
-    jetstream.create_stream(stream::dead_letters(1, Duration::ZERO)).await.expect("a stream can be made");
+    jetstream
+        .create_stream(stream::dead_letters(1, Duration::ZERO))
+        .await
+        .expect("a stream can be made");
     for _ in 0..COUNT / 50 {
         let sent = (0..50).map(|_| async {
-            let sent = jetstream.publish(format!("stripe.dead.{CREATED}"), "{}".into()).await;
+            let sent = jetstream
+                .publish(format!("stripe.dead.{CREATED}"), "{}".into())
+                .await;
             sent.expect("it is sent").await.expect("it is stored")
         });
         join_all(sent).await;
@@ -141,6 +209,13 @@ async fn listed(rig: &Rig) -> Vec<Value> {
 }
 
 async fn run(rig: &Rig, arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
-    let launch = rig.worker().arg("dead-letters").args(arguments.iter().copied());
-    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value)).run(DEADLINE).await
+    let launch = rig
+        .worker()
+        .arg("dead-letters")
+        .args(arguments.iter().copied());
+    settings
+        .iter()
+        .fold(launch, |launch, (name, value)| launch.env(name, value))
+        .run(DEADLINE)
+        .await
 }

@@ -55,13 +55,22 @@ async fn kill_worker(database: DatabaseKind, point: &str) {
     for passes in ["1*off->1*return", "1*return"] {
         rig.start_worker(0, &[("FAILPOINTS", &format!("{point}={passes}"))]);
         let status = rig.running(0).wait(DEADLINE).await;
-        assert_eq!(status.signal(), ABORTED, "{status} at {point}:\n{}", rig.running(0).log());
+        assert_eq!(
+            status.signal(),
+            ABORTED,
+            "{status} at {point}:\n{}",
+            rig.running(0).log()
+        );
     }
     rig.start_worker(0, &[]);
     rig.deliver_all(&later).await;
 
     let found = check(&rig, Stream::Whole).await;
-    assert_eq!((found.rows, found.repeated_signals), (12, 0), "a signal sent again is dropped by its id");
+    assert_eq!(
+        (found.rows, found.repeated_signals),
+        (12, 0),
+        "a signal sent again is dropped by its id"
+    );
 }
 
 async fn kill_ingress(database: DatabaseKind, point: &str) {
@@ -79,7 +88,12 @@ async fn kill_ingress(database: DatabaseKind, point: &str) {
             }
         }
         let status = rig.ingress().wait(DEADLINE).await;
-        assert_eq!(status.signal(), ABORTED, "{status} at {point}:\n{}", rig.ingress().log());
+        assert_eq!(
+            status.signal(),
+            ABORTED,
+            "{status} at {point}:\n{}",
+            rig.ingress().log()
+        );
         assert!(unanswered > 0, "{point}");
         rig.start_ingress(&[]);
         rig.until_ingress_is_ready().await;
@@ -89,7 +103,11 @@ async fn kill_ingress(database: DatabaseKind, point: &str) {
     rig.deliver_all(&later).await;
 
     let found = check(&rig, Stream::Whole).await;
-    assert_eq!((found.events, found.rows), (events.len() + later.len(), 4), "each event is stored once");
+    assert_eq!(
+        (found.events, found.rows),
+        (events.len() + later.len(), 4),
+        "each event is stored once"
+    );
 }
 
 async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
@@ -101,9 +119,19 @@ async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
         rig.until_ingress_is_ready().await;
         let hook = rig.hook();
         // All at once, so that most of them stand in line.
-        join_all(events.iter().map(|event| rig.ledger.deliver(&rig.client, &hook, event))).await;
+        join_all(
+            events
+                .iter()
+                .map(|event| rig.ledger.deliver(&rig.client, &hook, event)),
+        )
+        .await;
         let status = rig.ingress().wait(DEADLINE).await;
-        assert_eq!(status.signal(), ABORTED, "{status} at {point}:\n{}", rig.ingress().log());
+        assert_eq!(
+            status.signal(),
+            ABORTED,
+            "{status} at {point}:\n{}",
+            rig.ingress().log()
+        );
         rig.start_ingress(&[]);
         rig.until_ingress_is_ready().await;
     }
@@ -111,17 +139,31 @@ async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
     rig.deliver_all(&later).await;
 
     let found = check(&rig, Stream::Whole).await;
-    assert_eq!((found.events, found.rows), (events.len() + later.len(), 30), "each event is stored once");
+    assert_eq!(
+        (found.events, found.rows),
+        (events.len() + later.len(), 30),
+        "each event is stored once"
+    );
 }
 
 #[tokio::test]
 async fn worker_whose_relay_panics_ends_with_a_failure_and_the_next_goes_on() {
-    worker_panics(DatabaseKind::Postgres, "worker::after_signal", "the relay panicked").await;
+    worker_panics(
+        DatabaseKind::Postgres,
+        "worker::after_signal",
+        "the relay panicked",
+    )
+    .await;
 }
 
 #[tokio::test]
 async fn worker_whose_sweep_panics_ends_with_a_failure_and_the_next_goes_on() {
-    worker_panics(DatabaseKind::Sqlite, "worker::before_question", "the questions panicked").await;
+    worker_panics(
+        DatabaseKind::Sqlite,
+        "worker::before_question",
+        "the questions panicked",
+    )
+    .await;
 }
 
 async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {
@@ -130,7 +172,12 @@ async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {
     rig.deliver_all(&events).await;
     rig.start_worker(0, &[("FAILPOINTS", &format!("{point}=panic"))]);
     rig.running(0).wait_for_log(said, DEADLINE).await;
-    assert_eq!(rig.running(0).wait(DEADLINE).await.code(), Some(1), "{}", rig.running(0).log());
+    assert_eq!(
+        rig.running(0).wait(DEADLINE).await.code(),
+        Some(1),
+        "{}",
+        rig.running(0).log()
+    );
     rig.start_worker(0, &[]);
     rig.deliver_all(&later).await;
     check(&rig, Stream::Whole).await;
@@ -141,8 +188,15 @@ async fn ingress_that_does_not_tend_its_connection_any_more_ends_with_a_failure(
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     assert!(rig.ingress().stop().await.success());
     rig.start_ingress(&[("FAILPOINTS", "ingress::tending=20*off->panic")]);
-    rig.ingress().wait_for_log("a part of ingress panicked", DEADLINE).await;
-    assert_eq!(rig.ingress().wait(DEADLINE).await.code(), Some(1), "{}", rig.ingress().log());
+    rig.ingress()
+        .wait_for_log("a part of ingress panicked", DEADLINE)
+        .await;
+    assert_eq!(
+        rig.ingress().wait(DEADLINE).await.code(),
+        Some(1),
+        "{}",
+        rig.ingress().log()
+    );
 }
 
 /// Events of that many subscriptions, in turns: all but the last of each, and the last.

@@ -48,12 +48,24 @@ pub(crate) struct Figures {
 
 impl Ledger {
     /// Delivers an event once, signed now, and notes the answer.
-    pub(crate) async fn deliver(&self, client: &reqwest::Client, hook: &str, event: &Event) -> Answer {
-        self.deliver_body(client, hook, event.id(), event.body()).await
+    pub(crate) async fn deliver(
+        &self,
+        client: &reqwest::Client,
+        hook: &str,
+        event: &Event,
+    ) -> Answer {
+        self.deliver_body(client, hook, event.id(), event.body())
+            .await
     }
 
     /// Delivers a body under the id of its event.
-    pub(crate) async fn deliver_body(&self, client: &reqwest::Client, hook: &str, id: &str, body: Bytes) -> Answer {
+    pub(crate) async fn deliver_body(
+        &self,
+        client: &reqwest::Client,
+        hook: &str,
+        id: &str,
+        body: Bytes,
+    ) -> Answer {
         let answer = match Delivery::new(body.clone(), SECRET).post(client, hook).await {
             Ok(answer) if answer.status() == 200 => Answer::Accepted,
             Ok(answer) => {
@@ -78,25 +90,41 @@ impl Ledger {
     }
 
     /// Delivers an event as Stripe does: again and again until it is accepted, here for a minute.
-    pub(crate) async fn deliver_until_accepted(&self, client: &reqwest::Client, hook: &str, event: &Event) {
+    pub(crate) async fn deliver_until_accepted(
+        &self,
+        client: &reqwest::Client,
+        hook: &str,
+        event: &Event,
+    ) {
         let end = Instant::now() + Duration::from_secs(60);
         loop {
             let answer = self.deliver(client, hook, event).await;
             if answer == Answer::Accepted {
                 return;
             }
-            assert!(Instant::now() < end, "{} was not accepted in a minute, at last: {answer:?}", event.summary());
+            assert!(
+                Instant::now() < end,
+                "{} was not accepted in a minute, at last: {answer:?}",
+                event.summary()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
     /// The bodies that were accepted, by the id of their event.
     pub(crate) fn accepted(&self) -> BTreeMap<String, Bytes> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).accepted.clone()
+        self.pages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .accepted
+            .clone()
     }
 
     /// How many deliveries were answered how.
     pub(crate) fn figures(&self) -> Figures {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).figures
+        self.pages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .figures
     }
 }

@@ -42,7 +42,12 @@ impl Load {
         let mut lanes = JoinSet::new();
         for lane in 0..LANES {
             let dice = Dice::new(seed.wrapping_mul(LANES).wrapping_add(lane));
-            lanes.spawn(deliver(Arc::clone(ledger), hook.to_owned(), dice, Arc::clone(&stop)));
+            lanes.spawn(deliver(
+                Arc::clone(ledger),
+                hook.to_owned(),
+                dice,
+                Arc::clone(&stop),
+            ));
         }
         Self { lanes, stop }
     }
@@ -87,7 +92,10 @@ async fn deliver(ledger: Arc<Ledger>, hook: String, mut dice: Dice, stop: Arc<At
 pub(crate) fn client() -> reqwest::Client {
     // It also installs the crypto provider.
     let _ = stripe::client();
-    reqwest::Client::builder().timeout(ANSWER_WITHIN).build().expect("a client without special settings can be made")
+    reqwest::Client::builder()
+        .timeout(ANSWER_WITHIN)
+        .build()
+        .expect("a client without special settings can be made")
 }
 
 /// A subscription's events, in the order in which they happen.
@@ -100,7 +108,11 @@ struct Life {
 impl Life {
     fn new() -> Self {
         let now = OffsetDateTime::now_utc().unix_timestamp() - 86_400;
-        Self { purchase: Purchase::new(now), step: 0, now }
+        Self {
+            purchase: Purchase::new(now),
+            step: 0,
+            now,
+        }
     }
 
     fn next(&mut self, dice: &mut Dice) -> Event {
@@ -110,13 +122,19 @@ impl Life {
         let purchase = &self.purchase;
         match self.step {
             1 => {
-                let user = dice.percent(80).then(|| format!("user_{}", dice.below(1000)));
+                let user = dice
+                    .percent(80)
+                    .then(|| format!("user_{}", dice.below(1000)));
                 let session = json!({ "client_reference_id": user });
                 purchase.checkout_session_event("checkout.session.completed", self.now, session)
             }
             2 => purchase.subscription_event("customer.subscription.created", self.now, json!({})),
             _ if dice.percent(1) => {
-                let mut event = purchase.subscription_event("customer.subscription.updated", self.now, json!({}));
+                let mut event = purchase.subscription_event(
+                    "customer.subscription.updated",
+                    self.now,
+                    json!({}),
+                );
                 event.value["data"]["object"]["trial_end"] = json!(i64::MAX);
                 event
             }
@@ -124,8 +142,13 @@ impl Life {
                 let (before, after) = (step - 1, step);
                 let step = |step: u64| json!({ "step": step.to_string() });
                 let changes = json!({ "metadata": step(after) });
-                let event = purchase.subscription_event("customer.subscription.updated", self.now, changes);
-                let before = if before == 2 { json!({ "step": null }) } else { step(before) };
+                let event =
+                    purchase.subscription_event("customer.subscription.updated", self.now, changes);
+                let before = if before == 2 {
+                    json!({ "step": null })
+                } else {
+                    step(before)
+                };
                 event.with_previous_attributes(json!({ "metadata": before }))
             }
         }

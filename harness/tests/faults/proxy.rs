@@ -50,7 +50,9 @@ impl Proxy {
     /// A proxy in front of that port of 127.0.0.1, which passes everything on.
     pub(crate) async fn start(target: u16) -> Self {
         let port = port::free();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.expect("the port is ours");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .await
+            .expect("the port is ours");
         let mode = watch::Sender::new(Mode::Pass);
         let task = tokio::spawn(accept(listener, target, mode.subscribe()));
         Self { port, mode, task }
@@ -99,7 +101,9 @@ async fn connection(mut client: TcpStream, target: u16, mode: watch::Receiver<Mo
         let _ = client.set_zero_linger();
         return;
     }
-    let Ok(mut server) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
+    let Ok(mut server) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else {
+        return;
+    };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let passed = AtomicUsize::new(0);
     let is_new = *mode.borrow() == Mode::Strand;
@@ -146,7 +150,9 @@ async fn pass(
             changed = mode.changed() => if changed.is_ok() { continue } else { return End::Reset },
             count = from.read(&mut chunk), if now != Mode::HalfOpen => count,
         };
-        let Ok(count @ 1..) = count else { return End::Closed };
+        let Ok(count @ 1..) = count else {
+            return End::Closed;
+        };
         let mut part = &chunk[..count];
         match now {
             Mode::DropReplies if is_reply => {

@@ -34,20 +34,38 @@ async fn sqlite_a_known_seed_loses_nothing() {
 /// One fresh seed, or the long form.
 #[tokio::test]
 async fn campaign_of_fresh_seeds_loses_nothing() {
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("it is a number"));
+    let number = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .map(|text| text.parse::<u64>().expect("it is a number"))
+    };
     let seconds = number("LITESTRIPE_FAULTS").map(Duration::from_secs);
     let seeds = match number("LITESTRIPE_SEED") {
         Some(seed) => vec![(seed, seconds.unwrap_or(SHORT))],
         None => {
-            let now = std::time::UNIX_EPOCH.elapsed().expect("it is after 1970").as_secs();
+            let now = std::time::UNIX_EPOCH
+                .elapsed()
+                .expect("it is after 1970")
+                .as_secs();
             let count = if seconds.is_some() { SEEDS } else { 1 };
-            (0..count).map(|n| (now + u64::from(n), seconds.map_or(SHORT, |seconds| seconds / SEEDS))).collect()
+            (0..count)
+                .map(|n| {
+                    (
+                        now + u64::from(n),
+                        seconds.map_or(SHORT, |seconds| seconds / SEEDS),
+                    )
+                })
+                .collect()
         }
     };
     let mut results = Vec::new();
     for (seed, duration) in seeds {
         // Both databases get their share, and a seed has always the same one.
-        let database = if seed % 2 == 0 { DatabaseKind::Postgres } else { DatabaseKind::Sqlite };
+        let database = if seed % 2 == 0 {
+            DatabaseKind::Postgres
+        } else {
+            DatabaseKind::Sqlite
+        };
         results.push(survive(database, seed, duration).await);
     }
     print_table(&results);
@@ -65,11 +83,17 @@ struct Outcome {
 
 /// Injects the faults of `seed` under load for `duration`, puts everything right, and checks.
 async fn survive(database: DatabaseKind, seed: u64, duration: Duration) -> Outcome {
-    eprintln!("seed {seed} on {database:?}: LITESTRIPE_SEED={seed} LITESTRIPE_FAULTS={}", duration.as_secs());
+    eprintln!(
+        "seed {seed} on {database:?}: LITESTRIPE_SEED={seed} LITESTRIPE_FAULTS={}",
+        duration.as_secs()
+    );
     let start = Instant::now();
     // Half of the seeds group what waits, whether it pays or not.
     let group_commit = if seed % 4 < 2 { "on" } else { "auto" };
-    let settings = [("LITESTRIPE_BATCH", "50"), ("LITESTRIPE_GROUP_COMMIT", group_commit)];
+    let settings = [
+        ("LITESTRIPE_BATCH", "50"),
+        ("LITESTRIPE_GROUP_COMMIT", group_commit),
+    ];
     let mut rig = Rig::start(database, WORKERS, &settings).await;
     let load = Load::start(&rig.ledger, &rig.hook(), seed);
     let mut dice = Dice::new(seed);
@@ -100,8 +124,18 @@ async fn survive(database: DatabaseKind, seed: u64, duration: Duration) -> Outco
     let found = check(&rig, Stream::Whole).await;
     assert_well(&rig);
     let deliveries = rig.ledger.figures();
-    assert!(deliveries.accepted > 20, "the load was too small to tell anything: {deliveries:?}");
-    let outcome = Outcome { seed, database, faults, deliveries, found, took: start.elapsed() };
+    assert!(
+        deliveries.accepted > 20,
+        "the load was too small to tell anything: {deliveries:?}"
+    );
+    let outcome = Outcome {
+        seed,
+        database,
+        faults,
+        deliveries,
+        found,
+        took: start.elapsed(),
+    };
     print_table(std::slice::from_ref(&outcome));
     outcome
 }
@@ -153,8 +187,16 @@ impl Step {
         let is_frozen = |fault: &Fault| matches!(fault, Fault::Freeze(Victim::Worker(_)));
         // For longer than the server waits for an ack: another worker gets what this one still has.
         let outlives_its_acks = faults.iter().any(is_frozen) && dice.percent(40);
-        let hold = if outlives_its_acks { dice.millis(3200, 4500) } else { dice.millis(20, 1200) };
-        Self { faults, hold, rest: dice.millis(50, 600) }
+        let hold = if outlives_its_acks {
+            dice.millis(3200, 4500)
+        } else {
+            dice.millis(20, 1200)
+        };
+        Self {
+            faults,
+            hold,
+            rest: dice.millis(50, 600),
+        }
     }
 }
 
@@ -169,7 +211,11 @@ impl Fault {
             3 => Self::Freeze(dice.one_of(&programs)),
             4 => Self::Restart(dice.one_of(&programs)),
             _ => {
-                let links = [Link::IngressToNats, Link::WorkerToNats, Link::WorkerToDatabase];
+                let links = [
+                    Link::IngressToNats,
+                    Link::WorkerToNats,
+                    Link::WorkerToDatabase,
+                ];
                 let link = dice.one_of(if has_server { &links } else { &links[..2] });
                 Self::Cut(link, roll_mode(dice))
             }
@@ -204,7 +250,11 @@ async fn inject(rig: &mut Rig, fault: Fault) {
         Fault::Kill(Victim::Database) => rig.bridge.database.kill().await,
         Fault::Restart(Victim::Broker) => rig.bridge.broker.stop().await,
         Fault::Freeze(Victim::Broker) => {
-            rig.bridge.broker.process().expect("it runs").signal(Signal::Stop);
+            rig.bridge
+                .broker
+                .process()
+                .expect("it runs")
+                .signal(Signal::Stop);
         }
         Fault::Kill(victim) => {
             program(rig, victim).kill().await;
@@ -222,9 +272,15 @@ fn mend_link(rig: &Rig, fault: Fault) {
 
 async fn mend_server(rig: &mut Rig, fault: Fault) {
     match fault {
-        Fault::Kill(Victim::Broker) | Fault::Restart(Victim::Broker) => rig.bridge.broker.resume().await,
+        Fault::Kill(Victim::Broker) | Fault::Restart(Victim::Broker) => {
+            rig.bridge.broker.resume().await
+        }
         Fault::Freeze(Victim::Broker) => {
-            rig.bridge.broker.process().expect("it runs").signal(Signal::Cont);
+            rig.bridge
+                .broker
+                .process()
+                .expect("it runs")
+                .signal(Signal::Cont);
         }
         Fault::Kill(Victim::Database) => rig.bridge.database.resume().await,
         _ => {}
@@ -233,13 +289,22 @@ async fn mend_server(rig: &mut Rig, fault: Fault) {
 
 async fn mend_program(rig: &mut Rig, fault: Fault) {
     match fault {
-        Fault::Freeze(victim @ (Victim::Ingress | Victim::Worker(_))) => program(rig, victim).signal(Signal::Cont),
+        Fault::Freeze(victim @ (Victim::Ingress | Victim::Worker(_))) => {
+            program(rig, victim).signal(Signal::Cont)
+        }
         Fault::Restart(victim @ (Victim::Ingress | Victim::Worker(_))) => {
             let begun = Instant::now();
             let status = program(rig, victim).wait(DEADLINE).await;
             let log = program(rig, victim).log();
-            assert!(status.success(), "{victim:?} did not end well: {status}:\n{log}");
-            assert!(begun.elapsed() < STOP_MAX, "{victim:?} took {:?} to end:\n{log}", begun.elapsed());
+            assert!(
+                status.success(),
+                "{victim:?} did not end well: {status}:\n{log}"
+            );
+            assert!(
+                begun.elapsed() < STOP_MAX,
+                "{victim:?} took {:?} to end:\n{log}",
+                begun.elapsed()
+            );
             start(rig, victim);
         }
         Fault::Kill(victim @ (Victim::Ingress | Victim::Worker(_))) => start(rig, victim),
@@ -259,7 +324,11 @@ fn start(rig: &mut Rig, victim: Victim) {
 fn assert_well(rig: &Rig) {
     for program in rig.ingress.iter().chain(rig.workers.iter().flatten()) {
         assert_eq!(count_in_log(program, "panicked"), 0, "{}", program.log());
-        assert!(program.is_running(), "it ended by itself:\n{}", program.log());
+        assert!(
+            program.is_running(),
+            "it ended by itself:\n{}",
+            program.log()
+        );
     }
 }
 
@@ -275,7 +344,10 @@ fn proxy(rig: &Rig, link: Link) -> &Proxy {
     match link {
         Link::IngressToNats => &rig.ingress_to_nats,
         Link::WorkerToNats => &rig.worker_to_nats,
-        Link::WorkerToDatabase => rig.worker_to_database.as_ref().expect("only PostgreSQL has such faults"),
+        Link::WorkerToDatabase => rig
+            .worker_to_database
+            .as_ref()
+            .expect("only PostgreSQL has such faults"),
     }
 }
 
@@ -298,7 +370,9 @@ fn print_table(outcomes: &[Outcome]) {
         "took",
     ]);
     for outcome in outcomes {
-        let Outcome { deliveries, found, .. } = outcome;
+        let Outcome {
+            deliveries, found, ..
+        } = outcome;
         table.add_row([
             outcome.seed.to_string(),
             format!("{:?}", outcome.database),
@@ -318,6 +392,12 @@ fn print_table(outcomes: &[Outcome]) {
         ]);
     }
     let sum = |figure: fn(&Outcome) -> usize| outcomes.iter().map(figure).sum::<usize>();
-    let (faults, accepted) = (sum(|outcome| outcome.faults), sum(|outcome| outcome.deliveries.accepted));
-    eprintln!("{table}\n{faults} faults over {} seeds, {accepted} deliveries accepted, none lost", outcomes.len());
+    let (faults, accepted) = (
+        sum(|outcome| outcome.faults),
+        sum(|outcome| outcome.deliveries.accepted),
+    );
+    eprintln!(
+        "{table}\n{faults} faults over {} seeds, {accepted} deliveries accepted, none lost",
+        outcomes.len()
+    );
 }

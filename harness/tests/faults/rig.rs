@@ -48,7 +48,8 @@ impl Rig {
     /// Broker and database, without programs.
     pub(crate) async fn servers(kind: DatabaseKind, broker: nats::Options) -> Self {
         let mut bridge = Bridge::prepare(Options::on(kind));
-        bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
+        bridge.broker =
+            nats::Server::prepare(broker).expect("a folder for nats-server can be made");
         bridge.broker.resume().await;
         bridge.database.resume().await;
         let worker_to_database = match kind {
@@ -75,7 +76,10 @@ impl Rig {
     /// within seconds.
     pub(crate) async fn start(kind: DatabaseKind, workers: usize, settings: Settings<'_>) -> Self {
         let mut rig = Self::servers(kind, nats::Options::default()).await;
-        rig.settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        rig.settings = settings
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
         rig.start_ingress(&[]);
         rig.until_ingress_is_ready().await;
         rig.make_consumer(1).await;
@@ -89,7 +93,13 @@ impl Rig {
     /// Makes the workers' consumer, with less patience than they would give it. They leave a consumer
     /// that exists as it is.
     pub(crate) async fn make_consumer(&self, replicas: usize) {
-        let stream = self.bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+        let stream = self
+            .bridge
+            .jetstream()
+            .await
+            .get_stream(EVENTS_STREAM)
+            .await
+            .expect("ingress made it");
         let config = pull::Config {
             durable_name: Some(WORKER_CONSUMER.to_owned()),
             ack_policy: AckPolicy::Explicit,
@@ -98,16 +108,25 @@ impl Rig {
             num_replicas: replicas,
             ..pull::Config::default()
         };
-        stream.create_consumer(config).await.expect("a consumer can be made");
+        stream
+            .create_consumer(config)
+            .await
+            .expect("a consumer can be made");
     }
 
     /// Starts ingress, again at the same address.
     pub(crate) fn start_ingress(&mut self, more: Settings<'_>) {
         let launch = Program::named("litestripe-ingress")
-            .env("NATS_URL", format!("nats://127.0.0.1:{}", self.ingress_to_nats.port()))
+            .env(
+                "NATS_URL",
+                format!("nats://127.0.0.1:{}", self.ingress_to_nats.port()),
+            )
             .env("STRIPE_WEBHOOK_UUID", HOOK)
             .env("STRIPE_WEBHOOK_SECRET", SECRET)
-            .env("LITESTRIPE_LISTEN", format!("127.0.0.1:{}", self.ingress_port));
+            .env(
+                "LITESTRIPE_LISTEN",
+                format!("127.0.0.1:{}", self.ingress_port),
+            );
         self.ingress = Some(self.with_settings(launch, more).start());
     }
 
@@ -126,11 +145,17 @@ impl Rig {
     pub(crate) fn worker(&self) -> Launch {
         let url = self.bridge.database.url();
         let url = match &self.worker_to_database {
-            Some(proxy) => url.replace(&format!(":{}/", database_port(&self.bridge)), &format!(":{}/", proxy.port())),
+            Some(proxy) => url.replace(
+                &format!(":{}/", database_port(&self.bridge)),
+                &format!(":{}/", proxy.port()),
+            ),
             None => url,
         };
         let launch = Program::named("litestripe-worker")
-            .env("NATS_URL", format!("nats://127.0.0.1:{}", self.worker_to_nats.port()))
+            .env(
+                "NATS_URL",
+                format!("nats://127.0.0.1:{}", self.worker_to_nats.port()),
+            )
             .env("DATABASE_URL", url)
             .env("LITESTRIPE_AUTO_MIGRATE", "true");
         self.with_settings(launch, &[])
@@ -154,7 +179,9 @@ impl Rig {
     pub(crate) async fn deliver_all(&self, events: &[stripe::Event]) {
         let hook = self.hook();
         for event in events {
-            self.ledger.deliver_until_accepted(&self.client, &hook, event).await;
+            self.ledger
+                .deliver_until_accepted(&self.client, &hook, event)
+                .await;
         }
     }
 
@@ -170,24 +197,37 @@ impl Rig {
 
     /// The worker's `/metrics`.
     pub(crate) async fn worker_metrics(&self, index: usize) -> String {
-        self.page(self.worker_ports[index], "/metrics").await.map(|(_, page)| page).unwrap_or_default()
+        self.page(self.worker_ports[index], "/metrics")
+            .await
+            .map(|(_, page)| page)
+            .unwrap_or_default()
     }
 
     async fn page(&self, port: u16, path: &str) -> Result<(u16, String), String> {
         let get = async {
-            let answer = self.client.get(format!("http://127.0.0.1:{port}{path}")).send().await?;
+            let answer = self
+                .client
+                .get(format!("http://127.0.0.1:{port}{path}"))
+                .send()
+                .await?;
             Ok((answer.status().as_u16(), answer.text().await?))
         };
         get.await.map_err(|error: reqwest::Error| error.to_string())
     }
 
     fn with_settings(&self, launch: Launch, more: Settings<'_>) -> Launch {
-        let launch = self.settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value));
+        let launch = self
+            .settings
+            .iter()
+            .fold(launch, |launch, (name, value)| launch.env(name, value));
         with(launch, more)
     }
 }
 
-async fn until_ready<F: Future<Output = Result<(u16, String), String>>>(program: &Program, page: impl Fn() -> F) {
+async fn until_ready<F: Future<Output = Result<(u16, String), String>>>(
+    program: &Program,
+    page: impl Fn() -> F,
+) {
     eventually("a program to be ready", DEADLINE, async || {
         assert!(program.is_running(), "it ended:\n{}", program.log());
         match page().await? {
@@ -199,16 +239,25 @@ async fn until_ready<F: Future<Output = Result<(u16, String), String>>>(program:
 }
 
 fn with(launch: Launch, settings: Settings<'_>) -> Launch {
-    settings.iter().fold(launch, |launch, (name, value)| launch.env(name, value))
+    settings
+        .iter()
+        .fold(launch, |launch, (name, value)| launch.env(name, value))
 }
 
 fn database_port(bridge: &Bridge) -> u16 {
     let url = bridge.database.url();
-    let port = url.rsplit_once(':').and_then(|(_, rest)| rest.split('/').next());
-    port.and_then(|port| port.parse().ok()).expect("a PostgreSQL URL of ours names a port")
+    let port = url
+        .rsplit_once(':')
+        .and_then(|(_, rest)| rest.split('/').next());
+    port.and_then(|port| port.parse().ok())
+        .expect("a PostgreSQL URL of ours names a port")
 }
 
 /// How many lines of a program's log contain `text`.
 pub(crate) fn count_in_log(program: &Program, text: &str) -> usize {
-    program.log().lines().filter(|line| line.contains(text)).count()
+    program
+        .log()
+        .lines()
+        .filter(|line| line.contains(text))
+        .count()
 }

@@ -32,13 +32,21 @@ async fn two_workers_on_one_sqlite_end_where_one_does() {
 async fn any_order_leads_to_one_table(database: DatabaseKind, workers: usize) {
     let mut random = Random::start();
     let start = now() - 600 * 86_400;
-    let histories: Vec<_> = (0..SUBSCRIPTIONS).map(|_| history::tell(&mut random, start, EVENTS)).collect();
+    let histories: Vec<_> = (0..SUBSCRIPTIONS)
+        .map(|_| history::tell(&mut random, start, EVENTS))
+        .collect();
     let once = in_order(database, &histories).await;
 
     // Small batches, so that the events of a subscription are with many workers at a time.
-    let options = Options::on(database).workers(workers).worker("LITESTRIPE_BATCH", "20");
+    let options = Options::on(database)
+        .workers(workers)
+        .worker("LITESTRIPE_BATCH", "20");
     let bridge = Bridge::start(options).await;
-    let mut messages: Vec<_> = histories.iter().flat_map(|history| &history.events).map(message).collect();
+    let mut messages: Vec<_> = histories
+        .iter()
+        .flat_map(|history| &history.events)
+        .map(message)
+        .collect();
     for repetition in 0..messages.len() / 4 {
         let (event_type, body, id) = random.pick(&messages[..SUBSCRIPTIONS * EVENTS]);
         messages.push((event_type, body, format!("{id}:{repetition}")));
@@ -54,7 +62,11 @@ async fn any_order_leads_to_one_table(database: DatabaseKind, workers: usize) {
 
     // Everything once more, over the live table.
     forget_what_was_delivered(&bridge).await;
-    assert_eq!(bridge.check().await.len(), signals.len(), "nothing is signalled");
+    assert_eq!(
+        bridge.check().await.len(),
+        signals.len(),
+        "nothing is signalled"
+    );
     assert!(bridge.rows().await == rows, "not even a version grew");
     assert!(bridge.orphans().await == orphans);
 }
@@ -68,21 +80,35 @@ struct Once {
 async fn in_order(database: DatabaseKind, histories: &[History]) -> Once {
     let bridge = Bridge::start(Options::on(database)).await;
     // As they happened: over all subscriptions, second by second.
-    let mut events: Vec<_> = histories.iter().flat_map(|history| &history.events).collect();
+    let mut events: Vec<_> = histories
+        .iter()
+        .flat_map(|history| &history.events)
+        .collect();
     events.sort_by_key(|event| event.created());
-    bridge.publish_all(events.into_iter().map(message).collect()).await;
+    bridge
+        .publish_all(events.into_iter().map(message).collect())
+        .await;
     bridge.check().await;
-    Once { rows: bridge.rows().await, open_orphans: open_orphans(&bridge).await }
+    Once {
+        rows: bridge.rows().await,
+        open_orphans: open_orphans(&bridge).await,
+    }
 }
 
 pub(crate) fn message(event: &Event) -> (String, Bytes, String) {
-    (event.event_type().to_owned(), event.compact_body(), event.id().to_owned())
+    (
+        event.event_type().to_owned(),
+        event.compact_body(),
+        event.id().to_owned(),
+    )
 }
 
 /// Row by row, so that a difference can be read.
 fn check_same(rows: &[stripe_subscription::Model], once: &[stripe_subscription::Model]) {
     assert_eq!((rows.len(), once.len()), (SUBSCRIPTIONS, SUBSCRIPTIONS));
-    let pairs = lasting(rows.to_vec()).into_iter().zip(lasting(once.to_vec()));
+    let pairs = lasting(rows.to_vec())
+        .into_iter()
+        .zip(lasting(once.to_vec()));
     for (row, once) in pairs {
         assert_eq!(row, once);
     }
@@ -92,7 +118,9 @@ fn check_same(rows: &[stripe_subscription::Model], once: &[stripe_subscription::
 fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
     let mut uncertain = 0;
     for history in histories {
-        let row = rows.iter().find(|row| row.stripe_subscription_id == history.subscription);
+        let row = rows
+            .iter()
+            .find(|row| row.stripe_subscription_id == history.subscription);
         let row = row.expect("every subscription has a row");
         if row.uncertain {
             uncertain += 1;
@@ -112,7 +140,10 @@ fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
         });
         assert_eq!(told, expected, "{}", history.subscription);
     }
-    assert!(uncertain < SUBSCRIPTIONS / 4, "{uncertain} rows are uncertain");
+    assert!(
+        uncertain < SUBSCRIPTIONS / 4,
+        "{uncertain} rows are uncertain"
+    );
 }
 
 /// Which orphan is resolved, and whether there was one before its user came, depends on the order.
@@ -134,17 +165,24 @@ async fn what_is_alike_is_kept_apart(database: DatabaseKind) {
     purchases[3].customer = Purchase::new(created).customer;
     let mut events = Vec::new();
     for (index, purchase) in purchases.iter().enumerate() {
-        let user = json!({ "client_reference_id": "user_1", "metadata": { "number": index.to_string() } });
+        let user =
+            json!({ "client_reference_id": "user_1", "metadata": { "number": index.to_string() } });
         let metadata = json!({ "metadata": { "number": index.to_string() } });
         let before = json!({ "metadata": { "number": null } });
         let mut own = vec![
             purchase.subscription_event(CREATED, purchase.created, json!({ "metadata": {} })),
             purchase.checkout_session_event(COMPLETED, purchase.created, user),
-            purchase.subscription_event(UPDATED, purchase.created, metadata).with_previous_attributes(before),
+            purchase
+                .subscription_event(UPDATED, purchase.created, metadata)
+                .with_previous_attributes(before),
         ];
         if index == 0 {
             let ended = json!({ "status": "canceled", "ended_at": created + MONTH, "metadata": { "number": "0" } });
-            own.push(purchase.subscription_event("customer.subscription.deleted", created + MONTH, ended));
+            own.push(purchase.subscription_event(
+                "customer.subscription.deleted",
+                created + MONTH,
+                ended,
+            ));
         }
         for event in &mut own {
             event.value["livemode"] = (index == 3).into();
@@ -152,8 +190,15 @@ async fn what_is_alike_is_kept_apart(database: DatabaseKind) {
         events.extend(own);
     }
     random.shuffle(&mut events);
-    let bridge = Bridge::start(Options::on(database).workers(2).worker("LITESTRIPE_BATCH", "2")).await;
-    bridge.publish_all(events.iter().map(message).collect()).await;
+    let bridge = Bridge::start(
+        Options::on(database)
+            .workers(2)
+            .worker("LITESTRIPE_BATCH", "2"),
+    )
+    .await;
+    bridge
+        .publish_all(events.iter().map(message).collect())
+        .await;
 
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 4);
@@ -161,12 +206,27 @@ async fn what_is_alike_is_kept_apart(database: DatabaseKind) {
     for (index, purchase) in purchases.iter().enumerate() {
         let row = bridge.row(&purchase.subscription).await;
         let status = if index == 0 { "canceled" } else { "active" };
-        assert_eq!((row.status.as_deref(), row.uncertain, row.livemode), (Some(status), false, index == 3));
+        assert_eq!(
+            (row.status.as_deref(), row.uncertain, row.livemode),
+            (Some(status), false, index == 3)
+        );
         assert_eq!(row.client_reference_id.as_deref(), Some("user_1"));
         assert_eq!(row.stripe_customer_id.as_ref(), Some(&purchase.customer));
-        assert_eq!(row.checkout_session_id.as_ref(), Some(&purchase.checkout_session));
-        assert_eq!(row.subscription_metadata, json!({ "number": index.to_string() }));
-        assert_eq!(row.metadata["checkout.session.completed.number"], index.to_string());
-        assert_eq!(row.created.map(|at| at.unix_timestamp()), Some(purchase.created));
+        assert_eq!(
+            row.checkout_session_id.as_ref(),
+            Some(&purchase.checkout_session)
+        );
+        assert_eq!(
+            row.subscription_metadata,
+            json!({ "number": index.to_string() })
+        );
+        assert_eq!(
+            row.metadata["checkout.session.completed.number"],
+            index.to_string()
+        );
+        assert_eq!(
+            row.created.map(|at| at.unix_timestamp()),
+            Some(purchase.created)
+        );
     }
 }

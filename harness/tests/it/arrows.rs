@@ -6,31 +6,60 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The crates that do I/O or bring a runtime: none of them may be below the core.
-const IO: &[&str] = &["tokio", "async-nats", "sea-orm", "sqlx", "sqlx-core", "warp", "hyper", "reqwest", "tracing"];
+const IO: &[&str] = &[
+    "tokio",
+    "async-nats",
+    "sea-orm",
+    "sqlx",
+    "sqlx-core",
+    "warp",
+    "hyper",
+    "reqwest",
+    "tracing",
+];
 
 /// The crates that speak SQL.
-const SQL: &[&str] = &["sea-orm", "sea-query", "sqlx", "sqlx-core", "libsqlite3-sys"];
+const SQL: &[&str] = &[
+    "sea-orm",
+    "sea-query",
+    "sqlx",
+    "sqlx-core",
+    "libsqlite3-sys",
+];
 
 #[test]
 fn our_crates_depend_on_each_other_in_one_direction_only() {
     let graph = Graph::read();
     let check = |name: &str, expected: &[&str]| {
-        let ours = graph.direct(name).into_iter().filter_map(|below| below.strip_prefix("litestripe-"));
-        assert_eq!(ours.collect::<BTreeSet<_>>(), expected.iter().copied().collect(), "what {name} depends on");
+        let ours = graph
+            .direct(name)
+            .into_iter()
+            .filter_map(|below| below.strip_prefix("litestripe-"));
+        assert_eq!(
+            ours.collect::<BTreeSet<_>>(),
+            expected.iter().copied().collect(),
+            "what {name} depends on"
+        );
     };
     check("litestripe-contract", &[]);
     check("litestripe-domain", &["contract"]);
     check("litestripe-entity", &[]);
     check("litestripe-migration", &[]);
     check("litestripe-ingress", &["contract"]);
-    check("litestripe-worker", &["contract", "domain", "entity", "migration"]);
+    check(
+        "litestripe-worker",
+        &["contract", "domain", "entity", "migration"],
+    );
 }
 
 #[test]
 fn the_core_reaches_no_runtime_database_broker_or_http() {
     let graph = Graph::read();
     let below = graph.below("litestripe-domain");
-    assert!(below.contains("litestripe-contract") && below.contains("serde_json"), "{below:?}");
+    assert!(
+        below.contains("litestripe-contract") && below.contains("serde_json"),
+        "{below:?}"
+    );
     assert_none(&below, IO);
     assert_none(&below, SQL);
 }
@@ -41,7 +70,10 @@ fn ingress_cannot_reach_the_database() {
     let below = graph.below("litestripe-ingress");
     assert!(below.contains("async-nats"), "{below:?}");
     assert_none(&below, SQL);
-    assert!(graph.below("litestripe-worker").contains("sea-orm"), "the test would see a SQL crate");
+    assert!(
+        graph.below("litestripe-worker").contains("sea-orm"),
+        "the test would see a SQL crate"
+    );
 }
 
 #[test]
@@ -50,7 +82,10 @@ fn the_face_of_the_contract_does_no_io() {
 }
 
 fn assert_none(below: &BTreeSet<&str>, banned: &[&str]) {
-    let found: Vec<_> = banned.iter().filter(|name| below.contains(**name)).collect();
+    let found: Vec<_> = banned
+        .iter()
+        .filter(|name| below.contains(**name))
+        .collect();
     assert!(found.is_empty(), "{found:?} must not be reached");
 }
 
@@ -68,34 +103,69 @@ impl Graph {
     fn read() -> Self {
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
         let arguments = ["metadata", "--format-version=1", "--offline", "--locked"];
-        let output = Command::new(cargo).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+        let output = Command::new(cargo)
+            .args(arguments)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output();
         let output = output.expect("cargo runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let metadata: Value = serde_json::from_slice(&output.stdout).expect("metadata is JSON");
-        let mut graph = Self { edges: BTreeMap::new(), process: BTreeSet::new(), with_process: BTreeSet::new() };
+        let mut graph = Self {
+            edges: BTreeMap::new(),
+            process: BTreeSet::new(),
+            with_process: BTreeSet::new(),
+        };
         let packages = list(&metadata["packages"]);
-        let names: BTreeMap<&str, &str> =
-            packages.iter().map(|package| (text(package, "id"), text(package, "name"))).collect();
+        let names: BTreeMap<&str, &str> = packages
+            .iter()
+            .map(|package| (text(package, "id"), text(package, "name")))
+            .collect();
         for node in list(&metadata["resolve"]["nodes"]) {
-            let normal = list(&node["deps"])
-                .iter()
-                .filter(|dep| list(&dep["dep_kinds"]).iter().any(|kind| kind["kind"].is_null()));
+            let normal = list(&node["deps"]).iter().filter(|dep| {
+                list(&dep["dep_kinds"])
+                    .iter()
+                    .any(|kind| kind["kind"].is_null())
+            });
             let below = normal.map(|dep| names[text(dep, "pkg")].to_owned());
             // Several versions of one crate count as one.
-            graph.edges.entry(names[text(node, "id")].to_owned()).or_default().extend(below);
+            graph
+                .edges
+                .entry(names[text(node, "id")].to_owned())
+                .or_default()
+                .extend(below);
         }
-        for package in packages.iter().filter(|package| package["source"].is_null()) {
-            let declared = list(&package["dependencies"]).iter().filter(|dep| dep["kind"].is_null());
-            let (optional, always): (Vec<_>, Vec<_>) = declared.partition(|dep| dep["optional"] == true);
-            let own = |deps: &[&Value]| deps.iter().map(|dep| text(dep, "name").to_owned()).collect::<BTreeSet<_>>();
+        for package in packages
+            .iter()
+            .filter(|package| package["source"].is_null())
+        {
+            let declared = list(&package["dependencies"])
+                .iter()
+                .filter(|dep| dep["kind"].is_null());
+            let (optional, always): (Vec<_>, Vec<_>) =
+                declared.partition(|dep| dep["optional"] == true);
+            let own = |deps: &[&Value]| {
+                deps.iter()
+                    .map(|dep| text(dep, "name").to_owned())
+                    .collect::<BTreeSet<_>>()
+            };
             if text(package, "name") == "litestripe-contract" {
                 graph.process = own(&optional);
             }
-            let asks = |dep: &&&Value| list(&dep["features"]).iter().any(|feature| feature == "process");
+            let asks = |dep: &&&Value| {
+                list(&dep["features"])
+                    .iter()
+                    .any(|feature| feature == "process")
+            };
             if always.iter().any(|dep| asks(&dep)) {
                 graph.with_process.insert(text(package, "name").to_owned());
             }
-            graph.edges.insert(text(package, "name").to_owned(), own(&always));
+            graph
+                .edges
+                .insert(text(package, "name").to_owned(), own(&always));
         }
         graph
     }
@@ -113,7 +183,13 @@ impl Graph {
         }
         while let Some(name) = next.pop_first() {
             if below.insert(name) {
-                next.extend(self.edges.get(name).into_iter().flatten().map(String::as_str));
+                next.extend(
+                    self.edges
+                        .get(name)
+                        .into_iter()
+                        .flatten()
+                        .map(String::as_str),
+                );
                 if self.with_process.contains(name) {
                     next.extend(self.process.iter().map(String::as_str));
                 }

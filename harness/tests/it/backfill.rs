@@ -26,48 +26,96 @@ const EVENTS: &str = "/v1/events";
 async fn missed_deliveries_come_back_by_themselves(database: DatabaseKind) {
     let api = Api::start().await;
     // Stripe is away at first: the worker tries again, and applies what arrives meanwhile.
-    api.answer_next(EVENTS, Trouble::status(503).header("Stripe-Should-Retry", "false"));
-    let bridge = Bridge::start(with_key(database, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", "1s").workers(2)).await;
+    api.answer_next(
+        EVENTS,
+        Trouble::status(503).header("Stripe-Should-Retry", "false"),
+    );
+    let bridge = Bridge::start(
+        with_key(database, &api)
+            .worker("LITESTRIPE_BACKFILL_INTERVAL", "1s")
+            .workers(2),
+    )
+    .await;
     let (arrived, missed) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     let delivered = arrived.subscription_event(CREATED, arrived.created, json!({}));
     bridge.deliver(&delivered).await;
     api.put_event(delivered.value.clone(), true);
     let lost = [
-        missed.checkout_session_event(COMPLETED, missed.created, json!({ "client_reference_id": "user_1" })),
+        missed.checkout_session_event(
+            COMPLETED,
+            missed.created,
+            json!({ "client_reference_id": "user_1" }),
+        ),
         missed.subscription_event(CREATED, missed.created, json!({ "status": "incomplete" })),
         missed.subscription_event(UPDATED, missed.created + 2, json!({})),
     ];
     put(&api, &lost, false);
 
     eventually("the row to come back", DEADLINE, async || {
-        let row = bridge.rows().await.into_iter().find(|row| row.stripe_subscription_id == missed.subscription);
+        let row = bridge
+            .rows()
+            .await
+            .into_iter()
+            .find(|row| row.stripe_subscription_id == missed.subscription);
         let is_whole = row.as_ref().is_some_and(|row| {
-            row.status.as_deref() == Some("active") && row.client_reference_id.as_deref() == Some("user_1")
+            row.status.as_deref() == Some("active")
+                && row.client_reference_id.as_deref() == Some("user_1")
         });
-        if is_whole { Ok(()) } else { Err(format!("{row:?}")) }
+        if is_whole {
+            Ok(())
+        } else {
+            Err(format!("{row:?}"))
+        }
     })
     .await;
     let signals = bridge.check().await;
-    assert!(signals.iter().any(|signal| signal.body["stripe_subscription_id"] == missed.subscription.as_str()));
+    assert!(
+        signals
+            .iter()
+            .any(|signal| signal.body["stripe_subscription_id"] == missed.subscription.as_str())
+    );
     assert_eq!(bridge.stored_events().await, 4, "nothing is stored twice");
     for event in &lost {
         let stored = stored(&bridge, event).await;
-        assert_eq!(stored.payload, event.compact_body(), "byte for byte as the API rendered it");
-        assert_eq!(stored.subject.as_str(), format!("stripe.events.{}", event.event_type()));
-        assert_eq!(stored.headers.get(header::SOURCE).map(|value| value.as_str()), Some("backfill"));
+        assert_eq!(
+            stored.payload,
+            event.compact_body(),
+            "byte for byte as the API rendered it"
+        );
+        assert_eq!(
+            stored.subject.as_str(),
+            format!("stripe.events.{}", event.event_type())
+        );
+        assert_eq!(
+            stored
+                .headers
+                .get(header::SOURCE)
+                .map(|value| value.as_str()),
+            Some("backfill")
+        );
         assert!(stored.headers.get(header::STRIPE_SIGNATURE).is_none());
     }
     let mut logs = String::new();
     let mut backfilled = 0;
     for worker in &bridge.workers {
         let (_, page) = worker.page("/metrics").await.expect("it answers");
-        let line = page.lines().find(|line| line.starts_with("litestripe_worker_events_backfilled_total"));
-        backfilled += line.and_then(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).expect("it is counted");
+        let line = page
+            .lines()
+            .find(|line| line.starts_with("litestripe_worker_events_backfilled_total"));
+        backfilled += line
+            .and_then(|line| line.split(' ').nth(1)?.parse::<u64>().ok())
+            .expect("it is counted");
         logs += &worker.log();
     }
     assert_eq!(backfilled, 3);
-    assert!(logs.contains("a backfill failed and is tried again: Stripe answered 503"), "{logs}");
-    assert!(logs.contains("had not arrived") && !logs.contains(EMAIL), "{logs}");
+    assert!(
+        logs.contains("a backfill failed and is tried again: Stripe answered 503"),
+        "{logs}"
+    );
+    assert!(
+        logs.contains("had not arrived") && !logs.contains(EMAIL),
+        "{logs}"
+    );
 }
 
 #[tokio::test]
@@ -75,20 +123,33 @@ async fn four_workers_make_one_backfill_per_interval() {
     const INTERVAL: Duration = Duration::from_secs(4);
     let api = Api::start().await;
     let interval = format!("{}s", INTERVAL.as_secs());
-    let options = with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", interval);
+    let options =
+        with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", interval);
     let _bridge = Bridge::start(options.workers(4)).await;
     let requests = eventually("some backfills", DEADLINE, async || {
         let requests = api.requests(EVENTS);
-        if requests.len() >= 4 { Ok(requests) } else { Err(requests.len().to_string()) }
+        if requests.len() >= 4 {
+            Ok(requests)
+        } else {
+            Err(requests.len().to_string())
+        }
     })
     .await;
     // The record has whole seconds, and a request may be late. Four workers that do not know of each
     // other ask at about the same time.
     for (earlier, later) in requests.iter().zip(&requests[1..]) {
-        assert!(later.at - earlier.at > INTERVAL / 3, "{:?}", later.at - earlier.at);
+        assert!(
+            later.at - earlier.at > INTERVAL / 3,
+            "{:?}",
+            later.at - earlier.at
+        );
     }
     let query = &requests[0].path;
-    for wanted in ["created%5Bgte%5D=", "limit=100", "types%5B%5D=customer.subscription.created"] {
+    for wanted in [
+        "created%5Bgte%5D=",
+        "limit=100",
+        "types%5B%5D=customer.subscription.created",
+    ] {
         assert!(query.contains(wanted), "{query}");
     }
 }
@@ -99,21 +160,35 @@ async fn workers_that_are_started_again_backfill_once_however_short_they_were_aw
     let options = with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", "1h");
     let mut bridge = Bridge::start(options).await;
     let complete = eventually("the first backfill to be complete", DEADLINE, async || {
-        recorded(&bridge).await.ok_or_else(|| "it is not".to_owned())
+        recorded(&bridge)
+            .await
+            .ok_or_else(|| "it is not".to_owned())
     })
     .await;
     bridge.workers.pop().expect("there is one").stop().await;
     put(&api, &purchases(1), false);
     // What began about when a worker was started would count as made after its start.
-    eventually("the next backfill to be another one", DEADLINE, async || {
-        if now() > complete + 3 { Ok(()) } else { Err(now().to_string()) }
-    })
+    eventually(
+        "the next backfill to be another one",
+        DEADLINE,
+        async || {
+            if now() > complete + 3 {
+                Ok(())
+            } else {
+                Err(now().to_string())
+            }
+        },
+    )
     .await;
     for _ in 0..3 {
         bridge.start_worker();
     }
     eventually("the row of the missed event", DEADLINE, async || {
-        if bridge.rows().await.is_empty() { Err("no row".to_owned()) } else { Ok(()) }
+        if bridge.rows().await.is_empty() {
+            Err("no row".to_owned())
+        } else {
+            Ok(())
+        }
     })
     .await;
     for worker in &bridge.workers {
@@ -127,22 +202,38 @@ async fn backfill_of_a_worker_that_died_is_taken_over() {
     let (first, second) = (Api::start().await, Api::start().await);
     let missed = Purchase::new(now() - 600);
     for api in [&first, &second] {
-        put(api, &[missed.subscription_event(CREATED, missed.created, json!({}))], false);
+        put(
+            api,
+            &[missed.subscription_event(CREATED, missed.created, json!({}))],
+            false,
+        );
     }
     let held = first.hold(EVENTS);
-    let options = with_key(DatabaseKind::Sqlite, &first).worker("LITESTRIPE_BACKFILL_INTERVAL", "1h");
+    let options =
+        with_key(DatabaseKind::Sqlite, &first).worker("LITESTRIPE_BACKFILL_INTERVAL", "1h");
     let bridge = Bridge::start(options).await;
     until_asked(&first, 1).await;
     let address = format!("127.0.0.1:{}", port::free());
-    let other = bridge.worker().env("LITESTRIPE_WORKER_LISTEN", address).env("STRIPE_API_BASE", second.url());
-    let other = other.env("RUST_LOG", "info,litestripe_worker=debug").start();
-    other.wait_for_log("another worker holds the lease backfill", DEADLINE).await;
+    let other = bridge
+        .worker()
+        .env("LITESTRIPE_WORKER_LISTEN", address)
+        .env("STRIPE_API_BASE", second.url());
+    let other = other
+        .env("RUST_LOG", "info,litestripe_worker=debug")
+        .start();
+    other
+        .wait_for_log("another worker holds the lease backfill", DEADLINE)
+        .await;
     assert_eq!(second.requests(EVENTS).len(), 0, "one at a time");
     bridge.workers[0].kill().await;
     until_asked(&second, 1).await;
     drop(held);
     eventually("the row to come back", DEADLINE, async || {
-        if bridge.rows().await.is_empty() { Err("no row".to_owned()) } else { Ok(()) }
+        if bridge.rows().await.is_empty() {
+            Err("no row".to_owned())
+        } else {
+            Ok(())
+        }
     })
     .await;
 }
@@ -158,7 +249,11 @@ async fn command_publishes_what_the_stream_lacks_and_nothing_when_repeated(datab
     put(&api, &missed, false);
     // Before the window.
     let old = Purchase::new(now() - 80 * 3600);
-    put(&api, &[old.subscription_event(CREATED, old.created, json!({}))], false);
+    put(
+        &api,
+        &[old.subscription_event(CREATED, old.created, json!({}))],
+        false,
+    );
 
     let first = report(&bridge, &["--json"]).await;
     assert_eq!(first["complete"], true);
@@ -173,16 +268,28 @@ async fn command_publishes_what_the_stream_lacks_and_nothing_when_repeated(datab
     let second = report(&bridge, &["--json"]).await;
     assert_eq!(counts(&second), [253, 253, 0, 0, 0], "{second}");
     assert_eq!(bridge.stored_events().await, 253);
-    assert!(second["since"].as_str() > Some(at(now() - 3 * 3600).as_str()), "{second}");
+    assert!(
+        second["since"].as_str() > Some(at(now() - 3 * 3600).as_str()),
+        "{second}"
+    );
     let third = report(&bridge, &["--since", "1m", "--json"]).await;
     assert_eq!(counts(&third), [0, 0, 0, 0, 0], "{third}");
 
     let table = command(&bridge, &["--since", "100h"]).await;
     assert!(table.status.success(), "{table:?}");
     assert_eq!(bridge.stored_events().await, 254, "the old one too");
-    for (what, value) in [("listed", "254"), ("already there", "253"), ("published", "1"), ("skipped", "0")] {
-        let line = table.stdout.lines().find(|line| line.trim_start().starts_with(what));
-        let told = line.is_some_and(|line| line.replace(what, "").split_whitespace().next() == Some(value));
+    for (what, value) in [
+        ("listed", "254"),
+        ("already there", "253"),
+        ("published", "1"),
+        ("skipped", "0"),
+    ] {
+        let line = table
+            .stdout
+            .lines()
+            .find(|line| line.trim_start().starts_with(what));
+        let told = line
+            .is_some_and(|line| line.replace(what, "").split_whitespace().next() == Some(value));
         assert!(told, "{what} is not {value} in\n{}", table.stdout);
     }
 }
@@ -191,11 +298,24 @@ async fn command_publishes_what_the_stream_lacks_and_nothing_when_repeated(datab
 async fn stream_of_many_events_is_read_whole() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
-    let other = |index: i32| ("invoice.paid".to_owned(), "{}".into(), format!("evt_other{index}"));
+    let other = |index: i32| {
+        (
+            "invoice.paid".to_owned(),
+            "{}".into(),
+            format!("evt_other{index}"),
+        )
+    };
     let mut messages: Vec<_> = (0..5000).map(other).collect();
     let there = purchases(3);
     for (event, place) in there.iter().zip([0, 2500, 5002]) {
-        messages.insert(place, (event.event_type().to_owned(), event.body(), event.id().to_owned()));
+        messages.insert(
+            place,
+            (
+                event.event_type().to_owned(),
+                event.body(),
+                event.id().to_owned(),
+            ),
+        );
     }
     bridge.publish_all(messages).await;
     put(&api, &there, true);
@@ -212,11 +332,19 @@ async fn only_undelivered_events_are_listed_where_that_is_asked_for() {
     put(&api, &refused, false);
     let some = report(&bridge, &["--undelivered-only", "--json"]).await;
     assert_eq!(counts(&some), [3, 0, 3, 0, 0], "{some}");
-    assert_eq!(api.requests("delivery_success=false").len(), 1, "{:?}", api.requests(EVENTS));
+    assert_eq!(
+        api.requests("delivery_success=false").len(),
+        1,
+        "{:?}",
+        api.requests(EVENTS)
+    );
     // That was not all there is: the next one starts where a first one does.
     let all = report(&bridge, &["--json"]).await;
     assert_eq!(counts(&all), [5, 3, 2, 0, 0], "{all}");
-    assert!(all["since"].as_str() < Some(at(now() - 71 * 3600).as_str()), "{all}");
+    assert!(
+        all["since"].as_str() < Some(at(now() - 71 * 3600).as_str()),
+        "{all}"
+    );
 }
 
 #[tokio::test]
@@ -224,18 +352,38 @@ async fn outage_halfway_keeps_what_was_published_and_a_second_run_goes_on() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     put(&api, &purchases(250), false);
-    api.answer_next("starting_after", Trouble::status(500).header("Stripe-Should-Retry", "false"));
+    api.answer_next(
+        "starting_after",
+        Trouble::status(500).header("Stripe-Should-Retry", "false"),
+    );
     let first = command(&bridge, &["--json"]).await;
     assert_eq!(first.status.code(), Some(1), "{first:?}");
-    for told in ["ended halfway", "running it again goes on", "Stripe answered 500", "req_ofTheStub"] {
-        assert!(first.stderr.contains(told), "{told} is not in {}", first.stderr);
+    for told in [
+        "ended halfway",
+        "running it again goes on",
+        "Stripe answered 500",
+        "req_ofTheStub",
+    ] {
+        assert!(
+            first.stderr.contains(told),
+            "{told} is not in {}",
+            first.stderr
+        );
     }
     let half = json_of(&first);
-    assert_eq!((counts(&half), &half["complete"]), ([100, 0, 100, 0, 0], &json!(false)), "{half}");
+    assert_eq!(
+        (counts(&half), &half["complete"]),
+        ([100, 0, 100, 0, 0], &json!(false)),
+        "{half}"
+    );
     assert_eq!(bridge.stored_events().await, 100);
 
     let whole = report(&bridge, &["--json"]).await;
-    assert_eq!((counts(&whole), &whole["complete"]), ([250, 100, 150, 0, 0], &json!(true)), "{whole}");
+    assert_eq!(
+        (counts(&whole), &whole["complete"]),
+        ([250, 100, 150, 0, 0], &json!(true)),
+        "{whole}"
+    );
     assert_eq!(bridge.stored_events().await, 250);
 }
 
@@ -252,8 +400,16 @@ async fn interrupt_stops_after_the_page_in_work() {
     drop(held);
     assert_eq!(status.code(), Some(1), "{}", started.log());
     let half: Value = serde_json::from_str(&started.stdout()).expect("it is JSON");
-    assert_eq!((counts(&half), &half["complete"]), ([100, 0, 100, 0, 0], &json!(false)), "{half}");
-    assert!(started.stderr().contains("was stopped"), "{}", started.stderr());
+    assert_eq!(
+        (counts(&half), &half["complete"]),
+        ([100, 0, 100, 0, 0], &json!(false)),
+        "{half}"
+    );
+    assert!(
+        started.stderr().contains("was stopped"),
+        "{}",
+        started.stderr()
+    );
     assert_eq!(bridge.stored_events().await, 100);
 }
 
@@ -265,27 +421,45 @@ async fn key_of_another_mode_than_all_rows_is_refused(database: DatabaseKind) {
     assert_eq!(counts(&report(&bridge, &["--json"]).await), [1, 0, 1, 0, 0]);
     bridge.check().await;
     let live = async |arguments: &[&str]| {
-        let launch = bridge.worker().env("STRIPE_SECRET_KEY", "sk_live_ofTheOtherMode").arg("backfill");
+        let launch = bridge
+            .worker()
+            .env("STRIPE_SECRET_KEY", "sk_live_ofTheOtherMode")
+            .arg("backfill");
         launch.args(arguments.iter().copied()).run(DEADLINE).await
     };
     let asked = api.requests("").len();
     let refused = live(&[]).await;
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    for told in ["STRIPE_SECRET_KEY is a live mode key", "is test mode", "sk_test_", "--any-mode"] {
-        assert!(refused.stderr.contains(told), "{told} is not in {}", refused.stderr);
+    for told in [
+        "STRIPE_SECRET_KEY is a live mode key",
+        "is test mode",
+        "sk_test_",
+        "--any-mode",
+    ] {
+        assert!(
+            refused.stderr.contains(told),
+            "{told} is not in {}",
+            refused.stderr
+        );
     }
     assert!(!refused.stderr.contains("ofTheOtherMode"));
     assert_eq!(api.requests("").len(), asked, "nobody was asked");
     // The stub does not know the key, but it is asked.
     let asked_all_the_same = live(&["--any-mode"]).await;
-    assert!(asked_all_the_same.stderr.contains("Stripe answered 401"), "{asked_all_the_same:?}");
+    assert!(
+        asked_all_the_same.stderr.contains("Stripe answered 401"),
+        "{asked_all_the_same:?}"
+    );
 
     let mut event = Purchase::new(now() - 60).subscription_event(CREATED, now() - 60, json!({}));
     event.value["livemode"] = json!(true);
     event.value["data"]["object"]["livemode"] = json!(true);
     bridge.deliver(&event).await;
     bridge.check().await;
-    assert!(live(&[]).await.stderr.contains("Stripe answered 401"), "rows of both modes are no mismatch");
+    assert!(
+        live(&[]).await.stderr.contains("Stripe answered 401"),
+        "rows of both modes are no mismatch"
+    );
 }
 
 #[tokio::test]
@@ -293,32 +467,68 @@ async fn what_a_person_gets_wrong_is_told() {
     let api = Api::start().await;
     let mut bridge = Bridge::prepare(with_key(DatabaseKind::Sqlite, &api));
     let backfill = async |bridge: &Bridge, key: &str, arguments: &[&str]| {
-        let launch = bridge.worker().env("STRIPE_SECRET_KEY", key).arg("backfill");
+        let launch = bridge
+            .worker()
+            .env("STRIPE_SECRET_KEY", key)
+            .arg("backfill");
         launch.args(arguments.iter().copied()).run(DEADLINE).await
     };
     let check = |finished: &Finished, code: i32, told: &[&str]| {
         assert_eq!(finished.status.code(), Some(code), "{finished:?}");
         for told in told {
-            assert!(finished.stderr.contains(told), "{told:?} is not in {}", finished.stderr);
+            assert!(
+                finished.stderr.contains(told),
+                "{told:?} is not in {}",
+                finished.stderr
+            );
         }
         assert_eq!(finished.stdout, "");
     };
-    check(&backfill(&bridge, "", &[]).await, 2, &["STRIPE_SECRET_KEY is missing"]);
+    check(
+        &backfill(&bridge, "", &[]).await,
+        2,
+        &["STRIPE_SECRET_KEY is missing"],
+    );
     let tomorrow = at(now() + 86_400);
-    check(&backfill(&bridge, API_KEY, &["--since", &tomorrow]).await, 2, &["--since", "lies in the future"]);
-    check(&backfill(&bridge, API_KEY, &["--since", "31d"]).await, 2, &["--since", "Stripe keeps events for 30 days"]);
-    check(&backfill(&bridge, API_KEY, &["--since", "yesterday"]).await, 2, &["--since", "must be a time"]);
-    check(&backfill(&bridge, API_KEY, &[]).await, 1, &["NATS", "does not answer", "NATS_URL"]);
+    check(
+        &backfill(&bridge, API_KEY, &["--since", &tomorrow]).await,
+        2,
+        &["--since", "lies in the future"],
+    );
+    check(
+        &backfill(&bridge, API_KEY, &["--since", "31d"]).await,
+        2,
+        &["--since", "Stripe keeps events for 30 days"],
+    );
+    check(
+        &backfill(&bridge, API_KEY, &["--since", "yesterday"]).await,
+        2,
+        &["--since", "must be a time"],
+    );
+    check(
+        &backfill(&bridge, API_KEY, &[]).await,
+        1,
+        &["NATS", "does not answer", "NATS_URL"],
+    );
     bridge.broker.resume().await;
-    check(&backfill(&bridge, API_KEY, &[]).await, 1, &["there is no stream STRIPE_EVENTS"]);
+    check(
+        &backfill(&bridge, API_KEY, &[]).await,
+        1,
+        &["there is no stream STRIPE_EVENTS"],
+    );
     assert_eq!(api.requests("").len(), 0);
 }
 
 /// When the last complete backfill in test mode began.
 pub(crate) async fn recorded(bridge: &Bridge) -> Option<i64> {
-    let record = bridge.database.query("SELECT began FROM litestripe_backfill WHERE NOT livemode").await;
+    let record = bridge
+        .database
+        .query("SELECT began FROM litestripe_backfill WHERE NOT livemode")
+        .await;
     let record = record.expect("the database answers");
-    record.first().map(|row| row.try_get("", "began").expect("it is a second"))
+    record
+        .first()
+        .map(|row| row.try_get("", "began").expect("it is a second"))
 }
 
 /// A bridge whose workers may ask the stub, and backfill when they are told to.
@@ -346,7 +556,12 @@ fn put(api: &Api, events: &[Event], delivered: bool) {
 }
 
 async fn command(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("backfill").args(arguments.iter().copied()).run(DEADLINE).await
+    bridge
+        .worker()
+        .arg("backfill")
+        .args(arguments.iter().copied())
+        .run(DEADLINE)
+        .await
 }
 
 async fn report(bridge: &Bridge, arguments: &[&str]) -> Value {
@@ -360,8 +575,18 @@ fn json_of(finished: &Finished) -> Value {
 }
 
 fn counts(report: &Value) -> [u64; 5] {
-    ["listed", "already_there", "published", "duplicates", "skipped"]
-        .map(|name| report[name].as_u64().unwrap_or_else(|| panic!("{name} is in {report}")))
+    [
+        "listed",
+        "already_there",
+        "published",
+        "duplicates",
+        "skipped",
+    ]
+    .map(|name| {
+        report[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{name} is in {report}"))
+    })
 }
 
 fn at(second: i64) -> String {
@@ -373,16 +598,32 @@ fn at(second: i64) -> String {
 async fn until_asked(api: &Api, count: usize) {
     eventually("Stripe to be asked", DEADLINE, async || {
         let requests = api.requests(EVENTS).len();
-        if requests >= count { Ok(()) } else { Err(format!("{requests} requests")) }
+        if requests >= count {
+            Ok(())
+        } else {
+            Err(format!("{requests} requests"))
+        }
     })
     .await;
 }
 
 async fn stored(bridge: &Bridge, event: &Event) -> async_nats::jetstream::message::StreamMessage {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
     for sequence in 1..=stream.cached_info().state.last_sequence {
-        let message = stream.get_raw_message(sequence).await.expect("nothing was deleted");
-        if message.headers.get(header::MESSAGE_ID).is_some_and(|id| id.as_str() == event.id()) {
+        let message = stream
+            .get_raw_message(sequence)
+            .await
+            .expect("nothing was deleted");
+        if message
+            .headers
+            .get(header::MESSAGE_ID)
+            .is_some_and(|id| id.as_str() == event.id())
+        {
             return message;
         }
     }

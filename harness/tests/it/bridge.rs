@@ -61,10 +61,18 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
 
     let signals = bridge.check().await;
     let id = subject(&story[1]);
-    let told: Vec<_> = of_subscription(&signals, &id).into_iter().map(told).collect();
+    let told: Vec<_> = of_subscription(&signals, &id)
+        .into_iter()
+        .map(told)
+        .collect();
     let period = ["current_period_start", "current_period_end"];
     let expected = [
-        (COMPLETED, vec!["stripe_customer_id", "client_reference_id", "metadata"], json!(null), "revoked"),
+        (
+            COMPLETED,
+            vec!["stripe_customer_id", "client_reference_id", "metadata"],
+            json!(null),
+            "revoked",
+        ),
         (
             CREATED,
             [
@@ -76,13 +84,36 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
             json!("trialing"),
             "granted",
         ),
-        ("customer.subscription.trial_will_end", vec!["metadata"], json!("trialing"), "granted"),
-        (UPDATED, [vec!["status"], period.to_vec(), vec!["metadata"]].concat(), json!("active"), "granted"),
+        (
+            "customer.subscription.trial_will_end",
+            vec!["metadata"],
+            json!("trialing"),
+            "granted",
+        ),
+        (
+            UPDATED,
+            [vec!["status"], period.to_vec(), vec!["metadata"]].concat(),
+            json!("active"),
+            "granted",
+        ),
         (UPDATED, period.to_vec(), json!("active"), "granted"),
-        (UPDATED, vec!["cancel_at", "canceled_at", "cancel_at_period_end"], json!("active"), "granted"),
-        (DELETED, vec!["status", "ended_at", "metadata"], json!("canceled"), "revoked"),
+        (
+            UPDATED,
+            vec!["cancel_at", "canceled_at", "cancel_at_period_end"],
+            json!("active"),
+            "granted",
+        ),
+        (
+            DELETED,
+            vec!["status", "ended_at", "metadata"],
+            json!("canceled"),
+            "revoked",
+        ),
     ];
-    assert_eq!(told, expected.map(|(event, changed, status, access)| Told::new(event, &changed, status, access)));
+    assert_eq!(
+        told,
+        expected.map(|(event, changed, status, access)| Told::new(event, &changed, status, access))
+    );
 
     let row = bridge.row(&id).await;
     let started = story[0].created();
@@ -124,12 +155,21 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
     assert_eq!(shown(&row), expected);
     assert_eq!(row.checkout_session_id, Some(subject(&story[0])));
     assert_eq!(row.last_event_id.as_deref(), Some(story[6].id()));
-    assert_eq!(row.last_event_created.map(OffsetDateTime::unix_timestamp), Some(ended));
+    assert_eq!(
+        row.last_event_created.map(OffsetDateTime::unix_timestamp),
+        Some(ended)
+    );
     assert_eq!(row.version, 7);
-    assert!(row.revision >= now.unix_timestamp() * 1000, "{} is a time in milliseconds", row.revision);
+    assert!(
+        row.revision >= now.unix_timestamp() * 1000,
+        "{} is a time in milliseconds",
+        row.revision
+    );
 }
 
-async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events(database: DatabaseKind) {
+async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(Options::on(database)).await;
     let created = now() - MONTH;
     let (first, second) = (Purchase::new(created), Purchase::new(created));
@@ -137,7 +177,11 @@ async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events
         let session = json!({ "client_reference_id": "user_1", "metadata": { "plan": "team" } });
         [
             purchase.checkout_session_event(COMPLETED, purchase.created, session),
-            purchase.subscription_event(CREATED, purchase.created, json!({ "status": "incomplete" })),
+            purchase.subscription_event(
+                CREATED,
+                purchase.created,
+                json!({ "status": "incomplete" }),
+            ),
             purchase.subscription_event(UPDATED, purchase.created + 2, json!({})),
         ]
     };
@@ -153,7 +197,10 @@ async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events
     bridge.check().await;
     let row = async |purchase: &Purchase| {
         let row = bridge.row(&purchase.subscription).await;
-        assert_eq!(row.checkout_session_id.as_ref(), Some(&purchase.checkout_session));
+        assert_eq!(
+            row.checkout_session_id.as_ref(),
+            Some(&purchase.checkout_session)
+        );
         assert_eq!(row.stripe_customer_id.as_ref(), Some(&purchase.customer));
         let mut shown = shown(&row);
         for own in ["stripe_subscription_id", "stripe_customer_id", "revision"] {
@@ -165,25 +212,39 @@ async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events
     assert_eq!(before, after);
     assert_eq!(before["status"], "active");
     assert_eq!(before["client_reference_id"], "user_1");
-    assert_eq!(before["metadata"], json!({ "checkout.session.completed.plan": "team" }));
+    assert_eq!(
+        before["metadata"],
+        json!({ "checkout.session.completed.plan": "team" })
+    );
 }
 
 async fn row_that_only_a_session_touched_is_revoked_and_signalled(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now());
     let session = json!({ "client_reference_id": "user_1" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, session)).await;
-    let without_subscription = json!({ "subscription": null, "status": "expired", "payment_status": "unpaid" });
-    let abandoned =
-        Purchase::new(now()).checkout_session_event("checkout.session.expired", now(), without_subscription);
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, session))
+        .await;
+    let without_subscription =
+        json!({ "subscription": null, "status": "expired", "payment_status": "unpaid" });
+    let abandoned = Purchase::new(now()).checkout_session_event(
+        "checkout.session.expired",
+        now(),
+        without_subscription,
+    );
     bridge.deliver(&abandoned).await;
 
     let signals = bridge.check().await;
-    let [signal] = signals.as_slice() else { panic!("one signal, not {signals:?}") };
+    let [signal] = signals.as_slice() else {
+        panic!("one signal, not {signals:?}")
+    };
     assert_eq!(signal.body["status"], Value::Null);
     assert_eq!(signal.body["access"], "revoked");
     assert_eq!(signal.body["previous_revision"], Value::Null);
-    assert_eq!(signal.changed(), ["stripe_customer_id", "client_reference_id"]);
+    assert_eq!(
+        signal.changed(),
+        ["stripe_customer_id", "client_reference_id"]
+    );
     let rows = bridge.rows().await;
     assert_eq!(rows.len(), 1, "the abandoned session is no row");
     assert_eq!(rows[0].stripe_subscription_id, purchase.subscription);
@@ -199,13 +260,37 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
     let ended = json!({ "status": "canceled", "ended_at": purchase.created + 8, "items": more });
     let steps = [
         (CREATED, purchase.on_trial(), Some(("trialing", "granted"))),
-        ("customer.subscription.paused", json!({ "status": "paused" }), Some(("paused", "revoked"))),
-        ("customer.subscription.resumed", json!({}), Some(("active", "granted"))),
-        ("customer.subscription.pending_update_applied", json!({ "items": more }), Some(("active", "granted"))),
+        (
+            "customer.subscription.paused",
+            json!({ "status": "paused" }),
+            Some(("paused", "revoked")),
+        ),
+        (
+            "customer.subscription.resumed",
+            json!({}),
+            Some(("active", "granted")),
+        ),
+        (
+            "customer.subscription.pending_update_applied",
+            json!({ "items": more }),
+            Some(("active", "granted")),
+        ),
         // Nothing that is kept changes.
-        ("customer.subscription.pending_update_expired", json!({ "items": more }), None),
-        (UPDATED, json!({ "status": "past_due", "items": more }), Some(("past_due", "grace"))),
-        (UPDATED, json!({ "status": "unpaid", "items": more }), Some(("unpaid", "revoked"))),
+        (
+            "customer.subscription.pending_update_expired",
+            json!({ "items": more }),
+            None,
+        ),
+        (
+            UPDATED,
+            json!({ "status": "past_due", "items": more }),
+            Some(("past_due", "grace")),
+        ),
+        (
+            UPDATED,
+            json!({ "status": "unpaid", "items": more }),
+            Some(("unpaid", "revoked")),
+        ),
         (
             UPDATED,
             json!({ "status": "a_status_of_tomorrow", "items": more }),
@@ -216,22 +301,41 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
         (UPDATED, json!({}), None),
     ];
     let events = steps.iter().zip(purchase.created..);
-    let events: Vec<_> =
-        events.map(|((event, changes, _), at)| purchase.subscription_event(event, at, changes.clone())).collect();
+    let events: Vec<_> = events
+        .map(|((event, changes, _), at)| purchase.subscription_event(event, at, changes.clone()))
+        .collect();
     bridge.deliver_all(&events).await;
 
     let signals = bridge.check().await;
-    let told: Vec<_> = signals.iter().map(|signal| (&signal.body["status"], &signal.body["access"])).collect();
-    let expected: Vec<_> = steps.iter().filter_map(|(_, _, expected)| *expected).collect();
+    let told: Vec<_> = signals
+        .iter()
+        .map(|signal| (&signal.body["status"], &signal.body["access"]))
+        .collect();
+    let expected: Vec<_> = steps
+        .iter()
+        .filter_map(|(_, _, expected)| *expected)
+        .collect();
     assert_eq!(told.len(), expected.len(), "{told:?}");
     assert!(
-        told.iter().zip(expected).all(|(told, expected)| (told.0, told.1) == (&json!(expected.0), &json!(expected.1)))
+        told.iter()
+            .zip(expected)
+            .all(|(told, expected)| (told.0, told.1) == (&json!(expected.0), &json!(expected.1)))
     );
-    let applied = signals.iter().find(|signal| signal.body["event"]["id"] == events[3].id()).expect("it is signalled");
-    assert!(applied.changed().contains(&"items"), "{:?}", applied.changed());
+    let applied = signals
+        .iter()
+        .find(|signal| signal.body["event"]["id"] == events[3].id())
+        .expect("it is signalled");
+    assert!(
+        applied.changed().contains(&"items"),
+        "{:?}",
+        applied.changed()
+    );
     let row = bridge.row(&purchase.subscription).await;
     assert_eq!(row.items[0]["quantity"], 5);
-    assert_eq!(row.ended_at.map(OffsetDateTime::unix_timestamp), Some(purchase.created + 8));
+    assert_eq!(
+        row.ended_at.map(OffsetDateTime::unix_timestamp),
+        Some(purchase.created + 8)
+    );
     assert_eq!(row.last_event_id.as_deref(), Some(events[8].id()));
 }
 
@@ -239,8 +343,9 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - MONTH);
     let at = purchase.created;
-    let subscription =
-        |event_type, at, metadata: Value| purchase.subscription_event(event_type, at, json!({ "metadata": metadata }));
+    let subscription = |event_type, at, metadata: Value| {
+        purchase.subscription_event(event_type, at, json!({ "metadata": metadata }))
+    };
     // A payment link's metadata is the session's, too.
     let of_link = json!({
         "client_reference_id": "user_1",
@@ -281,7 +386,9 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
 }
 
 async fn only_the_wanted_metadata_is_kept(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan, seats")).await;
+    let bridge =
+        Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan, seats"))
+            .await;
     let purchase = Purchase::new(now());
     let metadata = json!({ "metadata": { "plan": "team", "note": "call Jo Doe" }, "client_reference_id": "user_1" });
     bridge
@@ -297,7 +404,10 @@ async fn only_the_wanted_metadata_is_kept(database: DatabaseKind) {
     let expected = json!({ "checkout.session.completed.plan": "team", "customer.subscription.created.plan": "team" });
     assert_eq!(row.metadata, expected);
     let kept = bridge.database.dump().await.expect("the database answers");
-    assert!(kept.iter().all(|line| !line.contains("Jo Doe")), "{kept:#?}");
+    assert!(
+        kept.iter().all(|line| !line.contains("Jo Doe")),
+        "{kept:#?}"
+    );
 }
 
 async fn newest_client_reference_id_stands_and_none_erases_it(database: DatabaseKind) {
@@ -312,17 +422,31 @@ async fn newest_client_reference_id_stands_and_none_erases_it(database: Database
     ];
     for (second, reference, expected) in steps {
         let session = json!({ "client_reference_id": reference });
-        bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + second, session)).await;
+        bridge
+            .deliver(&purchase.checkout_session_event(
+                COMPLETED,
+                purchase.created + second,
+                session,
+            ))
+            .await;
         bridge.wait_until_applied().await;
         let row = bridge.row(&purchase.subscription).await;
-        assert_eq!(row.client_reference_id.as_deref(), Some(expected), "after {reference}");
+        assert_eq!(
+            row.client_reference_id.as_deref(),
+            Some(expected),
+            "after {reference}"
+        );
     }
     let signals = bridge.check().await;
     assert_eq!(
         signals.last().map(|signal| signal.body["previous"].clone()),
         Some(json!({ "client_reference_id": "user_1" }))
     );
-    assert_eq!(bridge.orphans().await, [], "its user was known all the time");
+    assert_eq!(
+        bridge.orphans().await,
+        [],
+        "its user was known all the time"
+    );
 }
 
 async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
@@ -337,9 +461,20 @@ async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
     bridge.deliver_all(&story).await;
     assert_eq!(bridge.stored_events().await, stored);
     // Outside of it, or from another source, they are stored once more, here in two renderings.
-    let again = |event: &Event, body, how: &str| (event.event_type().to_owned(), body, format!("{}:{how}", event.id()));
-    let backwards = story.iter().rev().map(|event| again(event, event.body(), "backwards"));
-    let compact = story.iter().map(|event| again(event, event.compact_body(), "compact"));
+    let again = |event: &Event, body, how: &str| {
+        (
+            event.event_type().to_owned(),
+            body,
+            format!("{}:{how}", event.id()),
+        )
+    };
+    let backwards = story
+        .iter()
+        .rev()
+        .map(|event| again(event, event.body(), "backwards"));
+    let compact = story
+        .iter()
+        .map(|event| again(event, event.compact_body(), "compact"));
     bridge.publish_all(backwards.chain(compact).collect()).await;
     assert_eq!(bridge.stored_events().await, 3 * stored);
 
@@ -351,12 +486,17 @@ async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
 
 async fn events_that_nobody_handles_are_passed_over(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
-    let invoice = json!({ "id": "in_1", "object": "invoice", "subscription": "sub_1", "customer": "cus_1" });
+    let invoice =
+        json!({ "id": "in_1", "object": "invoice", "subscription": "sub_1", "customer": "cus_1" });
     let purchase = Purchase::new(now());
     bridge
         .deliver_all(&[
             Event::new("invoice.paid", now(), invoice),
-            purchase.subscription_event("customer.subscription.a_type_of_tomorrow", now(), json!({})),
+            purchase.subscription_event(
+                "customer.subscription.a_type_of_tomorrow",
+                now(),
+                json!({}),
+            ),
             purchase.subscription_event(CREATED, now(), json!({})),
         ])
         .await;
@@ -365,9 +505,18 @@ async fn events_that_nobody_handles_are_passed_over(database: DatabaseKind) {
     assert_eq!(bridge.check().await.len(), 1);
     assert_eq!(bridge.row(&purchase.subscription).await.version, 1);
     assert_eq!(bridge.dead_letters().await.len(), 0);
-    let (_, metrics) = bridge.workers[0].page("/metrics").await.expect("the worker answers");
-    assert!(metrics.contains("\nlitestripe_worker_events_ignored_total 2\n"), "{metrics}");
-    assert!(metrics.contains("\nlitestripe_worker_events_applied_total 1\n"), "{metrics}");
+    let (_, metrics) = bridge.workers[0]
+        .page("/metrics")
+        .await
+        .expect("the worker answers");
+    assert!(
+        metrics.contains("\nlitestripe_worker_events_ignored_total 2\n"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("\nlitestripe_worker_events_applied_total 1\n"),
+        "{metrics}"
+    );
 }
 
 async fn trace_context_travels_from_the_delivery_to_the_signal(database: DatabaseKind) {
@@ -378,13 +527,19 @@ async fn trace_context_travels_from_the_delivery_to_the_signal(database: Databas
     let delivery = Delivery::new(event.body(), litestripe_harness::bridge::SECRET);
     let request = stripe::client()
         .post(bridge.hook())
-        .header("Stripe-Signature", delivery.signature().expect("it is signed"))
+        .header(
+            "Stripe-Signature",
+            delivery.signature().expect("it is signed"),
+        )
         .header("traceparent", TRACE)
         .body(delivery.body().clone());
     assert_eq!(request.send().await.expect("ingress answers").status(), 200);
 
     let signals = bridge.check().await;
-    assert_eq!(signals[0].headers.get("traceparent").map(String::as_str), Some(TRACE));
+    assert_eq!(
+        signals[0].headers.get("traceparent").map(String::as_str),
+        Some(TRACE)
+    );
 }
 
 /// What a signal tells, as far as a test compares it.
@@ -399,19 +554,35 @@ struct Told {
 impl Told {
     fn new(event: &str, changed: &[&str], status: Value, access: &str) -> Self {
         let changed = changed.iter().map(|&field| field.to_owned()).collect();
-        Self { event: event.to_owned(), changed, status, access: access.to_owned() }
+        Self {
+            event: event.to_owned(),
+            changed,
+            status,
+            access: access.to_owned(),
+        }
     }
 }
 
 fn told(signal: &Signal) -> Told {
     let text = |value: &Value| value.as_str().expect("its schema demands it").to_owned();
-    let (event, access) = (text(&signal.body["event"]["type"]), text(&signal.body["access"]));
-    Told::new(&event, &signal.changed(), signal.body["status"].clone(), &access)
+    let (event, access) = (
+        text(&signal.body["event"]["type"]),
+        text(&signal.body["access"]),
+    );
+    Told::new(
+        &event,
+        &signal.changed(),
+        signal.body["status"].clone(),
+        &access,
+    )
 }
 
 /// The id of what an event is about.
 fn subject(event: &Event) -> String {
-    event.value["data"]["object"]["id"].as_str().expect("Stripe's objects have ids").to_owned()
+    event.value["data"]["object"]["id"]
+        .as_str()
+        .expect("Stripe's objects have ids")
+        .to_owned()
 }
 
 fn now() -> i64 {
@@ -421,5 +592,6 @@ fn now() -> i64 {
 /// A time as signals write it.
 fn at(unix_s: i64) -> String {
     let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("a test's times are of our days");
-    at.format(&Rfc3339).expect("our days have four digits of a year")
+    at.format(&Rfc3339)
+        .expect("our days have four digits of a year")
 }

@@ -54,12 +54,17 @@ async fn budget_is_kept_and_used_by(processes: usize) {
             .env("STRIPE_SECRET_KEY", API_KEY)
             .env("LITESTRIPE_BACKFILL_INTERVAL", "off")
             .env("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", REQUESTS.to_string())
-            .env("LITESTRIPE_API_RATE_LIMIT_WINDOW", format!("{}s", WINDOW.as_secs()))
+            .env(
+                "LITESTRIPE_API_RATE_LIMIT_WINDOW",
+                format!("{}s", WINDOW.as_secs()),
+            )
             .start()
     };
     let workers: Vec<Program> = apis.iter().map(start).collect();
     for worker in &workers {
-        worker.wait_for_log("consuming STRIPE_EVENTS", DEADLINE).await;
+        worker
+            .wait_for_log("consuming STRIPE_EVENTS", DEADLINE)
+            .await;
     }
 
     // Each subscription is fetched once: it changed there and back within a second.
@@ -73,20 +78,35 @@ async fn budget_is_kept_and_used_by(processes: usize) {
         for seats in ["1", "2"] {
             let metadata = json!({ "metadata": { "seats": seats } });
             let event = purchase.subscription_event(UPDATED, purchase.created + 5, metadata);
-            events.push((event.event_type().to_owned(), event.body(), event.id().to_owned()));
+            events.push((
+                event.event_type().to_owned(),
+                event.body(),
+                event.id().to_owned(),
+            ));
         }
     }
     bridge.publish_all(events).await;
     let arrivals = eventually("all to be fetched", DEADLINE, async || {
         let arrivals = arrivals(&apis);
-        if arrivals.len() >= work { Ok(arrivals) } else { Err(format!("{} of {work}", arrivals.len())) }
+        if arrivals.len() >= work {
+            Ok(arrivals)
+        } else {
+            Err(format!("{} of {work}", arrivals.len()))
+        }
     })
     .await;
 
-    let most = (0..arrivals.len()).map(|first| held(&arrivals[first..], WINDOW)).max().unwrap_or(0);
+    let most = (0..arrivals.len())
+        .map(|first| held(&arrivals[first..], WINDOW))
+        .max()
+        .unwrap_or(0);
     // What each process has reserved at the end, a hundredth of the budget, is no work that waits.
     let waiting = &arrivals[..work - processes * REQUESTS.div_ceil(100)];
-    let took = waiting.last().zip(waiting.first()).map(|(last, first)| *last - *first).unwrap_or_default();
+    let took = waiting
+        .last()
+        .zip(waiting.first())
+        .map(|(last, first)| *last - *first)
+        .unwrap_or_default();
     let could = took.as_secs_f64() / WINDOW.as_secs_f64() * REQUESTS as f64;
     let used = (waiting.len() - 1) as f64 / could;
     let each: Vec<_> = apis.iter().map(|api| api.requests("").len()).collect();
@@ -97,23 +117,39 @@ async fn budget_is_kept_and_used_by(processes: usize) {
 
     for first in 0..arrivals.len() {
         let count = held(&arrivals[first..], WINDOW - STALL);
-        assert!(count <= REQUESTS, "{count} requests within {:?}", WINDOW - STALL);
+        assert!(
+            count <= REQUESTS,
+            "{count} requests within {:?}",
+            WINDOW - STALL
+        );
     }
     assert!(used >= 0.9, "{used} of the budget was used");
     for (worker, count) in workers.iter().zip(each) {
-        assert!(count >= work / processes / 4, "a process made {count} of {work} requests");
+        assert!(
+            count >= work / processes / 4,
+            "a process made {count} of {work} requests"
+        );
         assert!(worker.is_running());
     }
 }
 
 /// Of these arrivals, in their order, those within `length` from the first.
 fn held(arrivals: &[Instant], length: Duration) -> usize {
-    let Some(first) = arrivals.first() else { return 0 };
-    arrivals.iter().take_while(|at| **at - *first < length).count()
+    let Some(first) = arrivals.first() else {
+        return 0;
+    };
+    arrivals
+        .iter()
+        .take_while(|at| **at - *first < length)
+        .count()
 }
 
 fn arrivals(apis: &[Api]) -> Vec<Instant> {
-    let mut arrivals: Vec<_> = apis.iter().flat_map(|api| api.requests("/v1/")).map(|request| request.at).collect();
+    let mut arrivals: Vec<_> = apis
+        .iter()
+        .flat_map(|api| api.requests("/v1/"))
+        .map(|request| request.at)
+        .collect();
     arrivals.sort();
     arrivals
 }
@@ -127,19 +163,37 @@ async fn nobody_calls_stripe_while_the_broker_is_away_and_budget_and_bucket_come
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
         .worker("LITESTRIPE_API_RATE_LIMIT_CACHE_KEY", "of.our/own");
     let mut bridge = Bridge::start(options).await;
-    let (first, second, third) = (Purchase::new(now() - 60), Purchase::new(now() - 60), Purchase::new(now() - 60));
+    let (first, second, third) = (
+        Purchase::new(now() - 60),
+        Purchase::new(now() - 60),
+        Purchase::new(now() - 60),
+    );
     for purchase in [&first, &second, &third] {
         api.put_subscription(purchase.subscription());
     }
     uncertain(&bridge, &first, 5).await;
     until_fetched(&api, &first).await;
     let entry = async |bridge: &Bridge| {
-        let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
-        bucket.get("of.our/own").await.expect("it can be read").is_some()
+        let bucket = bridge
+            .jetstream()
+            .await
+            .get_key_value("litestripe")
+            .await
+            .expect("the bucket is there");
+        bucket
+            .get("of.our/own")
+            .await
+            .expect("it can be read")
+            .is_some()
     };
     assert!(entry(&bridge).await, "under the key of the setting");
 
-    bridge.jetstream().await.delete_key_value("litestripe").await.expect("it can be deleted");
+    bridge
+        .jetstream()
+        .await
+        .delete_key_value("litestripe")
+        .await
+        .expect("it can be deleted");
     uncertain(&bridge, &second, 5).await;
     until_fetched(&api, &second).await;
     assert!(entry(&bridge).await, "it was made again");
@@ -148,11 +202,15 @@ async fn nobody_calls_stripe_while_the_broker_is_away_and_budget_and_bucket_come
     uncertain(&bridge, &third, 65).await;
     bridge.wait_until_applied().await;
     bridge.broker.kill().await;
-    bridge.workers[0].wait_for_log("wait for their shared budget", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("wait for their shared budget", DEADLINE)
+        .await;
     assert_eq!(api.requests(&third.subscription).len(), 0);
     bridge.broker.resume().await;
     until_fetched(&api, &third).await;
-    bridge.workers[0].wait_for_log("calls to Stripe's API go on", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("calls to Stripe's API go on", DEADLINE)
+        .await;
 }
 
 #[tokio::test]
@@ -166,7 +224,12 @@ async fn calls_one_after_another_seldom_ask_the_broker() {
     let bridge = Bridge::start(options).await;
     for _ in 0..40 * 100 {
         let purchase = Purchase::new(now() - 60);
-        api.put_event(purchase.subscription_event(UPDATED, purchase.created, json!({})).value, true);
+        api.put_event(
+            purchase
+                .subscription_event(UPDATED, purchase.created, json!({}))
+                .value,
+            true,
+        );
     }
     let writes = async || {
         // It is made with the first call.
@@ -177,12 +240,20 @@ async fn calls_one_after_another_seldom_ask_the_broker() {
     let (mut before, mut after) = (0, 0);
     for _ in 0..2 {
         before = writes().await;
-        let backfill = bridge.worker().args(["backfill", "--since", "1h"]).run(DEADLINE).await;
+        let backfill = bridge
+            .worker()
+            .args(["backfill", "--since", "1h"])
+            .run(DEADLINE)
+            .await;
         assert_eq!(backfill.status.code(), Some(0), "{backfill:?}");
         after = writes().await;
     }
     assert_eq!(api.requests("/v1/events").len(), 2 * 40);
-    assert!(after - before <= 12, "{} writes for 40 calls", after - before);
+    assert!(
+        after - before <= 12,
+        "{} writes for 40 calls",
+        after - before
+    );
 }
 
 #[tokio::test]
@@ -202,12 +273,32 @@ async fn value_that_nobody_reserved_holds_calls_up_for_a_window_only() {
         until_fetched(&api, &purchase).await;
     };
     fetch().await;
-    let bucket = bridge.jetstream().await.get_key_value("litestripe").await.expect("the bucket is there");
-    for value in ["soon", "9000000000000000", "9000000000000000 1", "1 99999999999999999"] {
-        bucket.put(KEY, value.into()).await.expect("it can be written");
+    let bucket = bridge
+        .jetstream()
+        .await
+        .get_key_value("litestripe")
+        .await
+        .expect("the bucket is there");
+    for value in [
+        "soon",
+        "9000000000000000",
+        "9000000000000000 1",
+        "1 99999999999999999",
+    ] {
+        bucket
+            .put(KEY, value.into())
+            .await
+            .expect("it can be written");
         fetch().await;
-        let healed = bucket.get(KEY).await.expect("it can be read").expect("it is there");
-        assert!(healed != value && healed.starts_with(b"1"), "{healed:?} after {value}");
+        let healed = bucket
+            .get(KEY)
+            .await
+            .expect("it can be read")
+            .expect("it is there");
+        assert!(
+            healed != value && healed.starts_with(b"1"),
+            "{healed:?} after {value}"
+        );
     }
     bucket.delete(KEY).await.expect("it can be deleted");
     fetch().await;
@@ -218,14 +309,20 @@ async fn value_that_nobody_reserved_holds_calls_up_for_a_window_only() {
 async fn uncertain(bridge: &Bridge, purchase: &Purchase, at: i64) {
     for seats in ["1", "2"] {
         let metadata = json!({ "metadata": { "seats": seats } });
-        bridge.deliver(&purchase.subscription_event(UPDATED, purchase.created + at, metadata)).await;
+        bridge
+            .deliver(&purchase.subscription_event(UPDATED, purchase.created + at, metadata))
+            .await;
     }
 }
 
 async fn until_fetched(api: &Api, purchase: &Purchase) {
     eventually("a subscription to be fetched", DEADLINE, async || {
         let count = api.requests(&purchase.subscription).len();
-        if count > 0 { Ok(()) } else { Err("not yet".to_owned()) }
+        if count > 0 {
+            Ok(())
+        } else {
+            Err("not yet".to_owned())
+        }
     })
     .await;
 }

@@ -13,17 +13,33 @@ const DEADLINE: Duration = Duration::from_secs(60);
 #[tokio::test]
 async fn two_at_once_tell_the_story_and_leave_nothing() {
     let folders = [folder(), folder()];
-    let launches = folders.each_ref().map(|folder| demo(folder).args(["--once", "--pace", "0"]));
+    let launches = folders
+        .each_ref()
+        .map(|folder| demo(folder).args(["--once", "--pace", "0"]));
     let (one, other) = tokio::join!(launches[0].run(DEADLINE), launches[1].run(DEADLINE));
 
-    for Finished { status, stdout, stderr } in [one, other] {
+    for Finished {
+        status,
+        stdout,
+        stderr,
+    } in [one, other]
+    {
         assert!(status.success(), "{status}\n{stdout}{stderr}");
         assert_eq!(stderr, "");
         assert_eq!(stdout.matches("→ 200 ").count(), 8, "{stdout}");
-        assert_eq!(stdout.matches("← subscription.changed ").count(), 8, "{stdout}");
+        assert_eq!(
+            stdout.matches("← subscription.changed ").count(),
+            8,
+            "{stdout}"
+        );
         assert_eq!(stdout.matches("← orphan.created ").count(), 1, "{stdout}");
-        for shown in ["trialing → active", "active → canceled", "user_4711", "rescue-me@example.com", "as expected"]
-        {
+        for shown in [
+            "trialing → active",
+            "active → canceled",
+            "user_4711",
+            "rescue-me@example.com",
+            "as expected",
+        ] {
             assert!(stdout.contains(shown), "{shown} is missing in:\n{stdout}");
         }
         assert!(!stdout.contains('\u{1b}'), "colours outside a terminal");
@@ -53,22 +69,40 @@ async fn interrupted_in_the_middle_it_leaves_nothing() {
 async fn it_stays_up_for_the_commands_that_it_prints() {
     let folder = folder();
     let demo = demo(&folder).args(["--pace", "0"]).start();
-    demo.wait_for_log("Signals that arrive from now on", DEADLINE).await;
+    demo.wait_for_log("Signals that arrive from now on", DEADLINE)
+        .await;
 
-    let sent = printed(&demo.stdout(), "send one event").run(DEADLINE).await;
+    let sent = printed(&demo.stdout(), "send one event")
+        .run(DEADLINE)
+        .await;
     assert!(sent.status.success(), "{sent:?}");
     demo.wait_for_log("no status → active", DEADLINE).await;
-    let status = printed(&demo.stdout(), "see how the worker stands").run(DEADLINE).await;
+    let status = printed(&demo.stdout(), "see how the worker stands")
+        .run(DEADLINE)
+        .await;
     assert!(status.status.success(), "{status:?}");
-    assert!(status.stdout.contains("open orphans  1"), "{}", status.stdout);
+    assert!(
+        status.stdout.contains("open orphans  1"),
+        "{}",
+        status.stdout
+    );
     for log in ["broker.log", "ingress.log", "worker.log"] {
         let log = only_entry(&folder).join(log);
-        assert!(std::fs::read_to_string(&log).is_ok_and(|log| !log.is_empty()), "{} is empty", log.display());
+        assert!(
+            std::fs::read_to_string(&log).is_ok_and(|log| !log.is_empty()),
+            "{} is empty",
+            log.display()
+        );
     }
 
     demo.signal(Signal::Int);
 
-    assert_eq!(demo.wait(DEADLINE).await.code(), Some(0), "{}", demo.stderr());
+    assert_eq!(
+        demo.wait(DEADLINE).await.code(),
+        Some(0),
+        "{}",
+        demo.stderr()
+    );
     assert_clean(&folder);
 }
 
@@ -77,15 +111,22 @@ async fn it_says_which_program_died() {
     let folder = folder();
     let demo = demo(&folder).args(["--pace", "30"]).start();
     demo.wait_for_log("← subscription.changed", DEADLINE).await;
-    let worker = of_demo(&folder).into_iter().find(|process| process.command.contains("litestripe-worker"));
+    let worker = of_demo(&folder)
+        .into_iter()
+        .find(|process| process.command.contains("litestripe-worker"));
     let worker = worker.expect("the worker runs").id;
 
-    let kill = Program::at("/bin/sh").arg("-c").arg(format!("kill -s KILL {worker}"));
+    let kill = Program::at("/bin/sh")
+        .arg("-c")
+        .arg(format!("kill -s KILL {worker}"));
     assert!(kill.run(DEADLINE).await.status.success());
 
     assert_eq!(demo.wait(DEADLINE).await.code(), Some(1));
     let stderr = demo.stderr();
-    assert!(stderr.starts_with("demo: the worker ended (signal: 9 (SIGKILL)); its last log lines:\n"), "{stderr}");
+    assert!(
+        stderr.starts_with("demo: the worker ended (signal: 9 (SIGKILL)); its last log lines:\n"),
+        "{stderr}"
+    );
     assert!(stderr.contains("consuming STRIPE_EVENTS"), "{stderr}");
     assert_clean(&folder);
 }
@@ -93,10 +134,17 @@ async fn it_says_which_program_died() {
 #[tokio::test]
 async fn kept_folder_is_named_and_holds_the_database() {
     let folder = folder();
-    let finished = demo(&folder).args(["--once", "--keep", "--pace", "0"]).run(DEADLINE).await;
+    let finished = demo(&folder)
+        .args(["--once", "--keep", "--pace", "0"])
+        .run(DEADLINE)
+        .await;
 
     let kept = only_entry(&folder);
-    assert!(finished.stdout.ends_with(&format!("{}\n", kept.display())), "{}", finished.stdout);
+    assert!(
+        finished.stdout.ends_with(&format!("{}\n", kept.display())),
+        "{}",
+        finished.stdout
+    );
     assert!(kept.join("litestripe.db").exists());
     assert_eq!(of_demo(&folder), []);
 }
@@ -104,7 +152,10 @@ async fn kept_folder_is_named_and_holds_the_database() {
 /// Where `setpriv` is missing, no safe code can promise this.
 #[tokio::test]
 async fn killed_itself_it_takes_its_programs_along() {
-    let has_setpriv = std::process::Command::new("setpriv").arg("--version").output().is_ok();
+    let has_setpriv = std::process::Command::new("setpriv")
+        .arg("--version")
+        .output()
+        .is_ok();
     let folder = folder();
     let demo = demo(&folder).args(["--pace", "30"]).start();
     demo.wait_for_log("← subscription.changed", DEADLINE).await;
@@ -112,10 +163,14 @@ async fn killed_itself_it_takes_its_programs_along() {
     demo.kill().await;
 
     if has_setpriv {
-        eventually("the demo's programs to end", DEADLINE, async || match of_demo(&folder) {
-            none if none.is_empty() => Ok(()),
-            left => Err(format!("{left:?}")),
-        })
+        eventually(
+            "the demo's programs to end",
+            DEADLINE,
+            async || match of_demo(&folder) {
+                none if none.is_empty() => Ok(()),
+                left => Err(format!("{left:?}")),
+            },
+        )
         .await;
     }
 }
@@ -123,22 +178,36 @@ async fn killed_itself_it_takes_its_programs_along() {
 #[tokio::test]
 async fn missing_broker_is_named() {
     let folder = folder();
-    let finished =
-        demo(&folder).arg("--once").env("LITESTRIPE_NATS_SERVER", "/nowhere/nats-server").run(DEADLINE).await;
+    let finished = demo(&folder)
+        .arg("--once")
+        .env("LITESTRIPE_NATS_SERVER", "/nowhere/nats-server")
+        .run(DEADLINE)
+        .await;
 
     assert_eq!(finished.status.code(), Some(1));
-    assert!(finished.stderr.contains("there is no nats-server at /nowhere/nats-server"), "{}", finished.stderr);
+    assert!(
+        finished
+            .stderr
+            .contains("there is no nats-server at /nowhere/nats-server"),
+        "{}",
+        finished.stderr
+    );
     assert_clean(&folder);
 }
 
 /// A demo that makes its folder in `folder`.
 fn demo(folder: &TempDir) -> Launch {
     let nats_server = tools::nats_server().expect("scripts/tools finds or installs one");
-    Program::named("demo").env("TMPDIR", folder.path()).env("LITESTRIPE_NATS_SERVER", nats_server)
+    Program::named("demo")
+        .env("TMPDIR", folder.path())
+        .env("LITESTRIPE_NATS_SERVER", nats_server)
 }
 
 fn folder() -> TempDir {
-    tempfile::Builder::new().prefix("litestripe-demo-test-").tempdir().expect("a folder can be made")
+    tempfile::Builder::new()
+        .prefix("litestripe-demo-test-")
+        .tempdir()
+        .expect("a folder can be made")
 }
 
 /// The command that the demo prints under `title`.
@@ -160,7 +229,13 @@ struct Running {
 fn of_demo(folder: &TempDir) -> Vec<Running> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
         // Either fails for a process that has ended meanwhile.
         let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
@@ -185,5 +260,7 @@ fn only_entry(folder: &TempDir) -> PathBuf {
 
 fn entries(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).expect("it is there");
-    entries.map(|entry| entry.expect("it can be read").path()).collect()
+    entries
+        .map(|entry| entry.expect("it can be read").path())
+        .collect()
 }

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, lock_of, of_subscription, shown};
+use litestripe_harness::bridge::{
+    Bridge, DatabaseKind, Options, Signal, lock_of, of_subscription, shown,
+};
 use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::api::{API_KEY, Api};
@@ -41,27 +43,81 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
     let second = of_the_same(&user, now() - 60);
     let once = of_the_same(&user, now() - 60);
     let one_time = json!({ "mode": "payment", "subscription": null });
-    bridge.deliver_all(&[session(&user, ERASED, json!({})), subscription(&user, CREATED, ERASED, 0)]).await;
-    bridge.deliver(&session(&second, ERASED, json!({ "client_reference_id": "user_1" }))).await;
+    bridge
+        .deliver_all(&[
+            session(&user, ERASED, json!({})),
+            subscription(&user, CREATED, ERASED, 0),
+        ])
+        .await;
+    bridge
+        .deliver(&session(
+            &second,
+            ERASED,
+            json!({ "client_reference_id": "user_1" }),
+        ))
+        .await;
     bridge.deliver(&session(&once, ERASED, one_time)).await;
-    bridge.deliver_all(&[subscription(&user, UPDATED, ERASED, 5), customer(&user, "customer.updated", ERASED)]).await;
-    bridge.deliver_all(&[session(&other, KEPT, json!({})), subscription(&other, CREATED, KEPT, 0)]).await;
-    bridge.deliver_all(&[customer(&other, "customer.updated", KEPT), naming(&other, &user.customer)]).await;
-    bridge.publish(UPDATED, poison(&user, ERASED), "poison").await;
-    bridge.publish(UPDATED, poison(&other, KEPT), "other poison").await;
+    bridge
+        .deliver_all(&[
+            subscription(&user, UPDATED, ERASED, 5),
+            customer(&user, "customer.updated", ERASED),
+        ])
+        .await;
+    bridge
+        .deliver_all(&[
+            session(&other, KEPT, json!({})),
+            subscription(&other, CREATED, KEPT, 0),
+        ])
+        .await;
+    bridge
+        .deliver_all(&[
+            customer(&other, "customer.updated", KEPT),
+            naming(&other, &user.customer),
+        ])
+        .await;
+    bridge
+        .publish(UPDATED, poison(&user, ERASED), "poison")
+        .await;
+    bridge
+        .publish(UPDATED, poison(&other, KEPT), "other poison")
+        .await;
     bridge.check().await;
     assert!(!places(&bridge, ERASED).await.is_empty());
     let kept = places(&bridge, KEPT).await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
 
     let receipt = erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    let counts = ["events", "dead_letters", "subscriptions", "orphans", "unapplied"].map(|name| &receipt[name]);
+    let counts = [
+        "events",
+        "dead_letters",
+        "subscriptions",
+        "orphans",
+        "unapplied",
+    ]
+    .map(|name| &receipt[name]);
     // The poison is in both streams.
-    assert_eq!(counts, [&json!(7), &json!(1), &json!(2), &json!(2), &json!(0)], "{receipt:#}");
-    assert_eq!((&receipt["customer"], &receipt["orphan"]), (&json!(user.customer), &json!(null)));
-    let ids = [&user, &second, &once].map(|of| [&of.customer, &of.checkout_session]).concat();
-    for id in ids.into_iter().chain([&user.subscription, &second.subscription]) {
-        assert!(receipt["ids"].as_array().is_some_and(|ids| ids.contains(&json!(id))), "{id}: {receipt:#}");
+    assert_eq!(
+        counts,
+        [&json!(7), &json!(1), &json!(2), &json!(2), &json!(0)],
+        "{receipt:#}"
+    );
+    assert_eq!(
+        (&receipt["customer"], &receipt["orphan"]),
+        (&json!(user.customer), &json!(null))
+    );
+    let ids = [&user, &second, &once]
+        .map(|of| [&of.customer, &of.checkout_session])
+        .concat();
+    for id in ids
+        .into_iter()
+        .chain([&user.subscription, &second.subscription])
+    {
+        assert!(
+            receipt["ids"]
+                .as_array()
+                .is_some_and(|ids| ids.contains(&json!(id))),
+            "{id}: {receipt:#}"
+        );
     }
     let at = receipt["recorded_at"].as_str().expect("it says when");
     assert!(at.ends_with('Z'), "{at}");
@@ -78,14 +134,19 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
             assert_eq!(&row, before);
             continue;
         }
-        let cleared = with(shown(before), json!({ "metadata": {}, "subscription_metadata": {} }));
+        let cleared = with(
+            shown(before),
+            json!({ "metadata": {}, "subscription_metadata": {} }),
+        );
         assert_eq!(
             with(shown(&row), json!({ "revision": before.revision })),
             cleared,
             "but for metadata it is as before"
         );
         assert_eq!(told.len(), 1, "what is older is gone: {told:#?}");
-        let of_orphans = signals.iter().filter(|signal| signal.body["orphan_id"] == json!(row.stripe_subscription_id));
+        let of_orphans = signals
+            .iter()
+            .filter(|signal| signal.body["orphan_id"] == json!(row.stripe_subscription_id));
         assert_eq!(of_orphans.count(), 0);
         let changed = told[0].changed();
         assert!(changed.contains(&"metadata"), "{changed:?}");
@@ -98,20 +159,35 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
         let after = orphan(&bridge, &before.id).await;
         let is_theirs = before.stripe_customer_id.as_deref() == Some(&user.customer);
         let email = before.customer_email.clone().filter(|_| !is_theirs);
-        assert_eq!((after.customer_email, after.resolved_at, after.reason), (email, before.resolved_at, before.reason));
+        assert_eq!(
+            (after.customer_email, after.resolved_at, after.reason),
+            (email, before.resolved_at, before.reason)
+        );
     }
 
     let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
     for count in ["events", "dead_letters", "subscriptions", "orphans"] {
         assert_eq!(again[count], 0, "{again:#}");
     }
-    assert_eq!(again["signals"], 2, "each row is signalled again, in place of the signal before");
+    assert_eq!(
+        again["signals"], 2,
+        "each row is signalled again, in place of the signal before"
+    );
     assert_eq!(places(&bridge, KEPT).await, kept);
     let table = erase(&bridge, &user.customer, &[]).await;
     assert_eq!(table.status.code(), Some(0), "{}", table.stderr);
-    assert!(table.stdout.contains("messages in STRIPE_EVENTS") && table.stdout.contains("recorded at 20"), "{table:?}");
+    assert!(
+        table.stdout.contains("messages in STRIPE_EVENTS")
+            && table.stdout.contains("recorded at 20"),
+        "{table:?}"
+    );
     for node in bridge.workers.iter().chain(&bridge.ingress) {
-        assert_eq!((node.count_in_log(ERASED), node.count_in_log("ERROR")), (0, 0), "{}", node.log());
+        assert_eq!(
+            (node.count_in_log(ERASED), node.count_in_log("ERROR")),
+            (0, 0),
+            "{}",
+            node.log()
+        );
     }
 }
 
@@ -120,20 +196,35 @@ async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, UPDATED, ERASED, 0)).await;
     let emptied = json!({ "status": "past_due", "metadata": {} });
-    apply(&bridge, &user.subscription_event(UPDATED, user.created + 1, emptied)).await;
+    apply(
+        &bridge,
+        &user.subscription_event(UPDATED, user.created + 1, emptied),
+    )
+    .await;
     let before = bridge.check().await;
-    let last = of_subscription(&before, &user.subscription).pop().expect("it was signalled");
+    let last = of_subscription(&before, &user.subscription)
+        .pop()
+        .expect("it was signalled");
     assert!(last.body["previous"].to_string().contains(ERASED));
 
     let receipt = erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    assert_eq!((&receipt["subscriptions"], &receipt["signals"]), (&json!(0), &json!(2)));
+    assert_eq!(
+        (&receipt["subscriptions"], &receipt["signals"]),
+        (&json!(0), &json!(2))
+    );
     let signals = bridge.signals().await;
     let told = of_subscription(&signals, &user.subscription);
     check_last(&told, &shown(&bridge.row(&user.subscription).await));
-    assert_eq!((told.len(), &told[0].body["status"]), (1, &json!("past_due")));
+    assert_eq!(
+        (told.len(), &told[0].body["status"]),
+        (1, &json!("past_due"))
+    );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
     let again = erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    assert_eq!((&again["subscriptions"], &again["signals"]), (&json!(0), &json!(1)));
+    assert_eq!(
+        (&again["subscriptions"], &again["signals"]),
+        (&json!(0), &json!(1))
+    );
     let signals = bridge.signals().await;
     let told = of_subscription(&signals, &user.subscription);
     check_last(&told, &shown(&bridge.row(&user.subscription).await));
@@ -145,15 +236,39 @@ async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     apply(&bridge, &session(&user, ERASED, json!({}))).await;
     bridge.workers.pop().expect("there is one").stop().await;
-    bridge.deliver(&subscription(&user, CREATED, ERASED, 0)).await;
-    let (rows, orphans, signals) = (bridge.rows().await, bridge.orphans().await, bridge.signals().await.len());
+    bridge
+        .deliver(&subscription(&user, CREATED, ERASED, 0))
+        .await;
+    let (rows, orphans, signals) = (
+        bridge.rows().await,
+        bridge.orphans().await,
+        bridge.signals().await.len(),
+    );
 
     let refused = erase(&bridge, &user.customer, &["--json"]).await;
-    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
-    let told = ["event 2", "nothing was changed", "litestripe-worker run", "--force"];
-    assert!(told.iter().all(|word| refused.stderr.contains(word)), "{}", refused.stderr);
-    assert_eq!((bridge.rows().await, bridge.orphans().await), (rows, orphans));
-    assert_eq!((bridge.stored_events().await, bridge.signals().await.len()), (2, signals));
+    assert_eq!(
+        (refused.status.code(), refused.stdout.as_str()),
+        (Some(1), "")
+    );
+    let told = [
+        "event 2",
+        "nothing was changed",
+        "litestripe-worker run",
+        "--force",
+    ];
+    assert!(
+        told.iter().all(|word| refused.stderr.contains(word)),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(
+        (bridge.rows().await, bridge.orphans().await),
+        (rows, orphans)
+    );
+    assert_eq!(
+        (bridge.stored_events().await, bridge.signals().await.len()),
+        (2, signals)
+    );
     assert_eq!(recorded(&bridge, &user.customer).await, None);
 
     // Another customer's backlog is nobody else's obstacle.
@@ -161,16 +276,28 @@ async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
     assert_eq!(stranger["events"], 0);
 
     let forced = erased(&erase(&bridge, &user.customer, &["--force", "--json"]).await);
-    assert_eq!((&forced["events"], &forced["unapplied"]), (&json!(2), &json!(1)));
+    assert_eq!(
+        (&forced["events"], &forced["unapplied"]),
+        (&json!(2), &json!(1))
+    );
     assert!(recorded(&bridge, &user.customer).await.is_some());
     bridge.start_worker();
     apply(&bridge, &subscription(&other, CREATED, KEPT, 0)).await;
-    assert_eq!(bridge.row(&user.subscription).await.status, None, "what it said is lost");
+    assert_eq!(
+        bridge.row(&user.subscription).await.status,
+        None,
+        "what it said is lost"
+    );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 }
 
 async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s").workers(2)).await;
+    let bridge = Bridge::start(
+        Options::on(database)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
+            .workers(2),
+    )
+    .await;
     let user = Purchase::new(now() - 60);
     let paid = session(&user, ERASED, json!({}));
     let created = subscription(&user, CREATED, ERASED, 0);
@@ -180,7 +307,9 @@ async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
 
     // Repeated, changed a second later, and paid for the first time, all of it before the erasure.
     bridge.publish(COMPLETED, paid.body(), "again").await;
-    bridge.publish(CREATED, created.body(), "created again").await;
+    bridge
+        .publish(CREATED, created.body(), "created again")
+        .await;
     let mut late = subscription(&user, UPDATED, ERASED, 5);
     late.value["data"]["object"]["status"] = json!("past_due");
     bridge.deliver(&late).await;
@@ -189,20 +318,42 @@ async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
     bridge.wait_until_applied().await;
 
     let row = bridge.row(&user.subscription).await;
-    assert_eq!((row.status.as_deref(), row.uncertain), (Some("past_due"), false), "what it says counts");
-    assert_eq!((row.metadata, row.subscription_metadata), (json!({}), json!({})));
+    assert_eq!(
+        (row.status.as_deref(), row.uncertain),
+        (Some("past_due"), false),
+        "what it says counts"
+    );
+    assert_eq!(
+        (row.metadata, row.subscription_metadata),
+        (json!({}), json!({}))
+    );
     let found = orphan(&bridge, &third.subscription).await;
-    assert_eq!((found.customer_email, found.reason.as_str()), (None, "missing_client_reference_id"));
-    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
-    eventually("late events to be removed from the stream", DEADLINE, async || {
-        let stored = bridge.stored_events().await;
-        if stored == 0 { Ok(()) } else { Err(stored.to_string()) }
-    })
+    assert_eq!(
+        (found.customer_email, found.reason.as_str()),
+        (None, "missing_client_reference_id")
+    );
+    assert_eq!(
+        orphan(&bridge, &user.subscription).await.customer_email,
+        None
+    );
+    eventually(
+        "late events to be removed from the stream",
+        DEADLINE,
+        async || {
+            let stored = bridge.stored_events().await;
+            if stored == 0 {
+                Ok(())
+            } else {
+                Err(stored.to_string())
+            }
+        },
+    )
     .await;
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 
     // What is younger than the erasure is news.
-    let news = user.subscription_event(UPDATED, now() + 60, json!({ "metadata": { "note": KEPT } }));
+    let news =
+        user.subscription_event(UPDATED, now() + 60, json!({ "metadata": { "note": KEPT } }));
     apply(&bridge, &news).await;
     let row = bridge.row(&user.subscription).await;
     assert_eq!(row.subscription_metadata, json!({ "note": KEPT }));
@@ -211,7 +362,12 @@ async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
 async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let user = Purchase::new(now() - 60);
-    bridge.deliver_all(&[session(&user, ERASED, json!({})), subscription(&user, CREATED, ERASED, 0)]).await;
+    bridge
+        .deliver_all(&[
+            session(&user, ERASED, json!({})),
+            subscription(&user, CREATED, ERASED, 0),
+        ])
+        .await;
     bridge.check().await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
     bridge.workers.pop().expect("there is one").stop().await;
@@ -226,11 +382,21 @@ async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
 async fn what_the_version_before_kept_in_nats_is_taken_over(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let user = Purchase::new(now() - 60);
-    bridge.deliver(&user.subscription_event(CREATED, user.created, json!({}))).await;
+    bridge
+        .deliver(&user.subscription_event(CREATED, user.created, json!({})))
+        .await;
     bridge.check().await;
     bridge.workers.pop().expect("there is one").stop().await;
-    let config = async_nats::jetstream::kv::Config { bucket: "litestripe".to_owned(), ..Default::default() };
-    let bucket = bridge.jetstream().await.create_key_value(config).await.expect("it can be made");
+    let config = async_nats::jetstream::kv::Config {
+        bucket: "litestripe".to_owned(),
+        ..Default::default()
+    };
+    let bucket = bridge
+        .jetstream()
+        .await
+        .create_key_value(config)
+        .await
+        .expect("it can be made");
     let (at, began) = (now(), now() - 600);
     let record = json!({ "at": at }).to_string();
     let kept = [
@@ -245,13 +411,28 @@ async fn what_the_version_before_kept_in_nats_is_taken_over(database: DatabaseKi
     for (key, value) in kept {
         bucket.put(key, value.into()).await.expect("it can be put");
     }
-    bucket.delete("erased.cus_taken_back").await.expect("it can be deleted");
+    bucket
+        .delete("erased.cus_taken_back")
+        .await
+        .expect("it can be deleted");
 
     bridge.start_worker().wait_until_ready().await;
-    assert_eq!((recorded(&bridge, &user.customer).await, recorded(&bridge, "a.b").await), (Some(at), Some(at)));
+    assert_eq!(
+        (
+            recorded(&bridge, &user.customer).await,
+            recorded(&bridge, "a.b").await
+        ),
+        (Some(at), Some(at))
+    );
     assert_eq!(recorded(&bridge, "cus_taken_back").await, None);
     assert_eq!(crate::backfill::recorded(&bridge).await, Some(began));
-    let keys = bucket.keys().await.expect("it answers").try_collect::<Vec<_>>().await.expect("it answers");
+    let keys = bucket
+        .keys()
+        .await
+        .expect("it answers")
+        .try_collect::<Vec<_>>()
+        .await
+        .expect("it answers");
     assert_eq!(keys, ["a_budget"]);
     check_late(&bridge, &user).await;
 }
@@ -263,11 +444,22 @@ async fn check_late(bridge: &Bridge, user: &Purchase) {
     bridge.publish(UPDATED, late.body(), late.id()).await;
     bridge.wait_until_applied().await;
     let row = bridge.row(&user.subscription).await;
-    assert_eq!((row.status.as_deref(), row.subscription_metadata), (Some("past_due"), json!({})));
-    eventually("the late event to be removed from the stream", DEADLINE, async || {
-        let places = places(bridge, ERASED).await;
-        if places.is_empty() { Ok(()) } else { Err(places.join("\n")) }
-    })
+    assert_eq!(
+        (row.status.as_deref(), row.subscription_metadata),
+        (Some("past_due"), json!({}))
+    );
+    eventually(
+        "the late event to be removed from the stream",
+        DEADLINE,
+        async || {
+            let places = places(bridge, ERASED).await;
+            if places.is_empty() {
+                Ok(())
+            } else {
+                Err(places.join("\n"))
+            }
+        },
+    )
     .await;
 }
 
@@ -275,29 +467,56 @@ async fn check_late(bridge: &Bridge, user: &Purchase) {
 async fn a_batch_begins_before_an_erasure_is_recorded_or_knows_it() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
-    apply(&bridge, &user.subscription_event(CREATED, user.created, json!({}))).await;
-    apply(&bridge, &other.subscription_event(CREATED, other.created, json!({}))).await;
+    apply(
+        &bridge,
+        &user.subscription_event(CREATED, user.created, json!({})),
+    )
+    .await;
+    apply(
+        &bridge,
+        &other.subscription_event(CREATED, other.created, json!({})),
+    )
+    .await;
 
     // A batch that has begun is waited for.
     let row = bridge.database.locked(&lock_of(&other.subscription)).await;
-    bridge.deliver(&subscription(&other, UPDATED, KEPT, 5)).await;
+    bridge
+        .deliver(&subscription(&other, UPDATED, KEPT, 5))
+        .await;
     bridge.database.until_a_worker_waits().await;
     let recording = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE NOWAIT";
-    assert!(bridge.database.query(recording).await.is_err(), "the batch does not know what would be recorded");
+    assert!(
+        bridge.database.query(recording).await.is_err(),
+        "the batch does not know what would be recorded"
+    );
     row.rollback().await.expect("it ends");
     bridge.wait_until_applied().await;
 
     // One that has not waits until it can know.
-    let recorded = bridge.database.locked("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE").await;
-    bridge.deliver(&subscription(&user, UPDATED, ERASED, 5)).await;
+    let recorded = bridge
+        .database
+        .locked("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE")
+        .await;
+    bridge
+        .deliver(&subscription(&user, UPDATED, ERASED, 5))
+        .await;
     bridge.database.until_a_worker_waits().await;
     let (id, at) = (&user.customer, now());
     let erasure = format!("INSERT INTO litestripe_erasure VALUES ('{id}', {at}, 1)");
-    recorded.execute_unprepared(&erasure).await.expect("it can be recorded");
+    recorded
+        .execute_unprepared(&erasure)
+        .await
+        .expect("it can be recorded");
     recorded.commit().await.expect("it commits");
     bridge.wait_until_applied().await;
-    assert_eq!(bridge.row(&user.subscription).await.subscription_metadata, json!({}));
-    assert_eq!(bridge.row(&other.subscription).await.subscription_metadata, json!({ "note": KEPT }));
+    assert_eq!(
+        bridge.row(&user.subscription).await.subscription_metadata,
+        json!({})
+    );
+    assert_eq!(
+        bridge.row(&other.subscription).await.subscription_metadata,
+        json!({ "note": KEPT })
+    );
 }
 
 #[tokio::test]
@@ -305,7 +524,10 @@ async fn a_backup_that_reads_every_table_holds_up_no_erasure() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, CREATED, ERASED, 0)).await;
-    let backup = bridge.database.locked("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE").await;
+    let backup = bridge
+        .database
+        .locked("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE")
+        .await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
     backup.rollback().await.expect("it ends");
 }
@@ -315,20 +537,42 @@ async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: Database
     let (guest, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let once = json!({ "mode": "payment", "subscription": null, "customer": null });
     let paid = session(&guest, ERASED, once.clone());
-    bridge.deliver_all(&[paid.clone(), session(&other, KEPT, once)]).await;
+    bridge
+        .deliver_all(&[paid.clone(), session(&other, KEPT, once)])
+        .await;
     bridge.check().await;
     let unknown = run(&bridge, &["--orphan", &guest.subscription]).await;
-    assert_eq!((unknown.status.code(), unknown.stdout.as_str()), (Some(1), ""));
-    assert!(unknown.stderr.contains("no orphan") && unknown.stderr.contains(&guest.subscription), "{unknown:?}");
+    assert_eq!(
+        (unknown.status.code(), unknown.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(
+        unknown.stderr.contains("no orphan") && unknown.stderr.contains(&guest.subscription),
+        "{unknown:?}"
+    );
 
     let receipt = erased(&run(&bridge, &["--orphan", &guest.checkout_session, "--json"]).await);
     let counts = ["events", "orphans", "signals", "subscriptions"].map(|name| &receipt[name]);
-    assert_eq!(counts, [&json!(1), &json!(1), &json!(1), &json!(0)], "{receipt:#}");
+    assert_eq!(
+        counts,
+        [&json!(1), &json!(1), &json!(1), &json!(0)],
+        "{receipt:#}"
+    );
     assert_eq!(receipt["orphan"], json!(guest.checkout_session));
     bridge.publish(COMPLETED, paid.body(), "again").await;
     bridge.wait_until_applied().await;
-    assert_eq!(orphan(&bridge, &guest.checkout_session).await.customer_email, None);
-    assert!(orphan(&bridge, &other.checkout_session).await.customer_email.is_some());
+    assert_eq!(
+        orphan(&bridge, &guest.checkout_session)
+            .await
+            .customer_email,
+        None
+    );
+    assert!(
+        orphan(&bridge, &other.checkout_session)
+            .await
+            .customer_email
+            .is_some()
+    );
 }
 
 async fn nothing_is_known_of_a_stranger(database: DatabaseKind) {
@@ -337,16 +581,30 @@ async fn nothing_is_known_of_a_stranger(database: DatabaseKind) {
     apply(&bridge, &session(&user, KEPT, json!({}))).await;
     let kept = places(&bridge, KEPT).await;
     let receipt = erased(&erase(&bridge, "cus_nobody", &["--json"]).await);
-    for count in ["events", "dead_letters", "signals", "subscriptions", "orphans", "unapplied"] {
+    for count in [
+        "events",
+        "dead_letters",
+        "signals",
+        "subscriptions",
+        "orphans",
+        "unapplied",
+    ] {
         assert_eq!(receipt[count], 0, "{receipt:#}");
     }
     assert!(recorded(&bridge, "cus_nobody").await.is_some());
     assert_eq!(places(&bridge, KEPT).await, kept);
-    for arguments in
-        [&[][..], &["--customer", "cus_1", "--orphan", "sub_1"], &["--customer", ""], &["--customer", "a b"]]
-    {
+    for arguments in [
+        &[][..],
+        &["--customer", "cus_1", "--orphan", "sub_1"],
+        &["--customer", ""],
+        &["--customer", "a b"],
+    ] {
         let refused = run(&bridge, arguments).await;
-        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(2), ""), "{arguments:?}");
+        assert_eq!(
+            (refused.status.code(), refused.stdout.as_str()),
+            (Some(2), ""),
+            "{arguments:?}"
+        );
     }
 }
 
@@ -365,7 +623,9 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
     let mut bridge = Bridge::start(asking(&api)).await;
     let user = Purchase::new(now() - 60);
     let created = subscription(&user, CREATED, ERASED, 0);
-    bridge.deliver_all(&[session(&user, ERASED, json!({})), created.clone()]).await;
+    bridge
+        .deliver_all(&[session(&user, ERASED, json!({})), created.clone()])
+        .await;
     bridge.check().await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
     for worker in bridge.workers.drain(..) {
@@ -377,29 +637,60 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
     api.put_subscription(created.value["data"]["object"].clone());
     let stored = bridge.stored_events().await;
     let summary = erased(&command(&bridge, &["backfill", "--since", "1h", "--json"]).await);
-    assert_eq!((&summary["published"], &summary["skipped"]), (&json!(0), &json!(1)), "{summary:#}");
+    assert_eq!(
+        (&summary["published"], &summary["skipped"]),
+        (&json!(0), &json!(1)),
+        "{summary:#}"
+    );
     let report = erased(&command(&bridge, &["reconcile", "--repair", "--json"]).await);
     assert_eq!(report["different"], 0, "{report:#}");
     assert_eq!(bridge.stored_events().await, stored);
 
     // A state that was missed is mended, without what is personal of it.
-    api.put_subscription(with(created.value["data"]["object"].clone(), json!({ "status": "canceled" })));
+    api.put_subscription(with(
+        created.value["data"]["object"].clone(),
+        json!({ "status": "canceled" }),
+    ));
     let different = command(&bridge, &["reconcile", "--json"]).await;
     assert_eq!(different.status.code(), Some(3), "{different:?}");
     let report: Value = serde_json::from_str(&different.stdout).expect("it prints JSON");
-    let fields = report["differences"][0]["differences"].as_array().expect("there is one");
-    assert_eq!(fields.iter().map(|field| &field["field"]).collect::<Vec<_>>(), ["status"], "{report:#}");
+    let fields = report["differences"][0]["differences"]
+        .as_array()
+        .expect("there is one");
+    assert_eq!(
+        fields
+            .iter()
+            .map(|field| &field["field"])
+            .collect::<Vec<_>>(),
+        ["status"],
+        "{report:#}"
+    );
     let report = erased(&command(&bridge, &["reconcile", "--repair", "--json"]).await);
-    assert_eq!((&report["different"], &report["repaired"]), (&json!(1), &json!(1)), "{report:#}");
+    assert_eq!(
+        (&report["different"], &report["repaired"]),
+        (&json!(1), &json!(1)),
+        "{report:#}"
+    );
     let row = bridge.row(&user.subscription).await;
-    assert_eq!((row.status.as_deref(), row.subscription_metadata), (Some("canceled"), json!({})));
+    assert_eq!(
+        (row.status.as_deref(), row.subscription_metadata),
+        (Some("canceled"), json!({}))
+    );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 
     // And a delivery that came late is in the stream when the rows are rebuilt.
-    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
+    bridge
+        .database
+        .query("DELETE FROM stripe_subscription")
+        .await
+        .expect("it can be emptied");
     bridge.publish(CREATED, created.body(), "late").await;
     let replayed = erased(&command(&bridge, &["replay", "--json"]).await);
-    assert_eq!((&replayed["finished"], &replayed["events"]), (&json!(true), &json!(0)), "{replayed:#}");
+    assert_eq!(
+        (&replayed["finished"], &replayed["events"]),
+        (&json!(true), &json!(0)),
+        "{replayed:#}"
+    );
     assert_eq!(bridge.rows().await, []);
 }
 
@@ -413,27 +704,47 @@ async fn commands_that_run_already_bring_nothing_back() {
     bridge.check().await;
     api.put_event(created.value.clone(), true);
     api.put_subscription(created.value["data"]["object"].clone());
-    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
+    bridge
+        .database
+        .query("DELETE FROM stripe_subscription")
+        .await
+        .expect("it can be emptied");
 
     // Both have asked, and get their answers after the erasure.
     let held = [api.hold("/v1/events"), api.hold("/v1/subscriptions?")];
-    let commands = [&["backfill", "--since", "1h"][..], &["reconcile", "--repair"]];
+    let commands = [
+        &["backfill", "--since", "1h"][..],
+        &["reconcile", "--repair"],
+    ];
     let running = commands.map(|arguments| bridge.worker().args(arguments.iter().copied()).start());
     for path in ["/v1/events", "/v1/subscriptions?"] {
         eventually("Stripe to be asked", DEADLINE, async || {
-            if api.requests(path).is_empty() { Err(path.to_owned()) } else { Ok(()) }
+            if api.requests(path).is_empty() {
+                Err(path.to_owned())
+            } else {
+                Ok(())
+            }
         })
         .await;
     }
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
     drop(held);
     for command in running {
-        assert_eq!(command.wait(COMMAND).await.code(), Some(0), "{}", command.log());
+        assert_eq!(
+            command.wait(COMMAND).await.code(),
+            Some(0),
+            "{}",
+            command.log()
+        );
     }
     bridge.wait_until_applied().await;
     eventually("what was stored late to be gone", DEADLINE, async || {
         let places = places(&bridge, ERASED).await;
-        if places.is_empty() { Ok(()) } else { Err(places.join("\n")) }
+        if places.is_empty() {
+            Ok(())
+        } else {
+            Err(places.join("\n"))
+        }
     })
     .await;
 }
@@ -442,7 +753,10 @@ async fn commands_that_run_already_bring_nothing_back() {
 fn check_last(signals: &[&Signal], row: &Value) {
     let last = signals.last().expect("the row is signalled");
     for (field, value) in row.as_object().expect("it is made as one") {
-        assert_eq!(&last.body[field], value, "`{field}` of the row and its last signal");
+        assert_eq!(
+            &last.body[field], value,
+            "`{field}` of the row and its last signal"
+        );
     }
 }
 
@@ -465,14 +779,20 @@ fn of_the_same(customer: &Purchase, created: i64) -> Purchase {
 }
 
 /// A subscription event with metadata of `whom`.
-pub(crate) fn subscription(purchase: &Purchase, event_type: &str, whom: &str, second: i64) -> Event {
+pub(crate) fn subscription(
+    purchase: &Purchase,
+    event_type: &str,
+    whom: &str,
+    second: i64,
+) -> Event {
     let changes = json!({ "metadata": { "note": whom }, "description": whom });
     purchase.subscription_event(event_type, purchase.created + second, changes)
 }
 
 pub(crate) fn customer(purchase: &Purchase, event_type: &str, whom: &str) -> Event {
     let email = format!("{whom}@example.com");
-    let object = json!({ "id": purchase.customer, "object": "customer", "email": email, "name": whom });
+    let object =
+        json!({ "id": purchase.customer, "object": "customer", "email": email, "name": whom });
     Event::new(event_type, now(), object)
 }
 
@@ -494,7 +814,9 @@ pub(crate) async fn places(bridge: &Bridge, text: &str) -> Vec<String> {
     let mut places = Vec::new();
     for stream in ["STRIPE_EVENTS", "STRIPE_DEAD_LETTERS", "LITESTRIPE_SIGNALS"] {
         let bodies = bridge.bodies(stream).await;
-        let bodies = bodies.iter().map(|body| format!("{stream}: {}", String::from_utf8_lossy(body)));
+        let bodies = bodies
+            .iter()
+            .map(|body| format!("{stream}: {}", String::from_utf8_lossy(body)));
         places.extend(bodies.filter(|body| body.contains(text)));
     }
     let rows = bridge.database.dump().await.expect("the database answers");
@@ -504,15 +826,22 @@ pub(crate) async fn places(bridge: &Bridge, text: &str) -> Vec<String> {
 
 /// In which files of the broker and of SQLite `text` still stands.
 fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
-    let mut left: Vec<_> =
-        bridge.database.folder().into_iter().chain([bridge.broker.folder()]).map(Path::to_owned).collect();
+    let mut left: Vec<_> = bridge
+        .database
+        .folder()
+        .into_iter()
+        .chain([bridge.broker.folder()])
+        .map(Path::to_owned)
+        .collect();
     let mut found = Vec::new();
     while let Some(path) = left.pop() {
         if path.is_dir() {
             let entries = std::fs::read_dir(&path).expect("it can be listed");
             left.extend(entries.map(|entry| entry.expect("it can be listed").path()));
         } else if let Ok(bytes) = std::fs::read(&path)
-            && bytes.windows(text.len()).any(|window| window == text.as_bytes())
+            && bytes
+                .windows(text.len())
+                .any(|window| window == text.as_bytes())
         {
             found.push(path.display().to_string());
         }
@@ -523,8 +852,13 @@ fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
 /// When an id was erased.
 async fn recorded(bridge: &Bridge, id: &str) -> Option<i64> {
     let row = format!("SELECT erased_at FROM litestripe_erasure WHERE stripe_id = '{id}'");
-    let row = bridge.database.query(&row).await.expect("the database answers");
-    row.first().map(|row| row.try_get("", "erased_at").expect("it is a second"))
+    let row = bridge
+        .database
+        .query(&row)
+        .await
+        .expect("the database answers");
+    row.first()
+        .map(|row| row.try_get("", "erased_at").expect("it is a second"))
 }
 
 pub(crate) async fn erase(bridge: &Bridge, customer: &str, arguments: &[&str]) -> Finished {
@@ -537,7 +871,12 @@ async fn command(bridge: &Bridge, arguments: &[&str]) -> Finished {
 }
 
 async fn run(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("erase").args(arguments).run(COMMAND).await
+    bridge
+        .worker()
+        .arg("erase")
+        .args(arguments)
+        .run(COMMAND)
+        .await
 }
 
 fn erased(finished: &Finished) -> Value {

@@ -27,7 +27,10 @@ async fn broker_keeps_its_messages_over_a_stop_and_a_kill() {
         })
         .await
         .expect("a stream can be made");
-    let ack = jetstream.publish("kept.one", "1".into()).await.expect("it is sent");
+    let ack = jetstream
+        .publish("kept.one", "1".into())
+        .await
+        .expect("it is sent");
     assert_eq!(ack.await.expect("it is stored").sequence, 1);
 
     broker.restart().await;
@@ -35,7 +38,10 @@ async fn broker_keeps_its_messages_over_a_stop_and_a_kill() {
     broker.resume().await;
 
     let jetstream = async_nats::jetstream::new(broker.connect().await);
-    let stream = jetstream.get_stream("KEPT").await.expect("the stream is still there");
+    let stream = jetstream
+        .get_stream("KEPT")
+        .await
+        .expect("the stream is still there");
     assert_eq!(stream.cached_info().state.messages, 1);
 }
 
@@ -47,7 +53,10 @@ async fn broker_that_comes_later_has_the_url_it_was_announced_with() {
         ..Default::default()
     })
     .expect("a server can be prepared");
-    assert!(async_nats::connect(broker.url()).await.is_err(), "nobody answers yet");
+    assert!(
+        async_nats::connect(broker.url()).await.is_err(),
+        "nobody answers yet"
+    );
 
     broker.resume().await;
 
@@ -64,7 +73,10 @@ async fn dropped_servers_leave_neither_process_nor_folder() {
 
     assert!(!folder.exists());
     for id in ids {
-        assert!(!PathBuf::from(format!("/proc/{id}")).exists(), "{id} still runs");
+        assert!(
+            !PathBuf::from(format!("/proc/{id}")).exists(),
+            "{id} still runs"
+        );
     }
 }
 
@@ -103,7 +115,11 @@ async fn program_has_a_clean_environment_a_folder_of_its_own_and_a_log() {
     assert_eq!(finished.status.code(), Some(3));
     assert_eq!(finished.stderr, "err\n");
     assert!(finished.stdout.starts_with("out\n"), "{}", finished.stdout);
-    assert!(finished.stdout.contains("/litestripe-run-"), "{}", finished.stdout);
+    assert!(
+        finished.stdout.contains("/litestripe-run-"),
+        "{}",
+        finished.stdout
+    );
     assert!(finished.stdout.contains("GIVEN=yes"), "{}", finished.stdout);
     assert!(!finished.stdout.contains("CARGO"), "{}", finished.stdout);
 }
@@ -119,7 +135,11 @@ async fn program_can_be_frozen_thawed_and_stopped() {
     let stat = format!("/proc/{}/stat", program.id());
     eventually("the program to be frozen", DEADLINE, async || {
         let state = std::fs::read_to_string(&stat).map_err(|problem| problem.to_string())?;
-        if state.contains(") T ") { Ok(()) } else { Err(state) }
+        if state.contains(") T ") {
+            Ok(())
+        } else {
+            Err(state)
+        }
     })
     .await;
     assert!(program.is_running());
@@ -132,7 +152,10 @@ async fn program_can_be_frozen_thawed_and_stopped() {
 #[tokio::test]
 #[should_panic(expected = "waited 50ms for the moon to rise; last seen: still dark")]
 async fn eventually_gives_up_with_the_last_value_seen() {
-    eventually("the moon to rise", Duration::from_millis(50), async || Err::<(), _>("still dark".to_owned())).await;
+    eventually("the moon to rise", Duration::from_millis(50), async || {
+        Err::<(), _>("still dark".to_owned())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -140,7 +163,9 @@ async fn given_port_is_nobody_elses() {
     let (one, other) = (port::free(), port::free());
     assert_ne!(one, other);
     for port in [one, other] {
-        TcpListener::bind(("127.0.0.1", port)).await.expect("a free port can be listened on");
+        TcpListener::bind(("127.0.0.1", port))
+            .await
+            .expect("a free port can be listened on");
     }
 }
 
@@ -173,7 +198,11 @@ fn story_is_in_order_and_its_bodies_read_like_stripes() {
         ]
     );
     assert!(story.is_sorted_by_key(stripe::Event::created));
-    assert!(story.iter().all(|event| event.created() < now.unix_timestamp()));
+    assert!(
+        story
+            .iter()
+            .all(|event| event.created() < now.unix_timestamp())
+    );
     for event in &story {
         let body = event.body();
         assert!(body.starts_with(b"{\n  \"id\": \"evt_1"), "{body:?}");
@@ -192,16 +221,28 @@ async fn connect(url: &str) -> DatabaseConnection {
 }
 
 async fn execute(connection: &DatabaseConnection, sql: &str) {
-    connection.execute_unprepared(sql).await.expect("the statement runs");
+    connection
+        .execute_unprepared(sql)
+        .await
+        .expect("the statement runs");
 }
 
 async fn tables(url: &str) -> i64 {
     let connection = connect(url).await;
-    count(&connection, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").await
+    count(
+        &connection,
+        "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'",
+    )
+    .await
 }
 
 async fn count(connection: &DatabaseConnection, sql: &str) -> i64 {
     let statement = Statement::from_string(connection.get_database_backend(), sql);
-    let row = connection.query_one_raw(statement).await.expect("the query runs");
-    row.expect("count has a row").try_get_by_index(0).expect("it is a number")
+    let row = connection
+        .query_one_raw(statement)
+        .await
+        .expect("the query runs");
+    row.expect("count has a row")
+        .try_get_by_index(0)
+        .expect("it is a number")
 }

@@ -15,14 +15,19 @@ const COMMAND: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn permissions_of_the_readme_suffice_for_everything() {
-    let start = README.find("authorization {\n").expect("the README has the block");
+    let start = README
+        .find("authorization {\n")
+        .expect("the README has the block");
     let block = README[start..].split("```").next().expect("it ends");
     let mut block = block.to_owned();
     for user in ["INGRESS", "WORKER", "OPERATOR", "APP"] {
         block = block.replace(&format!("${user}_PASSWORD"), "secret");
     }
     // The harness itself looks at everything.
-    let block = block.replace("  users: [", "  users: [\n    { user: harness, password: secret }");
+    let block = block.replace(
+        "  users: [",
+        "  users: [\n    { user: harness, password: secret }",
+    );
     let config = format!("{block}\nno_auth_user: harness\n");
 
     let api = Api::start().await;
@@ -35,7 +40,10 @@ async fn permissions_of_the_readme_suffice_for_everything() {
         .worker("STRIPE_API_BASE", api.url())
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000");
     let mut bridge = Bridge::prepare(options);
-    let broker = nats::Options { config, ..nats::Options::default() };
+    let broker = nats::Options {
+        config,
+        ..nats::Options::default()
+    };
     bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
     bridge.broker.resume().await;
     bridge.start_ingress().wait_until_ready().await;
@@ -47,24 +55,50 @@ async fn permissions_of_the_readme_suffice_for_everything() {
     }
     bridge.start_worker().wait_until_ready().await;
 
-    bridge.deliver(&known.subscription_event(CREATED, known.created, json!({}))).await;
-    bridge.deliver(&known.checkout_session_event(COMPLETED, known.created, json!({}))).await;
+    bridge
+        .deliver(&known.subscription_event(CREATED, known.created, json!({})))
+        .await;
+    bridge
+        .deliver(&known.checkout_session_event(COMPLETED, known.created, json!({})))
+        .await;
     let poison = Event::new("customer.subscription.updated", now(), json!({ "id": 5 }));
     bridge.deliver(&poison).await;
     bridge.wait_until_applied().await;
-    litestripe_harness::eventually("the missed event and the dead letter", COMMAND, async || {
-        let (rows, letters) = (bridge.rows().await.len(), bridge.dead_letters().await.len());
-        if (rows, letters) == (2, 1) { Ok(()) } else { Err(format!("{rows} rows, {letters} dead letters")) }
-    })
+    litestripe_harness::eventually(
+        "the missed event and the dead letter",
+        COMMAND,
+        async || {
+            let (rows, letters) = (bridge.rows().await.len(), bridge.dead_letters().await.len());
+            if (rows, letters) == (2, 1) {
+                Ok(())
+            } else {
+                Err(format!("{rows} rows, {letters} dead letters"))
+            }
+        },
+    )
     .await;
 
     let operator = async |arguments: &[&str]| {
         // A setting that is given twice is the later one.
-        bridge.worker().env("NATS_USER", "operator").args(arguments).run(COMMAND).await
+        bridge
+            .worker()
+            .env("NATS_USER", "operator")
+            .args(arguments)
+            .run(COMMAND)
+            .await
     };
     let by_operator: [(&[&str], i32); 9] = [
         (&["status"], 0),
-        (&["orphans", "resolve", &known.subscription, "--client-reference-id", "user_1"], 0),
+        (
+            &[
+                "orphans",
+                "resolve",
+                &known.subscription,
+                "--client-reference-id",
+                "user_1",
+            ],
+            0,
+        ),
         (&["replay", "--since", "1h"], 0),
         (&["replay", "--type", CREATED, "--dry-run"], 0),
         (&["resend", "--all"], 0),
@@ -75,18 +109,42 @@ async fn permissions_of_the_readme_suffice_for_everything() {
     ];
     for (arguments, code) in by_operator {
         let finished = operator(arguments).await;
-        assert_eq!(finished.status.code(), Some(code), "{arguments:?}: {} {}", finished.stdout, finished.stderr);
-        assert!(!finished.stderr.contains("ermissions"), "{arguments:?}: {}", finished.stderr);
+        assert_eq!(
+            finished.status.code(),
+            Some(code),
+            "{arguments:?}: {} {}",
+            finished.stdout,
+            finished.stderr
+        );
+        assert!(
+            !finished.stderr.contains("ermissions"),
+            "{arguments:?}: {}",
+            finished.stderr
+        );
     }
     for program in [bridge.ingress(), &bridge.workers[0]] {
-        assert!(!program.log().to_lowercase().contains("permissions"), "{}", program.log());
+        assert!(
+            !program.log().to_lowercase().contains("permissions"),
+            "{}",
+            program.log()
+        );
     }
     // And no more: not even an operator deletes a stream.
-    let client = async_nats::ConnectOptions::with_user_and_password("operator".to_owned(), "secret".to_owned())
-        .connect(bridge.broker.url())
-        .await
-        .expect("the operator may connect");
+    let client = async_nats::ConnectOptions::with_user_and_password(
+        "operator".to_owned(),
+        "secret".to_owned(),
+    )
+    .connect(bridge.broker.url())
+    .await
+    .expect("the operator may connect");
     let jetstream = async_nats::jetstream::new(client);
     assert!(jetstream.delete_stream("LITESTRIPE_SIGNALS").await.is_err());
-    assert!(bridge.jetstream().await.get_stream("LITESTRIPE_SIGNALS").await.is_ok());
+    assert!(
+        bridge
+            .jetstream()
+            .await
+            .get_stream("LITESTRIPE_SIGNALS")
+            .await
+            .is_ok()
+    );
 }

@@ -33,27 +33,48 @@ async fn migrates_up_and_down(database: DatabaseKind) {
         finished.stdout
     };
     let applied = async || {
-        let steps: Value = serde_json::from_str(&migrate(&["status", "--json"]).await).expect("it is JSON");
+        let steps: Value =
+            serde_json::from_str(&migrate(&["status", "--json"]).await).expect("it is JSON");
         let steps = steps.as_array().expect("it is a list").clone();
-        steps.iter().map(|step| step["applied"] == true).collect::<Vec<_>>()
+        steps
+            .iter()
+            .map(|step| step["applied"] == true)
+            .collect::<Vec<_>>()
     };
 
     let count = applied().await.len();
     assert!(count >= 3);
     assert_eq!(applied().await, vec![false; count]);
-    assert_eq!(tables(&bridge).await, Vec::<String>::new(), "asking changes nothing");
+    assert_eq!(
+        tables(&bridge).await,
+        Vec::<String>::new(),
+        "asking changes nothing"
+    );
 
     let table = migrate(&["up"]).await;
-    assert_eq!(table.lines().filter(|line| line.trim_end().ends_with("yes")).count(), count, "{table}");
+    assert_eq!(
+        table
+            .lines()
+            .filter(|line| line.trim_end().ends_with("yes"))
+            .count(),
+        count,
+        "{table}"
+    );
     let all = tables(&bridge).await;
     for wanted in ["orphaned_payment", "signal_outbox", "stripe_subscription"] {
-        assert!(all.iter().any(|table| table == wanted), "{wanted} is not among {all:?}");
+        assert!(
+            all.iter().any(|table| table == wanted),
+            "{wanted} is not among {all:?}"
+        );
     }
     assert_eq!(applied().await, vec![true; count]);
     assert_eq!(migrate(&["up"]).await, table, "nothing was left to do");
 
     migrate(&["down"]).await;
-    assert_eq!(applied().await, [vec![true; count - 1], vec![false]].concat());
+    assert_eq!(
+        applied().await,
+        [vec![true; count - 1], vec![false]].concat()
+    );
     migrate(&["down", "--steps", &(count - 1).to_string()]).await;
     assert_eq!(tables(&bridge).await, ["seaql_migrations"]);
     assert!(migrate(&["status"]).await.contains("no"));
@@ -83,7 +104,11 @@ async fn commands_that_only_look_do_not_migrate() {
     ] {
         let refused = run(bridge.worker().args(arguments.iter().copied())).await;
         assert_eq!(refused.status.code(), Some(1), "{arguments:?}: {refused:?}");
-        assert!(refused.stderr.contains("litestripe-worker migrate up"), "{arguments:?}: {}", refused.stderr);
+        assert!(
+            refused.stderr.contains("litestripe-worker migrate up"),
+            "{arguments:?}: {}",
+            refused.stderr
+        );
         assert_eq!(tables(&bridge).await, Vec::<String>::new(), "{arguments:?}");
     }
     let imported = run(bridge.worker().args(["reconcile", "--repair"])).await;
@@ -102,7 +127,9 @@ async fn postgres_is_migrated_once_by_four_workers_that_start_at_once() {
 
 async fn four_workers_start_at_once(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).workers(4)).await;
-    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
     bridge.check().await;
     for worker in &bridge.workers {
         assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
@@ -120,28 +147,53 @@ async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
     for auto_migrate in ["false", ""] {
         let finished = run(worker().env("LITESTRIPE_AUTO_MIGRATE", auto_migrate)).await;
         assert_eq!(finished.status.code(), Some(1), "{finished:?}");
-        assert!(finished.stderr.contains("LITESTRIPE_AUTO_MIGRATE"), "{finished:?}");
-        assert!(finished.stderr.contains("litestripe-worker migrate up"), "{finished:?}");
+        assert!(
+            finished.stderr.contains("LITESTRIPE_AUTO_MIGRATE"),
+            "{finished:?}"
+        );
+        assert!(
+            finished.stderr.contains("litestripe-worker migrate up"),
+            "{finished:?}"
+        );
     }
-    assert_eq!(tables(&bridge).await, Vec::<String>::new(), "it changed nothing");
+    assert_eq!(
+        tables(&bridge).await,
+        Vec::<String>::new(),
+        "it changed nothing"
+    );
 
-    assert!(run(bridge.worker().args(["migrate", "up"])).await.status.success());
+    assert!(
+        run(bridge.worker().args(["migrate", "up"]))
+            .await
+            .status
+            .success()
+    );
     let started = worker().env("LITESTRIPE_AUTO_MIGRATE", "false").start();
-    started.wait_for_log("consuming STRIPE_EVENTS", DEADLINE).await;
+    started
+        .wait_for_log("consuming STRIPE_EVENTS", DEADLINE)
+        .await;
 }
 
 #[tokio::test]
 async fn status_shows_how_far_the_workers_are() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
-    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
-    bridge.publish("customer.subscription.created", "no event", "poison").await;
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
+    bridge
+        .publish("customer.subscription.created", "no event", "poison")
+        .await;
     bridge.check().await;
     // Orphans may be found a moment after their events are applied.
     let report = eventually("the report to be complete", DEADLINE, async || {
         let finished = run(bridge.worker().args(["status", "--json"])).await;
         assert!(finished.status.success(), "{finished:?}");
         let report: Value = serde_json::from_str(&finished.stdout).expect("it is JSON");
-        if report["open_orphans"] == 1 { Ok(report) } else { Err(report.to_string()) }
+        if report["open_orphans"] == 1 {
+            Ok(report)
+        } else {
+            Err(report.to_string())
+        }
     })
     .await;
     for (name, value) in [
@@ -169,7 +221,10 @@ async fn status_shows_how_far_the_workers_are() {
         ("open orphans", "1"),
         ("schema", version),
     ] {
-        let rest = finished.stdout.lines().find_map(|line| line.trim().strip_prefix(name));
+        let rest = finished
+            .stdout
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(name));
         let shown = rest.and_then(|rest| rest.split_whitespace().next());
         assert_eq!(shown, Some(value), "`{name}` in\n{}", finished.stdout);
     }
@@ -182,10 +237,19 @@ async fn status_before_the_first_start_shows_that_nothing_is_there() {
     let finished = run(bridge.worker().args(["status", "--json"])).await;
     assert!(finished.status.success(), "{finished:?}");
     let report: Value = serde_json::from_str(&finished.stdout).expect("it is JSON");
-    assert_eq!((&report["events"], &report["lag"]), (&Value::Null, &Value::Null));
-    assert_eq!((&report["schema_version"], &report["schema_current"]), (&Value::Null, &json!(false)));
+    assert_eq!(
+        (&report["events"], &report["lag"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert_eq!(
+        (&report["schema_version"], &report["schema_current"]),
+        (&Value::Null, &json!(false))
+    );
     let finished = run(bridge.worker().arg("status")).await;
-    assert!(finished.stdout.contains("litestripe-worker migrate up"), "{finished:?}");
+    assert!(
+        finished.stdout.contains("litestripe-worker migrate up"),
+        "{finished:?}"
+    );
 }
 
 #[tokio::test]
@@ -201,14 +265,20 @@ async fn status_without_broker_or_database_fails_and_names_the_setting() {
     bridge.database.kill().await;
     let finished = run(bridge.worker().arg("status")).await;
     assert_eq!(finished.status.code(), Some(1), "{finished:?}");
-    assert!(finished.stderr.contains("schema version"), "it says what it could not do: {finished:?}");
+    assert!(
+        finished.stderr.contains("schema version"),
+        "it says what it could not do: {finished:?}"
+    );
 }
 
 /// A broker that does not tell must not look like a bridge with nothing in it.
 #[tokio::test]
 async fn status_where_jetstream_does_not_answer_fails() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
-    let broker = nats::Options { jetstream: "enabled: false".to_owned(), ..nats::Options::default() };
+    let broker = nats::Options {
+        jetstream: "enabled: false".to_owned(),
+        ..nats::Options::default()
+    };
     bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
     bridge.broker.resume().await;
     let finished = run(bridge.worker().args(["status", "--json"])).await;
@@ -220,10 +290,22 @@ async fn status_where_jetstream_does_not_answer_fails() {
 #[tokio::test]
 async fn command_that_does_not_exist_is_refused() {
     let bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
-    for arguments in [&["nonsense"][..], &["migrate"], &["migrate", "down", "--steps", "x"], &["status", "--xml"]] {
+    for arguments in [
+        &["nonsense"][..],
+        &["migrate"],
+        &["migrate", "down", "--steps", "x"],
+        &["status", "--xml"],
+    ] {
         let finished = run(bridge.worker().args(arguments.iter().copied())).await;
-        assert_eq!(finished.status.code(), Some(2), "{arguments:?}: {finished:?}");
-        assert!(finished.stderr.contains("--help"), "{arguments:?}: {finished:?}");
+        assert_eq!(
+            finished.status.code(),
+            Some(2),
+            "{arguments:?}: {finished:?}"
+        );
+        assert!(
+            finished.stderr.contains("--help"),
+            "{arguments:?}: {finished:?}"
+        );
     }
 }
 
@@ -239,6 +321,12 @@ async fn tables(bridge: &Bridge) -> Vec<String> {
     } else {
         "SELECT table_name::text AS name FROM information_schema.tables WHERE table_schema = 'public' ORDER BY 1"
     };
-    let rows = bridge.database.query(sql).await.expect("the database answers");
-    rows.iter().map(|row| row.try_get("", "name").expect("a table has a name")).collect()
+    let rows = bridge
+        .database
+        .query(sql)
+        .await
+        .expect("the database answers");
+    rows.iter()
+        .map(|row| row.try_get("", "name").expect("a table has a name"))
+        .collect()
 }

@@ -36,32 +36,78 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: DatabaseKind) {
     let once = |changes: Value| with(json!({ "mode": "payment", "subscription": null }), changes);
-    let setup = json!({ "mode": "setup", "payment_status": "no_payment_required", "subscription": null });
+    let setup =
+        json!({ "mode": "setup", "payment_status": "no_payment_required", "subscription": null });
     let unpaid = json!({ "payment_status": "unpaid" });
     let free = json!({ "payment_status": "no_payment_required" });
     let named = json!({ "client_reference_id": "user_1" });
     let empty = json!({ "client_reference_id": "" });
     let cases = [
         ("paid", vec![(COMPLETED, json!({}))], true),
-        ("paid, empty reference", vec![(COMPLETED, empty.clone())], true),
+        (
+            "paid, empty reference",
+            vec![(COMPLETED, empty.clone())],
+            true,
+        ),
         ("paid, of a user", vec![(COMPLETED, named.clone())], false),
         ("nothing to pay", vec![(COMPLETED, free.clone())], true),
         ("unpaid", vec![(COMPLETED, unpaid.clone())], false),
-        ("unpaid, then paid", vec![(COMPLETED, unpaid.clone()), (SUCCEEDED, json!({}))], true),
-        ("unpaid, then failed", vec![(COMPLETED, unpaid.clone()), (FAILED, unpaid.clone())], false),
-        ("expired", vec![("checkout.session.expired", with(unpaid.clone(), json!({ "status": "expired" })))], false),
+        (
+            "unpaid, then paid",
+            vec![(COMPLETED, unpaid.clone()), (SUCCEEDED, json!({}))],
+            true,
+        ),
+        (
+            "unpaid, then failed",
+            vec![(COMPLETED, unpaid.clone()), (FAILED, unpaid.clone())],
+            false,
+        ),
+        (
+            "expired",
+            vec![(
+                "checkout.session.expired",
+                with(unpaid.clone(), json!({ "status": "expired" })),
+            )],
+            false,
+        ),
         (
             "expired, nothing to pay",
-            vec![("checkout.session.expired", with(free.clone(), json!({ "status": "expired" })))],
+            vec![(
+                "checkout.session.expired",
+                with(free.clone(), json!({ "status": "expired" })),
+            )],
             false,
         ),
         ("once, paid", vec![(COMPLETED, once(json!({})))], true),
-        ("once, paid, empty reference", vec![(COMPLETED, once(empty))], true),
-        ("once, paid, of a user", vec![(COMPLETED, once(named))], false),
+        (
+            "once, paid, empty reference",
+            vec![(COMPLETED, once(empty))],
+            true,
+        ),
+        (
+            "once, paid, of a user",
+            vec![(COMPLETED, once(named))],
+            false,
+        ),
         ("once, nothing to pay", vec![(COMPLETED, once(free))], true),
-        ("once, unpaid", vec![(COMPLETED, once(unpaid.clone()))], false),
-        ("once, unpaid, then paid", vec![(COMPLETED, once(unpaid.clone())), (SUCCEEDED, once(json!({})))], true),
-        ("once, unpaid, then failed", vec![(COMPLETED, once(unpaid.clone())), (FAILED, once(unpaid))], false),
+        (
+            "once, unpaid",
+            vec![(COMPLETED, once(unpaid.clone()))],
+            false,
+        ),
+        (
+            "once, unpaid, then paid",
+            vec![
+                (COMPLETED, once(unpaid.clone())),
+                (SUCCEEDED, once(json!({}))),
+            ],
+            true,
+        ),
+        (
+            "once, unpaid, then failed",
+            vec![(COMPLETED, once(unpaid.clone())), (FAILED, once(unpaid))],
+            false,
+        ),
         ("setup", vec![(COMPLETED, setup)], false),
     ];
     let bridge = Bridge::start(Options::on(database)).await;
@@ -72,7 +118,11 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
             let sessions = (0..).zip(&sessions);
             let mut events: Vec<_> = sessions
                 .map(|(second, (event_type, changes))| {
-                    purchase.checkout_session_event(event_type, purchase.created + second, changes.clone())
+                    purchase.checkout_session_event(
+                        event_type,
+                        purchase.created + second,
+                        changes.clone(),
+                    )
                 })
                 .collect();
             let is_once = events[0].value["data"]["object"]["subscription"].is_null();
@@ -83,7 +133,11 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
                 events.reverse();
             }
             bridge.deliver_all(&events).await;
-            let id = if is_once { purchase.checkout_session.clone() } else { purchase.subscription.clone() };
+            let id = if is_once {
+                purchase.checkout_session.clone()
+            } else {
+                purchase.subscription.clone()
+            };
             expected.push((case, purchase, id, is_orphan));
         }
     }
@@ -97,22 +151,39 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
         };
         assert!(is_orphan, "{case}: {orphan:?}");
         assert_eq!(orphan.reason, "missing_client_reference_id", "{case}");
-        assert_eq!(orphan.checkout_session_id.as_ref(), Some(&purchase.checkout_session), "{case}");
-        assert_eq!(orphan.stripe_customer_id.as_ref(), Some(&purchase.customer), "{case}");
+        assert_eq!(
+            orphan.checkout_session_id.as_ref(),
+            Some(&purchase.checkout_session),
+            "{case}"
+        );
+        assert_eq!(
+            orphan.stripe_customer_id.as_ref(),
+            Some(&purchase.customer),
+            "{case}"
+        );
         assert_eq!(orphan.customer_email.as_deref(), Some(EMAIL), "{case}");
         assert_eq!(of(&signals, "orphan.created", id).len(), 1, "{case}");
     }
-    assert_eq!(orphans.len(), expected.iter().filter(|(.., is_orphan)| *is_orphan).count());
+    assert_eq!(
+        orphans.len(),
+        expected.iter().filter(|(.., is_orphan)| *is_orphan).count()
+    );
     assert_eq!(counted(&signals, "orphan.created"), orphans.len());
     assert_eq!(counted(&signals, "orphan.resolved"), 0);
-    assert!(signals.iter().all(|signal| !signal.body.to_string().contains(EMAIL)));
+    assert!(
+        signals
+            .iter()
+            .all(|signal| !signal.body.to_string().contains(EMAIL))
+    );
 }
 
 async fn unpaid_session_is_an_orphan_once_its_payment_succeeded(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 60);
     let unpaid = json!({ "payment_status": "unpaid" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, unpaid)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, unpaid))
+        .await;
     bridge.wait_until_applied().await;
     assert_eq!(bridge.orphans().await, []);
 
@@ -121,7 +192,10 @@ async fn unpaid_session_is_an_orphan_once_its_payment_succeeded(database: Databa
     let signals = bridge.check().await;
     let orphan = orphan(&bridge, &purchase.subscription).await;
     assert_eq!(orphan.event_id, succeeded.id(), "the event that told");
-    assert_eq!(of(&signals, "orphan.created", &orphan.id)[0].body["event"]["type"], SUCCEEDED);
+    assert_eq!(
+        of(&signals, "orphan.created", &orphan.id)[0].body["event"]["type"],
+        SUCCEEDED
+    );
 }
 
 async fn email_is_erased_by_age_and_not_written_again(database: DatabaseKind) {
@@ -134,23 +208,41 @@ async fn email_is_erased_by_age_and_not_written_again(database: DatabaseKind) {
     let first = orphan(&bridge, &purchase.subscription).await;
 
     let erased = until(&bridge, &first.id, |orphan| orphan.customer_email.is_none()).await;
-    assert_eq!((erased.resolved_at, erased.reason.as_str()), (None, "missing_client_reference_id"), "still open");
+    assert_eq!(
+        (erased.resolved_at, erased.reason.as_str()),
+        (None, "missing_client_reference_id"),
+        "still open"
+    );
 
     bridge.publish(COMPLETED, session.body(), "again").await;
-    bridge.deliver(&purchase.checkout_session_event(SUCCEEDED, now(), json!({}))).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(SUCCEEDED, now(), json!({})))
+        .await;
     bridge.wait_until_applied().await;
     assert_eq!(orphan(&bridge, &first.id).await.customer_email, None);
 
     let late = json!({ "client_reference_id": "user_1" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, now(), late)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, now(), late))
+        .await;
     let signals = bridge.check().await;
     let resolved = orphan(&bridge, &first.id).await;
-    assert_eq!(resolved.resolved_client_reference_id.as_deref(), Some("user_1"));
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        resolved.resolved_client_reference_id.as_deref(),
+        Some("user_1")
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn changes_of_unwanted_metadata_are_no_changes(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan")).await;
+    let bridge =
+        Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan")).await;
     let purchase = Purchase::new(now() - 60);
     let with_note = |note: &str| json!({ "metadata": { "plan": "team", "note": note } });
     let second = purchase.created + 5;
@@ -160,8 +252,12 @@ async fn changes_of_unwanted_metadata_are_no_changes(database: DatabaseKind) {
             purchase.subscription_event(CREATED, purchase.created, with_note("a")),
             purchase.subscription_event(UPDATED, purchase.created + 1, with_note("b")),
             // Back and forth within a second, which would leave a row uncertain.
-            purchase.subscription_event(UPDATED, second, with_note("c")).with_previous_attributes(previously("b")),
-            purchase.subscription_event(UPDATED, second, with_note("b")).with_previous_attributes(previously("c")),
+            purchase
+                .subscription_event(UPDATED, second, with_note("c"))
+                .with_previous_attributes(previously("b")),
+            purchase
+                .subscription_event(UPDATED, second, with_note("b"))
+                .with_previous_attributes(previously("c")),
             purchase.checkout_session_event(COMPLETED, purchase.created, with_note(EMAIL)),
         ])
         .await;
@@ -170,12 +266,26 @@ async fn changes_of_unwanted_metadata_are_no_changes(database: DatabaseKind) {
     let row = bridge.row(&purchase.subscription).await;
     assert_eq!(row.subscription_metadata, json!({ "plan": "team" }));
     assert!(!row.uncertain);
-    let metadata = signals.iter().filter(|signal| signal.subject == "subscription.changed");
+    let metadata = signals
+        .iter()
+        .filter(|signal| signal.subject == "subscription.changed");
     let changed: Vec<_> = metadata.map(|signal| signal.changed()).collect();
     let types = [CREATED, UPDATED, COMPLETED].map(|event_type| format!("{event_type}.plan"));
-    let kept: Vec<_> = row.metadata.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
-    assert!(kept.len() == 3 && types.iter().all(|key| kept.contains(&key.as_str())), "{kept:?}");
-    let of_subscription = changed.iter().filter(|changed| changed.contains(&"subscription_metadata")).count();
+    let kept: Vec<_> = row
+        .metadata
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, _)| key.as_str())
+        .collect();
+    assert!(
+        kept.len() == 3 && types.iter().all(|key| kept.contains(&key.as_str())),
+        "{kept:?}"
+    );
+    let of_subscription = changed
+        .iter()
+        .filter(|changed| changed.contains(&"subscription_metadata"))
+        .count();
     assert_eq!(of_subscription, 1, "{changed:?}");
 }
 
@@ -195,16 +305,25 @@ pub(crate) fn until(
 ) -> impl Future<Output = orphaned_payment::Model> {
     eventually("an orphan", DEADLINE, async move || {
         let orphans = bridge.orphans().await;
-        let found = orphans.iter().find(|orphan| orphan.id == id && wanted(orphan)).cloned();
+        let found = orphans
+            .iter()
+            .find(|orphan| orphan.id == id && wanted(orphan))
+            .cloned();
         found.ok_or_else(|| format!("{orphans:#?}"))
     })
 }
 
 /// What the workers have left to ask, as (id, kind).
 pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
-    let rows = bridge.database.query("SELECT entity_id, kind FROM due_check ORDER BY 1, 2").await;
+    let rows = bridge
+        .database
+        .query("SELECT entity_id, kind FROM due_check ORDER BY 1, 2")
+        .await;
     let text = |row: &sea_orm::QueryResult, column| row.try_get("", column).expect("it is a text");
-    rows.expect("the database answers").iter().map(|row| (text(row, "entity_id"), text(row, "kind"))).collect()
+    rows.expect("the database answers")
+        .iter()
+        .map(|row| (text(row, "entity_id"), text(row, "kind")))
+        .collect()
 }
 
 /// Waits until the workers have nothing left to ask: whatever was to be an orphan is one.
@@ -212,17 +331,27 @@ pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
 pub(crate) fn until_nothing_is_asked(bridge: &Bridge) -> impl Future<Output = ()> {
     eventually("every question to be answered", DEADLINE, async || {
         let questions = questions(bridge).await;
-        if questions.is_empty() { Ok(()) } else { Err(format!("{questions:?}")) }
+        if questions.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{questions:?}"))
+        }
     })
 }
 
 /// The signals of a subject about one orphan.
 pub(crate) fn of<'a>(signals: &'a [Signal], subject: &str, id: &str) -> Vec<&'a Signal> {
-    signals.iter().filter(|signal| signal.subject == subject && signal.body["orphan_id"] == id).collect()
+    signals
+        .iter()
+        .filter(|signal| signal.subject == subject && signal.body["orphan_id"] == id)
+        .collect()
 }
 
 pub(crate) fn counted(signals: &[Signal], subject: &str) -> usize {
-    signals.iter().filter(|signal| signal.subject == subject).count()
+    signals
+        .iter()
+        .filter(|signal| signal.subject == subject)
+        .count()
 }
 
 /// Delivers `event` and waits until it is applied.

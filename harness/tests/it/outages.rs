@@ -26,10 +26,14 @@ async fn worker_waits_for_a_broker_that_is_absent_and_says_so_once() {
     let mut bridge = Bridge::prepare(options);
     bridge.start_worker();
     let worker = &bridge.workers[0];
-    eventually("several attempts to connect", DEADLINE, async || match worker.count_in_log("connecting to server") {
-        attempts if attempts >= 6 => Ok(()),
-        attempts => Err(format!("{attempts} of them:\n{}", worker.log())),
-    })
+    eventually(
+        "several attempts to connect",
+        DEADLINE,
+        async || match worker.count_in_log("connecting to server") {
+            attempts if attempts >= 6 => Ok(()),
+            attempts => Err(format!("{attempts} of them:\n{}", worker.log())),
+        },
+    )
     .await;
     worker.wait_for_log("waiting for NATS", DEADLINE).await;
     let alive = worker.page("/healthz").await.expect("it answers");
@@ -40,10 +44,17 @@ async fn worker_waits_for_a_broker_that_is_absent_and_says_so_once() {
     bridge.broker.resume().await;
 
     worker.wait_until_ready().await;
-    assert_eq!(worker.count_in_log("waiting for NATS"), 1, "{}", worker.log());
+    assert_eq!(
+        worker.count_in_log("waiting for NATS"),
+        1,
+        "{}",
+        worker.log()
+    );
     assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
     bridge.start_ingress().wait_until_ready().await;
-    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
     bridge.check().await;
 }
 
@@ -53,11 +64,15 @@ async fn worker_waits_for_a_postgres_that_is_absent_and_says_so_once() {
     bridge.broker.resume().await;
     bridge.start_ingress().wait_until_ready().await;
     bridge.start_worker();
-    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
     let (status, why) = bridge.workers[0].page("/readyz").await.expect("it answers");
     assert_eq!((status, why.contains("database")), (503, true), "{why}");
     // Stripe is none the wiser.
-    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
 
     bridge.database.resume().await;
 
@@ -65,7 +80,12 @@ async fn worker_waits_for_a_postgres_that_is_absent_and_says_so_once() {
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 2);
     let worker = &bridge.workers[0];
-    assert_eq!(worker.count_in_log("waiting for the database"), 1, "{}", worker.log());
+    assert_eq!(
+        worker.count_in_log("waiting for the database"),
+        1,
+        "{}",
+        worker.log()
+    );
     assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
 }
 
@@ -80,23 +100,46 @@ async fn postgres_killed_in_the_middle_of_traffic_loses_nothing() {
 
     bridge.database.kill().await;
     bridge.publish_all(messages(after)).await;
-    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
-    bridge.deliver_all(&stripe::story(OffsetDateTime::now_utc())).await;
+    bridge.workers[0]
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
     bridge.database.resume().await;
 
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 10).await;
     assert_eq!(bridge.dead_letters().await.len(), 0);
     let worker = &bridge.workers[0];
-    assert_eq!(worker.count_in_log("waiting for the database"), 1, "{}", worker.log());
-    assert_eq!(worker.count_in_log("the database is back"), 1, "{}", worker.log());
-    assert!(worker.count_in_log("signals wait in the outbox") <= 1, "{}", worker.log());
+    assert_eq!(
+        worker.count_in_log("waiting for the database"),
+        1,
+        "{}",
+        worker.log()
+    );
+    assert_eq!(
+        worker.count_in_log("the database is back"),
+        1,
+        "{}",
+        worker.log()
+    );
+    assert!(
+        worker.count_in_log("signals wait in the outbox") <= 1,
+        "{}",
+        worker.log()
+    );
     assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
 }
 
 #[tokio::test]
 async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0).worker("LITESTRIPE_BATCH", "20")).await;
+    let mut bridge = Bridge::start(
+        Options::on(DatabaseKind::Sqlite)
+            .workers(0)
+            .worker("LITESTRIPE_BATCH", "20"),
+    )
+    .await;
     have_consumer_with_short_patience(&bridge).await;
     bridge.start_worker();
     let (events, ids) = traffic(40, 10);
@@ -105,7 +148,9 @@ async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
     until_rows(&bridge, 5).await;
 
     bridge.broker.kill().await;
-    bridge.workers[0].wait_for_log("connection to NATS lost", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("connection to NATS lost", DEADLINE)
+        .await;
     bridge.broker.resume().await;
     bridge.ingress().wait_until_ready().await;
     bridge.deliver_all(after).await;
@@ -114,8 +159,17 @@ async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
     check_last_quantities(&bridge, &ids, 10).await;
     assert_eq!(bridge.dead_letters().await.len(), 0);
     let worker = &bridge.workers[0];
-    assert_eq!(worker.count_in_log("connection to NATS lost"), 1, "{}", worker.log());
-    assert!(worker.count_in_log("signals wait in the outbox") <= 1, "{}", worker.log());
+    assert_eq!(
+        worker.count_in_log("connection to NATS lost"),
+        1,
+        "{}",
+        worker.log()
+    );
+    assert!(
+        worker.count_in_log("signals wait in the outbox") <= 1,
+        "{}",
+        worker.log()
+    );
     assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
 }
 
@@ -130,7 +184,12 @@ async fn postgres_worker_killed_in_the_middle_is_continued_by_the_next() {
 }
 
 async fn worker_killed_in_the_middle(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).workers(0).worker("LITESTRIPE_BATCH", "50")).await;
+    let mut bridge = Bridge::start(
+        Options::on(database)
+            .workers(0)
+            .worker("LITESTRIPE_BATCH", "50"),
+    )
+    .await;
     have_consumer_with_short_patience(&bridge).await;
     let (events, ids) = traffic(100, 20);
     // However fast the worker is, it is killed before it has seen all.
@@ -150,7 +209,9 @@ async fn worker_killed_in_the_middle(database: DatabaseKind) {
 
 #[tokio::test]
 async fn second_worker_finishes_what_a_killed_one_began() {
-    let options = Options::on(DatabaseKind::Postgres).workers(0).worker("LITESTRIPE_BATCH", "50");
+    let options = Options::on(DatabaseKind::Postgres)
+        .workers(0)
+        .worker("LITESTRIPE_BATCH", "50");
     let mut bridge = Bridge::start(options).await;
     have_consumer_with_short_patience(&bridge).await;
     bridge.start_worker();
@@ -178,7 +239,9 @@ async fn stopped_worker_hands_back_what_it_could_not_apply() {
     bridge.database.kill().await;
     let (events, ids) = traffic(10, 10);
     bridge.publish_all(messages(&events)).await;
-    bridge.workers[0].wait_for_log("waiting for the database", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
 
     let stopped = bridge.workers.remove(0);
     stopped.signal(Signal::Term);
@@ -187,12 +250,22 @@ async fn stopped_worker_hands_back_what_it_could_not_apply() {
     bridge.database.resume().await;
     bridge.start_worker().wait_until_ready().await;
 
-    eventually("what was handed back to be applied", Duration::from_secs(30), async || {
-        match bridge.rows().await.iter().filter(|row| row.items[0]["quantity"] == 10).count() {
+    eventually(
+        "what was handed back to be applied",
+        Duration::from_secs(30),
+        async || match bridge
+            .rows()
+            .await
+            .iter()
+            .filter(|row| row.items[0]["quantity"] == 10)
+            .count()
+        {
             10 => Ok(()),
-            count => Err(format!("{count} of 10 subscriptions are at their last event")),
-        }
-    })
+            count => Err(format!(
+                "{count} of 10 subscriptions are at their last event"
+            )),
+        },
+    )
     .await;
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 10).await;
@@ -200,7 +273,12 @@ async fn stopped_worker_hands_back_what_it_could_not_apply() {
 
 #[tokio::test]
 async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_goes_on() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0).worker("LITESTRIPE_BATCH", "20")).await;
+    let mut bridge = Bridge::start(
+        Options::on(DatabaseKind::Sqlite)
+            .workers(0)
+            .worker("LITESTRIPE_BATCH", "20"),
+    )
+    .await;
     let (events, ids) = traffic(100, 20);
     let (most, last) = events.split_at(1900);
     bridge.publish_all(messages(most)).await;
@@ -208,9 +286,14 @@ async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_go
     until_rows(&bridge, 10).await;
     let status = bridge.workers[0].stop().await;
     let log = bridge.workers[0].log();
-    let handed_back = log.split_once("handed back ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+    let handed_back = log
+        .split_once("handed back ")
+        .and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
     // Not all that waits: only what was asked for.
-    assert!(status.success() && handed_back.is_some_and(|count: u32| (1..=40).contains(&count)), "{status}: {log}");
+    assert!(
+        status.success() && handed_back.is_some_and(|count: u32| (1..=40).contains(&count)),
+        "{status}: {log}"
+    );
     bridge.publish_all(messages(last)).await;
     bridge.start_worker();
 
@@ -242,17 +325,27 @@ async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
     let (events, ids) = traffic(1, 3);
     bridge.publish_all(messages(&events[..1])).await;
     bridge.check().await;
-    let somebody = bridge.database.locked(&lock_of(ids.first().expect("there is one"))).await;
+    let somebody = bridge
+        .database
+        .locked(&lock_of(ids.first().expect("there is one")))
+        .await;
     bridge.publish_all(messages(&events[1..2])).await;
     bridge.database.until_a_worker_waits().await;
     bridge.publish_all(messages(&events[2..])).await;
     bridge.wait_until_unacknowledged(2).await;
     let nats = bridge.broker.connect().await;
-    let mut acks =
-        nats.subscribe(format!("$JS.ACK.{EVENTS_STREAM}.{WORKER_CONSUMER}.>")).await.expect("it can be read");
+    let mut acks = nats
+        .subscribe(format!("$JS.ACK.{EVENTS_STREAM}.{WORKER_CONSUMER}.>"))
+        .await
+        .expect("it can be read");
     let mut next = async |kind: &str| {
-        let mut acks = acks.by_ref().filter(|ack| std::future::ready(ack.payload.starts_with(kind.as_bytes())));
-        tokio::time::timeout(DEADLINE, acks.next()).await.expect("in time").expect("it is read")
+        let mut acks = acks
+            .by_ref()
+            .filter(|ack| std::future::ready(ack.payload.starts_with(kind.as_bytes())));
+        tokio::time::timeout(DEADLINE, acks.next())
+            .await
+            .expect("in time")
+            .expect("it is read")
     };
     // A lock is waited for for four seconds. They are to begin now, however slow the machine has been.
     next("+WPI").await;
@@ -263,7 +356,12 @@ async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
     let first = next("-NAK").await;
 
     // The message's place in the stream.
-    assert_eq!(first.subject.split('.').nth(5), Some("3"), "{}", first.subject);
+    assert_eq!(
+        first.subject.split('.').nth(5),
+        Some("3"),
+        "{}",
+        first.subject
+    );
     somebody.rollback().await.expect("the lock is let go");
     let status = stopped.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", stopped.log());
@@ -275,13 +373,21 @@ async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
 /// What a worker that was stopped has not handed back comes again after a minute.
 async fn check_that_nothing_waits(bridge: &Bridge, stopped_log: &str) {
     let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
-    assert!(applied.is_ok(), "not all of it was handed back: {stopped_log}");
+    assert!(
+        applied.is_ok(),
+        "not all of it was handed back: {stopped_log}"
+    );
 }
 
 /// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed
 /// worker had not acked comes again after that. Workers leave a consumer that exists as it is.
 async fn have_consumer_with_short_patience(bridge: &Bridge) {
-    let stream: stream::Stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
+    let stream: stream::Stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
     let config = pull::Config {
         durable_name: Some(WORKER_CONSUMER.to_owned()),
         ack_policy: AckPolicy::Explicit,
@@ -290,32 +396,63 @@ async fn have_consumer_with_short_patience(bridge: &Bridge) {
         filter_subject: format!("{EVENTS_PREFIX}>"),
         ..pull::Config::default()
     };
-    stream.create_consumer(config).await.expect("a consumer can be made");
+    stream
+        .create_consumer(config)
+        .await
+        .expect("a consumer can be made");
 }
 
 /// Events of that many subscriptions, each created and then updated to a quantity of 2, 3, … up to
 /// `length`, in turns.
 fn traffic(subscriptions: usize, length: i64) -> (Vec<Event>, BTreeSet<String>) {
     let now = OffsetDateTime::now_utc().unix_timestamp();
-    let purchases: Vec<_> = (0..subscriptions).map(|_| Purchase::new(now - 86_400)).collect();
+    let purchases: Vec<_> = (0..subscriptions)
+        .map(|_| Purchase::new(now - 86_400))
+        .collect();
     let event = |purchase: &Purchase, quantity: i64| {
         let mut items = purchase.items(purchase.created, now);
         items["data"][0]["quantity"] = json!(quantity);
         let event_type = if quantity == 1 { CREATED } else { UPDATED };
-        purchase.subscription_event(event_type, purchase.created + quantity, json!({ "items": items }))
+        purchase.subscription_event(
+            event_type,
+            purchase.created + quantity,
+            json!({ "items": items }),
+        )
     };
-    let events = (1..=length).flat_map(|quantity| purchases.iter().map(move |purchase| event(purchase, quantity)));
-    (events.collect(), purchases.iter().map(|purchase| purchase.subscription.clone()).collect())
+    let events = (1..=length).flat_map(|quantity| {
+        purchases
+            .iter()
+            .map(move |purchase| event(purchase, quantity))
+    });
+    (
+        events.collect(),
+        purchases
+            .iter()
+            .map(|purchase| purchase.subscription.clone())
+            .collect(),
+    )
 }
 
 fn messages(events: &[Event]) -> Vec<(String, Bytes, String)> {
-    events.iter().map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).collect()
+    events
+        .iter()
+        .map(|event| {
+            (
+                event.event_type().to_owned(),
+                event.body(),
+                event.id().to_owned(),
+            )
+        })
+        .collect()
 }
 
 /// Waits until the worker is at work.
 async fn until_rows(bridge: &Bridge, count: usize) {
     eventually("the first rows", DEADLINE, async || {
-        let rows = bridge.database.query("SELECT stripe_subscription_id FROM stripe_subscription").await;
+        let rows = bridge
+            .database
+            .query("SELECT stripe_subscription_id FROM stripe_subscription")
+            .await;
         match rows.map_err(|error| error.to_string())?.len() {
             rows if rows >= count => Ok(()),
             rows => Err(format!("{rows} rows")),
@@ -326,10 +463,17 @@ async fn until_rows(bridge: &Bridge, count: usize) {
 
 async fn check_last_quantities(bridge: &Bridge, ids: &BTreeSet<String>, quantity: i64) {
     let rows = bridge.rows().await;
-    let ours: Vec<_> = rows.iter().filter(|row| ids.contains(&row.stripe_subscription_id)).collect();
+    let ours: Vec<_> = rows
+        .iter()
+        .filter(|row| ids.contains(&row.stripe_subscription_id))
+        .collect();
     assert_eq!(ours.len(), ids.len());
     for row in ours {
-        assert_eq!(row.items[0]["quantity"], quantity, "{}", row.stripe_subscription_id);
+        assert_eq!(
+            row.items[0]["quantity"], quantity,
+            "{}",
+            row.stripe_subscription_id
+        );
         assert!(!row.uncertain, "{}", row.stripe_subscription_id);
     }
 }

@@ -21,7 +21,9 @@ const DOUBT: &str = "the server shows no sign";
 async fn worker_that_had_nothing_to_do_asks_again_when_its_request_has_expired() {
     let bridge = Bridge::start(talkative()).await;
     let worker = &bridge.workers[0];
-    worker.wait_for_log("of what was asked for: 408", EXPIRED).await;
+    worker
+        .wait_for_log("of what was asked for: 408", EXPIRED)
+        .await;
 
     let purchase = purchase();
     bridge.deliver(&created(&purchase, "")).await;
@@ -37,15 +39,28 @@ async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applie
     const EVENTS: usize = 240;
     let bridge = Bridge::start(talkative()).await;
     let padding = "p".repeat(200 << 10);
-    let events: Vec<_> = (0..EVENTS).map(|_| created(&purchase(), &padding)).collect();
+    let events: Vec<_> = (0..EVENTS)
+        .map(|_| created(&purchase(), &padding))
+        .collect();
     let message = |event: &Event| -> (String, Bytes, String) {
-        (event.event_type().to_owned(), event.body(), event.id().to_owned())
+        (
+            event.event_type().to_owned(),
+            event.body(),
+            event.id().to_owned(),
+        )
     };
-    bridge.publish_all(events.iter().map(message).collect()).await;
+    bridge
+        .publish_all(events.iter().map(message).collect())
+        .await;
 
     assert_eq!(bridge.check().await.len(), EVENTS);
     let worker = &bridge.workers[0];
-    assert_ne!(worker.count_in_log("of what was asked for: 409"), 0, "{}", worker.log());
+    assert_ne!(
+        worker.count_in_log("of what was asked for: 409"),
+        0,
+        "{}",
+        worker.log()
+    );
     assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
 }
 
@@ -53,20 +68,42 @@ async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applie
 #[tokio::test]
 async fn worker_says_which_limit_of_the_consumer_keeps_it_from_consuming() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
-    let stream: Stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("ingress made it");
-    let limited =
-        pull::Config { durable_name: Some(WORKER_CONSUMER.to_owned()), max_batch: 10, ..pull::Config::default() };
-    stream.create_consumer(limited.clone()).await.expect("a consumer can be made");
+    let stream: Stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("ingress made it");
+    let limited = pull::Config {
+        durable_name: Some(WORKER_CONSUMER.to_owned()),
+        max_batch: 10,
+        ..pull::Config::default()
+    };
+    stream
+        .create_consumer(limited.clone())
+        .await
+        .expect("a consumer can be made");
     bridge.deliver(&created(&purchase(), "")).await;
     bridge.start_worker();
     let worker = &bridge.workers[0];
     let said = "Exceeded MaxRequestBatch of 10): raise that limit of the consumer, or if it is MaxRequestBatch, lower LITESTRIPE_BATCH";
     worker.wait_for_log(said, EXPIRED).await;
 
-    stream.update_consumer(pull::Config { max_batch: 0, ..limited }).await.expect("its limits can be changed");
+    stream
+        .update_consumer(pull::Config {
+            max_batch: 0,
+            ..limited
+        })
+        .await
+        .expect("its limits can be changed");
 
     bridge.check().await;
-    assert_eq!((bridge.rows().await.len(), worker.count_in_log(said)), (1, 1), "{}", worker.log());
+    assert_eq!(
+        (bridge.rows().await.len(), worker.count_in_log(said)),
+        (1, 1),
+        "{}",
+        worker.log()
+    );
 }
 
 fn talkative() -> Options {
@@ -78,7 +115,8 @@ fn purchase() -> Purchase {
 }
 
 fn created(purchase: &Purchase, padding: &str) -> Event {
-    let mut event = purchase.subscription_event("customer.subscription.created", purchase.created, json!({}));
+    let mut event =
+        purchase.subscription_event("customer.subscription.created", purchase.created, json!({}));
     event.value["padding"] = json!(padding);
     event
 }

@@ -13,12 +13,16 @@ use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::{Value, json};
 
 use crate::orphans::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, until, until_nothing_is_asked, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, until,
+    until_nothing_is_asked, with,
 };
 
 mod damage;
 
-on_both_databases!(existing_account_is_imported_into_an_empty_database, lost_user_of_a_resolved_orphan_comes_back,);
+on_both_databases!(
+    existing_account_is_imported_into_an_empty_database,
+    lost_user_of_a_resolved_orphan_comes_back,
+);
 
 /// A command compares twice, some seconds apart.
 const COMMAND: Duration = Duration::from_secs(120);
@@ -41,7 +45,8 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     let customers: Vec<_> = (0..250)
         .map(|index| match index % 25 {
             0 => Customer::new(None),
-            1 => Customer::new(Some(index)).with(json!({ "status": "canceled", "ended_at": now() - 60 })),
+            1 => Customer::new(Some(index))
+                .with(json!({ "status": "canceled", "ended_at": now() - 60 })),
             _ => Customer::new(Some(index)),
         })
         .collect();
@@ -49,36 +54,69 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
         customer.put(&api);
     }
     let migrated = bridge.worker().args(["migrate", "up"]).run(DEADLINE).await;
-    assert!(migrated.status.success(), "to look only is no reason to migrate: {migrated:?}");
+    assert!(
+        migrated.status.success(),
+        "to look only is no reason to migrate: {migrated:?}"
+    );
     let found = reconcile(&bridge, &["--json"]).await;
     assert_eq!(found.status.code(), Some(3), "{found:?}");
     let report = json_of(&found);
-    assert!(findings(&report).values().all(|(problem, fields)| *problem == "missing" && fields.is_empty()));
-    assert_eq!((&report["different"], &report["calls"]), (&json!(250), &json!(3)), "whose they are is not asked yet");
+    assert!(
+        findings(&report)
+            .values()
+            .all(|(problem, fields)| *problem == "missing" && fields.is_empty())
+    );
+    assert_eq!(
+        (&report["different"], &report["calls"]),
+        (&json!(250), &json!(3)),
+        "whose they are is not asked yet"
+    );
 
     let imported = reconcile(&bridge, &["--repair", "--json"]).await;
     assert_eq!(imported.status.code(), Some(0), "{imported:?}");
     let report = json_of(&imported);
-    assert_eq!((&report["compared"], &report["repaired"]), (&json!(250), &json!(250)));
-    assert_eq!(report["calls"], 3 + 250, "three pages, and the session of each");
+    assert_eq!(
+        (&report["compared"], &report["repaired"]),
+        (&json!(250), &json!(250))
+    );
+    assert_eq!(
+        report["calls"],
+        3 + 250,
+        "three pages, and the session of each"
+    );
     let signals = bridge.check().await;
     assert_eq!(counted(&signals, "orphan.created"), 0);
     assert_eq!(bridge.orphans().await, []);
-    let questions = bridge.database.query("SELECT 1 FROM due_check").await.expect("the database answers");
+    let questions = bridge
+        .database
+        .query("SELECT 1 FROM due_check")
+        .await
+        .expect("the database answers");
     assert_eq!(questions.len(), 0, "none waits for its session");
     for customer in &customers {
         let row = bridge.row(customer.id()).await;
         assert_eq!(row.client_reference_id, customer.user);
-        assert_eq!(row.checkout_session_id, customer.user.as_ref().map(|_| customer.purchase.checkout_session.clone()));
+        assert_eq!(
+            row.checkout_session_id,
+            customer
+                .user
+                .as_ref()
+                .map(|_| customer.purchase.checkout_session.clone())
+        );
         let status = customer.changes["status"].as_str().unwrap_or("active");
         assert_eq!(row.status.as_deref(), Some(status));
-        let told = of_subscription(&signals, customer.id()).pop().expect("it is signalled");
+        let told = of_subscription(&signals, customer.id())
+            .pop()
+            .expect("it is signalled");
         assert_eq!(told.body["client_reference_id"], json!(customer.user));
     }
 
     let nothing = reconcile(&bridge, &[]).await;
     assert_eq!(nothing.status.code(), Some(0), "{nothing:?}");
-    assert!(nothing.stdout.contains("250 equal, 0 different"), "{nothing:?}");
+    assert!(
+        nothing.stdout.contains("250 equal, 0 different"),
+        "{nothing:?}"
+    );
     assert_eq!(bridge.signals().await.len(), signals.len());
 }
 
@@ -86,15 +124,37 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
 async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
     let api = Api::start().await;
     let lookup = "sql:SELECT 1 WHERE $1 = 'user_4711'";
-    let bridge = Bridge::start(options(database, &api).worker("LITESTRIPE_USER_LOOKUP", lookup)).await;
-    let customers = [Customer::new(Some(1)).without_user(), Customer::new(Some(2))];
+    let bridge =
+        Bridge::start(options(database, &api).worker("LITESTRIPE_USER_LOOKUP", lookup)).await;
+    let customers = [
+        Customer::new(Some(1)).without_user(),
+        Customer::new(Some(2)),
+    ];
     for customer in &customers {
         customer.buy(&bridge).await;
         customer.put(&api);
         until(&bridge, customer.id(), |_| true).await;
-        let resolution = ["orphans", "resolve", customer.id(), "--client-reference-id", "user_4711", "--force"];
-        assert!(bridge.worker().args(resolution).run(COMMAND).await.status.success());
-        until(&bridge, customer.id(), |orphan| orphan.resolved_at.is_some()).await;
+        let resolution = [
+            "orphans",
+            "resolve",
+            customer.id(),
+            "--client-reference-id",
+            "user_4711",
+            "--force",
+        ];
+        assert!(
+            bridge
+                .worker()
+                .args(resolution)
+                .run(COMMAND)
+                .await
+                .status
+                .success()
+        );
+        until(&bridge, customer.id(), |orphan| {
+            orphan.resolved_at.is_some()
+        })
+        .await;
     }
     bridge.wait_until_applied().await;
     let orphans = bridge.orphans().await;
@@ -104,17 +164,39 @@ async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
     assert_eq!(mended.status.code(), Some(0), "{mended:?}");
     bridge.wait_until_applied().await;
     for customer in &customers {
-        assert_eq!(bridge.row(customer.id()).await.client_reference_id.as_deref(), Some("user_4711"));
+        assert_eq!(
+            bridge
+                .row(customer.id())
+                .await
+                .client_reference_id
+                .as_deref(),
+            Some("user_4711")
+        );
     }
     assert_eq!(bridge.orphans().await, orphans);
     assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
     // An answer that is still to come would write the row, and with it the column.
     until_nothing_is_asked(&bridge).await;
     // In the column alone it is wrong, and the session would say something else.
-    execute(&bridge, "UPDATE stripe_subscription SET client_reference_id = 'user_2'").await;
+    execute(
+        &bridge,
+        "UPDATE stripe_subscription SET client_reference_id = 'user_2'",
+    )
+    .await;
     let found = reconcile(&bridge, &["--repair", "--json"]).await;
-    assert_eq!((found.status.code(), &json_of(&found)["repaired"]), (Some(0), &json!(2)), "{found:?}");
-    assert_eq!(bridge.row(customers[1].id()).await.client_reference_id.as_deref(), Some("user_4711"));
+    assert_eq!(
+        (found.status.code(), &json_of(&found)["repaired"]),
+        (Some(0), &json!(2)),
+        "{found:?}"
+    );
+    assert_eq!(
+        bridge
+            .row(customers[1].id())
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_4711")
+    );
 }
 
 #[tokio::test]
@@ -122,17 +204,29 @@ async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended
     let api = Api::start().await;
     let bridge = empty(DatabaseKind::Sqlite, &api).await;
     let running = Customer::new(Some(1)).without_user();
-    let ended = Customer::new(Some(2)).without_user().with(json!({ "status": "canceled" }));
+    let ended = Customer::new(Some(2))
+        .without_user()
+        .with(json!({ "status": "canceled" }));
     for customer in [&running, &ended] {
         customer.put(&api);
     }
     let mended = reconcile(&bridge, &["--repair"]).await;
     assert_eq!(mended.status.code(), Some(0), "{mended:?}");
     let orphans = bridge.orphans().await;
-    assert_eq!(orphans.iter().map(|orphan| orphan.id.as_str()).collect::<Vec<_>>(), [running.id()]);
+    assert_eq!(
+        orphans
+            .iter()
+            .map(|orphan| orphan.id.as_str())
+            .collect::<Vec<_>>(),
+        [running.id()]
+    );
     assert_eq!(orphans[0].customer_email.as_deref(), Some(EMAIL));
     assert!(!format!("{mended:?}").contains(EMAIL));
-    assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0), "and that is no difference");
+    assert_eq!(
+        reconcile(&bridge, &[]).await.status.code(),
+        Some(0),
+        "and that is no difference"
+    );
 }
 
 /// Its row is all that knows the user: writing it would lose him.
@@ -164,7 +258,11 @@ async fn change_meanwhile_is_no_difference() {
         customer.put(&api);
     }
     bridge.wait_until_applied().await;
-    let newest = customers.iter().map(|customer| customer.purchase.created).max().unwrap_or_default();
+    let newest = customers
+        .iter()
+        .map(|customer| customer.purchase.created)
+        .max()
+        .unwrap_or_default();
     let (in_flight, still) = (Customer::at(newest + 10, 1), Customer::at(newest + 11, 2));
     // Stripe's change of this one is on its way to us when the first page is read.
     let changed = json!({ "metadata": { "seats": "9" } });
@@ -178,23 +276,41 @@ async fn change_meanwhile_is_no_difference() {
     for arguments in [&["--json"][..], &["--repair", "--json"]] {
         let asked = api.requests(LIST).len();
         let (first, second) = (api.hold(LIST), api.hold("starting_after"));
-        let running = bridge.worker().arg("reconcile").args(arguments.iter().copied()).start();
+        let running = bridge
+            .worker()
+            .arg("reconcile")
+            .args(arguments.iter().copied())
+            .start();
         until_asked(&api, asked + 1).await;
         let at = now();
         let ended = json!({ "cancel_at": at + MONTH, "metadata": { "at": at.to_string() } });
-        apply(&bridge, &still.purchase.subscription_event(UPDATED, at, ended.clone())).await;
+        apply(
+            &bridge,
+            &still
+                .purchase
+                .subscription_event(UPDATED, at, ended.clone()),
+        )
+        .await;
         api.put_subscription(with(still.purchase.subscription(), ended));
         drop(first);
         until_asked(&api, asked + 2).await;
-        let update = in_flight.purchase.subscription_event(UPDATED, newest + 20, changed.clone());
+        let update = in_flight
+            .purchase
+            .subscription_event(UPDATED, newest + 20, changed.clone());
         apply(&bridge, &update).await;
         drop(second);
         let status = running.wait(COMMAND).await;
         let report: Value = serde_json::from_str(&running.stdout()).expect("it is JSON");
         assert_eq!(status.code(), Some(0), "{report:#}\n{}", running.stderr());
         assert_eq!(report["compared"], 103);
-        assert_eq!(bridge.row(still.id()).await.subscription_metadata, json!({ "at": at.to_string() }));
-        assert_eq!(bridge.row(in_flight.id()).await.subscription_metadata, json!({ "seats": "9" }));
+        assert_eq!(
+            bridge.row(still.id()).await.subscription_metadata,
+            json!({ "at": at.to_string() })
+        );
+        assert_eq!(
+            bridge.row(in_flight.id()).await.subscription_metadata,
+            json!({ "seats": "9" })
+        );
     }
     bridge.check().await;
 }
@@ -207,20 +323,35 @@ async fn outage_of_stripe_halfway_leaves_what_is_done_and_the_next_run_does_the_
     for customer in &customers {
         customer.put(&api);
     }
-    api.answer_next("starting_after", Trouble::status(503).header("Stripe-Should-Retry", "false"));
+    api.answer_next(
+        "starting_after",
+        Trouble::status(503).header("Stripe-Should-Retry", "false"),
+    );
     let broken = reconcile(&bridge, &["--repair", "--json"]).await;
     assert_eq!(broken.status.code(), Some(1), "{broken:?}");
-    for said in ["100 subscriptions", "100 rows repaired", "503", "req_ofTheStub", "running it again is safe"] {
+    for said in [
+        "100 subscriptions",
+        "100 rows repaired",
+        "503",
+        "req_ofTheStub",
+        "running it again is safe",
+    ] {
         assert!(broken.stderr.contains(said), "{said}: {}", broken.stderr);
     }
     let report = json_of(&broken);
-    assert_eq!((&report["complete"], &report["repaired"]), (&json!(false), &json!(100)));
+    assert_eq!(
+        (&report["complete"], &report["repaired"]),
+        (&json!(false), &json!(100))
+    );
     assert_eq!(bridge.rows().await.len(), 100);
 
     let again = reconcile(&bridge, &["--repair", "--json"]).await;
     assert_eq!(again.status.code(), Some(0), "{again:?}");
     let report = json_of(&again);
-    assert_eq!((&report["equal"], &report["repaired"]), (&json!(100), &json!(30)));
+    assert_eq!(
+        (&report["equal"], &report["repaired"]),
+        (&json!(100), &json!(30))
+    );
     assert_eq!(bridge.rows().await.len(), 130);
     bridge.check().await;
 }
@@ -233,13 +364,20 @@ async fn interrupted_walk_says_what_was_done() {
         Customer::new(Some(index)).put(&api);
     }
     let held = api.hold("starting_after");
-    let running = bridge.worker().args(["reconcile", "--repair", "--json"]).start();
+    let running = bridge
+        .worker()
+        .args(["reconcile", "--repair", "--json"])
+        .start();
     until_asked(&api, 2).await;
     running.signal(Signal::Int);
     drop(held);
     let status = running.wait(COMMAND).await;
     assert_eq!(status.code(), Some(1), "{}", running.stderr());
-    assert!(running.stderr().contains("told to stop"), "{}", running.stderr());
+    assert!(
+        running.stderr().contains("told to stop"),
+        "{}",
+        running.stderr()
+    );
     let report: Value = serde_json::from_str(&running.stdout()).expect("it is JSON");
     assert_eq!(report["complete"], false);
     let rows = bridge.rows().await.len();
@@ -252,9 +390,17 @@ async fn interrupted_walk_says_what_was_done() {
 async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
-    let without = bridge.worker().env("STRIPE_SECRET_KEY", "").args(["reconcile", "--repair"]).run(COMMAND).await;
+    let without = bridge
+        .worker()
+        .env("STRIPE_SECRET_KEY", "")
+        .args(["reconcile", "--repair"])
+        .run(COMMAND)
+        .await;
     assert_eq!(without.status.code(), Some(2), "{without:?}");
-    assert!(without.stderr.contains("STRIPE_SECRET_KEY is missing"), "{without:?}");
+    assert!(
+        without.stderr.contains("STRIPE_SECRET_KEY is missing"),
+        "{without:?}"
+    );
 
     // An empty table is of no mode.
     assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
@@ -264,9 +410,19 @@ async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
     customer.put(&api);
     bridge.wait_until_applied().await;
     let live = "sk_live_theOtherModes";
-    let other = bridge.worker().env("STRIPE_SECRET_KEY", live).args(["reconcile", "--repair"]).run(COMMAND).await;
+    let other = bridge
+        .worker()
+        .env("STRIPE_SECRET_KEY", live)
+        .args(["reconcile", "--repair"])
+        .run(COMMAND)
+        .await;
     assert_eq!(other.status.code(), Some(2), "{other:?}");
-    for said in ["STRIPE_SECRET_KEY", "live mode key", "test mode", "--any-mode"] {
+    for said in [
+        "STRIPE_SECRET_KEY",
+        "live mode key",
+        "test mode",
+        "--any-mode",
+    ] {
         assert!(other.stderr.contains(said), "{said}: {other:?}");
     }
     assert!(!other.stderr.contains("theOtherModes"), "{other:?}");
@@ -274,7 +430,10 @@ async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
     execute(&bridge, "UPDATE stripe_subscription SET livemode = TRUE").await;
     let other = reconcile(&bridge, &["--repair"]).await;
     assert_eq!(other.status.code(), Some(2), "{other:?}");
-    assert!(other.stderr.contains("test mode key") && other.stderr.contains("live mode"), "{other:?}");
+    assert!(
+        other.stderr.contains("test mode key") && other.stderr.contains("live mode"),
+        "{other:?}"
+    );
     assert_eq!(api.requests("").len(), asked, "Stripe was not asked");
     let mended = reconcile(&bridge, &["--repair", "--any-mode"]).await;
     assert_eq!(mended.status.code(), Some(0), "{mended:?}");
@@ -285,22 +444,37 @@ async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
 async fn only_subscriptions_of_the_wanted_status_are_compared() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
-    let [late, ended, unknown] =
-        ["past_due", "canceled", "active"].map(|status| Customer::new(Some(1)).with(json!({ "status": status })));
+    let [late, ended, unknown] = ["past_due", "canceled", "active"]
+        .map(|status| Customer::new(Some(1)).with(json!({ "status": status })));
     late.put(&api);
     ended.put(&api);
     unknown.buy(&bridge).await;
     bridge.wait_until_applied().await;
-    for (status, expected) in [("past_due", vec![late.id()]), ("ended", vec![ended.id()]), ("paused", vec![])] {
+    for (status, expected) in [
+        ("past_due", vec![late.id()]),
+        ("ended", vec![ended.id()]),
+        ("paused", vec![]),
+    ] {
         let found = reconcile(&bridge, &["--json", "--status", status]).await;
         let report = json_of(&found);
-        assert_eq!(findings(&report).keys().collect::<Vec<_>>(), expected, "{status}");
-        assert_eq!(found.status.code(), Some(if expected.is_empty() { 0 } else { 3 }), "{found:?}");
+        assert_eq!(
+            findings(&report).keys().collect::<Vec<_>>(),
+            expected,
+            "{status}"
+        );
+        assert_eq!(
+            found.status.code(),
+            Some(if expected.is_empty() { 0 } else { 3 }),
+            "{found:?}"
+        );
         assert_eq!(api.requests(&format!("status={status}")).len(), 1);
     }
     let wrong = reconcile(&bridge, &["--status", "alive"]).await;
     assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
-    assert!(wrong.stderr.contains("alive") && wrong.stderr.contains("incomplete_expired"), "{wrong:?}");
+    assert!(
+        wrong.stderr.contains("alive") && wrong.stderr.contains("incomplete_expired"),
+        "{wrong:?}"
+    );
 }
 
 #[tokio::test]
@@ -308,50 +482,82 @@ async fn rows_that_stripe_does_not_know_are_reported_and_those_it_does_not_list_
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
     let customers: Vec<_> = (0..4).map(|index| Customer::new(Some(index))).collect();
-    let [listed, unknown, on_a_clock, connected] = customers.as_slice() else { panic!("there are four") };
+    let [listed, unknown, on_a_clock, connected] = customers.as_slice() else {
+        panic!("there are four")
+    };
     for customer in [listed, unknown, on_a_clock] {
         customer.buy(&bridge).await;
     }
-    let mut event = connected.purchase.subscription_event(CREATED, connected.purchase.created, json!({}));
+    let mut event =
+        connected
+            .purchase
+            .subscription_event(CREATED, connected.purchase.created, json!({}));
     event.value["account"] = json!("acct_1Connected");
     apply(&bridge, &event).await;
     bridge.wait_until_applied().await;
     listed.put(&api);
     // Stripe leaves those of test clocks out of its lists.
-    let changes = with(on_a_clock.changes.clone(), json!({ "test_clock": "clock_1", "status": "past_due" }));
+    let changes = with(
+        on_a_clock.changes.clone(),
+        json!({ "test_clock": "clock_1", "status": "past_due" }),
+    );
     api.put_subscription(with(on_a_clock.purchase.subscription(), changes));
     let row = bridge.row(unknown.id()).await;
 
     let found = reconcile(&bridge, &["--json"]).await;
     assert_eq!(found.status.code(), Some(3), "{found:?}");
     let expected = BTreeMap::from([
-        (unknown.id().to_owned(), ("unknown_to_stripe", BTreeSet::new())),
-        (on_a_clock.id().to_owned(), ("different", BTreeSet::from(["status".to_owned()]))),
+        (
+            unknown.id().to_owned(),
+            ("unknown_to_stripe", BTreeSet::new()),
+        ),
+        (
+            on_a_clock.id().to_owned(),
+            ("different", BTreeSet::from(["status".to_owned()])),
+        ),
     ]);
     let report = json_of(&found);
     assert_eq!(findings(&report), expected);
-    assert_eq!((&report["unknown_to_stripe"], &report["compared"]), (&json!(1), &json!(2)));
+    assert_eq!(
+        (&report["unknown_to_stripe"], &report["compared"]),
+        (&json!(1), &json!(2))
+    );
 
     let mended = reconcile(&bridge, &["--repair"]).await;
     assert_eq!(mended.status.code(), Some(3), "{mended:?}");
-    assert!(mended.stdout.contains("1 unknown to Stripe") && mended.stdout.contains("not repairable"), "{mended:?}");
+    assert!(
+        mended.stdout.contains("1 unknown to Stripe") && mended.stdout.contains("not repairable"),
+        "{mended:?}"
+    );
     assert_eq!(bridge.row(unknown.id()).await, row, "it is left alone");
-    assert_eq!(bridge.row(on_a_clock.id()).await.status.as_deref(), Some("past_due"));
+    assert_eq!(
+        bridge.row(on_a_clock.id()).await.status.as_deref(),
+        Some("past_due")
+    );
 }
 
 #[tokio::test]
 async fn subscription_that_cannot_be_kept_is_reported_and_not_stored() {
     let api = Api::start().await;
     let bridge = empty(DatabaseKind::Sqlite, &api).await;
-    let (good, bad) = (Customer::new(Some(1)), Customer::new(Some(2)).with(json!({ "status": { "is": PRIVATE } })));
+    let (good, bad) = (
+        Customer::new(Some(1)),
+        Customer::new(Some(2)).with(json!({ "status": { "is": PRIVATE } })),
+    );
     good.put(&api);
     // Whatever filter a list has, Stripe would list it.
-    api.put_subscription(with(bad.purchase.subscription(), json!({ "cancel_at": PRIVATE })));
+    api.put_subscription(with(
+        bad.purchase.subscription(),
+        json!({ "cancel_at": PRIVATE }),
+    ));
     let report = reconcile(&bridge, &["--repair", "--json"]).await;
     assert_eq!(report.status.code(), Some(3), "{report:?}");
     let found = json_of(&report);
     assert_eq!(findings(&found)[bad.id()].0, "cannot_be_kept");
-    assert!(report.stdout.contains("`data.object.cancel_at`") && !report.stdout.contains(PRIVATE), "{report:?}");
+    assert!(
+        report.stdout.contains("`data.object.cancel_at`") && !report.stdout.contains(PRIVATE),
+        "{report:?}"
+    );
     assert_eq!(bridge.rows().await.len(), 1);
     assert_eq!(bridge.dead_letters().await.len(), 0);
 }
@@ -368,30 +574,51 @@ async fn what_is_away_is_named() {
     }
     assert_eq!(api.requests("").len(), 0);
     bridge.broker.resume().await;
-    let behind =
-        bridge.worker().env("LITESTRIPE_AUTO_MIGRATE", "false").env("DATABASE_URL", "sqlite://new.db?mode=rwc");
+    let behind = bridge
+        .worker()
+        .env("LITESTRIPE_AUTO_MIGRATE", "false")
+        .env("DATABASE_URL", "sqlite://new.db?mode=rwc");
     let behind = behind.args(["reconcile", "--repair"]).run(COMMAND).await;
     assert_eq!(behind.status.code(), Some(1), "{behind:?}");
-    assert!(behind.stderr.contains("litestripe-worker migrate up"), "{behind:?}");
+    assert!(
+        behind.stderr.contains("litestripe-worker migrate up"),
+        "{behind:?}"
+    );
 }
 
 impl Customer {
     /// The owner of a subscription, bought an hour ago through Checkout, or by API.
     fn new(index: Option<i64>) -> Self {
-        let (created, user) = (now() - 3600 - index.unwrap_or(0), index.map(|index| format!("user_{index}")));
-        Self { purchase: Purchase::new(created), user, changes: json!({ "metadata": { "seats": "1" } }) }
+        let (created, user) = (
+            now() - 3600 - index.unwrap_or(0),
+            index.map(|index| format!("user_{index}")),
+        );
+        Self {
+            purchase: Purchase::new(created),
+            user,
+            changes: json!({ "metadata": { "seats": "1" } }),
+        }
     }
 
     fn at(created: i64, index: i64) -> Self {
-        Self { purchase: Purchase::new(created), ..Self::new(Some(index)) }
+        Self {
+            purchase: Purchase::new(created),
+            ..Self::new(Some(index))
+        }
     }
 
     fn without_user(self) -> Self {
-        Self { user: Some(String::new()), ..self }
+        Self {
+            user: Some(String::new()),
+            ..self
+        }
     }
 
     fn with(self, changes: Value) -> Self {
-        Self { changes: with(self.changes, changes), ..self }
+        Self {
+            changes: with(self.changes, changes),
+            ..self
+        }
     }
 
     fn id(&self) -> &str {
@@ -399,7 +626,9 @@ impl Customer {
     }
 
     fn session(&self) -> Option<Value> {
-        self.user.as_ref().map(|user| json!({ "client_reference_id": user }))
+        self.user
+            .as_ref()
+            .map(|user| json!({ "client_reference_id": user }))
     }
 
     /// Has Stripe know it.
@@ -413,9 +642,21 @@ impl Customer {
     /// Has Stripe tell of it.
     async fn buy(&self, bridge: &Bridge) {
         let created = self.purchase.created;
-        bridge.deliver(&self.purchase.subscription_event(CREATED, created, self.changes.clone())).await;
+        bridge
+            .deliver(
+                &self
+                    .purchase
+                    .subscription_event(CREATED, created, self.changes.clone()),
+            )
+            .await;
         if let Some(session) = self.session() {
-            bridge.deliver(&self.purchase.checkout_session_event(COMPLETED, created, session)).await;
+            bridge
+                .deliver(
+                    &self
+                        .purchase
+                        .checkout_session_event(COMPLETED, created, session),
+                )
+                .await;
         }
     }
 }
@@ -438,17 +679,30 @@ async fn empty(database: DatabaseKind, api: &Api) -> Bridge {
 }
 
 async fn reconcile(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("reconcile").args(arguments.iter().copied()).run(COMMAND).await
+    bridge
+        .worker()
+        .arg("reconcile")
+        .args(arguments.iter().copied())
+        .run(COMMAND)
+        .await
 }
 
 async fn execute(bridge: &Bridge, sql: &str) {
-    bridge.database.query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    bridge
+        .database
+        .query(sql)
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
 async fn until_asked(api: &Api, count: usize) {
     eventually("a list to be asked for", DEADLINE, async || {
         let asked = api.requests(LIST).len();
-        if asked >= count { Ok(()) } else { Err(asked.to_string()) }
+        if asked >= count {
+            Ok(())
+        } else {
+            Err(asked.to_string())
+        }
     })
     .await;
 }
@@ -465,20 +719,33 @@ fn findings(report: &Value) -> BTreeMap<String, (&str, BTreeSet<String>)> {
         .iter()
         .map(|finding| {
             let fields = finding["differences"].as_array().expect("it is a list");
-            let fields = fields.iter().map(|difference| text(&difference["field"])).collect();
+            let fields = fields
+                .iter()
+                .map(|difference| text(&difference["field"]))
+                .collect();
             let problem = finding["problem"].as_str().expect("it is a text");
             (text(&finding["stripe_subscription_id"]), (problem, fields))
         })
         .collect();
-    assert_eq!(by_id.len(), differences.len(), "each is reported once: {report:#}");
+    assert_eq!(
+        by_id.len(),
+        differences.len(),
+        "each is reported once: {report:#}"
+    );
     by_id
 }
 
 fn difference<'a>(report: &'a Value, id: &str, field: &str) -> &'a Value {
     let findings = report["differences"].as_array().expect("it is a list");
-    let finding = findings.iter().find(|finding| finding["stripe_subscription_id"] == id).expect("it was found");
+    let finding = findings
+        .iter()
+        .find(|finding| finding["stripe_subscription_id"] == id)
+        .expect("it was found");
     let differences = finding["differences"].as_array().expect("it is a list");
-    differences.iter().find(|difference| difference["field"] == field).expect("it differs in that")
+    differences
+        .iter()
+        .find(|difference| difference["field"] == field)
+        .expect("it differs in that")
 }
 
 /// The columns that Stripe's objects tell.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_entity::orphaned_payment;
-use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options, Signal, of_subscription};
+use litestripe_harness::bridge::{
+    Bridge, Database, DatabaseKind, Options, Signal, of_subscription,
+};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal as ProcessSignal;
 use litestripe_harness::program::{Finished, Program};
@@ -46,27 +48,57 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
     let events = publish_many(&bridge, REBUILT).await;
     bridge.wait_until_applied().await;
     let (rows, position) = (bridge.rows().await, position(&bridge).await);
-    let revisions: BTreeMap<_, _> = rows.iter().map(|row| (row.stripe_subscription_id.clone(), row.revision)).collect();
+    let revisions: BTreeMap<_, _> = rows
+        .iter()
+        .map(|row| (row.stripe_subscription_id.clone(), row.revision))
+        .collect();
     let last_signal = last_signal(&bridge).await;
 
     forget_rows(&mut bridge, database).await;
     let replayed = replay(&bridge, &["--json"]).await;
     let summary = json_of(&replayed);
-    assert_eq!((&summary["finished"], &summary["poisoned"]), (&json!(true), &json!(0)), "{summary}");
+    assert_eq!(
+        (&summary["finished"], &summary["poisoned"]),
+        (&json!(true), &json!(0)),
+        "{summary}"
+    );
     assert_eq!(summary["events"].as_u64(), Some(events));
 
-    assert!(lasting(bridge.rows().await) == lasting(rows.clone()), "other rows than before");
-    assert_eq!(self::position(&bridge).await, position, "the workers' consumer was touched");
+    assert!(
+        lasting(bridge.rows().await) == lasting(rows.clone()),
+        "other rows than before"
+    );
+    assert_eq!(
+        self::position(&bridge).await,
+        position,
+        "the workers' consumer was touched"
+    );
     let signals = signals_after(&bridge, last_signal).await;
-    let changed: Vec<_> = signals.iter().filter(|signal| signal.subject == "subscription.changed").collect();
+    let changed: Vec<_> = signals
+        .iter()
+        .filter(|signal| signal.subject == "subscription.changed")
+        .collect();
     assert_eq!(changed.len(), rows.len(), "one signal for each row");
     for row in bridge.rows().await {
-        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else { panic!("not one signal") };
+        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else {
+            panic!("not one signal")
+        };
         assert_eq!(signal.body["status"], json!(row.status), "the final state");
         assert_eq!(signal.body["revision"], row.revision);
-        assert_eq!((&signal.body["replayed"], &signal.body["previous_revision"]), (&json!(true), &Value::Null));
-        assert!(row.revision > revisions[&row.stripe_subscription_id], "subscribers would ignore it");
-        assert_eq!(signal.body["event"]["id"], json!(row.last_event_id), "{:#}", signal.body);
+        assert_eq!(
+            (&signal.body["replayed"], &signal.body["previous_revision"]),
+            (&json!(true), &Value::Null)
+        );
+        assert!(
+            row.revision > revisions[&row.stripe_subscription_id],
+            "subscribers would ignore it"
+        );
+        assert_eq!(
+            signal.body["event"]["id"],
+            json!(row.last_event_id),
+            "{:#}",
+            signal.body
+        );
     }
     assert_eq!(owed(&bridge).await, 0);
 }
@@ -79,8 +111,15 @@ async fn live_table_is_left_as_it_is_and_nobody_is_told(database: DatabaseKind) 
     for arguments in [&[][..], &["--signals", "none"]] {
         let replayed = replay(&bridge, arguments).await;
         assert_eq!(replayed.status.code(), Some(0), "{}", replayed.stderr);
-        assert!(replayed.stdout.contains("replayed events 1 to 1000"), "{}", replayed.stdout);
-        assert!(bridge.rows().await == rows, "{arguments:?}: not even a version grew");
+        assert!(
+            replayed.stdout.contains("replayed events 1 to 1000"),
+            "{}",
+            replayed.stdout
+        );
+        assert!(
+            bridge.rows().await == rows,
+            "{arguments:?}: not even a version grew"
+        );
         assert!(bridge.orphans().await == orphans);
         assert_eq!(bridge.check().await.len(), signals, "{arguments:?}");
     }
@@ -104,46 +143,77 @@ async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
     bridge.start_worker();
 
     // In small batches, while the other half of the events comes.
-    let replay = bridge.worker().env("LITESTRIPE_BATCH", "20").args(["replay", "--json"]).start();
+    let replay = bridge
+        .worker()
+        .env("LITESTRIPE_BATCH", "20")
+        .args(["replay", "--json"])
+        .start();
     for some in live.chunks(100) {
         bridge.publish_all(some.iter().map(message).collect()).await;
     }
-    assert_eq!(replay.wait(DEADLINE).await.code(), Some(0), "{}", replay.stderr());
+    assert_eq!(
+        replay.wait(DEADLINE).await.code(),
+        Some(0),
+        "{}",
+        replay.stderr()
+    );
     let summary: Value = serde_json::from_str(&replay.stdout()).expect("it prints JSON");
-    assert!(summary["events"].as_u64() >= Some(past.len() as u64), "{summary}");
+    assert!(
+        summary["events"].as_u64() >= Some(past.len() as u64),
+        "{summary}"
+    );
     bridge.wait_until_applied().await;
     until_nothing_is_owed(&bridge).await;
     bridge.wait_until_applied().await;
 
     // What one worker makes of all of it, each event once.
     let once = Bridge::start(Options::on(database)).await;
-    once.publish_all(past.iter().chain(&live).map(message).collect()).await;
+    once.publish_all(past.iter().chain(&live).map(message).collect())
+        .await;
     once.check().await;
-    assert!(lasting(bridge.rows().await) == lasting(once.rows().await), "the rows differ");
+    assert!(
+        lasting(bridge.rows().await) == lasting(once.rows().await),
+        "the rows differ"
+    );
     let signals = signals_after(&bridge, last_signal).await;
     let rows = bridge.rows().await;
     for row in &rows {
         let told = of_subscription(&signals, &row.stripe_subscription_id);
         let mut before = Value::Null;
         for signal in &told {
-            assert_eq!(signal.body["previous_revision"], before, "a hole, or one twice");
+            assert_eq!(
+                signal.body["previous_revision"], before,
+                "a hole, or one twice"
+            );
             before = signal.body["revision"].clone();
         }
         let last = told.last().expect("every row is told of");
         assert_eq!(last.body["revision"], row.revision);
         assert_eq!(last.body["status"], json!(row.status));
-        assert_eq!(last.body["client_reference_id"], json!(row.client_reference_id));
+        assert_eq!(
+            last.body["client_reference_id"],
+            json!(row.client_reference_id)
+        );
     }
 }
 
 async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
+    let mut bridge =
+        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
     let (open, resolved) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     for purchase in [&open, &resolved] {
-        apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+        apply(
+            &bridge,
+            &purchase.checkout_session_event(COMPLETED, purchase.created, json!({})),
+        )
+        .await;
     }
     let late = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &resolved.checkout_session_event(COMPLETED, now(), late)).await;
+    apply(
+        &bridge,
+        &resolved.checkout_session_event(COMPLETED, now(), late),
+    )
+    .await;
     bridge.check().await;
     let last_signal = last_signal(&bridge).await;
 
@@ -151,34 +221,70 @@ async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     let signals = signals_after(&bridge, last_signal).await;
     assert_eq!(
-        (counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")),
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
         (0, 0),
         "dropped as repeats"
     );
     // Within the duplicate window JetStream knows what it was told; what was put into the outbox shows.
-    assert!(orphan(&bridge, &open.subscription).await.resolved_at.is_none());
-    let is_open = |orphan: &orphaned_payment::Model| orphan.id == resolved.subscription && orphan.resolved_at.is_none();
+    assert!(
+        orphan(&bridge, &open.subscription)
+            .await
+            .resolved_at
+            .is_none()
+    );
+    let is_open = |orphan: &orphaned_payment::Model| {
+        orphan.id == resolved.subscription && orphan.resolved_at.is_none()
+    };
     assert!(!bridge.orphans().await.iter().any(is_open));
     assert_eq!(owed(&bridge).await, 0);
 
     // A stream that was made anew knows nothing: now the one signal that is due is seen.
     forget_rows(&mut bridge, database).await;
-    bridge.jetstream().await.delete_stream("LITESTRIPE_SIGNALS").await.expect("it can be deleted");
+    bridge
+        .jetstream()
+        .await
+        .delete_stream("LITESTRIPE_SIGNALS")
+        .await
+        .expect("it can be deleted");
     bridge.start_worker().wait_until_ready().await;
-    eventually("the stream of signals to be made anew", DEADLINE, async || {
-        bridge.jetstream().await.get_stream("LITESTRIPE_SIGNALS").await.map(|_| ()).map_err(|error| error.to_string())
-    })
+    eventually(
+        "the stream of signals to be made anew",
+        DEADLINE,
+        async || {
+            bridge
+                .jetstream()
+                .await
+                .get_stream("LITESTRIPE_SIGNALS")
+                .await
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        },
+    )
     .await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     bridge.wait_until_applied().await;
     let signals = bridge.signals().await;
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 0));
-    let created = signals.iter().find(|signal| signal.subject == "orphan.created").expect("it was counted");
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 0)
+    );
+    let created = signals
+        .iter()
+        .find(|signal| signal.subject == "orphan.created")
+        .expect("it was counted");
     assert_eq!(created.body["orphan_id"], open.subscription.as_str());
 }
 
 async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
-    let options = Options::on(database).workers(0).worker("LITESTRIPE_ORPHAN_GRACE", "1s");
+    let options = Options::on(database)
+        .workers(0)
+        .worker("LITESTRIPE_ORPHAN_GRACE", "1s");
     let mut bridge = Bridge::start(options).await;
     bridge.start_worker().wait_until_ready().await;
     let purchase = Purchase::new(now() - 60);
@@ -191,17 +297,35 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
     // A replay that applied the creation and died before the session: for all that the database knows,
     // the grace period is over.
     forget_rows(&mut bridge, database).await;
-    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0));
+    assert_eq!(
+        replay(&bridge, &["--until", "1"]).await.status.code(),
+        Some(0)
+    );
     let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 2";
-    bridge.database.query(unfinished).await.expect("it can be written");
+    bridge
+        .database
+        .query(unfinished)
+        .await
+        .expect("it can be written");
     cut_off::last_heard_of(&bridge, 60).await;
     bridge.start_worker().wait_until_ready().await;
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(bridge.orphans().await, [], "a payment that has its session is called an orphan");
+    assert_eq!(
+        bridge.orphans().await,
+        [],
+        "a payment that has its session is called an orphan"
+    );
 
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     bridge.wait_until_applied().await;
-    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_1")
+    );
     crate::orphans::until_nothing_is_asked(&bridge).await;
     assert_eq!(bridge.orphans().await, []);
 }
@@ -211,35 +335,81 @@ async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database:
     let (first, known) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     let user = |paid: &str| json!({ "client_reference_id": "user_1", "payment_status": paid });
     for purchase in [&first, &known] {
-        apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        apply(
+            &bridge,
+            &purchase.subscription_event(CREATED, purchase.created, json!({})),
+        )
+        .await;
     }
-    apply(&bridge, &known.checkout_session_event(COMPLETED, known.created, user("unpaid"))).await;
+    apply(
+        &bridge,
+        &known.checkout_session_event(COMPLETED, known.created, user("unpaid")),
+    )
+    .await;
     bridge.check().await;
     let last_signal = last_signal(&bridge).await;
 
     // A replay that has come to the first of three events, as far as the database knows.
     forget_rows(&mut bridge, database).await;
-    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0));
+    assert_eq!(
+        replay(&bridge, &["--until", "1"]).await.status.code(),
+        Some(0)
+    );
     let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 3";
-    bridge.database.query(unfinished).await.expect("it can be written");
+    bridge
+        .database
+        .query(unfinished)
+        .await
+        .expect("it can be written");
     bridge.start_worker().wait_until_ready().await;
-    let paid = known.checkout_session_event("checkout.session.async_payment_succeeded", now(), user("paid"));
+    let paid = known.checkout_session_event(
+        "checkout.session.async_payment_succeeded",
+        now(),
+        user("paid"),
+    );
     apply(&bridge, &paid).await;
-    apply(&bridge, &known.checkout_session_event(COMPLETED, now(), user("paid"))).await;
+    apply(
+        &bridge,
+        &known.checkout_session_event(COMPLETED, now(), user("paid")),
+    )
+    .await;
     let bought = Purchase::new(now() + 5);
-    apply(&bridge, &bought.subscription_event(CREATED, bought.created, json!({}))).await;
-    let of_known = async || of_subscription(&signals_after(&bridge, last_signal).await, &known.subscription).len();
+    apply(
+        &bridge,
+        &bought.subscription_event(CREATED, bought.created, json!({})),
+    )
+    .await;
+    let of_known = async || {
+        of_subscription(
+            &signals_after(&bridge, last_signal).await,
+            &known.subscription,
+        )
+        .len()
+    };
     assert_eq!(bridge.row(&known.subscription).await.status, None);
-    assert_eq!((of_known().await, owed(&bridge).await), (0, 1), "a paying customer would be revoked");
+    assert_eq!(
+        (of_known().await, owed(&bridge).await),
+        (0, 1),
+        "a paying customer would be revoked"
+    );
     let signals = signals_after(&bridge, last_signal).await;
-    assert_eq!(of_subscription(&signals, &bought.subscription).len(), 1, "what is new is told at once");
+    assert_eq!(
+        of_subscription(&signals, &bought.subscription).len(),
+        1,
+        "what is new is told at once"
+    );
 
     cut_off::last_heard_of(&bridge, 60).await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last_signal).await;
-    let [signal] = of_subscription(&signals, &known.subscription)[..] else { panic!("not one: {signals:#?}") };
-    assert_eq!((&signal.body["access"], &signal.body["replayed"]), (&json!("granted"), &json!(true)));
+    let [signal] = of_subscription(&signals, &known.subscription)[..] else {
+        panic!("not one: {signals:#?}")
+    };
+    assert_eq!(
+        (&signal.body["access"], &signal.body["replayed"]),
+        (&json!("granted"), &json!(true))
+    );
     assert_eq!(signal.body["client_reference_id"], "user_1");
     assert_eq!(owed(&bridge).await, 0);
 }
@@ -250,7 +420,10 @@ async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
     bridge.check().await;
     let (rows, last_signal) = (bridge.rows().await, last_signal(&bridge).await);
     forget_rows(&mut bridge, database).await;
-    assert_eq!(replay(&bridge, &["--signals", "none"]).await.status.code(), Some(0));
+    assert_eq!(
+        replay(&bridge, &["--signals", "none"]).await.status.code(),
+        Some(0)
+    );
     assert!(lasting(bridge.rows().await) == lasting(rows));
     assert_eq!(signals_after(&bridge, last_signal).await.len(), 0);
 }
@@ -258,56 +431,106 @@ async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
 async fn silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 600);
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({})),
+    )
+    .await;
     bridge.workers.pop().expect("there is one").stop().await;
     let backup = "CREATE TABLE backup AS SELECT * FROM stripe_subscription";
     bridge.database.query(backup).await.expect("it can be made");
-    let canceled = purchase.subscription_event(UPDATED, now() - 60, json!({ "status": "canceled" }));
-    bridge.publish(UPDATED, canceled.body(), canceled.id()).await;
+    let canceled =
+        purchase.subscription_event(UPDATED, now() - 60, json!({ "status": "canceled" }));
+    bridge
+        .publish(UPDATED, canceled.body(), canceled.id())
+        .await;
 
     let silent = ["--signals", "none"];
     let summary = json_of(&replay(&bridge, &[&silent[..], &["--json"]].concat()).await);
-    assert_eq!((&summary["last_sequence"], &summary["events"]), (&json!(1), &json!(1)), "{summary}");
+    assert_eq!(
+        (&summary["last_sequence"], &summary["events"]),
+        (&json!(1), &json!(1)),
+        "{summary}"
+    );
     let nothing = replay(&bridge, &[&silent[..], &["--from-sequence", "2"]].concat()).await;
-    assert!(nothing.stdout.contains("no such event that is applied already"), "{}", nothing.stdout);
+    assert!(
+        nothing
+            .stdout
+            .contains("no such event that is applied already"),
+        "{}",
+        nothing.stdout
+    );
     bridge.start_worker().wait_until_ready().await;
     let told = bridge.check().await;
-    assert_eq!(told.last().expect("there is one").body["status"], "canceled");
+    assert_eq!(
+        told.last().expect("there is one").body["status"],
+        "canceled"
+    );
 
     // A row that an older backup brought back changes silently, and can be sent all the same.
     bridge.workers.pop().expect("there is one").stop().await;
-    for restore in ["DELETE FROM stripe_subscription", "INSERT INTO stripe_subscription SELECT * FROM backup"] {
-        bridge.database.query(restore).await.expect("it can be restored");
+    for restore in [
+        "DELETE FROM stripe_subscription",
+        "INSERT INTO stripe_subscription SELECT * FROM backup",
+    ] {
+        bridge
+            .database
+            .query(restore)
+            .await
+            .expect("it can be restored");
     }
     assert_eq!(replay(&bridge, &silent).await.status.code(), Some(0));
     let row = bridge.row(&purchase.subscription).await;
-    let highest = told.iter().filter_map(|signal| signal.body["revision"].as_i64()).max();
+    let highest = told
+        .iter()
+        .filter_map(|signal| signal.body["revision"].as_i64())
+        .max();
     assert_eq!(row.status.as_deref(), Some("canceled"));
     assert!(Some(row.revision) > highest, "subscribers would ignore it");
     assert_eq!(bridge.signals().await.len(), told.len());
-    let sent = bridge.worker().args(["resend", "--all"]).run(DEADLINE).await;
+    let sent = bridge
+        .worker()
+        .args(["resend", "--all"])
+        .run(DEADLINE)
+        .await;
     assert_eq!(sent.status.code(), Some(0), "{}", sent.stderr);
     let last = bridge.signals().await.pop().expect("there is one");
-    assert_eq!((&last.body["status"], &last.body["revision"]), (&json!("canceled"), &json!(row.revision)));
+    assert_eq!(
+        (&last.body["status"], &last.body["revision"]),
+        (&json!("canceled"), &json!(row.revision))
+    );
 }
 
 async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let (known, lost) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     for purchase in [&known, &lost] {
-        bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        bridge
+            .deliver(&purchase.subscription_event(CREATED, purchase.created, json!({})))
+            .await;
     }
     let orphan = Purchase::new(now() - 60);
-    bridge.deliver(&orphan.checkout_session_event(COMPLETED, orphan.created, json!({}))).await;
+    bridge
+        .deliver(&orphan.checkout_session_event(COMPLETED, orphan.created, json!({})))
+        .await;
     bridge.check().await;
     let dry = json_of(&replay(&bridge, &["--dry-run", "--json"]).await);
-    assert_eq!((&dry["rows"], &dry["orphans"]), (&json!([]), &json!([])), "nothing to do");
+    assert_eq!(
+        (&dry["rows"], &dry["orphans"]),
+        (&json!([]), &json!([])),
+        "nothing to do"
+    );
 
     let last_signal = last_signal(&bridge).await;
     forget_rows(&mut bridge, database).await;
-    assert_eq!(replay(&bridge, &["--until", "1"]).await.status.code(), Some(0), "one row is there");
+    assert_eq!(
+        replay(&bridge, &["--until", "1"]).await.status.code(),
+        Some(0),
+        "one row is there"
+    );
     let told = signals_after(&bridge, last_signal).await.len();
-    let change = known.subscription_event(UPDATED, known.created + 5, json!({ "status": "past_due" }));
+    let change =
+        known.subscription_event(UPDATED, known.created + 5, json!({ "status": "past_due" }));
     bridge.publish(UPDATED, change.body(), change.id()).await;
     let dump = bridge.database.dump().await.expect("the database answers");
     let dry = json_of(&replay(&bridge, &["--dry-run", "--json"]).await);
@@ -317,22 +540,48 @@ async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseK
         let is_known = row["stripe_subscription_id"] == known.subscription.as_str();
         assert_eq!(row["new"], !is_known, "{row}");
         if is_known {
-            let changed: Vec<_> = row["changed"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let changed: Vec<_> = row["changed"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .collect();
             assert!(changed.contains(&"status"), "{row}");
         }
     }
     assert_eq!(dry["orphans"], json!([orphan.subscription]));
     let table = replay(&bridge, &["--dry-run"]).await;
-    assert!(table.stdout.contains("would create 2 rows, change 1, and create 1 orphans"), "{}", table.stdout);
-    assert_eq!(bridge.database.dump().await.expect("the database answers"), dump, "nothing is written");
+    assert!(
+        table
+            .stdout
+            .contains("would create 2 rows, change 1, and create 1 orphans"),
+        "{}",
+        table.stdout
+    );
+    assert_eq!(
+        bridge.database.dump().await.expect("the database answers"),
+        dump,
+        "nothing is written"
+    );
     assert_eq!(signals_after(&bridge, last_signal).await.len(), told);
-    let consumers = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
-    assert_eq!(consumers.cached_info().state.consumer_count, 1, "only the workers' consumer is left");
+    let consumers = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
+    assert_eq!(
+        consumers.cached_info().state.consumer_count,
+        1,
+        "only the workers' consumer is left"
+    );
 }
 
 fn told(subscriptions: usize) -> Vec<History> {
     let mut random = Random::start();
-    (0..subscriptions).map(|_| history::tell(&mut random, now() - 600 * 86_400, 20)).collect()
+    (0..subscriptions)
+        .map(|_| history::tell(&mut random, now() - 600 * 86_400, 20))
+        .collect()
 }
 
 /// Publishes so many histories as they happened, and returns how many events that are. Only their
@@ -342,19 +591,31 @@ async fn publish_many(bridge: &Bridge, subscriptions: usize) -> u64 {
     let mut events = Vec::new();
     for _ in 0..subscriptions {
         let history = history::tell(&mut random, now() - 600 * 86_400, 20);
-        events.extend(history.events.iter().map(|event| (event.created(), message(event))));
+        events.extend(
+            history
+                .events
+                .iter()
+                .map(|event| (event.created(), message(event))),
+        );
     }
     events.sort_by_key(|(created, _)| *created);
     let count = events.len() as u64;
-    bridge.publish_all(events.into_iter().map(|(_, message)| message).collect()).await;
+    bridge
+        .publish_all(events.into_iter().map(|(_, message)| message).collect())
+        .await;
     count
 }
 
 async fn publish(bridge: &Bridge, histories: &[History]) {
     // As they happened, so that a rebuild passes through every state there was.
-    let mut events: Vec<&Event> = histories.iter().flat_map(|history| &history.events).collect();
+    let mut events: Vec<&Event> = histories
+        .iter()
+        .flat_map(|history| &history.events)
+        .collect();
     events.sort_by_key(|event| event.created());
-    bridge.publish_all(events.into_iter().map(message).collect()).await;
+    bridge
+        .publish_all(events.into_iter().map(message).collect())
+        .await;
 }
 
 /// Stops the workers and puts an empty database in place of theirs; the stream stays.
@@ -367,7 +628,12 @@ async fn forget_rows(bridge: &mut Bridge, database: DatabaseKind) {
 }
 
 async fn replay(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("replay").args(arguments).run(DEADLINE).await
+    bridge
+        .worker()
+        .arg("replay")
+        .args(arguments)
+        .run(DEADLINE)
+        .await
 }
 
 fn json_of(finished: &Finished) -> Value {
@@ -377,17 +643,37 @@ fn json_of(finished: &Finished) -> Value {
 
 /// Where the workers' consumer stands.
 async fn position(bridge: &Bridge) -> (u64, u64) {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
-    let consumer = stream.consumer_info(WORKER_CONSUMER).await.expect("the consumer is there");
-    (consumer.delivered.stream_sequence, consumer.ack_floor.stream_sequence)
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
+    let consumer = stream
+        .consumer_info(WORKER_CONSUMER)
+        .await
+        .expect("the consumer is there");
+    (
+        consumer.delivered.stream_sequence,
+        consumer.ack_floor.stream_sequence,
+    )
 }
 
 async fn last_signal(bridge: &Bridge) -> u64 {
-    bridge.signals().await.last().map_or(0, |signal| signal.sequence)
+    bridge
+        .signals()
+        .await
+        .last()
+        .map_or(0, |signal| signal.sequence)
 }
 
 async fn signals_after(bridge: &Bridge, sequence: u64) -> Vec<Signal> {
-    bridge.signals().await.into_iter().filter(|signal| signal.sequence > sequence).collect()
+    bridge
+        .signals()
+        .await
+        .into_iter()
+        .filter(|signal| signal.sequence > sequence)
+        .collect()
 }
 
 const OWED: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription WHERE last_sent IS NOT NULL UNION ALL \
@@ -395,25 +681,42 @@ const OWED: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription
 
 /// How many signals wait for the end of a replay.
 async fn owed(bridge: &Bridge) -> usize {
-    bridge.database.query(OWED).await.expect("the database answers").len()
+    bridge
+        .database
+        .query(OWED)
+        .await
+        .expect("the database answers")
+        .len()
 }
 
 async fn until_nothing_is_owed(bridge: &Bridge) {
-    eventually("everything that is owed to be sent", DEADLINE, async || match owed(bridge).await {
-        0 => Ok(()),
-        owed => Err(format!("{owed} signals are owed")),
-    })
+    eventually(
+        "everything that is owed to be sent",
+        DEADLINE,
+        async || match owed(bridge).await {
+            0 => Ok(()),
+            owed => Err(format!("{owed} signals are owed")),
+        },
+    )
     .await;
 }
 
 /// A replay that is killed once it owes signals.
 async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
-    let launch = bridge.worker().env("LITESTRIPE_BATCH", "1").arg("replay").args(arguments);
+    let launch = bridge
+        .worker()
+        .env("LITESTRIPE_BATCH", "1")
+        .arg("replay")
+        .args(arguments);
     let replay: Program = launch.start();
-    eventually("a replay to owe signals", DEADLINE, async || match owed_if_migrated(bridge).await {
-        0..10 => Err("too few".to_owned()),
-        _ => Ok(()),
-    })
+    eventually(
+        "a replay to owe signals",
+        DEADLINE,
+        async || match owed_if_migrated(bridge).await {
+            0..10 => Err("too few".to_owned()),
+            _ => Ok(()),
+        },
+    )
     .await;
     replay.signal(ProcessSignal::Kill);
     replay.wait(DEADLINE).await;
@@ -421,5 +724,9 @@ async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
 }
 
 async fn owed_if_migrated(bridge: &Bridge) -> usize {
-    bridge.database.query(OWED).await.map_or(0, |rows| rows.len())
+    bridge
+        .database
+        .query(OWED)
+        .await
+        .map_or(0, |rows| rows.len())
 }

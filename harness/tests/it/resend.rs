@@ -9,13 +9,24 @@ use serde_json::json;
 
 use crate::orphans::{CREATED, UPDATED, apply, now};
 
-on_both_databases!(rows_are_sent_again_under_their_revision, rows_that_were_never_told_get_their_first_revision);
+on_both_databases!(
+    rows_are_sent_again_under_their_revision,
+    rows_that_were_never_told_get_their_first_revision
+);
 
 async fn rows_are_sent_again_under_their_revision(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchases: Vec<_> = (0..1200).map(|_| Purchase::new(now() - 600)).collect();
-    let events = purchases.iter().map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
-    bridge.publish_all(events.map(|event| crate::any_order::message(&event)).collect()).await;
+    let events = purchases
+        .iter()
+        .map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
+    bridge
+        .publish_all(
+            events
+                .map(|event| crate::any_order::message(&event))
+                .collect(),
+        )
+        .await;
     let before = bridge.check().await.len();
     let rows = bridge.rows().await;
     // No worker need be up.
@@ -25,12 +36,22 @@ async fn rows_are_sent_again_under_their_revision(database: DatabaseKind) {
 
     let one = purchases[0].subscription.as_str();
     let sent = resend(&bridge, &["--subscription", one]).await;
-    assert_eq!((sent.status.code(), sent.stdout.trim()), (Some(0), "1 rows signalled again"), "{}", sent.stderr);
+    assert_eq!(
+        (sent.status.code(), sent.stdout.trim()),
+        (Some(0), "1 rows signalled again"),
+        "{}",
+        sent.stderr
+    );
     // That it is the same row under the same revision is checked by the bridge.
     let signals = bridge.check().await;
     assert_eq!(signals.len(), before + 1);
-    let [first, again] = of_subscription(&signals, one)[..] else { panic!("not two signals") };
-    assert_ne!(first.headers["Nats-Msg-Id"], again.headers["Nats-Msg-Id"], "it would be dropped as a repeat");
+    let [first, again] = of_subscription(&signals, one)[..] else {
+        panic!("not two signals")
+    };
+    assert_ne!(
+        first.headers["Nats-Msg-Id"], again.headers["Nats-Msg-Id"],
+        "it would be dropped as a repeat"
+    );
     assert_eq!(again.body["event"], first.body["event"]);
 
     let sent = resend(&bridge, &["--all"]).await;
@@ -40,26 +61,45 @@ async fn rows_are_sent_again_under_their_revision(database: DatabaseKind) {
 
     // And the next change follows from the revision that was sent again.
     bridge.start_worker().wait_until_ready().await;
-    apply(&bridge, &purchases[0].subscription_event(UPDATED, now(), json!({ "status": "past_due" }))).await;
+    apply(
+        &bridge,
+        &purchases[0].subscription_event(UPDATED, now(), json!({ "status": "past_due" })),
+    )
+    .await;
     bridge.check().await;
 }
 
 async fn rows_that_were_never_told_get_their_first_revision(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 600);
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({})),
+    )
+    .await;
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }
-    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
-    let silent = bridge.worker().args(["replay", "--signals", "none"]).run(Duration::from_secs(60)).await;
+    bridge
+        .database
+        .query("DELETE FROM stripe_subscription")
+        .await
+        .expect("it can be emptied");
+    let silent = bridge
+        .worker()
+        .args(["replay", "--signals", "none"])
+        .run(Duration::from_secs(60))
+        .await;
     assert_eq!(silent.status.code(), Some(0), "{}", silent.stderr);
     assert_eq!(bridge.row(&purchase.subscription).await.revision, 0);
     assert_eq!(resend(&bridge, &["--all"]).await.status.code(), Some(0));
     let signals = bridge.signals().await;
     let revision = bridge.row(&purchase.subscription).await.revision;
     assert!(revision > 0);
-    assert_eq!(signals.last().expect("there is one").body["revision"], revision);
+    assert_eq!(
+        signals.last().expect("there is one").body["revision"],
+        revision
+    );
 }
 
 #[tokio::test]
@@ -67,13 +107,29 @@ async fn what_cannot_be_sent_is_said_clearly() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let unknown = resend(&bridge, &["--subscription", "sub_unknown"]).await;
     assert_eq!(unknown.status.code(), Some(1));
-    assert!(unknown.stderr.contains("no row sub_unknown"), "{}", unknown.stderr);
+    assert!(
+        unknown.stderr.contains("no row sub_unknown"),
+        "{}",
+        unknown.stderr
+    );
     for arguments in [&[][..], &["--all", "--subscription", "sub_1"]] {
-        assert_eq!(resend(&bridge, arguments).await.status.code(), Some(2), "{arguments:?}");
+        assert_eq!(
+            resend(&bridge, arguments).await.status.code(),
+            Some(2),
+            "{arguments:?}"
+        );
     }
-    assert_eq!(resend(&bridge, &["--all"]).await.stdout.trim(), "0 rows signalled again");
+    assert_eq!(
+        resend(&bridge, &["--all"]).await.stdout.trim(),
+        "0 rows signalled again"
+    );
 }
 
 async fn resend(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("resend").args(arguments).run(Duration::from_secs(60)).await
+    bridge
+        .worker()
+        .arg("resend")
+        .args(arguments)
+        .run(Duration::from_secs(60))
+        .await
 }

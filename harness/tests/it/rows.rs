@@ -27,30 +27,57 @@ const TEXT: &str = r#"a "quoted" \ one, {two}, NULL"#;
 async fn subscriptions(kind: DatabaseKind) {
     let (_database, store) = open(kind).await;
     type Make = fn(usize) -> Row;
-    let rounds: [[Make; 2]; 3] = [[filled, bare], [bare, filled], [filled, bare_of_the_same_user]];
+    let rounds: [[Make; 2]; 3] = [
+        [filled, bare],
+        [bare, filled],
+        [filled, bare_of_the_same_user],
+    ];
     for (version, kinds) in (1..).zip(rounds) {
-        let rows = |version| (0..ROWS).map(|n| Row { version, ..kinds[n % 2](n) }).collect::<Vec<_>>();
+        let rows = |version| {
+            (0..ROWS)
+                .map(|n| Row {
+                    version,
+                    ..kinds[n % 2](n)
+                })
+                .collect::<Vec<_>>()
+        };
         assert_eq!(save(&store, rows(version), now(version)).await, ROWS);
         let found = stripe_subscription::Entity::find()
             .order_by_asc(stripe_subscription::Column::StripeSubscriptionId)
             .all(store.connection())
             .await
             .expect("rows are read");
-        let expected: Vec<_> = rows(version).into_iter().map(|row| model(row, now(1), now(version))).collect();
+        let expected: Vec<_> = rows(version)
+            .into_iter()
+            .map(|row| model(row, now(1), now(version)))
+            .collect();
         assert_eq!(found, expected, "in round {version}");
-        assert_eq!(save(&store, rows(version + 2), now(9)).await, 0, "a version that was not read is overwritten");
+        assert_eq!(
+            save(&store, rows(version + 2), now(9)).await,
+            0,
+            "a version that was not read is overwritten"
+        );
     }
 }
 
 async fn save(store: &Store, rows: Vec<Row>, now: OffsetDateTime) -> usize {
-    let tx = store.connection().begin().await.expect("the database is there");
-    let written = subscription::save(&tx, rows, now).await.expect("rows are written");
+    let tx = store
+        .connection()
+        .begin()
+        .await
+        .expect("the database is there");
+    let written = subscription::save(&tx, rows, now)
+        .await
+        .expect("rows are written");
     tx.commit().await.expect("they are committed");
     written.len()
 }
 
 fn bare(number: usize) -> Row {
-    Row { stripe_subscription_id: format!("sub_{number:02}"), ..Row::default() }
+    Row {
+        stripe_subscription_id: format!("sub_{number:02}"),
+        ..Row::default()
+    }
 }
 
 fn bare_of_the_same_user(number: usize) -> Row {
@@ -77,7 +104,11 @@ fn filled(number: usize) -> Row {
         current_period_start: Some(at(7)),
         current_period_end: Some(at(253_402_300_799)),
         cancel_at_period_end: true,
-        items: vec![Item { price: Some(TEXT.to_owned()), quantity: Some(1), ..Item::default() }],
+        items: vec![Item {
+            price: Some(TEXT.to_owned()),
+            quantity: Some(1),
+            ..Item::default()
+        }],
         metadata: metadata("customer.subscription.created.a"),
         subscription_metadata: metadata("b"),
         livemode: true,
@@ -91,11 +122,26 @@ fn filled(number: usize) -> Row {
         ..Visible::default()
     };
     let last_sent = LastSent::Older(Box::new(bare(number).visible.subscription));
-    Row { state, visible, revision: 9, last_sent, ..bare(number) }
+    Row {
+        state,
+        visible,
+        revision: 9,
+        last_sent,
+        ..bare(number)
+    }
 }
 
-fn model(row: Row, dt_created: OffsetDateTime, dt_last_updated: OffsetDateTime) -> stripe_subscription::Model {
-    let Visible { subscription, checkout_session_id, last_event, .. } = row.visible;
+fn model(
+    row: Row,
+    dt_created: OffsetDateTime,
+    dt_last_updated: OffsetDateTime,
+) -> stripe_subscription::Model {
+    let Visible {
+        subscription,
+        checkout_session_id,
+        last_event,
+        ..
+    } = row.visible;
     let time = |at: Option<Timestamp>| at.map(Timestamp::get);
     stripe_subscription::Model {
         stripe_subscription_id: row.stripe_subscription_id,
@@ -139,22 +185,34 @@ async fn signals(kind: DatabaseKind) {
         traceparent: (number % 2 == 0).then(|| TEXT.to_owned()),
         body: json!({ "number": number, "text": TEXT }).to_string(),
     };
-    let tx = store.connection().begin().await.expect("the database is there");
-    outbox::insert(&tx, (1..=3).map(signal).collect(), now(1)).await.expect("signals are written");
+    let tx = store
+        .connection()
+        .begin()
+        .await
+        .expect("the database is there");
+    outbox::insert(&tx, (1..=3).map(signal).collect(), now(1))
+        .await
+        .expect("signals are written");
     tx.commit().await.expect("they are committed");
-    let found = outbox::oldest(store.connection(), &outbox::all_shards(), &[], 9).await.expect("signals are read");
+    let found = outbox::oldest(store.connection(), &outbox::all_shards(), &[], 9)
+        .await
+        .expect("signals are read");
     assert!(found.is_sorted_by(|a, b| a.id < b.id));
-    let expected = found.iter().zip((1..=3).map(signal)).map(|(row, signal)| signal_outbox::Model {
-        id: row.id,
-        shard: row.shard,
-        entity_id: signal.entity_id,
-        subject: signal.subject.to_owned(),
-        message_id: signal.message_id,
-        event_created: signal.event_created,
-        traceparent: signal.traceparent,
-        body: signal.body,
-        dt_created: now(1),
-    });
+    let expected =
+        found
+            .iter()
+            .zip((1..=3).map(signal))
+            .map(|(row, signal)| signal_outbox::Model {
+                id: row.id,
+                shard: row.shard,
+                entity_id: signal.entity_id,
+                subject: signal.subject.to_owned(),
+                message_id: signal.message_id,
+                event_created: signal.event_created,
+                traceparent: signal.traceparent,
+                body: signal.body,
+                dt_created: now(1),
+            });
     assert_eq!(found, expected.collect::<Vec<_>>());
     assert_eq!(found.len(), 3);
 }
@@ -191,23 +249,24 @@ async fn questions(kind: DatabaseKind) {
         stream_sequence: 7,
         ..bare.clone()
     };
-    let row = |question: Question, payment: PaymentIds, reference: &str, is_paid| due_check::Model {
-        entity_id: question.entity_id,
-        kind: "lookup".to_owned(),
-        due_at: question.due_at,
-        attempts: question.attempts,
-        checkout_session_id: payment.checkout_session_id,
-        stripe_customer_id: payment.stripe_customer_id,
-        stripe_subscription_id: payment.stripe_subscription_id,
-        stripe_account_id: question.stripe_account_id,
-        client_reference_id: Some(reference.to_owned()),
-        is_paid,
-        livemode: question.livemode,
-        event_id: question.event.id.to_string(),
-        event_type: question.event.event_type.to_string(),
-        event_created: question.event.created.unix(),
-        stream_sequence: question.stream_sequence.cast_signed(),
-    };
+    let row =
+        |question: Question, payment: PaymentIds, reference: &str, is_paid| due_check::Model {
+            entity_id: question.entity_id,
+            kind: "lookup".to_owned(),
+            due_at: question.due_at,
+            attempts: question.attempts,
+            checkout_session_id: payment.checkout_session_id,
+            stripe_customer_id: payment.stripe_customer_id,
+            stripe_subscription_id: payment.stripe_subscription_id,
+            stripe_account_id: question.stripe_account_id,
+            client_reference_id: Some(reference.to_owned()),
+            is_paid,
+            livemode: question.livemode,
+            event_id: question.event.id.to_string(),
+            event_type: question.event.event_type.to_string(),
+            event_created: question.event.created.unix(),
+            stream_sequence: question.stream_sequence.cast_signed(),
+        };
     // Asked anew, what was paid stays paid, and where it belongs stays as it was.
     let again = due_check::Model {
         stripe_subscription_id: payment.stripe_subscription_id.clone(),
@@ -215,13 +274,31 @@ async fn questions(kind: DatabaseKind) {
         livemode: true,
         ..row(bare.clone(), PaymentIds::default(), "", true)
     };
-    for (question, expected) in [(filled.clone(), row(filled, payment, TEXT, true)), (bare.clone(), again)] {
-        let other = Question { entity_id: "sub_2".to_owned(), ..bare.clone() };
-        let tx = store.connection().begin().await.expect("the database is there");
-        due::put(&tx, vec![other.clone(), question]).await.expect("questions are written");
+    for (question, expected) in [
+        (filled.clone(), row(filled, payment, TEXT, true)),
+        (bare.clone(), again),
+    ] {
+        let other = Question {
+            entity_id: "sub_2".to_owned(),
+            ..bare.clone()
+        };
+        let tx = store
+            .connection()
+            .begin()
+            .await
+            .expect("the database is there");
+        due::put(&tx, vec![other.clone(), question])
+            .await
+            .expect("questions are written");
         tx.commit().await.expect("they are committed");
-        let found = due_check::Entity::find().order_by_asc(due_check::Column::EntityId).all(store.connection()).await;
-        assert_eq!(found.expect("questions are read"), [expected, row(other, PaymentIds::default(), "", false)]);
+        let found = due_check::Entity::find()
+            .order_by_asc(due_check::Column::EntityId)
+            .all(store.connection())
+            .await;
+        assert_eq!(
+            found.expect("questions are read"),
+            [expected, row(other, PaymentIds::default(), "", false)]
+        );
     }
 }
 
@@ -232,15 +309,25 @@ async fn open(kind: DatabaseKind) -> (Database, Store) {
         DatabaseKind::Sqlite => settings::DatabaseKind::Sqlite,
         DatabaseKind::Postgres => settings::DatabaseKind::Postgres,
     };
-    let settings = DatabaseSettings { url: database.url().into(), kind, auto_migrate: true };
-    let store = Store::open(&settings).await.expect("the database can be opened");
+    let settings = DatabaseSettings {
+        url: database.url().into(),
+        kind,
+        auto_migrate: true,
+    };
+    let store = Store::open(&settings)
+        .await
+        .expect("the database can be opened");
     store.migrate_up().await.expect("it can be migrated");
     (database, store)
 }
 
 fn event(created: i64) -> EventReference {
     let event_type = EventType::parse("customer.subscription.created").expect("it is a type");
-    EventReference { id: event_id(), event_type, created: at(created) }
+    EventReference {
+        id: event_id(),
+        event_type,
+        created: at(created),
+    }
 }
 
 fn event_id() -> EventId {

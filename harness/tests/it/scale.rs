@@ -17,7 +17,9 @@ const REPEATED: usize = 10;
 async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres).workers(2)).await;
     let now = OffsetDateTime::now_utc().unix_timestamp();
-    let histories: Vec<_> = (0..SUBSCRIPTIONS).map(|number| History::new(number, now)).collect();
+    let histories: Vec<_> = (0..SUBSCRIPTIONS)
+        .map(|number| History::new(number, now))
+        .collect();
     let mut messages = Vec::new();
     for event in histories.iter().flat_map(|history| &history.events) {
         messages.push(message(event, event.id().to_owned()));
@@ -26,15 +28,22 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
         }
     }
     assert!(messages.len() > 10_000);
-    let seed: u64 = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(now.unsigned_abs());
+    let seed: u64 = std::env::var("SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(now.unsigned_abs());
     eprintln!("SEED={seed}");
     shuffle(&mut messages, seed);
     bridge.publish_all(messages).await;
 
     let signals = bridge.check().await;
     assert_eq!(bridge.dead_letters().await.len(), 0);
-    let rows: BTreeMap<_, _> =
-        bridge.rows().await.into_iter().map(|row| (row.stripe_subscription_id.clone(), row)).collect();
+    let rows: BTreeMap<_, _> = bridge
+        .rows()
+        .await
+        .into_iter()
+        .map(|row| (row.stripe_subscription_id.clone(), row))
+        .collect();
     assert_eq!(rows.len(), SUBSCRIPTIONS);
     let by_subscription = group(&signals);
     for history in &histories {
@@ -43,15 +52,25 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
         for (field, expected) in history.expected.as_object().expect("it is written as one") {
             assert_eq!(&shown[field], expected, "`{field}` of {id}");
         }
-        assert_eq!(rows[id].last_event_id.as_deref(), Some(history.last().id()), "the last event of {id}");
+        assert_eq!(
+            rows[id].last_event_id.as_deref(),
+            Some(history.last().id()),
+            "the last event of {id}"
+        );
         // That each follows from the one before it is checked by the bridge.
         let revisions: Vec<_> = by_subscription[id.as_str()].clone();
-        assert!(revisions.is_sorted(), "the signals of {id} are not in order: {revisions:?}");
+        assert!(
+            revisions.is_sorted(),
+            "the signals of {id} are not in order: {revisions:?}"
+        );
     }
     for worker in &bridge.workers {
         assert_eq!(worker.count_in_log("ERROR"), 0, "{}", worker.log());
         let (_, metrics) = worker.page("/metrics").await.expect("it answers");
-        assert!(!metrics.contains("litestripe_worker_events_applied_total 0\n"), "one worker did all:\n{metrics}");
+        assert!(
+            !metrics.contains("litestripe_worker_events_applied_total 0\n"),
+            "one worker did all:\n{metrics}"
+        );
     }
     let one = &histories[0].purchase.subscription;
     assert!(!of_subscription(&signals, one).is_empty());
@@ -71,10 +90,15 @@ impl History {
         let purchase = Purchase::new(now - 86_400 * (EVENTS_EACH + 1));
         let start = purchase.created;
         let user = format!("user_{number}");
-        let session = json!({ "client_reference_id": user, "metadata": { "number": number.to_string() } });
+        let session =
+            json!({ "client_reference_id": user, "metadata": { "number": number.to_string() } });
         let mut events = vec![
             purchase.checkout_session_event("checkout.session.completed", start, session),
-            purchase.subscription_event("customer.subscription.created", start, json!({ "status": "incomplete" })),
+            purchase.subscription_event(
+                "customer.subscription.created",
+                start,
+                json!({ "status": "incomplete" }),
+            ),
             purchase
                 .subscription_event("customer.subscription.updated", start, json!({}))
                 .with_previous_attributes(json!({ "status": "incomplete" })),
@@ -118,7 +142,11 @@ impl History {
             "subscription_metadata": { "day": days.to_string() },
             "uncertain": false,
         });
-        Self { purchase, events, expected }
+        Self {
+            purchase,
+            events,
+            expected,
+        }
     }
 
     fn last(&self) -> &Event {
@@ -131,7 +159,8 @@ fn updated(purchase: &Purchase, day: i64) -> Event {
     let at = purchase.created + 86_400 * day;
     let mut items = purchase.items(at, at + 86_400);
     items["data"][0]["quantity"] = json!(day);
-    let changes = json!({ "status": status(day), "items": items, "metadata": { "day": day.to_string() } });
+    let changes =
+        json!({ "status": status(day), "items": items, "metadata": { "day": day.to_string() } });
     purchase
         .subscription_event("customer.subscription.updated", at, changes)
         .with_previous_attributes(json!({ "metadata": { "day": (day - 1).to_string() } }))
@@ -148,9 +177,16 @@ fn message(event: &Event, message_id: String) -> (String, Bytes, String) {
 /// The revisions of each subscription's signals, in the order of the stream.
 fn group(signals: &[litestripe_harness::bridge::Signal]) -> BTreeMap<&str, Vec<i64>> {
     let mut revisions: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
-    for signal in signals.iter().filter(|signal| signal.subject == "subscription.changed") {
-        let id = signal.body["stripe_subscription_id"].as_str().expect("its schema demands it");
-        let revision = signal.body["revision"].as_i64().expect("its schema demands it");
+    for signal in signals
+        .iter()
+        .filter(|signal| signal.subject == "subscription.changed")
+    {
+        let id = signal.body["stripe_subscription_id"]
+            .as_str()
+            .expect("its schema demands it");
+        let revision = signal.body["revision"]
+            .as_i64()
+            .expect("its schema demands it");
         revisions.entry(id).or_default().push(revision);
     }
     revisions
@@ -163,7 +199,8 @@ fn shuffle<T>(list: &mut [T], mut seed: u64) {
         let mut random = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         random = (random ^ (random >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         random ^= random >> 31;
-        let index = usize::try_from(random % (last as u64 + 1)).expect("it is an index of the list");
+        let index =
+            usize::try_from(random % (last as u64 + 1)).expect("it is an index of the list");
         list.swap(last, index);
     }
 }

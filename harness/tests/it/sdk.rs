@@ -20,9 +20,14 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (purchase, event) = purchase();
     let file = file_of(&event);
-    let launch = python("deliver.py").args([&bridge.hook(), &bridge.broker.url(), SECRET]).arg(file.path());
+    let launch = python("deliver.py")
+        .args([&bridge.hook(), &bridge.broker.url(), SECRET])
+        .arg(file.path());
 
-    let [received] = lines(&launch).await.try_into().expect("it prints one object");
+    let [received] = lines(&launch)
+        .await
+        .try_into()
+        .expect("it prints one object");
 
     assert_eq!(received["status"], 200);
     assert_eq!(received["answer"], json!({ "status": "success" }));
@@ -104,9 +109,17 @@ async fn what_stripes_sdk_did_not_sign_like_this_is_refused_and_not_stored() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (_, event) = purchase();
     let file = file_of(&event);
-    let answers = lines(&python("refused.py").args([&bridge.hook(), SECRET]).arg(file.path())).await;
+    let answers = lines(
+        &python("refused.py")
+            .args([&bridge.hook(), SECRET])
+            .arg(file.path()),
+    )
+    .await;
 
-    let told: Vec<_> = answers.iter().map(|answer| (answer["name"].as_str(), answer["status"].as_u64())).collect();
+    let told: Vec<_> = answers
+        .iter()
+        .map(|answer| (answer["name"].as_str(), answer["status"].as_u64()))
+        .collect();
     let expected = [
         ("tampered body", 400),
         ("old timestamp", 400),
@@ -122,15 +135,26 @@ async fn what_stripes_sdk_did_not_sign_like_this_is_refused_and_not_stored() {
         ("no type", 400),
         ("accepted", 200),
     ];
-    assert_eq!(told, expected.map(|(name, status)| (Some(name), Some(status))));
+    assert_eq!(
+        told,
+        expected.map(|(name, status)| (Some(name), Some(status)))
+    );
     for answer in &answers {
-        let body: Value = serde_json::from_str(answer["answer"].as_str().expect("it is text")).expect("it is JSON");
+        let body: Value = serde_json::from_str(answer["answer"].as_str().expect("it is text"))
+            .expect("it is JSON");
         let (name, status) = (&answer["name"], &answer["status"]);
         assert_eq!(body["error"].is_string(), status != 200, "{name}: {body}");
         // What the SDK refuses we refuse; beyond that it neither knows our hook nor demands an event.
-        assert!(answer["sdk"] == true || status == 400, "{name}: the SDK refuses it");
+        assert!(
+            answer["sdk"] == true || status == 400,
+            "{name}: the SDK refuses it"
+        );
     }
-    assert_eq!(bridge.stored_events().await, 1, "nothing but what was accepted is stored");
+    assert_eq!(
+        bridge.stored_events().await,
+        1,
+        "nothing but what was accepted is stored"
+    );
     bridge.check().await;
 }
 
@@ -138,37 +162,62 @@ async fn what_stripes_sdk_did_not_sign_like_this_is_refused_and_not_stored() {
 #[tokio::test]
 async fn ingress_accepts_exactly_what_stripes_sdk_accepts() {
     const COUNT: usize = 6000;
-    let seed = std::env::var("SEED").unwrap_or_else(|_| OffsetDateTime::now_utc().unix_timestamp().to_string());
+    let seed = std::env::var("SEED")
+        .unwrap_or_else(|_| OffsetDateTime::now_utc().unix_timestamp().to_string());
     eprintln!("SEED={seed}");
     let cases = lines(&python("verdicts.py").args([&seed, &COUNT.to_string()])).await;
     assert_eq!(cases.len(), COUNT);
 
     let accepted = cases.iter().filter(|case| case["accepted"] == true).count();
-    assert!((COUNT / 6..COUNT * 5 / 6).contains(&accepted), "{accepted} of {COUNT} are accepted: too one-sided");
-    let disagreements: Vec<_> = cases.iter().filter(|case| is_accepted(case) != (case["accepted"] == true)).collect();
-    assert!(disagreements.is_empty(), "{} disagreements with the SDK:\n{disagreements:#?}", disagreements.len());
+    assert!(
+        (COUNT / 6..COUNT * 5 / 6).contains(&accepted),
+        "{accepted} of {COUNT} are accepted: too one-sided"
+    );
+    let disagreements: Vec<_> = cases
+        .iter()
+        .filter(|case| is_accepted(case) != (case["accepted"] == true))
+        .collect();
+    assert!(
+        disagreements.is_empty(),
+        "{} disagreements with the SDK:\n{disagreements:#?}",
+        disagreements.len()
+    );
 }
 
 fn is_accepted(case: &Value) -> bool {
     let text = |field: &str| case[field].as_str().expect("it is text");
-    let secrets = case["secrets"].as_array().expect("it is a list").iter().filter_map(Value::as_str);
+    let secrets = case["secrets"]
+        .as_array()
+        .expect("it is a list")
+        .iter()
+        .filter_map(Value::as_str);
     let secrets: Vec<_> = secrets.map(SigningSecret::new).collect();
     let now_s = case["now"].as_f64().expect("it is a number");
     // Eighths of a second: exact in both.
     let received = OffsetDateTime::UNIX_EPOCH + time::Duration::seconds_f64(now_s);
     let tolerance = Duration::from_secs(case["tolerance"].as_u64().expect("it is a number"));
-    signature::verify(text("header"), bytes_of(text("body")), &secrets, received, tolerance).is_ok()
+    signature::verify(
+        text("header"),
+        bytes_of(text("body")),
+        &secrets,
+        received,
+        tolerance,
+    )
+    .is_ok()
 }
 
 fn bytes_of(hex: &str) -> Bytes {
     let pairs = (0..hex.len()).step_by(2).map(|at| &hex[at..at + 2]);
-    pairs.map(|pair| u8::from_str_radix(pair, 16).expect("it is hexadecimal")).collect()
+    pairs
+        .map(|pair| u8::from_str_radix(pair, 16).expect("it is hexadecimal"))
+        .collect()
 }
 
 fn purchase() -> (Purchase, Event) {
     let purchase = Purchase::new(OffsetDateTime::now_utc().unix_timestamp() - 10);
     let changes = json!({ "metadata": { "workspace": "acme" } });
-    let event = purchase.subscription_event("customer.subscription.created", purchase.created, changes);
+    let event =
+        purchase.subscription_event("customer.subscription.created", purchase.created, changes);
     (purchase, event)
 }
 
@@ -182,12 +231,24 @@ fn file_of(event: &Event) -> NamedTempFile {
 pub(crate) fn python(script: &str) -> Launch {
     let python = tools::python().expect("there is a Python, or one can be made");
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/python");
-    Program::at(python).env("PYTHONDONTWRITEBYTECODE", "1").arg(format!("{folder}/{script}"))
+    Program::at(python)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .arg(format!("{folder}/{script}"))
 }
 
 /// What a script prints, a JSON value a line.
 pub(crate) async fn lines(launch: &Launch) -> Vec<Value> {
     let finished = launch.run(DEADLINE).await;
-    assert!(finished.status.success(), "{}:\n{}\n{}", finished.status, finished.stdout, finished.stderr);
-    finished.stdout.lines().map(|line| serde_json::from_str(line).expect("it prints JSON")).collect()
+    assert!(
+        finished.status.success(),
+        "{}:\n{}\n{}",
+        finished.status,
+        finished.stdout,
+        finished.stderr
+    );
+    finished
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("it prints JSON"))
+        .collect()
 }

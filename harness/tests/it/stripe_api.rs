@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use crate::orphans::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, counted, now, orphan, questions, until,
-    until_nothing_is_asked, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, counted, now, orphan,
+    questions, until, until_nothing_is_asked, with,
 };
 
 on_both_databases!(
@@ -31,9 +31,16 @@ async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: Datab
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api).workers(3)).await;
     let (back_and_forth, without_previous) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
-    let events = [there_and_back(&back_and_forth, 5), without_previous_attributes(&without_previous, 5)].concat();
+    let events = [
+        there_and_back(&back_and_forth, 5),
+        without_previous_attributes(&without_previous, 5),
+    ]
+    .concat();
     for purchase in [&back_and_forth, &without_previous] {
-        api.put_subscription(with(purchase.subscription(), json!({ "metadata": { "seats": "9" } })));
+        api.put_subscription(with(
+            purchase.subscription(),
+            json!({ "metadata": { "seats": "9" } }),
+        ));
     }
     bridge.deliver_all(&events).await;
     bridge.wait_until_applied().await;
@@ -41,21 +48,50 @@ async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: Datab
     for purchase in [&back_and_forth, &without_previous] {
         until_certain(&bridge, purchase).await;
         let row = bridge.row(&purchase.subscription).await;
-        assert_eq!(row.subscription_metadata, json!({ "seats": "9" }), "as Stripe says");
+        assert_eq!(
+            row.subscription_metadata,
+            json!({ "seats": "9" }),
+            "as Stripe says"
+        );
         let requests = api.requests(&purchase.subscription);
         assert_eq!(requests.len(), 1, "{requests:?}");
-        assert_eq!(requests[0].path, format!("{SUBSCRIPTIONS}{}", purchase.subscription));
-        assert_eq!(requests[0].headers["authorization"], format!("Bearer {API_KEY}"));
-        assert!(requests[0].headers.contains_key("stripe-version"), "{requests:?}");
+        assert_eq!(
+            requests[0].path,
+            format!("{SUBSCRIPTIONS}{}", purchase.subscription)
+        );
+        assert_eq!(
+            requests[0].headers["authorization"],
+            format!("Bearer {API_KEY}")
+        );
+        assert!(
+            requests[0].headers.contains_key("stripe-version"),
+            "{requests:?}"
+        );
         let snapshots = snapshots_of(&bridge, &purchase.subscription).await;
-        let [snapshot] = snapshots.as_slice() else { panic!("one snapshot, not {snapshots:?}") };
+        let [snapshot] = snapshots.as_slice() else {
+            panic!("one snapshot, not {snapshots:?}")
+        };
         assert_eq!(row.last_event_id.as_deref(), snapshot["id"].as_str());
-        assert!(snapshot["created"].as_i64().is_some_and(|created| created > purchase.created + 5 && created <= now()));
+        assert!(
+            snapshot["created"]
+                .as_i64()
+                .is_some_and(|created| created > purchase.created + 5 && created <= now())
+        );
     }
     let signals = bridge.check().await;
-    let uncertain: Vec<_> = signals.iter().map(|signal| signal.body["uncertain"] == true).collect();
+    let uncertain: Vec<_> = signals
+        .iter()
+        .map(|signal| signal.body["uncertain"] == true)
+        .collect();
     assert!(uncertain.contains(&true), "subscribers are told");
-    assert_eq!(questions(&bridge).await.iter().filter(|(_, kind)| kind == "fetch").count(), 0);
+    assert_eq!(
+        questions(&bridge)
+            .await
+            .iter()
+            .filter(|(_, kind)| kind == "fetch")
+            .count(),
+        0
+    );
 }
 
 #[tokio::test]
@@ -64,17 +100,26 @@ async fn uncertain_row_of_this_second_is_asked_for_when_the_answer_can_settle_it
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let purchases: Vec<_> = (0..8).map(|_| Purchase::new(now() - 60)).collect();
     for purchase in &purchases {
-        api.put_subscription(with(purchase.subscription(), json!({ "metadata": { "seats": "9" } })));
+        api.put_subscription(with(
+            purchase.subscription(),
+            json!({ "metadata": { "seats": "9" } }),
+        ));
     }
     // Early in the second in which they happen: Stripe delivers at once.
     eventually("a second to begin", DEADLINE, async || {
         let millisecond = OffsetDateTime::now_utc().millisecond();
-        if millisecond < 100 { Ok(()) } else { Err(millisecond.to_string()) }
+        if millisecond < 100 {
+            Ok(())
+        } else {
+            Err(millisecond.to_string())
+        }
     })
     .await;
     let second = now();
     for purchase in &purchases {
-        bridge.deliver_all(&there_and_back(purchase, second - purchase.created)).await;
+        bridge
+            .deliver_all(&there_and_back(purchase, second - purchase.created))
+            .await;
     }
     for purchase in &purchases {
         until_certain(&bridge, purchase).await;
@@ -91,9 +136,14 @@ async fn uncertain_row_stays_uncertain_without_a_key() {
     let bridge = Bridge::start(options.worker("LITESTRIPE_ORPHAN_GRACE", "4s")).await;
     let (purchase, unclaimed) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
-    bridge.deliver(&unclaimed.subscription_event(CREATED, unclaimed.created, json!({}))).await;
+    bridge
+        .deliver(&unclaimed.subscription_event(CREATED, unclaimed.created, json!({})))
+        .await;
     // Its grace period ends after a fetch would have started.
-    until(&bridge, &unclaimed.subscription, |orphan| orphan.customer_email.is_none()).await;
+    until(&bridge, &unclaimed.subscription, |orphan| {
+        orphan.customer_email.is_none()
+    })
+    .await;
 
     assert!(bridge.row(&purchase.subscription).await.uncertain);
     assert_eq!(api.requests("").len(), 0);
@@ -116,11 +166,23 @@ async fn key_of_another_mode_is_not_used() {
     let bridge = Bridge::start(options.worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let (uncertain, unclaimed) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     bridge.deliver_all(&there_and_back(&uncertain, 5)).await;
-    bridge.deliver(&unclaimed.subscription_event(CREATED, unclaimed.created, json!({}))).await;
-    until(&bridge, &unclaimed.subscription, |orphan| orphan.reason == "no_checkout_session").await;
+    bridge
+        .deliver(&unclaimed.subscription_event(CREATED, unclaimed.created, json!({})))
+        .await;
+    until(&bridge, &unclaimed.subscription, |orphan| {
+        orphan.reason == "no_checkout_session"
+    })
+    .await;
     eventually("the fetch to be put off", DEADLINE, async || {
-        let rows = bridge.database.query("SELECT 1 FROM due_check WHERE kind = 'fetch' AND attempts = 1").await;
-        if rows.is_ok_and(|rows| rows.len() == 1) { Ok(()) } else { Err(format!("{:?}", questions(&bridge).await)) }
+        let rows = bridge
+            .database
+            .query("SELECT 1 FROM due_check WHERE kind = 'fetch' AND attempts = 1")
+            .await;
+        if rows.is_ok_and(|rows| rows.len() == 1) {
+            Ok(())
+        } else {
+            Err(format!("{:?}", questions(&bridge).await))
+        }
     })
     .await;
 
@@ -130,13 +192,20 @@ async fn key_of_another_mode_is_not_used() {
 
 async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKind) {
     let api = Api::start().await;
-    let bridge = Bridge::start(with_key(database, &api).workers(2).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge = Bridge::start(
+        with_key(database, &api)
+            .workers(2)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "0s"),
+    )
+    .await;
     let (named, unnamed) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let user = json!({ "client_reference_id": "user_1", "metadata": { "plan": "team" } });
     api.put_checkout_session(with(named.checkout_session(), user));
     api.put_checkout_session(unnamed.checkout_session());
     for purchase in [&named, &unnamed] {
-        bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        bridge
+            .deliver(&purchase.subscription_event(CREATED, purchase.created, json!({})))
+            .await;
     }
     bridge.wait_until_applied().await;
     until_nothing_is_asked(&bridge).await;
@@ -144,23 +213,60 @@ async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKin
     let signals = bridge.check().await;
     let row = bridge.row(&named.subscription).await;
     assert_eq!(row.client_reference_id.as_deref(), Some("user_1"));
-    assert_eq!(row.checkout_session_id.as_ref(), Some(&named.checkout_session));
+    assert_eq!(
+        row.checkout_session_id.as_ref(),
+        Some(&named.checkout_session)
+    );
     let found = orphan(&bridge, &unnamed.subscription).await;
     assert_eq!(found.reason, "missing_client_reference_id");
     assert_eq!(found.customer_email.as_deref(), Some(EMAIL));
     assert_eq!(bridge.orphans().await.len(), 1);
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 0));
-    assert_eq!(snapshots_of(&bridge, &named.checkout_session).await.len(), 1);
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 0)
+    );
+    assert_eq!(
+        snapshots_of(&bridge, &named.checkout_session).await.len(),
+        1
+    );
     let asked = api.requests(SESSIONS);
-    assert!(asked.iter().all(|request| request.path.contains("subscription=sub_")), "{asked:?}");
-    assert_eq!(api.requests(&format!("subscription={}", named.subscription)).len(), 1, "asked once");
-    assert_eq!(api.requests(CUSTOMERS).len(), 0, "nobody's email was needed");
+    assert!(
+        asked
+            .iter()
+            .all(|request| request.path.contains("subscription=sub_")),
+        "{asked:?}"
+    );
+    assert_eq!(
+        api.requests(&format!("subscription={}", named.subscription))
+            .len(),
+        1,
+        "asked once"
+    );
+    assert_eq!(
+        api.requests(CUSTOMERS).len(),
+        0,
+        "nobody's email was needed"
+    );
 }
 
-async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_email(database: DatabaseKind) {
+async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_email(
+    database: DatabaseKind,
+) {
     let api = Api::start().await;
-    let bridge = Bridge::start(with_key(database, &api).workers(2).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
-    let (known, deleted, connected) = (Purchase::new(now() - 60), Purchase::new(now() - 60), Purchase::new(now() - 60));
+    let bridge = Bridge::start(
+        with_key(database, &api)
+            .workers(2)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "0s"),
+    )
+    .await;
+    let (known, deleted, connected) = (
+        Purchase::new(now() - 60),
+        Purchase::new(now() - 60),
+        Purchase::new(now() - 60),
+    );
     let customer = |purchase: &Purchase| json!({ "id": purchase.customer, "object": "customer", "email": "of-the-customer@example.com", "name": "Jo Doe" });
     api.put_customer(customer(&known));
     api.put_customer(json!({ "id": deleted.customer, "object": "customer", "deleted": true }));
@@ -182,18 +288,37 @@ async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_ema
         (&connected, Some("of-the-customer@example.com")),
     ] {
         let found = orphan(&bridge, &purchase.subscription).await;
-        assert_eq!((found.reason.as_str(), found.customer_email.as_deref()), ("no_checkout_session", email));
+        assert_eq!(
+            (found.reason.as_str(), found.customer_email.as_deref()),
+            ("no_checkout_session", email)
+        );
         let customers = api.requests(&format!("{CUSTOMERS}{}", purchase.customer));
         let sessions = api.requests(&format!("subscription={}", purchase.subscription));
         assert_eq!((sessions.len(), customers.len()), (1, 1));
         assert!(sessions[0].at <= customers[0].at, "sessions come first");
-        let account = (purchase.subscription == connected.subscription).then_some("acct_1Connected");
-        assert_eq!(sessions[0].headers.get("stripe-account").map(String::as_str), account);
-        assert_eq!(customers[0].headers.get("stripe-account").map(String::as_str), account);
+        let account =
+            (purchase.subscription == connected.subscription).then_some("acct_1Connected");
+        assert_eq!(
+            sessions[0]
+                .headers
+                .get("stripe-account")
+                .map(String::as_str),
+            account
+        );
+        assert_eq!(
+            customers[0]
+                .headers
+                .get("stripe-account")
+                .map(String::as_str),
+            account
+        );
     }
     assert_eq!(counted(&signals, "orphan.created"), 3);
     let everywhere = bridge.database.dump().await.expect("the database answers");
-    let with_email: Vec<_> = everywhere.iter().filter(|line| line.contains("of-the-customer")).collect();
+    let with_email: Vec<_> = everywhere
+        .iter()
+        .filter(|line| line.contains("of-the-customer"))
+        .collect();
     assert_eq!(with_email.len(), 2, "{with_email:#?}");
     for worker in &bridge.workers {
         assert_eq!(worker.count_in_log("of-the-customer"), 0);
@@ -207,14 +332,34 @@ async fn no_answer_from_stripe_makes_no_orphan() {
     let bridge = Bridge::start(options).await;
     let purchase = Purchase::new(now() - 60);
     // Not to be tried again at once.
-    api.answer_next(SESSIONS, Trouble::status(500).header("Stripe-Should-Retry", "false"));
+    api.answer_next(
+        SESSIONS,
+        Trouble::status(500).header("Stripe-Should-Retry", "false"),
+    );
     api.answer_next(CUSTOMERS, Trouble::status(403));
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
-    let log = bridge.workers[0].wait_for_log("no answer yet about", DEADLINE).await;
-    assert!(log.contains("Stripe answered 500") && log.contains("req_ofTheStub"), "{log}");
-    assert_eq!(api.requests("").len(), 1, "Stripe said that it is of no use");
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({})),
+    )
+    .await;
+    let log = bridge.workers[0]
+        .wait_for_log("no answer yet about", DEADLINE)
+        .await;
+    assert!(
+        log.contains("Stripe answered 500") && log.contains("req_ofTheStub"),
+        "{log}"
+    );
+    assert_eq!(
+        api.requests("").len(),
+        1,
+        "Stripe said that it is of no use"
+    );
     eventually("the customer to be asked for", DEADLINE, async || {
-        if api.requests(CUSTOMERS).is_empty() { Err(format!("{:?}", api.requests(""))) } else { Ok(()) }
+        if api.requests(CUSTOMERS).is_empty() {
+            Err(format!("{:?}", api.requests("")))
+        } else {
+            Ok(())
+        }
     })
     .await;
     assert_eq!(bridge.orphans().await, [], "its email could not be fetched");
@@ -233,17 +378,30 @@ async fn request_is_tried_again_as_stripe_asks_for() {
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let purchase = Purchase::new(now() - 60);
     api.put_subscription(purchase.subscription());
-    api.answer_next(SUBSCRIPTIONS, Trouble::status(429).header("Retry-After", RETRY_AFTER.as_secs().to_string()));
+    api.answer_next(
+        SUBSCRIPTIONS,
+        Trouble::status(429).header("Retry-After", RETRY_AFTER.as_secs().to_string()),
+    );
     api.answer_next(SUBSCRIPTIONS, Trouble::status(500));
-    api.answer_next(SUBSCRIPTIONS, Trouble::status(400).header("Stripe-Should-Retry", "true"));
+    api.answer_next(
+        SUBSCRIPTIONS,
+        Trouble::status(400).header("Stripe-Should-Retry", "true"),
+    );
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
     until_certain(&bridge, &purchase).await;
 
     let requests = api.requests(SUBSCRIPTIONS);
     assert_eq!(requests.len(), 4);
-    assert!(requests[1].at - requests[0].at >= RETRY_AFTER, "{requests:?}");
+    assert!(
+        requests[1].at - requests[0].at >= RETRY_AFTER,
+        "{requests:?}"
+    );
     assert_eq!(snapshots_of(&bridge, &purchase.subscription).await.len(), 1);
-    assert_eq!(bridge.workers[0].count_in_log("no answer yet"), 0, "it was one question");
+    assert_eq!(
+        bridge.workers[0].count_in_log("no answer yet"),
+        0,
+        "it was one question"
+    );
 }
 
 #[tokio::test]
@@ -251,37 +409,79 @@ async fn answers_that_are_none_are_named_and_tried_again_where_that_helps() {
     const RETRY_AFTER: Duration = Duration::from_secs(16);
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
-    let backfill = async || bridge.worker().args(["backfill", "--since", "1h"]).run(DEADLINE).await;
+    let backfill = async || {
+        bridge
+            .worker()
+            .args(["backfill", "--since", "1h"])
+            .run(DEADLINE)
+            .await
+    };
     let asked = || api.requests("/v1/events").len();
 
-    api.answer_next("/v1/events", Trouble::status(302).header("Location", "/v1/events?elsewhere=1"));
+    api.answer_next(
+        "/v1/events",
+        Trouble::status(302).header("Location", "/v1/events?elsewhere=1"),
+    );
     let redirected = backfill().await;
-    assert!(redirected.stderr.contains("redirects to another address"), "{redirected:?}");
-    assert_eq!((redirected.status.code(), asked()), (Some(1), 1), "whoever it names must not see the key");
+    assert!(
+        redirected.stderr.contains("redirects to another address"),
+        "{redirected:?}"
+    );
+    assert_eq!(
+        (redirected.status.code(), asked()),
+        (Some(1), 1),
+        "whoever it names must not see the key"
+    );
 
-    api.answer_next("/v1/events", Trouble::status(429).header("Retry-After", "61"));
+    api.answer_next(
+        "/v1/events",
+        Trouble::status(429).header("Retry-After", "61"),
+    );
     let later = backfill().await;
-    assert!(later.stderr.contains("asks to wait 61 s (request req_ofTheStub)"), "{later:?}");
+    assert!(
+        later
+            .stderr
+            .contains("asks to wait 61 s (request req_ofTheStub)"),
+        "{later:?}"
+    );
     assert_eq!((later.status.code(), asked()), (Some(1), 2));
 
     // The body is shorter than it says, and then Stripe asks for more patience than we have by ourselves.
-    api.answer_next("/v1/events", Trouble::status(200).header("Content-Length", "1000"));
-    api.answer_next("/v1/events", Trouble::status(429).header("Retry-After", RETRY_AFTER.as_secs().to_string()));
+    api.answer_next(
+        "/v1/events",
+        Trouble::status(200).header("Content-Length", "1000"),
+    );
+    api.answer_next(
+        "/v1/events",
+        Trouble::status(429).header("Retry-After", RETRY_AFTER.as_secs().to_string()),
+    );
     let whole = backfill().await;
     assert_eq!((whole.status.code(), asked()), (Some(0), 5), "{whole:?}");
     let requests = api.requests("/v1/events");
-    assert!(requests[4].at - requests[3].at >= RETRY_AFTER, "{requests:?}");
+    assert!(
+        requests[4].at - requests[3].at >= RETRY_AFTER,
+        "{requests:?}"
+    );
 }
 
 #[tokio::test]
 async fn answer_without_a_date_is_enough_where_no_time_is_needed() {
     let api = Api::start_without_date().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
-    let backfill = bridge.worker().args(["backfill", "--since", "1h"]).run(DEADLINE).await;
+    let backfill = bridge
+        .worker()
+        .args(["backfill", "--since", "1h"])
+        .run(DEADLINE)
+        .await;
     assert_eq!(backfill.status.code(), Some(0), "{backfill:?}");
     let reconcile = bridge.worker().arg("reconcile").run(DEADLINE).await;
     assert_eq!(reconcile.status.code(), Some(1), "{reconcile:?}");
-    assert!(reconcile.stderr.contains("it has no Date (request req_ofTheStub)"), "{reconcile:?}");
+    assert!(
+        reconcile
+            .stderr
+            .contains("it has no Date (request req_ofTheStub)"),
+        "{reconcile:?}"
+    );
 }
 
 #[tokio::test]
@@ -290,8 +490,13 @@ async fn subscription_that_stripe_does_not_know_stays_uncertain() {
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let purchase = Purchase::new(now() - 60);
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
-    let log = bridge.workers[0].wait_for_log("stays uncertain", DEADLINE).await;
-    assert!(log.contains(&purchase.subscription) && log.contains("404"), "{log}");
+    let log = bridge.workers[0]
+        .wait_for_log("stays uncertain", DEADLINE)
+        .await;
+    assert!(
+        log.contains(&purchase.subscription) && log.contains("404"),
+        "{log}"
+    );
     until_nothing_is_asked(&bridge).await;
     assert!(bridge.row(&purchase.subscription).await.uncertain);
     assert_eq!(api.requests("").len(), 1);
@@ -301,19 +506,36 @@ async fn row_that_became_uncertain_again_during_a_fetch_is_fetched_again(databas
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
     let purchase = Purchase::new(now() - 60);
-    api.put_subscription(with(purchase.subscription(), json!({ "metadata": { "seats": "7" } })));
+    api.put_subscription(with(
+        purchase.subscription(),
+        json!({ "metadata": { "seats": "7" } }),
+    ));
     let held = api.hold(SUBSCRIPTIONS);
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
     until_requested(&api, SUBSCRIPTIONS, 1).await;
     // It changes there and back again while Stripe's answer is on its way.
     let at = now() - purchase.created;
-    bridge.deliver_all(&[with_seats(&purchase, at, "2", Some("1")), with_seats(&purchase, at, "1", Some("2"))]).await;
+    bridge
+        .deliver_all(&[
+            with_seats(&purchase, at, "2", Some("1")),
+            with_seats(&purchase, at, "1", Some("2")),
+        ])
+        .await;
     bridge.wait_until_applied().await;
-    api.put_subscription(with(purchase.subscription(), json!({ "metadata": { "seats": "9" } })));
+    api.put_subscription(with(
+        purchase.subscription(),
+        json!({ "metadata": { "seats": "9" } }),
+    ));
     drop(held);
 
     until_certain(&bridge, &purchase).await;
-    assert_eq!(bridge.row(&purchase.subscription).await.subscription_metadata, json!({ "seats": "9" }));
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .subscription_metadata,
+        json!({ "seats": "9" })
+    );
     bridge.check().await;
 }
 
@@ -326,16 +548,26 @@ async fn stripe_that_does_not_answer_holds_up_no_other_question() {
     let bridge = Bridge::start(options).await;
     let (asked, unknown) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let held = api.hold(SESSIONS);
-    apply(&bridge, &asked.subscription_event(CREATED, asked.created, json!({}))).await;
+    apply(
+        &bridge,
+        &asked.subscription_event(CREATED, asked.created, json!({})),
+    )
+    .await;
     until_requested(&api, SESSIONS, 1).await;
     let session = json!({ "client_reference_id": "stranger" });
-    apply(&bridge, &unknown.checkout_session_event(COMPLETED, unknown.created, session)).await;
+    apply(
+        &bridge,
+        &unknown.checkout_session_event(COMPLETED, unknown.created, session),
+    )
+    .await;
 
     // Within the 30 s after which the worker gives the first request up.
     let deadline = Duration::from_secs(20);
-    eventually("the lookup's orphan", deadline, async || match bridge.orphans().await.as_slice() {
-        [orphan] if orphan.id == unknown.subscription => Ok(()),
-        others => Err(format!("{others:?}")),
+    eventually("the lookup's orphan", deadline, async || {
+        match bridge.orphans().await.as_slice() {
+            [orphan] if orphan.id == unknown.subscription => Ok(()),
+            others => Err(format!("{others:?}")),
+        }
     })
     .await;
     drop(held);
@@ -351,14 +583,19 @@ async fn requests_keep_to_the_budget_and_the_key_to_itself() {
     let options = with_key(DatabaseKind::Sqlite, &api)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", REQUESTS.to_string())
-        .worker("LITESTRIPE_API_RATE_LIMIT_WINDOW", format!("{}s", WINDOW.as_secs()))
+        .worker(
+            "LITESTRIPE_API_RATE_LIMIT_WINDOW",
+            format!("{}s", WINDOW.as_secs()),
+        )
         .worker("RUST_LOG", "trace");
     let bridge = Bridge::start(options).await;
     let purchases: Vec<_> = (0..30).map(|_| Purchase::new(now() - 60)).collect();
     for purchase in &purchases {
         api.put_customer(json!({ "id": purchase.customer, "object": "customer", "email": EMAIL }));
     }
-    let events = purchases.iter().map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
+    let events = purchases
+        .iter()
+        .map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
     bridge.deliver_all(&events.collect::<Vec<_>>()).await;
     bridge.wait_until_applied().await;
     until_nothing_is_asked(&bridge).await;
@@ -375,16 +612,31 @@ async fn requests_keep_to_the_budget_and_the_key_to_itself() {
     }
     let log = bridge.workers[0].log();
     assert!(log.contains("TRACE"), "the log is as full as it gets");
-    assert!(!log.contains(API_KEY), "{:?}", log.lines().find(|line| line.contains(API_KEY)));
+    assert!(
+        !log.contains(API_KEY),
+        "{:?}",
+        log.lines().find(|line| line.contains(API_KEY))
+    );
     let secret = API_KEY.trim_start_matches("sk_test_");
     assert!(!log.contains(secret) && !log.contains(EMAIL));
     for command in [vec!["status"], vec!["orphans", "list"], vec!["--help"]] {
         let printed = bridge.worker().args(command.clone()).run(DEADLINE).await;
-        assert!(!format!("{}{}", printed.stdout, printed.stderr).contains(secret), "{command:?}");
+        assert!(
+            !format!("{}{}", printed.stdout, printed.stderr).contains(secret),
+            "{command:?}"
+        );
     }
-    let broken = bridge.worker().env("STRIPE_SECRET_KEY", format!("{secret} with blanks")).run(DEADLINE).await;
+    let broken = bridge
+        .worker()
+        .env("STRIPE_SECRET_KEY", format!("{secret} with blanks"))
+        .run(DEADLINE)
+        .await;
     assert_eq!(broken.status.code(), Some(2), "{}", broken.stderr);
-    assert!(broken.stderr.contains("STRIPE_SECRET_KEY") && !broken.stderr.contains(secret), "{}", broken.stderr);
+    assert!(
+        broken.stderr.contains("STRIPE_SECRET_KEY") && !broken.stderr.contains(secret),
+        "{}",
+        broken.stderr
+    );
 }
 
 /// A bridge whose workers may ask the stub.
@@ -412,7 +664,10 @@ fn there_and_back(purchase: &Purchase, at: i64) -> Vec<Event> {
 
 /// Two states within a second, neither of which says what was before.
 fn without_previous_attributes(purchase: &Purchase, at: i64) -> Vec<Event> {
-    vec![with_seats(purchase, at, "1", None), with_seats(purchase, at, "2", None)]
+    vec![
+        with_seats(purchase, at, "1", None),
+        with_seats(purchase, at, "2", None),
+    ]
 }
 
 /// An update `at` seconds after the purchase to that many seats, from `before`.
@@ -430,7 +685,11 @@ async fn until_certain(bridge: &Bridge, purchase: &Purchase) {
         bridge.wait_until_applied().await;
         let row = bridge.row(&purchase.subscription).await;
         let settled = !row.uncertain && row.status.is_some();
-        if settled { Ok(()) } else { Err(format!("{row:?}, asked {:?}", questions(bridge).await)) }
+        if settled {
+            Ok(())
+        } else {
+            Err(format!("{row:?}, asked {:?}", questions(bridge).await))
+        }
     })
     .await;
 }
@@ -438,7 +697,11 @@ async fn until_certain(bridge: &Bridge, purchase: &Purchase) {
 async fn until_requested(api: &Api, path: &str, count: usize) {
     eventually("a request to Stripe", DEADLINE, async || {
         let requests = api.requests(path).len();
-        if requests >= count { Ok(()) } else { Err(format!("{requests} requests")) }
+        if requests >= count {
+            Ok(())
+        } else {
+            Err(format!("{requests} requests"))
+        }
     })
     .await;
 }
@@ -457,14 +720,25 @@ async fn until_nothing_is_left_of(bridge: &Bridge, purchase: &Purchase) {
 
 /// The snapshots of an object that are in the stream.
 async fn snapshots_of(bridge: &Bridge, id: &str) -> Vec<Value> {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
     let state = &stream.cached_info().state;
     let mut found = Vec::new();
     for sequence in state.first_sequence..=state.last_sequence {
-        let message = stream.get_raw_message(sequence).await.expect("nothing was deleted");
+        let message = stream
+            .get_raw_message(sequence)
+            .await
+            .expect("nothing was deleted");
         let event: Value = serde_json::from_slice(&message.payload).expect("an event is JSON");
         if event["type"] == "litestripe.snapshot" && event["data"]["object"]["id"] == id {
-            assert_eq!(message.subject.as_str(), "stripe.events.litestripe.snapshot");
+            assert_eq!(
+                message.subject.as_str(),
+                "stripe.events.litestripe.snapshot"
+            );
             found.push(event);
         }
     }

@@ -40,22 +40,36 @@ impl Threads {
     /// So many, where the system has them to give.
     fn of(wanted: usize) -> Self {
         let stop = CancellationToken::new();
-        let mut all = vec![Thread { runtime: Handle::current(), load: Arc::default() }];
+        let mut all = vec![Thread {
+            runtime: Handle::current(),
+            load: Arc::default(),
+        }];
         while all.len() < wanted {
             match start(thread::Builder::new(), stop.clone()) {
-                Ok(runtime) => all.push(Thread { runtime, load: Arc::default() }),
+                Ok(runtime) => all.push(Thread {
+                    runtime,
+                    load: Arc::default(),
+                }),
                 Err(error) => {
-                    warn!("cannot start another thread, serving on {}: {error}", all.len());
+                    warn!(
+                        "cannot start another thread, serving on {}: {error}",
+                        all.len()
+                    );
                     break;
                 }
             }
         }
-        Self { all, _stop: stop.drop_guard() }
+        Self {
+            all,
+            _stop: stop.drop_guard(),
+        }
     }
 
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let load = |thread: &&Thread| (Arc::strong_count(&thread.load) - 1) / TOGETHER;
-        let Some(thread) = self.all.iter().min_by_key(load) else { return };
+        let Some(thread) = self.all.iter().min_by_key(load) else {
+            return;
+        };
         let load = Arc::clone(&thread.load);
         thread.runtime.spawn(async move {
             task.await;
@@ -78,7 +92,9 @@ fn start(thread: thread::Builder, stop: CancellationToken) -> io::Result<Handle>
         }
     };
     thread.name("connections".to_owned()).spawn(serve)?;
-    started.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once")))
+    started
+        .recv()
+        .unwrap_or_else(|_| Err(io::Error::other("it ended at once")))
 }
 
 #[cfg(test)]

@@ -18,7 +18,10 @@ fn every_outcome_is_counted_as_itself() {
         let metrics = Metrics::new();
         metrics.delivery(outcome);
         let page = metrics.page(0);
-        assert!(page.contains(&format!("{{outcome=\"{label}\"}} 1")), "{page}");
+        assert!(
+            page.contains(&format!("{{outcome=\"{label}\"}} 1")),
+            "{page}"
+        );
     }
 }
 

@@ -14,7 +14,9 @@ use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use async_nats::header::{HeaderValue, NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE};
+use async_nats::header::{
+    HeaderValue, NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE,
+};
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::publish::PublishAck;
@@ -56,7 +58,13 @@ pub(super) enum Outcome {
 impl Member {
     pub(super) fn new(delivery: &Arc<Delivery>) -> (Self, oneshot::Receiver<Outcome>) {
         let (outcome, receiver) = oneshot::channel();
-        (Self { delivery: Arc::clone(delivery), outcome }, receiver)
+        (
+            Self {
+                delivery: Arc::clone(delivery),
+                outcome,
+            },
+            receiver,
+        )
     }
 
     fn settle(self, outcome: Outcome) {
@@ -140,7 +148,10 @@ impl Batches {
 
     async fn next(&mut self) -> Next {
         let mut arrived = Vec::new();
-        let settled = self.on_its_way.as_mut().map(|on_its_way| on_its_way.outcome.as_mut());
+        let settled = self
+            .on_its_way
+            .as_mut()
+            .map(|on_its_way| on_its_way.outcome.as_mut());
         let until = self.company.until.filter(|_| self.open.is_some());
         tokio::select! {
             biased;
@@ -154,11 +165,23 @@ impl Batches {
     }
 
     fn settle(&mut self, outcome: &Outcome) {
-        let Some(OnItsWay { members, repeated, since, .. }) = self.on_its_way.take() else { return };
+        let Some(OnItsWay {
+            members,
+            repeated,
+            since,
+            ..
+        }) = self.on_its_way.take()
+        else {
+            return;
+        };
         let open = self.open.as_ref().map_or(0, Batch::count);
         self.company.leave(members.len(), open, since);
-        members.into_iter().for_each(|member| member.settle(outcome.clone()));
-        repeated.into_iter().for_each(|member| member.settle(Outcome::Alone));
+        members
+            .into_iter()
+            .for_each(|member| member.settle(outcome.clone()));
+        repeated
+            .into_iter()
+            .for_each(|member| member.settle(Outcome::Alone));
     }
 
     /// Nobody answers for what was sent over another connection.
@@ -189,7 +212,9 @@ impl Batches {
     }
 
     async fn commit(&mut self) {
-        let Some(batch) = self.open.take() else { return };
+        let Some(batch) = self.open.take() else {
+            return;
+        };
         self.on_its_way = batch.commit(&self.jetstream).await;
     }
 }
@@ -210,7 +235,14 @@ impl Batch {
         // Unique among all clients, as an inbox has to be.
         let inbox = client.new_inbox();
         let id = inbox.rsplit('.').next().unwrap_or(&inbox).into();
-        Self { id, sent: Vec::new(), held: None, repeated: Vec::new(), ids: HashSet::new(), bytes: 0 }
+        Self {
+            id,
+            sent: Vec::new(),
+            held: None,
+            repeated: Vec::new(),
+            ids: HashSet::new(),
+            bytes: 0,
+        }
     }
 
     fn count(&self) -> usize {
@@ -219,11 +251,17 @@ impl Batch {
 
     fn has_room_for(&self, member: &Member) -> bool {
         let is_empty = self.held.is_none();
-        is_empty || (self.sent.len() + 1 < MEMBERS_MAX && self.bytes + member.delivery.bytes() <= BYTES_MAX)
+        is_empty
+            || (self.sent.len() + 1 < MEMBERS_MAX
+                && self.bytes + member.delivery.bytes() <= BYTES_MAX)
     }
 
     /// Holds a member back, and sends the one that was.
-    async fn add(&mut self, client: &Client, member: Member) -> Result<(), async_nats::PublishError> {
+    async fn add(
+        &mut self,
+        client: &Client,
+        member: Member,
+    ) -> Result<(), async_nats::PublishError> {
         if !self.ids.insert(member.delivery.id.clone()) {
             self.repeated.push(member);
             return Ok(());
@@ -231,7 +269,10 @@ impl Batch {
         self.bytes += member.delivery.bytes();
         if let Some(before) = self.held.replace(member) {
             let headers = self.headers(&before, self.sent.len() + 1);
-            let (subject, body) = (before.delivery.subject(), before.delivery.body.bytes().clone());
+            let (subject, body) = (
+                before.delivery.subject(),
+                before.delivery.body.bytes().clone(),
+            );
             self.sent.push(before);
             client.publish_with_headers(subject, headers, body).await?;
         }
@@ -242,7 +283,11 @@ impl Batch {
     async fn commit(mut self, jetstream: &jetstream::Context) -> Option<OnItsWay> {
         let last = self.held.take()?;
         let count = self.sent.len() + 1;
-        let headers = if count == 1 { last.delivery.headers() } else { committing(self.headers(&last, count)) };
+        let headers = if count == 1 {
+            last.delivery.headers()
+        } else {
+            committing(self.headers(&last, count))
+        };
         let ack = send(jetstream, &last.delivery, headers).await;
         let id = self.id;
         let outcome = async move {
@@ -285,20 +330,28 @@ fn committed(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
     if count == 1 {
         return Outcome::Known(Ok(stored(ack)));
     }
-    let is_of_this_batch = ack.batch_id.as_deref() == Some(id.as_str()) && ack.batch_size == Some(count as u64);
-    if is_of_this_batch { Outcome::Known(Ok(Stored::New)) } else { Outcome::Alone }
+    let is_of_this_batch =
+        ack.batch_id.as_deref() == Some(id.as_str()) && ack.batch_size == Some(count as u64);
+    if is_of_this_batch {
+        Outcome::Known(Ok(Stored::New))
+    } else {
+        Outcome::Alone
+    }
 }
 
 fn not_stored(error: PublishError) -> Outcome {
     match error.kind() {
         // They may be stored or not.
-        PublishErrorKind::TimedOut | PublishErrorKind::StreamNotFound | PublishErrorKind::BrokenPipe => {
-            Outcome::Known(Err(AttemptError::from(error)))
-        }
+        PublishErrorKind::TimedOut
+        | PublishErrorKind::StreamNotFound
+        | PublishErrorKind::BrokenPipe => Outcome::Known(Err(AttemptError::from(error))),
         // They are not: most likely the stream has one of the message ids already; or there are too
         // many batches of others, or it is full. Each member gets its own verdict.
         _ => {
-            debug!("a batch was refused, its members go by themselves: {}", exit::chain(&error));
+            debug!(
+                "a batch was refused, its members go by themselves: {}",
+                exit::chain(&error)
+            );
             Outcome::Alone
         }
     }

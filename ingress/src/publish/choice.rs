@@ -75,18 +75,28 @@ struct Trial {
 
 impl Choice {
     pub(super) fn new(now: Instant) -> Self {
-        Self { chosen: Way::Single, phase: Phase::Holding { until: now }, turn: 0, turn_since: now }
+        Self {
+            chosen: Way::Single,
+            phase: Phase::Holding { until: now },
+            turn: 0,
+            turn_since: now,
+        }
     }
 
     /// The way of a message that finds `in_flight` others on their way.
     pub(super) fn way(&mut self, in_flight: usize, now: Instant) -> (Way, Turn) {
         let begins = match &self.phase {
             Phase::Holding { until } => now >= *until && in_flight >= LOAD,
-            Phase::Trying(_) => now.duration_since(self.turn_since) > TURN_MAX && in_flight >= LOAD_MIN,
+            Phase::Trying(_) => {
+                now.duration_since(self.turn_since) > TURN_MAX && in_flight >= LOAD_MIN
+            }
         };
         if begins {
             self.next_turn(now);
-            self.phase = Phase::Trying(Trial { skip: in_flight, ..Trial::default() });
+            self.phase = Phase::Trying(Trial {
+                skip: in_flight,
+                ..Trial::default()
+            });
         }
         match &self.phase {
             Phase::Trying(trial) if in_flight >= LOAD_MIN => (trial.way(), Turn(Some(self.turn))),
@@ -95,14 +105,26 @@ impl Choice {
     }
 
     /// A message of that turn was acknowledged after `took`; `in_flight` others are on their way.
-    pub(super) fn acknowledged(&mut self, turn: Turn, took: Duration, in_flight: usize, now: Instant) {
-        let Phase::Trying(trial) = &mut self.phase else { return };
+    pub(super) fn acknowledged(
+        &mut self,
+        turn: Turn,
+        took: Duration,
+        in_flight: usize,
+        now: Instant,
+    ) {
+        let Phase::Trying(trial) = &mut self.phase else {
+            return;
+        };
         if turn != Turn(Some(self.turn)) || !trial.record(took) {
             return;
         }
         trial.end_turn(in_flight);
         if trial.turns_over == 2 * PAIRS {
-            self.chosen = if trial.won > PAIRS / 2 { Way::Grouped } else { Way::Single };
+            self.chosen = if trial.won > PAIRS / 2 {
+                Way::Grouped
+            } else {
+                Way::Single
+            };
             self.phase = Phase::Holding { until: now + HOLD };
         }
         self.next_turn(now);
@@ -149,7 +171,11 @@ impl Trial {
     }
 
     fn way(&self) -> Way {
-        if self.turns_over.is_multiple_of(2) { Way::Single } else { Way::Grouped }
+        if self.turns_over.is_multiple_of(2) {
+            Way::Single
+        } else {
+            Way::Grouped
+        }
     }
 }
 

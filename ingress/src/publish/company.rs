@@ -31,7 +31,13 @@ pub(super) struct Company {
 
 impl Company {
     pub(super) fn new(members_max: usize) -> Self {
-        Self { members_max, enough: 0, until: None, skip: 0, vain: 0 }
+        Self {
+            members_max,
+            enough: 0,
+            until: None,
+            skip: 0,
+            vain: 0,
+        }
     }
 
     /// Records `members` answered requests that had waited since `since`, and how many `others` wait now.

@@ -56,7 +56,10 @@ impl Group {
             jetstream: jetstream.clone(),
             setting,
             is_allowed: AtomicBool::new(false),
-            load: Mutex::new(Load { present: 0, choice: Choice::new(Instant::now()) }),
+            load: Mutex::new(Load {
+                present: 0,
+                choice: Choice::new(Instant::now()),
+            }),
             members: sender,
         };
         (group, Batches::new(client, jetstream, receiver, broken))
@@ -98,7 +101,15 @@ impl Group {
         // Without others there is nobody to share with.
         let goes_alone = others == 0 || delivery.bytes() > MEMBER_BYTES_MAX;
         let way = if goes_alone { Way::Single } else { way };
-        (Presence { group: self, turn, since, is_stored: None }, way)
+        (
+            Presence {
+                group: self,
+                turn,
+                since,
+                is_stored: None,
+            },
+            way,
+        )
     }
 
     async fn grouped(&self, delivery: &Arc<Delivery>) -> Result<Stored, AttemptError> {
@@ -138,7 +149,9 @@ impl Drop for Presence<'_> {
         load.present -= 1;
         let others = load.present;
         match self.is_stored {
-            Some(true) => load.choice.acknowledged(self.turn, now - self.since, others, now),
+            Some(true) => load
+                .choice
+                .acknowledged(self.turn, now - self.since, others, now),
             Some(false) => load.choice.failed(),
             None => {}
         }

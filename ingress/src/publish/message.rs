@@ -21,7 +21,9 @@ const HEADERS_OVERHEAD_BYTES: usize = 512;
 /// How the time of receipt is written: RFC 3339 in UTC, always with three digits of milliseconds.
 const RECEIVED_AT: Iso8601<{ MILLISECONDS.encode() }> = Iso8601;
 const MILLISECONDS: iso8601::Config =
-    iso8601::Config::DEFAULT.set_time_precision(TimePrecision::Second { decimal_digits: NonZero::new(3) });
+    iso8601::Config::DEFAULT.set_time_precision(TimePrecision::Second {
+        decimal_digits: NonZero::new(3),
+    });
 
 /// A delivery that was verified, with everything that is stored of it.
 #[derive(Debug)]
@@ -45,11 +47,20 @@ impl Delivery {
 
     pub(super) fn headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        let signature: HeaderValue = self.signature.parse().expect("an HTTP header has no line break");
+        let signature: HeaderValue = self
+            .signature
+            .parse()
+            .expect("an HTTP header has no line break");
         headers.insert(HeaderName::from_static(header::STRIPE_SIGNATURE), signature);
-        headers.insert(HeaderName::from_static(header::RECEIVED_AT), received_at(self.received));
+        headers.insert(
+            HeaderName::from_static(header::RECEIVED_AT),
+            received_at(self.received),
+        );
         if let Some(traceparent) = &self.traceparent {
-            headers.insert(HeaderName::from_static(header::TRACEPARENT), traceparent.as_str());
+            headers.insert(
+                HeaderName::from_static(header::TRACEPARENT),
+                traceparent.as_str(),
+            );
         }
         headers.insert(NATS_MESSAGE_ID, self.id.as_str());
         headers.insert(NATS_EXPECTED_STREAM, subject::EVENTS_STREAM);
@@ -59,13 +70,17 @@ impl Delivery {
     /// No less than what it takes on its way, headers included.
     pub(super) fn bytes(&self) -> usize {
         let traceparent = self.traceparent.as_ref().map_or(0, String::len);
-        let headers = self.signature.len() + traceparent + self.id.as_str().len() + HEADERS_OVERHEAD_BYTES;
+        let headers =
+            self.signature.len() + traceparent + self.id.as_str().len() + HEADERS_OVERHEAD_BYTES;
         self.body.bytes().len() + headers
     }
 }
 
 fn received_at(received: OffsetDateTime) -> String {
-    received.to_utc().format(&RECEIVED_AT).expect("a clock shows a year of four digits")
+    received
+        .to_utc()
+        .format(&RECEIVED_AT)
+        .expect("a clock shows a year of four digits")
 }
 
 #[cfg(test)]

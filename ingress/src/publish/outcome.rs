@@ -55,12 +55,19 @@ impl From<PublishError> for AttemptError {
         match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => Self::TooLarge,
             PublishErrorKind::StreamNotFound => Self::Again(Trouble::NoStream),
-            PublishErrorKind::TimedOut | PublishErrorKind::MaxAckPending => Self::Again(Trouble::NoAck),
+            PublishErrorKind::TimedOut | PublishErrorKind::MaxAckPending => {
+                Self::Again(Trouble::NoAck)
+            }
             PublishErrorKind::BrokenPipe => Self::Again(Trouble::NotConnected),
-            PublishErrorKind::WrongLastMessageId | PublishErrorKind::WrongLastSequence | PublishErrorKind::Other => {
+            PublishErrorKind::WrongLastMessageId
+            | PublishErrorKind::WrongLastSequence
+            | PublishErrorKind::Other => {
                 match error.source().and_then(|source| source.downcast_ref()) {
                     Some(error) => Self::from_api(error),
-                    None => Self::Never(Trouble::Refused { code: 0, description: exit::chain(&error) }),
+                    None => Self::Never(Trouble::Refused {
+                        code: 0,
+                        description: exit::chain(&error),
+                    }),
                 }
             }
         }
@@ -70,10 +77,15 @@ impl From<PublishError> for AttemptError {
 impl AttemptError {
     fn from_api(error: &jetstream::Error) -> Self {
         let code = error.error_code();
-        let refused = Trouble::Refused { code: code.0, description: error.to_string() };
+        let refused = Trouble::Refused {
+            code: code.0,
+            description: error.to_string(),
+        };
         match code {
             // No leader yet, or the attempt before this one is still being replicated.
-            ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT => Self::Again(refused),
+            ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT => {
+                Self::Again(refused)
+            }
             ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Self::TooLarge,
             _ => Self::Never(refused),
         }

@@ -20,12 +20,18 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new() -> Self {
-        Self { is_announced: AtomicBool::new(false), last: Mutex::new(None), throttle: Throttle::new(TROUBLE_INTERVAL) }
+        Self {
+            is_announced: AtomicBool::new(false),
+            last: Mutex::new(None),
+            throttle: Throttle::new(TROUBLE_INTERVAL),
+        }
     }
 
     pub(super) fn failed(&self, trouble: &Trouble) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_ref() == Some(trouble) || self.throttle.admit(std::time::Instant::now()).is_none() {
+        if last.as_ref() == Some(trouble)
+            || self.throttle.admit(std::time::Instant::now()).is_none()
+        {
             return;
         }
         *last = Some(trouble.clone());
@@ -34,7 +40,9 @@ impl Report {
     }
 
     pub(super) fn stored(&self) {
-        if self.is_announced.load(Ordering::Relaxed) && self.is_announced.swap(false, Ordering::AcqRel) {
+        if self.is_announced.load(Ordering::Relaxed)
+            && self.is_announced.swap(false, Ordering::AcqRel)
+        {
             *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
             info!("events are stored again");
         }

@@ -16,8 +16,13 @@ pub(super) async fn send(
     jetstream: &jetstream::Context,
     delivery: &Delivery,
     headers: HeaderMap,
-) -> Result<impl IntoFuture<Output = Result<PublishAck, PublishError>, IntoFuture: Send> + Send + use<>, PublishError> {
-    let message = PublishMessage::build().headers(headers).payload(delivery.body.bytes().clone());
+) -> Result<
+    impl IntoFuture<Output = Result<PublishAck, PublishError>, IntoFuture: Send> + Send + use<>,
+    PublishError,
+> {
+    let message = PublishMessage::build()
+        .headers(headers)
+        .payload(delivery.body.bytes().clone());
     let ack = jetstream.send_publish(delivery.subject(), message).await?;
     fail_point!("ingress::before_puback");
     Ok(ack)
@@ -33,5 +38,9 @@ pub(super) async fn acknowledged(
 
 /// What the PubAck of an event that went by itself says.
 pub(super) fn stored(ack: &PublishAck) -> Stored {
-    if ack.duplicate { Stored::Before } else { Stored::New }
+    if ack.duplicate {
+        Stored::Before
+    } else {
+        Stored::New
+    }
 }

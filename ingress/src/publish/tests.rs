@@ -7,6 +7,12 @@ fn retries_wait_longer_and_never_too_long() {
     let delays: Vec<_> = backoff(RETRY_AFTER_MIN, RETRY_AFTER_MAX).take(50).collect();
     assert_eq!(delays.len(), 50, "it never gives up by itself");
     // Jitter adds up to one minimum.
-    assert!(delays.iter().all(|delay| *delay <= RETRY_AFTER_MAX * 2), "{delays:?}");
-    assert!(delays[0] < Duration::from_millis(150) && delays[49] >= RETRY_AFTER_MAX, "{delays:?}");
+    assert!(
+        delays.iter().all(|delay| *delay <= RETRY_AFTER_MAX * 2),
+        "{delays:?}"
+    );
+    assert!(
+        delays[0] < Duration::from_millis(150) && delays[49] >= RETRY_AFTER_MAX,
+        "{delays:?}"
+    );
 }

@@ -8,15 +8,24 @@ use litestripe_contract::settings::{Given, Problems};
 use super::{EventTypes, HookId, Settings, read};
 use crate::secret::SecretSource;
 
-const UUID: (&str, &str) = ("STRIPE_WEBHOOK_UUID", "0b7f8c1e-6f0a-4a51-9d55-0a4d3f6b7c21");
+const UUID: (&str, &str) = (
+    "STRIPE_WEBHOOK_UUID",
+    "0b7f8c1e-6f0a-4a51-9d55-0a4d3f6b7c21",
+);
 
 fn read_from(given: &[(&'static str, &str)]) -> Result<Settings, Problems> {
-    let given: Given = given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    let given: Given = given
+        .iter()
+        .map(|(name, value)| (*name, (*value).to_owned()))
+        .collect();
     read(given, |_| false)
 }
 
 fn problems(given: &[(&'static str, &str)]) -> Vec<String> {
-    read_from(given).map(|_| ()).expect_err("something is wrong").0
+    read_from(given)
+        .map(|_| ())
+        .expect_err("something is wrong")
+        .0
 }
 
 #[test]
@@ -28,7 +37,11 @@ fn a_uuid_is_enough() {
     assert_eq!(settings.tolerance, Duration::from_secs(300));
     assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
     assert_eq!(settings.body_limit, 1 << 20);
-    assert!(HANDLED_TYPES.iter().all(|name| settings.event_types.contains(name)));
+    assert!(
+        HANDLED_TYPES
+            .iter()
+            .all(|name| settings.event_types.contains(name))
+    );
     assert!(!settings.event_types.contains("invoice.paid"));
 }
 
@@ -44,7 +57,10 @@ fn every_problem_is_reported_by_name_and_without_its_value() {
         ("NATS_URL", "nats://user:hunter2@:::"),
         ("LITESTRIPE_LOG_FORMAT", "hunter2"),
     ]);
-    let names: Vec<_> = problems.iter().filter_map(|problem| problem.split(' ').next()).collect();
+    let names: Vec<_> = problems
+        .iter()
+        .filter_map(|problem| problem.split(' ').next())
+        .collect();
     assert_eq!(
         names,
         [
@@ -64,10 +80,27 @@ fn every_problem_is_reported_by_name_and_without_its_value() {
 #[test]
 fn a_missing_secret_is_reported_with_the_rest() {
     let problems = problems(&[]);
-    assert!(problems.iter().any(|problem| problem.starts_with("STRIPE_WEBHOOK_UUID is missing")), "{problems:?}");
-    assert!(problems.iter().any(|problem| problem.starts_with("STRIPE_WEBHOOK_SECRET is missing")), "{problems:?}");
-    let given: Given = [("LITESTRIPE_LISTEN", "no".to_owned()), (UUID.0, UUID.1.to_owned())].into_iter().collect();
-    let Problems(problems) = read(given, |_| true).map(|_| ()).expect_err("the address is wrong");
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.starts_with("STRIPE_WEBHOOK_UUID is missing")),
+        "{problems:?}"
+    );
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.starts_with("STRIPE_WEBHOOK_SECRET is missing")),
+        "{problems:?}"
+    );
+    let given: Given = [
+        ("LITESTRIPE_LISTEN", "no".to_owned()),
+        (UUID.0, UUID.1.to_owned()),
+    ]
+    .into_iter()
+    .collect();
+    let Problems(problems) = read(given, |_| true)
+        .map(|_| ())
+        .expect_err("the address is wrong");
     assert_eq!(problems.len(), 1, "{problems:?}");
 }
 
@@ -75,7 +108,13 @@ fn a_missing_secret_is_reported_with_the_rest() {
 fn a_uuid_has_hyphens_and_either_case() {
     let id = HookId::parse(UUID.1).expect("it is a UUID");
     assert_eq!(HookId::parse(&UUID.1.to_uppercase()), Some(id));
-    for other in [&UUID.1.replace('-', ""), &format!("{{{}}}", UUID.1), &format!("urn:uuid:{}", UUID.1), "", "é"] {
+    for other in [
+        &UUID.1.replace('-', ""),
+        &format!("{{{}}}", UUID.1),
+        &format!("urn:uuid:{}", UUID.1),
+        "",
+        "é",
+    ] {
         assert_eq!(HookId::parse(other), None, "{other}");
     }
     assert!(!format!("{id:?}").contains("0b7f"));
@@ -83,20 +122,42 @@ fn a_uuid_has_hyphens_and_either_case() {
 
 #[test]
 fn event_types_are_a_list_or_all() {
-    let check = |text: &str, expected: Option<EventTypes>| assert_eq!(EventTypes::parse(text), expected, "{text}");
-    let some =
-        |names: &[&str]| Some(EventTypes::Some(names.iter().copied().map(str::to_owned).collect::<BTreeSet<_>>()));
+    let check = |text: &str, expected: Option<EventTypes>| {
+        assert_eq!(EventTypes::parse(text), expected, "{text}")
+    };
+    let some = |names: &[&str]| {
+        Some(EventTypes::Some(
+            names
+                .iter()
+                .copied()
+                .map(str::to_owned)
+                .collect::<BTreeSet<_>>(),
+        ))
+    };
     check("*", Some(EventTypes::All));
     check("invoice.paid", some(&["invoice.paid"]));
-    check("invoice.paid, customer.deleted", some(&["customer.deleted", "invoice.paid"]));
-    for wrong in ["", "invoice.*", "invoice.paid,", "*,invoice.paid", "Invoice.paid"] {
+    check(
+        "invoice.paid, customer.deleted",
+        some(&["customer.deleted", "invoice.paid"]),
+    );
+    for wrong in [
+        "",
+        "invoice.*",
+        "invoice.paid,",
+        "*,invoice.paid",
+        "Invoice.paid",
+    ] {
         check(wrong, None);
     }
 }
 
 #[test]
 fn a_body_limit_has_bounds() {
-    let limit = |text| read_from(&[UUID, ("LITESTRIPE_BODY_LIMIT", text)]).map(|settings| settings.body_limit).ok();
+    let limit = |text| {
+        read_from(&[UUID, ("LITESTRIPE_BODY_LIMIT", text)])
+            .map(|settings| settings.body_limit)
+            .ok()
+    };
     assert_eq!(limit("1KiB"), Some(1024));
     assert_eq!(limit("32MiB"), Some(32 << 20));
     for wrong in ["1023", "0", "33MiB", "-1", "much"] {

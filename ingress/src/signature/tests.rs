@@ -23,16 +23,30 @@ fn now() -> OffsetDateTime {
 }
 
 fn sign(secret: &str, timestamp: &str, body: &[u8]) -> String {
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
     mac.update(timestamp.as_bytes());
     mac.update(b".");
     mac.update(body);
-    mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+    mac.finalize()
+        .into_bytes()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn verdict(header: &str, body: &[u8]) -> Result<(), SignatureError> {
-    let secrets = [SigningSecret::new("whsec_other"), SigningSecret::new(SECRET)];
-    let verified = verify(header, Bytes::copy_from_slice(body), &secrets, now(), TOLERANCE)?;
+    let secrets = [
+        SigningSecret::new("whsec_other"),
+        SigningSecret::new(SECRET),
+    ];
+    let verified = verify(
+        header,
+        Bytes::copy_from_slice(body),
+        &secrets,
+        now(),
+        TOLERANCE,
+    )?;
     assert_eq!(verified.bytes(), body, "the bytes are those that came");
     Ok(())
 }
@@ -41,7 +55,9 @@ fn verdict(header: &str, body: &[u8]) -> Result<(), SignatureError> {
 #[track_caller]
 fn check(header: &str, expected: Result<(), SignatureError>) {
     let now = NOW_S.to_string();
-    let header = header.replace("{v1}", &sign(SECRET, &now, BODY)).replace("{now}", &now);
+    let header = header
+        .replace("{v1}", &sign(SECRET, &now, BODY))
+        .replace("{now}", &now);
     assert_eq!(verdict(&header, BODY), expected, "{header}");
 }
 
@@ -129,10 +145,20 @@ fn integers_are_those_of_python() {
     check_timestamp("++1790000000", &now, MALFORMED);
     check_timestamp("", &now, MALFORMED);
     check_timestamp("+", &now, MALFORMED);
-    check_timestamp("-0", "0", Err(SignatureError::Stale { age: Duration::from_secs(1_790_000_000) }));
+    check_timestamp(
+        "-0",
+        "0",
+        Err(SignatureError::Stale {
+            age: Duration::from_secs(1_790_000_000),
+        }),
+    );
     check_timestamp(&far(40), &far(40), OK);
     check_timestamp(&far(TIMESTAMP_DIGITS_MAX), &far(TIMESTAMP_DIGITS_MAX), OK);
-    check_timestamp(&far(TIMESTAMP_DIGITS_MAX + 1), &far(TIMESTAMP_DIGITS_MAX + 1), MALFORMED);
+    check_timestamp(
+        &far(TIMESTAMP_DIGITS_MAX + 1),
+        &far(TIMESTAMP_DIGITS_MAX + 1),
+        MALFORMED,
+    );
     let past = format!("-{}", far(TIMESTAMP_DIGITS_MAX));
     assert!(matches!(
         verdict(&format!("t={past},v1={}", sign(SECRET, &past, BODY)), BODY),
@@ -148,10 +174,24 @@ fn tolerance_includes_its_last_second() {
         let received = now() + time::Duration::milliseconds(received_ms);
         let secrets = [SigningSecret::new(SECRET)];
         let body = Bytes::from_static(BODY);
-        let verified = verify(&header, body, &secrets, received, Duration::from_secs(tolerance_s));
-        assert_eq!(verified.map(|_| ()), expected, "{age_s} s old, {tolerance_s} s allowed");
+        let verified = verify(
+            &header,
+            body,
+            &secrets,
+            received,
+            Duration::from_secs(tolerance_s),
+        );
+        assert_eq!(
+            verified.map(|_| ()),
+            expected,
+            "{age_s} s old, {tolerance_s} s allowed"
+        );
     };
-    let stale = |age_s| Err(SignatureError::Stale { age: Duration::from_secs(age_s) });
+    let stale = |age_s| {
+        Err(SignatureError::Stale {
+            age: Duration::from_secs(age_s),
+        })
+    };
     check(0, 300, 0, OK);
     check(300, 300, 0, OK);
     check(300, 300, 1, stale(300)); // The SDK compares with a clock that has fractions.
@@ -178,7 +218,10 @@ fn a_body_that_is_no_text_is_refused() {
 fn a_secret_does_not_print() {
     let secret = SigningSecret::new("whsec_hunter2");
     let printed = format!("{secret:?}");
-    assert!(printed.contains(secret.fingerprint()) && !printed.contains("hunter2"), "{printed}");
+    assert!(
+        printed.contains(secret.fingerprint()) && !printed.contains("hunter2"),
+        "{printed}"
+    );
     assert_eq!(secret.fingerprint().len(), 8);
 }
 

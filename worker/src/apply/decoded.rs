@@ -24,9 +24,16 @@ impl Decoded {
     pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
         let (arrivals, poisoned) = decode(&batch, keys);
         let (by_subscription, others) = by_subscription(arrivals.iter().collect());
-        let ids = by_subscription.into_keys().chain(others.into_iter().map(|(id, _)| id));
+        let ids = by_subscription
+            .into_keys()
+            .chain(others.into_iter().map(|(id, _)| id));
         let concerns = ids.map(str::to_owned).collect();
-        Self { batch, arrivals, poisoned, concerns }
+        Self {
+            batch,
+            arrivals,
+            poisoned,
+            concerns,
+        }
     }
 
     /// Takes in what came later.
@@ -34,8 +41,16 @@ impl Decoded {
         let before = self.batch.count();
         self.batch.append(later.batch);
         let arrivals = later.arrivals.into_iter();
-        self.arrivals.extend(arrivals.map(|arrival| Arrival { index: before + arrival.index, ..arrival }));
-        self.poisoned.extend(later.poisoned.into_iter().map(|(index, why)| (before + index, why)));
+        self.arrivals.extend(arrivals.map(|arrival| Arrival {
+            index: before + arrival.index,
+            ..arrival
+        }));
+        self.poisoned.extend(
+            later
+                .poisoned
+                .into_iter()
+                .map(|(index, why)| (before + index, why)),
+        );
         self.concerns.extend(later.concerns);
     }
 
@@ -68,8 +83,11 @@ pub fn wanted_poison(
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,
 ) -> u64 {
     let messages = batch.messages().enumerate();
-    let poisoned = messages.filter(|(index, _)| poisoned.iter().any(|(poisoned, _)| poisoned == index));
-    poisoned.filter(|(_, message)| wanted(message.stream_sequence(), None)).count() as u64
+    let poisoned =
+        messages.filter(|(index, _)| poisoned.iter().any(|(poisoned, _)| poisoned == index));
+    poisoned
+        .filter(|(_, message)| wanted(message.stream_sequence(), None))
+        .count() as u64
 }
 
 /// Reads the events of a batch. The second list says which messages are poison, and why.

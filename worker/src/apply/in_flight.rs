@@ -23,7 +23,12 @@ const WORTHWHILE: usize = 64;
 const GATHER_MAX: Duration = Duration::from_millis(20);
 
 /// Applies a batch while the database has another one, if it is worth it and they concern nothing in common.
-pub async fn apply_all(mut batches: Batches, limit: usize, applier: &Applier, shutdown: &CancellationToken) {
+pub async fn apply_all(
+    mut batches: Batches,
+    limit: usize,
+    applier: &Applier,
+    shutdown: &CancellationToken,
+) {
     let mut applying = FuturesUnordered::new();
     let mut busy: Vec<Arc<HashSet<String>>> = Vec::new();
     let mut next: Option<Decoded> = None;

@@ -37,7 +37,10 @@ const SAVE_MAX: Duration = Duration::from_secs(60);
 /// # Errors
 /// When the database is away or refuses the data. After a silence a transaction may still commit, and the
 /// next try finds it merged.
-pub(super) async fn save(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
+pub(super) async fn save(
+    applier: &Applier,
+    arrivals: &Arc<Vec<Arrival>>,
+) -> Result<Vec<u64>, StoreError> {
     // A bug that one event brings out must not stop the others: what panics is poison.
     let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
     match tokio::time::timeout(SAVE_MAX, saving).await {
@@ -51,10 +54,22 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
     let mut stale: Option<HashSet<usize>> = None;
     let mut late = Vec::new();
     loop {
-        let (arrivals, terms, erasures) = (Arc::clone(arrivals), Arc::clone(&applier.terms), applier.erasures.clone());
+        let (arrivals, terms, erasures) = (
+            Arc::clone(arrivals),
+            Arc::clone(&applier.terms),
+            applier.erasures.clone(),
+        );
         let once = async move |tx: DatabaseTransaction| {
-            let is_pending = |arrival: &&Arrival| stale.as_ref().is_none_or(|stale| stale.contains(&arrival.index));
-            let pending = arrivals.iter().filter(is_pending).map(Cow::Borrowed).collect();
+            let is_pending = |arrival: &&Arrival| {
+                stale
+                    .as_ref()
+                    .is_none_or(|stale| stale.contains(&arrival.index))
+            };
+            let pending = arrivals
+                .iter()
+                .filter(is_pending)
+                .map(Cow::Borrowed)
+                .collect();
             save_once(tx, pending, &terms, &erasures, OffsetDateTime::now_utc()).await
         };
         let saved = applier.store.uncancelled(once).await?;
@@ -81,23 +96,40 @@ async fn save_once(
     erasures: &Erasures,
     now: OffsetDateTime,
 ) -> Result<Saved, StoreError> {
-    let ids: BTreeSet<&str> = pending.iter().filter_map(|arrival| arrival.event.stripe_subscription_id()).collect();
+    let ids: BTreeSet<&str> = pending
+        .iter()
+        .filter_map(|arrival| arrival.event.stripe_subscription_id())
+        .collect();
     let ids: Vec<&str> = ids.into_iter().collect();
-    let Found { rows: mut stored, rebuilding, has_new_erasures } =
-        store::subscription::find(&tx, &ids, erasures.sequence(), now).await?;
+    let Found {
+        rows: mut stored,
+        rebuilding,
+        has_new_erasures,
+    } = store::subscription::find(&tx, &ids, erasures.sequence(), now).await?;
     if has_new_erasures {
         erasures.refresh(&tx).await?;
     }
     redact(&mut pending, erasures);
     let (by_subscription, others) = by_subscription(pending.iter().map(Cow::as_ref).collect());
-    let circumstances = Circumstances { terms, rebuilding, now };
+    let circumstances = Circumstances {
+        terms,
+        rebuilding,
+        now,
+    };
     let mut plans: Vec<Plan<'_>> = by_subscription
         .into_iter()
-        .filter_map(|(id, arrivals)| plan::of_subscription(id, stored.remove(id), arrivals, circumstances))
+        .filter_map(|(id, arrivals)| {
+            plan::of_subscription(id, stored.remove(id), arrivals, circumstances)
+        })
         .collect();
-    let rows = plans.iter_mut().map(|plan| std::mem::take(&mut plan.row)).collect();
+    let rows = plans
+        .iter_mut()
+        .map(|plan| std::mem::take(&mut plan.row))
+        .collect();
     let written = store::subscription::save(&tx, rows, now).await?;
-    let (saved, stale): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| written.contains(plan.id));
+    let (saved, stale): (Vec<_>, Vec<_>) = plans
+        .into_iter()
+        .partition(|plan| written.contains(plan.id));
 
     let mut signals = Vec::new();
     let mut consequences = Vec::new();
@@ -105,15 +137,30 @@ async fn save_once(
         signals.extend(plan.signals);
         consequences.push((plan.id, plan.consequences));
     }
-    consequences.extend(others.into_iter().map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))));
+    consequences.extend(
+        others
+            .into_iter()
+            .map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))),
+    );
     signals.extend(save_consequences(&tx, consequences, terms.signalling, now).await?);
     store::outbox::insert(&tx, signals, now).await?;
     fail_point!("worker::before_commit");
-    tx.commit().await.map_err(StoreError::doing("commit a batch"))?;
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit a batch"))?;
     fail_point!("worker::after_commit");
-    let stale: HashSet<usize> = stale.into_iter().flat_map(|plan| plan.arrivals).map(|arrival| arrival.index).collect();
-    let late = pending.iter().filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
-    Ok(Saved { late: late.map(|arrival| arrival.stream_sequence).collect(), stale })
+    let stale: HashSet<usize> = stale
+        .into_iter()
+        .flat_map(|plan| plan.arrivals)
+        .map(|arrival| arrival.index)
+        .collect();
+    let late = pending
+        .iter()
+        .filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
+    Ok(Saved {
+        late: late.map(|arrival| arrival.stream_sequence).collect(),
+        stale,
+    })
 }
 
 /// Takes the personal data out of the events of erased persons.
@@ -140,7 +187,10 @@ async fn save_consequences(
         orphans.extend(of_one.orphan);
         resolutions.extend(of_one.resolution);
         questions.extend(of_one.questions);
-        of_one.answered.into_iter().for_each(|kind| answered.entry(kind).or_default().push(id));
+        of_one
+            .answered
+            .into_iter()
+            .for_each(|kind| answered.entry(kind).or_default().push(id));
     }
     let mut signals = save_orphans(tx, orphans, signalling, now).await?;
     signals.extend(save_resolutions(tx, resolutions, signalling, now).await?);
@@ -166,12 +216,20 @@ async fn save_orphans(
     orphans.dedup_by(|(_, later), (_, earlier)| later.id == earlier.id);
     let (arrivals, orphans): (Vec<_>, Vec<_>) = orphans.into_iter().unzip();
     let owed: Vec<_> = match signalling {
-        Signalling::Later => arrivals.iter().map(|arrival| signal::reference(&arrival.event)).collect(),
+        Signalling::Later => arrivals
+            .iter()
+            .map(|arrival| signal::reference(&arrival.event))
+            .collect(),
         Signalling::Now | Signalling::Never => Vec::new(),
     };
     let inserted = store::orphan::insert(tx, &orphans, &owed, now).await?;
-    let created = arrivals.iter().zip(&orphans).filter(|(_, orphan)| inserted.contains(&orphan.id));
-    Ok(created.map(|(arrival, orphan)| signal::orphan_created(orphan, arrival.cause())).collect())
+    let created = arrivals
+        .iter()
+        .zip(&orphans)
+        .filter(|(_, orphan)| inserted.contains(&orphan.id));
+    Ok(created
+        .map(|(arrival, orphan)| signal::orphan_created(orphan, arrival.cause()))
+        .collect())
 }
 
 /// Resolves the orphans that are open, and returns a signal for each.
@@ -181,7 +239,10 @@ async fn save_resolutions(
     signalling: Signalling,
     now: OffsetDateTime,
 ) -> Result<Vec<NewSignal>, StoreError> {
-    let ids: Vec<&str> = resolutions.iter().map(|resolution| resolution.id.as_str()).collect();
+    let ids: Vec<&str> = resolutions
+        .iter()
+        .map(|resolution| resolution.id.as_str())
+        .collect();
     // Nearly every subscription finds its user without ever having been an orphan.
     let mut open = store::orphan::open_among(tx, &ids).await?;
     let mut signals = Vec::new();
@@ -189,15 +250,23 @@ async fn save_resolutions(
         let user = resolution.client_reference_id.as_str();
         // Told once, however many words about it came together.
         let is_open = open.remove(&resolution.id);
-        let owed = (signalling == Signalling::Later).then(|| signal::reference(&resolution.arrival.event));
+        let owed =
+            (signalling == Signalling::Later).then(|| signal::reference(&resolution.arrival.event));
         let owed = owed.as_ref();
         let resolved = match &resolution.by_operator {
-            Some((orphan, at)) => store::orphan::resolve_by_operator(tx, orphan, user, *at, owed, now).await?,
+            Some((orphan, at)) => {
+                store::orphan::resolve_by_operator(tx, orphan, user, *at, owed, now).await?
+            }
             None if is_open => store::orphan::resolve(tx, &resolution.id, user, owed, now).await?,
             None => None,
         };
-        let resolved = resolved.filter(|_| is_open).as_ref().and_then(store::orphan::known);
-        signals.extend(resolved.map(|orphan| signal::orphan_resolved(&orphan, resolution.arrival.cause())));
+        let resolved = resolved
+            .filter(|_| is_open)
+            .as_ref()
+            .and_then(store::orphan::known);
+        signals.extend(
+            resolved.map(|orphan| signal::orphan_resolved(&orphan, resolution.arrival.cause())),
+        );
     }
     Ok(signals)
 }

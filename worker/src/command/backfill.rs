@@ -58,10 +58,21 @@ impl Backfill {
         let key = super::key(settings)?;
         let parts = super::start(settings, "backfill", Schema::Migrated).await?;
         let stripe = super::stripe(settings, &parts, self.any_mode).await?;
-        let Parts { store, jetstream, erasures, .. } = parts;
+        let Parts {
+            store,
+            jetstream,
+            erasures,
+            ..
+        } = parts;
         let record = Record::new(store.clone(), key.is_live());
         let types = backfill::types(settings);
-        let backfill = backfill::Backfill { stripe, jetstream, store, erasures, types };
+        let backfill = backfill::Backfill {
+            stripe,
+            jetstream,
+            store,
+            erasures,
+            types,
+        };
         self.backfill(&backfill, &record, &shutdown).await
     }
 
@@ -76,7 +87,10 @@ impl Backfill {
             Some(since) => since,
             None => record::next_since(record.last_complete().await?, began),
         };
-        let wanted = Wanted { since, undelivered_only: self.undelivered_only };
+        let wanted = Wanted {
+            since,
+            undelivered_only: self.undelivered_only,
+        };
         let mut progress = Progress::start("backfill", "events", None);
         let mut summary = Summary::default();
         let mut shown = 0;
@@ -90,7 +104,11 @@ impl Backfill {
             return Err(error.into());
         }
         let complete = matches!(outcome, Ok(End::Complete));
-        let report = Report { since: since.format(&Rfc3339)?, complete, summary };
+        let report = Report {
+            since: since.format(&Rfc3339)?,
+            complete,
+            summary,
+        };
         self.output.print(&report, || print(&report))?;
         match outcome {
             // It has not looked at all there is.
@@ -103,24 +121,39 @@ impl Backfill {
 }
 
 fn print(report: &Report) {
-    let Summary { listed, already_there, published, duplicates, skipped } = report.summary;
+    let Summary {
+        listed,
+        already_there,
+        published,
+        duplicates,
+        skipped,
+    } = report.summary;
     let not_all = if report.complete { "" } else { "not all of it" };
     let since = ["since".to_owned(), report.since.clone(), not_all.to_owned()];
     let counts = [
         ("listed", listed, "by Stripe"),
         ("already there", already_there, "in STRIPE_EVENTS"),
         ("published", published, "had not arrived"),
-        ("duplicates", duplicates, "of the published ones, arrived meanwhile"),
+        (
+            "duplicates",
+            duplicates,
+            "of the published ones, arrived meanwhile",
+        ),
         ("skipped", skipped, "cannot be stored"),
     ];
-    let counts = counts.map(|(what, count, note)| [what.to_owned(), count.to_string(), note.to_owned()]);
+    let counts =
+        counts.map(|(what, count, note)| [what.to_owned(), count.to_string(), note.to_owned()]);
     print::table(["what", "value", ""], [since].into_iter().chain(counts));
 }
 
 /// A time that long ago, or that time.
 fn since(text: &str) -> Result<OffsetDateTime, String> {
     let is_date = text.as_bytes().get(4) == Some(&b'-');
-    let since = if is_date { moment::at(text) } else { moment::ago(text) }?;
+    let since = if is_date {
+        moment::at(text)
+    } else {
+        moment::ago(text)
+    }?;
     // 30d is 30 days ago also a moment later.
     if since < record::oldest(OffsetDateTime::now_utc()) - time::Duration::MINUTE {
         return Err("lies too far back: Stripe keeps events for 30 days".to_owned());

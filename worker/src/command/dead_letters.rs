@@ -60,11 +60,16 @@ impl DeadLetters {
         let nats = super::connect(settings, "dead-letters").await?;
         let jetstream = connect::jetstream(nats.clone());
         let stream = jetstream.get_stream(DEAD_LETTERS_STREAM).await;
-        let stream =
-            stream.map_err(|_| Failure::new("there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it"))?;
+        let stream = stream.map_err(|_| {
+            Failure::new("there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it")
+        })?;
         match self {
             Self::List(output) => list(&stream, output).await,
-            Self::Show { sequence, body, output } => {
+            Self::Show {
+                sequence,
+                body,
+                output,
+            } => {
                 let letter = find(&stream, sequence).await?;
                 let mut shown = as_json(&letter);
                 if body {
@@ -94,9 +99,17 @@ async fn list(stream: &Stream, output: Output) -> Result<(), Failure> {
         after = letter.sequence;
         listed.push(as_json(&letter));
     }
-    let fields = ["sequence", "stream_sequence", "event_type", "since", "reason"];
+    let fields = [
+        "sequence",
+        "stream_sequence",
+        "event_type",
+        "since",
+        "reason",
+    ];
     let header = ["sequence", "event sequence", "type", "since", "reason"];
-    print(output, &listed, header, |letter| fields.map(|field| print::cell(&letter[field])))
+    print(output, &listed, header, |letter| {
+        fields.map(|field| print::cell(&letter[field]))
+    })
 }
 
 /// Prints what is said of each dead letter, or that there is none.
@@ -113,7 +126,12 @@ fn print<const N: usize>(
 }
 
 impl Retry {
-    async fn execute(self, settings: &Settings, stream: &Stream, parts: &Parts) -> Result<(), Failure> {
+    async fn execute(
+        self,
+        settings: &Settings,
+        stream: &Stream,
+        parts: &Parts,
+    ) -> Result<(), Failure> {
         let dead_letters = dead_letter::DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let (mut report, mut poison) = (Vec::new(), 0);
@@ -133,14 +151,21 @@ impl Retry {
                 Some(_) => poison += 1,
             }
             report.push(json!({ "sequence": one.sequence, "applied": outcome.is_none(), "reason": outcome }));
-            letter = if self.all { next(stream, one.sequence).await? } else { None };
+            letter = if self.all {
+                next(stream, one.sequence).await?
+            } else {
+                None
+            };
         }
         print(self.output, &report, ["sequence", "outcome"], |letter| {
             let outcome = letter["reason"].as_str().unwrap_or("applied and removed");
             [print::cell(&letter["sequence"]), outcome.to_owned()]
         })?;
         if poison > 0 {
-            return Err(Failure::new(format!("{poison} of {} dead letters are still poison", report.len())));
+            return Err(Failure::new(format!(
+                "{poison} of {} dead letters are still poison",
+                report.len()
+            )));
         }
         Ok(())
     }
@@ -158,8 +183,13 @@ fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
 /// The first dead letter after that sequence, of those that there were when the command began: one at
 /// a time, because each may be as large as a message can be.
 async fn next(stream: &Stream, after: u64) -> Result<Option<StreamMessage>, Failure> {
-    match stream.get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after + 1).await {
-        Ok(letter) => Ok((letter.sequence <= stream.cached_info().state.last_sequence).then_some(letter)),
+    match stream
+        .get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after + 1)
+        .await
+    {
+        Ok(letter) => {
+            Ok((letter.sequence <= stream.cached_info().state.last_sequence).then_some(letter))
+        }
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -168,9 +198,11 @@ async fn next(stream: &Stream, after: u64) -> Result<Option<StreamMessage>, Fail
 async fn find(stream: &Stream, sequence: u64) -> Result<StreamMessage, Failure> {
     match stream.get_raw_message(sequence).await {
         Ok(letter) => Ok(letter),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Err(Failure::new(format!(
-            "there is no dead letter {sequence}: `litestripe-worker dead-letters list` shows all"
-        ))),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
+            Err(Failure::new(format!(
+                "there is no dead letter {sequence}: `litestripe-worker dead-letters list` shows all"
+            )))
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -182,7 +214,10 @@ async fn remove(stream: &Stream, sequence: u64) -> Result<(), Failure> {
 }
 
 fn labelled(letter: &StreamMessage, name: &str) -> Option<String> {
-    letter.headers.get(name).map(|value| value.as_str().to_owned())
+    letter
+        .headers
+        .get(name)
+        .map(|value| value.as_str().to_owned())
 }
 
 /// The event's own sequence in STRIPE_EVENTS.

@@ -37,8 +37,13 @@ struct Whom {
 
 /// Stripe's ids are printable ASCII. What they begin with is not a promise.
 fn id(text: &str) -> Result<String, &'static str> {
-    let is_id = (1..=ID_BYTES_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
-    if is_id { Ok(text.to_owned()) } else { Err("not an id of Stripe's") }
+    let is_id = (1..=ID_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_graphic());
+    if is_id {
+        Ok(text.to_owned())
+    } else {
+        Err("not an id of Stripe's")
+    }
 }
 
 impl Erase {
@@ -49,12 +54,31 @@ impl Erase {
             (None, None) => return Err(Failure::new("whose data? --customer or --orphan says it")),
         };
         let parts = super::start(settings, "erase", Schema::Current).await?;
-        let Parts { store, jetstream, erasures, .. } = &parts;
+        let Parts {
+            store,
+            jetstream,
+            erasures,
+            ..
+        } = &parts;
         let progress = Mutex::new(Progress::start("erase", "messages", None));
-        let seen = || progress.lock().unwrap_or_else(PoisonError::into_inner).advance(1);
-        let erasure = Erasure { store, jetstream, erasures, force: self.force, seen: &seen };
+        let seen = || {
+            progress
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .advance(1)
+        };
+        let erasure = Erasure {
+            store,
+            jetstream,
+            erasures,
+            force: self.force,
+            seen: &seen,
+        };
         let receipt = parts.while_relaying(settings, erasure.run(&target)).await;
-        progress.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
+        progress
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .finish();
         let receipt = receipt?;
         self.output.print(&receipt, || print(&receipt))
     }
@@ -69,6 +93,13 @@ fn print(receipt: &Receipt) {
         ("subscriptions with metadata", receipt.subscriptions),
         ("orphans with an email", receipt.orphans),
     ];
-    print::table(["erased", "count"], rows.map(|(what, count)| [what.to_owned(), count.to_string()]));
-    print::line(&format!("recorded at {} for {}", receipt.recorded_at, receipt.ids.join(", ")));
+    print::table(
+        ["erased", "count"],
+        rows.map(|(what, count)| [what.to_owned(), count.to_string()]),
+    );
+    print::line(&format!(
+        "recorded at {} for {}",
+        receipt.recorded_at,
+        receipt.ids.join(", ")
+    ));
 }

@@ -18,17 +18,26 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(error: impl Into<Cause>) -> Self {
-        Self { code: exit::FAILURE, error: error.into() }
+        Self {
+            code: exit::FAILURE,
+            error: error.into(),
+        }
     }
 
     /// The settings or the command line cannot be used.
     pub(crate) fn configuration(error: impl Into<Cause>) -> Self {
-        Self { code: exit::CONFIGURATION, error: error.into() }
+        Self {
+            code: exit::CONFIGURATION,
+            error: error.into(),
+        }
     }
 
     /// Differences remain.
     pub(crate) fn differences(error: impl Into<Cause>) -> Self {
-        Self { code: exit::DIFFERENCES, error: error.into() }
+        Self {
+            code: exit::DIFFERENCES,
+            error: error.into(),
+        }
     }
 
     pub(crate) fn exit(self) -> ExitCode {

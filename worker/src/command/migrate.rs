@@ -32,7 +32,9 @@ impl Migrate {
         }
         let steps = store.migrations().await?;
         let yes_or_no = |applied| if applied { "yes" } else { "no" };
-        let rows = steps.iter().map(|step| [step.name.clone(), yes_or_no(step.applied).to_owned()]);
+        let rows = steps
+            .iter()
+            .map(|step| [step.name.clone(), yes_or_no(step.applied).to_owned()]);
         output.print(&steps, || print::table(["migration", "applied"], rows))
     }
 }

@@ -12,14 +12,20 @@ use time::format_description::well_known::Rfc3339;
 pub(crate) fn at(text: &str) -> Result<OffsetDateTime, String> {
     let moment = OffsetDateTime::parse(text, &Rfc3339)
         .map_err(|_| "must be a time such as 2026-11-24T02:30:00Z (RFC 3339)".to_owned())?;
-    if moment > OffsetDateTime::now_utc() { Err("lies in the future".to_owned()) } else { Ok(moment) }
+    if moment > OffsetDateTime::now_utc() {
+        Err("lies in the future".to_owned())
+    } else {
+        Ok(moment)
+    }
 }
 
 /// A moment that long ago.
 pub(crate) fn ago(text: &str) -> Result<OffsetDateTime, String> {
     let age: Duration = settings::duration(text).ok_or_else(|| format!("must be {DURATION}"))?;
     let age = time::Duration::try_from(age).map_err(|_| "lies before all events".to_owned())?;
-    OffsetDateTime::now_utc().checked_sub(age).ok_or_else(|| "lies before all events".to_owned())
+    OffsetDateTime::now_utc()
+        .checked_sub(age)
+        .ok_or_else(|| "lies before all events".to_owned())
 }
 
 #[cfg(test)]
@@ -28,9 +34,18 @@ mod tests {
 
     #[test]
     fn a_moment_is_read_and_none_is_in_the_future() {
-        assert_eq!(at("2026-11-01T00:00:00Z").map(OffsetDateTime::unix_timestamp), Ok(1_793_491_200));
-        assert_eq!(at("2026-11-01T02:00:00+02:00").map(OffsetDateTime::unix_timestamp), Ok(1_793_491_200));
-        assert_eq!(at("9000-01-01T00:00:00Z"), Err("lies in the future".to_owned()));
+        assert_eq!(
+            at("2026-11-01T00:00:00Z").map(OffsetDateTime::unix_timestamp),
+            Ok(1_793_491_200)
+        );
+        assert_eq!(
+            at("2026-11-01T02:00:00+02:00").map(OffsetDateTime::unix_timestamp),
+            Ok(1_793_491_200)
+        );
+        assert_eq!(
+            at("9000-01-01T00:00:00Z"),
+            Err("lies in the future".to_owned())
+        );
         assert!(at("yesterday").is_err_and(|problem| problem.contains("RFC 3339")));
     }
 
@@ -38,7 +53,10 @@ mod tests {
     fn an_age_is_read() {
         let then = ago("2h").expect("an age");
         let two_hours = OffsetDateTime::now_utc() - then;
-        assert!((7200..7205).contains(&two_hours.whole_seconds()), "{two_hours}");
+        assert!(
+            (7200..7205).contains(&two_hours.whole_seconds()),
+            "{two_hours}"
+        );
         assert!(ago("-2h").is_err() && ago("soon").is_err());
     }
 }

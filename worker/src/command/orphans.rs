@@ -85,16 +85,31 @@ async fn list(store: &Store, all: bool, output: Output) -> Result<(), Failure> {
         }
         let rows = orphans.iter().map(|orphan| {
             let cell = |field| print::cell(&orphan[field]);
-            let mode = if orphan["livemode"] == true { "live" } else { "test" };
+            let mode = if orphan["livemode"] == true {
+                "live"
+            } else {
+                "test"
+            };
             let state = match &orphan["resolved_client_reference_id"] {
                 Value::Null => "open".to_owned(),
                 user => format!("resolved: {}", print::cell(user)),
             };
-            let [id, reason, email, customer, since] =
-                ["orphan_id", "reason", "customer_email", "stripe_customer_id", "dt_created"].map(cell);
+            let [id, reason, email, customer, since] = [
+                "orphan_id",
+                "reason",
+                "customer_email",
+                "stripe_customer_id",
+                "dt_created",
+            ]
+            .map(cell);
             [id, reason, email, customer, mode.to_owned(), since, state]
         });
-        print::table(["id", "reason", "email", "customer", "mode", "since", "state"], rows);
+        print::table(
+            [
+                "id", "reason", "email", "customer", "mode", "since", "state",
+            ],
+            rows,
+        );
     })
 }
 
@@ -110,13 +125,21 @@ impl Resolve {
             payment: store::orphan::payment(&orphan),
             reason: &orphan.reason,
         };
-        let scope = Scope { livemode: orphan.livemode, account: None };
+        let scope = Scope {
+            livemode: orphan.livemode,
+            account: None,
+        };
         let created = OffsetDateTime::now_utc().unix_timestamp();
-        own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope).await?;
-        let Ok(resolved) = tokio::time::timeout(APPLIED_MAX, resolved(store, id, (created, user))).await else {
+        own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope)
+            .await?;
+        let Ok(resolved) =
+            tokio::time::timeout(APPLIED_MAX, resolved(store, id, (created, user))).await
+        else {
             let stored = json!({ "orphan_id": id, "client_reference_id": user, "state": "stored" });
             let later = "it takes effect when a worker runs (`litestripe-worker run`)";
-            return self.output.print(&stored, || print::line(&format!("the resolution of {id} is stored; {later}")));
+            return self.output.print(&stored, || {
+                print::line(&format!("the resolution of {id} is stored; {later}"))
+            });
         };
         let resolved = resolved?;
         match &resolved.resolved_client_reference_id {
@@ -125,7 +148,9 @@ impl Resolve {
             }),
             other => {
                 let other = other.as_deref().unwrap_or_default();
-                let stands = format!("{id} was resolved meanwhile to client reference id {other}, which stands");
+                let stands = format!(
+                    "{id} was resolved meanwhile to client reference id {other}, which stands"
+                );
                 Err(Failure::new(stands))
             }
         }
@@ -133,11 +158,19 @@ impl Resolve {
 
     async fn check(&self, store: &Store, orphan: &Model) -> Result<(), Failure> {
         if self.client_reference_id.chars().any(char::is_control) {
-            return Err(Failure::new("a client reference id may not hold control characters"));
+            return Err(Failure::new(
+                "a client reference id may not hold control characters",
+            ));
         }
         let id = &orphan.id;
         if let Some(at) = orphan.resolved_at {
-            let (at, to) = (timestamp(at), orphan.resolved_client_reference_id.as_deref().unwrap_or_default());
+            let (at, to) = (
+                timestamp(at),
+                orphan
+                    .resolved_client_reference_id
+                    .as_deref()
+                    .unwrap_or_default(),
+            );
             return Err(Failure::new(format!(
                 "{id} was resolved already, at {at}, to client reference id {to}; nothing was changed"
             )));
@@ -145,9 +178,14 @@ impl Resolve {
         if self.force {
             return Ok(());
         }
-        let (this, user) = (orphan.stripe_subscription_id.as_deref(), &self.client_reference_id);
+        let (this, user) = (
+            orphan.stripe_subscription_id.as_deref(),
+            &self.client_reference_id,
+        );
         // What a user tried in test mode says nothing about live mode.
-        match store::subscription::other_of_user(store.connection(), user, orphan.livemode, this).await? {
+        match store::subscription::other_of_user(store.connection(), user, orphan.livemode, this)
+            .await?
+        {
             Some(other) => Err(Failure::new(format!(
                 "client reference id {user} already has subscription {other}, which has not ended; nothing was changed. \
                  Is it the right user? `--force` resolves all the same"
@@ -174,7 +212,9 @@ async fn resolved(store: &Store, id: &str, word: (i64, &str)) -> Result<Model, F
 async fn find(store: &Store, id: &str) -> Result<Model, Failure> {
     let orphan = store::orphan::find(store.connection(), id).await?;
     orphan.ok_or_else(|| {
-        Failure::new(format!("there is no orphan {id}: `litestripe-worker orphans list --all` shows all"))
+        Failure::new(format!(
+            "there is no orphan {id}: `litestripe-worker orphans list --all` shows all"
+        ))
     })
 }
 

@@ -30,7 +30,12 @@ impl Output {
     /// Prints `value` as JSON, or the fields of the object a line each.
     pub(crate) fn fields(self, value: &Value) -> Result<(), Failure> {
         let row = |(name, value): (&String, &Value)| [name.clone(), cell(value)];
-        self.print(value, || table(["field", "value"], value.as_object().into_iter().flatten().map(row)))
+        self.print(value, || {
+            table(
+                ["field", "value"],
+                value.as_object().into_iter().flatten().map(row),
+            )
+        })
     }
 }
 
@@ -49,8 +54,14 @@ pub(crate) fn cell(value: &Value) -> String {
 }
 
 /// Prints a table that people read and `awk` can take apart.
-pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) {
+pub(crate) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) {
     let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header(header).add_rows(rows);
+    table
+        .load_style(comfy_table::presets::NOTHING)
+        .set_header(header)
+        .add_rows(rows);
     line(&table.to_string());
 }

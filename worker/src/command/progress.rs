@@ -26,23 +26,38 @@ impl Progress {
     /// is known.
     pub(crate) fn start(what: &'static str, unit: &'static str, total: Option<u64>) -> Self {
         let is_terminal = std::io::stderr().is_terminal();
-        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = if is_terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
         let bar = ProgressBar::with_draw_target(total, target);
         let template = match total {
             Some(_) => "{prefix} {bar:30} {human_pos} of {human_len} {msg}, {per_sec}, {eta} left",
             None => "{prefix} {spinner} {human_pos} {msg}, {per_sec}",
         };
-        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style =
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
         bar.set_style(style);
         bar.set_prefix(what);
         bar.set_message(unit);
-        Self { what, unit, bar, is_terminal, last_line: Instant::now(), after: 0 }
+        Self {
+            what,
+            unit,
+            bar,
+            is_terminal,
+            last_line: Instant::now(),
+            after: 0,
+        }
     }
 
     /// Progress of `what` through a stream, from after the sequence `after` to the sequence `last`: by
     /// positions, because nobody knows how many of its events are wanted.
     pub(crate) fn through(what: &'static str, after: u64, last: u64) -> Self {
-        Self { after, ..Self::start(what, "events", Some(last.saturating_sub(after))) }
+        Self {
+            after,
+            ..Self::start(what, "events", Some(last.saturating_sub(after)))
+        }
     }
 
     /// Everything up to `sequence` is done.
@@ -64,7 +79,10 @@ impl Progress {
         self.bar.finish_and_clear();
     }
 
-    #[expect(clippy::print_stderr, reason = "progress is for whoever watches, like a log line")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "progress is for whoever watches, like a log line"
+    )]
     fn print_line(&self) {
         let (done, rate) = (self.bar.position(), self.bar.per_sec());
         let (what, unit) = (self.what, self.unit);

@@ -9,7 +9,9 @@ use serde_json::json;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
-use crate::recover::reconcile::{self, Finding, Problem, ReconcileError, Report, STATUSES, Sources};
+use crate::recover::reconcile::{
+    self, Finding, Problem, ReconcileError, Report, STATUSES, Sources,
+};
 use crate::settings::Settings;
 use crate::start::broker;
 use crate::start::consume::while_consuming;
@@ -47,9 +49,18 @@ impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
         super::key(&settings)?;
         // It may be the import on the first day.
-        let schema = if self.repair { Schema::Migrated } else { Schema::Current };
+        let schema = if self.repair {
+            Schema::Migrated
+        } else {
+            Schema::Current
+        };
         let parts = super::start(&settings, "reconcile", schema).await?;
-        let Parts { store, nats, jetstream, erasures } = &parts;
+        let Parts {
+            store,
+            nats,
+            jetstream,
+            erasures,
+        } = &parts;
         let stripe = super::stripe(&settings, &parts, self.any_mode).await?;
         if self.repair {
             broker::prepare(nats, &settings).await;
@@ -67,7 +78,9 @@ impl Reconcile {
         };
         let walk = self.walk(sources);
         let (report, outcome) = if self.repair {
-            parts.while_relaying(&settings, while_consuming(&settings, &parts, walk)).await
+            parts
+                .while_relaying(&settings, while_consuming(&settings, &parts, walk))
+                .await
         } else {
             walk.await
         };
@@ -75,14 +88,26 @@ impl Reconcile {
         match outcome {
             Err(source) => {
                 let repaired = report.findings.len() - report.remaining();
-                let mended = if self.repair { format!(", {repaired} rows repaired") } else { String::new() };
-                Err(BrokenOff { compared: report.compared, mended, source }.into())
+                let mended = if self.repair {
+                    format!(", {repaired} rows repaired")
+                } else {
+                    String::new()
+                };
+                Err(BrokenOff {
+                    compared: report.compared,
+                    mended,
+                    source,
+                }
+                .into())
             }
             Ok(()) if report.remaining() == 0 => Ok(()),
             Ok(()) => {
                 let hint = ": `litestripe-worker reconcile --repair` mends what can be mended";
                 let hint = if self.repair { "" } else { hint };
-                Err(Failure::differences(format!("{} rows are not as Stripe has them{hint}", report.remaining())))
+                Err(Failure::differences(format!(
+                    "{} rows are not as Stripe has them{hint}",
+                    report.remaining()
+                )))
             }
         }
     }
@@ -141,7 +166,15 @@ impl Reconcile {
             (false, None) => "-",
         };
         let id = &finding.stripe_subscription_id;
-        let line = |field: &str, row, stripe| [id.clone(), field.to_owned(), row, stripe, outcome.to_owned()];
+        let line = |field: &str, row, stripe| {
+            [
+                id.clone(),
+                field.to_owned(),
+                row,
+                stripe,
+                outcome.to_owned(),
+            ]
+        };
         let whole = match finding.problem {
             Problem::Different => None,
             Problem::Missing => Some(("missing", "there")),
@@ -151,7 +184,8 @@ impl Reconcile {
         };
         let whole = whole.map(|(row, stripe)| line("-", row.to_owned(), stripe.to_owned()));
         let fields = finding.differences.iter();
-        let fields = fields.map(|one| line(&one.field, print::cell(&one.row), print::cell(&one.stripe)));
+        let fields =
+            fields.map(|one| line(&one.field, print::cell(&one.row), print::cell(&one.stripe)));
         whole.into_iter().chain(fields).collect()
     }
 }

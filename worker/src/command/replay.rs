@@ -13,7 +13,9 @@ use super::Failure;
 use super::moment;
 use super::print::{self, Output};
 use super::progress::Progress;
-use crate::recover::replay::{self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary};
+use crate::recover::replay::{
+    self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary,
+};
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::terms;
@@ -57,27 +59,56 @@ pub(crate) struct Replay {
 impl Replay {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         // Into an empty database, nobody need have been before.
-        let schema = if self.dry_run { Schema::Current } else { Schema::Migrated };
+        let schema = if self.dry_run {
+            Schema::Current
+        } else {
+            Schema::Migrated
+        };
         let parts = super::start(settings, "replay", schema).await?;
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
-        let mut replayer = Replayer { applier, jetstream: parts.jetstream.clone(), batch: settings.batch };
+        let mut replayer = Replayer {
+            applier,
+            jetstream: parts.jetstream.clone(),
+            batch: settings.batch,
+        };
 
         // Not before: until here a signal ends it at once, and nothing was begun.
         let shutdown = shutdown::token()?;
         if self.dry_run {
-            let asked = replayer.resolve(&self.request(), OffsetDateTime::now_utc()).await.map_err(failure)?;
-            let Some(asked) = asked else { return self.nothing() };
+            let asked = replayer
+                .resolve(&self.request(), OffsetDateTime::now_utc())
+                .await
+                .map_err(failure)?;
+            let Some(asked) = asked else {
+                return self.nothing();
+            };
             replayer.applier.terms = replay::terms(terms(settings), &asked);
             return self.try_out(&replayer, &asked, &shutdown).await;
         }
-        let begun = replayer.begin(&self.request(), OffsetDateTime::now_utc()).await.map_err(failure)?;
-        let Some((replay, again)) = begun else { return self.nothing() };
+        let begun = replayer
+            .begin(&self.request(), OffsetDateTime::now_utc())
+            .await
+            .map_err(failure)?;
+        let Some((replay, again)) = begun else {
+            return self.nothing();
+        };
         replayer.applier.terms = replay::terms(terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
-        let done = again.progress(&parts.jetstream).await.ok().flatten().map_or(0, |progress| progress.ack_floor);
-        let mut progress = Progress::through("replay", done.max(replay.first_sequence - 1), replay.last_sequence);
-        let work = replayer.run(&replay, &again, &shutdown, |sequence| progress.reached(sequence));
+        let done = again
+            .progress(&parts.jetstream)
+            .await
+            .ok()
+            .flatten()
+            .map_or(0, |progress| progress.ack_floor);
+        let mut progress = Progress::through(
+            "replay",
+            done.max(replay.first_sequence - 1),
+            replay.last_sequence,
+        );
+        let work = replayer.run(&replay, &again, &shutdown, |sequence| {
+            progress.reached(sequence)
+        });
         let summary = parts.while_relaying(settings, work).await;
         progress.finish();
         self.report(&summary.map_err(failure)?)
@@ -95,14 +126,34 @@ impl Replay {
     }
 
     fn nothing(&self) -> Result<(), Failure> {
-        self.output.print(&Summary { finished: true, ..Summary::default() }, || {
-            let applied = if self.signals == Signals::None { " that is applied already" } else { "" };
-            print::line(&format!("STRIPE_EVENTS holds no such event{applied}: nothing to replay"));
-        })
+        self.output.print(
+            &Summary {
+                finished: true,
+                ..Summary::default()
+            },
+            || {
+                let applied = if self.signals == Signals::None {
+                    " that is applied already"
+                } else {
+                    ""
+                };
+                print::line(&format!(
+                    "STRIPE_EVENTS holds no such event{applied}: nothing to replay"
+                ));
+            },
+        )
     }
 
     fn report(&self, summary: &Summary) -> Result<(), Failure> {
-        let Summary { first_sequence, last_sequence, events, poisoned, signals, finished, .. } = summary;
+        let Summary {
+            first_sequence,
+            last_sequence,
+            events,
+            poisoned,
+            signals,
+            finished,
+            ..
+        } = summary;
         let span = format!("events {first_sequence} to {last_sequence}");
         if *finished || self.output.json {
             self.output.print(summary, || {
@@ -115,12 +166,25 @@ impl Replay {
             return Ok(());
         }
         let waiting = "rows it changed are signalled when it reaches its end";
-        Err(Failure::new(format!("stopped after {events} events: run again, it goes on from there; {waiting}")))
+        Err(Failure::new(format!(
+            "stopped after {events} events: run again, it goes on from there; {waiting}"
+        )))
     }
 
-    async fn try_out(&self, replayer: &Replayer, asked: &Asked, shutdown: &CancellationToken) -> Result<(), Failure> {
-        let mut progress = Progress::through("replay (dry run)", asked.first_sequence - 1, asked.last_sequence);
-        let dry = replayer.dry_run(asked, shutdown, |sequence| progress.reached(sequence)).await;
+    async fn try_out(
+        &self,
+        replayer: &Replayer,
+        asked: &Asked,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Failure> {
+        let mut progress = Progress::through(
+            "replay (dry run)",
+            asked.first_sequence - 1,
+            asked.last_sequence,
+        );
+        let dry = replayer
+            .dry_run(asked, shutdown, |sequence| progress.reached(sequence))
+            .await;
         progress.finish();
         let dry = dry?;
         if !dry.finished {
@@ -164,7 +228,11 @@ fn until(text: &str) -> Result<Bound, String> {
     if let Ok(sequence) = text.parse() {
         return Ok(Bound::Sequence(sequence));
     }
-    let time = if text.contains('T') { moment::at(text) } else { moment::ago(text) };
+    let time = if text.contains('T') {
+        moment::at(text)
+    } else {
+        moment::ago(text)
+    };
     time.map(Bound::Time)
 }
 
@@ -175,7 +243,9 @@ fn event_type(text: &str) -> Result<EventType, String> {
 /// What cannot be asked for is a matter of the command line.
 fn failure(error: ReplayError) -> Failure {
     match error {
-        ReplayError::NoSuchSequence { .. } | ReplayError::Backwards { .. } => Failure::configuration(error),
+        ReplayError::NoSuchSequence { .. } | ReplayError::Backwards { .. } => {
+            Failure::configuration(error)
+        }
         error => error.into(),
     }
 }

@@ -38,23 +38,37 @@ impl Resend {
         let Put { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.output.json {
-            print::line(&json!({ "sent": sent, "outbox": waiting, "left_to_replay": left }).to_string());
+            print::line(
+                &json!({ "sent": sent, "outbox": waiting, "left_to_replay": left }).to_string(),
+            );
         } else if waiting > 0 {
-            print::line(&format!("{sent} rows signalled again; {waiting} signals still wait in the outbox"));
+            print::line(&format!(
+                "{sent} rows signalled again; {waiting} signals still wait in the outbox"
+            ));
         } else {
             print::line(&format!("{sent} rows signalled again"));
         }
         if left > 0 {
-            tracing::warn!("{left} rows are left to the end of the replay: if it was cut off, run it again");
+            tracing::warn!(
+                "{left} rows are left to the end of the replay: if it was cut off, run it again"
+            );
         }
         Ok(())
     }
 
     async fn send(&self, store: &Store) -> Result<Put, Failure> {
         if !self.rows.all {
-            let known = store::subscription::existing(store.connection(), &self.rows.subscription).await?;
-            if let Some(unknown) = self.rows.subscription.iter().find(|id| !known.contains(*id)) {
-                return Err(Failure::new(format!("there is no row {unknown}; nothing was sent")));
+            let known =
+                store::subscription::existing(store.connection(), &self.rows.subscription).await?;
+            if let Some(unknown) = self
+                .rows
+                .subscription
+                .iter()
+                .find(|id| !known.contains(*id))
+            {
+                return Err(Failure::new(format!(
+                    "there is no row {unknown}; nothing was sent"
+                )));
             }
             return Ok(resend::some(store, self.rows.subscription.clone()).await?);
         }
@@ -64,11 +78,15 @@ impl Resend {
         let mut put = Put::default();
         let mut after = String::new();
         loop {
-            let ids = store::subscription::keys_after(store.connection(), &after, resend::AT_ONCE).await?;
+            let ids = store::subscription::keys_after(store.connection(), &after, resend::AT_ONCE)
+                .await?;
             let Some(last) = ids.last() else { break };
             resend::room(store, &shutdown).await?;
             if shutdown.is_cancelled() {
-                return Err(Failure::new(format!("stopped after {} rows, the last one {after}", put.sent)));
+                return Err(Failure::new(format!(
+                    "stopped after {} rows, the last one {after}",
+                    put.sent
+                )));
             }
             after.clone_from(last);
             let some = ids.len() as u64;

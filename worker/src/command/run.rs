@@ -40,14 +40,23 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let started = OffsetDateTime::now_utc();
-    let supervisor = Supervisor { shutdown: shutdown::token()?, panicked: CancellationToken::new() };
+    let supervisor = Supervisor {
+        shutdown: shutdown::token()?,
+        panicked: CancellationToken::new(),
+    };
     metrics::install();
     let listener = health::listen(settings.listen).await?;
-    let nats = connect::connect(&settings.nats, "litestripe-worker").await.map_err(Failure::configuration)?;
+    let nats = connect::connect(&settings.nats, "litestripe-worker")
+        .await
+        .map_err(Failure::configuration)?;
     let readiness = Arc::new(Readiness::default());
     // Not waited for: it answers until the process ends.
     let unwaited = TaskTracker::new();
-    supervisor.spawn(&unwaited, "health", health::serve(listener, nats.clone(), Arc::clone(&readiness)));
+    supervisor.spawn(
+        &unwaited,
+        "health",
+        health::serve(listener, nats.clone(), Arc::clone(&readiness)),
+    );
 
     let prepared = tokio::select! {
         prepared = prepare(&settings, &readiness, nats) => prepared,
@@ -57,20 +66,35 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let worker = Worker::spawn(&settings, &parts, &supervisor, started)?;
     let care = broker::tend_streams(settings.clone(), parts.jetstream.clone());
     supervisor.spawn(&unwaited, "the care of streams", care);
-    worker.consume(&settings, &parts, &readiness, &supervisor.shutdown).await;
-    if tokio::time::timeout(STOP_MAX, worker.stop(&parts)).await.is_err() {
-        warn!("gave up after {} s: what is unfinished will be delivered again", STOP_MAX.as_secs());
+    worker
+        .consume(&settings, &parts, &readiness, &supervisor.shutdown)
+        .await;
+    if tokio::time::timeout(STOP_MAX, worker.stop(&parts))
+        .await
+        .is_err()
+    {
+        warn!(
+            "gave up after {} s: what is unfinished will be delivered again",
+            STOP_MAX.as_secs()
+        );
     }
     info!("stopped");
     supervisor.outcome()
 }
 
 /// Waits for database and broker, and sees that schema and streams are there.
-async fn prepare(settings: &Settings, readiness: &Readiness, nats: async_nats::Client) -> Result<Parts, Failure> {
+async fn prepare(
+    settings: &Settings,
+    readiness: &Readiness,
+    nats: async_nats::Client,
+) -> Result<Parts, Failure> {
     let store = database::open(&settings.database, Schema::Migrated).await?;
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
-    Ok(wait::until_ok(JETSTREAM, async || Parts::read(store.clone(), nats.clone()).await).await)
+    Ok(wait::until_ok(JETSTREAM, async || {
+        Parts::read(store.clone(), nats.clone()).await
+    })
+    .await)
 }
 
 /// Watches the parts without which the worker does only some of its work.
@@ -82,8 +106,17 @@ struct Supervisor {
 impl Supervisor {
     /// Spawns a part. If it panics, the worker says so, stops as if it was told to, and ends with a
     /// failure.
-    fn spawn(&self, tracker: &TaskTracker, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        let (work, panicked, shutdown) = (tokio::spawn(work), self.panicked.clone(), self.shutdown.clone());
+    fn spawn(
+        &self,
+        tracker: &TaskTracker,
+        name: &'static str,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let (work, panicked, shutdown) = (
+            tokio::spawn(work),
+            self.panicked.clone(),
+            self.shutdown.clone(),
+        );
         tracker.spawn(async move {
             if work.await.is_err_and(|error| error.is_panic()) {
                 error!("{name} panicked, which is a bug: stopping, to be started again");
@@ -126,13 +159,24 @@ impl Worker {
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &wake);
         let stripe = parts.stripe(settings)?;
-        supervisor.spawn(&relaying, "the relay", parts.relay(settings, &wake).run(relay_stop.clone()));
+        supervisor.spawn(
+            &relaying,
+            "the relay",
+            parts.relay(settings, &wake).run(relay_stop.clone()),
+        );
         let shutdown = &supervisor.shutdown;
-        let backfills = stripe.clone().and_then(|stripe| backfills(settings, parts, stripe, started));
+        let backfills = stripe
+            .clone()
+            .and_then(|stripe| backfills(settings, parts, stripe, started));
         if let Some(schedule) = backfills {
             supervisor.spawn(&asking, "the backfill", schedule.run(shutdown.clone()));
         }
-        let Parts { store, jetstream, erasures, .. } = parts.clone();
+        let Parts {
+            store,
+            jetstream,
+            erasures,
+            ..
+        } = parts.clone();
         let questions = Questions {
             store: store.clone(),
             jetstream: jetstream.clone(),
@@ -151,11 +195,23 @@ impl Worker {
         supervisor.spawn(&asking, "the sender of owed signals", owed);
         let retention = retention::run(store, jetstream, shutdown.clone());
         supervisor.spawn(&asking, "the retention", retention);
-        Ok(Self { applier, dead_letters, asking, relaying, relay_stop })
+        Ok(Self {
+            applier,
+            dead_letters,
+            asking,
+            relaying,
+            relay_stop,
+        })
     }
 
     /// Applies events until `shutdown`, and the batches in flight then.
-    async fn consume(&self, settings: &Settings, parts: &Parts, readiness: &Readiness, shutdown: &CancellationToken) {
+    async fn consume(
+        &self,
+        settings: &Settings,
+        parts: &Parts,
+        readiness: &Readiness,
+        shutdown: &CancellationToken,
+    ) {
         let patience = async {
             shutdown.cancelled().await;
             tokio::time::sleep(FINISH_MAX).await;
@@ -182,9 +238,19 @@ impl Worker {
 }
 
 /// The backfills that this worker takes part in, if it has a key and is not told otherwise.
-fn backfills(settings: &Settings, parts: &Parts, stripe: StripeApi, started: OffsetDateTime) -> Option<Schedule> {
+fn backfills(
+    settings: &Settings,
+    parts: &Parts,
+    stripe: StripeApi,
+    started: OffsetDateTime,
+) -> Option<Schedule> {
     let key = settings.stripe.clone()?;
-    let Parts { store, jetstream, erasures, .. } = parts.clone();
+    let Parts {
+        store,
+        jetstream,
+        erasures,
+        ..
+    } = parts.clone();
     let types = backfill::types(settings);
     Some(Schedule {
         interval: key.backfill_interval?,
@@ -192,7 +258,13 @@ fn backfills(settings: &Settings, parts: &Parts, stripe: StripeApi, started: Off
         record: Record::new(store.clone(), key.is_live()),
         lease: Lease::new(store.clone(), "backfill"),
         store: store.clone(),
-        backfill: Backfill { stripe, jetstream, store, erasures, types },
+        backfill: Backfill {
+            stripe,
+            jetstream,
+            store,
+            erasures,
+            types,
+        },
         stripe: key,
     })
 }

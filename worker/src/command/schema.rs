@@ -42,11 +42,16 @@ impl Schema {
     pub(crate) fn print(self) -> Result<(), Failure> {
         if let Some(folder) = self.write {
             let written = write_all(&folder);
-            return written.map_err(|error| Failure::new(format!("cannot write to {}: {error}", folder.display())));
+            return written.map_err(|error| {
+                Failure::new(format!("cannot write to {}: {error}", folder.display()))
+            });
         }
         let document = match self.document {
             Some(document) => document.content(),
-            None => Document::value_variants().iter().map(|document| (document.name(), document.content())).collect(),
+            None => Document::value_variants()
+                .iter()
+                .map(|document| (document.name(), document.content()))
+                .collect(),
         };
         print::line(&pretty(&document));
         Ok(())
@@ -56,14 +61,20 @@ impl Schema {
 fn write_all(folder: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     for document in Document::value_variants() {
-        std::fs::write(folder.join(document.file_name()), pretty(&document.content()) + "\n")?;
+        std::fs::write(
+            folder.join(document.file_name()),
+            pretty(&document.content()) + "\n",
+        )?;
     }
     Ok(())
 }
 
 impl Document {
     fn name(self) -> String {
-        self.to_possible_value().expect("no document is hidden").get_name().to_owned()
+        self.to_possible_value()
+            .expect("no document is hidden")
+            .get_name()
+            .to_owned()
     }
 
     fn file_name(self) -> String {
@@ -75,20 +86,30 @@ impl Document {
 
     fn content(self) -> Value {
         match self {
-            Self::SubscriptionChanged => {
-                signal_schema::<SubscriptionChanged>(self, "A subscription's row changed, and this is what it is now.")
+            Self::SubscriptionChanged => signal_schema::<SubscriptionChanged>(
+                self,
+                "A subscription's row changed, and this is what it is now.",
+            ),
+            Self::OrphanCreated => {
+                signal_schema::<Orphan>(self, "A payment belongs to no known user.")
             }
-            Self::OrphanCreated => signal_schema::<Orphan>(self, "A payment belongs to no known user."),
-            Self::OrphanResolved => signal_schema::<Orphan>(self, "The user of an orphaned payment was found."),
+            Self::OrphanResolved => {
+                signal_schema::<Orphan>(self, "The user of an orphaned payment was found.")
+            }
             Self::Asyncapi => asyncapi(),
         }
     }
 }
 
 fn signal_schema<T: JsonSchema>(document: Document, description: &str) -> Value {
-    let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
+    let generator = SchemaSettings::draft2020_12()
+        .for_serialize()
+        .into_generator();
     let mut schema = generator.into_root_schema_for::<T>();
-    schema.insert("$id".to_owned(), json!(format!("urn:litestripe:v1:{}", document.name())));
+    schema.insert(
+        "$id".to_owned(),
+        json!(format!("urn:litestripe:v1:{}", document.name())),
+    );
     schema.insert("title".to_owned(), json!(document.name()));
     schema.insert("description".to_owned(), json!(description));
     schema.into()
@@ -96,12 +117,19 @@ fn signal_schema<T: JsonSchema>(document: Document, description: &str) -> Value 
 
 /// AsyncAPI: "Specification 3.0.0". It holds the schemas itself, so that it can be read by itself.
 fn asyncapi() -> Value {
-    let settings = SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = SCHEMAS.into());
+    let settings =
+        SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = SCHEMAS.into());
     let mut generator = settings.for_serialize().into_generator();
     let signals = [
-        (subject::SUBSCRIPTION_CHANGED, generator.subschema_for::<SubscriptionChanged>()),
+        (
+            subject::SUBSCRIPTION_CHANGED,
+            generator.subschema_for::<SubscriptionChanged>(),
+        ),
         (subject::ORPHAN_CREATED, generator.subschema_for::<Orphan>()),
-        (subject::ORPHAN_RESOLVED, generator.subschema_for::<Orphan>()),
+        (
+            subject::ORPHAN_RESOLVED,
+            generator.subschema_for::<Orphan>(),
+        ),
     ];
     let mut channels = serde_json::Map::new();
     let mut operations = serde_json::Map::new();
@@ -113,7 +141,10 @@ fn asyncapi() -> Value {
             "headers": headers(name),
             "payload": schema,
         });
-        channels.insert(key.clone(), json!({ "address": name, "messages": { "signal": message } }));
+        channels.insert(
+            key.clone(),
+            json!({ "address": name, "messages": { "signal": message } }),
+        );
         let operation = json!({
             "action": "send",
             "channel": { "$ref": format!("#/channels/{key}") },

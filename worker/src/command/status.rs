@@ -84,7 +84,10 @@ impl Report {
     async fn read_database(&mut self, store: &Store) -> Result<(), Failure> {
         let steps = store.migrations().await?;
         self.schema_current = steps.iter().all(|step| step.applied);
-        self.schema_version = steps.into_iter().rfind(|step| step.applied).map(|step| step.name);
+        self.schema_version = steps
+            .into_iter()
+            .rfind(|step| step.applied)
+            .map(|step| step.name);
         // Before the first migration there are no tables to count.
         if !self.schema_current {
             return Ok(());
@@ -110,8 +113,15 @@ async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Str
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
-            _ => Err(Failure::new(format!("cannot ask JetStream about {name}: {}", exit::chain(&error)))),
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Ok(None)
+            }
+            _ => Err(Failure::new(format!(
+                "cannot ask JetStream about {name}: {}",
+                exit::chain(&error)
+            ))),
         },
     }
 }
@@ -120,9 +130,10 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
     match events.consumer_info(WORKER_CONSUMER).await {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
-        Err(error) => {
-            Err(Failure::new(format!("cannot ask JetStream about {WORKER_CONSUMER}: {}", exit::chain(&error))))
-        }
+        Err(error) => Err(Failure::new(format!(
+            "cannot ask JetStream about {WORKER_CONSUMER}: {}",
+            exit::chain(&error)
+        ))),
     }
 }
 
@@ -149,11 +160,22 @@ fn print(report: &Value) {
     let mut rows: Vec<_> = rows.map(row).into();
     let schema = report["schema_version"].as_str().unwrap_or("none");
     let current = report["schema_current"] == true;
-    let current = if current { "current" } else { "behind: run `litestripe-worker migrate up`" };
+    let current = if current {
+        "current"
+    } else {
+        "behind: run `litestripe-worker migrate up`"
+    };
     rows.push(["schema", schema, current].map(str::to_owned));
     if let replay @ Value::Object(_) = &report["replay"] {
-        let state = if replay["running"] == true { "running" } else { "cut off: run it again" };
-        let span = format!("events {} to {}, {state}", replay["first_sequence"], replay["last_sequence"]);
+        let state = if replay["running"] == true {
+            "running"
+        } else {
+            "cut off: run it again"
+        };
+        let span = format!(
+            "events {} to {}, {state}",
+            replay["first_sequence"], replay["last_sequence"]
+        );
         rows.push(["replay".to_owned(), String::new(), span]);
     }
     print::table(["what", "value", ""], rows);

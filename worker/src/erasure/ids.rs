@@ -35,11 +35,21 @@ impl Ids {
     /// nobody's is, if it names one of the ids as a whole text anywhere.
     pub fn own(&mut self, body: &[u8]) -> bool {
         // Stripe writes ids without escapes, and so do we.
-        if !self.0.iter().any(|id| memmem::find(body, id.as_bytes()).is_some()) {
+        if !self
+            .0
+            .iter()
+            .any(|id| memmem::find(body, id.as_bytes()).is_some())
+        {
             return false;
         }
-        let Some(whose) = Whose::read(body) else { return self.occur_in(body) };
-        let is_own = whose.customer.iter().chain(&whose.payments).any(|id| self.0.contains(id));
+        let Some(whose) = Whose::read(body) else {
+            return self.occur_in(body);
+        };
+        let is_own = whose
+            .customer
+            .iter()
+            .chain(&whose.payments)
+            .any(|id| self.0.contains(id));
         if is_own {
             self.add(whose.customer.into_iter().chain(whose.payments));
             return true;
@@ -49,7 +59,9 @@ impl Ids {
 
     /// Whether one of the ids stands in `body`, which is no JSON, and not as a part of a longer one.
     fn occur_in(&self, body: &[u8]) -> bool {
-        let is_part = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_');
+        let is_part = |byte: Option<&u8>| {
+            byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_')
+        };
         self.0.iter().any(|id| {
             memmem::find_iter(body, id.as_bytes()).any(|start| {
                 let before = start.checked_sub(1).and_then(|at| body.get(at));
@@ -91,7 +103,10 @@ mod tests {
     fn what_is_another_customers_is_not_taken_for_naming_the_person() {
         let mut person = ids(&["cus_1"]);
         assert!(!person.own(session(json!("cus_2"), "cus_1").as_bytes()));
-        assert!(person.own(session(json!(null), "cus_1").as_bytes()), "nobody else's, and it names them");
+        assert!(
+            person.own(session(json!(null), "cus_1").as_bytes()),
+            "nobody else's, and it names them"
+        );
         assert!(!person.own(session(json!("cus_12"), "user").as_bytes()));
         assert_eq!(person, ids(&["cus_1"]));
     }

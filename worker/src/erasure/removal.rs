@@ -12,7 +12,9 @@ use async_nats::jetstream;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType};
 use litestripe_contract::signal::{EventReference, OutOfRange, Timestamp};
-use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
+use litestripe_contract::subject::{
+    DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER,
+};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -79,17 +81,23 @@ pub struct Receipt {
 /// Why a person was not erased, or not wholly.
 #[derive(Debug, thiserror::Error)]
 pub enum EraseError {
-    #[error("there is no orphan {0}: `litestripe-worker orphans list --all` shows all; nothing was changed")]
+    #[error(
+        "there is no orphan {0}: `litestripe-worker orphans list --all` shows all; nothing was changed"
+    )]
     UnknownOrphan(String),
     #[error(
         "event {0} in STRIPE_EVENTS is of this customer and no worker has applied it yet; nothing was changed. Let a worker run (`litestripe-worker run`) and try again; `--force` removes it all the same, and what it says is lost"
     )]
     Unapplied(u64),
-    #[error("event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again")]
+    #[error(
+        "event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again"
+    )]
     CameMeanwhile(u64),
     #[error("ever more ids belong to this customer; nothing was changed")]
     TooManyIds,
-    #[error("signals of this customer wait in the outbox; all else is erased: run it again when they are sent")]
+    #[error(
+        "signals of this customer wait in the outbox; all else is erased: run it again when they are sent"
+    )]
     SignalsWait,
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -133,7 +141,8 @@ impl Erasure<'_> {
         }
 
         let events = scan::remove(self.jetstream, EVENTS_STREAM, found.events).await?;
-        let dead_letters = scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
+        let dead_letters =
+            scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
         let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
         let (subscriptions, stay_from) = self.strip_rows(&ids, &event(recorded_at)).await?;
         let signals = self.remove_signals(&ids, &stay_from).await?;
@@ -164,7 +173,11 @@ impl Erasure<'_> {
             Target::Orphan(id) => {
                 let orphan = store::orphan::find(self.store.connection(), id).await?;
                 let orphan = orphan.ok_or_else(|| EraseError::UnknownOrphan(id.clone()))?;
-                let others = [orphan.checkout_session_id, orphan.stripe_subscription_id, orphan.stripe_customer_id];
+                let others = [
+                    orphan.checkout_session_id,
+                    orphan.stripe_subscription_id,
+                    orphan.stripe_customer_id,
+                ];
                 ids.add(others.into_iter().flatten().chain([orphan.id]))
             }
         };
@@ -178,7 +191,8 @@ impl Erasure<'_> {
             self.learn_from_rows(ids).await?;
             let mut found = Found::default();
             found.last = self.read(EVENTS_STREAM, 1, ids, &mut found.events).await?;
-            self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters).await?;
+            self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters)
+                .await?;
             if *ids == before {
                 return Ok(found);
             }
@@ -190,12 +204,18 @@ impl Erasure<'_> {
     async fn find_more(&self, ids: &mut Ids, found: &mut Found) -> Result<bool, EraseError> {
         let before = (ids.clone(), found.events.len(), found.dead_letters.len());
         self.learn_from_rows(ids).await?;
-        found.last = self.read(EVENTS_STREAM, found.last + 1, ids, &mut found.events).await?;
-        self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters).await?;
+        found.last = self
+            .read(EVENTS_STREAM, found.last + 1, ids, &mut found.events)
+            .await?;
+        self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters)
+            .await?;
         if *ids != before.0 {
             *found = self.find(ids).await?;
         }
-        Ok((&*ids, found.events.len(), found.dead_letters.len()) != (&before.0, before.1, before.2))
+        Ok(
+            (&*ids, found.events.len(), found.dead_letters.len())
+                != (&before.0, before.1, before.2),
+        )
     }
 
     async fn learn_from_rows(&self, ids: &mut Ids) -> Result<(), EraseError> {
@@ -240,19 +260,29 @@ impl Erasure<'_> {
 
     /// The event up to which all are applied. None where no worker ever ran.
     async fn applied_up_to(&self) -> Result<Option<u64>, EraseError> {
-        let Some(stream) = scan::find(self.jetstream, EVENTS_STREAM).await? else { return Ok(None) };
+        let Some(stream) = scan::find(self.jetstream, EVENTS_STREAM).await? else {
+            return Ok(None);
+        };
         let consumer = match stream.consumer_info(WORKER_CONSUMER).await {
             Ok(consumer) => consumer,
             Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(EraseError::Progress(error)),
         };
         let is_done = consumer.num_pending == 0 && consumer.num_ack_pending == 0;
-        Ok(Some(if is_done { u64::MAX } else { consumer.ack_floor.stream_sequence }))
+        Ok(Some(if is_done {
+            u64::MAX
+        } else {
+            consumer.ack_floor.stream_sequence
+        }))
     }
 
     /// Takes the metadata out of the person's rows, each of which is signalled. Returns how many had some, and
     /// by row the revision from which on its signals stay.
-    async fn strip_rows(&self, ids: &Ids, cause: &EventReference) -> Result<(u64, BTreeMap<String, i64>), EraseError> {
+    async fn strip_rows(
+        &self,
+        ids: &Ids,
+        cause: &EventReference,
+    ) -> Result<(u64, BTreeMap<String, i64>), EraseError> {
         let mut had_metadata = 0;
         let mut stay_from = BTreeMap::new();
         for id in ids.iter() {
@@ -265,7 +295,11 @@ impl Erasure<'_> {
     }
 
     /// Removes the person's signals that are older than those of `strip_rows`. Returns how many.
-    async fn remove_signals(&self, ids: &Ids, stay_from: &BTreeMap<String, i64>) -> Result<u64, EraseError> {
+    async fn remove_signals(
+        &self,
+        ids: &Ids,
+        stay_from: &BTreeMap<String, i64>,
+    ) -> Result<u64, EraseError> {
         self.sent(ids).await?;
         let mut known = ids.clone();
         let mut older = Vec::new();
@@ -303,7 +337,10 @@ struct Revision {
 /// Whether a signal is not below the revision of its row.
 fn stays(body: &[u8], stay_from: &BTreeMap<String, i64>) -> bool {
     let signal: Revision = serde_json::from_slice(body).unwrap_or_default();
-    let of_row = signal.stripe_subscription_id.as_ref().and_then(|id| stay_from.get(id));
+    let of_row = signal
+        .stripe_subscription_id
+        .as_ref()
+        .and_then(|id| stay_from.get(id));
     of_row.is_some_and(|of_row| signal.revision >= Some(*of_row))
 }
 

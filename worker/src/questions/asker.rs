@@ -37,7 +37,11 @@ impl Questions {
     /// Asks until `shutdown`. Kinds of questions do not wait for each other.
     pub async fn run(self, shutdown: CancellationToken) {
         let questions = Arc::new(self);
-        let of_stripe = if questions.stripe.is_some() { ASKED_OF_STRIPE_MAX } else { ASKED_MAX };
+        let of_stripe = if questions.stripe.is_some() {
+            ASKED_OF_STRIPE_MAX
+        } else {
+            ASKED_MAX
+        };
         let kinds = [
             (Kind::Lookup, questions.lookup.asks(), ASKED_MAX),
             (Kind::Grace, questions.orphans.without_session, of_stripe),
@@ -64,7 +68,14 @@ impl Questions {
             fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}
             let room = at_a_time - asked.len();
-            let taken = due::take(&self.store, kind, OffsetDateTime::now_utc(), LEASE, room as u64).await;
+            let taken = due::take(
+                &self.store,
+                kind,
+                OffsetDateTime::now_utc(),
+                LEASE,
+                room as u64,
+            )
+            .await;
             let taken = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
                 wait.failed(&error);
                 Vec::new()
@@ -105,17 +116,26 @@ impl Questions {
         };
         let due_at = OffsetDateTime::now_utc() + again;
         if let Err(error) = due::postpone(self.store.connection(), &taken, due_at, attempts).await {
-            debug!("the question comes due by itself after its lease: {}", exit::chain(&error));
+            debug!(
+                "the question comes due by itself after its lease: {}",
+                exit::chain(&error)
+            );
         }
     }
 
     fn complain(&self, question: &Question, error: &str) {
         let (id, kind) = (&question.entity_id, question.kind().as_str());
-        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self
+            .complained
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if last.is_some_and(|last| last.elapsed() < COMPLAIN_EVERY) {
             return debug!(entity_id = id, kind, "no answer yet about {id}: {error}");
         }
         *last = Some(Instant::now());
-        warn!(entity_id = id, kind, "no answer yet about {id}, asking again: {error}");
+        warn!(
+            entity_id = id,
+            kind, "no answer yet about {id}, asking again: {error}"
+        );
     }
 }

@@ -23,17 +23,34 @@ impl Questions {
     pub(super) async fn erase_customer(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let (store, jetstream, erasures) = (&self.store, &self.jetstream, &self.erasures);
-        let erasure = Erasure { store, jetstream, erasures, force: false, seen: &|| {} };
-        match erasure.run(&Target::Customer(question.entity_id.clone())).await {
+        let erasure = Erasure {
+            store,
+            jetstream,
+            erasures,
+            force: false,
+            seen: &|| {},
+        };
+        match erasure
+            .run(&Target::Customer(question.entity_id.clone()))
+            .await
+        {
             Ok(receipt) => {
-                let Receipt { events, subscriptions, orphans, .. } = receipt;
-                info!(entity_id = question.entity_id, events, subscriptions, orphans, "erased {}", question.entity_id);
+                let Receipt {
+                    events,
+                    subscriptions,
+                    orphans,
+                    ..
+                } = receipt;
+                info!(
+                    entity_id = question.entity_id,
+                    events, subscriptions, orphans, "erased {}", question.entity_id
+                );
                 self.forget(taken).await
             }
             // Every try reads the whole stream.
-            Err(EraseError::Unapplied(_) | EraseError::CameMeanwhile(_)) => {
-                Ok(Outcome::Again(delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts)))
-            }
+            Err(EraseError::Unapplied(_) | EraseError::CameMeanwhile(_)) => Ok(Outcome::Again(
+                delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts),
+            )),
             Err(error) => Err(error.into()),
         }
     }
@@ -50,9 +67,15 @@ impl Questions {
                 None => Ok(0),
             };
             if let Ok(erased @ 1..) = erased {
-                info!(erased, "erased {erased} emails of old orphans (LITESTRIPE_ORPHAN_EMAIL_MAX_AGE)");
+                info!(
+                    erased,
+                    "erased {erased} emails of old orphans (LITESTRIPE_ORPHAN_EMAIL_MAX_AGE)"
+                );
             }
-            if pause(if erased.is_ok() { every } else { POLL }, &shutdown).await.is_none() {
+            if pause(if erased.is_ok() { every } else { POLL }, &shutdown)
+                .await
+                .is_none()
+            {
                 return;
             }
         }

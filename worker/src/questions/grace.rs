@@ -26,19 +26,28 @@ impl Questions {
     /// no orphans.
     pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        let Some(stored) = self.unclaimed(question).await? else { return self.forget(taken).await };
+        let Some(stored) = self.unclaimed(question).await? else {
+            return self.forget(taken).await;
+        };
         let row = stored.state.visible();
         if !orphan::may_be_paid(row.subscription.status.as_deref()) {
             // The batch in which it is paid asks again.
             return self.forget(taken).await;
         }
         // A session that is applied from here on conflicts with the row as it was read.
-        let end = orphan::end_of_grace(&row, stored.dt_created.unwrap_or(question.due_at), self.orphans.grace);
+        let end = orphan::end_of_grace(
+            &row,
+            stored.dt_created.unwrap_or(question.due_at),
+            self.orphans.grace,
+        );
         if !progress::has_applied_all_before(&self.jetstream, end).await? {
             return Ok(Outcome::Again(RETRY));
         }
         let mut email = None;
-        let asked = self.stripe.as_ref().filter(|stripe| stripe.sees(question.livemode));
+        let asked = self
+            .stripe
+            .as_ref()
+            .filter(|stripe| stripe.sees(question.livemode));
         if let Some(stripe) = asked
             && !is_erased(&self.erasures, self.store.connection(), question).await?
         {
@@ -59,27 +68,58 @@ impl Questions {
     }
 
     /// Stores the sessions that Stripe lists for the subscription, if any, as events.
-    async fn publish_sessions(&self, stripe: &StripeApi, question: &Question) -> Result<bool, QuestionError> {
+    async fn publish_sessions(
+        &self,
+        stripe: &StripeApi,
+        question: &Question,
+    ) -> Result<bool, QuestionError> {
         let account = question.stripe_account_id.as_deref();
-        let answer = stripe.checkout_sessions_of(&question.entity_id, account).await?;
-        let page = api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
+        let answer = stripe
+            .checkout_sessions_of(&question.entity_id, account)
+            .await?;
+        let page = api::page(&answer.body)
+            .ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
         for session in &page.objects {
-            let scope = Scope { livemode: session.livemode, account };
-            own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, answer.as_of()?, scope).await?;
+            let scope = Scope {
+                livemode: session.livemode,
+                account,
+            };
+            own_event::publish_snapshot(
+                &self.jetstream,
+                &session.id,
+                &session.raw,
+                answer.as_of()?,
+                scope,
+            )
+            .await?;
         }
         Ok(!page.objects.is_empty())
     }
 
-    async fn note_unclaimed(&self, taken: &Taken, stored: Stored, email: Option<Email>) -> Result<Outcome, StoreError> {
+    async fn note_unclaimed(
+        &self,
+        taken: &Taken,
+        stored: Stored,
+        email: Option<Email>,
+    ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
         let noted = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
-            if !rewrite(&tx, &question.entity_id, stored, now).await? || !due::settle(&tx, &taken).await? {
+            if !rewrite(&tx, &question.entity_id, stored, now).await?
+                || !due::settle(&tx, &taken).await?
+            {
                 return Ok(Outcome::Crossed);
             }
-            insert_orphan(&tx, question, OrphanReason::NoCheckoutSession, email.filter(|_| !is_erased), now).await?;
+            insert_orphan(
+                &tx,
+                question,
+                OrphanReason::NoCheckoutSession,
+                email.filter(|_| !is_erased),
+                now,
+            )
+            .await?;
             commit(tx, &relay).await?;
             Ok(Outcome::Answered)
         };
@@ -87,9 +127,20 @@ impl Questions {
     }
 }
 
-async fn email_of_customer(stripe: &StripeApi, question: &Question) -> Result<Option<Email>, QuestionError> {
-    let Asked::Grace { stripe_customer_id: Some(customer) } = &question.asked else { return Ok(None) };
-    match stripe.customer(customer, question.stripe_account_id.as_deref()).await {
+async fn email_of_customer(
+    stripe: &StripeApi,
+    question: &Question,
+) -> Result<Option<Email>, QuestionError> {
+    let Asked::Grace {
+        stripe_customer_id: Some(customer),
+    } = &question.asked
+    else {
+        return Ok(None);
+    };
+    match stripe
+        .customer(customer, question.stripe_account_id.as_deref())
+        .await
+    {
         Ok(answer) => Ok(api::customer_email(&answer.body)),
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error.into()),

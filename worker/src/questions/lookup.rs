@@ -22,7 +22,11 @@ pub enum Lookup {
     /// Nobody is asked: every client reference id is a user's.
     None,
     /// A query with one parameter. It knows the id when it returns a row.
-    Sql { database: DatabaseSettings, store: OnceCell<Store>, query: String },
+    Sql {
+        database: DatabaseSettings,
+        store: OnceCell<Store>,
+        query: String,
+    },
     /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known": false}`.
     Nats { client: Client, subject: String },
 }
@@ -33,7 +37,10 @@ pub enum LookupError {
     #[error("the user lookup's query failed")]
     Sql(#[source] StoreError),
     #[error("the application does not answer on {subject}")]
-    Nats { subject: String, source: async_nats::RequestError },
+    Nats {
+        subject: String,
+        source: async_nats::RequestError,
+    },
     #[error("the answer on {subject} is not {{\"known\": true}} or {{\"known\": false}}")]
     Answer { subject: String },
 }
@@ -48,10 +55,15 @@ impl Lookup {
     pub fn new(settings: &LookupSettings, client: &Client) -> Self {
         match settings {
             LookupSettings::None => Self::None,
-            LookupSettings::Sql { query, database } => {
-                Self::Sql { database: database.clone(), store: OnceCell::new(), query: query.clone() }
-            }
-            LookupSettings::Nats { subject } => Self::Nats { client: client.clone(), subject: subject.clone() },
+            LookupSettings::Sql { query, database } => Self::Sql {
+                database: database.clone(),
+                store: OnceCell::new(),
+                query: query.clone(),
+            },
+            LookupSettings::Nats { subject } => Self::Nats {
+                client: client.clone(),
+                subject: subject.clone(),
+            },
         }
     }
 
@@ -64,18 +76,39 @@ impl Lookup {
     pub async fn knows(&self, client_reference_id: &str) -> Result<bool, LookupError> {
         match self {
             Self::None => Ok(true),
-            Self::Sql { database, store, query } => {
-                let store = store.get_or_try_init(|| Store::open_to_read(database)).await.map_err(LookupError::Sql)?;
+            Self::Sql {
+                database,
+                store,
+                query,
+            } => {
+                let store = store
+                    .get_or_try_init(|| Store::open_to_read(database))
+                    .await
+                    .map_err(LookupError::Sql)?;
                 ask_database(store.connection(), query, client_reference_id).await
             }
-            Self::Nats { client, subject } => ask_application(client, subject, client_reference_id).await,
+            Self::Nats { client, subject } => {
+                ask_application(client, subject, client_reference_id).await
+            }
         }
     }
 }
 
-async fn ask_database(db: &DatabaseConnection, query: &str, client_reference_id: &str) -> Result<bool, LookupError> {
-    let statement = Statement::from_sql_and_values(db.get_database_backend(), query, [client_reference_id.into()]);
-    match db.query_one_raw(statement).await.map_err(StoreError::doing("look a user up")) {
+async fn ask_database(
+    db: &DatabaseConnection,
+    query: &str,
+    client_reference_id: &str,
+) -> Result<bool, LookupError> {
+    let statement = Statement::from_sql_and_values(
+        db.get_database_backend(),
+        query,
+        [client_reference_id.into()],
+    );
+    match db
+        .query_one_raw(statement)
+        .await
+        .map_err(StoreError::doing("look a user up"))
+    {
         Ok(row) => Ok(row.is_some()),
         // A text that is not even of the type of the users' ids is no user's.
         Err(error) if error.is_unreadable_value() => Ok(false),
@@ -83,11 +116,23 @@ async fn ask_database(db: &DatabaseConnection, query: &str, client_reference_id:
     }
 }
 
-async fn ask_application(client: &Client, subject: &str, client_reference_id: &str) -> Result<bool, LookupError> {
-    let request =
-        async_nats::Request::new().payload(client_reference_id.as_bytes().to_vec().into()).timeout(Some(ANSWER_MAX));
+async fn ask_application(
+    client: &Client,
+    subject: &str,
+    client_reference_id: &str,
+) -> Result<bool, LookupError> {
+    let request = async_nats::Request::new()
+        .payload(client_reference_id.as_bytes().to_vec().into())
+        .timeout(Some(ANSWER_MAX));
     let reply = client.send_request(subject.to_owned(), request).await;
-    let reply = reply.map_err(|source| LookupError::Nats { subject: subject.to_owned(), source })?;
+    let reply = reply.map_err(|source| LookupError::Nats {
+        subject: subject.to_owned(),
+        source,
+    })?;
     let answer: Result<Answer, _> = serde_json::from_slice(&reply.payload);
-    answer.map(|answer| answer.known).map_err(|_| LookupError::Answer { subject: subject.to_owned() })
+    answer
+        .map(|answer| answer.known)
+        .map_err(|_| LookupError::Answer {
+            subject: subject.to_owned(),
+        })
 }

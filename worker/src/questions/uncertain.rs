@@ -14,16 +14,28 @@ impl Questions {
     /// Fetches an uncertain subscription and stores it as an event, which merges like any other.
     pub(super) async fn fetch(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        let Some(stripe) = self.stripe.as_ref().filter(|stripe| stripe.sees(question.livemode)) else {
+        let Some(stripe) = self
+            .stripe
+            .as_ref()
+            .filter(|stripe| stripe.sees(question.livemode))
+        else {
             return Ok(Outcome::Again(UNKNOWN_MAX));
         };
-        let row = self.row(&question.entity_id).await?.map(|stored| stored.state.visible());
-        let Some(row) = row.filter(|row| row.subscription.uncertain) else { return self.forget(taken).await };
+        let row = self
+            .row(&question.entity_id)
+            .await?
+            .map(|stored| stored.state.visible());
+        let Some(row) = row.filter(|row| row.subscription.uncertain) else {
+            return self.forget(taken).await;
+        };
         let account = question.stripe_account_id.as_deref();
         let answer = match stripe.subscription(&question.entity_id, account).await {
             Ok(answer) => answer,
             Err(error) if error.is_not_found() => {
-                warn!(entity_id = question.entity_id, "{} stays uncertain: {error}", question.entity_id);
+                warn!(
+                    entity_id = question.entity_id,
+                    "{} stays uncertain: {error}", question.entity_id
+                );
                 return self.forget(taken).await;
             }
             Err(error) => return Err(error.into()),
@@ -33,9 +45,20 @@ impl Questions {
             // Our clock is ahead of Stripe's: the answer may not have the last second's events.
             return Ok(Outcome::Again(Duration::from_secs(behind + 1)));
         }
-        let object = api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;
-        let scope = Scope { livemode: question.livemode, account };
-        own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, answer.as_of()?, scope).await?;
+        let object =
+            api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;
+        let scope = Scope {
+            livemode: question.livemode,
+            account,
+        };
+        own_event::publish_snapshot(
+            &self.jetstream,
+            &object.id,
+            &object.raw,
+            answer.as_of()?,
+            scope,
+        )
+        .await?;
         self.forget(taken).await
     }
 }

@@ -13,7 +13,9 @@ use litestripe_domain::signal;
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use time::OffsetDateTime;
 
-use super::{Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, is_erased, rewrite};
+use super::{
+    Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, is_erased, rewrite,
+};
 use crate::error::StoreError;
 use crate::store;
 use crate::store::due::{self, Taken};
@@ -37,12 +39,19 @@ impl Questions {
         let question = &taken.question;
         // The row may have another client reference id by now.
         let stored = stored(self.store.connection(), question).await?;
-        let Some(user) = reference(question, stored.as_ref()) else { return self.forget(taken).await };
+        let Some(user) = reference(question, stored.as_ref()) else {
+            return self.forget(taken).await;
+        };
         if self.lookup.knows(&user).await? {
             return Ok(self.note_known(taken, user).await?);
         }
-        let is_wanted = is_paid(question) && !is_erased(&self.erasures, self.store.connection(), question).await?;
-        let email = if is_wanted { self.email_of_session(question).await? } else { None };
+        let is_wanted = is_paid(question)
+            && !is_erased(&self.erasures, self.store.connection(), question).await?;
+        let email = if is_wanted {
+            self.email_of_session(question).await?
+        } else {
+            None
+        };
         Ok(self.note_unknown(taken, user, email).await?)
     }
 
@@ -53,7 +62,8 @@ impl Questions {
             if !holds_row(&tx, question, &user, now).await? || !due::settle(&tx, &taken).await? {
                 return Ok(Outcome::Crossed);
             }
-            let resolved = store::orphan::resolve(&tx, &question.entity_id, &user, None, now).await?;
+            let resolved =
+                store::orphan::resolve(&tx, &question.entity_id, &user, None, now).await?;
             let resolved = resolved.as_ref().and_then(store::orphan::known);
             let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
             store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
@@ -64,7 +74,12 @@ impl Questions {
     }
 
     /// Notes a paid session's user as unknown, and asks again for as long as that is open.
-    async fn note_unknown(&self, taken: &Taken, user: String, email: Option<Email>) -> Result<Outcome, StoreError> {
+    async fn note_unknown(
+        &self,
+        taken: &Taken,
+        user: String,
+        email: Option<Email>,
+    ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
         let noted = async move |tx: DatabaseTransaction| {
@@ -75,7 +90,14 @@ impl Questions {
                 return Ok(Outcome::Crossed);
             }
             if is_paid(question) {
-                insert_orphan(&tx, question, OrphanReason::UnknownClientReferenceId, email, now).await?;
+                insert_orphan(
+                    &tx,
+                    question,
+                    OrphanReason::UnknownClientReferenceId,
+                    email,
+                    now,
+                )
+                .await?;
             }
             let orphan = store::orphan::find(&tx, &question.entity_id).await?;
             let is_open = orphan.is_some_and(|orphan| orphan.resolved_at.is_none());
@@ -84,7 +106,11 @@ impl Questions {
             }
             commit(tx, &relay).await?;
             let again = delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts);
-            Ok(if is_open { Outcome::Again(again) } else { Outcome::Answered })
+            Ok(if is_open {
+                Outcome::Again(again)
+            } else {
+                Outcome::Answered
+            })
         };
         self.store.uncancelled(noted).await
     }
@@ -100,9 +126,11 @@ impl Questions {
         };
         let none = MetadataKeys::Only(Default::default());
         Ok(match event::decode(&message.payload, &none) {
-            Ok(Some(Event { id, body: Body::CheckoutSession(session), .. })) if id == question.event.id => {
-                session.customer_email
-            }
+            Ok(Some(Event {
+                id,
+                body: Body::CheckoutSession(session),
+                ..
+            })) if id == question.event.id => session.customer_email,
             _ => None,
         })
     }
@@ -123,8 +151,13 @@ async fn holds_row(
     Ok(is_same && rewrite(tx, &question.entity_id, stored, now).await?)
 }
 
-async fn stored<C: ConnectionTrait>(db: &C, question: &Question) -> Result<Option<Stored>, StoreError> {
-    let Some(id) = question.payment().stripe_subscription_id else { return Ok(None) };
+async fn stored<C: ConnectionTrait>(
+    db: &C,
+    question: &Question,
+) -> Result<Option<Stored>, StoreError> {
+    let Some(id) = question.payment().stripe_subscription_id else {
+        return Ok(None);
+    };
     Ok(store::subscription::load(db, &[&id]).await?.remove(&id))
 }
 
@@ -132,7 +165,13 @@ async fn stored<C: ConnectionTrait>(db: &C, question: &Question) -> Result<Optio
 fn reference(question: &Question, stored: Option<&Stored>) -> Option<String> {
     match (stored, &question.asked) {
         (Some(stored), _) => stored.state.visible().subscription.client_reference_id,
-        (None, Asked::Lookup { client_reference_id, .. }) => Some(client_reference_id.clone()),
+        (
+            None,
+            Asked::Lookup {
+                client_reference_id,
+                ..
+            },
+        ) => Some(client_reference_id.clone()),
         (None, _) => None,
     }
 }

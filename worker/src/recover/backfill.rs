@@ -60,7 +60,9 @@ pub(crate) struct Backfill {
 
 /// The types of events that workers act upon.
 pub(crate) fn types(settings: &Settings) -> Vec<&'static str> {
-    let deleted = settings.erase_on_customer_deleted.then_some("customer.deleted");
+    let deleted = settings
+        .erase_on_customer_deleted
+        .then_some("customer.deleted");
     HANDLED_TYPES.into_iter().chain(deleted).collect()
 }
 
@@ -98,7 +100,9 @@ pub(crate) enum BackfillError {
     Api(#[from] ApiError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("there is no stream {EVENTS_STREAM}: `litestripe-ingress` and `litestripe-worker run` create it")]
+    #[error(
+        "there is no stream {EVENTS_STREAM}: `litestripe-ingress` and `litestripe-worker run` create it"
+    )]
     NoStream,
     #[error("cannot read which events {EVENTS_STREAM} holds")]
     Read(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -147,7 +151,10 @@ impl Backfill {
 
     async fn list(&self, wanted: Wanted, after: Option<&str>) -> Result<EventPage, ApiError> {
         let since = wanted.since.unix_timestamp();
-        let answer = self.stripe.events(&self.types, since, wanted.undelivered_only, after).await?;
+        let answer = self
+            .stripe
+            .events(&self.types, since, wanted.undelivered_only, after)
+            .await?;
         api::event_page(&answer.body).ok_or_else(|| answer.unusable("it is no list of events"))
     }
 
@@ -157,11 +164,16 @@ impl Backfill {
         present: &Present,
         summary: &mut Summary,
     ) -> Result<(), BackfillError> {
-        let EventPage { events, skipped, .. } = page;
+        let EventPage {
+            events, skipped, ..
+        } = page;
         summary.listed += (events.len() + skipped) as u64;
-        let (wanted, unwanted): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| self.is_wanted(event));
+        let (wanted, unwanted): (Vec<_>, Vec<_>) =
+            events.into_iter().partition(|event| self.is_wanted(event));
         summary.skipped += (skipped + unwanted.len()) as u64;
-        let (there, lacking): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|event| present.holds(&event.id));
+        let (there, lacking): (Vec<_>, Vec<_>) = wanted
+            .into_iter()
+            .partition(|event| present.holds(&event.id));
         summary.already_there += there.len() as u64;
         let publishing = futures_util::stream::iter(lacking).map(|event| self.publish(event));
         let mut outcomes = publishing.buffer_unordered(IN_FLIGHT);
@@ -186,7 +198,10 @@ impl Backfill {
         let is_done = || {
             let deleted = whose::deleted_customer(body);
             let is_covered = |deleted: DeletedCustomer| {
-                self.erasures.covers_object([deleted.stripe_customer_id.as_str()], deleted.event.created.unix())
+                self.erasures.covers_object(
+                    [deleted.stripe_customer_id.as_str()],
+                    deleted.event.created.unix(),
+                )
             };
             deleted.is_some_and(is_covered)
         };
@@ -194,7 +209,11 @@ impl Backfill {
     }
 
     async fn publish(&self, event: ListedEvent) -> Result<Published, BackfillError> {
-        let ListedEvent { id, event_type, raw } = event;
+        let ListedEvent {
+            id,
+            event_type,
+            raw,
+        } = event;
         let body = Bytes::from(Box::<str>::from(raw).into_string());
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, id.as_str());
@@ -202,7 +221,9 @@ impl Backfill {
         let subject = subject::of_event(&event_type);
         let mut attempt = 1;
         loop {
-            let publishing = self.jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone());
+            let publishing =
+                self.jetstream
+                    .publish_with_headers(subject.clone(), headers.clone(), body.clone());
             let acked = publishing.and_then(IntoFuture::into_future).await;
             match acked.map_err(|error| (error.kind(), error)) {
                 // A repetition of ours, after a PubAck that was lost, is no duplicate.
@@ -212,7 +233,9 @@ impl Backfill {
                     warn!(event_id = %id, "{id} is larger than the NATS server's max_payload: it cannot be stored");
                     return Ok(Published::TooLarge);
                 }
-                Err((PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe, _)) if attempt < TRIES_MAX => {
+                Err((PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe, _))
+                    if attempt < TRIES_MAX =>
+                {
                     attempt += 1
                 }
                 Err((_, error)) => return Err(BackfillError::Publish(id, error)),

@@ -40,7 +40,10 @@ pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: Cancellation
         match send(&store, &relay, &shutdown).await {
             Ok(Sent { signals: 0, .. }) => {}
             Ok(Sent { signals, .. }) => info!("sent {signals} signals that a replay had left"),
-            Err(error) => debug!("cannot look for signals that are owed: {}", exit::chain(&error)),
+            Err(error) => debug!(
+                "cannot look for signals that are owed: {}",
+                exit::chain(&error)
+            ),
         }
         if pause(LOOK_EVERY, &shutdown).await.is_none() {
             return;
@@ -50,9 +53,16 @@ pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: Cancellation
 
 /// Sends what is owed, unless a replay is unfinished. Stops between two transactions when `shutdown`
 /// came.
-pub(crate) async fn send(store: &Store, relay: &Notify, shutdown: &CancellationToken) -> Result<Sent, StoreError> {
+pub(crate) async fn send(
+    store: &Store,
+    relay: &Notify,
+    shutdown: &CancellationToken,
+) -> Result<Sent, StoreError> {
     let mut sent = Sent::default();
-    if !store::replay::unfinished(store.connection()).await?.is_empty() {
+    if !store::replay::unfinished(store.connection())
+        .await?
+        .is_empty()
+    {
         return Ok(sent);
     }
     let mut after = String::new();
@@ -65,7 +75,9 @@ pub(crate) async fn send(store: &Store, relay: &Notify, shutdown: &CancellationT
     }
     // Looking first costs no write lock.
     while !shutdown.is_cancelled() && store::orphan::count_owing(store.connection()).await? > 0 {
-        let Some(signals) = store.uncancelled(send_orphans).await? else { break };
+        let Some(signals) = store.uncancelled(send_orphans).await? else {
+            break;
+        };
         sent.signals += signals;
         relay.notify_one();
     }
@@ -96,7 +108,9 @@ async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Resu
 }
 
 async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreError> {
-    store.uncancelled(async move |tx| send_rows(tx, &ids).await).await
+    store
+        .uncancelled(async move |tx| send_rows(tx, &ids).await)
+        .await
 }
 
 /// Sends what the rows `ids` owe, and returns how many signals that are. A row that another process
@@ -104,16 +118,24 @@ async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreErro
 async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, StoreError> {
     let now = OffsetDateTime::now_utc();
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
-    let mut stored: Vec<_> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
+    let mut stored: Vec<_> = store::subscription::load(&tx, &ids)
+        .await?
+        .into_iter()
+        .collect();
     // Not before the rows are read: a replay that starts in between would change them.
     if !store::replay::unfinished(&tx).await?.is_empty() {
         return Ok(0);
     }
     stored.retain(|(_, row)| row.last_sent.is_owed());
     stored.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
-    let owed = stored.into_iter().filter_map(|(id, row)| plan::of_owed(&id, row, now));
+    let owed = stored
+        .into_iter()
+        .filter_map(|(id, row)| plan::of_owed(&id, row, now));
     let (rows, mut signals): (Vec<_>, Vec<_>) = owed.map(|owed| (owed.row, owed.signal)).unzip();
-    let ids: Vec<String> = rows.iter().map(|row| row.stripe_subscription_id.clone()).collect();
+    let ids: Vec<String> = rows
+        .iter()
+        .map(|row| row.stripe_subscription_id.clone())
+        .collect();
     let written = store::subscription::save(&tx, rows, now).await?;
     let mut of_written = ids.iter().map(|id| written.contains(id));
     signals.retain(|_| of_written.next() == Some(true));
@@ -128,17 +150,30 @@ async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError
         return Ok(None);
     }
     let signals = owing.into_iter().filter_map(|(orphan, event)| {
-        let cause = Cause { event, traceparent: None };
-        let tell = if orphan.resolved_at.is_some() { signal::orphan_resolved } else { signal::orphan_created };
+        let cause = Cause {
+            event,
+            traceparent: None,
+        };
+        let tell = if orphan.resolved_at.is_some() {
+            signal::orphan_resolved
+        } else {
+            signal::orphan_created
+        };
         Some(tell(&store::orphan::known(&orphan)?, cause))
     });
     let signals = signals.collect();
     commit(tx, signals, now).await.map(Some)
 }
 
-async fn commit(tx: DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<u64, StoreError> {
+async fn commit(
+    tx: DatabaseTransaction,
+    signals: Vec<NewSignal>,
+    now: OffsetDateTime,
+) -> Result<u64, StoreError> {
     let count = signals.len() as u64;
     store::outbox::insert(&tx, signals, now).await?;
-    tx.commit().await.map_err(StoreError::doing("commit signals that were owed"))?;
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit signals that were owed"))?;
     Ok(count)
 }

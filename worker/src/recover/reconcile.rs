@@ -100,7 +100,12 @@ pub(crate) struct Reconcile<'a> {
 impl<'a> Reconcile<'a> {
     /// A walk that tells `advance` how many more subscriptions are done.
     pub(crate) fn new(sources: Sources<'a>, advance: impl FnMut(u64) + Send + 'a) -> Self {
-        Self { sources, advance: Box::new(advance), report: Report::default(), again: VecDeque::new() }
+        Self {
+            sources,
+            advance: Box::new(advance),
+            report: Report::default(),
+            again: VecDeque::new(),
+        }
     }
 
     /// Walks through Stripe's subscriptions of `status`, one of [`STATUSES`]. The report says what came of it, also where it
@@ -142,12 +147,25 @@ impl<'a> Reconcile<'a> {
         let livemode = self.sources.stripe.sees(true);
         let mut after = String::new();
         loop {
-            let ids = whole::ids(self.sources.store.connection(), livemode, began, &after, IDS).await?;
-            let Some(last) = ids.last() else { return Ok(()) };
+            let ids = whole::ids(
+                self.sources.store.connection(),
+                livemode,
+                began,
+                &after,
+                IDS,
+            )
+            .await?;
+            let Some(last) = ids.last() else {
+                return Ok(());
+            };
             after.clone_from(last);
             for id in ids.iter().filter(|id| !listed.contains(&short_hash(id))) {
                 let is_asked = self.report.count(Problem::UnknownToStripe) < UNKNOWN_ASKED_MAX;
-                match if is_asked { self.sources.subscription(id).await? } else { None } {
+                match if is_asked {
+                    self.sources.subscription(id).await?
+                } else {
+                    None
+                } {
                     Some((object, as_of)) => self.look_at(vec![object], as_of).await?,
                     None => self.report.findings.push(Finding::unknown_to_stripe(id)),
                 }
@@ -156,19 +174,32 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Compares subscriptions with their rows, and repairs what is different, if that is wanted.
-    async fn look_at(&mut self, objects: Vec<api::Object>, as_of: i64) -> Result<(), ReconcileError> {
+    async fn look_at(
+        &mut self,
+        objects: Vec<api::Object>,
+        as_of: i64,
+    ) -> Result<(), ReconcileError> {
         self.report.compared += objects.len() as u64;
         let looks = self.compare(objects, as_of, 1).await?;
         let Some(jetstream) = self.sources.repair else {
-            self.again.extend(looks.into_iter().map(|look| look.finding));
+            self.again
+                .extend(looks.into_iter().map(|look| look.finding));
             return Ok(());
         };
         self.repair(jetstream, looks).await
     }
 
     /// What is different. Each subscription is `step` more that are done.
-    async fn compare(&mut self, objects: Vec<api::Object>, as_of: i64, step: u64) -> Result<Vec<Look>, ReconcileError> {
-        self.sources.erasures.refresh(self.sources.store.connection()).await?;
+    async fn compare(
+        &mut self,
+        objects: Vec<api::Object>,
+        as_of: i64,
+        step: u64,
+    ) -> Result<Vec<Look>, ReconcileError> {
+        self.sources
+            .erasures
+            .refresh(self.sources.store.connection())
+            .await?;
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
         let mut rows = whole::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);
@@ -177,12 +208,20 @@ impl<'a> Reconcile<'a> {
             let row = rows.remove(&object.id);
             sources.compare(object, as_of, row)
         });
-        let looks: Vec<_> = looks.buffered(ASKED_MAX).inspect_ok(|_| advance(step)).try_collect().await?;
+        let looks: Vec<_> = looks
+            .buffered(ASKED_MAX)
+            .inspect_ok(|_| advance(step))
+            .try_collect()
+            .await?;
         Ok(looks.into_iter().flatten().collect())
     }
 
     /// Repairs rows, waits until what was stored is applied, and looks whether that did it.
-    async fn repair(&mut self, jetstream: &jetstream::Context, looks: Vec<Look>) -> Result<(), ReconcileError> {
+    async fn repair(
+        &mut self,
+        jetstream: &jetstream::Context,
+        looks: Vec<Look>,
+    ) -> Result<(), ReconcileError> {
         let repairs = stream::iter(&looks).map(|look| self.sources.repair(jetstream, look));
         let stored: Vec<_> = repairs.buffered(IN_FLIGHT_MAX).try_collect().await?;
         if let Some(last) = stored.into_iter().flatten().max() {
@@ -193,7 +232,10 @@ impl<'a> Reconcile<'a> {
         let rows = whole::find(self.sources.store.connection(), &ids).await?;
         for look in looks {
             if look.is_repaired(rows.get(look.id())) {
-                self.report.findings.push(Finding { repaired: true, ..look.finding });
+                self.report.findings.push(Finding {
+                    repaired: true,
+                    ..look.finding
+                });
             } else {
                 self.again.push_back(look.finding);
             }
@@ -210,14 +252,22 @@ impl<'a> Reconcile<'a> {
         while let Some(first) = self.again.front() {
             let ids = [first.stripe_subscription_id.clone()];
             let is_missing = first.problem == Problem::Missing;
-            if is_missing && subscription::existing(self.sources.store.connection(), &ids).await?.is_empty() {
+            if is_missing
+                && subscription::existing(self.sources.store.connection(), &ids)
+                    .await?
+                    .is_empty()
+            {
                 // No answer of Stripe's would change that.
                 self.report.findings.extend(self.again.pop_front());
                 continue;
             }
             let [id] = &ids;
             let finding = match self.sources.subscription(id).await? {
-                Some((object, as_of)) => self.compare(vec![object], as_of, 0).await?.pop().map(|look| look.finding),
+                Some((object, as_of)) => self
+                    .compare(vec![object], as_of, 0)
+                    .await?
+                    .pop()
+                    .map(|look| look.finding),
                 None => Some(Finding::unknown_to_stripe(id)),
             };
             self.again.pop_front();
@@ -236,7 +286,9 @@ impl<'a> Reconcile<'a> {
             match progress::of_workers(jetstream).await {
                 Ok(Some(progress)) if progress.has_applied(sequence) => return Ok(()),
                 Ok(_) => heard = Instant::now(),
-                Err(error) if heard.elapsed() > SILENCE_MAX => return Err(ReconcileError::Progress(error)),
+                Err(error) if heard.elapsed() > SILENCE_MAX => {
+                    return Err(ReconcileError::Progress(error));
+                }
                 Err(_) => {}
             }
             (self.advance)(0);

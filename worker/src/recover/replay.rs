@@ -87,14 +87,24 @@ impl Replayer {
         let db = self.applier.store.connection();
         let unfinished = store::replay::unfinished(db).await?;
         if let Some(running) = unfinished.iter().find(|other| other.is_running(now)) {
-            return Err(ReplayError::Running { since: running.started });
+            return Err(ReplayError::Running {
+                since: running.started,
+            });
         }
         let asked = self.resolve(request, now).await?;
-        let Some(replay) = unfinished.iter().cloned().chain(asked).reduce(wider) else { return Ok(None) };
-        let replay = Replay { beat: now, ..replay };
+        let Some(replay) = unfinished.iter().cloned().chain(asked).reduce(wider) else {
+            return Ok(None);
+        };
+        let replay = Replay {
+            beat: now,
+            ..replay
+        };
         let again = again(&replay);
         if !matches!(&unfinished[..], [begun] if goes_on(begun, &replay)) {
-            again.remove(&self.jetstream).await.map_err(ReplayError::Broker)?;
+            again
+                .remove(&self.jetstream)
+                .await
+                .map_err(ReplayError::Broker)?;
         }
         store::replay::start(db, &replay).await?;
         Ok(Some((replay, again)))
@@ -111,7 +121,11 @@ impl Replayer {
     ) -> Result<Summary, ReplayError> {
         let store = &self.applier.store;
         let (first_sequence, last_sequence) = (replay.first_sequence, replay.last_sequence);
-        let mut summary = Summary { first_sequence, last_sequence, ..Summary::default() };
+        let mut summary = Summary {
+            first_sequence,
+            last_sequence,
+            ..Summary::default()
+        };
         let stop = CancellationToken::new();
         let heart = tokio::spawn(beat(store.clone(), stop.clone()));
         let applying = self.apply_again(replay, again, shutdown, |applied, sequence| {
@@ -148,34 +162,57 @@ impl Replayer {
         if shutdown.is_cancelled() {
             warn!("stopped before all signals were sent: a running worker sends the others");
         }
-        if sent.unreadable.is_empty() { Ok(()) } else { Err(ReplayError::Unreadable(sent.unreadable)) }
+        if sent.unreadable.is_empty() {
+            Ok(())
+        } else {
+            Err(ReplayError::Unreadable(sent.unreadable))
+        }
     }
 
     async fn remove(&self, again: &Again) {
         if let Err(error) = again.remove(&self.jetstream).await {
-            warn!("the consumer {} stays until it is forgotten: {error}", again.consumer);
+            warn!(
+                "the consumer {} stays until it is forgotten: {error}",
+                again.consumer
+            );
         }
     }
 }
 
 /// Up to which event all open replays have applied all again: what is above may not be purged.
-pub(crate) async fn floor(store: &Store, jetstream: &jetstream::Context) -> Result<u64, ReplayError> {
+pub(crate) async fn floor(
+    store: &Store,
+    jetstream: &jetstream::Context,
+) -> Result<u64, ReplayError> {
     let now = OffsetDateTime::now_utc();
     let mut lowest = u64::MAX;
-    for replay in store::replay::unfinished(store.connection()).await?.iter().filter(|replay| replay.is_open(now)) {
+    for replay in store::replay::unfinished(store.connection())
+        .await?
+        .iter()
+        .filter(|replay| replay.is_open(now))
+    {
         lowest = lowest.min(again(replay).floor(jetstream).await?.1);
     }
     Ok(lowest)
 }
 
 fn again(replay: &Replay) -> Again {
-    let subjects = replay.event_types.iter().map(|name| format!("{}{name}", subject::EVENTS_PREFIX)).collect();
-    Again { consumer: "litestripe-replay".to_owned(), first_sequence: replay.first_sequence, subjects }
+    let subjects = replay
+        .event_types
+        .iter()
+        .map(|name| format!("{}{name}", subject::EVENTS_PREFIX))
+        .collect();
+    Again {
+        consumer: "litestripe-replay".to_owned(),
+        first_sequence: replay.first_sequence,
+        subjects,
+    }
 }
 
 async fn beat(store: Store, stop: CancellationToken) {
     while pause(BEAT_EVERY, &stop).await.is_some() {
-        if let Err(error) = store::replay::beat(store.connection(), OffsetDateTime::now_utc()).await {
+        if let Err(error) = store::replay::beat(store.connection(), OffsetDateTime::now_utc()).await
+        {
             tracing::debug!("{error}");
         }
     }
@@ -187,5 +224,8 @@ pub(crate) fn terms(terms: Terms, replay: &Replay) -> Arc<Terms> {
         Signals::None => Signalling::Never,
         Signals::Changed => Signalling::Later,
     };
-    Arc::new(Terms { signalling, ..terms })
+    Arc::new(Terms {
+        signalling,
+        ..terms
+    })
 }

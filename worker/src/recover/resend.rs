@@ -34,21 +34,32 @@ pub(crate) struct Put {
 
 /// Puts the rows `ids` into the outbox.
 pub(crate) async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
-    store.uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await).await
+    store
+        .uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await)
+        .await
 }
 
 /// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
 pub(crate) async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), StoreError> {
-    while !shutdown.is_cancelled() && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX {
+    while !shutdown.is_cancelled()
+        && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX
+    {
         tokio::time::sleep(LOOK_EVERY).await;
     }
     Ok(())
 }
 
-async fn put(tx: DatabaseTransaction, ids: &[String], now: OffsetDateTime) -> Result<Put, StoreError> {
+async fn put(
+    tx: DatabaseTransaction,
+    ids: &[String],
+    now: OffsetDateTime,
+) -> Result<Put, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     store::subscription::lock(&tx, &ids).await?;
-    let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids).await?.into_iter().collect();
+    let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids)
+        .await?
+        .into_iter()
+        .collect();
     rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let mut signals = Vec::new();
     let mut never_sent = Vec::new();
@@ -59,19 +70,41 @@ async fn put(tx: DatabaseTransaction, ids: &[String], now: OffsetDateTime) -> Re
             continue;
         }
         let visible = stored.state.visible();
-        let Some(event) = signal::standing(&stored.state) else { continue };
+        let Some(event) = signal::standing(&stored.state) else {
+            continue;
+        };
         if stored.revision > 0 {
-            signals.push(plan::of_unchanged(&id, &visible.subscription, stored.revision, event, now));
+            signals.push(plan::of_unchanged(
+                &id,
+                &visible.subscription,
+                stored.revision,
+                event,
+                now,
+            ));
             continue;
         }
         // Of a replay that told nobody: its first revision.
-        let Some(owed) = plan::of_owed(&id, Stored { last_sent: LastSent::Nothing, ..stored }, now) else { continue };
+        let Some(owed) = plan::of_owed(
+            &id,
+            Stored {
+                last_sent: LastSent::Nothing,
+                ..stored
+            },
+            now,
+        ) else {
+            continue;
+        };
         signals.extend(owed.signal);
         never_sent.push(owed.row);
     }
     store::subscription::save(&tx, never_sent, now).await?;
-    let put = Put { sent: signals.len() as u64, left };
+    let put = Put {
+        sent: signals.len() as u64,
+        left,
+    };
     store::outbox::insert(&tx, signals, now).await?;
-    tx.commit().await.map_err(StoreError::doing("commit signals to send again"))?;
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit signals to send again"))?;
     Ok(put)
 }

@@ -2,7 +2,14 @@ use super::{Fill, keep_from};
 
 /// A stream of 100 events of 10 bytes from sequence 1,001 on.
 fn check(bytes_max: u64, applied_until: u64, expected: Option<u64>) {
-    let fill = Fill { bytes: 1000, bytes_max, messages: 100, first_sequence: 1001, last_sequence: 1100, applied_until };
+    let fill = Fill {
+        bytes: 1000,
+        bytes_max,
+        messages: 100,
+        first_sequence: 1001,
+        last_sequence: 1100,
+        applied_until,
+    };
     assert_eq!(keep_from(fill), expected, "{fill:?}");
 }
 
@@ -18,6 +25,13 @@ fn only_what_is_over_the_limit_and_applied_goes() {
 
 #[test]
 fn an_empty_stream_is_left_alone() {
-    let fill = Fill { bytes: 0, bytes_max: 0, messages: 0, first_sequence: 1, last_sequence: 0, applied_until: 0 };
+    let fill = Fill {
+        bytes: 0,
+        bytes_max: 0,
+        messages: 0,
+        first_sequence: 1,
+        last_sequence: 0,
+        applied_until: 0,
+    };
     assert_eq!(keep_from(fill), None);
 }

@@ -4,7 +4,12 @@ use secrecy::ExposeSecret as _;
 use super::{DatabaseKind, Settings, read};
 
 fn check(given: &[(&'static str, &str)]) -> Result<Settings, Problems> {
-    read(given.iter().map(|(name, value)| (*name, (*value).to_owned())).collect::<Given>())
+    read(
+        given
+            .iter()
+            .map(|(name, value)| (*name, (*value).to_owned()))
+            .collect::<Given>(),
+    )
 }
 
 #[test]
@@ -53,7 +58,10 @@ fn a_database_url_that_a_password_breaks_is_refused_without_it() {
     ] {
         for name in ["DATABASE_URL", "LITESTRIPE_USER_DATABASE_URL"] {
             let Problems(problems) = check(&[(name, url)]).map(|_| ()).expect_err(url);
-            assert!(problems.len() == 1 && problems[0].starts_with(name), "{problems:?}");
+            assert!(
+                problems.len() == 1 && problems[0].starts_with(name),
+                "{problems:?}"
+            );
             assert!(!problems[0].contains("hunter2"), "{problems:?}");
         }
     }

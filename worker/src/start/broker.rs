@@ -22,8 +22,12 @@ const TEND_EVERY: Duration = Duration::from_secs(5);
 pub(crate) struct Unreachable(String);
 
 /// Returns once `nats` is connected, or fails after 5 s.
-pub(crate) async fn reach(nats: &async_nats::Client, settings: &Settings) -> Result<(), Unreachable> {
-    let connected = tokio::time::timeout(ANSWER_MAX, connect::connected(nats, &settings.nats)).await;
+pub(crate) async fn reach(
+    nats: &async_nats::Client,
+    settings: &Settings,
+) -> Result<(), Unreachable> {
+    let connected =
+        tokio::time::timeout(ANSWER_MAX, connect::connected(nats, &settings.nats)).await;
     connected.map_err(|_| Unreachable(settings.nats.hosts()))
 }
 
@@ -37,11 +41,22 @@ pub(crate) async fn prepare(nats: &async_nats::Client, settings: &Settings) {
 }
 
 /// Creates the streams that are missing.
-pub(crate) async fn provide(settings: &Settings, jetstream: &jetstream::Context) -> Result<(), stream::ProvisionError> {
+pub(crate) async fn provide(
+    settings: &Settings,
+    jetstream: &jetstream::Context,
+) -> Result<(), stream::ProvisionError> {
     let replicas = settings.events.replicas;
     stream::provide_events(jetstream, &settings.events).await?;
-    stream::provide(jetstream, stream::signals(replicas, settings.signals_max_age)).await?;
-    stream::provide(jetstream, stream::dead_letters(replicas, settings.dead_letters_max_age)).await
+    stream::provide(
+        jetstream,
+        stream::signals(replicas, settings.signals_max_age),
+    )
+    .await?;
+    stream::provide(
+        jetstream,
+        stream::dead_letters(replicas, settings.dead_letters_max_age),
+    )
+    .await
 }
 
 /// Creates streams that somebody deleted, again and again.

@@ -52,14 +52,27 @@ pub(crate) async fn consume(
 }
 
 /// Takes part in consuming while `work` runs: a command must not depend on a worker being up.
-pub(crate) async fn while_consuming<T>(settings: &Settings, parts: &Parts, work: impl Future<Output = T>) -> T {
+pub(crate) async fn while_consuming<T>(
+    settings: &Settings,
+    parts: &Parts,
+    work: impl Future<Output = T>,
+) -> T {
     let stop = CancellationToken::new();
     let dead_letters = DeadLetters::new(parts.jetstream.clone());
     // Whoever relays looks by itself; questions are left to the workers.
     let applier = parts.applier(settings, &dead_letters, &Arc::new(Notify::new()));
     let consuming = tokio::spawn({
         let (settings, jetstream, stop) = (settings.clone(), parts.jetstream.clone(), stop.clone());
-        async move { consume(&settings, &jetstream, &applier, &Readiness::default(), &stop).await }
+        async move {
+            consume(
+                &settings,
+                &jetstream,
+                &applier,
+                &Readiness::default(),
+                &stop,
+            )
+            .await
+        }
     });
     let outcome = work.await;
     stop.cancel();

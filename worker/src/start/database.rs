@@ -38,7 +38,9 @@ pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<
     let mut wait = Wait::new(DATABASE);
     loop {
         match try_open(settings, schema).await {
-            Err(OpenError::Store(error)) if error.may_pass() => tokio::time::sleep(wait.failed(&error)).await,
+            Err(OpenError::Store(error)) if error.may_pass() => {
+                tokio::time::sleep(wait.failed(&error)).await
+            }
             Ok(store) => {
                 wait.succeeded();
                 return Ok(store);
@@ -55,7 +57,9 @@ async fn try_open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, 
         return Ok(store);
     }
     let steps = store.migrations().await?;
-    let Some(behind) = steps.into_iter().find(|step| !step.applied) else { return Ok(store) };
+    let Some(behind) = steps.into_iter().find(|step| !step.applied) else {
+        return Ok(store);
+    };
     if schema == Schema::Current || !settings.auto_migrate {
         return Err(OpenError::SchemaBehind(behind.name));
     }

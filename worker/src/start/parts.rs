@@ -49,7 +49,11 @@ pub(crate) struct Parts {
 impl Parts {
     /// Reaches NATS within 5 s, opens the database and reads the erasures. `name` is what the
     /// connection is called at the server.
-    pub(crate) async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Self, StartError> {
+    pub(crate) async fn start(
+        settings: &Settings,
+        name: &str,
+        schema: Schema,
+    ) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
         Self::read(store, nats).await
@@ -61,10 +65,20 @@ impl Parts {
         let jetstream = connect::jetstream(nats.clone());
         upgrade::take_over(&store, &jetstream).await?;
         let erasures = Erasures::load(&store, jetstream.clone()).await?;
-        Ok(Self { store, nats, jetstream, erasures })
+        Ok(Self {
+            store,
+            nats,
+            jetstream,
+            erasures,
+        })
     }
 
-    pub(crate) fn applier(&self, settings: &Settings, dead_letters: &DeadLetters, relay: &Arc<Notify>) -> Applier {
+    pub(crate) fn applier(
+        &self,
+        settings: &Settings,
+        dead_letters: &DeadLetters,
+        relay: &Arc<Notify>,
+    ) -> Applier {
         Applier {
             store: self.store.clone(),
             metadata_keys: settings.metadata_keys.clone(),
@@ -80,21 +94,39 @@ impl Parts {
 
     /// The relay, which looks at the outbox when `wake` says so.
     pub(crate) fn relay(&self, settings: &Settings, wake: &Arc<Notify>) -> Relay {
-        Relay::new(self.store.clone(), self.jetstream.clone(), settings.nats.clone(), Arc::clone(wake))
+        Relay::new(
+            self.store.clone(),
+            self.jetstream.clone(),
+            settings.nats.clone(),
+            Arc::clone(wake),
+        )
     }
 
     /// A client of Stripe's API within the budget of all workers, if there is a key.
     pub(crate) fn stripe(&self, settings: &Settings) -> Result<Option<StripeApi>, ApiError> {
-        let Some(stripe) = settings.stripe.clone() else { return Ok(None) };
-        let budget = Budget::new(&stripe.budget, self.jetstream.clone(), settings.events.replicas);
+        let Some(stripe) = settings.stripe.clone() else {
+            return Ok(None);
+        };
+        let budget = Budget::new(
+            &stripe.budget,
+            self.jetstream.clone(),
+            settings.events.replicas,
+        );
         StripeApi::new(stripe, Arc::new(budget)).map(Some)
     }
 
     /// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
     /// depend on a worker being up.
-    pub(crate) async fn while_relaying<T>(&self, settings: &Settings, work: impl Future<Output = T>) -> T {
+    pub(crate) async fn while_relaying<T>(
+        &self,
+        settings: &Settings,
+        work: impl Future<Output = T>,
+    ) -> T {
         let stop = CancellationToken::new();
-        let relay = tokio::spawn(self.relay(settings, &Arc::new(Notify::new())).run(stop.clone()));
+        let relay = tokio::spawn(
+            self.relay(settings, &Arc::new(Notify::new()))
+                .run(stop.clone()),
+        );
         let outcome = work.await;
         stop.cancel();
         // What cannot be sent now stays in the outbox, for any worker.
@@ -104,7 +136,10 @@ impl Parts {
 }
 
 /// A connection to NATS, within 5 s.
-pub(crate) async fn connect_within(settings: &Settings, name: &str) -> Result<async_nats::Client, StartError> {
+pub(crate) async fn connect_within(
+    settings: &Settings,
+    name: &str,
+) -> Result<async_nats::Client, StartError> {
     let nats = connect::connect(&settings.nats, name).await?;
     broker::reach(&nats, settings).await?;
     Ok(nats)
@@ -117,5 +152,8 @@ pub(crate) fn terms(settings: &Settings) -> Terms {
         without_session: settings.orphans.without_session,
         grace: settings.orphans.grace,
     };
-    Terms { rules, signalling: Signalling::Now }
+    Terms {
+        rules,
+        signalling: Signalling::Now,
+    }
 }

@@ -8,8 +8,14 @@ use time::OffsetDateTime;
 use crate::error::StoreError;
 
 /// When the last complete backfill of this mode began, if there was one.
-pub async fn last_complete<C: ConnectionTrait>(db: &C, livemode: bool) -> Result<Option<OffsetDateTime>, StoreError> {
-    let row = Entity::find_by_id(livemode).one(db).await.map_err(StoreError::doing("read the last backfill"))?;
+pub async fn last_complete<C: ConnectionTrait>(
+    db: &C,
+    livemode: bool,
+) -> Result<Option<OffsetDateTime>, StoreError> {
+    let row = Entity::find_by_id(livemode)
+        .one(db)
+        .await
+        .map_err(StoreError::doing("read the last backfill"))?;
     Ok(row.and_then(|row| OffsetDateTime::from_unix_timestamp(row.began).ok()))
 }
 
@@ -20,11 +26,20 @@ pub async fn record<C: ConnectionTrait>(
     began: OffsetDateTime,
     last: Option<OffsetDateTime>,
 ) -> Result<(), StoreError> {
-    let model = ActiveModel { livemode: Set(livemode), began: Set(began.unix_timestamp()) };
+    let model = ActiveModel {
+        livemode: Set(livemode),
+        began: Set(began.unix_timestamp()),
+    };
     let as_read = Expr::col((Entity, Column::Began)).eq(last.map(OffsetDateTime::unix_timestamp));
-    let guarded =
-        OnConflict::column(Column::Livemode).update_column(Column::Began).action_and_where(as_read).to_owned();
-    match Entity::insert_many([model]).on_conflict(guarded).exec_without_returning(db).await {
+    let guarded = OnConflict::column(Column::Livemode)
+        .update_column(Column::Began)
+        .action_and_where(as_read)
+        .to_owned();
+    match Entity::insert_many([model])
+        .on_conflict(guarded)
+        .exec_without_returning(db)
+        .await
+    {
         Ok(_) | Err(DbErr::RecordNotInserted) => Ok(()),
         Err(error) => Err(StoreError::doing("record a backfill")(error)),
     }

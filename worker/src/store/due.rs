@@ -13,8 +13,8 @@ use litestripe_domain::question::{Asked, Kind, Question};
 use litestripe_entity::due_check::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _,
+    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
@@ -50,7 +50,9 @@ pub struct Taken {
 /// Puts `questions` in. One that is there already is asked anew.
 pub async fn put(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice; of several, the last one knows most.
-    let by_key = questions.into_iter().map(|question| ((question.entity_id.clone(), question.kind()), question));
+    let by_key = questions
+        .into_iter()
+        .map(|question| ((question.entity_id.clone(), question.kind()), question));
     let by_key: BTreeMap<_, _> = by_key.collect();
     let put = super::rows::insert(tx, INSERT, by_key.into_values().map(cells).collect()).await;
     put.map(drop).map_err(StoreError::doing("save questions"))
@@ -59,7 +61,11 @@ pub async fn put(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(
 fn cells(question: Question) -> [Cell; 15] {
     let (kind, payment) = (question.kind(), question.payment());
     let (client_reference_id, is_paid) = match question.asked {
-        Asked::Lookup { client_reference_id, is_paid, .. } => (Some(client_reference_id), is_paid),
+        Asked::Lookup {
+            client_reference_id,
+            is_paid,
+            ..
+        } => (Some(client_reference_id), is_paid),
         Asked::Grace { .. } | Asked::Fetch | Asked::Erase => (None, false),
     };
     [
@@ -98,7 +104,9 @@ fn question(row: Model) -> Option<Question> {
             client_reference_id: row.client_reference_id.unwrap_or_default(),
             is_paid: row.is_paid,
         },
-        Kind::Grace => Asked::Grace { stripe_customer_id: row.stripe_customer_id },
+        Kind::Grace => Asked::Grace {
+            stripe_customer_id: row.stripe_customer_id,
+        },
         Kind::Fetch => Asked::Fetch,
         Kind::Erase => Asked::Erase,
     };
@@ -127,17 +135,32 @@ pub async fn take(
     let doing = StoreError::doing("take questions");
     let mut due = Column::Kind.eq(kind.as_str()).and(Column::DueAt.lte(now));
     // Most of the time there is none, and a look costs no write lock.
-    let any = Entity::find().filter(due.clone()).one(store.connection()).await.map_err(&doing)?;
+    let any = Entity::find()
+        .filter(due.clone())
+        .one(store.connection())
+        .await
+        .map_err(&doing)?;
     if any.is_none() {
         return Ok(Vec::new());
     }
     if let Some(last) = super::replay::rebuilding_until(store.connection(), now).await? {
         // A subscription's Checkout Session may be among the events that the replay has yet to reach.
         let asked_at_once = Column::Kind.ne(Kind::Grace.as_str());
-        due = due.and(Column::StreamSequence.gt(last.cast_signed())).and(asked_at_once);
+        due = due
+            .and(Column::StreamSequence.gt(last.cast_signed()))
+            .and(asked_at_once);
     }
     store
-        .uncancelled(async move |tx| take_due(tx, kind, due, (now + lease).truncate_to_millisecond(), limit).await)
+        .uncancelled(async move |tx| {
+            take_due(
+                tx,
+                kind,
+                due,
+                (now + lease).truncate_to_millisecond(),
+                limit,
+            )
+            .await
+        })
         .await
 }
 
@@ -150,19 +173,34 @@ async fn take_due(
     limit: u64,
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
-    let mut oldest = Entity::find().filter(due).order_by_asc(Column::DueAt).limit(limit);
+    let mut oldest = Entity::find()
+        .filter(due)
+        .order_by_asc(Column::DueAt)
+        .limit(limit);
     if tx.get_database_backend() == DbBackend::Postgres {
         oldest = oldest.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
     }
     let taken = oldest.all(&tx).await.map_err(&doing)?;
     let keys = taken.iter().map(|row| row.entity_id.as_str());
-    let keys = Column::EntityId.is_in(keys).and(Column::Kind.eq(kind.as_str()));
+    let keys = Column::EntityId
+        .is_in(keys)
+        .and(Column::Kind.eq(kind.as_str()));
     if !taken.is_empty() {
-        let moved = Entity::update_many().col_expr(Column::DueAt, Expr::value(leased_until)).filter(keys);
+        let moved = Entity::update_many()
+            .col_expr(Column::DueAt, Expr::value(leased_until))
+            .filter(keys);
         moved.exec(&tx).await.map_err(&doing)?;
     }
     tx.commit().await.map_err(&doing)?;
-    Ok(taken.into_iter().filter_map(|row| Some(Taken { question: question(row)?, leased_until })).collect())
+    Ok(taken
+        .into_iter()
+        .filter_map(|row| {
+            Some(Taken {
+                question: question(row)?,
+                leased_until,
+            })
+        })
+        .collect())
 }
 
 /// Asks the question again at `due_at`, unless it was put anew since it was taken.
@@ -178,29 +216,41 @@ pub async fn postpone<C: ConnectionTrait>(
         .filter(as_taken(taken))
         .exec(db)
         .await;
-    postponed.map(|_| ()).map_err(StoreError::doing("postpone a question"))
+    postponed
+        .map(|_| ())
+        .map_err(StoreError::doing("postpone a question"))
 }
 
 /// Forgets the question, which is answered, unless it was put anew since it was taken. Returns whether
 /// it is forgotten.
 pub async fn settle<C: ConnectionTrait>(db: &C, taken: &Taken) -> Result<bool, StoreError> {
     let settled = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
-    settled.map(|done| done.rows_affected > 0).map_err(StoreError::doing("remove an answered question"))
+    settled
+        .map(|done| done.rows_affected > 0)
+        .map_err(StoreError::doing("remove an answered question"))
 }
 
 fn as_taken(taken: &Taken) -> Expr {
     let question = &taken.question;
-    let this = Column::EntityId.eq(question.entity_id.as_str()).and(Column::Kind.eq(question.kind().as_str()));
+    let this = Column::EntityId
+        .eq(question.entity_id.as_str())
+        .and(Column::Kind.eq(question.kind().as_str()));
     this.and(Column::DueAt.eq(taken.leased_until))
 }
 
 /// Forgets the questions of `kind` about `entity_ids`.
-pub async fn remove<C: ConnectionTrait>(db: &C, kind: Kind, entity_ids: &[&str]) -> Result<(), StoreError> {
+pub async fn remove<C: ConnectionTrait>(
+    db: &C,
+    kind: Kind,
+    entity_ids: &[&str],
+) -> Result<(), StoreError> {
     if entity_ids.is_empty() {
         return Ok(());
     }
     let about = super::among_ids(db.get_database_backend(), Column::EntityId, entity_ids);
     let those = Column::Kind.eq(kind.as_str()).and(about);
     let removed = Entity::delete_many().filter(those).exec(db).await;
-    removed.map(|_| ()).map_err(StoreError::doing("remove questions"))
+    removed
+        .map(|_| ())
+        .map_err(StoreError::doing("remove questions"))
 }

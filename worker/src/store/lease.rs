@@ -34,7 +34,11 @@ pub struct Lease {
 impl Lease {
     /// The lease `name`.
     pub fn new(store: Store, name: &'static str) -> Self {
-        Self { store, name, seen: None }
+        Self {
+            store,
+            name,
+            seen: None,
+        }
     }
 
     /// Does `work` while no other worker does. Returns `None` if another worker holds the lease: ask again.
@@ -42,18 +46,29 @@ impl Lease {
     ///
     /// # Cancel safety
     /// None: a cancelled statement may leave its connection in the middle of an answer.
-    pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<Option<T>, StoreError> {
-        let Some(renewed) = self.take().await? else { return Ok(None) };
+    pub async fn during<T>(
+        &mut self,
+        work: impl Future<Output = T>,
+    ) -> Result<Option<T>, StoreError> {
+        let Some(renewed) = self.take().await? else {
+            return Ok(None);
+        };
         let (outcome, renewed) = self.renew_during(work, renewed).await;
         if let Err(error) = write(&self.store, self.name, false, renewed).await {
-            debug!("the lease {} runs out by itself: {}", self.name, exit::chain(&error));
+            debug!(
+                "the lease {} runs out by itself: {}",
+                self.name,
+                exit::chain(&error)
+            );
         }
         Ok(Some(outcome))
     }
 
     /// Takes the lease, if it is free or its holder is gone. Returns its counter.
     async fn take(&mut self) -> Result<Option<i64>, StoreError> {
-        let lease = Entity::find_by_id(self.name).one(self.store.connection()).await;
+        let lease = Entity::find_by_id(self.name)
+            .one(self.store.connection())
+            .await;
         let lease = lease.map_err(StoreError::doing("read a lease"))?;
         let renewed = lease.as_ref().map_or(0, |lease| lease.renewed);
         if lease.is_some_and(|lease| lease.is_held) && !self.is_given_up(renewed) {
@@ -82,12 +97,20 @@ impl Lease {
             outcome
         };
         let renew = async {
-            while done.run_until_cancelled(tokio::time::sleep(RENEW_EVERY)).await.is_some() {
+            while done
+                .run_until_cancelled(tokio::time::sleep(RENEW_EVERY))
+                .await
+                .is_some()
+            {
                 match write(&self.store, self.name, true, renewed).await {
                     Ok(Some(counter)) => renewed = counter,
                     // The work goes on: it is idempotent.
                     Ok(None) => debug!("another worker took the lease {}", self.name),
-                    Err(error) => debug!("the lease {} is not renewed: {}", self.name, exit::chain(&error)),
+                    Err(error) => debug!(
+                        "the lease {} is not renewed: {}",
+                        self.name,
+                        exit::chain(&error)
+                    ),
                 }
             }
             renewed
@@ -98,15 +121,28 @@ impl Lease {
 
 /// Writes the lease `name` if it still has the counter `over` (0 if it does not exist). Returns the new
 /// counter, or `None` if another worker wrote it since.
-async fn write(store: &Store, name: &str, is_held: bool, over: i64) -> Result<Option<i64>, StoreError> {
+async fn write(
+    store: &Store,
+    name: &str,
+    is_held: bool,
+    over: i64,
+) -> Result<Option<i64>, StoreError> {
     let renewed = over + 1;
-    let model = ActiveModel { name: Set(name.to_owned()), is_held: Set(is_held), renewed: Set(renewed) };
+    let model = ActiveModel {
+        name: Set(name.to_owned()),
+        is_held: Set(is_held),
+        renewed: Set(renewed),
+    };
     let as_read = Expr::col((Entity, Column::Renewed)).eq(over);
     let guarded = OnConflict::column(Column::Name)
         .update_columns([Column::IsHeld, Column::Renewed])
         .action_and_where(as_read)
         .to_owned();
-    match Entity::insert_many([model]).on_conflict(guarded).exec_without_returning(store.connection()).await {
+    match Entity::insert_many([model])
+        .on_conflict(guarded)
+        .exec_without_returning(store.connection())
+        .await
+    {
         Ok(written) => Ok((written > 0).then_some(renewed)),
         Err(DbErr::RecordNotInserted) => Ok(None),
         Err(error) => Err(StoreError::doing("write a lease")(error)),

@@ -9,16 +9,20 @@ use litestripe_domain::payment::PaymentIds;
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoCondition, LockType, OnConflict};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait as _,
-    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbErr,
+    EntityTrait as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
 
 /// The columns with an id of the person's.
-const IDS: [Column; 4] =
-    [Column::Id, Column::CheckoutSessionId, Column::StripeSubscriptionId, Column::StripeCustomerId];
+const IDS: [Column; 4] = [
+    Column::Id,
+    Column::CheckoutSessionId,
+    Column::StripeSubscriptionId,
+    Column::StripeCustomerId,
+];
 
 /// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
 /// were inserted.
@@ -49,10 +53,20 @@ pub async fn insert(
     let models = orphans
         .iter()
         .enumerate()
-        .map(|(index, orphan)| ActiveModel { owed_event: Set(owed.get(index).map(owed_event)), ..model(orphan, now) });
-    let written = Entity::insert_many(models).on_conflict(once).exec_with_returning(tx).await;
+        .map(|(index, orphan)| ActiveModel {
+            owed_event: Set(owed.get(index).map(owed_event)),
+            ..model(orphan, now)
+        });
+    let written = Entity::insert_many(models)
+        .on_conflict(once)
+        .exec_with_returning(tx)
+        .await;
     let written = written.map_err(StoreError::doing("save orphaned payments"))?;
-    Ok(written.into_iter().filter(|row| row.dt_created == row.dt_last_updated).map(|row| row.id).collect())
+    Ok(written
+        .into_iter()
+        .filter(|row| row.dt_created == row.dt_last_updated)
+        .map(|row| row.id)
+        .collect())
 }
 
 /// Notes an operator's word, given `at`, on whose payment `orphan` is: resolves it if it is open,
@@ -68,8 +82,10 @@ pub async fn resolve_by_operator(
 ) -> Result<Option<Model>, StoreError> {
     let column = |column| Expr::col((Entity, column));
     // Of two words the later one counts; of two in one second the same one in whatever order.
-    let is_later =
-        column(Column::ResolvedAt).is_null().or(column(Column::ResolvedAt).lt(at)).or(column(Column::ResolvedAt)
+    let is_later = column(Column::ResolvedAt)
+        .is_null()
+        .or(column(Column::ResolvedAt).lt(at))
+        .or(column(Column::ResolvedAt)
             .eq(at)
             .and(column(Column::ResolvedClientReferenceId).lt(client_reference_id)));
     let word = OnConflict::column(Column::Id)
@@ -88,8 +104,14 @@ pub async fn resolve_by_operator(
         resolved_client_reference_id: Set(Some(client_reference_id.to_owned())),
         ..model(orphan, now)
     };
-    let written = Entity::insert_many([resolved]).on_conflict(word).exec_with_returning(tx).await;
-    Ok(written.map_err(StoreError::doing("resolve an orphaned payment"))?.into_iter().next())
+    let written = Entity::insert_many([resolved])
+        .on_conflict(word)
+        .exec_with_returning(tx)
+        .await;
+    Ok(written
+        .map_err(StoreError::doing("resolve an orphaned payment"))?
+        .into_iter()
+        .next())
 }
 
 fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
@@ -98,7 +120,10 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
         checkout_session_id: Set(orphan.payment.checkout_session_id.clone()),
         stripe_customer_id: Set(orphan.payment.stripe_customer_id.clone()),
         stripe_subscription_id: Set(orphan.payment.stripe_subscription_id.clone()),
-        customer_email: Set(orphan.customer_email.as_ref().map(|email| email.expose().to_owned())),
+        customer_email: Set(orphan
+            .customer_email
+            .as_ref()
+            .map(|email| email.expose().to_owned())),
         reason: Set(orphan.reason.as_str().to_owned()),
         event_id: Set(orphan.event_id.to_string()),
         livemode: Set(orphan.livemode),
@@ -132,7 +157,10 @@ pub fn payment(row: &Model) -> PaymentIds {
 }
 
 /// Which of `ids` are open orphans.
-pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashSet<String>, StoreError> {
+pub async fn open_among<C: ConnectionTrait>(
+    db: &C,
+    ids: &[&str],
+) -> Result<HashSet<String>, StoreError> {
     if ids.is_empty() {
         return Ok(HashSet::new());
     }
@@ -144,25 +172,43 @@ pub async fn open_among<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Hash
         .into_tuple()
         .all(db)
         .await;
-    Ok(open.map_err(StoreError::doing("look for open orphans"))?.into_iter().collect())
+    Ok(open
+        .map_err(StoreError::doing("look for open orphans"))?
+        .into_iter()
+        .collect())
 }
 
 /// The orphan `id`.
 pub async fn find<C: ConnectionTrait>(db: &C, id: &str) -> Result<Option<Model>, StoreError> {
-    Entity::find_by_id(id).one(db).await.map_err(StoreError::doing("read an orphaned payment"))
+    Entity::find_by_id(id)
+        .one(db)
+        .await
+        .map_err(StoreError::doing("read an orphaned payment"))
 }
 
 /// The orphans, newest first; `open` leaves out those that are resolved.
-pub async fn list<C: ConnectionTrait>(db: &C, open: bool, limit: u64) -> Result<Vec<Model>, StoreError> {
-    let mut rows = Entity::find().order_by_desc(Column::DtCreated).order_by_asc(Column::Id).limit(limit);
+pub async fn list<C: ConnectionTrait>(
+    db: &C,
+    open: bool,
+    limit: u64,
+) -> Result<Vec<Model>, StoreError> {
+    let mut rows = Entity::find()
+        .order_by_desc(Column::DtCreated)
+        .order_by_asc(Column::Id)
+        .limit(limit);
     if open {
         rows = rows.filter(Column::ResolvedAt.is_null());
     }
-    rows.all(db).await.map_err(StoreError::doing("list orphaned payments"))
+    rows.all(db)
+        .await
+        .map_err(StoreError::doing("list orphaned payments"))
 }
 
 /// Erases the emails of orphans that were first seen before `before`. Returns how many.
-pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) -> Result<u64, StoreError> {
+pub async fn erase_emails<C: ConnectionTrait>(
+    db: &C,
+    before: OffsetDateTime,
+) -> Result<u64, StoreError> {
     let erased = erase_emails_where(db, Column::DtCreated.lt(before)).await;
     erased.map_err(StoreError::doing("erase emails of old orphans"))
 }
@@ -170,10 +216,15 @@ pub async fn erase_emails<C: ConnectionTrait>(db: &C, before: OffsetDateTime) ->
 /// Erases the emails of orphans that are of any of `ids`: customers, subscriptions or Checkout
 /// Sessions. Returns how many.
 pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<u64, StoreError> {
-    erase_emails_where(db, of_any(ids)).await.map_err(StoreError::doing("erase a customer's emails"))
+    erase_emails_where(db, of_any(ids))
+        .await
+        .map_err(StoreError::doing("erase a customer's emails"))
 }
 
-async fn erase_emails_where<C: ConnectionTrait>(db: &C, which: impl IntoCondition) -> Result<u64, DbErr> {
+async fn erase_emails_where<C: ConnectionTrait>(
+    db: &C,
+    which: impl IntoCondition,
+) -> Result<u64, DbErr> {
     let erased = Entity::update_many()
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
         .filter(Column::CustomerEmail.is_not_null())
@@ -184,16 +235,26 @@ async fn erase_emails_where<C: ConnectionTrait>(db: &C, which: impl IntoConditio
 /// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
 pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
     type Row = (String, Option<String>, Option<String>, Option<String>);
-    let rows: Result<Vec<Row>, _> =
-        Entity::find().select_only().columns(IDS).filter(of_any(ids)).into_tuple().all(db).await;
+    let rows: Result<Vec<Row>, _> = Entity::find()
+        .select_only()
+        .columns(IDS)
+        .filter(of_any(ids))
+        .into_tuple()
+        .all(db)
+        .await;
     let rows = rows.map_err(StoreError::doing("look for a customer's orphans"))?;
-    let ids =
-        rows.into_iter().flat_map(|(id, session, subscription, customer)| [Some(id), session, subscription, customer]);
+    let ids = rows
+        .into_iter()
+        .flat_map(|(id, session, subscription, customer)| {
+            [Some(id), session, subscription, customer]
+        });
     Ok(ids.flatten().collect())
 }
 
 fn of_any(ids: &[&str]) -> Condition {
-    IDS.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied())))
+    IDS.iter().fold(Condition::any(), |any, column| {
+        any.add(column.is_in(ids.iter().copied()))
+    })
 }
 
 /// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns
@@ -207,7 +268,10 @@ pub async fn resolve(
 ) -> Result<Option<Model>, StoreError> {
     let resolved = Entity::update_many()
         .col_expr(Column::ResolvedAt, Expr::value(now))
-        .col_expr(Column::ResolvedClientReferenceId, Expr::value(client_reference_id))
+        .col_expr(
+            Column::ResolvedClientReferenceId,
+            Expr::value(client_reference_id),
+        )
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
         .col_expr(Column::OwedEvent, owed_once_resolved(owed))
         .col_expr(Column::DtLastUpdated, Expr::value(now))
@@ -215,35 +279,57 @@ pub async fn resolve(
         .filter(Column::ResolvedAt.is_null())
         .exec_with_returning(tx)
         .await;
-    Ok(resolved.map_err(StoreError::doing("resolve an orphaned payment"))?.into_iter().next())
+    Ok(resolved
+        .map_err(StoreError::doing("resolve an orphaned payment"))?
+        .into_iter()
+        .next())
 }
 
 /// What an orphan owes once it is resolved because of `event`, or where that is sent at once. One that
 /// came and went in the same replay owes nothing.
 fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
     let column = |column| Expr::col((Entity, column));
-    Expr::case(column(Column::ResolvedAt).is_not_null(), column(Column::OwedEvent))
-        .case(column(Column::OwedEvent).is_not_null(), Expr::value(Option::<String>::None))
-        .finally(Expr::value(event.map(owed_event)))
-        .into()
+    Expr::case(
+        column(Column::ResolvedAt).is_not_null(),
+        column(Column::OwedEvent),
+    )
+    .case(
+        column(Column::OwedEvent).is_not_null(),
+        Expr::value(Option::<String>::None),
+    )
+    .finally(Expr::value(event.map(owed_event)))
+    .into()
 }
 
 /// Takes up to `limit` orphans that owe a signal, each with the event that led to it: they owe none then.
-pub async fn take_owing(tx: &DatabaseTransaction, limit: u64) -> Result<Vec<(Model, EventReference)>, StoreError> {
+pub async fn take_owing(
+    tx: &DatabaseTransaction,
+    limit: u64,
+) -> Result<Vec<(Model, EventReference)>, StoreError> {
     let doing = StoreError::doing("take orphans that owe a signal");
-    let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).order_by_asc(Column::Id).limit(limit);
+    let owing = Entity::find()
+        .filter(Column::OwedEvent.is_not_null())
+        .order_by_asc(Column::Id)
+        .limit(limit);
     let taken = owing.lock(LockType::Update).all(tx).await.map_err(&doing)?;
     let paid = Entity::update_many()
         .col_expr(Column::OwedEvent, Expr::value(Option::<String>::None))
         .filter(Column::Id.is_in(taken.iter().map(|orphan| orphan.id.as_str())));
     paid.exec(tx).await.map_err(&doing)?;
     let with_event = |mut orphan: Model| Some((event(&orphan.owed_event.take()?)?, orphan));
-    Ok(taken.into_iter().filter_map(with_event).map(|(event, orphan)| (orphan, event)).collect())
+    Ok(taken
+        .into_iter()
+        .filter_map(with_event)
+        .map(|(event, orphan)| (orphan, event))
+        .collect())
 }
 
 /// How many orphans owe a signal.
 pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let owing = Entity::find().filter(Column::OwedEvent.is_not_null()).count(db).await;
+    let owing = Entity::find()
+        .filter(Column::OwedEvent.is_not_null())
+        .count(db)
+        .await;
     owing.map_err(StoreError::doing("count orphans that owe a signal"))
 }
 
@@ -255,11 +341,18 @@ fn event(owed: &str) -> Option<EventReference> {
     let mut parts = owed.splitn(3, ' ');
     let created = Timestamp::from_unix(parts.next()?.parse().ok()?).ok()?;
     let event_type = EventType::parse(parts.next()?).ok()?;
-    Some(EventReference { id: EventId::parse(parts.next()?).ok()?, event_type, created })
+    Some(EventReference {
+        id: EventId::parse(parts.next()?).ok()?,
+        event_type,
+        created,
+    })
 }
 
 /// How many orphans are open.
 pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let open = Entity::find().filter(Column::ResolvedAt.is_null()).count(db).await;
+    let open = Entity::find()
+        .filter(Column::ResolvedAt.is_null())
+        .count(db)
+        .await;
     open.map_err(StoreError::doing("count orphaned payments"))
 }

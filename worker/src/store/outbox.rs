@@ -7,8 +7,8 @@ use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::signal_outbox::{Column, Entity, Model};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _, Statement,
+    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _, Statement,
 };
 use time::OffsetDateTime;
 
@@ -27,7 +27,11 @@ const INSERT: Insert<'_> = Insert {
 };
 
 /// Puts `signals` in, in their order.
-pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: OffsetDateTime) -> Result<(), StoreError> {
+pub async fn insert(
+    tx: &DatabaseTransaction,
+    signals: Vec<NewSignal>,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
     let cells = |signal: NewSignal| -> [Cell; 8] {
         [
             shard_of(&signal.entity_id).into(),
@@ -41,15 +45,23 @@ pub async fn insert(tx: &DatabaseTransaction, signals: Vec<NewSignal>, now: Offs
         ]
     };
     let inserted = super::rows::insert(tx, INSERT, signals.into_iter().map(cells).collect()).await;
-    inserted.map(drop).map_err(StoreError::doing("save signals"))
+    inserted
+        .map(drop)
+        .map_err(StoreError::doing("save signals"))
 }
 
 /// Whether no signal waits.
 pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
     // By the key, or PostgreSQL would walk through all that was sent and not vacuumed yet.
-    let first = Entity::find().select_only().column(Column::Id).order_by_asc(Column::Id).limit(1);
+    let first = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .order_by_asc(Column::Id)
+        .limit(1);
     let first: Result<Option<i64>, _> = first.into_tuple().one(db).await;
-    first.map(|id| id.is_none()).map_err(StoreError::doing("look into the outbox"))
+    first
+        .map(|id| id.is_none())
+        .map_err(StoreError::doing("look into the outbox"))
 }
 
 /// Locks the shards that no other relay works on, for this transaction. Its commit will not wait for the
@@ -61,22 +73,36 @@ pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreErro
     const FREE: &str = "SELECT shard FROM signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
         ORDER BY shard FOR UPDATE SKIP LOCKED";
     let doing = StoreError::doing("lock shards of the outbox");
-    let rows = tx.query_all_raw(Statement::from_string(tx.get_database_backend(), FREE)).await.map_err(&doing)?;
-    rows.iter().map(|row| row.try_get("", "shard").map_err(&doing)).collect()
+    let rows = tx
+        .query_all_raw(Statement::from_string(tx.get_database_backend(), FREE))
+        .await
+        .map_err(&doing)?;
+    rows.iter()
+        .map(|row| row.try_get("", "shard").map_err(&doing))
+        .collect()
 }
 
 /// Removes the signals of changes of the subscription `id` that wait.
 pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(), StoreError> {
-    let waiting =
-        Entity::delete_many().filter(Column::EntityId.eq(id)).filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
-    waiting.exec(db).await.map(|_| ()).map_err(StoreError::doing("remove a subscription's signals"))
+    let waiting = Entity::delete_many()
+        .filter(Column::EntityId.eq(id))
+        .filter(Column::Subject.eq(SUBSCRIPTION_CHANGED));
+    waiting
+        .exec(db)
+        .await
+        .map(|_| ())
+        .map_err(StoreError::doing("remove a subscription's signals"))
 }
 
 /// Whether a signal of any of these subscriptions and orphans waits.
 pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
-    let any = Entity::find().select_only().column(Column::Id).filter(Column::EntityId.is_in(ids.iter().copied()));
+    let any = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(Column::EntityId.is_in(ids.iter().copied()));
     let any: Result<Option<i64>, _> = any.into_tuple().one(db).await;
-    any.map(|id| id.is_some()).map_err(StoreError::doing("look into the outbox"))
+    any.map(|id| id.is_some())
+        .map_err(StoreError::doing("look into the outbox"))
 }
 
 /// Up to `limit` signals of `shards`, oldest first, but none of the subscriptions and orphans `except`.
@@ -106,19 +132,29 @@ pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(),
     ids.sort_unstable();
     let those = super::among(db.get_database_backend(), Column::Id, ids);
     let deleted = Entity::delete_many().filter(those).exec(db).await;
-    deleted.map(|_| ()).map_err(StoreError::doing("remove sent signals"))
+    deleted
+        .map(|_| ())
+        .map_err(StoreError::doing("remove sent signals"))
 }
 
 /// How many signals wait, and since when the oldest does.
-pub async fn backlog<C: ConnectionTrait>(db: &C) -> Result<(u64, Option<OffsetDateTime>), StoreError> {
+pub async fn backlog<C: ConnectionTrait>(
+    db: &C,
+) -> Result<(u64, Option<OffsetDateTime>), StoreError> {
     let doing = StoreError::doing("count signals in the outbox");
     let count = Entity::find().count(db).await.map_err(&doing)?;
-    let oldest = Entity::find().order_by_asc(Column::Id).one(db).await.map_err(&doing)?;
+    let oldest = Entity::find()
+        .order_by_asc(Column::Id)
+        .one(db)
+        .await
+        .map_err(&doing)?;
     Ok((count, oldest.map(|row| row.dt_created)))
 }
 
 /// The shard of a subscription or orphan: FNV-1a, which is stable over releases and machines.
 fn shard_of(entity_id: &str) -> i32 {
-    let hash = entity_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let hash = entity_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
     (hash % SHARDS).cast_signed()
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, OnConflict, SelectStatement};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _,
-    QueryResult, QuerySelect as _, QueryTrait as _,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
@@ -67,20 +67,40 @@ pub(super) fn latest_unfinished() -> SelectStatement {
 }
 
 /// When it was started, if somebody will finish it.
-pub(super) fn rebuilding(row: &QueryResult, now: OffsetDateTime) -> Result<Option<OffsetDateTime>, DbErr> {
-    let Some(beat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else { return Ok(None) };
-    if now - beat < CUT_OFF_MAX { row.try_get("", "dt_started") } else { Ok(None) }
+pub(super) fn rebuilding(
+    row: &QueryResult,
+    now: OffsetDateTime,
+) -> Result<Option<OffsetDateTime>, DbErr> {
+    let Some(beat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else {
+        return Ok(None);
+    };
+    if now - beat < CUT_OFF_MAX {
+        row.try_get("", "dt_started")
+    } else {
+        Ok(None)
+    }
 }
 
 /// The replay that has not reached its end; in a database of the version before there may be several.
 pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, StoreError> {
-    let rows = Entity::find().filter(Column::DtFinished.is_null()).order_by_asc(Column::Name).all(db).await;
-    Ok(rows.map_err(StoreError::doing("look for replays"))?.into_iter().map(replay).collect())
+    let rows = Entity::find()
+        .filter(Column::DtFinished.is_null())
+        .order_by_asc(Column::Name)
+        .all(db)
+        .await;
+    Ok(rows
+        .map_err(StoreError::doing("look for replays"))?
+        .into_iter()
+        .map(replay)
+        .collect())
 }
 
 /// The last sequence that a replay still has to reach, if there is one: until then rows may be half
 /// rebuilt, and no question about an event up to it is to be asked.
-pub async fn rebuilding_until<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<Option<u64>, StoreError> {
+pub async fn rebuilding_until<C: ConnectionTrait>(
+    db: &C,
+    now: OffsetDateTime,
+) -> Result<Option<u64>, StoreError> {
     let unfinished = unfinished(db).await?;
     let open = unfinished.iter().filter(|replay| replay.is_open(now));
     Ok(open.map(|replay| replay.last_sequence).max())
@@ -112,8 +132,17 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         ])
         .to_owned();
     let doing = StoreError::doing("note a replay");
-    Entity::insert_many([model]).on_conflict(anew).exec_without_returning(db).await.map_err(&doing)?;
-    Entity::delete_many().filter(Column::Name.ne("")).exec(db).await.map(drop).map_err(&doing)
+    Entity::insert_many([model])
+        .on_conflict(anew)
+        .exec_without_returning(db)
+        .await
+        .map_err(&doing)?;
+    Entity::delete_many()
+        .filter(Column::Name.ne(""))
+        .exec(db)
+        .await
+        .map(drop)
+        .map_err(&doing)
 }
 
 /// Says that the process of the replay runs now, or with an older time that it does no more.
@@ -126,9 +155,19 @@ pub async fn finish<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<(
     set(db, Column::DtFinished, now).await
 }
 
-async fn set<C: ConnectionTrait>(db: &C, column: Column, at: OffsetDateTime) -> Result<(), StoreError> {
-    let unfinished = Entity::update_many().col_expr(column, Expr::value(at)).filter(Column::DtFinished.is_null());
-    unfinished.exec(db).await.map(drop).map_err(StoreError::doing("note how far a replay is"))
+async fn set<C: ConnectionTrait>(
+    db: &C,
+    column: Column,
+    at: OffsetDateTime,
+) -> Result<(), StoreError> {
+    let unfinished = Entity::update_many()
+        .col_expr(column, Expr::value(at))
+        .filter(Column::DtFinished.is_null());
+    unfinished
+        .exec(db)
+        .await
+        .map(drop)
+        .map_err(StoreError::doing("note how far a replay is"))
 }
 
 fn replay(row: Model) -> Replay {
@@ -137,7 +176,12 @@ fn replay(row: Model) -> Replay {
         signals: row.signals,
         first_sequence: row.first_sequence.cast_unsigned(),
         last_sequence: row.last_sequence.cast_unsigned(),
-        event_types: row.event_types.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+        event_types: row
+            .event_types
+            .split(',')
+            .filter(|name| !name.is_empty())
+            .map(str::to_owned)
+            .collect(),
         stripe_subscription_id: row.stripe_subscription_id,
         started: row.dt_started,
         beat: row.dt_beat,

@@ -6,7 +6,9 @@
 //! prepared once too. May not know the tables.
 
 use litestripe_contract::signal::Timestamp;
-use sea_orm::{ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, QueryResult, Statement, Value};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, QueryResult, Statement, Value,
+};
 use time::OffsetDateTime;
 
 /// How many rows SQLite gets at a time: as many of the first as there are, then of the next.
@@ -78,14 +80,33 @@ pub(super) async fn insert<const N: usize>(
     let mut rows = rows.into_iter();
     while rows.len() > 0 {
         let (text, values) = if backend == DbBackend::Postgres {
-            (format!("INSERT INTO {into} SELECT {select} {then}"), arrays(rows.by_ref()))
+            (
+                format!("INSERT INTO {into} SELECT {select} {then}"),
+                arrays(rows.by_ref()),
+            )
         } else {
-            let count = SQLITE_ROWS.into_iter().find(|count| *count <= rows.len()).unwrap_or(1);
+            let count = SQLITE_ROWS
+                .into_iter()
+                .find(|count| *count <= rows.len())
+                .unwrap_or(1);
             let row = format!("({})", ["?"; N].join(", "));
-            let text = format!("INSERT INTO {into} VALUES {} {then}", vec![row; count].join(", "));
-            (text, rows.by_ref().take(count).flatten().map(Value::from).collect())
+            let text = format!(
+                "INSERT INTO {into} VALUES {} {then}",
+                vec![row; count].join(", ")
+            );
+            (
+                text,
+                rows.by_ref()
+                    .take(count)
+                    .flatten()
+                    .map(Value::from)
+                    .collect(),
+            )
         };
-        returned.extend(tx.query_all_raw(Statement::from_sql_and_values(backend, text, values)).await?);
+        returned.extend(
+            tx.query_all_raw(Statement::from_sql_and_values(backend, text, values))
+                .await?,
+        );
     }
     Ok(returned)
 }
@@ -94,16 +115,20 @@ pub(super) async fn insert<const N: usize>(
 fn arrays<const N: usize>(rows: impl Iterator<Item = [Cell; N]>) -> Vec<Value> {
     let mut columns = [const { Vec::new() }; N];
     for row in rows {
-        columns.iter_mut().zip(row).for_each(|(column, cell)| column.push(cell));
+        columns
+            .iter_mut()
+            .zip(row)
+            .for_each(|(column, cell)| column.push(cell));
     }
     columns.into_iter().map(array).collect()
 }
 
 fn array(column: Vec<Cell>) -> Value {
     match column.first() {
-        Some(Cell::NotNull(first)) => {
-            Value::Array(first.array_type(), Some(Box::new(column.into_iter().map(Value::from).collect())))
-        }
+        Some(Cell::NotNull(first)) => Value::Array(
+            first.array_type(),
+            Some(Box::new(column.into_iter().map(Value::from).collect())),
+        ),
         _ => literal(&column).into(),
     }
 }

@@ -10,9 +10,9 @@ use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
 use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query, SelectStatement};
 use sea_orm::{
-    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
-    IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QueryResult, QuerySelect as _,
-    QueryTrait as _, Select,
+    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
+    EntityTrait as _, IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
+    QueryResult, QuerySelect as _, QueryTrait as _, Select,
 };
 use time::OffsetDateTime;
 
@@ -66,7 +66,13 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
 
 /// The modes that rows are of: `livemode`, each value once.
 pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> {
-    let modes = Entity::find().select_only().column(Column::Livemode).distinct().into_tuple().all(db).await;
+    let modes = Entity::find()
+        .select_only()
+        .column(Column::Livemode)
+        .distinct()
+        .into_tuple()
+        .all(db)
+        .await;
     modes.map_err(StoreError::doing("look at the subscriptions' mode"))
 }
 
@@ -82,10 +88,18 @@ pub struct Found {
 }
 
 /// The rows that exist among `ids`.
-pub async fn load<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Stored>, StoreError> {
+pub async fn load<C: ConnectionTrait>(
+    db: &C,
+    ids: &[&str],
+) -> Result<HashMap<String, Stored>, StoreError> {
     let doing = StoreError::doing(LOAD);
-    let rows = db.query_all(&rows_among(db.get_database_backend(), ids)).await.map_err(&doing)?;
-    Ok(found(&rows, OffsetDateTime::now_utc()).map_err(StoreError::doing(LOAD))?.rows)
+    let rows = db
+        .query_all(&rows_among(db.get_database_backend(), ids))
+        .await
+        .map_err(&doing)?;
+    Ok(found(&rows, OffsetDateTime::now_utc())
+        .map_err(StoreError::doing(LOAD))?
+        .rows)
 }
 
 /// What a batch has to know, as the first statement of its transaction: the rows that exist among `ids`,
@@ -104,16 +118,31 @@ pub async fn find(
         Some(row) => row.try_get("", NEWEST_ERASURE).map_err(&doing)?,
         None => None,
     };
-    Ok(Found { has_new_erasures: newest.is_some(), ..found(&rows, now).map_err(StoreError::doing(LOAD))? })
+    Ok(Found {
+        has_new_erasures: newest.is_some(),
+        ..found(&rows, now).map_err(StoreError::doing(LOAD))?
+    })
 }
 
 fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
     // One statement: nearly always no replay runs, and a batch shall not pay for asking. It begins with a row of
     // its own, because none of the others need exist.
     let mut query = Query::select();
-    query.from_subquery(Query::select().expr_as(Expr::cust("1"), "one").take(), "batch");
-    query.join_subquery(JoinType::LeftJoin, super::replay::latest_unfinished(), "rebuilding", Expr::cust("TRUE"));
-    query.join(JoinType::LeftJoin, Entity, super::among_ids(backend, KEY, ids));
+    query.from_subquery(
+        Query::select().expr_as(Expr::cust("1"), "one").take(),
+        "batch",
+    );
+    query.join_subquery(
+        JoinType::LeftJoin,
+        super::replay::latest_unfinished(),
+        "rebuilding",
+        Expr::cust("TRUE"),
+    );
+    query.join(
+        JoinType::LeftJoin,
+        Entity,
+        super::among_ids(backend, KEY, ids),
+    );
     let own = [
         Column::StripeSubscriptionId,
         Column::MergeState,
@@ -141,7 +170,9 @@ fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, Cause> {
 }
 
 fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
-    let Some(id) = row.try_get("", "stripe_subscription_id")? else { return Ok(None) };
+    let Some(id) = row.try_get("", "stripe_subscription_id")? else {
+        return Ok(None);
+    };
     let state: String = row.try_get("", "merge_state")?;
     let last_sent: Option<String> = row.try_get("", "last_sent")?;
     let stored = Stored {
@@ -160,59 +191,114 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
         return Ok(());
     }
     let rows = keys().filter(super::among_ids(tx.get_database_backend(), KEY, ids));
-    let locked: Result<Vec<String>, _> =
-        rows.order_by_asc(Column::StripeSubscriptionId).lock(LockType::Update).into_tuple().all(tx).await;
-    locked.map(|_| ()).map_err(StoreError::doing("lock subscriptions"))
+    let locked: Result<Vec<String>, _> = rows
+        .order_by_asc(Column::StripeSubscriptionId)
+        .lock(LockType::Update)
+        .into_tuple()
+        .all(tx)
+        .await;
+    locked
+        .map(|_| ())
+        .map_err(StoreError::doing("lock subscriptions"))
 }
 
 /// Which of `ids` have a row.
-pub async fn existing<C: ConnectionTrait>(db: &C, ids: &[String]) -> Result<HashSet<String>, StoreError> {
-    let rows = keys().filter(super::among(db.get_database_backend(), KEY, ids.iter().cloned()));
+pub async fn existing<C: ConnectionTrait>(
+    db: &C,
+    ids: &[String],
+) -> Result<HashSet<String>, StoreError> {
+    let rows = keys().filter(super::among(
+        db.get_database_backend(),
+        KEY,
+        ids.iter().cloned(),
+    ));
     let ids: Result<Vec<String>, _> = rows.into_tuple().all(db).await;
-    ids.map(HashSet::from_iter).map_err(StoreError::doing("look for subscriptions"))
+    ids.map(HashSet::from_iter)
+        .map_err(StoreError::doing("look for subscriptions"))
 }
 
 /// Up to `limit` keys after `after`, in their order.
-pub async fn keys_after<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
-    let rows = keys().filter(Column::StripeSubscriptionId.gt(after)).order_by_asc(Column::StripeSubscriptionId);
-    rows.limit(limit).into_tuple().all(db).await.map_err(StoreError::doing("list subscriptions"))
+pub async fn keys_after<C: ConnectionTrait>(
+    db: &C,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<String>, StoreError> {
+    let rows = keys()
+        .filter(Column::StripeSubscriptionId.gt(after))
+        .order_by_asc(Column::StripeSubscriptionId);
+    rows.limit(limit)
+        .into_tuple()
+        .all(db)
+        .await
+        .map_err(StoreError::doing("list subscriptions"))
 }
 
 /// Up to `limit` keys after `after`, in their order, of rows that owe a signal.
-pub async fn owing<C: ConnectionTrait>(db: &C, after: &str, limit: u64) -> Result<Vec<String>, StoreError> {
-    let rows = keys().filter(Column::LastSent.is_not_null()).filter(Column::StripeSubscriptionId.gt(after));
-    let rows = rows.order_by_asc(Column::StripeSubscriptionId).limit(limit).into_tuple().all(db).await;
-    rows.map_err(StoreError::doing("look for subscriptions that owe a signal"))
+pub async fn owing<C: ConnectionTrait>(
+    db: &C,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<String>, StoreError> {
+    let rows = keys()
+        .filter(Column::LastSent.is_not_null())
+        .filter(Column::StripeSubscriptionId.gt(after));
+    let rows = rows
+        .order_by_asc(Column::StripeSubscriptionId)
+        .limit(limit)
+        .into_tuple()
+        .all(db)
+        .await;
+    rows.map_err(StoreError::doing(
+        "look for subscriptions that owe a signal",
+    ))
 }
 
 /// How many rows owe a signal.
 pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let owing = Entity::find().filter(Column::LastSent.is_not_null()).count(db).await;
+    let owing = Entity::find()
+        .filter(Column::LastSent.is_not_null())
+        .count(db)
+        .await;
     owing.map_err(StoreError::doing("count subscriptions that owe a signal"))
 }
 
 /// How many rows there are.
 pub async fn count<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    Entity::find().count(db).await.map_err(StoreError::doing("count subscriptions"))
+    Entity::find()
+        .count(db)
+        .await
+        .map_err(StoreError::doing("count subscriptions"))
 }
 
 fn keys() -> Select<Entity> {
-    Entity::find().select_only().column(Column::StripeSubscriptionId)
+    Entity::find()
+        .select_only()
+        .column(Column::StripeSubscriptionId)
 }
 
 /// The ids of the subscriptions, and of their Checkout Sessions, that are of any of `ids`: customers,
 /// subscriptions or Checkout Sessions.
 pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
-    let any = [Column::StripeCustomerId, Column::StripeSubscriptionId, Column::CheckoutSessionId];
+    let any = [
+        Column::StripeCustomerId,
+        Column::StripeSubscriptionId,
+        Column::CheckoutSessionId,
+    ];
     let rows: Result<Vec<(String, Option<String>)>, _> = Entity::find()
         .select_only()
         .columns([Column::StripeSubscriptionId, Column::CheckoutSessionId])
-        .filter(any.iter().fold(Condition::any(), |any, column| any.add(column.is_in(ids.iter().copied()))))
+        .filter(any.iter().fold(Condition::any(), |any, column| {
+            any.add(column.is_in(ids.iter().copied()))
+        }))
         .into_tuple()
         .all(db)
         .await;
     let rows = rows.map_err(StoreError::doing("look for a customer's subscriptions"))?;
-    Ok(rows.into_iter().flat_map(|(subscription, session)| [Some(subscription), session]).flatten().collect())
+    Ok(rows
+        .into_iter()
+        .flat_map(|(subscription, session)| [Some(subscription), session])
+        .flatten()
+        .collect())
 }
 
 /// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
@@ -232,7 +318,11 @@ pub async fn other_of_user<C: ConnectionTrait>(
     if let Some(id) = id {
         others = others.filter(Column::StripeSubscriptionId.ne(id));
     }
-    others.into_tuple().one(db).await.map_err(StoreError::doing("look for the user's subscriptions"))
+    others
+        .into_tuple()
+        .one(db)
+        .await
+        .map_err(StoreError::doing("look for the user's subscriptions"))
 }
 
 /// Writes `rows`, in the order of their keys: two writers that take locks in different orders
@@ -253,10 +343,23 @@ pub async fn save(
     };
     let mut written = HashSet::new();
     for (rows, entries) in [(indexed, OVERWRITE_INDEXED), (others, "")] {
-        let rows = rows.into_iter().map(|row| cells(row, now)).collect::<Result<Vec<_>, _>>();
+        let rows = rows
+            .into_iter()
+            .map(|row| cells(row, now))
+            .collect::<Result<Vec<_>, _>>();
         let rows = rows.map_err(StoreError::doing(SAVE))?;
         let then = [CONFLICT, entries, OVERWRITE].concat();
-        for row in super::rows::insert(tx, Insert { then: &then, ..INSERT }, rows).await.map_err(&doing)? {
+        for row in super::rows::insert(
+            tx,
+            Insert {
+                then: &then,
+                ..INSERT
+            },
+            rows,
+        )
+        .await
+        .map_err(&doing)?
+        {
             written.insert(row.try_get("", "stripe_subscription_id").map_err(&doing)?);
         }
     }
@@ -264,9 +367,15 @@ pub async fn save(
 }
 
 /// Those of `rows` whose index entries change, and those that are new or keep them.
-async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(Vec<Row>, Vec<Row>), DbErr> {
-    let known: Vec<&str> =
-        rows.iter().filter(|row| row.version > 1).map(|row| row.stripe_subscription_id.as_str()).collect();
+async fn by_index_entries(
+    tx: &DatabaseTransaction,
+    rows: Vec<Row>,
+) -> Result<(Vec<Row>, Vec<Row>), DbErr> {
+    let known: Vec<&str> = rows
+        .iter()
+        .filter(|row| row.version > 1)
+        .map(|row| row.stripe_subscription_id.as_str())
+        .collect();
     if known.is_empty() {
         return Ok((Vec::new(), rows));
     }
@@ -281,8 +390,14 @@ async fn by_index_entries(tx: &DatabaseTransaction, rows: Vec<Row>) -> Result<(V
     }
     let changes = |row: &Row| {
         let subscription = &row.visible.subscription;
-        let now = [&subscription.stripe_customer_id, &subscription.client_reference_id].map(Some);
-        let held = entries.get(&row.stripe_subscription_id).map(|held| held.each_ref().map(Option::as_ref));
+        let now = [
+            &subscription.stripe_customer_id,
+            &subscription.client_reference_id,
+        ]
+        .map(Some);
+        let held = entries
+            .get(&row.stripe_subscription_id)
+            .map(|held| held.each_ref().map(Option::as_ref));
         row.version > 1 && held != Some(now)
     };
     Ok(rows.into_iter().partition(changes))
@@ -316,7 +431,9 @@ fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], serde_json::Error>
         row.revision.into(),
         row.version.into(),
         last_event_id.map(String::from).into(),
-        last_event_created.and_then(|at| Timestamp::from_unix(at).ok()).into(),
+        last_event_created
+            .and_then(|at| Timestamp::from_unix(at).ok())
+            .into(),
         serde_json::to_string(&row.state)?.into(),
         row.last_sent.to_json().into(),
         now.into(),

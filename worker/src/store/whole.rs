@@ -10,9 +10,9 @@ use litestripe_contract::signal::Timestamp;
 use litestripe_domain::merge::{State, Visible};
 use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity, Model};
 use sea_orm::{
-    ActiveModelTrait as _, ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _, ExprTrait as _,
-    FromQueryResult as _, IdenStatic as _, Iterable as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
-    QueryTrait as _, Value,
+    ActiveModelTrait as _, ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _,
+    ExprTrait as _, FromQueryResult as _, IdenStatic as _, Iterable as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, QueryTrait as _, Value,
 };
 use serde_json::{Map, json};
 use time::OffsetDateTime;
@@ -37,17 +37,35 @@ pub struct Whole {
 }
 
 /// The rows that exist among `ids`.
-pub async fn find<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<HashMap<String, Whole>, StoreError> {
+pub async fn find<C: ConnectionTrait>(
+    db: &C,
+    ids: &[&str],
+) -> Result<HashMap<String, Whole>, StoreError> {
     let doing = StoreError::doing("read whole subscriptions");
-    let rows = Entity::find().filter(Column::StripeSubscriptionId.is_in(ids.iter().copied())).into_query();
+    let rows = Entity::find()
+        .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
+        .into_query();
     let mut found = HashMap::new();
     for row in db.query_all(&rows).await.map_err(&doing)? {
         let id = row.try_get("", "stripe_subscription_id").map_err(&doing)?;
         let version = row.try_get("", "version").map_err(&doing)?;
-        let state = row.try_get("", "merge_state").ok().and_then(|state: String| serde_json::from_str(&state).ok());
-        let columns = Model::from_query_result(&row, "").ok().map(|model| fields(&model.into()));
+        let state = row
+            .try_get("", "merge_state")
+            .ok()
+            .and_then(|state: String| serde_json::from_str(&state).ok());
+        let columns = Model::from_query_result(&row, "")
+            .ok()
+            .map(|model| fields(&model.into()));
         let expected = state.as_ref().map(columns_of);
-        found.insert(id, Whole { version, columns, state, expected });
+        found.insert(
+            id,
+            Whole {
+                version,
+                columns,
+                state,
+                expected,
+            },
+        );
     }
     Ok(found)
 }
@@ -88,9 +106,11 @@ fn columns(visible: Visible) -> ActiveModel {
 }
 
 fn fields(model: &ActiveModel) -> Fields {
-    let values =
-        Column::iter().filter_map(|column| Some((column.as_str().to_owned(), model.get(column).into_value()?)));
-    values.map(|(column, value)| (column, shown(value))).collect()
+    let values = Column::iter()
+        .filter_map(|column| Some((column.as_str().to_owned(), model.get(column).into_value()?)));
+    values
+        .map(|(column, value)| (column, shown(value)))
+        .collect()
 }
 
 fn shown(value: Value) -> serde_json::Value {
@@ -137,10 +157,24 @@ pub async fn ids<C: ConnectionTrait>(
 pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &Whole) -> Result<(), StoreError> {
     let columns = match &row.state {
         Some(state) => columns(state.visible()),
-        None => ActiveModel { merge_state: Set("{}".to_owned()), ..Default::default() },
+        None => ActiveModel {
+            merge_state: Set("{}".to_owned()),
+            ..Default::default()
+        },
     };
-    let repaired = ActiveModel { version: Set(row.version + 1), ..columns };
-    let guarded = Column::StripeSubscriptionId.eq(id).and(Column::Version.eq(row.version));
-    let written = Entity::update_many().set(repaired).filter(guarded).exec(db).await;
-    written.map(|_| ()).map_err(StoreError::doing("repair a subscription"))
+    let repaired = ActiveModel {
+        version: Set(row.version + 1),
+        ..columns
+    };
+    let guarded = Column::StripeSubscriptionId
+        .eq(id)
+        .and(Column::Version.eq(row.version));
+    let written = Entity::update_many()
+        .set(repaired)
+        .filter(guarded)
+        .exec(db)
+        .await;
+    written
+        .map(|_| ())
+        .map_err(StoreError::doing("repair a subscription"))
 }

@@ -62,9 +62,14 @@ pub struct Batches {
 
 /// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
 /// stream holds, which is harmless because merging is idempotent.
-pub(crate) async fn open(jetstream: &jetstream::Context, batch: usize) -> Result<Batches, OpenError> {
+pub(crate) async fn open(
+    jetstream: &jetstream::Context,
+    batch: usize,
+) -> Result<Batches, OpenError> {
     let config = durable(WORKER_CONSUMER, DeliverPolicy::All);
-    Batches::of(jetstream, WORKER_CONSUMER, config, batch).await.map_err(OpenError)
+    Batches::of(jetstream, WORKER_CONSUMER, config, batch)
+        .await
+        .map_err(OpenError)
 }
 
 /// A consumer beside the workers', for events that are applied again.
@@ -79,8 +84,14 @@ pub(crate) struct Again {
 }
 
 impl Again {
-    pub(crate) async fn open(&self, jetstream: &jetstream::Context, batch: usize) -> Result<Batches, ConsumerError> {
-        let from = DeliverPolicy::ByStartSequence { start_sequence: self.first_sequence };
+    pub(crate) async fn open(
+        &self,
+        jetstream: &jetstream::Context,
+        batch: usize,
+    ) -> Result<Batches, ConsumerError> {
+        let from = DeliverPolicy::ByStartSequence {
+            start_sequence: self.first_sequence,
+        };
         let config = Config {
             filter_subjects: self.subjects.clone(),
             ack_wait: AGAIN_ACK_WAIT,
@@ -90,13 +101,19 @@ impl Again {
         Batches::of(jetstream, &self.consumer, config, batch).await
     }
 
-    pub(crate) async fn progress(&self, jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
+    pub(crate) async fn progress(
+        &self,
+        jetstream: &jetstream::Context,
+    ) -> Result<Option<Progress>, ProgressError> {
         progress::of_consumer(jetstream, &self.consumer).await
     }
 
     /// The first event that the stream holds, and the last one up to which all are applied again: none
     /// while the consumer does not exist.
-    pub(crate) async fn floor(&self, jetstream: &jetstream::Context) -> Result<(u64, u64), ProgressError> {
+    pub(crate) async fn floor(
+        &self,
+        jetstream: &jetstream::Context,
+    ) -> Result<(u64, u64), ProgressError> {
         let stream = jetstream.get_stream(EVENTS_STREAM).await?;
         let progress = self.progress(jetstream).await?;
         let applied_until = progress.map_or(0, |progress| progress.applied_until());
@@ -114,7 +131,10 @@ impl Again {
 }
 
 /// The sequence of the first event that was stored at `time` or later; one past the last if none was.
-pub(crate) async fn sequence_at(jetstream: &jetstream::Context, time: OffsetDateTime) -> Result<u64, ConsumerError> {
+pub(crate) async fn sequence_at(
+    jetstream: &jetstream::Context,
+    time: OffsetDateTime,
+) -> Result<u64, ConsumerError> {
     let name = format!("litestripe-replay-at-{}", time.unix_timestamp_nanos());
     let config = Config {
         // Named, so that a broker's permissions can allow it.
@@ -144,7 +164,9 @@ pub(crate) enum ConsumerError {
 impl ConsumerError {
     /// Whether the broker has understood what is asked for and will not do it, however often it is asked.
     pub(crate) fn is_refusal(&self) -> bool {
-        let Self::Consumer(error) = self else { return false };
+        let Self::Consumer(error) = self else {
+            return false;
+        };
         matches!(error.kind(), ConsumerErrorKind::JetStream(refused) if refused.code() == 400)
     }
 }
@@ -177,7 +199,11 @@ impl Batches {
         let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
         let consumer: Consumer<Config> = stream.get_or_create_consumer(name, config).await?;
         let pull = Pull::of(consumer.clone(), jetstream.clone(), batch).await?;
-        Ok(Self { consumer, pull, batch })
+        Ok(Self {
+            consumer,
+            pull,
+            batch,
+        })
     }
 
     /// The messages that are there, at least one. None when the consumer is gone and must be opened
@@ -205,9 +231,14 @@ impl Batches {
     /// Whether the server says that there is no such consumer or stream. An election, in which nobody
     /// answers, is waited out.
     async fn is_gone(&self) -> bool {
-        let Err(error) = self.consumer.get_info().await else { return false };
+        let Err(error) = self.consumer.get_info().await else {
+            return false;
+        };
         debug!("looking for the consumer: {error}");
-        matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound)
+        matches!(
+            error.kind(),
+            ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound
+        )
     }
 
     /// Hands back what was fetched ahead or is on its way, so that others need not wait for `ACK_WAIT`.
@@ -216,13 +247,18 @@ impl Batches {
         let _ = tokio::time::timeout(CLOSE_PATIENCE, self.consumer.get_info()).await;
         let end = Instant::now() + CLOSE_MAX;
         let mut handed_back = 0;
-        while let Ok(Some(messages)) = tokio::time::timeout_at(end, self.pull.rest(CLOSE_QUIET)).await {
+        while let Ok(Some(messages)) =
+            tokio::time::timeout_at(end, self.pull.rest(CLOSE_QUIET)).await
+        {
             let batch = Batch { messages };
             batch.hand_back().await;
             handed_back += batch.messages.len();
         }
         if handed_back > 0 {
-            info!(messages = handed_back, "handed back {handed_back} messages that were fetched ahead");
+            info!(
+                messages = handed_back,
+                "handed back {handed_back} messages that were fetched ahead"
+            );
         }
     }
 }
@@ -241,7 +277,9 @@ pub struct Delivery<'a> {
 impl Delivery<'_> {
     pub fn traceparent(&self) -> Option<String> {
         let headers = self.message.headers.as_ref()?;
-        headers.get(header::TRACEPARENT).map(|value| value.as_str().to_owned())
+        headers
+            .get(header::TRACEPARENT)
+            .map(|value| value.as_str().to_owned())
     }
 
     /// Its sequence in the stream; 0 for a message that has none, which the server never sends.
@@ -252,7 +290,10 @@ impl Delivery<'_> {
 
 impl Batch {
     pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
-        self.messages.iter().map(|message| Delivery { payload: &message.payload, message })
+        self.messages.iter().map(|message| Delivery {
+            payload: &message.payload,
+            message,
+        })
     }
 
     pub fn count(&self) -> usize {
@@ -264,7 +305,10 @@ impl Batch {
     }
 
     pub fn last_sequence(&self) -> u64 {
-        self.messages().map(|message| message.stream_sequence()).max().unwrap_or(0)
+        self.messages()
+            .map(|message| message.stream_sequence())
+            .max()
+            .unwrap_or(0)
     }
 
     /// Says that all events but those at `except` are applied.
@@ -298,7 +342,11 @@ impl Batch {
     /// Takes out the messages at `indexes`, which are to be put aside.
     pub fn take(self, indexes: &[usize]) -> Vec<Doomed> {
         let wanted = |(index, message)| indexes.contains(&index).then_some(Doomed { message });
-        self.messages.into_iter().enumerate().filter_map(wanted).collect()
+        self.messages
+            .into_iter()
+            .enumerate()
+            .filter_map(wanted)
+            .collect()
     }
 }
 
@@ -313,7 +361,10 @@ impl Doomed {
     }
 
     pub fn content(&self) -> (bytes::Bytes, async_nats::HeaderMap) {
-        (self.message.payload.clone(), self.message.headers.clone().unwrap_or_default())
+        (
+            self.message.payload.clone(),
+            self.message.headers.clone().unwrap_or_default(),
+        )
     }
 
     pub fn bytes(&self) -> usize {
@@ -329,7 +380,10 @@ impl Doomed {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the one place where messages are settled")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where messages are settled"
+)]
 async fn settle(message: &Message, kind: AckKind) {
     if let Err(error) = message.ack_with(kind).await {
         debug!("a message could not be settled and will be delivered again: {error}");

@@ -41,7 +41,11 @@ pub struct DeadLetters {
 impl DeadLetters {
     pub fn new(jetstream: jetstream::Context) -> Self {
         let room = Arc::new(Semaphore::new(OUTSTANDING_BYTES_MAX as usize));
-        Self { jetstream, tasks: TaskTracker::new(), room }
+        Self {
+            jetstream,
+            tasks: TaskTracker::new(),
+            room,
+        }
     }
 
     /// Puts the messages of `batch` that `poisoned` names aside, each with its reason. One that
@@ -55,13 +59,20 @@ impl DeadLetters {
         let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
         let doomed = batch.take(&indexes);
         let bytes = doomed.iter().map(Doomed::bytes).sum::<usize>();
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(OUTSTANDING_BYTES_MAX);
-        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else { return };
+        let bytes = u32::try_from(bytes)
+            .unwrap_or(u32::MAX)
+            .min(OUTSTANDING_BYTES_MAX);
+        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else {
+            return;
+        };
         let jetstream = self.jetstream.clone();
         self.tasks.spawn(async move {
             let letters = doomed.into_iter().zip(reasons);
-            let put_aside = |(message, reason): (Doomed, String)| put_one_aside(&jetstream, message, reason);
-            futures_util::stream::iter(letters).for_each_concurrent(PUBLISHED_AT_A_TIME, put_aside).await;
+            let put_aside =
+                |(message, reason): (Doomed, String)| put_one_aside(&jetstream, message, reason);
+            futures_util::stream::iter(letters)
+                .for_each_concurrent(PUBLISHED_AT_A_TIME, put_aside)
+                .await;
             drop(room);
         });
     }
@@ -77,17 +88,28 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: S
         return error!("a message without a stream sequence cannot be put aside");
     };
     let event_type = subject::event_type(doomed.subject());
-    let name = event_type.as_ref().map_or(UNKNOWN_TYPE, |name| name.as_str());
+    let name = event_type
+        .as_ref()
+        .map_or(UNKNOWN_TYPE, |name| name.as_str());
     let (body, headers) = doomed.content();
     let headers = labelled(&headers, sequence, &reason);
     let subject = format!("{}{name}", subject::DEAD_LETTERS_PREFIX);
-    let publish =
-        || async { jetstream.publish_with_headers(subject.clone(), headers.clone(), body.clone()).await?.await };
-    let patience = ExponentialBuilder::new().with_min_delay(Duration::from_millis(100)).with_max_times(3).with_jitter();
+    let publish = || async {
+        jetstream
+            .publish_with_headers(subject.clone(), headers.clone(), body.clone())
+            .await?
+            .await
+    };
+    let patience = ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_times(3)
+        .with_jitter();
     let passing = |error: &PublishError| {
         matches!(
             error.kind(),
-            PublishErrorKind::TimedOut | PublishErrorKind::StreamNotFound | PublishErrorKind::BrokenPipe
+            PublishErrorKind::TimedOut
+                | PublishErrorKind::StreamNotFound
+                | PublishErrorKind::BrokenPipe
         )
     };
     match publish.retry(patience).when(passing).await {
@@ -117,8 +139,13 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: S
 /// Whether the dead letter at `sequence` is of this event. A duplicate is as a rule, after a PubAck or
 /// a termination that was lost.
 async fn is_stored(jetstream: &jetstream::Context, sequence: u64, body: &[u8]) -> bool {
-    let Ok(stream) = jetstream.get_stream_no_info(DEAD_LETTERS_STREAM).await else { return false };
-    stream.get_raw_message(sequence).await.is_ok_and(|letter| letter.payload == body)
+    let Ok(stream) = jetstream.get_stream_no_info(DEAD_LETTERS_STREAM).await else {
+        return false;
+    };
+    stream
+        .get_raw_message(sequence)
+        .await
+        .is_ok_and(|letter| letter.payload == body)
 }
 
 /// The event's own headers and what a dead letter adds to them. JetStream's own spoke of the stream
@@ -128,13 +155,18 @@ fn labelled(stored: &HeaderMap, sequence: u64, reason: &str) -> HeaderMap {
     for (name, values) in stored.iter() {
         let name: &str = name.as_ref();
         if !name.starts_with("Nats-") {
-            values.iter().for_each(|value| headers.append(name, value.clone()));
+            values
+                .iter()
+                .for_each(|value| headers.append(name, value.clone()));
         }
     }
     headers.insert(header::MESSAGE_ID, format!("dead:{sequence}"));
     headers.insert(header::STREAM_SEQUENCE, sequence.to_string());
     // A header is one line of printable text.
-    let reason: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let reason: String = reason
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
     headers.insert(header::REASON, reason.as_str());
     headers
 }

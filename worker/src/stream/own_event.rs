@@ -78,7 +78,12 @@ pub(crate) async fn publish_snapshot(
 
 /// The body under which [`publish_snapshot`] stores `object`: what it would lead to can be seen
 /// without storing it.
-pub(crate) fn snapshot(id: &str, object: &RawValue, as_of: i64, scope: Scope<'_>) -> Result<Vec<u8>, OwnEventError> {
+pub(crate) fn snapshot(
+    id: &str,
+    object: &RawValue,
+    as_of: i64,
+    scope: Scope<'_>,
+) -> Result<Vec<u8>, OwnEventError> {
     snapshot_event(id, object, as_of, scope)?.body()
 }
 
@@ -89,7 +94,13 @@ fn snapshot_event<'a>(
     as_of: i64,
     scope: Scope<'a>,
 ) -> Result<OwnEvent<'a>, OwnEventError> {
-    OwnEvent::new(SNAPSHOT_TYPE, format!("litestripe.snapshot.{id}.{as_of}"), as_of, object, scope)
+    OwnEvent::new(
+        SNAPSHOT_TYPE,
+        format!("litestripe.snapshot.{id}.{as_of}"),
+        as_of,
+        object,
+        scope,
+    )
 }
 
 /// Stores an operator's resolution, made at `created`.
@@ -101,7 +112,9 @@ pub(crate) async fn publish_resolution(
 ) -> Result<u64, OwnEventError> {
     let object = resolution.object()?;
     let event = resolution.event(&object, created, scope)?;
-    event.store(jetstream, "resolution", event.id.as_str()).await
+    event
+        .store(jetstream, "resolution", event.id.as_str())
+        .await
 }
 
 /// Stores a resolution that was made at `created` once more, `now`: it is the same event, and yet no
@@ -115,7 +128,9 @@ pub(crate) async fn repeat_resolution(
 ) -> Result<u64, OwnEventError> {
     let object = resolution.object()?;
     let event = resolution.event(&object, created, scope)?;
-    event.store(jetstream, "resolution", &format!("{}:{now}", event.id)).await
+    event
+        .store(jetstream, "resolution", &format!("{}:{now}", event.id))
+        .await
 }
 
 impl Resolution<'_> {
@@ -123,11 +138,19 @@ impl Resolution<'_> {
         to_raw_value(self).map_err(|_| OwnEventError::Content(self.orphan_id.to_owned()))
     }
 
-    fn event<'a>(&self, object: &'a RawValue, created: i64, scope: Scope<'a>) -> Result<OwnEvent<'a>, OwnEventError> {
+    fn event<'a>(
+        &self,
+        object: &'a RawValue,
+        created: i64,
+        scope: Scope<'a>,
+    ) -> Result<OwnEvent<'a>, OwnEventError> {
         // Two operators may decide differently in one second: only the same decision is the same event.
         let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
         let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
-        let id = format!("litestripe.resolution.{}.{created}.{user:016x}", self.orphan_id);
+        let id = format!(
+            "litestripe.resolution.{}.{created}.{user:016x}",
+            self.orphan_id
+        );
         OwnEvent::new(RESOLUTION_TYPE, id, created, object, scope)
     }
 }
@@ -142,7 +165,15 @@ impl<'a> OwnEvent<'a> {
     ) -> Result<Self, OwnEventError> {
         let id = EventId::parse(id.as_str()).map_err(|_| OwnEventError::Content(id))?;
         let (Scope { livemode, account }, data) = (scope, Data { object });
-        Ok(Self { id, object: "event", event_type, created, livemode, account, data })
+        Ok(Self {
+            id,
+            object: "event",
+            event_type,
+            created,
+            livemode,
+            account,
+            data,
+        })
     }
 
     fn body(&self) -> Result<Vec<u8>, OwnEventError> {
@@ -158,9 +189,13 @@ impl<'a> OwnEvent<'a> {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, message_id);
         headers.insert(header::SOURCE, source);
-        let subject = subject::of_event(&EventType::parse(self.event_type).expect("our own types are types"));
+        let subject =
+            subject::of_event(&EventType::parse(self.event_type).expect("our own types are types"));
         let failed = |error| OwnEventError::Publish(self.id.clone(), error);
-        let ack = jetstream.publish_with_headers(subject, headers, self.body()?.into()).await.map_err(failed)?;
+        let ack = jetstream
+            .publish_with_headers(subject, headers, self.body()?.into())
+            .await
+            .map_err(failed)?;
         // Of a duplicate it is the sequence of the first.
         ack.await.map(|ack| ack.sequence).map_err(failed)
     }

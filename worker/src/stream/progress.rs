@@ -56,12 +56,17 @@ impl From<&Info> for Progress {
 }
 
 /// How far the workers have come. None when no worker was ever there.
-pub(crate) async fn of_workers(jetstream: &jetstream::Context) -> Result<Option<Progress>, ProgressError> {
+pub(crate) async fn of_workers(
+    jetstream: &jetstream::Context,
+) -> Result<Option<Progress>, ProgressError> {
     of_consumer(jetstream, WORKER_CONSUMER).await
 }
 
 /// How far the consumer `name` has come. None when it does not exist.
-pub(crate) async fn of_consumer(jetstream: &jetstream::Context, name: &str) -> Result<Option<Progress>, ProgressError> {
+pub(crate) async fn of_consumer(
+    jetstream: &jetstream::Context,
+    name: &str,
+) -> Result<Option<Progress>, ProgressError> {
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream.consumer_info(name).await {
         Ok(info) => Ok(Some(Progress::from(&info))),
@@ -75,10 +80,17 @@ pub(crate) async fn has_applied_all_before(
     jetstream: &jetstream::Context,
     end: OffsetDateTime,
 ) -> Result<bool, ProgressError> {
-    let Some(progress) = of_workers(jetstream).await? else { return Ok(false) };
-    let Some(oldest) = progress.applied_until().checked_add(1) else { return Ok(true) };
+    let Some(progress) = of_workers(jetstream).await? else {
+        return Ok(false);
+    };
+    let Some(oldest) = progress.applied_until().checked_add(1) else {
+        return Ok(true);
+    };
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-    match stream.get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), oldest).await {
+    match stream
+        .get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), oldest)
+        .await
+    {
         Ok(message) => Ok(message.time > end),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(true),
         Err(error) => Err(error.into()),
@@ -91,7 +103,12 @@ mod tests {
 
     #[test]
     fn what_was_delivered_is_applied_once_nothing_of_it_is_unacked() {
-        let progress = |unacked, pending| Progress { ack_floor: 3, delivered: 9, pending, unacked };
+        let progress = |unacked, pending| Progress {
+            ack_floor: 3,
+            delivered: 9,
+            pending,
+            unacked,
+        };
         assert_eq!(progress(2, 5).applied_until(), 3);
         assert_eq!(progress(0, 5).applied_until(), 9);
         assert_eq!(progress(0, 0).applied_until(), u64::MAX);

@@ -93,7 +93,9 @@ impl Pull {
         loop {
             self.ask();
             let silent = self.heard + SILENCE_MAX;
-            match tokio::time::timeout_at(silent.min(Instant::now() + LOOK), self.arrived(limit)).await {
+            match tokio::time::timeout_at(silent.min(Instant::now() + LOOK), self.arrived(limit))
+                .await
+            {
                 Ok(arrived) => {
                     let messages = self.sorted(arrived?);
                     // Whoever gets these may be busy with them for a while.
@@ -119,7 +121,9 @@ impl Pull {
         loop {
             // A request that was given up may have brought some all the same.
             let end = if self.open > 0 { begin + quiet } else { begin };
-            let arrived = tokio::time::timeout_at(end, self.arrived(self.batch)).await.ok()?;
+            let arrived = tokio::time::timeout_at(end, self.arrived(self.batch))
+                .await
+                .ok()?;
             let messages = self.sorted(arrived?);
             if !messages.is_empty() {
                 return Some(messages);
@@ -176,7 +180,10 @@ impl Pull {
                 None | Some(StatusCode::OK) => {
                     self.open = self.open.saturating_sub(1);
                     self.is_refused = false;
-                    messages.push(Message { message, context: self.jetstream.clone() });
+                    messages.push(Message {
+                        message,
+                        context: self.jetstream.clone(),
+                    });
                 }
                 Some(StatusCode::IDLE_HEARTBEAT) => {}
                 Some(status) => {
@@ -203,7 +210,8 @@ impl Pull {
 
     /// A request has expired, has brought as many bytes as it may, or was refused.
     fn ended(&mut self, status: StatusCode, headers: Option<&HeaderMap>) {
-        let rest = headers.and_then(|headers| headers.get("Nats-Pending-Messages")?.as_str().parse().ok());
+        let rest =
+            headers.and_then(|headers| headers.get("Nats-Pending-Messages")?.as_str().parse().ok());
         match rest {
             Some(rest) if rest < self.batch || status == StatusCode::TIMEOUT => {
                 self.open = self.open.saturating_sub(rest);

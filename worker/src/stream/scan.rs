@@ -40,7 +40,11 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     doing: &'static str,
     stream: &'static str,
 ) -> impl Fn(E) -> ScanError {
-    move |source| ScanError { doing, stream, source: source.into() }
+    move |source| ScanError {
+        doing,
+        stream,
+        source: source.into(),
+    }
 }
 
 pub(crate) struct Seen<'a> {
@@ -57,14 +61,24 @@ pub(crate) async fn read(
     mut see: impl FnMut(Seen<'_>),
 ) -> Result<u64, ScanError> {
     let reading = "read";
-    let Some(stream) = find(jetstream, name).await? else { return Ok(0) };
+    let Some(stream) = find(jetstream, name).await? else {
+        return Ok(0);
+    };
     let last = stream.cached_info().state.last_sequence;
     if stream.cached_info().state.messages == 0 || last < from {
         return Ok(last);
     }
-    let from = DeliverPolicy::ByStartSequence { start_sequence: from.max(1) };
-    let config = pull::Config { inactive_threshold: FORGET_AFTER, ..reader(jetstream, "erase", from) };
-    let mut consumer = stream.create_consumer(config).await.map_err(failed(reading, name))?;
+    let from = DeliverPolicy::ByStartSequence {
+        start_sequence: from.max(1),
+    };
+    let config = pull::Config {
+        inactive_threshold: FORGET_AFTER,
+        ..reader(jetstream, "erase", from)
+    };
+    let mut consumer = stream
+        .create_consumer(config)
+        .await
+        .map_err(failed(reading, name))?;
     let mut left = consumer.cached_info().num_pending;
     let pull = consumer.stream().max_messages_per_batch(PULL_MESSAGES);
     let pull = pull.max_bytes_per_batch(PULL_BYTES.max(2 * jetstream.client().max_payload()));
@@ -73,19 +87,32 @@ pub(crate) async fn read(
     while left > 0 {
         let Ok(next) = tokio::time::timeout(SILENCE_MAX, messages.next()).await else {
             // What it waits for may have been removed meanwhile.
-            left = consumer.info().await.map_err(failed(reading, name))?.num_pending;
+            left = consumer
+                .info()
+                .await
+                .map_err(failed(reading, name))?
+                .num_pending;
             if left > 0 {
                 return Err(failed(reading, name)("the NATS server is silent"));
             }
             break;
         };
-        let next = next.ok_or("the reader is gone").map_err(failed(reading, name))?;
+        let next = next
+            .ok_or("the reader is gone")
+            .map_err(failed(reading, name))?;
         let message = next.map_err(failed(reading, name))?;
         let info = message.info().map_err(failed(reading, name))?;
         if info.stream_sequence <= last {
-            see(Seen { sequence: info.stream_sequence, body: &message.payload });
+            see(Seen {
+                sequence: info.stream_sequence,
+                body: &message.payload,
+            });
         }
-        left = if info.stream_sequence < last { info.pending } else { 0 };
+        left = if info.stream_sequence < last {
+            info.pending
+        } else {
+            0
+        };
     }
     drop(messages);
     // One that stays is forgotten by the server soon.
@@ -95,10 +122,17 @@ pub(crate) async fn read(
 
 /// A consumer that acks nothing. An operator who lists consumers sees `whose` it is; and without a name the
 /// request for it would have a subject of another form, which permissions would have to allow too.
-pub(crate) fn reader(jetstream: &jetstream::Context, whose: &str, from: DeliverPolicy) -> pull::Config {
+pub(crate) fn reader(
+    jetstream: &jetstream::Context,
+    whose: &str,
+    from: DeliverPolicy,
+) -> pull::Config {
     let unique = jetstream.client().new_inbox();
     pull::Config {
-        name: Some(format!("litestripe-{whose}-{}", unique.rsplit('.').next().unwrap_or_default())),
+        name: Some(format!(
+            "litestripe-{whose}-{}",
+            unique.rsplit('.').next().unwrap_or_default()
+        )),
         deliver_policy: from,
         ack_policy: AckPolicy::None,
         memory_storage: true,
@@ -114,13 +148,21 @@ pub(crate) async fn remove(
     name: &'static str,
     sequences: impl IntoIterator<Item = u64>,
 ) -> Result<u64, ScanError> {
-    let Some(stream) = find(jetstream, name).await? else { return Ok(0) };
-    let removals = futures_util::stream::iter(sequences).map(|sequence| remove_one(&stream, name, sequence));
-    removals.buffer_unordered(REMOVALS_IN_FLIGHT).try_fold(0, |sum, one| async move { Ok(sum + u64::from(one)) }).await
+    let Some(stream) = find(jetstream, name).await? else {
+        return Ok(0);
+    };
+    let removals =
+        futures_util::stream::iter(sequences).map(|sequence| remove_one(&stream, name, sequence));
+    removals
+        .buffer_unordered(REMOVALS_IN_FLIGHT)
+        .try_fold(0, |sum, one| async move { Ok(sum + u64::from(one)) })
+        .await
 }
 
 async fn remove_one(stream: &Stream, name: &'static str, sequence: u64) -> Result<bool, ScanError> {
-    let Err(refused) = stream.delete_message(sequence).await else { return Ok(true) };
+    let Err(refused) = stream.delete_message(sequence).await else {
+        return Ok(true);
+    };
     // Somebody else may have been faster, or its age.
     match stream.get_raw_message(sequence).await {
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(false),
@@ -128,11 +170,18 @@ async fn remove_one(stream: &Stream, name: &'static str, sequence: u64) -> Resul
     }
 }
 
-pub(crate) async fn find(jetstream: &jetstream::Context, name: &'static str) -> Result<Option<Stream>, ScanError> {
+pub(crate) async fn find(
+    jetstream: &jetstream::Context,
+    name: &'static str,
+) -> Result<Option<Stream>, ScanError> {
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Ok(None)
+            }
             _ => Err(failed("find", name)(error)),
         },
     }

@@ -46,24 +46,43 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error("Stripe answered {status} (request {request_id})")]
-    Status { status: StatusCode, request_id: String },
+    Status {
+        status: StatusCode,
+        request_id: String,
+    },
     #[error("Stripe answered {status} and asks to wait {} s (request {request_id})", .after.as_secs())]
-    Later { status: StatusCode, after: Duration, request_id: String },
+    Later {
+        status: StatusCode,
+        after: Duration,
+        request_id: String,
+    },
     /// Stripe's API redirects nobody; a proxy may, and whoever it names is not to see the key.
     #[error("the API at STRIPE_API_BASE redirects to another address, which is not followed")]
     Redirected,
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
     #[error("Stripe's answer broke off (request {request_id})")]
-    BrokeOff { request_id: String, source: reqwest::Error },
+    BrokeOff {
+        request_id: String,
+        source: reqwest::Error,
+    },
     #[error("Stripe's answer cannot be used: {problem} (request {request_id})")]
-    Answer { problem: &'static str, request_id: String },
+    Answer {
+        problem: &'static str,
+        request_id: String,
+    },
 }
 
 impl ApiError {
     /// Whether Stripe says that there is no such object.
     pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Status { status: StatusCode::NOT_FOUND, .. })
+        matches!(
+            self,
+            Self::Status {
+                status: StatusCode::NOT_FOUND,
+                ..
+            }
+        )
     }
 }
 
@@ -83,7 +102,10 @@ impl Answer {
     }
 
     pub fn unusable(&self, problem: &'static str) -> ApiError {
-        ApiError::Answer { problem, request_id: self.request_id.clone() }
+        ApiError::Answer {
+            problem,
+            request_id: self.request_id.clone(),
+        }
     }
 }
 
@@ -105,7 +127,11 @@ impl StripeApi {
             .user_agent(concat!("litestripe/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(ApiError::Transport)?;
-        Ok(Self { http, settings, budget })
+        Ok(Self {
+            http,
+            settings,
+            budget,
+        })
     }
 
     /// Whether the key sees objects of this mode.
@@ -115,17 +141,31 @@ impl StripeApi {
 
     /// A subscription. Stripe: "Retrieve a subscription".
     pub async fn subscription(&self, id: &str, account: Option<&str>) -> Result<Answer, ApiError> {
-        self.get(&format!("/v1/subscriptions/{id}"), &[], account).await
+        self.get(&format!("/v1/subscriptions/{id}"), &[], account)
+            .await
     }
 
     /// The Checkout Sessions that led to a subscription. Stripe: "List all Checkout Sessions".
-    pub async fn checkout_sessions_of(&self, subscription: &str, account: Option<&str>) -> Result<Answer, ApiError> {
-        self.get("/v1/checkout/sessions", &[("subscription", subscription), ("limit", PAGE)], account).await
+    pub async fn checkout_sessions_of(
+        &self,
+        subscription: &str,
+        account: Option<&str>,
+    ) -> Result<Answer, ApiError> {
+        self.get(
+            "/v1/checkout/sessions",
+            &[("subscription", subscription), ("limit", PAGE)],
+            account,
+        )
+        .await
     }
 
     /// A page of subscriptions, newest first, from the one after `after` on. `status` is one of
     /// Stripe's, or `all`. Stripe: "List subscriptions".
-    pub async fn subscriptions(&self, status: &str, after: Option<&str>) -> Result<Answer, ApiError> {
+    pub async fn subscriptions(
+        &self,
+        status: &str,
+        after: Option<&str>,
+    ) -> Result<Answer, ApiError> {
         let mut query = vec![("limit", PAGE), ("status", status)];
         query.extend(after.map(|after| ("starting_after", after)));
         self.get("/v1/subscriptions", &query, None).await
@@ -155,28 +195,43 @@ impl StripeApi {
     }
 
     /// One GET, tried again as Stripe asks for. Stripe: "Advanced error handling".
-    async fn get(&self, path: &str, query: &[(&str, &str)], account: Option<&str>) -> Result<Answer, ApiError> {
+    async fn get(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        account: Option<&str>,
+    ) -> Result<Answer, ApiError> {
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(TRIES_MAX - 1);
         loop {
             self.budget.acquire().await;
             let started = std::time::Instant::now();
             let (error, retry_after) = match self.send(path, query, account).await {
-                Ok(response) if response.status().is_success() => match answer(response, started).await {
-                    Ok(answer) => return Ok(answer),
-                    Err(error) => (error, None),
-                },
-                Ok(response) if response.status().is_redirection() => return Err(ApiError::Redirected),
+                Ok(response) if response.status().is_success() => {
+                    match answer(response, started).await {
+                        Ok(answer) => return Ok(answer),
+                        Err(error) => (error, None),
+                    }
+                }
+                Ok(response) if response.status().is_redirection() => {
+                    return Err(ApiError::Redirected);
+                }
                 Ok(response) if may_retry(&response) => match retry_after(&response) {
                     Some(after) if after > RETRY_AFTER_MAX => {
                         let (status, request_id) = (response.status(), request_id(&response));
-                        return Err(ApiError::Later { status, after, request_id });
+                        return Err(ApiError::Later {
+                            status,
+                            after,
+                            request_id,
+                        });
                     }
                     after => (refusal(&response), after),
                 },
                 Ok(response) => return Err(refusal(&response)),
                 Err(error) => (ApiError::Transport(error.without_url()), None),
             };
-            let Some(delay) = delays.next() else { return Err(error) };
+            let Some(delay) = delays.next() else {
+                return Err(error);
+            };
             let delay = delay.min(DELAY_MAX);
             // Never before Stripe asks for, and not all workers at the same moment then either.
             let delay = retry_after.map_or(delay, |least| least + delay / 4);
@@ -184,9 +239,19 @@ impl StripeApi {
         }
     }
 
-    async fn send(&self, path: &str, query: &[(&str, &str)], account: Option<&str>) -> reqwest::Result<Response> {
-        let mut request = self.http.get(format!("{}{path}", self.settings.base)).query(query);
-        request = request.bearer_auth(self.settings.key.expose_secret()).header("Stripe-Version", VERSION);
+    async fn send(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        account: Option<&str>,
+    ) -> reqwest::Result<Response> {
+        let mut request = self
+            .http
+            .get(format!("{}{path}", self.settings.base))
+            .query(query);
+        request = request
+            .bearer_auth(self.settings.key.expose_secret())
+            .header("Stripe-Version", VERSION);
         if let Some(account) = account {
             request = request.header("Stripe-Account", account);
         }
@@ -200,8 +265,15 @@ async fn answer(response: Response, started: std::time::Instant) -> Result<Answe
     let as_of = date.map(|date| date.unix_timestamp().saturating_sub(took).saturating_sub(1));
     let request_id = request_id(&response);
     match response.bytes().await {
-        Ok(body) => Ok(Answer { body, as_of, request_id }),
-        Err(error) => Err(ApiError::BrokeOff { request_id, source: error.without_url() }),
+        Ok(body) => Ok(Answer {
+            body,
+            as_of,
+            request_id,
+        }),
+        Err(error) => Err(ApiError::BrokeOff {
+            request_id,
+            source: error.without_url(),
+        }),
     }
 }
 
@@ -219,11 +291,17 @@ fn may_retry(response: &Response) -> bool {
 }
 
 fn retry_after(response: &Response) -> Option<Duration> {
-    header(response, RETRY_AFTER)?.parse().ok().map(Duration::from_secs)
+    header(response, RETRY_AFTER)?
+        .parse()
+        .ok()
+        .map(Duration::from_secs)
 }
 
 fn refusal(response: &Response) -> ApiError {
-    ApiError::Status { status: response.status(), request_id: request_id(response) }
+    ApiError::Status {
+        status: response.status(),
+        request_id: request_id(response),
+    }
 }
 
 fn request_id(response: &Response) -> String {

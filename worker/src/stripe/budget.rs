@@ -77,9 +77,19 @@ impl Budget {
     pub fn new(settings: &BudgetSettings, jetstream: jetstream::Context, replicas: usize) -> Self {
         let plan = Plan::new(settings.requests, settings.window);
         let (bucket, key) = (Bucket::new(jetstream, replicas), settings.key.clone());
-        let reserver = Reserver { plan, pace: pace(settings), bucket, key, last: None, grant: None };
+        let reserver = Reserver {
+            plan,
+            pace: pace(settings),
+            bucket,
+            key,
+            last: None,
+            grant: None,
+        };
         let (queue, queued) = mpsc::channel(QUEUE);
-        Self { queue, _reserver: AbortOnDropHandle::new(tokio::spawn(reserver.run(queued))) }
+        Self {
+            queue,
+            _reserver: AbortOnDropHandle::new(tokio::spawn(reserver.run(queued))),
+        }
     }
 
     /// Returns when one request may be sent, and only then: at once.
@@ -122,7 +132,10 @@ impl Reserver {
             tokio::time::sleep_until(grant.from.into()).await;
             self.pace.acquire_one().await;
             if Instant::now() <= grant.until {
-                self.grant = Some(Grant { left: grant.left.saturating_sub(1), ..grant });
+                self.grant = Some(Grant {
+                    left: grant.left.saturating_sub(1),
+                    ..grant
+                });
                 return grant.until;
             }
         }
@@ -130,7 +143,9 @@ impl Reserver {
 
     /// Reserves requests, however long that takes.
     async fn reserve(&mut self, also_waiting: usize) -> Grant {
-        let waiting = u32::try_from(also_waiting).unwrap_or(u32::MAX).saturating_add(1);
+        let waiting = u32::try_from(also_waiting)
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
         let count = waiting.max(RESERVED_MIN).min(self.plan.size_max);
         let started = Instant::now();
         let mut warned = false;
@@ -144,7 +159,10 @@ impl Reserver {
                     return grant;
                 }
                 Err(error) if !warned && started.elapsed() > PATIENCE => {
-                    warn!("calls to Stripe's API wait for their shared budget: {}", exit::chain(&error));
+                    warn!(
+                        "calls to Stripe's API wait for their shared budget: {}",
+                        exit::chain(&error)
+                    );
                     warned = true;
                 }
                 Err(_) => {}
@@ -160,20 +178,39 @@ impl Reserver {
         };
         // Where nobody ever wrote the key, everything is free.
         let stored = last.written.unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let next = self.plan.next(last.value.as_deref(), stored, self.plan.interval.saturating_mul(count));
+        let next = self.plan.next(
+            last.value.as_deref(),
+            stored,
+            self.plan.interval.saturating_mul(count),
+        );
         tokio::time::sleep_until((seen + self.plan.wait(next, stored)).into()).await;
 
         let sent = Instant::now();
-        let revision = self.bucket.write(&self.key, next.to_value(), last.revision).await?;
+        let revision = self
+            .bucket
+            .write(&self.key, next.to_value(), last.revision)
+            .await?;
         let (entry, stored) = self.read_back(revision, sent + self.plan.usable).await?;
         let received = Instant::now();
         self.last = Some((entry, received));
         let (from, until) = self.plan.permitted(next, stored, sent, received);
-        if from < until { Ok(Grant { from, until, left: count }) } else { Err(ReserveError::Slow) }
+        if from < until {
+            Ok(Grant {
+                from,
+                until,
+                left: count,
+            })
+        } else {
+            Err(ReserveError::Slow)
+        }
     }
 
     /// Our write of `revision`, or a later one, and when the broker stored it.
-    async fn read_back(&mut self, revision: u64, until: Instant) -> Result<(Entry, OffsetDateTime), ReserveError> {
+    async fn read_back(
+        &mut self,
+        revision: u64,
+        until: Instant,
+    ) -> Result<(Entry, OffsetDateTime), ReserveError> {
         loop {
             let entry = self.bucket.read(&self.key).await?;
             match entry.written {
@@ -188,7 +225,9 @@ impl Reserver {
 /// The budget's rate, for one process. The bucket is refilled every tenth of a second at most: more often, it
 /// falls behind.
 fn pace(settings: &BudgetSettings) -> RateLimiter {
-    let seconds = u32::try_from(settings.window.as_secs()).unwrap_or(u32::MAX).max(1);
+    let seconds = u32::try_from(settings.window.as_secs())
+        .unwrap_or(u32::MAX)
+        .max(1);
     let size = (settings.requests / 10 / seconds).max(1);
     let tokens = usize::try_from(size).unwrap_or(usize::MAX);
     RateLimiter::builder()

@@ -44,7 +44,8 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
     }
     let config = Config {
         bucket: KV_BUCKET.to_owned(),
-        description: "The budget of calls to Stripe's API that Litestripe's workers share".to_owned(),
+        description: "The budget of calls to Stripe's API that Litestripe's workers share"
+            .to_owned(),
         history: 1,
         storage: StorageType::File,
         num_replicas: replicas,
@@ -56,7 +57,10 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
             Ok(store)
         }
         // Another program created it meanwhile, with other settings; or it cannot be made.
-        Err(error) => jetstream.get_key_value(KV_BUCKET).await.map_err(|_| KvError::Open(error.into())),
+        Err(error) => jetstream
+            .get_key_value(KV_BUCKET)
+            .await
+            .map_err(|_| KvError::Open(error.into())),
     }
 }
 
@@ -80,23 +84,38 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     pub(crate) fn new(jetstream: jetstream::Context, replicas: usize) -> Self {
-        Self { jetstream, replicas, open: None }
+        Self {
+            jetstream,
+            replicas,
+            open: None,
+        }
     }
 
     pub(crate) async fn read(&mut self, key: &str) -> Result<Entry, KvError> {
         let entry = self.store().await?.entry(key).await;
-        Ok(match entry.map_err(|error| self.failed(format!("read {key}"), error))? {
-            None => Entry { value: None, revision: 0, written: None },
-            Some(entry) => Entry {
-                value: (entry.operation == Operation::Put).then_some(entry.value),
-                revision: entry.revision,
-                written: Some(entry.created),
+        Ok(
+            match entry.map_err(|error| self.failed(format!("read {key}"), error))? {
+                None => Entry {
+                    value: None,
+                    revision: 0,
+                    written: None,
+                },
+                Some(entry) => Entry {
+                    value: (entry.operation == Operation::Put).then_some(entry.value),
+                    revision: entry.revision,
+                    written: Some(entry.created),
+                },
             },
-        })
+        )
     }
 
     /// Writes `key` if it still has the revision `over` (0 where there is none). Returns the new one.
-    pub(crate) async fn write(&mut self, key: &str, value: impl Into<Bytes>, over: u64) -> Result<u64, KvError> {
+    pub(crate) async fn write(
+        &mut self,
+        key: &str,
+        value: impl Into<Bytes>,
+        over: u64,
+    ) -> Result<u64, KvError> {
         let written = self.store().await?.update(key, value.into(), over).await;
         written.map_err(|error| match error.kind() {
             UpdateErrorKind::WrongLastRevision => KvError::Crossed(key.to_owned()),
@@ -115,6 +134,9 @@ impl Bucket {
     /// The bucket may be gone, so that it has to be opened, or made, again.
     fn failed(&mut self, doing: String, error: impl Into<BrokerError>) -> KvError {
         self.open = None;
-        KvError::Broker { doing, source: error.into() }
+        KvError::Broker {
+            doing,
+            source: error.into(),
+        }
     }
 }

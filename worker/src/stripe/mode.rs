@@ -20,11 +20,21 @@ pub(crate) struct Mismatch {
 
 /// The mismatch of key and rows, if there is one. Without rows there is none, nor with rows of both
 /// modes.
-pub(crate) async fn mismatch(store: &Store, stripe: &StripeSettings) -> Result<Option<Mismatch>, StoreError> {
+pub(crate) async fn mismatch(
+    store: &Store,
+    stripe: &StripeSettings,
+) -> Result<Option<Mismatch>, StoreError> {
     let has_table = store.migrations().await?.iter().any(|step| step.applied);
-    let modes = if has_table { store::subscription::modes(store.connection()).await? } else { Vec::new() };
+    let modes = if has_table {
+        store::subscription::modes(store.connection()).await?
+    } else {
+        Vec::new()
+    };
     Ok(match modes.as_slice() {
-        [rows] if *rows != stripe.is_live() => Some(Mismatch { key: name(stripe.is_live()), rows: name(*rows) }),
+        [rows] if *rows != stripe.is_live() => Some(Mismatch {
+            key: name(stripe.is_live()),
+            rows: name(*rows),
+        }),
         _ => None,
     })
 }

@@ -20,7 +20,10 @@ fn pauses_grow_up_to_the_longest_and_begin_anew_after_a_success() {
     let pauses: Vec<_> = (0..5).map(|_| wait.failed(&gone())).collect();
     // Jitter adds up to the pause itself.
     assert!(pauses[0] < Duration::from_millis(20), "{pauses:?}");
-    assert!(pauses[4] >= THING.longest && pauses[4] <= 2 * THING.longest, "{pauses:?}");
+    assert!(
+        pauses[4] >= THING.longest && pauses[4] <= 2 * THING.longest,
+        "{pauses:?}"
+    );
     assert!(wait.is_waiting());
     wait.succeeded();
     assert!(!wait.is_waiting());
@@ -30,7 +33,10 @@ fn pauses_grow_up_to_the_longest_and_begin_anew_after_a_success() {
 #[test]
 fn of_several_only_the_last_to_end_says_that_it_is_over() {
     let all = Arc::new(Waiting::default());
-    let (mut one, mut other) = (Wait::with_others(THING, Arc::clone(&all)), Wait::with_others(THING, Arc::clone(&all)));
+    let (mut one, mut other) = (
+        Wait::with_others(THING, Arc::clone(&all)),
+        Wait::with_others(THING, Arc::clone(&all)),
+    );
     one.failed(&gone());
     other.failed(&gone());
     other.failed(&gone());
@@ -39,5 +45,9 @@ fn of_several_only_the_last_to_end_says_that_it_is_over() {
     assert!(!other.end(), "it does not wait any more");
     one.failed(&gone());
     drop(one);
-    assert_eq!(all.0.load(Ordering::Relaxed), 0, "who gives up waits no more");
+    assert_eq!(
+        all.0.load(Ordering::Relaxed),
+        0,
+        "who gives up waits no more"
+    );
 }

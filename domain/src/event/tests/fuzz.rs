@@ -9,17 +9,27 @@ use super::*;
 /// How many bodies each property sees; `LITESTRIPE_LONG` says how many more.
 fn cases() -> ProptestConfig {
     #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
-    let long = std::env::var("LITESTRIPE_LONG").ok().and_then(|cases| cases.parse().ok());
-    ProptestConfig { cases: long.unwrap_or(10_000), failure_persistence: None, ..ProptestConfig::default() }
+    let long = std::env::var("LITESTRIPE_LONG")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
+    ProptestConfig {
+        cases: long.unwrap_or(10_000),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 fn bodies() -> Vec<Vec<u8>> {
-    let previous = json!({ "status": "trialing", "metadata": { "plan": null }, "items": { "data": [{}] } });
+    let previous =
+        json!({ "status": "trialing", "metadata": { "plan": null }, "items": { "data": [{}] } });
     [
         updated(subscription(), previous),
         body("customer.subscription.created", subscription()),
         body("checkout.session.completed", session()),
-        body(RESOLUTION_TYPE, json!({ "orphan_id": "sub_1", "client_reference_id": "user-1" })),
+        body(
+            RESOLUTION_TYPE,
+            json!({ "orphan_id": "sub_1", "client_reference_id": "user-1" }),
+        ),
     ]
     .map(|body| body.to_string().into_bytes())
     .into()
@@ -88,7 +98,10 @@ fn mutate(body: &mut Vec<u8>, mutation: &Mutation) {
         Mutation::Value(at, piece) => {
             let colons: Vec<usize> = (0..body.len()).filter(|at| body[*at] == b':').collect();
             if let Some(colon) = colons.get(at % colons.len().max(1)) {
-                let end = body[*colon..].iter().position(|byte| matches!(byte, b',' | b'}')).unwrap_or(1);
+                let end = body[*colon..]
+                    .iter()
+                    .position(|byte| matches!(byte, b',' | b'}'))
+                    .unwrap_or(1);
                 body.splice(colon + 1..(colon + end).max(colon + 1), piece.bytes());
             }
         }
@@ -100,13 +113,30 @@ fn check_storable(event: &Event) {
     Timestamp::from_unix(event.created).expect("a time");
     if let Body::Subscription(body) = &event.body {
         let kept = &body.snapshot;
-        let times = [kept.created, kept.start_date, kept.cancel_at, kept.canceled_at, kept.ended_at, kept.trial_end];
-        for time in times.into_iter().chain([kept.current_period_start, kept.current_period_end]).flatten() {
+        let times = [
+            kept.created,
+            kept.start_date,
+            kept.cancel_at,
+            kept.canceled_at,
+            kept.ended_at,
+            kept.trial_end,
+        ];
+        for time in times
+            .into_iter()
+            .chain([kept.current_period_start, kept.current_period_end])
+            .flatten()
+        {
             Timestamp::from_unix(time).expect("a time");
         }
         let json = serde_json::to_string(kept).expect("it is JSON");
-        assert!(!json.replace(r"\\", "").contains(r"\u0000"), "NUL in {json}");
-        assert_eq!(serde_json::from_str::<Snapshot>(&json).expect("it reads back"), *kept);
+        assert!(
+            !json.replace(r"\\", "").contains(r"\u0000"),
+            "NUL in {json}"
+        );
+        assert_eq!(
+            serde_json::from_str::<Snapshot>(&json).expect("it reads back"),
+            *kept
+        );
     }
     if let Some(id) = event.stripe_subscription_id() {
         EventId::parse(id).expect("printable ASCII, as a header needs it");

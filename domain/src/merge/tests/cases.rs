@@ -14,7 +14,8 @@ const SNAPSHOT: &str = "litestripe.snapshot";
 const COMPLETED: &str = "checkout.session.completed";
 
 fn event(id: &str, event_type: &str, created: i64, data: Value) -> Event {
-    let body = json!({ "id": id, "type": event_type, "created": created, "livemode": true, "data": data });
+    let body =
+        json!({ "id": id, "type": event_type, "created": created, "livemode": true, "data": data });
     let event = event::decode(body.to_string().as_bytes(), &MetadataKeys::All);
     event.expect("it decodes").expect("it is handled")
 }
@@ -27,14 +28,30 @@ fn subscription(status: &str, plan: &str) -> Value {
 /// An update from the plan `from` to the plan `to`.
 fn step(id: &str, created: i64, from: &str, to: &str) -> Event {
     let previous = json!({ "metadata": { "plan": from } });
-    event(id, UPDATED, created, json!({ "object": subscription("active", to), "previous_attributes": previous }))
+    event(
+        id,
+        UPDATED,
+        created,
+        json!({ "object": subscription("active", to), "previous_attributes": previous }),
+    )
 }
 
 fn told(id: &str, event_type: &str, created: i64, status: &str, plan: &str) -> Event {
-    event(id, event_type, created, json!({ "object": subscription(status, plan) }))
+    event(
+        id,
+        event_type,
+        created,
+        json!({ "object": subscription(status, plan) }),
+    )
 }
 
-fn session(id: &str, event_type: &str, created: i64, session: &str, reference: Option<&str>) -> Event {
+fn session(
+    id: &str,
+    event_type: &str,
+    created: i64,
+    session: &str,
+    reference: Option<&str>,
+) -> Event {
     let object = json!({ "id": session, "subscription": "sub_1", "customer": "cus_9",
         "client_reference_id": reference, "metadata": { "from": session } });
     event(id, event_type, created, json!({ "object": object }))
@@ -57,29 +74,59 @@ fn row(events: &[Event]) -> Visible {
 #[track_caller]
 fn check(events: &[Event], plan: &str, uncertain: bool, last: &str) {
     let row = row(events);
-    assert_eq!(row.subscription.subscription_metadata.get("plan").map(String::as_str), Some(plan));
+    assert_eq!(
+        row.subscription
+            .subscription_metadata
+            .get("plan")
+            .map(String::as_str),
+        Some(plan)
+    );
     assert_eq!(row.subscription.uncertain, uncertain);
-    assert_eq!(row.last_event.map(|(id, _)| id.to_string()).as_deref(), Some(last));
+    assert_eq!(
+        row.last_event.map(|(id, _)| id.to_string()).as_deref(),
+        Some(last)
+    );
 }
 
 #[test]
 fn a_later_second_replaces_an_earlier_one() {
-    check(&[step("evt_9", 1, "a", "b"), step("evt_1", 2, "b", "c")], "c", false, "evt_1");
+    check(
+        &[step("evt_9", 1, "a", "b"), step("evt_1", 2, "b", "c")],
+        "c",
+        false,
+        "evt_1",
+    );
 }
 
 #[test]
 fn within_a_second_the_walk_decides_whatever_the_ids() {
-    let steps = [step("evt_3", 1, "a", "b"), step("evt_2", 1, "b", "c"), step("evt_1", 1, "c", "d")];
+    let steps = [
+        step("evt_3", 1, "a", "b"),
+        step("evt_2", 1, "b", "c"),
+        step("evt_1", 1, "c", "d"),
+    ];
     check(&steps, "d", false, "evt_1");
-    let through_again = [step("evt_3", 1, "a", "b"), step("evt_2", 1, "b", "a"), step("evt_1", 1, "a", "c")];
+    let through_again = [
+        step("evt_3", 1, "a", "b"),
+        step("evt_2", 1, "b", "a"),
+        step("evt_1", 1, "a", "c"),
+    ];
     check(&through_again, "c", false, "evt_1");
-    let started_here = [told("evt_2", CREATED, 1, "active", "a"), step("evt_1", 1, "a", "b")];
+    let started_here = [
+        told("evt_2", CREATED, 1, "active", "a"),
+        step("evt_1", 1, "a", "b"),
+    ];
     check(&started_here, "b", false, "evt_1");
 }
 
 #[test]
 fn events_that_all_end_the_same_leave_no_question() {
-    check(&[step("evt_1", 1, "a", "b"), step("evt_2", 1, "a", "b")], "b", false, "evt_2");
+    check(
+        &[step("evt_1", 1, "a", "b"), step("evt_2", 1, "a", "b")],
+        "b",
+        false,
+        "evt_2",
+    );
     let twin = told("evt_2", "customer.subscription.resumed", 1, "active", "b");
     check(&[step("evt_1", 1, "a", "b"), twin], "b", false, "evt_2");
 }
@@ -98,15 +145,35 @@ fn an_event_that_changes_nothing_we_keep_stays_where_it_is() {
 
 #[test]
 fn a_walk_that_ends_where_it_began_is_uncertain() {
-    check(&[step("evt_2", 1, "a", "b"), step("evt_1", 1, "b", "a")], "b", true, "evt_2");
+    check(
+        &[step("evt_2", 1, "a", "b"), step("evt_1", 1, "b", "a")],
+        "b",
+        true,
+        "evt_2",
+    );
 }
 
 #[test]
 fn a_step_that_is_missing_is_noticed() {
-    check(&[step("evt_1", 1, "a", "b"), step("evt_2", 1, "c", "d")], "d", true, "evt_2");
-    let apart = told("evt_2", "customer.subscription.trial_will_end", 1, "active", "z");
+    check(
+        &[step("evt_1", 1, "a", "b"), step("evt_2", 1, "c", "d")],
+        "d",
+        true,
+        "evt_2",
+    );
+    let apart = told(
+        "evt_2",
+        "customer.subscription.trial_will_end",
+        1,
+        "active",
+        "z",
+    );
     check(&[step("evt_1", 1, "a", "b"), apart], "b", true, "evt_1");
-    let forked = [step("evt_1", 1, "a", "b"), step("evt_2", 1, "a", "c"), step("evt_3", 1, "d", "c")];
+    let forked = [
+        step("evt_1", 1, "a", "b"),
+        step("evt_2", 1, "a", "c"),
+        step("evt_3", 1, "d", "c"),
+    ];
     check(&forked, "b", true, "evt_1");
 }
 
@@ -117,14 +184,28 @@ fn a_step_that_cannot_be_read_leaves_doubt_unless_all_ends_are_the_same() {
         event(id, UPDATED, 1, data)
     };
     // Back to a: without the doubt, the row would stand on b and say that it is certain.
-    check(&[step("evt_1", 1, "a", "b"), unreadable("evt_2", "a")], "b", true, "evt_1");
+    check(
+        &[step("evt_1", 1, "a", "b"), unreadable("evt_2", "a")],
+        "b",
+        true,
+        "evt_1",
+    );
     check(&[unreadable("evt_2", "a")], "a", false, "evt_2");
-    check(&[step("evt_1", 1, "b", "a"), unreadable("evt_2", "a")], "a", false, "evt_2");
+    check(
+        &[step("evt_1", 1, "b", "a"), unreadable("evt_2", "a")],
+        "a",
+        false,
+        "evt_2",
+    );
 }
 
 #[test]
 fn two_events_of_one_change_are_uncertain_unless_all_ends_are_the_same() {
-    let there_twice = [step("evt_1", 1, "a", "b"), step("evt_2", 1, "a", "b"), step("evt_3", 1, "b", "a")];
+    let there_twice = [
+        step("evt_1", 1, "a", "b"),
+        step("evt_2", 1, "a", "b"),
+        step("evt_3", 1, "b", "a"),
+    ];
     check(&there_twice, "b", true, "evt_2");
 }
 
@@ -132,28 +213,66 @@ fn two_events_of_one_change_are_uncertain_unless_all_ends_are_the_same() {
 fn an_uncertain_row_is_settled_by_a_later_snapshot() {
     let steps = [step("evt_2", 1, "a", "b"), step("evt_1", 1, "b", "a")];
     let fetched = told("snapshot-1", SNAPSHOT, 2, "active", "a");
-    check(&[steps[0].clone(), steps[1].clone(), fetched.clone()], "a", false, "snapshot-1");
+    check(
+        &[steps[0].clone(), steps[1].clone(), fetched.clone()],
+        "a",
+        false,
+        "snapshot-1",
+    );
     let row = row(&[fetched]);
-    assert!(row.subscription.metadata.is_empty(), "it has no event type of Stripe's");
+    assert!(
+        row.subscription.metadata.is_empty(),
+        "it has no event type of Stripe's"
+    );
 }
 
 #[test]
 fn a_later_phase_stands_whatever_the_times_say() {
     let late_incomplete = told("evt_9", CREATED, 9, "incomplete", "a");
-    check(&[late_incomplete, told("evt_1", UPDATED, 1, "active", "b")], "b", false, "evt_1");
+    check(
+        &[late_incomplete, told("evt_1", UPDATED, 1, "active", "b")],
+        "b",
+        false,
+        "evt_1",
+    );
     let deleted = told("evt_1", DELETED, 5, "canceled", "a");
-    check(&[deleted.clone(), told("evt_2", UPDATED, 6, "past_due", "b")], "a", false, "evt_1");
+    check(
+        &[deleted.clone(), told("evt_2", UPDATED, 6, "past_due", "b")],
+        "a",
+        false,
+        "evt_1",
+    );
     let renamed = told("evt_3", UPDATED, 6, "canceled", "c");
     check(&[deleted, renamed], "c", false, "evt_3");
     let unknown = told("evt_1", UPDATED, 1, "renamed_by_stripe", "a");
-    check(&[unknown, told("evt_2", UPDATED, 2, "active", "b")], "b", false, "evt_2");
+    check(
+        &[unknown, told("evt_2", UPDATED, 2, "active", "b")],
+        "b",
+        false,
+        "evt_2",
+    );
 }
 
 #[test]
 fn a_null_clears_its_column() {
-    let planned = event("evt_1", UPDATED, 1, json!({ "object": { "id": "sub_1", "cancel_at": 99 } }));
-    let cleared = event("evt_2", UPDATED, 2, json!({ "object": { "id": "sub_1", "cancel_at": null } }));
-    assert!(row(std::slice::from_ref(&planned)).subscription.cancel_at.is_some());
+    let planned = event(
+        "evt_1",
+        UPDATED,
+        1,
+        json!({ "object": { "id": "sub_1", "cancel_at": 99 } }),
+    );
+    let cleared = event(
+        "evt_2",
+        UPDATED,
+        2,
+        json!({ "object": { "id": "sub_1", "cancel_at": null } }),
+    );
+    assert!(
+        row(std::slice::from_ref(&planned))
+            .subscription
+            .cancel_at
+            .is_some()
+    );
     assert_eq!(row(&[planned, cleared]).subscription.cancel_at, None);
 }
 
@@ -161,7 +280,9 @@ fn a_null_clears_its_column() {
 fn a_second_with_too_many_events_keeps_the_largest_id_and_stays_uncertain() {
     let steps = |n: usize| -> Vec<Event> {
         let name = |n: usize| format!("p{n}");
-        (0..n).map(|n| step(&format!("evt_{:03}", 500 - n), 1, &name(n), &name(n + 1))).collect()
+        (0..n)
+            .map(|n| step(&format!("evt_{:03}", 500 - n), 1, &name(n), &name(n + 1)))
+            .collect()
     };
     check(&steps(31), "p31", false, "evt_470");
     check(&steps(32), "p1", true, "evt_500");
@@ -183,32 +304,70 @@ fn of_two_renderings_of_one_event_one_stands_whichever_came_first() {
     let other = step("evt_1", 1, "a", "c");
     let row = row(&[one, other]);
     assert!(!row.subscription.uncertain);
-    assert_eq!(row.subscription.metadata["customer.subscription.updated.plan"], "c", "the larger map");
+    assert_eq!(
+        row.subscription.metadata["customer.subscription.updated.plan"], "c",
+        "the larger map"
+    );
 }
 
 #[test]
 fn the_reference_is_the_newest_sessions_that_has_one() {
     let events = [
         session("evt_1", COMPLETED, 1, "cs_1", Some("user-1")),
-        session("evt_2", "checkout.session.async_payment_succeeded", 2, "cs_2", None),
+        session(
+            "evt_2",
+            "checkout.session.async_payment_succeeded",
+            2,
+            "cs_2",
+            None,
+        ),
     ];
     let row = row(&events);
-    assert_eq!(row.subscription.client_reference_id.as_deref(), Some("user-1"));
+    assert_eq!(
+        row.subscription.client_reference_id.as_deref(),
+        Some("user-1")
+    );
     assert_eq!(row.checkout_session_id.as_deref(), Some("cs_2"));
-    assert_eq!(row.last_event.map(|(id, at)| (id.to_string(), at)), Some(("evt_2".to_owned(), 2)));
+    assert_eq!(
+        row.last_event.map(|(id, at)| (id.to_string(), at)),
+        Some(("evt_2".to_owned(), 2))
+    );
 }
 
 #[test]
 fn an_operators_resolution_writes_the_reference_as_a_session_would() {
     let object = json!({ "orphan_id": "sub_1", "stripe_subscription_id": "sub_1", "client_reference_id": "user-7" });
-    let resolved = event("resolution-1", "litestripe.resolution", 5, json!({ "object": object }));
-    let sessions = [session("evt_1", COMPLETED, 1, "cs_1", None), resolved.clone()];
+    let resolved = event(
+        "resolution-1",
+        "litestripe.resolution",
+        5,
+        json!({ "object": object }),
+    );
+    let sessions = [
+        session("evt_1", COMPLETED, 1, "cs_1", None),
+        resolved.clone(),
+    ];
     let resolved_row = row(&sessions);
-    assert_eq!(resolved_row.subscription.client_reference_id.as_deref(), Some("user-7"));
+    assert_eq!(
+        resolved_row.subscription.client_reference_id.as_deref(),
+        Some("user-7")
+    );
     assert_eq!(resolved_row.checkout_session_id.as_deref(), Some("cs_1"));
-    assert_eq!(resolved_row.last_event.map(|(id, _)| id.to_string()).as_deref(), Some("resolution-1"));
+    assert_eq!(
+        resolved_row
+            .last_event
+            .map(|(id, _)| id.to_string())
+            .as_deref(),
+        Some("resolution-1")
+    );
     let later = session("evt_2", COMPLETED, 6, "cs_2", Some("user-8"));
-    assert_eq!(row(&[resolved, later]).subscription.client_reference_id.as_deref(), Some("user-8"));
+    assert_eq!(
+        row(&[resolved, later])
+            .subscription
+            .client_reference_id
+            .as_deref(),
+        Some("user-8")
+    );
 }
 
 #[test]
@@ -216,20 +375,37 @@ fn until_a_subscription_event_comes_the_session_stands_in() {
     let session = session("evt_1", COMPLETED, 1, "cs_1", Some("user-1"));
     let before = row(std::slice::from_ref(&session));
     assert_eq!(before.subscription.status, None);
-    assert_eq!(before.subscription.stripe_customer_id.as_deref(), Some("cus_9"));
+    assert_eq!(
+        before.subscription.stripe_customer_id.as_deref(),
+        Some("cus_9")
+    );
     assert!(before.subscription.livemode && !before.created_event_seen);
     assert_eq!(before.head_created, None);
     let after = row(&[session, told("evt_0", CREATED, 1, "active", "a")]);
-    assert_eq!(after.subscription.stripe_customer_id.as_deref(), Some("cus_1"));
-    assert_eq!(after.subscription.client_reference_id.as_deref(), Some("user-1"));
+    assert_eq!(
+        after.subscription.stripe_customer_id.as_deref(),
+        Some("cus_1")
+    );
+    assert_eq!(
+        after.subscription.client_reference_id.as_deref(),
+        Some("user-1")
+    );
     assert!(after.created_event_seen);
     assert_eq!(after.head_created, Some(1));
-    assert_eq!(after.last_event.map(|(id, _)| id.to_string()).as_deref(), Some("evt_0"));
+    assert_eq!(
+        after.last_event.map(|(id, _)| id.to_string()).as_deref(),
+        Some("evt_0")
+    );
 }
 
 #[test]
 fn metadata_is_kept_by_event_type_and_goes_with_the_next_event_of_the_type() {
-    let cleared = event("evt_3", UPDATED, 3, json!({ "object": { "id": "sub_1", "status": "active" } }));
+    let cleared = event(
+        "evt_3",
+        UPDATED,
+        3,
+        json!({ "object": { "id": "sub_1", "status": "active" } }),
+    );
     let row = row(&[
         told("evt_1", CREATED, 1, "active", "a"),
         step("evt_2", 2, "a", "b"),
@@ -240,31 +416,53 @@ fn metadata_is_kept_by_event_type_and_goes_with_the_next_event_of_the_type() {
     let entry = |key: &str, value: &str| (key.to_owned(), value.to_owned());
     assert_eq!(
         metadata,
-        [entry("checkout.session.completed.from", "cs_1"), entry("customer.subscription.created.plan", "a")]
+        [
+            entry("checkout.session.completed.from", "cs_1"),
+            entry("customer.subscription.created.plan", "a")
+        ]
     );
 }
 
 #[test]
 fn a_state_is_compact_and_an_empty_one_reads_from_nothing() {
     let mut state = State::default();
-    assert_eq!(serde_json::from_str::<State>("{}").expect("it reads"), state);
+    assert_eq!(
+        serde_json::from_str::<State>("{}").expect("it reads"),
+        state
+    );
     state.merge(&step("evt_1", 1, "a", "b"));
     let json = serde_json::to_string(&state).expect("a state is JSON");
     assert!(json.len() < 500, "{} bytes: {json}", json.len());
-    assert_eq!(serde_json::from_str::<State>(&json).expect("it reads back"), state);
+    assert_eq!(
+        serde_json::from_str::<State>(&json).expect("it reads back"),
+        state
+    );
 }
 
 #[test]
 fn changes_name_the_fields_and_what_they_were() {
-    let before = Subscription { status: Some("trialing".to_owned()), ..Subscription::default() };
+    let before = Subscription {
+        status: Some("trialing".to_owned()),
+        ..Subscription::default()
+    };
     let cancel_at = Timestamp::from_unix(1_795_430_000).ok();
-    let after = Subscription { status: Some("active".to_owned()), cancel_at, ..before.clone() };
+    let after = Subscription {
+        status: Some("active".to_owned()),
+        cancel_at,
+        ..before.clone()
+    };
     assert_eq!(changes(&before, &before), None);
     let there = changes(&before, &after).expect("it changed");
     assert_eq!(there.changed, ["status", "cancel_at"]);
-    assert_eq!(Value::Object(there.previous), json!({ "status": "trialing", "cancel_at": null }));
+    assert_eq!(
+        Value::Object(there.previous),
+        json!({ "status": "trialing", "cancel_at": null })
+    );
     let back = changes(&after, &before).expect("it changed");
-    assert_eq!(Value::Object(back.previous), json!({ "status": "active", "cancel_at": "2026-11-23T10:33:20Z" }));
+    assert_eq!(
+        Value::Object(back.previous),
+        json!({ "status": "active", "cancel_at": "2026-11-23T10:33:20Z" })
+    );
 }
 
 /// Every walk of up to six steps over four nodes, from nothing or from anywhere, standing still
@@ -286,7 +484,9 @@ fn no_walk_is_ever_said_to_end_where_it_did_not() {
             for from_nothing in [false, true] {
                 let first = (!from_nothing).then(|| node(0));
                 let from = |place: u32| if place == 0 { first } else { Some(node(place)) };
-                let steps: Vec<_> = (0..length).map(|place| (from(place), node(place + 1))).collect();
+                let steps: Vec<_> = (0..length)
+                    .map(|place| (from(place), node(place + 1)))
+                    .collect();
                 check(&steps, node(length));
                 for twice in &steps {
                     let told: Vec<_> = steps.iter().chain([twice]).copied().collect();

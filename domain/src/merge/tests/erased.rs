@@ -33,22 +33,39 @@ fn check(seed: u64, events: &[Event], at: i64, random: &mut Random) {
         plain.merge(event);
         expected.merge(&redacted(event, at));
     }
-    let (covered, later): (Vec<_>, Vec<_>) = (0..events.len()).partition(|index| events[*index].created <= at);
+    let (covered, later): (Vec<_>, Vec<_>) =
+        (0..events.len()).partition(|index| events[*index].created <= at);
     let mut state = State::default();
-    for index in with_repetitions(covered.len(), random).into_iter().take(random.below(covered.len() + 1)) {
+    for index in with_repetitions(covered.len(), random)
+        .into_iter()
+        .take(random.below(covered.len() + 1))
+    {
         state.merge(&events[covered[index]]);
     }
     state.erase_metadata();
-    assert!(!state.erase_metadata(), "seed {seed}: a second erasure finds nothing");
+    assert!(
+        !state.erase_metadata(),
+        "seed {seed}: a second erasure finds nothing"
+    );
     assert_eq!(metadata_of(&state), BTreeMap::new(), "seed {seed}");
     let stored = serde_json::to_string(&state).expect("a state is JSON");
     let mut state: State = serde_json::from_str(&stored).expect("and reads back");
 
     let rest = with_repetitions(covered.len() + later.len(), random);
-    for index in rest.into_iter().map(|index| *covered.iter().chain(&later).nth(index).expect("it is one of them")) {
+    for index in rest.into_iter().map(|index| {
+        *covered
+            .iter()
+            .chain(&later)
+            .nth(index)
+            .expect("it is one of them")
+    }) {
         let before = state.clone();
         let changed = state.merge(&redacted(&events[index], at));
-        assert_eq!(changed, state != before, "seed {seed}: merge says whether it changed the state");
+        assert_eq!(
+            changed,
+            state != before,
+            "seed {seed}: merge says whether it changed the state"
+        );
     }
     assert_eq!(state, expected, "seed {seed}, erased at {at}");
 
@@ -71,5 +88,8 @@ fn redacted(event: &Event, at: i64) -> Event {
 
 fn metadata_of(state: &State) -> BTreeMap<String, String> {
     let row = state.visible().subscription;
-    row.metadata.into_iter().chain(row.subscription_metadata).collect()
+    row.metadata
+        .into_iter()
+        .chain(row.subscription_metadata)
+        .collect()
 }

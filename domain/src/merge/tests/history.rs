@@ -6,7 +6,9 @@ use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::signal::Subscription;
 use serde_json::{Value, json};
 
-use super::model::{ACCOUNT, CUSTOMER, Model, ModelItem, PeriodAt, SUBSCRIPTION, Shape, previous_attributes};
+use super::model::{
+    ACCOUNT, CUSTOMER, Model, ModelItem, PeriodAt, SUBSCRIPTION, Shape, previous_attributes,
+};
 use super::random::Random;
 
 const START: i64 = 1_750_000_000;
@@ -65,11 +67,23 @@ impl<'a> Teller<'a> {
             nulls_absent: random.percent(10),
         };
         let same_second_percent = random.pick(&[0, 30, 60, 60, 90]);
-        Self { random, now: START, same_second_percent, shape, model: None, events: vec![], counter: 0 }
+        Self {
+            random,
+            now: START,
+            same_second_percent,
+            shape,
+            model: None,
+            events: vec![],
+            counter: 0,
+        }
     }
 
     fn finish(self) -> History {
-        History { events: self.events, truth: self.model, shape: self.shape }
+        History {
+            events: self.events,
+            truth: self.model,
+            shape: self.shape,
+        }
     }
 
     fn fresh(&mut self) -> u64 {
@@ -81,7 +95,10 @@ impl<'a> Teller<'a> {
         if !self.random.percent(self.same_second_percent) {
             self.now += self.random.pick(&[1, 1, 2, 3, 600, MONTH_S]);
         }
-        if self.random.percent(if self.events.is_empty() { 20 } else { 8 }) {
+        if self
+            .random
+            .percent(if self.events.is_empty() { 20 } else { 8 })
+        {
             return self.checkout_session();
         }
         let Some(model) = self.model.clone() else {
@@ -98,7 +115,9 @@ impl<'a> Teller<'a> {
     }
 
     fn create(&mut self) {
-        let status = self.random.pick(&["incomplete", "incomplete", "trialing", "active", "active"]);
+        let status =
+            self.random
+                .pick(&["incomplete", "incomplete", "trialing", "active", "active"]);
         let end = self.now + MONTH_S;
         let item = self.item(end);
         let model = Model {
@@ -116,14 +135,28 @@ impl<'a> Teller<'a> {
             pending_update: false,
         };
         let object = model.render(self.shape);
-        self.tell("customer.subscription.created", &model, json!({ "object": object }));
+        self.tell(
+            "customer.subscription.created",
+            &model,
+            json!({ "object": object }),
+        );
         self.model = Some(model);
     }
 
     fn item(&mut self, end: i64) -> ModelItem {
-        let quantity = if self.random.percent(20) { None } else { Some(self.random.below(3) as i64 + 1) };
+        let quantity = if self.random.percent(20) {
+            None
+        } else {
+            Some(self.random.below(3) as i64 + 1)
+        };
         let price = self.random.below(6) as u64;
-        ModelItem { id: self.fresh(), price, quantity, start: end - MONTH_S, end }
+        ModelItem {
+            id: self.fresh(),
+            price,
+            quantity,
+            start: end - MONTH_S,
+            end,
+        }
     }
 
     fn while_incomplete(&mut self, mut model: Model) {
@@ -169,7 +202,9 @@ impl<'a> Teller<'a> {
         let from = model.status;
         model.status = match from {
             "trialing" if self.random.percent(30) => "paused",
-            "active" => self.random.pick(&["past_due", "past_due", "unpaid", "renamed_by_stripe"]),
+            "active" => self
+                .random
+                .pick(&["past_due", "past_due", "unpaid", "renamed_by_stripe"]),
             "past_due" => self.random.pick(&["active", "active", "unpaid"]),
             _ => "active",
         };
@@ -177,7 +212,10 @@ impl<'a> Teller<'a> {
             (_, "paused") => Some("customer.subscription.paused"),
             ("paused", _) => Some("customer.subscription.resumed"),
             // A trial that ends early tells so at the very moment it has ended.
-            ("trialing", _) => self.random.percent(50).then_some("customer.subscription.trial_will_end"),
+            ("trialing", _) => self
+                .random
+                .percent(50)
+                .then_some("customer.subscription.trial_will_end"),
             _ => None,
         };
         if from == "trialing" {
@@ -187,7 +225,12 @@ impl<'a> Teller<'a> {
 
     fn renew(&mut self, model: &mut Model) {
         let only_one = self.random.percent(20);
-        for item in model.items.iter_mut().rev().take(if only_one { 1 } else { usize::MAX }) {
+        for item in model
+            .items
+            .iter_mut()
+            .rev()
+            .take(if only_one { 1 } else { usize::MAX })
+        {
             (item.start, item.end) = (item.end, item.end + MONTH_S);
         }
         model.latest_invoice += 1;
@@ -236,7 +279,11 @@ impl<'a> Teller<'a> {
 
     fn trial_will_end(&mut self, model: Model) {
         let object = model.render(self.shape);
-        self.tell("customer.subscription.trial_will_end", &model, json!({ "object": object }));
+        self.tell(
+            "customer.subscription.trial_will_end",
+            &model,
+            json!({ "object": object }),
+        );
     }
 
     fn delete(&mut self, mut model: Model) {
@@ -244,7 +291,11 @@ impl<'a> Teller<'a> {
         model.ended_at = Some(self.now);
         model.canceled_at = model.canceled_at.or(Some(self.now));
         let object = model.render(self.shape);
-        self.tell("customer.subscription.deleted", &model, json!({ "object": object }));
+        self.tell(
+            "customer.subscription.deleted",
+            &model,
+            json!({ "object": object }),
+        );
         self.model = Some(model);
     }
 
@@ -258,7 +309,10 @@ impl<'a> Teller<'a> {
 
     /// An update, and with it the event that names the occasion, before or after it.
     fn update(&mut self, model: Model, twin: Option<&'static str>) {
-        let before = self.model.replace(model.clone()).map(|before| before.render(self.shape));
+        let before = self
+            .model
+            .replace(model.clone())
+            .map(|before| before.render(self.shape));
         let object = model.render(self.shape);
         let previous = previous_attributes(&before.unwrap_or_default(), &object);
         let occasion_first = self.random.percent(50);
@@ -286,11 +340,24 @@ impl<'a> Teller<'a> {
         let event = self.event(SNAPSHOT_TYPE, self.now - 1, json!({ "object": object }));
         let after = Some(model.shown(self.shape));
         let metadata = BTreeMap::new();
-        self.events.push(Told { body: event, twin: None, metadata, after, repeats: false, session: None });
+        self.events.push(Told {
+            body: event,
+            twin: None,
+            metadata,
+            after,
+            repeats: false,
+            session: None,
+        });
     }
 
     fn checkout_session(&mut self) {
-        let reference = self.random.pick(&[Some("user-1"), Some("user-1"), Some("user-2"), Some(""), None]);
+        let reference = self.random.pick(&[
+            Some("user-1"),
+            Some("user-1"),
+            Some("user-2"),
+            Some(""),
+            None,
+        ]);
         let event_type = self.random.pick(&[
             "checkout.session.completed",
             "checkout.session.completed",
@@ -298,22 +365,40 @@ impl<'a> Teller<'a> {
             "checkout.session.async_payment_failed",
         ]);
         let id = format!("cs_{}", self.random.below(2));
-        let metadata: BTreeMap<String, String> =
-            (0..self.random.below(3)).map(|n| (format!("m{n}"), self.random.below(9).to_string())).collect();
+        let metadata: BTreeMap<String, String> = (0..self.random.below(3))
+            .map(|n| (format!("m{n}"), self.random.below(9).to_string()))
+            .collect();
         let object = json!({ "id": id, "object": "checkout.session", "mode": "subscription", "status": "complete",
             "payment_status": "paid", "customer": CUSTOMER, "subscription": SUBSCRIPTION,
             "client_reference_id": reference, "metadata": metadata, "created": self.now - 60 });
         let body = self.event(event_type, self.now, json!({ "object": object }));
         let reference = reference.filter(|reference| !reference.is_empty());
         let session = Some((id, reference));
-        self.events.push(Told { body, twin: None, metadata, after: None, repeats: false, session });
+        self.events.push(Told {
+            body,
+            twin: None,
+            metadata,
+            after: None,
+            repeats: false,
+            session,
+        });
     }
 
     fn tell(&mut self, event_type: &str, model: &Model, data: Value) {
         let body = self.event(event_type, self.now, data);
-        let twin = self.random.percent(5).then(|| self.rendered_otherwise(&body, model));
+        let twin = self
+            .random
+            .percent(5)
+            .then(|| self.rendered_otherwise(&body, model));
         let after = Some(model.shown(self.shape));
-        self.events.push(Told { body, twin, metadata: model.shown_metadata(), after, repeats: false, session: None });
+        self.events.push(Told {
+            body,
+            twin,
+            metadata: model.shown_metadata(),
+            after,
+            repeats: false,
+            session: None,
+        });
     }
 
     fn event(&mut self, event_type: &str, created: i64, data: Value) -> Value {
@@ -327,7 +412,10 @@ impl<'a> Teller<'a> {
     /// nests its previous attributes otherwise, which the simulation has no second telling of.)
     fn rendered_otherwise(&mut self, body: &Value, model: &Model) -> Value {
         let mut body = body.clone();
-        let shape = Shape { customer_expanded: !self.shape.customer_expanded, ..self.shape };
+        let shape = Shape {
+            customer_expanded: !self.shape.customer_expanded,
+            ..self.shape
+        };
         body["data"]["object"] = model.render(shape);
         body["pending_webhooks"] = json!(3);
         body

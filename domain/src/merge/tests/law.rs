@@ -37,7 +37,11 @@ struct Tally {
 #[test]
 fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
     #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
-    let setting = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let setting = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .and_then(|value| value.parse::<u64>().ok())
+    };
     let histories = setting("LITESTRIPE_LONG").unwrap_or(HISTORIES);
     let seed = setting("LITESTRIPE_SEED").unwrap_or(histories);
     let started = Instant::now();
@@ -83,7 +87,11 @@ fn check(seed: u64, tally: &mut Tally) {
 
 /// All events of a history, the twins of some among them.
 pub(super) fn decode(history: &History) -> Vec<Event> {
-    let bodies = history.events.iter().flat_map(|told| [Some(&told.body), told.twin.as_ref()]).flatten();
+    let bodies = history
+        .events
+        .iter()
+        .flat_map(|told| [Some(&told.body), told.twin.as_ref()])
+        .flatten();
     bodies
         .map(|body| {
             let event = event::decode(body.to_string().as_bytes(), &MetadataKeys::All);
@@ -108,7 +116,11 @@ fn merge_in_batches(events: &[Event], order: &[usize], random: &mut Random) -> S
     for (place, index) in order.iter().enumerate() {
         let before = state.clone();
         let changed = state.merge(&events[*index]);
-        assert_eq!(changed, state != before, "merge says whether it changed the state");
+        assert_eq!(
+            changed,
+            state != before,
+            "merge says whether it changed the state"
+        );
         if place == stored_at || random.percent(10) {
             let json = serde_json::to_string(&state).expect("a state is JSON");
             state = serde_json::from_str(&json).expect("and reads back");
@@ -143,25 +155,46 @@ fn check_row(seed: u64, history: &History, events: &[Event], row: &Visible) {
     if let Some(truth) = &history.truth
         && !row.subscription.uncertain
     {
-        assert_eq!(snapshot_columns(&row.subscription), truth.shown(history.shape), "seed {seed}");
+        assert_eq!(
+            snapshot_columns(&row.subscription),
+            truth.shown(history.shape),
+            "seed {seed}"
+        );
     }
-    assert_eq!(row.subscription.status.is_some(), history.truth.is_some(), "seed {seed}");
+    assert_eq!(
+        row.subscription.status.is_some(),
+        history.truth.is_some(),
+        "seed {seed}"
+    );
     let stamp = |event: &Event| (event.created, event.id.clone());
-    let told = history.events.iter().flat_map(|told| vec![told; 1 + usize::from(told.twin.is_some())]);
+    let told = history
+        .events
+        .iter()
+        .flat_map(|told| vec![told; 1 + usize::from(told.twin.is_some())]);
     let told: Vec<_> = told.zip(events).collect();
-    let sessions = told.iter().filter_map(|(told, event)| Some((stamp(event), told.session.clone()?)));
+    let sessions = told
+        .iter()
+        .filter_map(|(told, event)| Some((stamp(event), told.session.clone()?)));
     let newest = sessions.clone().max().map(|(_, (id, _))| id);
     assert_eq!(row.checkout_session_id, newest, "seed {seed}");
-    let reference = sessions.filter_map(|(stamp, (_, reference))| Some((stamp, reference?))).max();
+    let reference = sessions
+        .filter_map(|(stamp, (_, reference))| Some((stamp, reference?)))
+        .max();
     let reference = reference.map(|(_, reference)| reference.to_owned());
-    assert_eq!(row.subscription.client_reference_id, reference, "seed {seed}");
+    assert_eq!(
+        row.subscription.client_reference_id, reference,
+        "seed {seed}"
+    );
     let mut by_type = BTreeMap::new();
     for (told, event) in &told {
-        let newest = by_type.entry(event.event_type.clone()).or_insert((stamp(event), &told.metadata));
+        let newest = by_type
+            .entry(event.event_type.clone())
+            .or_insert((stamp(event), &told.metadata));
         *newest = (*newest).clone().max((stamp(event), &told.metadata));
     }
     let entries = by_type.iter().flat_map(|(event_type, (_, map))| {
-        map.iter().map(move |(key, value)| (format!("{event_type}.{key}"), value.clone()))
+        map.iter()
+            .map(move |(key, value)| (format!("{event_type}.{key}"), value.clone()))
     });
     assert_eq!(row.subscription.metadata, entries.collect(), "seed {seed}");
 }
@@ -191,18 +224,29 @@ fn check_no_needless_doubt(seed: u64, history: &History, row: &Visible) {
         straight &= !told.repeats && (path.last() == Some(&after) || !path.contains(&after));
         path.push(after);
     }
-    assert!(!(straight && row.subscription.uncertain), "seed {seed}: {path:?}");
+    assert!(
+        !(straight && row.subscription.uncertain),
+        "seed {seed}: {path:?}"
+    );
 }
 
 /// The columns that a snapshot owns.
 fn snapshot_columns(row: &Subscription) -> Subscription {
-    Subscription { client_reference_id: None, metadata: BTreeMap::new(), ..row.clone() }
+    Subscription {
+        client_reference_id: None,
+        metadata: BTreeMap::new(),
+        ..row.clone()
+    }
 }
 
 fn check_replay(seed: u64, events: &[Event], state: &State) {
     let mut replayed = state.clone();
     for event in events {
-        assert!(!replayed.merge(event), "seed {seed}: a replay of {} changes the state", event.id);
+        assert!(
+            !replayed.merge(event),
+            "seed {seed}: a replay of {} changes the state",
+            event.id
+        );
     }
     assert_eq!(replayed, *state, "seed {seed}");
 }
@@ -214,7 +258,11 @@ impl Tally {
             return;
         };
         let dropped = random.below(events.len());
-        let left: Vec<Event> = events.iter().filter(|event| event.id != events[dropped].id).cloned().collect();
+        let left: Vec<Event> = events
+            .iter()
+            .filter(|event| event.id != events[dropped].id)
+            .cloned()
+            .collect();
         let (_, row) = merge_all(&left);
         if row.subscription.uncertain {
             self.dropped_uncertain += 1;
@@ -229,7 +277,10 @@ impl Tally {
         self.histories += 1;
         self.events += events.len();
         self.orders += orders;
-        let mut ids: Vec<_> = events.iter().filter(|event| Some(event.created) == row.head_created).collect();
+        let mut ids: Vec<_> = events
+            .iter()
+            .filter(|event| Some(event.created) == row.head_created)
+            .collect();
         ids.dedup_by(|a, b| a.id == b.id);
         self.tied += u64::from(ids.len() > 1);
         self.uncertain += u64::from(row.subscription.uncertain);

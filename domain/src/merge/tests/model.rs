@@ -84,7 +84,10 @@ impl Model {
     }
 
     pub(super) fn shown_metadata(&self) -> BTreeMap<String, String> {
-        self.metadata.iter().map(|(key, value)| ((*key).to_owned(), format!("v{value}"))).collect()
+        self.metadata
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), format!("v{value}")))
+            .collect()
     }
 
     fn start(&self) -> Option<i64> {
@@ -123,7 +126,10 @@ impl Model {
             object["current_period_end"] = json!(self.end());
         }
         if shape.nulls_absent {
-            object.as_object_mut().expect("an object").retain(|_, value| !value.is_null());
+            object
+                .as_object_mut()
+                .expect("an object")
+                .retain(|_, value| !value.is_null());
         }
         object
     }
@@ -141,7 +147,9 @@ impl ModelItem {
 
     /// Some prices have one.
     fn lookup_key(&self) -> Option<String> {
-        self.price.is_multiple_of(3).then(|| format!("key-{}", self.price))
+        self.price
+            .is_multiple_of(3)
+            .then(|| format!("key-{}", self.price))
     }
 
     fn shown(&self, shape: Shape) -> Item {
@@ -155,7 +163,11 @@ impl ModelItem {
 
     fn render(&self, shape: Shape) -> Value {
         let product = json!({ "id": self.product_id(), "object": "product", "name": "Plan" });
-        let product = if shape.product_expanded { product } else { json!(self.product_id()) };
+        let product = if shape.product_expanded {
+            product
+        } else {
+            json!(self.product_id())
+        };
         let mut item = json!({ "id": format!("si_{}", self.id), "object": "subscription_item", "metadata": {} });
         if !shape.only_plan {
             item["price"] = json!({ "id": self.price_id(), "object": "price", "product": product.clone(),
@@ -180,7 +192,10 @@ impl ModelItem {
 /// were absent; arrays whole.
 pub(super) fn previous_attributes(before: &Value, after: &Value) -> Map<String, Value> {
     let empty = Map::new();
-    let (before, after) = (before.as_object().unwrap_or(&empty), after.as_object().unwrap_or(&empty));
+    let (before, after) = (
+        before.as_object().unwrap_or(&empty),
+        after.as_object().unwrap_or(&empty),
+    );
     let mut previous = Map::new();
     for (key, old) in before {
         match after.get(key) {

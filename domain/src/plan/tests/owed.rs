@@ -57,8 +57,20 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
         body
     };
     let session = || checkout_session("cs_1", Some(SUBSCRIPTION), None, "paid");
-    let owed = || Some(Stored { version: 1, last_sent: LastSent::Nothing, ..Stored::default() });
-    let known = || Some(Stored { version: 1, revision: 1, ..Stored::default() });
+    let owed = || {
+        Some(Stored {
+            version: 1,
+            last_sent: LastSent::Nothing,
+            ..Stored::default()
+        })
+    };
+    let known = || {
+        Some(Stored {
+            version: 1,
+            revision: 1,
+            ..Stored::default()
+        })
+    };
     for (rebuilding, stored, body, is_sent) in [
         (None, None, session(), true),
         (Some(NOW), None, session(), false),
@@ -71,49 +83,108 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
     ] {
         let what = format!("{rebuilding:?}, {stored:?}, {body:?}");
         let arrival = arrival(0, (0, body));
-        let terms = Terms { rules: rules(), signalling: Signalling::Now };
-        let circumstances = Circumstances { terms: &terms, rebuilding, now: NOW };
-        let plan = of_subscription(SUBSCRIPTION, stored, vec![&arrival], circumstances).expect("it changes the row");
-        assert_eq!((plan.signals.len(), plan.row.last_sent.is_owed()), (usize::from(is_sent), !is_sent), "{what}");
+        let terms = Terms {
+            rules: rules(),
+            signalling: Signalling::Now,
+        };
+        let circumstances = Circumstances {
+            terms: &terms,
+            rebuilding,
+            now: NOW,
+        };
+        let plan = of_subscription(SUBSCRIPTION, stored, vec![&arrival], circumstances)
+            .expect("it changes the row");
+        assert_eq!(
+            (plan.signals.len(), plan.row.last_sent.is_owed()),
+            (usize::from(is_sent), !is_sent),
+            "{what}"
+        );
     }
 }
 
 #[test]
 fn a_replay_that_brings_back_what_was_sent_owes_nothing() {
-    let (active, past_due) =
-        (arrival(0, (0, subscription("active", true))), arrival(1, (1, subscription("past_due", false))));
+    let (active, past_due) = (
+        arrival(0, (0, subscription("active", true))),
+        arrival(1, (1, subscription("past_due", false))),
+    );
     let apply = |stored, arrivals, signalling| {
-        let terms = Terms { rules: rules(), signalling };
-        of_subscription(SUBSCRIPTION, stored, arrivals, Circumstances { terms: &terms, rebuilding: None, now: NOW })
+        let terms = Terms {
+            rules: rules(),
+            signalling,
+        };
+        of_subscription(
+            SUBSCRIPTION,
+            stored,
+            arrivals,
+            Circumstances {
+                terms: &terms,
+                rebuilding: None,
+                now: NOW,
+            },
+        )
     };
-    let live = apply(None, vec![&active, &past_due], Signalling::Now).expect("it is new").row;
+    let live = apply(None, vec![&active, &past_due], Signalling::Now)
+        .expect("it is new")
+        .row;
     let sent = LastSent::Older(Box::new(live.visible.subscription));
     // As if an older backup had been restored.
-    let halfway = apply(None, vec![&active], Signalling::Never).expect("it is new").row;
-    let halfway = Stored { last_sent: sent, revision: live.revision, ..read_again(halfway) };
-    let back = apply(Some(halfway), vec![&past_due], Signalling::Later).expect("it changes").row;
-    assert_eq!((back.last_sent, back.revision), (LastSent::Current, live.revision));
+    let halfway = apply(None, vec![&active], Signalling::Never)
+        .expect("it is new")
+        .row;
+    let halfway = Stored {
+        last_sent: sent,
+        revision: live.revision,
+        ..read_again(halfway)
+    };
+    let back = apply(Some(halfway), vec![&past_due], Signalling::Later)
+        .expect("it changes")
+        .row;
+    assert_eq!(
+        (back.last_sent, back.revision),
+        (LastSent::Current, live.revision)
+    );
 }
 
 #[test]
 fn an_erasure_is_sent_at_the_end_of_a_replay() {
-    let shown = Subscription { status: Some("active".to_owned()), ..Subscription::default() };
+    let shown = Subscription {
+        status: Some("active".to_owned()),
+        ..Subscription::default()
+    };
     let mut sent = shown.clone();
-    sent.subscription_metadata.insert("name".to_owned(), "Jane".to_owned());
+    sent.subscription_metadata
+        .insert("name".to_owned(), "Jane".to_owned());
     let older = |subscription: &Subscription| LastSent::Older(Box::new(subscription.clone()));
     assert_eq!(older(&sent).without_metadata(&shown), LastSent::Nothing);
-    let other = Subscription { trial_end: Timestamp::from_unix(1).ok(), ..shown.clone() };
+    let other = Subscription {
+        trial_end: Timestamp::from_unix(1).ok(),
+        ..shown.clone()
+    };
     sent.status = Some("trialing".to_owned());
-    let stripped = Subscription { status: sent.status.clone(), ..Subscription::default() };
+    let stripped = Subscription {
+        status: sent.status.clone(),
+        ..Subscription::default()
+    };
     assert_eq!(older(&sent).without_metadata(&other), older(&stripped));
-    assert_eq!(LastSent::Nothing.without_metadata(&shown), LastSent::Nothing);
-    assert_eq!(LastSent::Current.without_metadata(&shown), LastSent::Current);
+    assert_eq!(
+        LastSent::Nothing.without_metadata(&shown),
+        LastSent::Nothing
+    );
+    assert_eq!(
+        LastSent::Current.without_metadata(&shown),
+        LastSent::Current
+    );
 }
 
 #[test]
 fn what_was_sent_last_reads_back() {
     for unreadable in ["", "{}", "of a later version"] {
-        assert_eq!(LastSent::from_json(Some(unreadable)), LastSent::Nothing, "{unreadable}");
+        assert_eq!(
+            LastSent::from_json(Some(unreadable)),
+            LastSent::Nothing,
+            "{unreadable}"
+        );
     }
     assert_eq!(LastSent::from_json(None), LastSent::Current);
     assert_eq!(LastSent::Nothing.to_json().as_deref(), Some("null"));
@@ -132,13 +203,24 @@ impl Subscriber {
     /// Applies signals of a row that was at `revision`.
     fn hear(&mut self, signals: &[NewSignal], mut revision: i64) {
         for signal in signals {
-            let signal: SubscriptionChanged = serde_json::from_str(&signal.body).expect("it is a signal");
+            let signal: SubscriptionChanged =
+                serde_json::from_str(&signal.body).expect("it is a signal");
             assert_eq!(signal.previous_revision, (revision > 0).then_some(revision));
             assert!(signal.revision > self.revision, "it would be ignored");
-            let changes = merge::changes(&self.known.clone().unwrap_or_default(), &signal.subscription);
-            assert_eq!(signal.changed, changes.map(|changes| changes.changed).unwrap_or_default());
+            let changes = merge::changes(
+                &self.known.clone().unwrap_or_default(),
+                &signal.subscription,
+            );
+            assert_eq!(
+                signal.changed,
+                changes.map(|changes| changes.changed).unwrap_or_default()
+            );
             revision = signal.revision;
-            *self = Self { known: Some(signal.subscription), revision, missed: false };
+            *self = Self {
+                known: Some(signal.subscription),
+                revision,
+                missed: false,
+            };
         }
     }
 
@@ -168,17 +250,40 @@ impl Subscriber {
 }
 
 fn circumstances() -> impl Strategy<Value = (Signalling, Option<OffsetDateTime>)> {
-    let signalling = select(&[Signalling::Now, Signalling::Now, Signalling::Later, Signalling::Never][..]);
+    let signalling = select(
+        &[
+            Signalling::Now,
+            Signalling::Now,
+            Signalling::Later,
+            Signalling::Never,
+        ][..],
+    );
     (signalling, select(&[None, Some(NOW)][..]))
 }
 
 fn rules() -> Rules {
-    Rules { lookup: false, without_session: true, grace: Duration::from_secs(600) }
+    Rules {
+        lookup: false,
+        without_session: true,
+        grace: Duration::from_secs(600),
+    }
 }
 
 /// The row as the database gives it back.
 fn read_again(row: Row) -> Stored {
-    let Row { state, version, revision, last_sent, .. } = row;
+    let Row {
+        state,
+        version,
+        revision,
+        last_sent,
+        ..
+    } = row;
     let last_sent = LastSent::from_json(last_sent.to_json().as_deref());
-    Stored { state, version, revision, last_sent, dt_created: None }
+    Stored {
+        state,
+        version,
+        revision,
+        last_sent,
+        dt_created: None,
+    }
 }

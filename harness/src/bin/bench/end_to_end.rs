@@ -57,9 +57,21 @@ pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement
         }
     }
     // 6,000 a second where the spike reaches 18,000.
-    measured.ratio("events/s", BRIDGE, SPIKE, |sample| sample.rate, Some(Target::AtLeast(0.333)));
+    measured.ratio(
+        "events/s",
+        BRIDGE,
+        SPIKE,
+        |sample| sample.rate,
+        Some(Target::AtLeast(0.333)),
+    );
     measured.ratio("events/s", BRIDGE, RAW, |sample| sample.rate, None);
-    measured.ratio("p99", BRIDGE, RAW, |sample| sample.p99_us, Some(Target::AtMost(5.0)));
+    measured.ratio(
+        "p99",
+        BRIDGE,
+        RAW,
+        |sample| sample.p99_us,
+        Some(Target::AtMost(5.0)),
+    );
     measured.ratio("p50", BRIDGE, RAW, |sample| sample.p50_us, None);
     Ok(measured)
 }
@@ -84,20 +96,27 @@ struct Bridge {
     worker: Sample,
 }
 
-async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) -> Result<Bridge, String> {
+async fn bridge(
+    events: &Events,
+    requests: &Arc<Requests>,
+    measured_s: usize,
+) -> Result<Bridge, String> {
     let broker = rig::broker(Sync::Default).await;
     let mut database = Database::prepare(DatabaseKind::Postgres);
     database.resume().await;
     let ingress = rig::ingress(&broker, &[]).await?;
     let worker = rig::worker(&broker, &database.url(), &[]).await?;
     let mut listener = Listener::start(&broker).await?;
-    let (of_ingress, of_worker, of_broker) = (ingress.usage(), worker.usage(), Since::now(pid(&broker)));
+    let (of_ingress, of_worker, of_broker) =
+        (ingress.usage(), worker.usage(), Since::now(pid(&broker)));
     let of_database = rig::database_usage(database.process());
 
     let begin = Instant::now();
     let (sending, count) = (load(&ingress, None), requests.len());
-    let (sent, received) =
-        rig::bounded("a run", async { tokio::join!(sending.send(requests, false), listener.wait_for(count)) }).await?;
+    let (sent, received) = rig::bounded("a run", async {
+        tokio::join!(sending.send(requests, false), listener.wait_for(count))
+    })
+    .await?;
     sent.and(received)?;
     let rate = count as f64 / begin.elapsed().as_secs_f64();
     let used = |usage: Since, served: &Served| Sample {
@@ -106,17 +125,29 @@ async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) ->
         ..Sample::default()
     };
     let (of_ingress, of_worker) = (used(of_ingress, &ingress), used(of_worker, &worker));
-    let cpu_s = of_ingress.cpu_s.zip(of_worker.cpu_s).map(|(ingress, worker)| ingress + worker);
-    let (broker_cpu_s, database_cpu_s) =
-        (Some(of_broker.per_10k(count)), of_database.map(|usage| usage.per_10k(count)));
+    let cpu_s = of_ingress
+        .cpu_s
+        .zip(of_worker.cpu_s)
+        .map(|(ingress, worker)| ingress + worker);
+    let (broker_cpu_s, database_cpu_s) = (
+        Some(of_broker.per_10k(count)),
+        of_database.map(|usage| usage.per_10k(count)),
+    );
 
     let half = rate / 2.0;
-    let slow = Arc::new(pool::requests(events, SLOW, (half * measured_s as f64) as usize));
+    let slow = Arc::new(pool::requests(
+        events,
+        SLOW,
+        (half * measured_s as f64) as usize,
+    ));
     let sending = load(&ingress, Some(half));
     let number_of = |payload: &[u8]| Events::number(SLOW, &signals::event_id(payload)?);
     let begin = Instant::now();
     let (sent, arrivals) = rig::bounded("a run", async {
-        tokio::join!(sending.send(&slow, false), listener.arrivals(slow.len(), number_of))
+        tokio::join!(
+            sending.send(&slow, false),
+            listener.arrivals(slow.len(), number_of)
+        )
     })
     .await?;
     sent?;
@@ -130,17 +161,25 @@ async fn bridge(events: &Events, requests: &Arc<Requests>, measured_s: usize) ->
         database_cpu_s,
         ..Sample::default()
     };
-    Ok(Bridge { whole, ingress: of_ingress, worker: of_worker })
+    Ok(Bridge {
+        whole,
+        ingress: of_ingress,
+        worker: of_worker,
+    })
 }
 
 /// From the moment at which each was due to its arrival, sorted. The first tenth warms up.
 fn latencies_us(begin: Instant, rate: f64, arrivals: Vec<Option<Instant>>) -> Vec<u32> {
     let due = |number: usize| begin + Duration::from_secs_f64(number as f64 / rate);
-    let latency = |number: usize, arrival: Instant| arrival.saturating_duration_since(due(number)).as_micros();
+    let latency = |number: usize, arrival: Instant| {
+        arrival.saturating_duration_since(due(number)).as_micros()
+    };
     let skipped = arrivals.len() / 10;
     let arrived = arrivals.into_iter().enumerate().skip(skipped);
     let mut latencies_us: Vec<u32> = arrived
-        .filter_map(|(number, arrival)| Some(u32::try_from(latency(number, arrival?)).unwrap_or(u32::MAX)))
+        .filter_map(|(number, arrival)| {
+            Some(u32::try_from(latency(number, arrival?)).unwrap_or(u32::MAX))
+        })
         .collect();
     latencies_us.sort_unstable();
     latencies_us
@@ -155,7 +194,10 @@ async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample,
             subjects: vec![subject.to_owned()],
             ..jetstream::stream::Config::default()
         };
-        jetstream.create_stream(config).await.map_err(|problem| problem.to_string())?;
+        jetstream
+            .create_stream(config)
+            .await
+            .map_err(|problem| problem.to_string())?;
     }
     let _relay = rig::running("relay", &broker);
     let mut listener = Listener::on(&broker, OUT).await?;
@@ -165,7 +207,10 @@ async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample,
 
     let begin = Instant::now();
     let (sent, received) = rig::bounded("a run", async {
-        tokio::join!(publish(&jetstream, events, count, None), listener.wait_for(count))
+        tokio::join!(
+            publish(&jetstream, events, count, None),
+            listener.wait_for(count)
+        )
     })
     .await?;
     sent.and(received)?;
@@ -176,7 +221,10 @@ async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample,
     let number_of = |payload: &[u8]| std::str::from_utf8(payload.get(..10)?).ok()?.parse().ok();
     let begin = Instant::now();
     let (sent, arrivals) = rig::bounded("a run", async {
-        tokio::join!(publish(&jetstream, events, slow, Some(half)), listener.arrivals(slow, number_of))
+        tokio::join!(
+            publish(&jetstream, events, slow, Some(half)),
+            listener.arrivals(slow, number_of)
+        )
     })
     .await?;
     sent?;
@@ -209,7 +257,10 @@ async fn publish(
             }
             // As long as the event, with the number in front.
             let payload = format!("{number:010}{}", &body[10..]);
-            let ack = jetstream.publish(IN, payload.into()).await.map_err(|problem| problem.to_string())?;
+            let ack = jetstream
+                .publish(IN, payload.into())
+                .await
+                .map_err(|problem| problem.to_string())?;
             ack.await.map_err(|problem| problem.to_string())?;
         }
     });
@@ -220,5 +271,8 @@ async fn spike(requests: &Arc<Requests>) -> Result<Sample, String> {
     let broker = rig::broker(Sync::Default).await;
     let served = rig::server("spike", Some(&broker)).await?;
     let answered = rig::bounded("a run", load(&served, None).send(requests, false)).await??;
-    Ok(Sample { rate: Some(answered.rate()), ..Sample::default() })
+    Ok(Sample {
+        rate: Some(answered.rate()),
+        ..Sample::default()
+    })
 }

@@ -32,8 +32,10 @@ pub(crate) async fn of_tables(
     events: &Events,
 ) -> Result<Measurement, String> {
     let count = mode.pick(4_000, 20_000);
-    let mut measured =
-        Measurement::new(name, "changes of subscriptions all over a table of so many rows, applied and signalled");
+    let mut measured = Measurement::new(
+        name,
+        "changes of subscriptions all over a table of so many rows, applied and signalled",
+    );
     let sizes: &[&'static str] = mode.pick(&[SMALL, MEDIUM], &[SMALL, MEDIUM, LARGE]);
     for contenders in in_turns(mode, sizes) {
         for contender in contenders {
@@ -52,34 +54,51 @@ pub(crate) async fn of_tables(
     Ok(measured)
 }
 
-async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> Result<Sample, String> {
+async fn run(
+    kind: DatabaseKind,
+    events: &Events,
+    rows: usize,
+    count: usize,
+) -> Result<Sample, String> {
     let broker = rig::broker(Sync::Default).await;
     let mut database = Database::prepare(kind);
     database.resume().await;
     // One row by the worker itself, the others after its pattern.
     let mut listener = Listener::start(&broker).await?;
-    rig::fill(rig::jetstream(&broker).await, 1, |number| (Some(events.id(OLD, number)), events.body(OLD, number)))
-        .await?;
+    rig::fill(rig::jetstream(&broker).await, 1, |number| {
+        (Some(events.id(OLD, number)), events.body(OLD, number))
+    })
+    .await?;
     let first = rig::worker(&broker, &database.url(), &[]).await?;
     rig::bounded("the first row", listener.wait_for(1)).await??;
     first.program.stop().await;
-    grow(&database, kind, events, rows).await.map_err(|problem| problem.to_string())?;
+    grow(&database, kind, events, rows)
+        .await
+        .map_err(|problem| problem.to_string())?;
 
     let changes = events.changes();
     let change = |number: usize| {
-        let (subscription, later_s) = (number * STRIDE % rows, i64::try_from(number / rows).unwrap_or_default() + 1);
+        let (subscription, later_s) = (
+            number * STRIDE % rows,
+            i64::try_from(number / rows).unwrap_or_default() + 1,
+        );
         let kind = Kind("new");
         // The event is new, its subscription old.
         let body = changes.body_of(kind, number, subscription, later_s);
-        let body = body.replace(&changes.subscription(kind, subscription), &changes.subscription(OLD, subscription));
+        let body = body.replace(
+            &changes.subscription(kind, subscription),
+            &changes.subscription(OLD, subscription),
+        );
         (Some(changes.id(kind, number)), body)
     };
     let worker = rig::worker(&broker, &database.url(), &[]).await?;
     let (usage, database_usage) = (worker.usage(), rig::database_usage(database.process()));
     let begin = Instant::now();
     let filling = rig::fill(rig::jetstream(&broker).await, count, change);
-    let (filled, received) =
-        rig::bounded("applying", async { tokio::join!(filling, listener.wait_for(count)) }).await?;
+    let (filled, received) = rig::bounded("applying", async {
+        tokio::join!(filling, listener.wait_for(count))
+    })
+    .await?;
     filled.and(received)?;
     let took = begin.elapsed();
     Ok(Sample {
@@ -92,8 +111,16 @@ async fn run(kind: DatabaseKind, events: &Events, rows: usize, count: usize) -> 
 }
 
 /// Copies the only row until there are so many.
-async fn grow(database: &Database, kind: DatabaseKind, events: &Events, rows: usize) -> Result<(), sea_orm::DbErr> {
-    let columns: Vec<&str> = Column::iter().skip(1).map(|column| column.as_str()).collect();
+async fn grow(
+    database: &Database,
+    kind: DatabaseKind,
+    events: &Events,
+    rows: usize,
+) -> Result<(), sea_orm::DbErr> {
+    let columns: Vec<&str> = Column::iter()
+        .skip(1)
+        .map(|column| column.as_str())
+        .collect();
     let columns = columns.join(",");
     let last = events.subscription(OLD, 0);
     let prefix = last.trim_end_matches('0');
@@ -152,10 +179,22 @@ pub(crate) async fn of_stream(mode: Mode, events: &Events) -> Result<Measurement
                 rate: None,
             };
             let answered = rig::bounded("a run", load.send(&requests, false)).await??;
-            measured.add(contender, Sample { rate: Some(answered.rate()), ..Sample::default() });
+            measured.add(
+                contender,
+                Sample {
+                    rate: Some(answered.rate()),
+                    ..Sample::default()
+                },
+            );
         }
     }
-    measured.ratio("events/s", FULL, EMPTY, |sample| sample.rate, Some(Target::AtLeast(0.95)));
+    measured.ratio(
+        "events/s",
+        FULL,
+        EMPTY,
+        |sample| sample.rate,
+        Some(Target::AtLeast(0.95)),
+    );
     measured.ratio("events/s", RECENT, EMPTY, |sample| sample.rate, None);
     Ok(measured)
 }

@@ -17,8 +17,14 @@ pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
     let sqlite = Database::prepare(DatabaseKind::Sqlite);
     let programs = [
         ("ingress", rig::ingress(&broker, &[]).await?),
-        ("worker, PostgreSQL", rig::worker(&broker, &postgres.url(), &[]).await?),
-        ("worker, SQLite", rig::worker(&broker, &sqlite.url(), &[]).await?),
+        (
+            "worker, PostgreSQL",
+            rig::worker(&broker, &postgres.url(), &[]).await?,
+        ),
+        (
+            "worker, SQLite",
+            rig::worker(&broker, &sqlite.url(), &[]).await?,
+        ),
     ];
     // Past what comes with a start.
     sleep(Duration::from_secs(3)).await;
@@ -39,8 +45,18 @@ pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
         }
     }
     for (name, _) in &programs {
-        measured.bound("CPU (%)", name, |sample| sample.cpu_percent, Target::AtMost(0.5));
-        measured.bound("memory (MiB)", name, |sample| sample.memory_mib, Target::AtMost(64.0));
+        measured.bound(
+            "CPU (%)",
+            name,
+            |sample| sample.cpu_percent,
+            Target::AtMost(0.5),
+        );
+        measured.bound(
+            "memory (MiB)",
+            name,
+            |sample| sample.memory_mib,
+            Target::AtMost(64.0),
+        );
     }
     Ok(measured)
 }

@@ -28,7 +28,14 @@ fn count(mode: Mode) -> usize {
 
 fn load(served: &Served, mode: Mode, connections: usize, status: u16) -> Load {
     let measured = Duration::from_secs(mode.pick(3, 6));
-    Load { address: served.address, connections, warmup: WARMUP, measured, status, rate: None }
+    Load {
+        address: served.address,
+        connections,
+        warmup: WARMUP,
+        measured,
+        status,
+        rate: None,
+    }
 }
 
 /// One run of a server.
@@ -66,12 +73,26 @@ async fn contender(
         INGRESS => rig::ingress(&broker, &[]).await?,
         SPIKE => rig::server("spike", Some(&broker)).await?,
         VERIFY => rig::server("verify", None).await?,
-        _ => return rig::finished("publish", &broker, &[mode.pick(30_000, 100_000), connections]).await,
+        _ => {
+            return rig::finished(
+                "publish",
+                &broker,
+                &[mode.pick(30_000, 100_000), connections],
+            )
+            .await;
+        }
     };
     let load = load(&served, mode, connections, 200);
     // It stores nothing, so that it may get a delivery again; and it is soon through with all of them.
     let repeat = name == VERIFY;
-    run(served, (name != VERIFY).then(|| pid(&broker)), &load, requests, repeat).await
+    run(
+        served,
+        (name != VERIFY).then(|| pid(&broker)),
+        &load,
+        requests,
+        repeat,
+    )
+    .await
 }
 
 pub(crate) async fn accepted(mode: Mode, events: &Events) -> Result<Measurement, String> {
@@ -83,15 +104,35 @@ pub(crate) async fn accepted(mode: Mode, events: &Events) -> Result<Measurement,
     let requests = Arc::new(pool::requests(events, Kind("in"), count(mode)));
     for contenders in in_turns(mode, &[SPIKE, INGRESS, VERIFY, NATS]) {
         for name in contenders {
-            measured.add(name, contender(name, Sync::Default, mode, CONNECTIONS, &requests).await?);
+            measured.add(
+                name,
+                contender(name, Sync::Default, mode, CONNECTIONS, &requests).await?,
+            );
         }
     }
-    measured.ratio("events/s", INGRESS, SPIKE, |sample| sample.rate, Some(Target::AtLeast(0.95)));
-    measured.ratio("CPU per event", INGRESS, SPIKE, |sample| sample.cpu_s, Some(Target::AtMost(1.15)));
+    measured.ratio(
+        "events/s",
+        INGRESS,
+        SPIKE,
+        |sample| sample.rate,
+        Some(Target::AtLeast(0.95)),
+    );
+    measured.ratio(
+        "CPU per event",
+        INGRESS,
+        SPIKE,
+        |sample| sample.cpu_s,
+        Some(Target::AtMost(1.15)),
+    );
     measured.ratio("p99", INGRESS, SPIKE, |sample| sample.p99_us, None);
     measured.ratio("events/s", INGRESS, VERIFY, |sample| sample.rate, None);
     measured.ratio("events/s", INGRESS, NATS, |sample| sample.rate, None);
-    measured.bound("memory (MiB)", INGRESS, |sample| sample.memory_mib, Target::AtMost(64.0));
+    measured.bound(
+        "memory (MiB)",
+        INGRESS,
+        |sample| sample.memory_mib,
+        Target::AtMost(64.0),
+    );
     Ok(measured)
 }
 
@@ -112,8 +153,20 @@ pub(crate) async fn refused(mode: Mode, events: &Events) -> Result<Measurement, 
             measured.add(name, run(served, None, &load, &requests, true).await?);
         }
     }
-    measured.ratio("refusals/s", INGRESS, VERIFY, |sample| sample.rate, Some(Target::AtLeast(0.9)));
-    measured.ratio("CPU per refusal", INGRESS, VERIFY, |sample| sample.cpu_s, None);
+    measured.ratio(
+        "refusals/s",
+        INGRESS,
+        VERIFY,
+        |sample| sample.rate,
+        Some(Target::AtLeast(0.9)),
+    );
+    measured.ratio(
+        "CPU per refusal",
+        INGRESS,
+        VERIFY,
+        |sample| sample.cpu_s,
+        None,
+    );
     Ok(measured)
 }
 
@@ -139,11 +192,26 @@ pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, S
                 SPIKE_ONE => (SPIKE, 1),
                 program => (program, CONNECTIONS),
             };
-            measured.add(name, contender(program, Sync::Always, mode, connections, &requests).await?);
+            measured.add(
+                name,
+                contender(program, Sync::Always, mode, connections, &requests).await?,
+            );
         }
     }
-    measured.ratio("events/s", INGRESS, SPIKE, |sample| sample.rate, Some(Target::AtLeast(3.0)));
-    measured.ratio("p50", ONE, SPIKE_ONE, |sample| sample.p50_us, Some(Target::AtMost(1.0)));
+    measured.ratio(
+        "events/s",
+        INGRESS,
+        SPIKE,
+        |sample| sample.rate,
+        Some(Target::AtLeast(3.0)),
+    );
+    measured.ratio(
+        "p50",
+        ONE,
+        SPIKE_ONE,
+        |sample| sample.p50_us,
+        Some(Target::AtMost(1.0)),
+    );
     Ok(measured)
 }
 
@@ -162,7 +230,9 @@ async fn one_sync() -> Result<Sample, String> {
         took_us.sort_unstable();
         Ok(took_us)
     };
-    let took_us = tokio::task::spawn_blocking(write).await.map_err(|error| error.to_string())?;
+    let took_us = tokio::task::spawn_blocking(write)
+        .await
+        .map_err(|error| error.to_string())?;
     let took_us = took_us.map_err(|error| format!("cannot write a temporary file: {error}"))?;
     Ok(Sample {
         p50_us: Some(percentile(&took_us, 0.5)),

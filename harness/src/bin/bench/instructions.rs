@@ -50,10 +50,20 @@ impl Step {
         let body = Bytes::from(events.body(kind, 0));
         let signature = pool::signature(&body, now.unix_timestamp());
         let secrets = [SigningSecret::new(SECRET)];
-        let verified = || verify(black_box(&signature), body.clone(), &secrets, now, TOLERANCE);
+        let verified = || {
+            verify(
+                black_box(&signature),
+                body.clone(),
+                &secrets,
+                now,
+                TOLERANCE,
+            )
+        };
         let genuine = verified().expect("it is signed");
         let event = |body: &[u8]| -> Event {
-            decode(black_box(body), &MetadataKeys::All).expect("it is an event").expect("its type is handled")
+            decode(black_box(body), &MetadataKeys::All)
+                .expect("it is an event")
+                .expect("its type is handled")
         };
         let mut state = State::default();
         state.merge(&event(&body));
@@ -79,7 +89,10 @@ impl Step {
 
 /// Whether there is a valgrind to count with.
 pub(crate) fn are_countable() -> bool {
-    Command::new("valgrind").arg("--version").output().is_ok_and(|output| output.status.success())
+    Command::new("valgrind")
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 pub(crate) async fn counted() -> Result<Measurement, String> {
@@ -91,7 +104,13 @@ pub(crate) async fn counted() -> Result<Measurement, String> {
     for step in Step::value_variants() {
         let (few, many) = (collected(*step, FEW).await?, collected(*step, MANY).await?);
         let each = (many - few) / f64::from(MANY - FEW);
-        measured.add(step.what(), Sample { instructions: Some(each), ..Sample::default() });
+        measured.add(
+            step.what(),
+            Sample {
+                instructions: Some(each),
+                ..Sample::default()
+            },
+        );
     }
     Ok(measured)
 }
@@ -106,8 +125,12 @@ async fn collected(step: Step, times: u32) -> Result<f64, String> {
         .arg(program)
         .args(["repeat", name.get_name(), &times.to_string()])
         .kill_on_drop(true);
-    let output = crate::rig::bounded("counting", valgrind.output()).await?.map_err(|error| error.to_string())?;
+    let output = crate::rig::bounded("counting", valgrind.output())
+        .await?
+        .map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&output.stderr);
-    let count = said.lines().find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok());
+    let count = said
+        .lines()
+        .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok());
     count.ok_or_else(|| format!("valgrind counted nothing:\n{said}"))
 }

@@ -50,13 +50,21 @@ impl Answered {
 /// The value below which that share of sorted `values` lies.
 pub(crate) fn percentile(values: &[u32], share: f64) -> f64 {
     let last = values.len().saturating_sub(1);
-    values.get((last as f64 * share).round() as usize).copied().unwrap_or_default().into()
+    values
+        .get((last as f64 * share).round() as usize)
+        .copied()
+        .unwrap_or_default()
+        .into()
 }
 
 impl Load {
     /// Sends `requests`, each once, until the time is over or all are sent. With `repeat`, it begins
     /// again with the first after the last.
-    pub(crate) async fn send(&self, requests: &Arc<Requests>, repeat: bool) -> Result<Answered, String> {
+    pub(crate) async fn send(
+        &self,
+        requests: &Arc<Requests>,
+        repeat: bool,
+    ) -> Result<Answered, String> {
         let begin = Instant::now();
         let from = begin + self.warmup;
         let next = Arc::new(AtomicUsize::new(0));
@@ -65,12 +73,28 @@ impl Load {
             async move { load.connection(&requests, repeat, &next, begin).await }
         });
         let answered = try_join_all(connections).await?;
-        let end = answered.iter().filter_map(|one| one.last).max().unwrap_or(from);
-        let mut latencies_us: Vec<u32> = answered.into_iter().flat_map(|one| one.latencies_us).collect();
+        let end = answered
+            .iter()
+            .filter_map(|one| one.last)
+            .max()
+            .unwrap_or(from);
+        let mut latencies_us: Vec<u32> = answered
+            .into_iter()
+            .flat_map(|one| one.latencies_us)
+            .collect();
         latencies_us.sort_unstable();
-        let sent = next.load(Ordering::Relaxed).min(if repeat { usize::MAX } else { requests.len() });
-        let took = end.saturating_duration_since(from).max(Duration::from_millis(1));
-        Ok(Answered { count: latencies_us.len(), took, latencies_us, sent })
+        let sent =
+            next.load(Ordering::Relaxed)
+                .min(if repeat { usize::MAX } else { requests.len() });
+        let took = end
+            .saturating_duration_since(from)
+            .max(Duration::from_millis(1));
+        Ok(Answered {
+            count: latencies_us.len(),
+            took,
+            latencies_us,
+            sent,
+        })
     }
 
     async fn connection(
@@ -88,8 +112,14 @@ impl Load {
         let mut one = OfOne::default();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            let request = if repeat { requests.get(number % requests.len()) } else { requests.get(number) };
-            let Some(request) = request else { return Ok(one) };
+            let request = if repeat {
+                requests.get(number % requests.len())
+            } else {
+                requests.get(number)
+            };
+            let Some(request) = request else {
+                return Ok(one);
+            };
             let mut due = Instant::now();
             if let Some(rate) = self.rate {
                 due = begin + Duration::from_secs_f64(number as f64 / rate);
@@ -99,13 +129,19 @@ impl Load {
                 return Ok(one);
             }
             stream.write_all(request).await.map_err(failed)?;
-            let status = read_answer(&mut stream, &mut answer).await.map_err(failed)?;
+            let status = read_answer(&mut stream, &mut answer)
+                .await
+                .map_err(failed)?;
             if status != self.status {
-                return Err(format!("answered {status}: {}", String::from_utf8_lossy(&answer)));
+                return Err(format!(
+                    "answered {status}: {}",
+                    String::from_utf8_lossy(&answer)
+                ));
             }
             let now = Instant::now();
             if now >= from {
-                one.latencies_us.push(u32::try_from((now - due).as_micros()).unwrap_or(u32::MAX));
+                one.latencies_us
+                    .push(u32::try_from((now - due).as_micros()).unwrap_or(u32::MAX));
                 one.last = Some(now);
             }
         }
@@ -141,7 +177,8 @@ fn head(answer: &[u8]) -> Option<(u16, usize)> {
     let status = head.get(9..12)?.parse().ok()?;
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+        name.eq_ignore_ascii_case("content-length")
+            .then(|| value.trim().parse::<usize>().ok())?
     });
     Some((status, end + length.unwrap_or(0)))
 }
@@ -149,7 +186,9 @@ fn head(answer: &[u8]) -> Option<(u16, usize)> {
 /// Gets a page; status and body.
 pub(crate) async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes()).await?;
+    stream
+        .write_all(format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes())
+        .await?;
     let mut answer = Vec::new();
     let status = read_answer(&mut stream, &mut answer).await?;
     Ok((status, String::from_utf8_lossy(&answer).into_owned()))

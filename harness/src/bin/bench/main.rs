@@ -2,7 +2,10 @@
 //!
 //! Every measurement runs its contenders in turns, several times within the same minutes, each with
 //! a broker and a database of its own, and reports the ratio: absolute figures are the machine's.
-#![expect(clippy::print_stdout, reason = "a program for people: its tables are its output")]
+#![expect(
+    clippy::print_stdout,
+    reason = "a program for people: its tables are its output"
+)]
 
 mod end_to_end;
 mod growth;
@@ -63,7 +66,11 @@ enum Role {
     /// Load alone, for an ingress that runs already (with the harness's hook and secret) under a
     /// profiler.
     #[command(hide = true)]
-    Load { address: SocketAddr, connections: usize, seconds: u64 },
+    Load {
+        address: SocketAddr,
+        connections: usize,
+        seconds: u64,
+    },
     /// A stream filled with that many events of new subscriptions, for a worker under a profiler.
     #[command(hide = true)]
     Fill { nats: String, count: usize },
@@ -110,7 +117,11 @@ fn main() -> ExitCode {
             runtime.block_on(reference.run());
             ExitCode::SUCCESS
         }
-        Some(Role::Load { address, connections, seconds }) => on_one_thread(put_load(address, connections, seconds)),
+        Some(Role::Load {
+            address,
+            connections,
+            seconds,
+        }) => on_one_thread(put_load(address, connections, seconds)),
         Some(Role::Fill { nats, count }) => on_one_thread(fill(&nats, count)),
         Some(Role::Repeat { step, times }) => {
             step.repeat(times);
@@ -122,20 +133,38 @@ fn main() -> ExitCode {
 
 /// The load leaves the other cores to what is measured.
 fn on_one_thread(program: impl Future<Output = ExitCode>) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     runtime.expect("a runtime can be made").block_on(program)
 }
 
 async fn put_load(address: SocketAddr, connections: usize, seconds: u64) -> ExitCode {
     let number = u64::from(std::process::id());
     let kind = Kind(Box::leak(format!("p{number}x").into_boxed_str()));
-    let requests = Arc::new(pool::requests(&Events::new(), kind, 30_000 * usize::try_from(seconds).unwrap_or(1)));
+    let requests = Arc::new(pool::requests(
+        &Events::new(),
+        kind,
+        30_000 * usize::try_from(seconds).unwrap_or(1),
+    ));
     let measured = Duration::from_secs(seconds);
-    let load = Load { address, connections, warmup: Duration::from_secs(1), measured, status: 200, rate: None };
+    let load = Load {
+        address,
+        connections,
+        warmup: Duration::from_secs(1),
+        measured,
+        status: 200,
+        rate: None,
+    };
     match load.send(&requests, false).await {
         Ok(answered) => {
             let percentile = |share| load::percentile(&answered.latencies_us, share);
-            println!("{:.0} events/s, p50 {} µs, p99 {} µs", answered.rate(), percentile(0.5), percentile(0.99));
+            println!(
+                "{:.0} events/s, p50 {} µs, p99 {} µs",
+                answered.rate(),
+                percentile(0.5),
+                percentile(0.99)
+            );
             ExitCode::SUCCESS
         }
         Err(problem) => {
@@ -146,9 +175,13 @@ async fn put_load(address: SocketAddr, connections: usize, seconds: u64) -> Exit
 }
 
 async fn fill(nats: &str, count: usize) -> ExitCode {
-    let client = async_nats::connect(nats).await.map_err(|problem| problem.to_string());
+    let client = async_nats::connect(nats)
+        .await
+        .map_err(|problem| problem.to_string());
     let filled = match client {
-        Ok(client) => rig::fill_with_new(async_nats::jetstream::new(client), &Events::new(), count).await,
+        Ok(client) => {
+            rig::fill_with_new(async_nats::jetstream::new(client), &Events::new(), count).await
+        }
         Err(problem) => Err(problem),
     };
     match filled {
@@ -169,9 +202,15 @@ async fn bench(arguments: &Arguments) -> ExitCode {
 }
 
 async fn measure(arguments: &Arguments) -> ExitCode {
-    let mode = if arguments.quick { Mode::Quick } else { Mode::Full };
+    let mode = if arguments.quick {
+        Mode::Quick
+    } else {
+        Mode::Full
+    };
     if cfg!(debug_assertions) {
-        println!("This is a debug build: its figures mean nothing. scripts/bench makes a release build.");
+        println!(
+            "This is a debug build: its figures mean nothing. scripts/bench makes a release build."
+        );
     }
     let events = Events::new();
     let mut measured = Vec::new();
@@ -213,7 +252,8 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         }
     }
     let is_whole = mode == Mode::Full && arguments.only.is_none() && !has_failed;
-    let default = is_whole.then(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench.json").into());
+    let default =
+        is_whole.then(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench.json").into());
     if let Some(path) = arguments.json.clone().or(default) {
         let text = format!("{:#}\n", document(mode, &measured));
         if let Err(problem) = std::fs::write(&path, text) {
@@ -221,7 +261,11 @@ async fn measure(arguments: &Arguments) -> ExitCode {
             println!("cannot write {}: {problem}", path.display());
         }
     }
-    if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if has_failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
 }
 
 fn keep(measurement: Measurement, measured: &mut Vec<Value>) {
@@ -245,11 +289,22 @@ fn document(mode: Mode, measured: &[Value]) -> Value {
 
 fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    model.map(|(_, name)| name.trim().to_owned()).unwrap_or_default()
+    let model = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model
+        .map(|(_, name)| name.trim().to_owned())
+        .unwrap_or_default()
 }
 
 fn version(program: Option<PathBuf>) -> String {
-    let output = program.and_then(|program| std::process::Command::new(program).arg("--version").output().ok());
-    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+    let output = program.and_then(|program| {
+        std::process::Command::new(program)
+            .arg("--version")
+            .output()
+            .ok()
+    });
+    output
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
 }

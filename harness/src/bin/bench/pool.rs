@@ -58,7 +58,12 @@ impl Events {
         let tax_rates = (BODY_BYTES - bytes(0)) / (bytes(2) - bytes(1));
         let event = event(tax_rates, BODY_BYTES.saturating_sub(bytes(tax_rates)));
         let text = String::from_utf8(event.compact_body().to_vec()).expect("an event is text");
-        Self { purchase, text, event: event.id().to_owned(), created }
+        Self {
+            purchase,
+            text,
+            event: event.id().to_owned(),
+            created,
+        }
     }
 
     /// The id of the event of that number.
@@ -82,12 +87,24 @@ impl Events {
     }
 
     /// The body of an event about that subscription, so many seconds later.
-    pub(crate) fn body_of(&self, kind: Kind, number: usize, subscription: usize, later_s: i64) -> String {
+    pub(crate) fn body_of(
+        &self,
+        kind: Kind,
+        number: usize,
+        subscription: usize,
+        later_s: i64,
+    ) -> String {
         self.text
             .replace(&self.event, &self.id(kind, number))
-            .replace(&self.purchase.subscription, &self.subscription(kind, subscription))
+            .replace(
+                &self.purchase.subscription,
+                &self.subscription(kind, subscription),
+            )
             .replace(NUMBER, &format!("{number:010}"))
-            .replace(&self.created.to_string(), &(self.created + later_s).to_string())
+            .replace(
+                &self.created.to_string(),
+                &(self.created + later_s).to_string(),
+            )
     }
 }
 
@@ -116,7 +133,11 @@ fn tax_rate(created: i64) -> Value {
 }
 
 fn numbered(prefix: &str, kind: Kind, number: usize, length: usize) -> String {
-    format!("{prefix}{}{number:0>width$}", kind.0, width = length - prefix.len() - kind.0.len())
+    format!(
+        "{prefix}{}{number:0>width$}",
+        kind.0,
+        width = length - prefix.len() - kind.0.len()
+    )
 }
 
 /// HTTP requests, ready to be sent.
@@ -134,10 +155,16 @@ pub(crate) fn requests(events: &Events, kind: Kind, count: usize) -> Requests {
 
 /// The `Stripe-Signature` of a body.
 pub(crate) fn signature(body: &[u8], timestamp: i64) -> String {
-    let mut mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
     mac.update(format!("{timestamp}.").as_bytes());
     mac.update(body);
-    let signature: String = mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let signature: String = mac
+        .finalize()
+        .into_bytes()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     format!("t={timestamp},v1={signature}")
 }
 
@@ -145,7 +172,9 @@ pub(crate) fn signature(body: &[u8], timestamp: i64) -> String {
 pub(crate) fn forged(events: &Events, count: usize) -> Requests {
     let timestamp = OffsetDateTime::now_utc().unix_timestamp();
     let signature = format!("t={timestamp},v1={}", "5a".repeat(32));
-    (0..count).map(|number| render(&events.body(Kind("forged"), number), &signature)).collect()
+    (0..count)
+        .map(|number| render(&events.body(Kind("forged"), number), &signature))
+        .collect()
 }
 
 fn render(body: &str, signature: &str) -> Bytes {

@@ -45,7 +45,11 @@ pub(crate) enum Reference {
     /// An HTTP server that verifies, publishes, and answers after the PubAck.
     Spike { listen: SocketAddr, nats: String },
     /// Publishes that many events with that many PubAcks outstanding.
-    Publish { nats: String, count: usize, in_flight: usize },
+    Publish {
+        nats: String,
+        count: usize,
+        in_flight: usize,
+    },
     /// Consumes and acks that many events.
     Consume { nats: String, count: usize },
     /// Consumes messages and publishes one for each.
@@ -57,7 +61,11 @@ impl Reference {
         match self {
             Self::Verify { listen } => verify(listen).await,
             Self::Spike { listen, nats } => spike(listen, &nats).await,
-            Self::Publish { nats, count, in_flight } => publish(&nats, count, in_flight).await,
+            Self::Publish {
+                nats,
+                count,
+                in_flight,
+            } => publish(&nats, count, in_flight).await,
             Self::Consume { nats, count } => consume(&nats, count).await,
             Self::Relay { nats } => relay(&nats).await,
         }
@@ -73,13 +81,17 @@ async fn verify(listen: SocketAddr) {
         .and(warp::path!("ls" / "hook" / String))
         .and(warp::header::<String>("stripe-signature"))
         .and(warp::body::bytes())
-        .map(|hook: String, signature: String, body: Bytes| answer(hook == HOOK && is_signed(&signature, &body)));
+        .map(|hook: String, signature: String, body: Bytes| {
+            answer(hook == HOOK && is_signed(&signature, &body))
+        });
     warp::serve(hook).run(listen).await;
 }
 
 async fn spike(listen: SocketAddr, nats: &str) {
     let jetstream = connect(nats).await;
-    stream::provide_events(&jetstream, &events_settings()).await.expect("the stream can be made");
+    stream::provide_events(&jetstream, &events_settings())
+        .await
+        .expect("the stream can be made");
     let hook = warp::post()
         .and(warp::path!("ls" / "hook" / String))
         .and(warp::header::<String>("stripe-signature"))
@@ -90,11 +102,15 @@ async fn spike(listen: SocketAddr, nats: &str) {
                 if hook != HOOK || !is_signed(&signature, &body) {
                     return answer(false);
                 }
-                let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(&body) else { return answer(false) };
+                let Ok(envelope) = serde_json::from_slice::<Envelope<'_>>(&body) else {
+                    return answer(false);
+                };
                 let mut headers = HeaderMap::new();
                 headers.insert(header::MESSAGE_ID, envelope.id);
                 let subject = format!("{EVENTS_PREFIX}{}", envelope.event_type);
-                let ack = jetstream.publish_with_headers(subject, headers, body.clone()).await;
+                let ack = jetstream
+                    .publish_with_headers(subject, headers, body.clone())
+                    .await;
                 answer(ack.expect("the broker is there").await.is_ok())
             }
         });
@@ -113,16 +129,27 @@ fn answer(is_accepted: bool) -> impl warp::Reply {
         true => (StatusCode::OK, r#"{"status":"success"}"#),
         false => (StatusCode::BAD_REQUEST, r#"{"error":"no"}"#),
     };
-    warp::reply::with_status(warp::reply::with_header(body, "content-type", "application/json"), status)
+    warp::reply::with_status(
+        warp::reply::with_header(body, "content-type", "application/json"),
+        status,
+    )
 }
 
 fn is_signed(header: &str, body: &[u8]) -> bool {
-    let value = |name: &str| header.split(',').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
-    let (Some(timestamp), Some(signature)) = (value("t"), value("v1")) else { return false };
+    let value = |name: &str| {
+        header
+            .split(',')
+            .find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
+    };
+    let (Some(timestamp), Some(signature)) = (value("t"), value("v1")) else {
+        return false;
+    };
     let nibbles = signature.as_bytes().as_chunks::<2>().0.iter();
-    let signature: Option<Vec<u8>> =
-        nibbles.map(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok()).collect();
-    let mut mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
+    let signature: Option<Vec<u8>> = nibbles
+        .map(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok())
+        .collect();
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
     mac.update(timestamp.as_bytes());
     mac.update(b".");
     mac.update(body);
@@ -146,7 +173,9 @@ fn tell(count: usize, took: Duration, latencies_us: Vec<u32>) {
 
 async fn publish(nats: &str, count: usize, in_flight: usize) {
     let jetstream = connect(nats).await;
-    stream::provide_events(&jetstream, &events_settings()).await.expect("the stream can be made");
+    stream::provide_events(&jetstream, &events_settings())
+        .await
+        .expect("the stream can be made");
     let events = Arc::new(Events::new());
     let next = Arc::new(AtomicUsize::new(0));
     let begin = Instant::now();
@@ -163,60 +192,109 @@ async fn publish(nats: &str, count: usize, in_flight: usize) {
                 let mut headers = HeaderMap::new();
                 headers.insert(header::MESSAGE_ID, events.id(Kind("pub"), number));
                 let body = events.body(Kind("pub"), number);
-                let ack = jetstream.publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into()).await;
-                ack.expect("the broker is there").await.expect("it is stored");
+                let ack = jetstream
+                    .publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into())
+                    .await;
+                ack.expect("the broker is there")
+                    .await
+                    .expect("it is stored");
                 latencies_us.push(u32::try_from(begin.elapsed().as_micros()).unwrap_or(u32::MAX));
             }
         })
     });
-    let latencies = join_all(lanes).await.into_iter().flat_map(|lane| lane.expect("no lane panics")).collect();
+    let latencies = join_all(lanes)
+        .await
+        .into_iter()
+        .flat_map(|lane| lane.expect("no lane panics"))
+        .collect();
     tell(count, begin.elapsed(), latencies);
 }
 
 /// The consumer is paused until everybody is ready, as the workers' is.
 async fn consume(nats: &str, count: usize) {
     let jetstream = connect(nats).await;
-    let stream = jetstream.get_stream(EVENTS_STREAM).await.expect("the stream is there");
+    let stream = jetstream
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
     let consumer: jetstream::consumer::PullConsumer = stream
-        .create_consumer(pull::Config { max_ack_pending: 20_000, ..pull::Config::default() })
+        .create_consumer(pull::Config {
+            max_ack_pending: 20_000,
+            ..pull::Config::default()
+        })
         .await
         .expect("a consumer can be made");
-    let messages = consumer.stream().max_messages_per_batch(BATCH).messages().await.expect("messages can be pulled");
+    let messages = consumer
+        .stream()
+        .max_messages_per_batch(BATCH)
+        .messages()
+        .await
+        .expect("messages can be pulled");
     let begin = Instant::now();
     let mut chunks = messages.ready_chunks(BATCH);
     let mut consumed = 0;
     while consumed < count {
         for message in chunks.next().await.expect("messages come") {
-            message.expect("a message comes").ack().await.expect("an ack is sent");
+            message
+                .expect("a message comes")
+                .ack()
+                .await
+                .expect("an ack is sent");
             consumed += 1;
         }
     }
     let took = begin.elapsed();
-    jetstream.client().flush().await.expect("the broker takes the acks");
+    jetstream
+        .client()
+        .flush()
+        .await
+        .expect("the broker takes the acks");
     tell(count, took, Vec::new());
 }
 
 async fn relay(nats: &str) {
     let jetstream = connect(nats).await;
-    let stream = jetstream.get_stream("IN").await.expect("the stream is there");
+    let stream = jetstream
+        .get_stream("IN")
+        .await
+        .expect("the stream is there");
     let consumer: jetstream::consumer::PullConsumer = stream
-        .create_consumer(pull::Config { max_ack_pending: 20_000, ..pull::Config::default() })
+        .create_consumer(pull::Config {
+            max_ack_pending: 20_000,
+            ..pull::Config::default()
+        })
         .await
         .expect("a consumer can be made");
-    let messages = consumer.stream().max_messages_per_batch(BATCH).messages().await.expect("messages can be pulled");
+    let messages = consumer
+        .stream()
+        .max_messages_per_batch(BATCH)
+        .messages()
+        .await
+        .expect("messages can be pulled");
     let mut chunks = messages.ready_chunks(BATCH);
     while let Some(chunk) = chunks.next().await {
         let mut acks = Vec::new();
-        let chunk: Vec<_> = chunk.into_iter().map(|message| message.expect("a message comes")).collect();
+        let chunk: Vec<_> = chunk
+            .into_iter()
+            .map(|message| message.expect("a message comes"))
+            .collect();
         for message in &chunk {
-            let sent = jetstream.publish(OUT, message.payload.slice(..message.payload.len().min(1_200))).await;
+            let sent = jetstream
+                .publish(
+                    OUT,
+                    message.payload.slice(..message.payload.len().min(1_200)),
+                )
+                .await;
             acks.push(sent.expect("the broker is there"));
         }
         for ack in acks {
             ack.await.expect("it is stored");
         }
         for message in chunk {
-            message.ack_with(AckKind::Ack).await.expect("an ack is sent");
+            message
+                .ack_with(AckKind::Ack)
+                .await
+                .expect("an ack is sent");
         }
     }
 }

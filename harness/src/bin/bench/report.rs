@@ -82,41 +82,75 @@ struct Figure {
 
 impl Measurement {
     pub(crate) fn new(name: &'static str, question: &'static str) -> Self {
-        Self { name, question, contenders: Vec::new(), figures: Vec::new() }
+        Self {
+            name,
+            question,
+            contenders: Vec::new(),
+            figures: Vec::new(),
+        }
     }
 
     /// Keeps a run of `contender`.
     pub(crate) fn add(&mut self, contender: &str, sample: Sample) {
-        match self.contenders.iter_mut().find(|(name, _)| name == contender) {
+        match self
+            .contenders
+            .iter_mut()
+            .find(|(name, _)| name == contender)
+        {
             Some((_, samples)) => samples.push(sample),
             None => self.contenders.push((contender.to_owned(), vec![sample])),
         }
     }
 
     /// Compares two contenders, round by round, by `column`; `what` names it.
-    pub(crate) fn ratio(&mut self, what: &str, of: &str, to: &str, column: Column, target: Option<Target>) {
+    pub(crate) fn ratio(
+        &mut self,
+        what: &str,
+        of: &str,
+        to: &str,
+        column: Column,
+        target: Option<Target>,
+    ) {
         let pairs = self.samples(of).iter().zip(self.samples(to));
-        let rounds = pairs.filter_map(|(of, to)| Some(column(of)? / column(to)?)).filter(|ratio| ratio.is_finite());
+        let rounds = pairs
+            .filter_map(|(of, to)| Some(column(of)? / column(to)?))
+            .filter(|ratio| ratio.is_finite());
         let rounds: Vec<f64> = rounds.collect();
-        self.figures.push(Figure { what: format!("{what}: {of} ÷ {to}"), rounds, target });
+        self.figures.push(Figure {
+            what: format!("{what}: {of} ÷ {to}"),
+            rounds,
+            target,
+        });
     }
 
     /// Holds a contender's own `column` against a target.
     pub(crate) fn bound(&mut self, what: &str, of: &str, column: Column, target: Target) {
         let rounds = self.samples(of).iter().filter_map(column).collect();
-        self.figures.push(Figure { what: format!("{what}: {of}"), rounds, target: Some(target) });
+        self.figures.push(Figure {
+            what: format!("{what}: {of}"),
+            rounds,
+            target: Some(target),
+        });
     }
 
     fn samples(&self, of: &str) -> &[Sample] {
-        self.contenders.iter().find(|(name, _)| name == of).map_or(&[], |(_, samples)| samples)
+        self.contenders
+            .iter()
+            .find(|(name, _)| name == of)
+            .map_or(&[], |(_, samples)| samples)
     }
 
     /// Two tables for people: what was measured, and how it compares.
     pub(crate) fn tables(&self) -> String {
         let shown = |column: Column| {
-            self.contenders.iter().any(|(_, samples)| samples.iter().any(|sample| column(sample).is_some()))
+            self.contenders
+                .iter()
+                .any(|(_, samples)| samples.iter().any(|sample| column(sample).is_some()))
         };
-        let columns: Vec<_> = COLUMNS.into_iter().filter(|(_, column)| shown(*column)).collect();
+        let columns: Vec<_> = COLUMNS
+            .into_iter()
+            .filter(|(_, column)| shown(*column))
+            .collect();
         let mut measured = table();
         measured.set_header(std::iter::once("").chain(columns.iter().map(|(name, _)| *name)));
         for (name, samples) in &self.contenders {
@@ -124,7 +158,10 @@ impl Measurement {
                 let values: Vec<f64> = samples.iter().filter_map(column).collect();
                 Spread::of(&values).map_or_else(String::new, |spread| spread.text())
             };
-            measured.add_row(std::iter::once(name.clone()).chain(columns.iter().map(|(_, column)| cell(*column))));
+            measured.add_row(
+                std::iter::once(name.clone())
+                    .chain(columns.iter().map(|(_, column)| cell(*column))),
+            );
         }
         if self.figures.is_empty() {
             return format!("\n## {}\n{}\n\n{measured}", self.name, self.question);
@@ -139,7 +176,10 @@ impl Measurement {
             let target = figure.target.map(Target::text).unwrap_or_default();
             compared.add_row([figure.what.clone(), text, target, mark.to_owned()]);
         }
-        format!("\n## {}\n{}\n\n{measured}\n\n{compared}", self.name, self.question)
+        format!(
+            "\n## {}\n{}\n\n{measured}\n\n{compared}",
+            self.name, self.question
+        )
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -210,7 +250,12 @@ impl Spread {
         if self.min == self.max {
             return short(self.median);
         }
-        format!("{} ({}–{})", short(self.median), short(self.min), short(self.max))
+        format!(
+            "{} ({}–{})",
+            short(self.median),
+            short(self.min),
+            short(self.max)
+        )
     }
 
     fn json(self) -> Value {

@@ -44,7 +44,11 @@ pub(crate) async fn broker(sync: Sync) -> nats::Server {
         Sync::Default => "",
         Sync::Always => "sync_interval: always",
     };
-    nats::Server::start_with(nats::Options { jetstream: jetstream.to_owned(), ..nats::Options::default() }).await
+    nats::Server::start_with(nats::Options {
+        jetstream: jetstream.to_owned(),
+        ..nats::Options::default()
+    })
+    .await
 }
 
 pub(crate) fn pid(broker: &nats::Server) -> u32 {
@@ -79,12 +83,21 @@ impl Served {
 
     async fn until_ready(self) -> Result<Self, String> {
         let ready = async {
-            while !load::get(self.address, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
-                assert!(self.program.is_running(), "a program ended:\n{}", self.program.log());
+            while !load::get(self.address, "/readyz")
+                .await
+                .is_ok_and(|(status, _)| status == 200)
+            {
+                assert!(
+                    self.program.is_running(),
+                    "a program ended:\n{}",
+                    self.program.log()
+                );
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        timeout(PATIENCE, ready).await.map_err(|_| format!("not ready:\n{}", self.program.log()))?;
+        timeout(PATIENCE, ready)
+            .await
+            .map_err(|_| format!("not ready:\n{}", self.program.log()))?;
         Ok(self)
     }
 }
@@ -94,7 +107,10 @@ fn address() -> SocketAddr {
 }
 
 /// `litestripe-ingress`, ready.
-pub(crate) async fn ingress(broker: &nats::Server, settings: &[(&str, &str)]) -> Result<Served, String> {
+pub(crate) async fn ingress(
+    broker: &nats::Server,
+    settings: &[(&str, &str)],
+) -> Result<Served, String> {
     let address = address();
     let launch = Program::named("litestripe-ingress")
         .env("NATS_URL", broker.url())
@@ -103,34 +119,58 @@ pub(crate) async fn ingress(broker: &nats::Server, settings: &[(&str, &str)]) ->
         // The deliveries are signed once, before the first run.
         .env("STRIPE_WEBHOOK_TOLERANCE", "86400")
         .env("LITESTRIPE_LISTEN", address.to_string());
-    Served { program: with(launch, settings).start(), address }.until_ready().await
+    Served {
+        program: with(launch, settings).start(),
+        address,
+    }
+    .until_ready()
+    .await
 }
 
 /// `litestripe-worker`, ready.
-pub(crate) async fn worker(broker: &nats::Server, database: &str, settings: &[(&str, &str)]) -> Result<Served, String> {
+pub(crate) async fn worker(
+    broker: &nats::Server,
+    database: &str,
+    settings: &[(&str, &str)],
+) -> Result<Served, String> {
     let address = address();
     let launch = Program::named("litestripe-worker")
         .env("NATS_URL", broker.url())
         .env("DATABASE_URL", database)
         .env("LITESTRIPE_AUTO_MIGRATE", "true")
         .env("LITESTRIPE_WORKER_LISTEN", address.to_string());
-    Served { program: with(launch, settings).start(), address }.until_ready().await
+    Served {
+        program: with(launch, settings).start(),
+        address,
+    }
+    .until_ready()
+    .await
 }
 
 /// Makes or completes the schema.
 pub(crate) async fn migrate(database: &str) -> Result<(), String> {
-    let launch = Program::named("litestripe-worker").args(["migrate", "up"]).env("DATABASE_URL", database);
+    let launch = Program::named("litestripe-worker")
+        .args(["migrate", "up"])
+        .env("DATABASE_URL", database);
     let finished = launch.run(PATIENCE).await;
-    if finished.status.success() { Ok(()) } else { Err(finished.stderr) }
+    if finished.status.success() {
+        Ok(())
+    } else {
+        Err(finished.stderr)
+    }
 }
 
 /// Settings of the programs that are tried out by setting them for the bench.
 const HANDED_ON: [&str; 3] = ["LITESTRIPE_GROUP_COMMIT", "LITESTRIPE_BATCH", "RUST_LOG"];
 
 fn with(launch: Launch, settings: &[(&str, &str)]) -> Launch {
-    let handed_on = HANDED_ON.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    let handed_on = HANDED_ON
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)));
     let launch = handed_on.fold(launch, |launch, (name, value)| launch.env(name, value));
-    settings.iter().fold(launch, |launch, (name, value)| launch.env(*name, *value))
+    settings
+        .iter()
+        .fold(launch, |launch, (name, value)| launch.env(*name, *value))
 }
 
 /// This very program as a reference.
@@ -144,8 +184,13 @@ pub(crate) async fn server(name: &str, broker: Option<&nats::Server>) -> Result<
     let address = address();
     let mut arguments = vec![name.to_owned(), address.to_string()];
     arguments.extend(broker.map(nats::Server::url));
-    let served = Served { program: reference(&arguments).start(), address };
-    load::until_listening(address).await.map_err(|problem| format!("{problem}:\n{}", served.program.log()))?;
+    let served = Served {
+        program: reference(&arguments).start(),
+        address,
+    };
+    load::until_listening(address)
+        .await
+        .map_err(|problem| format!("{problem}:\n{}", served.program.log()))?;
     Ok(served)
 }
 
@@ -155,11 +200,16 @@ pub(crate) fn running(name: &str, broker: &nats::Server) -> Program {
 }
 
 /// A reference that does its work and tells of it.
-pub(crate) async fn finished(name: &str, broker: &nats::Server, numbers: &[usize]) -> Result<Sample, String> {
+pub(crate) async fn finished(
+    name: &str,
+    broker: &nats::Server,
+    numbers: &[usize],
+) -> Result<Sample, String> {
     let mut arguments = vec![name.to_owned(), broker.url()];
     arguments.extend(numbers.iter().map(ToString::to_string));
     let finished = reference(&arguments).run(PATIENCE).await;
-    let told: Value = serde_json::from_str(finished.stdout.trim()).map_err(|_| format!("{name}: {finished:?}"))?;
+    let told: Value = serde_json::from_str(finished.stdout.trim())
+        .map_err(|_| format!("{name}: {finished:?}"))?;
     let figure = |name: &str| told[name].as_f64().filter(|value| *value > 0.0);
     Ok(Sample {
         rate: figure("rate"),
@@ -183,7 +233,9 @@ pub(crate) async fn fill(
     event: impl Fn(usize) -> (Option<String>, String),
 ) -> Result<(), String> {
     let text = |problem: &dyn std::error::Error| problem.to_string();
-    stream::provide_events(&jetstream, &events_settings()).await.map_err(|problem| text(&problem))?;
+    stream::provide_events(&jetstream, &events_settings())
+        .await
+        .map_err(|problem| text(&problem))?;
     let mut acks = std::collections::VecDeque::new();
     for number in 0..count {
         let (id, body) = event(number);
@@ -191,7 +243,9 @@ pub(crate) async fn fill(
         if let Some(id) = id {
             headers.insert(header::MESSAGE_ID, id);
         }
-        let sent = jetstream.publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into()).await;
+        let sent = jetstream
+            .publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into())
+            .await;
         acks.push_back(sent.map_err(|problem| text(&problem))?);
         if acks.len() == IN_FLIGHT
             && let Some(ack) = acks.pop_front()
@@ -206,13 +260,27 @@ pub(crate) async fn fill(
 }
 
 /// [`fill`] with events of that many new subscriptions.
-pub(crate) async fn fill_with_new(jetstream: jetstream::Context, events: &Events, count: usize) -> Result<(), String> {
-    fill(jetstream, count, |number| (Some(events.id(Kind("w"), number)), events.body(Kind("w"), number))).await
+pub(crate) async fn fill_with_new(
+    jetstream: jetstream::Context,
+    events: &Events,
+    count: usize,
+) -> Result<(), String> {
+    fill(jetstream, count, |number| {
+        (
+            Some(events.id(Kind("w"), number)),
+            events.body(Kind("w"), number),
+        )
+    })
+    .await
 }
 
 /// Makes the workers' consumer as they would, but paused: they can get ready with nothing to do.
 pub(crate) async fn paused_consumer(broker: &nats::Server) -> Result<(), String> {
-    let stream = jetstream(broker).await.get_stream(EVENTS_STREAM).await.map_err(|problem| problem.to_string())?;
+    let stream = jetstream(broker)
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .map_err(|problem| problem.to_string())?;
     let config = pull::Config {
         durable_name: Some(WORKER_CONSUMER.to_owned()),
         deliver_policy: DeliverPolicy::All,
@@ -223,16 +291,30 @@ pub(crate) async fn paused_consumer(broker: &nats::Server) -> Result<(), String>
         pause_until: Some(OffsetDateTime::now_utc() + Duration::from_secs(3600)),
         ..pull::Config::default()
     };
-    stream.create_consumer(config).await.map(drop).map_err(|problem| problem.to_string())
+    stream
+        .create_consumer(config)
+        .await
+        .map(drop)
+        .map_err(|problem| problem.to_string())
 }
 
 /// Lets the workers begin.
 pub(crate) async fn resume_consumer(broker: &nats::Server) -> Result<(), String> {
-    let stream = jetstream(broker).await.get_stream(EVENTS_STREAM).await.map_err(|problem| problem.to_string())?;
-    stream.resume_consumer(WORKER_CONSUMER).await.map(drop).map_err(|problem| problem.to_string())
+    let stream = jetstream(broker)
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .map_err(|problem| problem.to_string())?;
+    stream
+        .resume_consumer(WORKER_CONSUMER)
+        .await
+        .map(drop)
+        .map_err(|problem| problem.to_string())
 }
 
 /// Waits for `future`, but not for ever.
 pub(crate) async fn bounded<T>(what: &str, future: impl Future<Output = T>) -> Result<T, String> {
-    timeout(PATIENCE, future).await.map_err(|_| format!("{what} took more than {} s", PATIENCE.as_secs()))
+    timeout(PATIENCE, future)
+        .await
+        .map_err(|_| format!("{what} took more than {} s", PATIENCE.as_secs()))
 }

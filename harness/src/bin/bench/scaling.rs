@@ -42,18 +42,35 @@ pub(crate) async fn scaled(mode: Mode, events: &Events) -> Result<Measurement, S
             measured.add(contender, run(events, count, workers).await?);
         }
     }
-    measured.bound("commit (µs)", COMMIT, |sample| sample.p50_us, Target::AtLeast(COMMIT_DELAY_US.into()));
+    measured.bound(
+        "commit (µs)",
+        COMMIT,
+        |sample| sample.p50_us,
+        Target::AtLeast(COMMIT_DELAY_US.into()),
+    );
     measured.ratio("events/s", TWO, ONE, |sample| sample.rate, None);
-    measured.ratio("events/s", FOUR, ONE, |sample| sample.rate, Some(Target::AtLeast(3.2)));
+    measured.ratio(
+        "events/s",
+        FOUR,
+        ONE,
+        |sample| sample.rate,
+        Some(Target::AtLeast(3.2)),
+    );
     Ok(measured)
 }
 
 async fn database() -> postgres::Server {
     let setting = |name: &str, value: String| (name.to_owned(), value);
     // Without siblings asked for, every commit waits, and not only those that have company.
-    let settings =
-        vec![setting("commit_delay", COMMIT_DELAY_US.to_string()), setting("commit_siblings", "0".to_owned())];
-    postgres::Server::start_with(postgres::Options { settings, ..postgres::Options::default() }).await
+    let settings = vec![
+        setting("commit_delay", COMMIT_DELAY_US.to_string()),
+        setting("commit_siblings", "0".to_owned()),
+    ];
+    postgres::Server::start_with(postgres::Options {
+        settings,
+        ..postgres::Options::default()
+    })
+    .await
 }
 
 /// How long a commit of one row takes.
@@ -63,15 +80,24 @@ async fn commit() -> Result<Sample, String> {
     let mut options = ConnectOptions::new(server.url("postgres"));
     options.max_connections(1).sqlx_logging(false);
     let connection = Database::connect(options).await.map_err(text)?;
-    connection.execute_unprepared("CREATE TABLE written (number int)").await.map_err(text)?;
+    connection
+        .execute_unprepared("CREATE TABLE written (number int)")
+        .await
+        .map_err(text)?;
     let mut latencies_us = Vec::new();
     for _ in 0..40 {
         let begin = Instant::now();
-        connection.execute_unprepared("INSERT INTO written VALUES (1)").await.map_err(text)?;
+        connection
+            .execute_unprepared("INSERT INTO written VALUES (1)")
+            .await
+            .map_err(text)?;
         latencies_us.push(u32::try_from(begin.elapsed().as_micros()).unwrap_or(u32::MAX));
     }
     latencies_us.sort_unstable();
-    Ok(Sample { p50_us: Some(crate::load::percentile(&latencies_us, 0.5)), ..Sample::default() })
+    Ok(Sample {
+        p50_us: Some(crate::load::percentile(&latencies_us, 0.5)),
+        ..Sample::default()
+    })
 }
 
 async fn run(events: &Events, count: usize, workers: usize) -> Result<Sample, String> {
@@ -99,7 +125,10 @@ async fn run(events: &Events, count: usize, workers: usize) -> Result<Sample, St
         broker_cpu_s: Some(broker_usage.per_10k(count)),
         database_cpu_s: database_usage.map(|usage| usage.per_10k(count)),
         // The largest one's.
-        memory_mib: running.iter().map(rig::Served::memory_mib).max_by(f64::total_cmp),
+        memory_mib: running
+            .iter()
+            .map(rig::Served::memory_mib)
+            .max_by(f64::total_cmp),
         ..Sample::default()
     })
 }

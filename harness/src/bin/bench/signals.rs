@@ -27,7 +27,9 @@ struct Event<'a> {
 
 /// The id of the event that a signal tells of.
 pub(crate) fn event_id(payload: &[u8]) -> Option<String> {
-    serde_json::from_slice::<Signal<'_>>(payload).ok().map(|signal| signal.event.id.to_owned())
+    serde_json::from_slice::<Signal<'_>>(payload)
+        .ok()
+        .map(|signal| signal.event.id.to_owned())
 }
 
 impl Listener {
@@ -37,8 +39,14 @@ impl Listener {
 
     pub(crate) async fn on(broker: &nats::Server, subject: &'static str) -> Result<Self, String> {
         let client = broker.connect().await;
-        let subscriber = client.subscribe(subject).await.map_err(|problem| problem.to_string())?;
-        client.flush().await.map_err(|problem| problem.to_string())?;
+        let subscriber = client
+            .subscribe(subject)
+            .await
+            .map_err(|problem| problem.to_string())?;
+        client
+            .flush()
+            .await
+            .map_err(|problem| problem.to_string())?;
         Ok(Self { subscriber })
     }
 
@@ -48,7 +56,10 @@ impl Listener {
     pub(crate) async fn wait_for(&mut self, count: usize) -> Result<Duration, String> {
         let mut first = None;
         for received in 0..count {
-            self.subscriber.next().await.ok_or_else(|| format!("{received} of {count} signals came"))?;
+            self.subscriber
+                .next()
+                .await
+                .ok_or_else(|| format!("{received} of {count} signals came"))?;
             first.get_or_insert_with(Instant::now);
         }
         Ok(first.map_or(Duration::ZERO, |first| first.elapsed()))
@@ -62,9 +73,14 @@ impl Listener {
     ) -> Result<Vec<Option<Instant>>, String> {
         let mut arrivals = vec![None; count];
         for received in 0..count {
-            let message = self.subscriber.next().await.ok_or_else(|| format!("{received} of {count} signals came"))?;
+            let message = self
+                .subscriber
+                .next()
+                .await
+                .ok_or_else(|| format!("{received} of {count} signals came"))?;
             let now = Instant::now();
-            let number = number_of(&message.payload).ok_or("a signal of an event that nobody sent")?;
+            let number =
+                number_of(&message.payload).ok_or("a signal of an event that nobody sent")?;
             if let Some(arrival) = arrivals.get_mut(number) {
                 *arrival = Some(now);
             }

@@ -8,11 +8,16 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// CPU seconds that a process and those it started have used so far, the ended ones included: PostgreSQL has one for
 /// every connection. 0 for one that has ended.
 pub(crate) fn cpu_s(pid: u32) -> f64 {
-    let Some(of_itself) = Times::of(pid) else { return 0.0 };
+    let Some(of_itself) = Times::of(pid) else {
+        return 0.0;
+    };
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let children = pids.filter_map(Times::of).filter(|times| times.parent == pid);
-    (of_itself.own + of_itself.waited_for + children.map(|child| child.own).sum::<f64>()) / TICKS_PER_SECOND
+    let children = pids
+        .filter_map(Times::of)
+        .filter(|times| times.parent == pid);
+    (of_itself.own + of_itself.waited_for + children.map(|child| child.own).sum::<f64>())
+        / TICKS_PER_SECOND
 }
 
 /// User and system time, in ticks.
@@ -41,8 +46,12 @@ impl Times {
 /// The most memory a process ever held, in MiB.
 pub(crate) fn memory_mib(pid: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
-    peak.and_then(|kib| kib.parse::<f64>().ok()).unwrap_or_default() / 1024.0
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+    peak.and_then(|kib| kib.parse::<f64>().ok())
+        .unwrap_or_default()
+        / 1024.0
 }
 
 /// CPU seconds of a process since a moment.
@@ -53,7 +62,10 @@ pub(crate) struct Since {
 
 impl Since {
     pub(crate) fn now(pid: u32) -> Self {
-        Self { pid, cpu_s: cpu_s(pid) }
+        Self {
+            pid,
+            cpu_s: cpu_s(pid),
+        }
     }
 
     /// CPU seconds for every 10,000 of `events`.

@@ -8,8 +8,8 @@ use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_harness::nats;
 use litestripe_harness::program::Program;
 use sea_orm::{
-    ActiveModelTrait as _, ConnectionTrait as _, DatabaseConnection, EntityTrait as _, IntoActiveModel as _,
-    Iterable as _, Statement, TransactionTrait as _, Value,
+    ActiveModelTrait as _, ConnectionTrait as _, DatabaseConnection, EntityTrait as _,
+    IntoActiveModel as _, Iterable as _, Statement, TransactionTrait as _, Value,
 };
 
 use crate::pool::Events;
@@ -56,9 +56,20 @@ pub(crate) async fn applied(
         DatabaseKind::Postgres => 0.25,
         DatabaseKind::Sqlite => 0.15,
     };
-    measured.ratio("events/s", WORKER, UPSERTS, |sample| sample.rate, Some(Target::AtLeast(target)));
+    measured.ratio(
+        "events/s",
+        WORKER,
+        UPSERTS,
+        |sample| sample.rate,
+        Some(Target::AtLeast(target)),
+    );
     measured.ratio("events/s", WORKER, NATS, |sample| sample.rate, None);
-    measured.bound("memory (MiB)", WORKER, |sample| sample.memory_mib, Target::AtMost(64.0));
+    measured.bound(
+        "memory (MiB)",
+        WORKER,
+        |sample| sample.memory_mib,
+        Target::AtMost(64.0),
+    );
     Ok(measured)
 }
 
@@ -93,35 +104,68 @@ pub(crate) async fn replayed(
         if !finished.stdout.contains(&expected) {
             return Err(format!("a replay: {finished:?}"));
         }
-        measured.add(REPLAY, Sample { rate: Some(rate), ..Sample::default() });
+        measured.add(
+            REPLAY,
+            Sample {
+                rate: Some(rate),
+                ..Sample::default()
+            },
+        );
     }
-    measured.ratio("events/s", REPLAY, FIRST, |sample| sample.rate, Some(Target::AtLeast(2.0)));
+    measured.ratio(
+        "events/s",
+        REPLAY,
+        FIRST,
+        |sample| sample.rate,
+        Some(Target::AtLeast(2.0)),
+    );
     Ok(measured)
 }
 
 /// Full mode only: what came during an outage, or an hour of the heaviest load, all at once.
 pub(crate) async fn caught_up(events: &Events) -> Result<Measurement, String> {
     const COUNT: usize = 1_000_000;
-    let mut measured =
-        Measurement::new("outage", "a million events (4 KiB, a new subscription each) that wait when a worker starts");
-    for (name, kind) in [("PostgreSQL", DatabaseKind::Postgres), ("SQLite", DatabaseKind::Sqlite)] {
+    let mut measured = Measurement::new(
+        "outage",
+        "a million events (4 KiB, a new subscription each) that wait when a worker starts",
+    );
+    for (name, kind) in [
+        ("PostgreSQL", DatabaseKind::Postgres),
+        ("SQLite", DatabaseKind::Sqlite),
+    ] {
         let broker = filled(events, COUNT).await?;
         let mut database = Database::prepare(kind);
         database.resume().await;
         measured.add(name, apply(&broker, &database, COUNT).await?);
-        measured.bound("memory (MiB)", name, |sample| sample.memory_mib, Target::AtMost(64.0));
+        measured.bound(
+            "memory (MiB)",
+            name,
+            |sample| sample.memory_mib,
+            Target::AtMost(64.0),
+        );
     }
     Ok(measured)
 }
 
-async fn run_worker(kind: DatabaseKind, events: &Events, count: usize) -> Result<(Sample, Vec<Model>), String> {
+async fn run_worker(
+    kind: DatabaseKind,
+    events: &Events,
+    count: usize,
+) -> Result<(Sample, Vec<Model>), String> {
     let broker = filled(events, count).await?;
     let mut database = Database::prepare(kind);
     database.resume().await;
     let sample = apply(&broker, &database, count).await?;
     let text = |problem: sea_orm::DbErr| problem.to_string();
-    let rows = Entity::find().all(database.connection().await.map_err(text)?).await.map_err(text)?;
-    if rows.len() == count { Ok((sample, rows)) } else { Err(format!("{} rows of {count} events", rows.len())) }
+    let rows = Entity::find()
+        .all(database.connection().await.map_err(text)?)
+        .await
+        .map_err(text)?;
+    if rows.len() == count {
+        Ok((sample, rows))
+    } else {
+        Err(format!("{} rows of {count} events", rows.len()))
+    }
 }
 
 /// A broker with that many events, which nobody gets yet.
@@ -184,7 +228,9 @@ async fn run_upserts(kind: DatabaseKind, rows: &[Model]) -> Result<Sample, Strin
 
 fn values(row: &Model) -> Vec<Value> {
     let row = row.clone().into_active_model();
-    Column::iter().filter_map(|column| row.get(column).into_value()).collect()
+    Column::iter()
+        .filter_map(|column| row.get(column).into_value())
+        .collect()
 }
 
 /// One transaction.
@@ -200,8 +246,11 @@ async fn upsert(
     };
     for rows in batch.chunks(rows_max) {
         let values = rows.iter().flatten().cloned();
-        let statement =
-            Statement::from_sql_and_values(connection.get_database_backend(), sql(kind, rows.len()), values);
+        let statement = Statement::from_sql_and_values(
+            connection.get_database_backend(),
+            sql(kind, rows.len()),
+            values,
+        );
         transaction.execute_raw(statement).await?;
     }
     transaction.commit().await
@@ -218,9 +267,22 @@ fn sql(kind: DatabaseKind, rows: usize) -> String {
             DatabaseKind::Sqlite => "?".to_owned(),
         }
     };
-    let mut row = || format!("({})", columns.iter().map(|_| placeholder()).collect::<Vec<_>>().join(","));
+    let mut row = || {
+        format!(
+            "({})",
+            columns
+                .iter()
+                .map(|_| placeholder())
+                .collect::<Vec<_>>()
+                .join(",")
+        )
+    };
     let rows: Vec<String> = (0..rows).map(|_| row()).collect();
-    let sets: Vec<String> = columns.iter().skip(1).map(|column| format!("{column} = excluded.{column}")).collect();
+    let sets: Vec<String> = columns
+        .iter()
+        .skip(1)
+        .map(|column| format!("{column} = excluded.{column}"))
+        .collect();
     format!(
         "INSERT INTO stripe_subscription ({}) VALUES {} ON CONFLICT (stripe_subscription_id) DO UPDATE SET {}",
         columns.join(","),

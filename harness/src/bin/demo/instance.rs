@@ -51,12 +51,19 @@ impl Instance {
     /// An instance that does not run yet. `keep` leaves its folder behind.
     pub(crate) fn prepare(keep: bool) -> Result<Self, String> {
         let cannot = |problem: io::Error| format!("cannot make a folder for the demo: {problem}");
-        let mut folder = tempfile::Builder::new().prefix("litestripe-demo-").tempdir().map_err(cannot)?;
+        let mut folder = tempfile::Builder::new()
+            .prefix("litestripe-demo-")
+            .tempdir()
+            .map_err(cannot)?;
         folder.disable_cleanup(keep);
         let store = folder.path().join("broker");
         std::fs::create_dir(&store).map_err(cannot)?;
         let log = Some(log_file(folder.path(), "broker"));
-        let broker = nats::Server::prepare(nats::Options { folder: Some(store), log, ..Default::default() });
+        let broker = nats::Server::prepare(nats::Options {
+            folder: Some(store),
+            log,
+            ..Default::default()
+        });
         Ok(Self {
             ingress: None,
             worker: None,
@@ -76,32 +83,54 @@ impl Instance {
         screen.line(format_args!("{title}\n\n  {:<8} {folder}", "folder"))?;
 
         let begun = Instant::now();
-        self.broker.try_resume().await.map_err(|problem| no_broker(&problem))?;
+        self.broker
+            .try_resume()
+            .await
+            .map_err(|problem| no_broker(&problem))?;
         show_up(screen, "broker", &self.nats_url(), begun)?;
 
         let begun = Instant::now();
         let ingress = self.program(INGRESS)?;
         let ingress = ingress
             .log(log_file(self.folder.path(), "ingress"))
-            .env("LITESTRIPE_LISTEN", format!("127.0.0.1:{}", self.ingress_port))
+            .env(
+                "LITESTRIPE_LISTEN",
+                format!("127.0.0.1:{}", self.ingress_port),
+            )
             .env("STRIPE_WEBHOOK_UUID", self.uuid.to_string())
             .env("STRIPE_WEBHOOK_SECRET", &self.secret);
         self.ingress = Some(launch(&ingress, INGRESS)?);
         let worker = self.program(WORKER)?;
         let worker = worker
             .log(log_file(self.folder.path(), "worker"))
-            .env("LITESTRIPE_WORKER_LISTEN", format!("127.0.0.1:{}", self.worker_port))
+            .env(
+                "LITESTRIPE_WORKER_LISTEN",
+                format!("127.0.0.1:{}", self.worker_port),
+            )
             .env("DATABASE_URL", self.database_url("rwc"));
         self.worker = Some(launch(&worker, WORKER)?);
 
         self.watch(ready("ingress", self.ingress_port)).await?;
-        show_up(screen, "ingress", &format!("http://127.0.0.1:{}", self.ingress_port), begun)?;
+        show_up(
+            screen,
+            "ingress",
+            &format!("http://127.0.0.1:{}", self.ingress_port),
+            begun,
+        )?;
         self.watch(ready("worker", self.worker_port)).await?;
-        show_up(screen, "worker", &format!("http://127.0.0.1:{}", self.worker_port), begun)
+        show_up(
+            screen,
+            "worker",
+            &format!("http://127.0.0.1:{}", self.worker_port),
+            begun,
+        )
     }
 
     /// `work`, unless one of the processes dies before it is done.
-    pub(crate) async fn watch<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    pub(crate) async fn watch<T>(
+        &self,
+        work: impl Future<Output = Result<T, String>>,
+    ) -> Result<T, String> {
         let problem = tokio::select! {
             died = self.died() => return Err(died),
             done = work => match done {
@@ -126,15 +155,25 @@ impl Instance {
                 sleep(PAUSE).await;
             }
             if process.is_running() {
-                problems.push(format!("{name} did not stop within {} s and was killed", STOP_MAX.as_secs()));
+                problems.push(format!(
+                    "{name} did not stop within {} s and was killed",
+                    STOP_MAX.as_secs()
+                ));
                 continue;
             }
             let status = process.wait(STOP_MAX).await;
             if !status.success() {
-                problems.push(format!("{name} stopped with {status}; its last log lines:\n{}", last_lines(process)));
+                problems.push(format!(
+                    "{name} stopped with {status}; its last log lines:\n{}",
+                    last_lines(process)
+                ));
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(problems.join("\n"))
+        }
     }
 
     /// Ends what still runs, and says which folder stays.
@@ -146,7 +185,10 @@ impl Instance {
 
     /// Where Stripe would deliver.
     pub(crate) fn hook_url(&self) -> String {
-        format!("http://127.0.0.1:{}/ls/hook/{}/", self.ingress_port, self.uuid)
+        format!(
+            "http://127.0.0.1:{}/ls/hook/{}/",
+            self.ingress_port, self.uuid
+        )
     }
 
     /// What deliveries are signed with.
@@ -161,7 +203,10 @@ impl Instance {
 
     /// Where the rows are, in SQLite's access mode `mode`.
     pub(crate) fn database_url(&self, mode: &str) -> String {
-        format!("sqlite://{}?mode={mode}", self.folder.path().join("litestripe.db").display())
+        format!(
+            "sqlite://{}?mode={mode}",
+            self.folder.path().join("litestripe.db").display()
+        )
     }
 
     /// Commands that work on this instance, for a shell.
@@ -193,11 +238,18 @@ impl Instance {
     }
 
     fn program(&self, name: &str) -> Result<Launch, String> {
-        let path = program::folder().map_err(|problem| problem.to_string())?.join(name);
+        let path = program::folder()
+            .map_err(|problem| problem.to_string())?
+            .join(name);
         if !path.exists() {
-            return Err(format!("{} is not built; scripts/demo builds it", path.display()));
+            return Err(format!(
+                "{} is not built; scripts/demo builds it",
+                path.display()
+            ));
         }
-        Ok(Program::at(path).folder(self.folder.path()).env("NATS_URL", self.nats_url()))
+        Ok(Program::at(path)
+            .folder(self.folder.path())
+            .env("NATS_URL", self.nats_url()))
     }
 
     /// In the order in which they are stopped: each before what it needs.
@@ -211,9 +263,14 @@ impl Instance {
     /// Waits for the end of any process, which nobody asked for, and says what it was.
     async fn died(&self) -> String {
         loop {
-            if let Some((name, process)) = self.processes().find(|(_, process)| !process.is_running()) {
+            if let Some((name, process)) =
+                self.processes().find(|(_, process)| !process.is_running())
+            {
                 let status = process.wait(STOP_MAX).await;
-                return format!("the {name} ended ({status}); its last log lines:\n{}", last_lines(process));
+                return format!(
+                    "the {name} ended ({status}); its last log lines:\n{}",
+                    last_lines(process)
+                );
             }
             sleep(PAUSE).await;
         }
@@ -223,7 +280,10 @@ impl Instance {
 fn no_broker(problem: &io::Error) -> String {
     match tools::nats_server() {
         Ok(path) if path.is_absolute() && !path.exists() => {
-            format!("there is no nats-server at {} (LITESTRIPE_NATS_SERVER); scripts/demo finds one", path.display())
+            format!(
+                "there is no nats-server at {} (LITESTRIPE_NATS_SERVER); scripts/demo finds one",
+                path.display()
+            )
         }
         Ok(_) => format!("cannot start the broker: {problem}"),
         Err(problem) => format!("cannot find nats-server: {problem}"),
@@ -235,7 +295,9 @@ fn log_file(folder: &Path, name: &str) -> PathBuf {
 }
 
 fn launch(launch: &Launch, name: &str) -> Result<Program, String> {
-    launch.try_start().map_err(|problem| format!("cannot start {name}: {problem}"))
+    launch
+        .try_start()
+        .map_err(|problem| format!("cannot start {name}: {problem}"))
 }
 
 /// Waits until `/readyz` on that port answers 200.
@@ -251,7 +313,10 @@ async fn ready(name: &str, port: u16) -> Result<(), String> {
         };
         if Instant::now() > end {
             let seconds = READY_MAX.as_secs();
-            return Err(format!("the {name} is not ready after {seconds} s; it says: {}", seen.trim()));
+            return Err(format!(
+                "the {name} is not ready after {seconds} s; it says: {}",
+                seen.trim()
+            ));
         }
         sleep(PAUSE).await;
     }
@@ -259,21 +324,32 @@ async fn ready(name: &str, port: u16) -> Result<(), String> {
 
 fn show_up(screen: &Screen, name: &str, address: &str, begun: Instant) -> Result<(), String> {
     let ready = screen.tint(Tone::Good, "ready");
-    screen.line(format_args!("  {name:<8} {address:<26} {ready} after {} ms", begun.elapsed().as_millis()))
+    screen.line(format_args!(
+        "  {name:<8} {address:<26} {ready} after {} ms",
+        begun.elapsed().as_millis()
+    ))
 }
 
 fn last_lines(process: &Process) -> String {
     let log = process.log();
     let lines: Vec<&str> = log.lines().collect();
-    let last = lines.get(lines.len().saturating_sub(LAST_LINES)..).unwrap_or_default();
+    let last = lines
+        .get(lines.len().saturating_sub(LAST_LINES)..)
+        .unwrap_or_default();
     last.iter().map(|line| format!("  {line}\n")).collect()
 }
 
 /// For a shell: a path may hold spaces, and `?` is a pattern to some shells.
 fn quoted(text: impl Display) -> String {
     let text = text.to_string();
-    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-:".contains(c));
-    if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    let plain = text
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || "/._-:".contains(c));
+    if plain {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 /// Nobody else's, which is all that a hook on 127.0.0.1 with made-up events needs.

@@ -77,12 +77,17 @@ async fn run(arguments: &Arguments, screen: &Screen) -> Result<(), End> {
         stopped = instance.stop() => stopped,
     };
     let left = instance.end();
-    let stays = left.map_or_else(|| "no file".to_owned(), |folder| folder.display().to_string());
+    let stays = left.map_or_else(
+        || "no file".to_owned(),
+        |folder| folder.display().to_string(),
+    );
     // Nobody may be reading any more, which is no failure at this point.
     let _ = screen.line(format_args!("\nstopped; what stays: no process, {stays}"));
     match (ended, stopped) {
         (Ok(()), Err(problem)) => Err(End::Failed(problem)),
-        (Err(End::Failed(problem)), Err(another)) => Err(End::Failed(format!("{problem}\n{another}"))),
+        (Err(End::Failed(problem)), Err(another)) => {
+            Err(End::Failed(format!("{problem}\n{another}")))
+        }
         (ended, _) => ended,
     }
 }
@@ -114,7 +119,10 @@ async fn follow(mut signals: Signals, screen: &Screen) -> Result<(), String> {
 }
 
 /// `work`, unless a signal asks to stop before it is done.
-async fn unless<T>(asked: &mut AskedToStop, work: impl Future<Output = Result<T, String>>) -> Result<T, End> {
+async fn unless<T>(
+    asked: &mut AskedToStop,
+    work: impl Future<Output = Result<T, String>>,
+) -> Result<T, End> {
     tokio::select! {
         biased;
         asked = asked.next() => Err(End::Asked(asked)),
@@ -147,7 +155,8 @@ impl Asked {
 
 impl AskedToStop {
     fn new() -> Result<Self, String> {
-        let listen = |kind| signal(kind).map_err(|problem| format!("cannot listen for signals: {problem}"));
+        let listen =
+            |kind| signal(kind).map_err(|problem| format!("cannot listen for signals: {problem}"));
         Ok(Self {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,

@@ -32,14 +32,15 @@ impl Rows {
         let mut options = ConnectOptions::new(url);
         options.max_connections(1).sqlx_logging(false);
         let connection = Database::connect(options).await;
-        let connection =
-            connection.map_err(|problem| format!("cannot open the database: {}", exit::chain(&problem)))?;
+        let connection = connection
+            .map_err(|problem| format!("cannot open the database: {}", exit::chain(&problem)))?;
         Ok(Self { connection })
     }
 
     /// Reads both tables.
     pub(crate) async fn read(&self) -> Result<Snapshot, String> {
-        let cannot = |problem: sea_orm::DbErr| format!("cannot read the rows: {}", exit::chain(&problem));
+        let cannot =
+            |problem: sea_orm::DbErr| format!("cannot read the rows: {}", exit::chain(&problem));
         let subscriptions = stripe_subscription::Entity::find()
             .order_by_asc(stripe_subscription::Column::DtCreated)
             .all(&self.connection)
@@ -50,7 +51,10 @@ impl Rows {
             .all(&self.connection)
             .await
             .map_err(cannot)?;
-        Ok(Snapshot { subscriptions, orphans })
+        Ok(Snapshot {
+            subscriptions,
+            orphans,
+        })
     }
 }
 
@@ -63,19 +67,40 @@ impl Snapshot {
             "stripe_subscription",
             "no column of it identifies a person",
             &[
-                ("stripe_subscription_id", each(all, |row| row.stripe_subscription_id.clone())),
-                ("stripe_customer_id", each(all, |row| text(row.stripe_customer_id.as_deref()))),
-                ("client_reference_id", each(all, |row| text(row.client_reference_id.as_deref()))),
+                (
+                    "stripe_subscription_id",
+                    each(all, |row| row.stripe_subscription_id.clone()),
+                ),
+                (
+                    "stripe_customer_id",
+                    each(all, |row| text(row.stripe_customer_id.as_deref())),
+                ),
+                (
+                    "client_reference_id",
+                    each(all, |row| text(row.client_reference_id.as_deref())),
+                ),
                 ("status", each(all, |row| text(row.status.as_deref()))),
                 ("trial_end", each(all, |row| moment(row.trial_end))),
-                ("current_period_start", each(all, |row| moment(row.current_period_start))),
-                ("current_period_end", each(all, |row| moment(row.current_period_end))),
-                ("cancel_at_period_end", each(all, |row| row.cancel_at_period_end.to_string())),
+                (
+                    "current_period_start",
+                    each(all, |row| moment(row.current_period_start)),
+                ),
+                (
+                    "current_period_end",
+                    each(all, |row| moment(row.current_period_end)),
+                ),
+                (
+                    "cancel_at_period_end",
+                    each(all, |row| row.cancel_at_period_end.to_string()),
+                ),
                 ("canceled_at", each(all, |row| moment(row.canceled_at))),
                 ("ended_at", each(all, |row| moment(row.ended_at))),
                 ("items", each(all, |row| items(&row.items))),
                 ("metadata", each(all, |row| map(&row.metadata))),
-                ("subscription_metadata", each(all, |row| map(&row.subscription_metadata))),
+                (
+                    "subscription_metadata",
+                    each(all, |row| map(&row.subscription_metadata)),
+                ),
                 ("revision", each(all, |row| row.revision.to_string())),
             ],
         )?;
@@ -87,17 +112,35 @@ impl Snapshot {
             &[
                 ("id", each(all, |row| row.id.clone())),
                 ("reason", each(all, |row| row.reason.clone())),
-                ("customer_email", each(all, |row| text(row.customer_email.as_deref()))),
-                ("stripe_customer_id", each(all, |row| text(row.stripe_customer_id.as_deref()))),
-                ("checkout_session_id", each(all, |row| text(row.checkout_session_id.as_deref()))),
+                (
+                    "customer_email",
+                    each(all, |row| text(row.customer_email.as_deref())),
+                ),
+                (
+                    "stripe_customer_id",
+                    each(all, |row| text(row.stripe_customer_id.as_deref())),
+                ),
+                (
+                    "checkout_session_id",
+                    each(all, |row| text(row.checkout_session_id.as_deref())),
+                ),
                 ("resolved_at", each(all, |row| moment(row.resolved_at))),
             ],
         )
     }
 }
 
-fn show(screen: &Screen, name: &str, note: &str, columns: &[(&str, Vec<String>)]) -> Result<(), String> {
-    screen.line(format_args!("\n{} {}", screen.tint(Tone::Heading, name), screen.tint(Tone::Faint, note)))?;
+fn show(
+    screen: &Screen,
+    name: &str,
+    note: &str,
+    columns: &[(&str, Vec<String>)],
+) -> Result<(), String> {
+    screen.line(format_args!(
+        "\n{} {}",
+        screen.tint(Tone::Heading, name),
+        screen.tint(Tone::Faint, note)
+    ))?;
     if columns.iter().all(|(_, values)| values.is_empty()) {
         return screen.line("no rows");
     }
@@ -123,7 +166,9 @@ fn text(value: Option<&str>) -> String {
 fn moment(at: Option<OffsetDateTime>) -> String {
     let format = format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
     let written = at.map(|at| at.to_offset(time::UtcOffset::UTC).format(format));
-    written.and_then(Result::ok).unwrap_or_else(|| "null".to_owned())
+    written
+        .and_then(Result::ok)
+        .unwrap_or_else(|| "null".to_owned())
 }
 
 /// `price_… × 1`, a line each.

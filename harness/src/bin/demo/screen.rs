@@ -48,7 +48,11 @@ impl Screen {
             Tone::Faint => "2",
             Tone::Heading => "1",
         };
-        if self.coloured { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_string() }
+        if self.coloured {
+            format!("\u{1b}[{code}m{text}\u{1b}[0m")
+        } else {
+            text.to_string()
+        }
     }
 }
 

@@ -23,10 +23,21 @@ pub(crate) struct History {
 pub(crate) fn tell(random: &mut Random, start: i64, length: usize) -> History {
     let purchase = Purchase::new(start);
     let trial = random.percent(30);
-    let first = if trial { purchase.on_trial() } else { json!({ "status": "incomplete" }) };
+    let first = if trial {
+        purchase.on_trial()
+    } else {
+        json!({ "status": "incomplete" })
+    };
     let object = with(purchase.subscription(), first);
     let livemode = random.percent(50);
-    let mut teller = Teller { random, purchase, object, now: start, livemode, events: Vec::new() };
+    let mut teller = Teller {
+        random,
+        purchase,
+        object,
+        now: start,
+        livemode,
+        events: Vec::new(),
+    };
     teller.say(CREATED, None);
     if !trial {
         teller.change(json!({ "status": "active" }), UPDATED);
@@ -34,7 +45,11 @@ pub(crate) fn tell(random: &mut Random, start: i64, length: usize) -> History {
     while teller.events.len() < length {
         teller.step();
     }
-    History { subscription: teller.purchase.subscription, events: teller.events, truth: teller.object }
+    History {
+        subscription: teller.purchase.subscription,
+        events: teller.events,
+        truth: teller.object,
+    }
 }
 
 struct Teller<'a> {
@@ -55,17 +70,28 @@ impl Teller<'_> {
         match self.random.below(20) {
             0 | 1 => self.session(),
             2 if !ended && self.random.percent(20) => {
-                self.change(json!({ "status": "canceled", "ended_at": self.now, "canceled_at": self.now }), DELETED);
+                self.change(
+                    json!({ "status": "canceled", "ended_at": self.now, "canceled_at": self.now }),
+                    DELETED,
+                );
             }
             3 | 4 if !ended => self.change_status(),
             5 | 6 if !ended => {
-                let start = self.object["items"]["data"][0]["current_period_end"].as_i64().unwrap_or(self.now);
-                self.change(json!({ "items": self.purchase.items(start, start + MONTH) }), UPDATED);
+                let start = self.object["items"]["data"][0]["current_period_end"]
+                    .as_i64()
+                    .unwrap_or(self.now);
+                self.change(
+                    json!({ "items": self.purchase.items(start, start + MONTH) }),
+                    UPDATED,
+                );
             }
             7 | 8 if !ended => {
                 let planned = self.object["cancel_at_period_end"] == true;
                 let at = (!planned).then_some(self.now);
-                self.change(json!({ "cancel_at_period_end": !planned, "cancel_at": at, "canceled_at": at }), UPDATED);
+                self.change(
+                    json!({ "cancel_at_period_end": !planned, "cancel_at": at, "canceled_at": at }),
+                    UPDATED,
+                );
             }
             9..=11 if !ended => {
                 let mut items = self.object["items"].clone();
@@ -84,14 +110,19 @@ impl Teller<'_> {
     fn change_status(&mut self) {
         match self.object["status"].as_str() {
             Some("paused") => self.change(json!({ "status": "active" }), RESUMED),
-            Some("active") if self.random.percent(50) => self.change(json!({ "status": "past_due" }), UPDATED),
+            Some("active") if self.random.percent(50) => {
+                self.change(json!({ "status": "past_due" }), UPDATED)
+            }
             Some("active") => self.change(json!({ "status": "paused" }), PAUSED),
             _ => self.change(json!({ "status": "active" }), UPDATED),
         }
     }
 
     fn change_metadata(&mut self) {
-        let mut metadata = self.object["metadata"].as_object().cloned().unwrap_or_default();
+        let mut metadata = self.object["metadata"]
+            .as_object()
+            .cloned()
+            .unwrap_or_default();
         let key = self.random.pick(&["plan", "seats", "näme"]);
         match self.random.below(4) {
             0 => drop(metadata.remove(key)),
@@ -101,14 +132,18 @@ impl Teller<'_> {
     }
 
     fn session(&mut self) {
-        let reference = self.random.pick(&[json!("user_1"), json!("user_2"), json!(""), Value::Null]);
+        let reference =
+            self.random
+                .pick(&[json!("user_1"), json!("user_2"), json!(""), Value::Null]);
         let event_type = self.random.pick(&[COMPLETED, COMPLETED, SUCCEEDED]);
         let changes = json!({
             "client_reference_id": reference,
             "payment_status": self.random.pick(&["paid", "unpaid", "no_payment_required"]),
             "metadata": { "campaign": self.random.below(9).to_string() },
         });
-        let mut event = self.purchase.checkout_session_event(event_type, self.now, changes);
+        let mut event = self
+            .purchase
+            .checkout_session_event(event_type, self.now, changes);
         event.value["livemode"] = self.livemode.into();
         self.events.push(event);
     }
@@ -136,10 +171,18 @@ impl Teller<'_> {
 /// Of objects the keys that changed, null for those that were absent; arrays whole.
 fn previous_attributes(before: &Value, after: &Value) -> Map<String, Value> {
     let nothing = Map::new();
-    let (before, after) = (before.as_object().unwrap_or(&nothing), after.as_object().unwrap_or(&nothing));
+    let (before, after) = (
+        before.as_object().unwrap_or(&nothing),
+        after.as_object().unwrap_or(&nothing),
+    );
     let mut previous = Map::new();
-    for (key, old) in before.iter().filter(|(key, old)| after.get(*key) != Some(old)) {
-        let nested = after.get(key).filter(|new| new.is_object() && old.is_object());
+    for (key, old) in before
+        .iter()
+        .filter(|(key, old)| after.get(*key) != Some(old))
+    {
+        let nested = after
+            .get(key)
+            .filter(|new| new.is_object() && old.is_object());
         let old = nested.map_or_else(|| old.clone(), |new| previous_attributes(old, new).into());
         previous.insert(key.clone(), old);
     }

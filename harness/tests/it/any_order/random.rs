@@ -11,7 +11,9 @@ pub(crate) struct Random(u64);
 impl Random {
     /// With the seed that `LITESTRIPE_TEST_SEED` gives, else with a new one; a failed test shows it.
     pub(crate) fn start() -> Self {
-        let given = std::env::var(SEED).ok().map(|seed| seed.parse().expect("a seed is a number"));
+        let given = std::env::var(SEED)
+            .ok()
+            .map(|seed| seed.parse().expect("a seed is a number"));
         let seed = given.unwrap_or_else(|| RandomState::new().hash_one(0));
         eprintln!("{SEED}={seed}");
         Self(seed)

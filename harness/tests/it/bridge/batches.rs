@@ -23,8 +23,15 @@ on_both_databases!(
 async fn what_is_there_is_applied_together(database: DatabaseKind) {
     const EVENTS: usize = 600;
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
-    let events = (0..EVENTS).map(|_| Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({})));
-    let events = events.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned()));
+    let events = (0..EVENTS)
+        .map(|_| Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({})));
+    let events = events.map(|event| {
+        (
+            event.event_type().to_owned(),
+            event.body(),
+            event.id().to_owned(),
+        )
+    });
     bridge.publish_all(events.collect()).await;
     bridge.start_worker();
     bridge.wait_until_applied().await;
@@ -33,7 +40,8 @@ async fn what_is_there_is_applied_together(database: DatabaseKind) {
     assert_eq!(rows.len(), EVENTS);
     // Rows of one batch are written at one time.
     let mut together: BTreeMap<OffsetDateTime, usize> = BTreeMap::new();
-    rows.iter().for_each(|row| *together.entry(row.dt_created).or_default() += 1);
+    rows.iter()
+        .for_each(|row| *together.entry(row.dt_created).or_default() += 1);
     assert!(together.values().any(|rows| *rows > 128), "{together:?}");
     assert!(together.values().all(|rows| *rows <= 250), "{together:?}");
 }
@@ -51,10 +59,19 @@ async fn states_between_are_told_however_batches_follow_each_other(database: Dat
     bridge.deliver_all(&events).await;
 
     let signals = bridge.check().await;
-    let told: Vec<_> = signals.iter().map(|signal| signal.body["subscription_metadata"]["change"].as_str()).collect();
+    let told: Vec<_> = signals
+        .iter()
+        .map(|signal| signal.body["subscription_metadata"]["change"].as_str())
+        .collect();
     let expected: Vec<_> = (1..=CHANGES).map(|change| change.to_string()).collect();
     assert_eq!(told.len(), expected.len() + 1, "{told:?}");
-    assert!(told.iter().skip(1).copied().eq(expected.iter().map(|change| Some(change.as_str()))), "{told:?}");
+    assert!(
+        told.iter()
+            .skip(1)
+            .copied()
+            .eq(expected.iter().map(|change| Some(change.as_str()))),
+        "{told:?}"
+    );
 }
 
 /// What comes while a batch waits for somebody's lock is gathered, poison in its midst, and applied beside it.
@@ -63,16 +80,25 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
     const OTHERS: usize = 40;
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
-    bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
+    bridge
+        .deliver(&held.subscription_event(CREATED, held.created, json!({})))
+        .await;
     bridge.check().await;
     let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
-    bridge.deliver(&held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }))).await;
+    bridge
+        .deliver(&held.subscription_event(
+            UPDATED,
+            held.created + 1,
+            json!({ "status": "past_due" }),
+        ))
+        .await;
     // What came sooner could be in its batch, and be held up with it.
     bridge.database.until_a_worker_waits().await;
 
     let mut poison = Vec::new();
     for number in 0..OTHERS {
-        let mut event = Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({}));
+        let mut event =
+            Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({}));
         if number % 4 == 1 {
             event.value["created"] = json!("poison");
             poison.push(event.body());
@@ -80,18 +106,29 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
         bridge.deliver(&event).await;
     }
     let applied = 1 + OTHERS - poison.len();
-    eventually("the others to be applied", Duration::from_secs(30), async || match bridge.rows().await {
-        rows if rows.len() == applied => Ok(()),
-        rows => Err(format!("{} rows", rows.len())),
-    })
+    eventually(
+        "the others to be applied",
+        Duration::from_secs(30),
+        async || match bridge.rows().await {
+            rows if rows.len() == applied => Ok(()),
+            rows => Err(format!("{} rows", rows.len())),
+        },
+    )
     .await;
-    assert_eq!(bridge.row(&held.subscription).await.status.as_deref(), Some("active"), "somebody still holds it");
+    assert_eq!(
+        bridge.row(&held.subscription).await.status.as_deref(),
+        Some("active"),
+        "somebody still holds it"
+    );
 
     somebody.rollback().await.expect("the lock is let go");
     assert_eq!(bridge.check().await.len(), applied + 1);
     let letters = bridge.dead_letters().await;
     let of: BTreeSet<_> = letters.iter().map(|letter| letter.body.clone()).collect();
-    assert_eq!((letters.len(), of), (poison.len(), poison.into_iter().collect()));
+    assert_eq!(
+        (letters.len(), of),
+        (poison.len(), poison.into_iter().collect())
+    );
 }
 
 /// A worker whose batch is held up, and whose next one has to wait for it, leaves what comes to others.
@@ -100,12 +137,16 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
     const FETCHED_AHEAD: usize = 250;
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
-    bridge.deliver(&held.subscription_event(CREATED, held.created, json!({}))).await;
+    bridge
+        .deliver(&held.subscription_event(CREATED, held.created, json!({})))
+        .await;
     bridge.check().await;
     let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
     for step in 1..=2 {
         let changed = json!({ "metadata": { "step": step.to_string() } });
-        bridge.deliver(&held.subscription_event(UPDATED, held.created + step, changed)).await;
+        bridge
+            .deliver(&held.subscription_event(UPDATED, held.created + step, changed))
+            .await;
         // The first one, that is.
         bridge.database.until_a_worker_waits().await;
     }
@@ -115,13 +156,23 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
 
     let others = (0..3 * FETCHED_AHEAD).map(|_| Purchase::new(now() - 60));
     let others = others.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
-    let others: Vec<_> =
-        others.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).collect();
+    let others: Vec<_> = others
+        .map(|event| {
+            (
+                event.event_type().to_owned(),
+                event.body(),
+                event.id().to_owned(),
+            )
+        })
+        .collect();
     bridge.publish_all(others).await;
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(20)).await;
         let unacknowledged = bridge.unacknowledged().await;
-        assert!(unacknowledged <= 2 + FETCHED_AHEAD, "{unacknowledged} were taken");
+        assert!(
+            unacknowledged <= 2 + FETCHED_AHEAD,
+            "{unacknowledged} were taken"
+        );
     }
     somebody.rollback().await.expect("the lock is let go");
     assert_eq!(bridge.check().await.len(), 3 + 3 * FETCHED_AHEAD);
@@ -134,32 +185,65 @@ async fn sqlite_assigns_indexed_columns_only_where_they_change() {
         CREATE TRIGGER watch AFTER UPDATE OF stripe_customer_id, client_reference_id ON stripe_subscription \
         BEGIN INSERT INTO assigned VALUES (NEW.stripe_subscription_id); END";
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
-    let db = bridge.database.connection().await.expect("the database answers");
-    db.execute_unprepared(WATCH).await.expect("a trigger can be made");
+    let db = bridge
+        .database
+        .connection()
+        .await
+        .expect("the database answers");
+    db.execute_unprepared(WATCH)
+        .await
+        .expect("a trigger can be made");
     let assigned = async || {
-        let rows = db.query_all_raw(Statement::from_string(DbBackend::Sqlite, "SELECT id FROM assigned")).await;
+        let rows = db
+            .query_all_raw(Statement::from_string(
+                DbBackend::Sqlite,
+                "SELECT id FROM assigned",
+            ))
+            .await;
         rows.expect("the database answers").len()
     };
     let purchase = Purchase::new(now() - 3_600);
-    bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    bridge
+        .deliver(&purchase.subscription_event(CREATED, purchase.created, json!({})))
+        .await;
     bridge.wait_until_applied().await;
     let changed = json!({ "metadata": { "seats": "3" } });
-    bridge.deliver(&purchase.subscription_event(UPDATED, purchase.created + 1, changed)).await;
+    bridge
+        .deliver(&purchase.subscription_event(UPDATED, purchase.created + 1, changed))
+        .await;
     bridge.wait_until_applied().await;
     let row = bridge.row(&purchase.subscription).await;
-    assert_eq!((row.version, assigned().await), (2, 0), "neither of them changed");
+    assert_eq!(
+        (row.version, assigned().await),
+        (2, 0),
+        "neither of them changed"
+    );
 
     let session = json!({ "client_reference_id": "user_1" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + 2, session)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + 2, session))
+        .await;
     bridge.wait_until_applied().await;
     let row = bridge.row(&purchase.subscription).await;
-    assert_eq!((row.client_reference_id.as_deref(), assigned().await), (Some("user_1"), 1));
+    assert_eq!(
+        (row.client_reference_id.as_deref(), assigned().await),
+        (Some("user_1"), 1)
+    );
 }
 
 /// PostgreSQL gets them as arrays, in which some characters and one word mean something.
 async fn texts_are_kept_as_they_are(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    let texts = [r#"a "quoted" one"#, r"back\slash", "{braces},comma", "NULL", "null", " spaced ", "Grüße ☺", "'; --"];
+    let texts = [
+        r#"a "quoted" one"#,
+        r"back\slash",
+        "{braces},comma",
+        "NULL",
+        "null",
+        " spaced ",
+        "Grüße ☺",
+        "'; --",
+    ];
     for text in texts {
         let purchase = Purchase::new(now() - 60);
         let session = json!({ "client_reference_id": text, "metadata": { "text": text } });
@@ -172,7 +256,10 @@ async fn texts_are_kept_as_they_are(database: DatabaseKind) {
             .await;
         bridge.wait_until_applied().await;
         let row = bridge.row(&purchase.subscription).await;
-        assert_eq!((row.client_reference_id.as_deref(), row.status.as_deref()), (Some(text), Some(text)));
+        assert_eq!(
+            (row.client_reference_id.as_deref(), row.status.as_deref()),
+            (Some(text), Some(text))
+        );
         assert_eq!(row.subscription_metadata, json!({ text: text }));
         assert_eq!(row.cancel_at, None);
     }
@@ -185,7 +272,8 @@ async fn rows_of_every_number_are_written(database: DatabaseKind) {
     let mut expected = 0;
     for count in [1, 7, 9, 63, 65, 137] {
         let purchases = (0..count).map(|_| Purchase::new(now() - 60));
-        let events = purchases.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
+        let events =
+            purchases.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
         bridge.deliver_all(&events.collect::<Vec<_>>()).await;
         // All of them are there when it comes.
         bridge.start_worker();

@@ -20,19 +20,34 @@ on_both_databases!(
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-async fn paid_session_without_a_reference_is_an_orphan_with_an_email_and_a_signal_without(database: DatabaseKind) {
+async fn paid_session_without_a_reference_is_an_orphan_with_an_email_and_a_signal_without(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now());
     let event = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
-    bridge.deliver_all(&[event.clone(), purchase.subscription_event(CREATED, purchase.created, json!({}))]).await;
+    bridge
+        .deliver_all(&[
+            event.clone(),
+            purchase.subscription_event(CREATED, purchase.created, json!({})),
+        ])
+        .await;
 
     let signals = until_signalled(&bridge, "orphan.created", 1).await;
     let orphans = bridge.orphans().await;
-    let [orphan] = orphans.as_slice() else { panic!("one orphan, not {orphans:?}") };
+    let [orphan] = orphans.as_slice() else {
+        panic!("one orphan, not {orphans:?}")
+    };
     assert_eq!(orphan.id, purchase.subscription);
-    assert_eq!(orphan.checkout_session_id.as_ref(), Some(&purchase.checkout_session));
+    assert_eq!(
+        orphan.checkout_session_id.as_ref(),
+        Some(&purchase.checkout_session)
+    );
     assert_eq!(orphan.stripe_customer_id.as_ref(), Some(&purchase.customer));
-    assert_eq!(orphan.stripe_subscription_id.as_ref(), Some(&purchase.subscription));
+    assert_eq!(
+        orphan.stripe_subscription_id.as_ref(),
+        Some(&purchase.subscription)
+    );
     assert_eq!(orphan.customer_email.as_deref(), Some("jo.doe@example.com"));
     assert_eq!(orphan.reason, "missing_client_reference_id");
     assert_eq!(orphan.event_id, event.id());
@@ -50,17 +65,26 @@ async fn paid_session_without_a_reference_is_an_orphan_with_an_email_and_a_signa
             "event": { "id": event.id(), "type": COMPLETED, "created": at(purchase.created) },
         })
     );
-    assert_eq!(bridge.row(&purchase.subscription).await.status.as_deref(), Some("active"), "the row is as any other");
+    assert_eq!(
+        bridge.row(&purchase.subscription).await.status.as_deref(),
+        Some("active"),
+        "the row is as any other"
+    );
 }
 
 async fn payment_without_a_subscription_is_an_orphan_under_its_sessions_id(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now());
     let once = json!({ "mode": "payment", "subscription": null, "customer": null, "client_reference_id": "" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, once)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, once))
+        .await;
 
     let signals = until_signalled(&bridge, "orphan.created", 1).await;
-    assert_eq!(signals[0].body["orphan_id"], json!(purchase.checkout_session));
+    assert_eq!(
+        signals[0].body["orphan_id"],
+        json!(purchase.checkout_session)
+    );
     assert_eq!(signals[0].body["stripe_subscription_id"], Value::Null);
     assert_eq!(bridge.orphans().await[0].id, purchase.checkout_session);
     assert_eq!(bridge.rows().await, []);
@@ -68,7 +92,8 @@ async fn payment_without_a_subscription_is_an_orphan_under_its_sessions_id(datab
 
 async fn sessions_that_paid_nothing_are_no_orphans(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    let session = |changes: Value| Purchase::new(now()).checkout_session_event(COMPLETED, now(), changes);
+    let session =
+        |changes: Value| Purchase::new(now()).checkout_session_event(COMPLETED, now(), changes);
     let paid = Purchase::new(now());
     bridge
         .deliver_all(&[
@@ -81,14 +106,21 @@ async fn sessions_that_paid_nothing_are_no_orphans(database: DatabaseKind) {
         .await;
 
     until_signalled(&bridge, "orphan.created", 1).await;
-    let ids: Vec<_> = bridge.orphans().await.into_iter().map(|orphan| orphan.id).collect();
+    let ids: Vec<_> = bridge
+        .orphans()
+        .await
+        .into_iter()
+        .map(|orphan| orphan.id)
+        .collect();
     assert_eq!(ids, [paid.subscription]);
 }
 
 async fn late_session_resolves_the_orphan_and_erases_the_email(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 60);
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, json!({})))
+        .await;
     until_signalled(&bridge, "orphan.created", 1).await;
 
     let late = json!({ "client_reference_id": "user_1" });
@@ -99,11 +131,23 @@ async fn late_session_resolves_the_orphan_and_erases_the_email(database: Databas
     assert_eq!(signals[0].body["orphan_id"], json!(purchase.subscription));
     assert_eq!(signals[0].body["event"]["id"], event.id());
     let orphans = bridge.orphans().await;
-    let [orphan] = orphans.as_slice() else { panic!("one orphan, not {orphans:?}") };
+    let [orphan] = orphans.as_slice() else {
+        panic!("one orphan, not {orphans:?}")
+    };
     assert_eq!(orphan.customer_email, None);
     assert!(orphan.resolved_at.is_some());
-    assert_eq!(orphan.resolved_client_reference_id.as_deref(), Some("user_1"));
-    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
+    assert_eq!(
+        orphan.resolved_client_reference_id.as_deref(),
+        Some("user_1")
+    );
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_1")
+    );
     bridge.check().await;
 }
 
@@ -114,12 +158,18 @@ async fn resolved_orphan_is_not_reopened_by_repeated_events(database: DatabaseKi
     bridge.deliver(&first).await;
     until_signalled(&bridge, "orphan.created", 1).await;
     let late = json!({ "client_reference_id": "user_1" });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + 30, late)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created + 30, late))
+        .await;
     until_signalled(&bridge, "orphan.resolved", 1).await;
     let orphans = bridge.orphans().await;
 
     bridge.publish(COMPLETED, first.body(), "again").await;
-    let once_more = purchase.checkout_session_event("checkout.session.async_payment_succeeded", now(), json!({}));
+    let once_more = purchase.checkout_session_event(
+        "checkout.session.async_payment_succeeded",
+        now(),
+        json!({}),
+    );
     bridge.deliver(&once_more).await;
 
     let signals = bridge.check().await;
@@ -140,8 +190,20 @@ async fn session_with_a_reference_in_the_same_batch_leaves_no_email(database: Da
     bridge.start_worker();
 
     bridge.check().await;
-    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
-    let open: Vec<_> = bridge.orphans().await.into_iter().filter(|orphan| orphan.customer_email.is_some()).collect();
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_1")
+    );
+    let open: Vec<_> = bridge
+        .orphans()
+        .await
+        .into_iter()
+        .filter(|orphan| orphan.customer_email.is_some())
+        .collect();
     assert_eq!(open, []);
 }
 
@@ -150,11 +212,19 @@ async fn until_signalled(bridge: &Bridge, subject: &str, count: usize) -> Vec<Si
     bridge.wait_until_applied().await;
     eventually(subject, DEADLINE, async || {
         let signals = of_subject(&bridge.signals().await, subject);
-        if signals.len() == count { Ok(signals) } else { Err(format!("{signals:#?}")) }
+        if signals.len() == count {
+            Ok(signals)
+        } else {
+            Err(format!("{signals:#?}"))
+        }
     })
     .await
 }
 
 fn of_subject(signals: &[Signal], subject: &str) -> Vec<Signal> {
-    signals.iter().filter(|signal| signal.subject == subject).cloned().collect()
+    signals
+        .iter()
+        .filter(|signal| signal.subject == subject)
+        .cloned()
+        .collect()
 }

@@ -16,9 +16,15 @@ const METADATA: &str = "OPERATORS-OWN";
 const OPEN: &str = "PERSONAL-open@example.com";
 
 async fn personal_data_stays_in_the_raw_stream_and_in_the_email_column(database: DatabaseKind) {
-    let options = Options::on(database).worker("RUST_LOG", "debug").ingress("RUST_LOG", "debug");
+    let options = Options::on(database)
+        .worker("RUST_LOG", "debug")
+        .ingress("RUST_LOG", "debug");
     let bridge = Bridge::start(options.ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
-    let (open, resolved, known) = (Purchase::new(now()), Purchase::new(now()), Purchase::new(now()));
+    let (open, resolved, known) = (
+        Purchase::new(now()),
+        Purchase::new(now()),
+        Purchase::new(now()),
+    );
     bridge
         .deliver_all(&[
             session(&open, 0, json!(null), OPEN),
@@ -30,31 +36,64 @@ async fn personal_data_stays_in_the_raw_stream_and_in_the_email_column(database:
         ])
         .await;
     bridge.wait_until_applied().await;
-    bridge.deliver(&session(&resolved, 1, json!("user_2"), "PERSONAL-resolved@example.com")).await;
+    bridge
+        .deliver(&session(
+            &resolved,
+            1,
+            json!("user_2"),
+            "PERSONAL-resolved@example.com",
+        ))
+        .await;
     refused(&bridge).await;
     poisoned(&bridge).await;
 
     let signals = bridge.check().await;
-    let mut seen: Vec<_> =
-        signals.iter().map(|signal| format!("signal {:?} {}", signal.headers, signal.body)).collect();
+    let mut seen: Vec<_> = signals
+        .iter()
+        .map(|signal| format!("signal {:?} {}", signal.headers, signal.body))
+        .collect();
     let letters = bridge.dead_letters().await;
     assert_eq!(letters.len(), 2);
-    seen.extend(letters.iter().map(|letter| format!("dead letter {:?}", letter.headers)));
+    seen.extend(
+        letters
+            .iter()
+            .map(|letter| format!("dead letter {:?}", letter.headers)),
+    );
     let rows = bridge.database.dump().await.expect("the database answers");
-    assert!(rows.iter().any(|row| row.contains(METADATA)), "metadata is kept");
+    assert!(
+        rows.iter().any(|row| row.contains(METADATA)),
+        "metadata is kept"
+    );
     seen.extend(rows);
     let with_metadata = seen.len();
     for node in bridge.workers.iter().chain(&bridge.ingress) {
         seen.extend(node.log().lines().map(|line| format!("log {line}")));
         seen.push(node.page("/metrics").await.expect("it answers").1);
     }
-    seen.push(bridge.worker().arg("status").run(std::time::Duration::from_secs(30)).await.stdout);
+    seen.push(
+        bridge
+            .worker()
+            .arg("status")
+            .run(std::time::Duration::from_secs(30))
+            .await
+            .stdout,
+    );
 
     let personal: Vec<_> = seen.iter().filter(|text| text.contains(PERSONAL)).collect();
-    assert_eq!(personal, [&format!("orphaned_payment.customer_email: {OPEN}")]);
-    let logged: Vec<_> = seen[with_metadata..].iter().filter(|text| text.contains(METADATA)).collect();
+    assert_eq!(
+        personal,
+        [&format!("orphaned_payment.customer_email: {OPEN}")]
+    );
+    let logged: Vec<_> = seen[with_metadata..]
+        .iter()
+        .filter(|text| text.contains(METADATA))
+        .collect();
     assert!(logged.is_empty(), "{logged:#?}");
-    assert!(seen.iter().any(|text| text.starts_with("log") && text.contains("DEBUG")), "the logs were at their most");
+    assert!(
+        seen.iter()
+            .any(|text| text.starts_with("log") && text.contains("DEBUG")),
+        "the logs were at their most"
+    );
 }
 
 /// Deliveries that ingress refuses, each for a reason that it logs.
@@ -64,11 +103,23 @@ async fn refused(bridge: &Bridge) {
     let not_json = format!("{PERSONAL} is no JSON");
     for (delivery, status) in [
         (Delivery::new(body.clone(), "whsec_another"), 400),
-        (Delivery::new(body.clone(), SECRET).with_signature(Some("t=PERSONAL,v1=PERSONAL")), 400),
+        (
+            Delivery::new(body.clone(), SECRET).with_signature(Some("t=PERSONAL,v1=PERSONAL")),
+            400,
+        ),
         (Delivery::signed_at(body, SECRET, stale), 400),
         (Delivery::new(not_json, SECRET), 400),
-        (Delivery::new(format!("{{\"id\":\"{PERSONAL} \",\"type\":\"x\"}}"), SECRET), 400),
-        (Delivery::new(format!("{{\"id\":\"evt_1\",\"type\":\"x.{PERSONAL}\"}}"), SECRET), 400),
+        (
+            Delivery::new(format!("{{\"id\":\"{PERSONAL} \",\"type\":\"x\"}}"), SECRET),
+            400,
+        ),
+        (
+            Delivery::new(
+                format!("{{\"id\":\"evt_1\",\"type\":\"x.{PERSONAL}\"}}"),
+                SECRET,
+            ),
+            400,
+        ),
     ] {
         let answer = bridge.post(&delivery).await;
         assert_eq!(answer.status(), status);
@@ -82,7 +133,8 @@ async fn poisoned(bridge: &Bridge) {
     let mut bad_created = subscription(&Purchase::new(now()), UPDATED, 0);
     bad_created.value["created"] = json!("PERSONAL-birthday");
     let mut bad_reference = session(&Purchase::new(now()), 0, json!(null), OPEN);
-    bad_reference.value["data"]["object"]["client_reference_id"] = json!({ "PERSONAL": "PERSONAL" });
+    bad_reference.value["data"]["object"]["client_reference_id"] =
+        json!({ "PERSONAL": "PERSONAL" });
     bridge.deliver_all(&[bad_created, bad_reference]).await;
 }
 

@@ -23,46 +23,81 @@ async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: D
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
     let neighbours: Vec<_> = (0..8).map(|_| Purchase::new(now())).collect();
     let mut expected = Vec::new();
-    for (neighbour, poison) in neighbours.iter().zip(poisons().map(Some).into_iter().chain([None, None])) {
-        bridge.deliver(&neighbour.subscription_event(CREATED, now(), json!({}))).await;
+    for (neighbour, poison) in neighbours
+        .iter()
+        .zip(poisons().map(Some).into_iter().chain([None, None]))
+    {
+        bridge
+            .deliver(&neighbour.subscription_event(CREATED, now(), json!({})))
+            .await;
         let Some(poison) = poison else { continue };
         let answer = bridge.post(&Delivery::new(poison.body(), SECRET)).await;
-        assert_eq!(answer.status(), 200, "`{}`: ingress looks at the envelope alone", poison.field);
+        assert_eq!(
+            answer.status(),
+            200,
+            "`{}`: ingress looks at the envelope alone",
+            poison.field
+        );
         expected.push((bridge.stored_events().await, poison));
     }
     let deep = json!({ "description": MARK });
     let deep = Purchase::new(now()).subscription_event(CREATED, now(), deep);
-    bridge.post(&Delivery::new(replaced(&deep, &nested(20_000)), SECRET)).await;
+    bridge
+        .post(&Delivery::new(replaced(&deep, &nested(20_000)), SECRET))
+        .await;
     bridge.start_worker();
 
-    assert_eq!(bridge.check().await.len(), neighbours.len() + 1, "what nobody reads may be as deep as it likes");
+    assert_eq!(
+        bridge.check().await.len(),
+        neighbours.len() + 1,
+        "what nobody reads may be as deep as it likes"
+    );
     for neighbour in &neighbours {
         bridge.row(&neighbour.subscription).await;
     }
     let mut letters = bridge.dead_letters().await;
-    letters.sort_by_key(|letter| letter.headers["Litestripe-Stream-Sequence"].parse::<u64>().ok());
+    letters.sort_by_key(|letter| {
+        letter.headers["Litestripe-Stream-Sequence"]
+            .parse::<u64>()
+            .ok()
+    });
     assert_eq!(letters.len(), expected.len());
     for (letter, (sequence, poison)) in letters.iter().zip(&expected) {
         let header = |name: &str| letter.headers.get(name).cloned().unwrap_or_default();
         assert_eq!(header("Litestripe-Stream-Sequence"), sequence.to_string());
         assert_eq!(header("Nats-Msg-Id"), format!("dead:{sequence}"));
         let reason = header("Litestripe-Reason");
-        assert!(reason.contains(poison.field), "{reason:?} does not name {}", poison.field);
+        assert!(
+            reason.contains(poison.field),
+            "{reason:?} does not name {}",
+            poison.field
+        );
         assert!(!reason.contains("Jo Doe"), "{reason:?} shows a value");
-        assert_eq!(letter.subject, format!("stripe.dead.{}", poison.event.event_type()));
+        assert_eq!(
+            letter.subject,
+            format!("stripe.dead.{}", poison.event.event_type())
+        );
         assert_eq!(letter.body, poison.body(), "byte for byte");
-        assert!(header("Stripe-Signature").starts_with("t="), "it can be verified again");
+        assert!(
+            header("Stripe-Signature").starts_with("t="),
+            "it can be verified again"
+        );
         assert!(!header("Litestripe-Received-At").is_empty());
     }
 
     // Nothing of it is delivered again, also not to the next worker.
     let worker = bridge.workers.remove(0);
     let (_, metrics) = worker.page("/metrics").await.expect("the worker answers");
-    let count = format!("\nlitestripe_worker_dead_letters_total {}\n", expected.len());
+    let count = format!(
+        "\nlitestripe_worker_dead_letters_total {}\n",
+        expected.len()
+    );
     assert!(metrics.contains(&count), "{metrics}");
     assert!(worker.stop().await.success());
     bridge.start_worker().wait_until_ready().await;
-    bridge.deliver(&Purchase::new(now()).subscription_event(CREATED, now(), json!({}))).await;
+    bridge
+        .deliver(&Purchase::new(now()).subscription_event(CREATED, now(), json!({})))
+        .await;
     bridge.check().await;
     assert_eq!(bridge.dead_letters().await.len(), expected.len());
 }
@@ -74,23 +109,39 @@ impl Poison {
 }
 
 fn poisons() -> [Poison; 6] {
-    let subscription =
-        |event_type: &str, changes: Value| Purchase::new(now()).subscription_event(event_type, now(), changes);
+    let subscription = |event_type: &str, changes: Value| {
+        Purchase::new(now()).subscription_event(event_type, now(), changes)
+    };
     let mut bad_created = subscription(UPDATED, json!({}));
     bad_created.value["created"] = json!("Jo Doe's birthday");
     let session = json!({ "client_reference_id": format!("user {MARK}") });
     let session = Purchase::new(now()).checkout_session_event(COMPLETED, now(), session);
-    let poison = |event, instead_of_mark: &str, field| Poison { event, instead_of_mark: instead_of_mark.into(), field };
+    let poison = |event, instead_of_mark: &str, field| Poison {
+        event,
+        instead_of_mark: instead_of_mark.into(),
+        field,
+    };
     [
         poison(
-            subscription(CREATED, json!({ "metadata": { "name": format!("\"Jo Doe\"{MARK}") } })),
+            subscription(
+                CREATED,
+                json!({ "metadata": { "name": format!("\"Jo Doe\"{MARK}") } }),
+            ),
             "\\u0000",
             "metadata",
         ),
         poison(bad_created, "", "created"),
-        poison(subscription(UPDATED, json!({ "status": MARK })), &nested(10_000), "status"),
+        poison(
+            subscription(UPDATED, json!({ "status": MARK })),
+            &nested(10_000),
+            "status",
+        ),
         poison(session, "\\ud83d", "client_reference_id"),
-        poison(subscription(UPDATED, json!({ "trial_end": i64::MAX })), "", "trial_end"),
+        poison(
+            subscription(UPDATED, json!({ "trial_end": i64::MAX })),
+            "",
+            "trial_end",
+        ),
         poison(subscription(UPDATED, json!({ "id": null })), "", "id"),
     ]
 }
@@ -99,7 +150,11 @@ fn poisons() -> [Poison; 6] {
 /// the mark, or within one.
 fn replaced(event: &Event, with: &str) -> String {
     let body = String::from_utf8(event.body().to_vec()).expect("our bodies are UTF-8");
-    if with.starts_with('[') { body.replace(&format!("\"{MARK}\""), with) } else { body.replace(MARK, with) }
+    if with.starts_with('[') {
+        body.replace(&format!("\"{MARK}\""), with)
+    } else {
+        body.replace(MARK, with)
+    }
 }
 
 fn nested(depth: usize) -> String {

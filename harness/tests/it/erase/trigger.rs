@@ -9,22 +9,41 @@ use serde_json::{Value, json};
 use super::{ERASED, KEPT, customer, places, session, subscription};
 use crate::orphans::{CREATED, DEADLINE, now, orphan, questions};
 
-on_both_databases!(a_deleted_customer_is_erased_where_that_is_wanted, a_deleted_customer_stays_where_it_is_not_wanted);
+on_both_databases!(
+    a_deleted_customer_is_erased_where_that_is_wanted,
+    a_deleted_customer_stays_where_it_is_not_wanted
+);
 
 const SETTING: &str = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED";
 
 async fn a_deleted_customer_is_erased_where_that_is_wanted(database: DatabaseKind) {
-    let options = Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*").worker(SETTING, "true").workers(2);
+    let options = Options::on(database)
+        .ingress("LITESTRIPE_EVENT_TYPES", "*")
+        .worker(SETTING, "true")
+        .workers(2);
     let bridge = Bridge::start(options).await;
     let (user, other) = purchases(&bridge).await;
-    bridge.deliver(&customer(&user, "customer.deleted", ERASED)).await;
+    bridge
+        .deliver(&customer(&user, "customer.deleted", ERASED))
+        .await;
 
     until_erased(&bridge, &user).await;
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
     assert_eq!(questions(&bridge).await, []);
-    assert_eq!(bridge.row(&user.subscription).await.status.as_deref(), Some("active"));
-    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
-    assert!(orphan(&bridge, &other.subscription).await.customer_email.is_some());
+    assert_eq!(
+        bridge.row(&user.subscription).await.status.as_deref(),
+        Some("active")
+    );
+    assert_eq!(
+        orphan(&bridge, &user.subscription).await.customer_email,
+        None
+    );
+    assert!(
+        orphan(&bridge, &other.subscription)
+            .await
+            .customer_email
+            .is_some()
+    );
 }
 
 #[tokio::test]
@@ -39,12 +58,23 @@ async fn a_deletion_that_never_arrived_is_fetched_once() {
     let (user, _) = purchases(&bridge).await;
     api.put_event(customer(&user, "customer.deleted", ERASED).value, false);
     for (published, skipped) in [(1, 0), (0, 1)] {
-        let backfill = bridge.worker().args(["backfill", "--since", "1h", "--json"]).run(DEADLINE).await;
+        let backfill = bridge
+            .worker()
+            .args(["backfill", "--since", "1h", "--json"])
+            .run(DEADLINE)
+            .await;
         let summary: Value = serde_json::from_str(&backfill.stdout).expect("it prints JSON");
-        assert_eq!((&summary["published"], &summary["skipped"]), (&json!(published), &json!(skipped)), "{summary}");
+        assert_eq!(
+            (&summary["published"], &summary["skipped"]),
+            (&json!(published), &json!(skipped)),
+            "{summary}"
+        );
         until_erased(&bridge, &user).await;
     }
-    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, None);
+    assert_eq!(
+        orphan(&bridge, &user.subscription).await.customer_email,
+        None
+    );
 }
 
 /// Waits until a worker says that it erased the customer. Streams are not read meanwhile: what is
@@ -52,9 +82,17 @@ async fn a_deletion_that_never_arrived_is_fetched_once() {
 async fn until_erased(bridge: &Bridge, user: &Purchase) {
     let text = format!("erased {}", user.customer);
     eventually("the customer to be erased", DEADLINE, async || {
-        let told: usize = bridge.workers.iter().map(|worker| worker.count_in_log(&text)).sum();
+        let told: usize = bridge
+            .workers
+            .iter()
+            .map(|worker| worker.count_in_log(&text))
+            .sum();
         let questions = questions(bridge).await;
-        if (told, questions.len()) == (1, 0) { Ok(()) } else { Err(format!("told {told} times; {questions:?}")) }
+        if (told, questions.len()) == (1, 0) {
+            Ok(())
+        } else {
+            Err(format!("told {told} times; {questions:?}"))
+        }
     })
     .await;
 }
@@ -63,11 +101,16 @@ async fn a_deleted_customer_stays_where_it_is_not_wanted(database: DatabaseKind)
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, _) = purchases(&bridge).await;
     let before = places(&bridge, ERASED).await.len();
-    bridge.deliver(&customer(&user, "customer.deleted", ERASED)).await;
+    bridge
+        .deliver(&customer(&user, "customer.deleted", ERASED))
+        .await;
     bridge.wait_until_applied().await;
     assert_eq!(questions(&bridge).await, []);
     assert_eq!(places(&bridge, ERASED).await.len(), before + 1);
-    assert_eq!(orphan(&bridge, &user.subscription).await.customer_email, Some(format!("{ERASED}@example.com")));
+    assert_eq!(
+        orphan(&bridge, &user.subscription).await.customer_email,
+        Some(format!("{ERASED}@example.com"))
+    );
 }
 
 /// One who is to be erased and one who is not, both orphans.
@@ -75,7 +118,9 @@ async fn purchases(bridge: &Bridge) -> (Purchase, Purchase) {
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     for (purchase, whom) in [(&user, ERASED), (&other, KEPT)] {
         bridge.deliver(&session(purchase, whom, json!({}))).await;
-        bridge.deliver(&subscription(purchase, CREATED, whom, 0)).await;
+        bridge
+            .deliver(&subscription(purchase, CREATED, whom, 0))
+            .await;
     }
     bridge.check().await;
     (user, other)

@@ -8,17 +8,28 @@ use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::Delivery;
 use reqwest::StatusCode;
 
-use super::{ANSWER_WITHIN, AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, check_error, event, event_of, in_flight};
+use super::{
+    ANSWER_WITHIN, AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, check_error, event, event_of,
+    in_flight,
+};
 
 #[tokio::test]
 async fn a_broker_may_come_later() {
-    let mut broker = nats::Server::prepare(nats::Options::default()).expect("a server can be prepared");
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET", SECRET));
-    ingress.program.wait_for_log("waiting for NATS", DEADLINE).await;
+    let mut broker =
+        nats::Server::prepare(nats::Options::default()).expect("a server can be prepared");
+    let ingress = Ingress::start(&broker, |launch| {
+        launch.env("STRIPE_WEBHOOK_SECRET", SECRET)
+    });
+    ingress
+        .program
+        .wait_for_log("waiting for NATS", DEADLINE)
+        .await;
     assert_eq!(ingress.get("/healthz").await.status(), StatusCode::OK);
     check_error(ingress.get("/readyz").await, 503, "not ready").await;
     let start = Instant::now();
-    let answer = ingress.post(&Delivery::new(event("evt_1", TYPE), SECRET)).await;
+    let answer = ingress
+        .post(&Delivery::new(event("evt_1", TYPE), SECRET))
+        .await;
     assert!(start.elapsed() < ANSWER_WITHIN);
     assert!(answer.headers().contains_key("retry-after"));
     check_error(answer, 503, "no broker").await;
@@ -35,8 +46,14 @@ async fn a_broker_may_come_later() {
 
 #[tokio::test]
 async fn a_broker_that_dies_during_a_request_costs_a_503() {
-    let Setup { mut broker, ingress } = Setup::new().await;
-    broker.process().expect("the broker runs").signal(Signal::Stop);
+    let Setup {
+        mut broker,
+        ingress,
+    } = Setup::new().await;
+    broker
+        .process()
+        .expect("the broker runs")
+        .signal(Signal::Stop);
     let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
     let start = Instant::now();
     let (answer, ()) = tokio::join!(ingress.post(&delivery), async {
@@ -49,9 +66,14 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
     check_error(ingress.get("/readyz").await, 503, "not ready").await;
     for n in 0..20 {
         let start = Instant::now();
-        let answer = ingress.post(&Delivery::new(event(&format!("evt_x{n}"), TYPE), SECRET)).await;
+        let answer = ingress
+            .post(&Delivery::new(event(&format!("evt_x{n}"), TYPE), SECRET))
+            .await;
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(start.elapsed() < AT_ONCE, "at once, once the connection is given up");
+        assert!(
+            start.elapsed() < AT_ONCE,
+            "at once, once the connection is given up"
+        );
     }
 
     broker.resume().await;
@@ -68,19 +90,30 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
 async fn a_stream_that_was_deleted_is_made_again() {
     let setup = Setup::new().await;
     let jetstream = async_nats::jetstream::new(setup.broker.connect().await);
-    jetstream.delete_stream(subject::EVENTS_STREAM).await.expect("a stream can be deleted");
+    jetstream
+        .delete_stream(subject::EVENTS_STREAM)
+        .await
+        .expect("a stream can be deleted");
     assert_eq!(setup.ingress.post_event("evt_1").await, StatusCode::OK);
     assert_eq!(setup.state().await.messages, 1);
 }
 
 #[tokio::test]
 async fn a_full_stream_is_answered_503_at_once_and_logged_once() {
-    let setup =
-        Setup::with(nats::Options::default(), |launch| launch.env("LITESTRIPE_EVENTS_MAX_BYTES", "64KiB")).await;
+    let setup = Setup::with(nats::Options::default(), |launch| {
+        launch.env("LITESTRIPE_EVENTS_MAX_BYTES", "64KiB")
+    })
+    .await;
     let mut full = 0;
     for n in 0..12 {
         let start = Instant::now();
-        let answer = setup.ingress.post(&Delivery::new(event_of(&format!("evt_{n}"), 20_000), SECRET)).await;
+        let answer = setup
+            .ingress
+            .post(&Delivery::new(
+                event_of(&format!("evt_{n}"), 20_000),
+                SECRET,
+            ))
+            .await;
         assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
         if answer.status() != StatusCode::OK {
             assert!(answer.headers().contains_key("retry-after"));

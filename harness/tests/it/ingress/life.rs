@@ -19,16 +19,30 @@ async fn requests_in_flight_are_finished_before_the_end() {
     let setup = Setup::new().await;
     let broker = setup.broker.process().expect("the broker runs");
     broker.signal(Signal::Stop);
-    let deliveries: Vec<_> =
-        (0..REQUESTS).map(|number| Delivery::new(event_of(&format!("evt_{number}"), 1_000), SECRET)).collect();
-    let posts = join_all(deliveries.iter().map(|delivery| setup.ingress.post(delivery)));
+    let deliveries: Vec<_> = (0..REQUESTS)
+        .map(|number| Delivery::new(event_of(&format!("evt_{number}"), 1_000), SECRET))
+        .collect();
+    let posts = join_all(
+        deliveries
+            .iter()
+            .map(|delivery| setup.ingress.post(delivery)),
+    );
     let (answers, ()) = tokio::join!(posts, async {
         in_flight(&setup.ingress, REQUESTS * 1_000).await;
         setup.ingress.program.signal(Signal::Term);
-        setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
+        setup
+            .ingress
+            .program
+            .wait_for_log("finishing what is in flight", DEADLINE)
+            .await;
         broker.signal(Signal::Cont);
     });
-    assert!(answers.iter().all(|answer| answer.status() == StatusCode::OK), "{answers:?}");
+    assert!(
+        answers
+            .iter()
+            .all(|answer| answer.status() == StatusCode::OK),
+        "{answers:?}"
+    );
     let status = setup.ingress.program.wait(DEADLINE).await;
     assert_eq!(status.code(), Some(0));
     assert_eq!(setup.state().await.messages, REQUESTS as u64);
@@ -37,7 +51,9 @@ async fn requests_in_flight_are_finished_before_the_end() {
 #[tokio::test]
 async fn idle_connections_do_not_hold_up_the_end() {
     let setup = Setup::new().await;
-    let silent = TcpStream::connect(setup.ingress.address).await.expect("ingress listens");
+    let silent = TcpStream::connect(setup.ingress.address)
+        .await
+        .expect("ingress listens");
     assert_eq!(setup.ingress.post_event("evt_1").await, StatusCode::OK);
     let start = Instant::now();
     assert_eq!(setup.ingress.program.stop().await.code(), Some(0));
@@ -52,16 +68,27 @@ async fn a_second_signal_ends_it_at_once() {
     broker.signal(Signal::Stop);
     let client = setup.ingress.client.clone();
     let url = setup.ingress.hook();
-    let post = tokio::spawn(async move { Delivery::new(event("evt_1", TYPE), SECRET).post(&client, &url).await });
+    let post = tokio::spawn(async move {
+        Delivery::new(event("evt_1", TYPE), SECRET)
+            .post(&client, &url)
+            .await
+    });
     in_flight(&setup.ingress, 1).await;
     setup.ingress.program.signal(Signal::Term);
-    setup.ingress.program.wait_for_log("finishing what is in flight", DEADLINE).await;
+    setup
+        .ingress
+        .program
+        .wait_for_log("finishing what is in flight", DEADLINE)
+        .await;
     let start = Instant::now();
     setup.ingress.program.signal(Signal::Term);
     let status = setup.ingress.program.wait(DEADLINE).await;
     assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
     assert_ne!(status.code(), Some(0));
-    assert!(post.await.expect("it does not panic").is_err(), "nobody promised anything");
+    assert!(
+        post.await.expect("it does not panic").is_err(),
+        "nobody promised anything"
+    );
     broker.signal(Signal::Cont);
 }
 
@@ -69,8 +96,16 @@ async fn a_second_signal_ends_it_at_once() {
 async fn every_missing_or_malformed_setting_is_named_at_once() {
     let finished = Program::named("litestripe-ingress").run(DEADLINE).await;
     assert_eq!(finished.status.code(), Some(2));
-    for name in ["STRIPE_WEBHOOK_UUID", "STRIPE_WEBHOOK_SECRET", "STRIPE_WEBHOOK_SECRET_FILE"] {
-        assert!(finished.stderr.contains(name), "{name}: {}", finished.stderr);
+    for name in [
+        "STRIPE_WEBHOOK_UUID",
+        "STRIPE_WEBHOOK_SECRET",
+        "STRIPE_WEBHOOK_SECRET_FILE",
+    ] {
+        assert!(
+            finished.stderr.contains(name),
+            "{name}: {}",
+            finished.stderr
+        );
     }
 
     let names = [
@@ -82,11 +117,19 @@ async fn every_missing_or_malformed_setting_is_named_at_once() {
         "LITESTRIPE_EVENTS_MAX_AGE",
         "LITESTRIPE_LOG_FORMAT",
     ];
-    let launch = names.iter().fold(Program::named("litestripe-ingress"), |launch, name| launch.env(name, "hunter2"));
+    let launch = names
+        .iter()
+        .fold(Program::named("litestripe-ingress"), |launch, name| {
+            launch.env(name, "hunter2")
+        });
     let finished = launch.run(DEADLINE).await;
     assert_eq!(finished.status.code(), Some(2));
     for name in names {
-        assert!(finished.stderr.contains(name), "{name}: {}", finished.stderr);
+        assert!(
+            finished.stderr.contains(name),
+            "{name}: {}",
+            finished.stderr
+        );
     }
     assert!(!finished.stderr.contains("hunter2"), "{}", finished.stderr);
 }
@@ -97,12 +140,31 @@ async fn help_names_every_setting_and_shows_no_value() {
     let help = launch.arg("--help").run(DEADLINE).await;
     assert_eq!(help.status.code(), Some(0));
     assert!(!help.stdout.contains(SECRET), "{}", help.stdout);
-    for setting in litestripe_ingress::settings::SETTINGS.iter().chain(litestripe_contract::settings::SHARED) {
-        assert!(help.stdout.contains(setting.name), "{}: {}", setting.name, help.stdout);
-        assert!(help.stdout.contains(&format!("--{}", setting.flag())), "{}: {}", setting.name, help.stdout);
+    for setting in litestripe_ingress::settings::SETTINGS
+        .iter()
+        .chain(litestripe_contract::settings::SHARED)
+    {
+        assert!(
+            help.stdout.contains(setting.name),
+            "{}: {}",
+            setting.name,
+            help.stdout
+        );
+        assert!(
+            help.stdout.contains(&format!("--{}", setting.flag())),
+            "{}: {}",
+            setting.name,
+            help.stdout
+        );
     }
-    let version = Program::named("litestripe-ingress").arg("--version").run(DEADLINE).await;
-    assert_eq!(version.stdout, format!("litestripe-ingress {}\n", env!("CARGO_PKG_VERSION")));
+    let version = Program::named("litestripe-ingress")
+        .arg("--version")
+        .run(DEADLINE)
+        .await;
+    assert_eq!(
+        version.stdout,
+        format!("litestripe-ingress {}\n", env!("CARGO_PKG_VERSION"))
+    );
 }
 
 #[tokio::test]
@@ -110,24 +172,49 @@ async fn a_secret_file_may_come_late_and_change() {
     let broker = nats::Server::start().await;
     let folder = tempfile::tempdir().expect("a folder can be made");
     let path = folder.path().join("secret");
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET_FILE", &path));
-    ingress.program.wait_for_log("waiting for a signing secret", DEADLINE).await;
-    std::fs::write(&path, format!("> Ready! Your webhook signing secret is {SECRET} (^C to quit)\n")).expect("written");
+    let ingress = Ingress::start(&broker, |launch| {
+        launch.env("STRIPE_WEBHOOK_SECRET_FILE", &path)
+    });
+    ingress
+        .program
+        .wait_for_log("waiting for a signing secret", DEADLINE)
+        .await;
+    std::fs::write(
+        &path,
+        format!("> Ready! Your webhook signing secret is {SECRET} (^C to quit)\n"),
+    )
+    .expect("written");
     ingress.until_ready().await;
     assert_eq!(ingress.post_event("evt_1").await, StatusCode::OK);
 
     let rolled = "whsec_rolled";
     std::fs::write(&path, rolled).expect("written");
-    let status_with = async |secret: &str| ingress.post(&Delivery::new(event("evt_2", TYPE), secret)).await.status();
+    let status_with = async |secret: &str| {
+        ingress
+            .post(&Delivery::new(event("evt_2", TYPE), secret))
+            .await
+            .status()
+    };
     eventually("the new secret to be used", DEADLINE, async || {
         let status = status_with(rolled).await;
-        if status == StatusCode::OK { Ok(()) } else { Err(status.to_string()) }
+        if status == StatusCode::OK {
+            Ok(())
+        } else {
+            Err(status.to_string())
+        }
     })
     .await;
-    assert_eq!(status_with(SECRET).await, StatusCode::BAD_REQUEST, "the old one is out of use");
+    assert_eq!(
+        status_with(SECRET).await,
+        StatusCode::BAD_REQUEST,
+        "the old one is out of use"
+    );
 
     std::fs::remove_file(&path).expect("removed");
-    ingress.program.wait_for_log("keeping the last one", DEADLINE).await;
+    ingress
+        .program
+        .wait_for_log("keeping the last one", DEADLINE)
+        .await;
     assert_eq!(status_with(rolled).await, StatusCode::OK);
     let log = ingress.program.log();
     assert!(!log.contains(SECRET) && !log.contains(rolled), "{log}");
@@ -136,14 +223,27 @@ async fn a_secret_file_may_come_late_and_change() {
 #[tokio::test]
 async fn without_a_secret_it_refuses_to_start() {
     let broker = nats::Server::start().await;
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET_FILE", "no/such/file"));
+    let ingress = Ingress::start(&broker, |launch| {
+        launch.env("STRIPE_WEBHOOK_SECRET_FILE", "no/such/file")
+    });
     let start = Instant::now();
     assert_eq!(ingress.program.wait(DEADLINE).await.code(), Some(2));
-    assert!(start.elapsed() >= Duration::from_secs(17), "ten tries, two seconds apart: {:?}", start.elapsed());
+    assert!(
+        start.elapsed() >= Duration::from_secs(17),
+        "ten tries, two seconds apart: {:?}",
+        start.elapsed()
+    );
     let log = ingress.program.log();
     // Not the last line for certain: the connection to NATS ends beside it.
-    let refusal = log.lines().find(|line| line.starts_with("error:")).unwrap_or_else(|| panic!("no refusal: {log}"));
-    for text in ["STRIPE_WEBHOOK_SECRET ", "STRIPE_WEBHOOK_SECRET_FILE", "no/such/file"] {
+    let refusal = log
+        .lines()
+        .find(|line| line.starts_with("error:"))
+        .unwrap_or_else(|| panic!("no refusal: {log}"));
+    for text in [
+        "STRIPE_WEBHOOK_SECRET ",
+        "STRIPE_WEBHOOK_SECRET_FILE",
+        "no/such/file",
+    ] {
         assert!(refusal.contains(text), "{text}: {log}");
     }
 }
@@ -151,10 +251,14 @@ async fn without_a_secret_it_refuses_to_start() {
 #[tokio::test]
 async fn several_secrets_are_in_use_at_once() {
     let broker = nats::Server::start().await;
-    let ingress = Ingress::start(&broker, |launch| launch.env("STRIPE_WEBHOOK_SECRET", format!("whsec_old, {SECRET}")));
+    let ingress = Ingress::start(&broker, |launch| {
+        launch.env("STRIPE_WEBHOOK_SECRET", format!("whsec_old, {SECRET}"))
+    });
     ingress.until_ready().await;
     for (secret, status) in [("whsec_old", 200), (SECRET, 200), ("whsec_other", 400)] {
-        let answer = ingress.post(&Delivery::new(event("evt_1", TYPE), secret)).await;
+        let answer = ingress
+            .post(&Delivery::new(event("evt_1", TYPE), secret))
+            .await;
         assert_eq!(answer.status().as_u16(), status, "{secret}");
     }
 }
@@ -162,7 +266,9 @@ async fn several_secrets_are_in_use_at_once() {
 #[tokio::test]
 async fn a_port_that_is_taken_is_a_clear_message() {
     let broker = nats::Server::start().await;
-    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("there is a port");
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("there is a port");
     let address = taken.local_addr().expect("it is bound").to_string();
     let launch = Program::named("litestripe-ingress")
         .env("STRIPE_WEBHOOK_UUID", UUID)
@@ -171,5 +277,9 @@ async fn a_port_that_is_taken_is_a_clear_message() {
         .env("LITESTRIPE_LISTEN", &address);
     let finished = launch.run(DEADLINE).await;
     assert_eq!(finished.status.code(), Some(1));
-    assert!(finished.stderr.contains("LITESTRIPE_LISTEN") && finished.stderr.contains(&address), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("LITESTRIPE_LISTEN") && finished.stderr.contains(&address),
+        "{}",
+        finished.stderr
+    );
 }

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use litestripe_entity::{
-    backfill, due_check, erasure, lease, orphaned_payment, replay, signal_outbox, stripe_subscription,
+    backfill, due_check, erasure, lease, orphaned_payment, replay, signal_outbox,
+    stripe_subscription,
 };
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::Program;
@@ -19,49 +20,103 @@ const DOCUMENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/signals");
 #[tokio::test]
 async fn schema_prints_what_is_committed_and_the_schemas_are_valid() {
     let all = printed(&[]).await;
-    let names: Vec<_> = all.as_object().expect("it prints them by name").keys().cloned().collect();
-    assert_eq!(names, ["asyncapi", "orphan.created", "orphan.resolved", "subscription.changed"]);
+    let names: Vec<_> = all
+        .as_object()
+        .expect("it prints them by name")
+        .keys()
+        .cloned()
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "asyncapi",
+            "orphan.created",
+            "orphan.resolved",
+            "subscription.changed"
+        ]
+    );
     for name in names {
-        let committed = if name == "asyncapi" { "asyncapi.json".to_owned() } else { format!("{name}.schema.json") };
-        let committed = fs::read_to_string(Path::new(DOCUMENTS).join(committed)).expect("it is committed");
+        let committed = if name == "asyncapi" {
+            "asyncapi.json".to_owned()
+        } else {
+            format!("{name}.schema.json")
+        };
+        let committed =
+            fs::read_to_string(Path::new(DOCUMENTS).join(committed)).expect("it is committed");
         let committed: Value = serde_json::from_str(&committed).expect("it is JSON");
-        assert_eq!(all[&name], committed, "{name}: run `litestripe-worker schema --write docs/signals`");
+        assert_eq!(
+            all[&name], committed,
+            "{name}: run `litestripe-worker schema --write docs/signals`"
+        );
         assert_eq!(printed(&[&name]).await, committed);
         if name == "asyncapi" {
             continue;
         }
-        assert_eq!(committed["$schema"], "https://json-schema.org/draft/2020-12/schema");
-        jsonschema::draft202012::meta::validate(&committed).unwrap_or_else(|problem| panic!("{name}: {problem}"));
+        assert_eq!(
+            committed["$schema"],
+            "https://json-schema.org/draft/2020-12/schema"
+        );
+        jsonschema::draft202012::meta::validate(&committed)
+            .unwrap_or_else(|problem| panic!("{name}: {problem}"));
     }
 }
 
 #[tokio::test]
 async fn schemas_are_written_to_a_folder() {
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let launch = Program::named("litestripe-worker").args(["schema", "--write"]).arg(folder.path());
+    let launch = Program::named("litestripe-worker")
+        .args(["schema", "--write"])
+        .arg(folder.path());
     assert!(run(launch).await.status.success());
     let files = |folder: &Path| -> BTreeMap<_, _> {
-        let entries = fs::read_dir(folder).expect("the folder is there").map(|entry| entry.expect("it is readable"));
-        entries.map(|entry| (entry.file_name(), fs::read_to_string(entry.path()).expect("it is text"))).collect()
+        let entries = fs::read_dir(folder)
+            .expect("the folder is there")
+            .map(|entry| entry.expect("it is readable"));
+        entries
+            .map(|entry| {
+                (
+                    entry.file_name(),
+                    fs::read_to_string(entry.path()).expect("it is text"),
+                )
+            })
+            .collect()
     };
-    assert_eq!(files(folder.path()), files(Path::new(DOCUMENTS)), "byte for byte");
+    assert_eq!(
+        files(folder.path()),
+        files(Path::new(DOCUMENTS)),
+        "byte for byte"
+    );
 }
 
 #[tokio::test]
 async fn asyncapi_document_holds_the_schemas_and_names_the_headers() {
     let document = printed(&["asyncapi"]).await;
     assert_eq!(document["asyncapi"], "3.0.0");
-    let channels = document["channels"].as_object().expect("there are channels");
+    let channels = document["channels"]
+        .as_object()
+        .expect("there are channels");
     assert_eq!(channels.len(), 3);
     for channel in channels.values() {
-        let subject = channel["address"].as_str().expect("a channel has an address");
+        let subject = channel["address"]
+            .as_str()
+            .expect("a channel has an address");
         let message = &channel["messages"]["signal"];
         let payload = resolved(&document, &message["payload"]);
         let alone = printed(&[subject]).await;
-        assert_eq!(payload["properties"], pointing_at(&alone["properties"], "#/$defs/", "#/components/schemas/"));
-        assert_eq!(message["headers"]["properties"]["ce-type"]["const"], format!("litestripe.v1.{subject}"));
+        assert_eq!(
+            payload["properties"],
+            pointing_at(&alone["properties"], "#/$defs/", "#/components/schemas/")
+        );
+        assert_eq!(
+            message["headers"]["properties"]["ce-type"]["const"],
+            format!("litestripe.v1.{subject}")
+        );
     }
-    for operation in document["operations"].as_object().expect("there are operations").values() {
+    for operation in document["operations"]
+        .as_object()
+        .expect("there are operations")
+        .values()
+    {
         resolved(&document, &operation["channel"]);
     }
     let text = document.to_string();
@@ -69,13 +124,22 @@ async fn asyncapi_document_holds_the_schemas_and_names_the_headers() {
         let pointer = reference.split('"').next().unwrap_or_default();
         assert!(document.pointer(pointer).is_some(), "#{pointer} is nowhere");
     }
-    assert_eq!(text.matches(r#""$ref":"#).count(), text.matches(r##""$ref":"#"##).count(), "it needs no other file");
+    assert_eq!(
+        text.matches(r#""$ref":"#).count(),
+        text.matches(r##""$ref":"#"##).count(),
+        "it needs no other file"
+    );
 }
 
 /// What a `$ref` within `document` stands for.
 fn resolved<'a>(document: &'a Value, reference: &Value) -> &'a Value {
-    let pointer = reference["$ref"].as_str().and_then(|text| text.strip_prefix('#')).expect("it is a reference");
-    document.pointer(pointer).unwrap_or_else(|| panic!("#{pointer} is nowhere"))
+    let pointer = reference["$ref"]
+        .as_str()
+        .and_then(|text| text.strip_prefix('#'))
+        .expect("it is a reference");
+    document
+        .pointer(pointer)
+        .unwrap_or_else(|| panic!("#{pointer} is nowhere"))
 }
 
 fn pointing_at(schema: &Value, from: &str, to: &str) -> Value {
@@ -86,7 +150,10 @@ fn pointing_at(schema: &Value, from: &str, to: &str) -> Value {
 #[tokio::test]
 async fn schemas_refuse_what_is_no_signal() {
     let schema = printed(&["orphan.created"]).await;
-    let validator = jsonschema::options().should_validate_formats(true).build(&schema).expect("it is a schema");
+    let validator = jsonschema::options()
+        .should_validate_formats(true)
+        .build(&schema)
+        .expect("it is a schema");
     let signal = json!({
         "orphan_id": "sub_1",
         "reason": "no_checkout_session",
@@ -101,11 +168,18 @@ async fn schemas_refuse_what_is_no_signal() {
         ("orphan_id", Value::Null),
         ("reason", json!("other")),
         ("livemode", json!("yes")),
-        ("event", json!({ "id": "evt_1", "type": "x", "created": "yesterday" })),
+        (
+            "event",
+            json!({ "id": "evt_1", "type": "x", "created": "yesterday" }),
+        ),
     ] {
         let mut wrong = signal.clone();
         wrong[field] = value;
-        assert!(!validator.is_valid(&wrong), "`{field}` may be {}", wrong[field]);
+        assert!(
+            !validator.is_valid(&wrong),
+            "`{field}` may be {}",
+            wrong[field]
+        );
     }
 }
 
@@ -124,7 +198,12 @@ async fn postgres_schema_is_the_entities() {
 async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
     let mut bridge = Bridge::prepare(Options::on(kind));
     bridge.database.resume().await;
-    assert!(run(bridge.worker().args(["migrate", "up"])).await.status.success());
+    assert!(
+        run(bridge.worker().args(["migrate", "up"]))
+            .await
+            .status
+            .success()
+    );
     let mut wanted = Database::prepare(kind);
     wanted.resume().await;
     create(&wanted, stripe_subscription::Entity).await;
@@ -139,32 +218,61 @@ async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
     let (migrated, entities) = (columns(&bridge.database).await, columns(&wanted).await);
     assert!(entities.len() >= stripe_subscription::Column::iter().count());
     for (column, entity) in &entities {
-        assert_eq!(migrated.get(column), Some(entity), "{column}: the migrations' on the left, the entity's right");
+        assert_eq!(
+            migrated.get(column),
+            Some(entity),
+            "{column}: the migrations' on the left, the entity's right"
+        );
     }
-    let tables: Vec<_> = entities.keys().filter_map(|column| column.split('.').next()).collect();
+    let tables: Vec<_> = entities
+        .keys()
+        .filter_map(|column| column.split('.').next())
+        .collect();
     for column in migrated.keys() {
         let table = column.split('.').next().unwrap_or_default();
-        assert!(entities.contains_key(column) || !tables.contains(&table), "{column} is in no entity");
+        assert!(
+            entities.contains_key(column) || !tables.contains(&table),
+            "{column} is in no entity"
+        );
     }
 }
 
 /// Where there is none, every change of a row needs new index entries.
 #[tokio::test]
 async fn postgres_pages_have_room_for_changes() {
-    const OPTIONS: &str = "SELECT reloptions::text AS options FROM pg_class WHERE relname = 'stripe_subscription'";
+    const OPTIONS: &str =
+        "SELECT reloptions::text AS options FROM pg_class WHERE relname = 'stripe_subscription'";
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
     bridge.database.resume().await;
-    assert!(run(bridge.worker().args(["migrate", "up"])).await.status.success());
-    let db = bridge.database.connection().await.expect("the database answers");
-    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, OPTIONS)).await.expect("it answers");
-    let options: Option<String> = row.expect("there is the table").try_get("", "options").expect("it is text");
+    assert!(
+        run(bridge.worker().args(["migrate", "up"]))
+            .await
+            .status
+            .success()
+    );
+    let db = bridge
+        .database
+        .connection()
+        .await
+        .expect("the database answers");
+    let row = db
+        .query_one_raw(Statement::from_string(DbBackend::Postgres, OPTIONS))
+        .await
+        .expect("it answers");
+    let options: Option<String> = row
+        .expect("there is the table")
+        .try_get("", "options")
+        .expect("it is text");
     assert_eq!(options.as_deref(), Some("{fillfactor=70}"));
 }
 
 async fn create<E: EntityTrait>(database: &Database, entity: E) {
     let connection = database.connection().await.expect("the database answers");
     let table = Schema::new(connection.get_database_backend()).create_table_from_entity(entity);
-    connection.execute(&table).await.expect("an entity's table can be made");
+    connection
+        .execute(&table)
+        .await
+        .expect("an entity's table can be made");
 }
 
 /// What a column takes, by `table.column`: its type, whether it may be null, whether it is the key.
@@ -184,12 +292,17 @@ async fn columns(database: &Database) -> BTreeMap<String, String> {
     };
     let rows = database.query(sql).await.expect("the database answers");
     let text = |row: &sea_orm::QueryResult, column| row.try_get("", column).expect("it is text");
-    rows.iter().map(|row| (text(row, "name"), text(row, "takes"))).collect()
+    rows.iter()
+        .map(|row| (text(row, "name"), text(row, "takes")))
+        .collect()
 }
 
 async fn printed(arguments: &[&str]) -> Value {
     // Without any setting: documents need neither broker nor database.
-    let finished = run(Program::named("litestripe-worker").arg("schema").args(arguments.iter().copied())).await;
+    let finished = run(Program::named("litestripe-worker")
+        .arg("schema")
+        .args(arguments.iter().copied()))
+    .await;
     assert!(finished.status.success(), "{finished:?}");
     serde_json::from_str(&finished.stdout).expect("it is JSON")
 }

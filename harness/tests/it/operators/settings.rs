@@ -28,7 +28,10 @@ const SHARED: [(&str, &str); 6] = [
 async fn missing_settings_of_ingress_are_listed_all_at_once() {
     let finished = run(Program::named(INGRESS)).await;
     check_refused(&finished, &["STRIPE_WEBHOOK_UUID", "STRIPE_WEBHOOK_SECRET"]);
-    assert!(finished.stderr.contains("STRIPE_WEBHOOK_SECRET_FILE"), "{finished:?}");
+    assert!(
+        finished.stderr.contains("STRIPE_WEBHOOK_SECRET_FILE"),
+        "{finished:?}"
+    );
 }
 
 #[tokio::test]
@@ -59,7 +62,10 @@ async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_v
         ("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", "hunter2"),
         ("LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", "hunter2"),
         ("LITESTRIPE_USER_LOOKUP", "hunter2"),
-        ("LITESTRIPE_USER_DATABASE_URL", "mysql://user:hunter2@localhost/db"),
+        (
+            "LITESTRIPE_USER_DATABASE_URL",
+            "mysql://user:hunter2@localhost/db",
+        ),
         ("STRIPE_SECRET_KEY", "hunter2 and more"),
         ("STRIPE_API_BASE", "hunter2"),
         ("LITESTRIPE_BACKFILL_INTERVAL", "hunter2"),
@@ -74,23 +80,40 @@ async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_v
 async fn malformed_are_listed(program: &str, own: &[(&str, &str)]) {
     let given: Vec<_> = own.iter().chain(&SHARED).copied().collect();
     // The password is not malformed: its user is missing.
-    let expected: Vec<_> =
-        given.iter().map(|(name, _)| if *name == "NATS_PASSWORD" { "NATS_USER" } else { *name }).collect();
+    let expected: Vec<_> = given
+        .iter()
+        .map(|(name, _)| {
+            if *name == "NATS_PASSWORD" {
+                "NATS_USER"
+            } else {
+                *name
+            }
+        })
+        .collect();
 
     let launch = Program::named(program);
     check_refused(
-        &run(given.iter().fold(launch.clone(), |launch, (name, value)| launch.env(*name, *value))).await,
+        &run(given.iter().fold(launch.clone(), |launch, (name, value)| {
+            launch.env(*name, *value)
+        }))
+        .await,
         &expected,
     );
 
     let flag = |name: &str| format!("--{}", name.to_lowercase().replace('_', "-"));
     check_refused(
-        &run(given.iter().fold(launch.clone(), |launch, (name, value)| launch.arg(flag(name)).arg(*value))).await,
+        &run(given.iter().fold(launch.clone(), |launch, (name, value)| {
+            launch.arg(flag(name)).arg(*value)
+        }))
+        .await,
         &expected,
     );
 
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let lines: String = given.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+    let lines: String = given
+        .iter()
+        .map(|(name, value)| format!("{name}='{value}'\n"))
+        .collect();
     fs::write(folder.path().join(".env"), lines).expect("it can be written");
     check_refused(&run(launch.folder(folder.path())).await, &expected);
 }
@@ -99,8 +122,11 @@ async fn malformed_are_listed(program: &str, own: &[(&str, &str)]) {
 async fn malformed_dotenv_is_refused_without_its_lines() {
     for program in [INGRESS, WORKER] {
         let folder = tempfile::tempdir().expect("a folder can be made");
-        fs::write(folder.path().join(".env"), "NATS_URL=nats://127.0.0.1:1\nsome words and hunter2\n")
-            .expect("written");
+        fs::write(
+            folder.path().join(".env"),
+            "NATS_URL=nats://127.0.0.1:1\nsome words and hunter2\n",
+        )
+        .expect("written");
         let finished = run(Program::named(program).folder(folder.path())).await;
         assert_eq!(finished.status.code(), Some(2), "{finished:?}");
         assert!(finished.stderr.contains(".env"), "{finished:?}");
@@ -115,7 +141,11 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     let file = folder.path().join("file");
     fs::write(&file, "-----BEGIN PRIVATE KEY-----hunter2").expect("it can be written");
     let certificate = folder.path().join("certificate.pem");
-    fs::write(&certificate, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").expect("written");
+    fs::write(
+        &certificate,
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    )
+    .expect("written");
     for (name, other) in [
         ("NATS_CREDS", None),
         ("NATS_NKEY_SEED_FILE", None),
@@ -124,7 +154,9 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     ] {
         for path in [file.clone(), folder.path().join("missing")] {
             let launch = Program::named(WORKER).arg("status").env(name, &path);
-            let launch = other.into_iter().fold(launch, |launch, other| launch.env(other, &certificate));
+            let launch = other
+                .into_iter()
+                .fold(launch, |launch, other| launch.env(other, &certificate));
             let finished = run(launch).await;
             assert_eq!(finished.status.code(), Some(2), "{finished:?}");
             assert!(finished.stderr.contains(name), "{finished:?}");
@@ -138,11 +170,24 @@ fn check_refused(finished: &Finished, names: &[&str]) {
     assert_eq!(finished.status.code(), Some(2), "{finished:?}");
     assert_eq!(finished.stdout, "");
     for name in names {
-        let told = finished.stderr.lines().filter(|line| line.split_whitespace().next() == Some(name)).count();
+        let told = finished
+            .stderr
+            .lines()
+            .filter(|line| line.split_whitespace().next() == Some(name))
+            .count();
         assert_eq!(told, 1, "{name} is told {told} times: {}", finished.stderr);
     }
-    let lines = finished.stderr.lines().filter(|line| line.starts_with("  ")).count();
-    assert_eq!(lines, names.len(), "other problems than these {names:?}: {}", finished.stderr);
+    let lines = finished
+        .stderr
+        .lines()
+        .filter(|line| line.starts_with("  "))
+        .count();
+    assert_eq!(
+        lines,
+        names.len(),
+        "other problems than these {names:?}: {}",
+        finished.stderr
+    );
     assert!(!finished.stderr.contains(SECRET), "{}", finished.stderr);
 }
 
@@ -158,7 +203,8 @@ async fn help_and_env_example_list_the_same_settings_and_defaults() {
         let expected = setting.default.as_deref().filter(plain).unwrap_or_default();
         match listed.remove(name) {
             None => problems.push(format!("{name} is not there")),
-            Some(value) if value == expected || (name == "LITESTRIPE_BATCH" && value.is_empty()) => {}
+            Some(value)
+                if value == expected || (name == "LITESTRIPE_BATCH" && value.is_empty()) => {}
             Some(value) => problems.push(format!("{name}={value}, but {expected:?} in --help")),
         }
     }
@@ -177,12 +223,22 @@ async fn help_and_readme_list_the_same_settings_and_defaults() {
             continue;
         };
         if row.program != setting.program {
-            problems.push(format!("{name} is a setting of {}, not of {}", setting.program, row.program));
+            problems.push(format!(
+                "{name} is a setting of {}, not of {}",
+                setting.program, row.program
+            ));
         }
         let default = row.default.trim_start_matches("as ");
         let is_none = ["", "-", "–", "—", "none", "required"].contains(&default);
-        if setting.default.as_deref().map_or(!is_none, |expected| expected != default) {
-            problems.push(format!("{name} has the default {default:?}, but {:?} in --help", setting.default));
+        if setting
+            .default
+            .as_deref()
+            .map_or(!is_none, |expected| expected != default)
+        {
+            problems.push(format!(
+                "{name} has the default {default:?}, but {:?} in --help",
+                setting.default
+            ));
         }
     }
     check_listed("README.md", problems, listed);
@@ -192,7 +248,11 @@ fn check_listed<T>(place: &str, mut problems: Vec<String>, rest: BTreeMap<String
     // STRIPE_PUBLIC_KEY belongs to a front end.
     let rest = rest.into_keys().filter(|name| name != "STRIPE_PUBLIC_KEY");
     problems.extend(rest.map(|name| format!("{name} is in no --help")));
-    assert!(problems.is_empty(), "{place} and --help disagree:\n  {}", problems.join("\n  "));
+    assert!(
+        problems.is_empty(),
+        "{place} and --help disagree:\n  {}",
+        problems.join("\n  ")
+    );
 }
 
 /// What is told of a setting.
@@ -216,11 +276,23 @@ async fn helped() -> BTreeMap<String, Told> {
         let finished = run(Program::named(program).arg("--help")).await;
         assert!(finished.status.success());
         // An entry begins with its flag and is wrapped; within it only single blanks matter.
-        let words = finished.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+        let words = finished
+            .stdout
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ");
         for entry in words.split(" --").skip(1) {
-            let Some(name) = within(entry, "[env: ") else { continue };
-            assert!(entry.starts_with(&name.to_lowercase().replace('_', "-")), "the flag of {name} is of another name");
-            let told = Told { program: short, default: within(entry, "[default: ") };
+            let Some(name) = within(entry, "[env: ") else {
+                continue;
+            };
+            assert!(
+                entry.starts_with(&name.to_lowercase().replace('_', "-")),
+                "the flag of {name} is of another name"
+            );
+            let told = Told {
+                program: short,
+                default: within(entry, "[default: "),
+            };
             if let Some(other) = all.insert(name.clone(), told) {
                 let told = all.get_mut(&name).expect("it was inserted just now");
                 assert_eq!(told.default, other.default, "{name} has two defaults");
@@ -247,8 +319,12 @@ fn example(text: &str) -> BTreeMap<String, String> {
             section = title;
         }
         let line = line.trim_start_matches("# ");
-        let Some((name, value)) = line.split_once('=') else { continue };
-        let is_name = name.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_');
+        let Some((name, value)) = line.split_once('=') else {
+            continue;
+        };
+        let is_name = name
+            .bytes()
+            .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_');
         if is_name && !section.contains("compose.yml only") {
             values.insert(name.to_owned(), value.trim_matches('\'').to_owned());
         }
@@ -258,18 +334,36 @@ fn example(text: &str) -> BTreeMap<String, String> {
 
 fn table(text: &str) -> BTreeMap<String, Row> {
     let mut rows = BTreeMap::new();
-    for line in text.lines().filter(|line| line.trim_start().starts_with("| `")) {
-        let cells: Vec<_> = line.split('|').skip(1).map(|cell| cell.trim().replace("\\", "")).collect();
-        let [names, program, default, _meaning, ..] = cells.as_slice() else { continue };
+    for line in text
+        .lines()
+        .filter(|line| line.trim_start().starts_with("| `"))
+    {
+        let cells: Vec<_> = line
+            .split('|')
+            .skip(1)
+            .map(|cell| cell.trim().replace("\\", ""))
+            .collect();
+        let [names, program, default, _meaning, ..] = cells.as_slice() else {
+            continue;
+        };
         // Streams and tables are listed in tables as well.
         if !["ingress", "worker", "both"].contains(&program.as_str()) {
             continue;
         }
         // One row may list several settings that go together.
         for name in names.split('`').skip(1).step_by(2) {
-            if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_') {
-                let row = Row { program: program.clone(), default: default.replace('`', "") };
-                assert!(rows.insert(name.to_owned(), row).is_none(), "{name} is in README.md's table twice");
+            if name
+                .bytes()
+                .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_')
+            {
+                let row = Row {
+                    program: program.clone(),
+                    default: default.replace('`', ""),
+                };
+                assert!(
+                    rows.insert(name.to_owned(), row).is_none(),
+                    "{name} is in README.md's table twice"
+                );
             }
         }
     }

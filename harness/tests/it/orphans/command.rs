@@ -28,17 +28,35 @@ const COMMAND: Duration = Duration::from_secs(60);
 async fn orphans_are_listed_and_shown(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let none = orphans(&bridge, &["list"]).await;
-    assert_eq!((none.status.code(), none.stdout.trim()), (Some(0), "no open orphans"));
+    assert_eq!(
+        (none.status.code(), none.stdout.trim()),
+        (Some(0), "no open orphans")
+    );
     let none = orphans(&bridge, &["list", "--json"]).await;
     assert_eq!(json_of(&none), json!([]));
 
     let purchase = paid(&bridge).await;
     let listed = orphans(&bridge, &["list"]).await;
-    let [header, line] = listed.stdout.lines().collect::<Vec<_>>()[..] else { panic!("{}", listed.stdout) };
-    assert_eq!(words(header), ["id", "reason", "email", "customer", "mode", "since", "state"]);
+    let [header, line] = listed.stdout.lines().collect::<Vec<_>>()[..] else {
+        panic!("{}", listed.stdout)
+    };
+    assert_eq!(
+        words(header),
+        [
+            "id", "reason", "email", "customer", "mode", "since", "state"
+        ]
+    );
     let since = words(line)[5].to_owned();
     let customer = purchase.customer.as_str();
-    let expected = [&purchase.subscription, "missing_client_reference_id", EMAIL, customer, "test", &since, "open"];
+    let expected = [
+        &purchase.subscription,
+        "missing_client_reference_id",
+        EMAIL,
+        customer,
+        "test",
+        &since,
+        "open",
+    ];
     assert_eq!(words(line), expected);
     let listed = orphans(&bridge, &["list", "--json"]).await;
     let shown = orphans(&bridge, &["show", &purchase.subscription, "--json"]).await;
@@ -60,12 +78,26 @@ async fn orphans_are_listed_and_shown(database: DatabaseKind) {
     });
     assert_eq!(shown, expected);
     let table = orphans(&bridge, &["show", &purchase.subscription]).await;
-    assert!(table.stdout.lines().any(|line| words(line) == ["customer_email", EMAIL]), "{}", table.stdout);
+    assert!(
+        table
+            .stdout
+            .lines()
+            .any(|line| words(line) == ["customer_email", EMAIL]),
+        "{}",
+        table.stdout
+    );
 
     resolve(&bridge, &purchase.subscription, "user_1").await;
-    assert_eq!(orphans(&bridge, &["list"]).await.stdout.trim(), "no open orphans");
+    assert_eq!(
+        orphans(&bridge, &["list"]).await.stdout.trim(),
+        "no open orphans"
+    );
     let all = orphans(&bridge, &["list", "--all"]).await;
-    assert!(all.stdout.contains("resolved: user_1") && !all.stdout.contains(EMAIL), "{}", all.stdout);
+    assert!(
+        all.stdout.contains("resolved: user_1") && !all.stdout.contains(EMAIL),
+        "{}",
+        all.stdout
+    );
 }
 
 async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: DatabaseKind) {
@@ -74,7 +106,11 @@ async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: Databa
     let more = "INSERT INTO orphaned_payment (id, reason, event_id, livemode, dt_created, dt_last_updated) \
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) \
         SELECT 'cs_' || i, reason, event_id, livemode, dt_created, dt_last_updated FROM n, orphaned_payment";
-    bridge.database.query(more).await.expect("the rows can be made");
+    bridge
+        .database
+        .query(more)
+        .await
+        .expect("the rows can be made");
 
     let listed = orphans(&bridge, &["list"]).await;
     assert_eq!(listed.stdout.lines().count(), 1 + 1000);
@@ -82,52 +118,104 @@ async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: Databa
     let listed = orphans(&bridge, &["list", "--json"]).await;
     assert_eq!(json_of(&listed).as_array().map(Vec::len), Some(1000));
     assert_eq!(listed.stderr.trim(), "only the newest 1000 are listed");
-    bridge.database.query("DELETE FROM orphaned_payment WHERE id = 'cs_1'").await.expect("it can be deleted");
+    bridge
+        .database
+        .query("DELETE FROM orphaned_payment WHERE id = 'cs_1'")
+        .await
+        .expect("it can be deleted");
     assert_eq!(orphans(&bridge, &["list"]).await.stderr, "");
 }
 
 async fn other_mode_is_no_obstacle_to_a_resolution(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    let (live, user) = (Purchase::new(now() - 60), json!({ "client_reference_id": "user_1" }));
+    let (live, user) = (
+        Purchase::new(now() - 60),
+        json!({ "client_reference_id": "user_1" }),
+    );
     let mut session = live.checkout_session_event(COMPLETED, live.created, user);
     session.value["livemode"] = true.into();
     apply(&bridge, &session).await;
     let test = paid(&bridge).await;
 
     let done = resolve(&bridge, &test.subscription, "user_1").await;
-    assert_eq!((done.status.code(), done.stderr.as_str()), (Some(0), ""), "{}", done.stdout);
+    assert_eq!(
+        (done.status.code(), done.stderr.as_str()),
+        (Some(0), ""),
+        "{}",
+        done.stdout
+    );
 }
 
 async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let missing = paid(&bridge).await;
-    bridge.deliver(&missing.subscription_event(CREATED, missing.created, json!({}))).await;
+    bridge
+        .deliver(&missing.subscription_event(CREATED, missing.created, json!({})))
+        .await;
     let unclaimed = Purchase::new(now() - 60);
-    apply(&bridge, &unclaimed.subscription_event(CREATED, unclaimed.created, json!({}))).await;
+    apply(
+        &bridge,
+        &unclaimed.subscription_event(CREATED, unclaimed.created, json!({})),
+    )
+    .await;
     until(&bridge, &unclaimed.subscription, |_| true).await;
 
-    for (user, purchase) in [("user_1", &missing), ("user 2 of Müller & Söhne", &unclaimed)] {
+    for (user, purchase) in [
+        ("user_1", &missing),
+        ("user 2 of Müller & Söhne", &unclaimed),
+    ] {
         let id = purchase.subscription.as_str();
         let done = resolve(&bridge, id, user).await;
-        assert_eq!((done.status.code(), done.stderr.as_str()), (Some(0), ""), "{}", done.stdout);
-        assert_eq!(done.stdout.trim(), format!("{id} is resolved to client reference id {user}"));
+        assert_eq!(
+            (done.status.code(), done.stderr.as_str()),
+            (Some(0), ""),
+            "{}",
+            done.stdout
+        );
+        assert_eq!(
+            done.stdout.trim(),
+            format!("{id} is resolved to client reference id {user}")
+        );
         let signals = bridge.check().await;
         let found = orphan(&bridge, id).await;
         assert!(found.resolved_at.is_some());
         assert_eq!(found.resolved_client_reference_id.as_deref(), Some(user));
         assert_eq!(found.customer_email, None);
-        assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some(user));
+        assert_eq!(
+            bridge.row(id).await.client_reference_id.as_deref(),
+            Some(user)
+        );
         assert_eq!(of(&signals, "orphan.resolved", id).len(), 1);
-        assert_eq!(of(&signals, "orphan.resolved", id)[0].body["event"]["type"], "litestripe.resolution");
-        let last = of_subscription(&signals, id).pop().expect("the row was signalled").clone();
-        assert_eq!((last.changed(), &last.body["client_reference_id"]), (vec!["client_reference_id"], &json!(user)));
+        assert_eq!(
+            of(&signals, "orphan.resolved", id)[0].body["event"]["type"],
+            "litestripe.resolution"
+        );
+        let last = of_subscription(&signals, id)
+            .pop()
+            .expect("the row was signalled")
+            .clone();
+        assert_eq!(
+            (last.changed(), &last.body["client_reference_id"]),
+            (vec!["client_reference_id"], &json!(user))
+        );
     }
     // A session that comes after the resolution, of before it, changes nothing of it.
     let session = unclaimed.checkout_session_event(COMPLETED, unclaimed.created, json!({}));
     apply(&bridge, &session).await;
     let signals = bridge.check().await;
-    assert_eq!(orphan(&bridge, &unclaimed.subscription).await.customer_email, None);
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (2, 2));
+    assert_eq!(
+        orphan(&bridge, &unclaimed.subscription)
+            .await
+            .customer_email,
+        None
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (2, 2)
+    );
 }
 
 async fn resolution_of_a_payment_without_a_subscription(database: DatabaseKind) {
@@ -142,30 +230,75 @@ async fn resolution_of_a_payment_without_a_subscription(database: DatabaseKind) 
 
     let signals = bridge.check().await;
     let found = orphan(&bridge, &purchase.checkout_session).await;
-    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_1"), None));
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            found.resolved_client_reference_id.as_deref(),
+            found.customer_email
+        ),
+        (Some("user_1"), None)
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
     assert_eq!(bridge.rows().await, []);
 }
 
 async fn nothing_is_done_by_halves(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    let (first, second, third) = (paid(&bridge).await, paid(&bridge).await, paid(&bridge).await);
-    assert_eq!(resolve(&bridge, &first.subscription, "user_1").await.status.code(), Some(0));
+    let (first, second, third) = (
+        paid(&bridge).await,
+        paid(&bridge).await,
+        paid(&bridge).await,
+    );
+    assert_eq!(
+        resolve(&bridge, &first.subscription, "user_1")
+            .await
+            .status
+            .code(),
+        Some(0)
+    );
     bridge.check().await;
     let stored = bridge.stored_events().await;
     let (rows, before) = (bridge.rows().await, bridge.orphans().await);
 
     let refused = async |id: &str, user: &str, words: &[&str]| {
         let refused = resolve(&bridge, id, user).await;
-        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""), "{id} to {user}");
-        assert!(words.iter().all(|word| refused.stderr.contains(word)), "{}", refused.stderr);
+        assert_eq!(
+            (refused.status.code(), refused.stdout.as_str()),
+            (Some(1), ""),
+            "{id} to {user}"
+        );
+        assert!(
+            words.iter().all(|word| refused.stderr.contains(word)),
+            "{}",
+            refused.stderr
+        );
         assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
     };
-    refused(&first.subscription, "user_1", &["resolved already", "user_1", "nothing was changed"]).await;
-    refused(&first.subscription, "user_2", &["resolved already", "user_1", "nothing was changed"]).await;
+    refused(
+        &first.subscription,
+        "user_1",
+        &["resolved already", "user_1", "nothing was changed"],
+    )
+    .await;
+    refused(
+        &first.subscription,
+        "user_2",
+        &["resolved already", "user_1", "nothing was changed"],
+    )
+    .await;
     refused("sub_nobody", "user_2", &["no orphan sub_nobody"]).await;
     refused("' OR 1=1 --", "user_2", &["no orphan"]).await;
-    refused(&second.subscription, "user_1", &[&first.subscription, "nothing was changed", "--force"]).await;
+    refused(
+        &second.subscription,
+        "user_1",
+        &[&first.subscription, "nothing was changed", "--force"],
+    )
+    .await;
     refused(&second.subscription, "user\n2", &["control characters"]).await;
     let empty = resolve(&bridge, &second.subscription, "").await;
     assert_eq!(empty.status.code(), Some(2), "{}", empty.stderr);
@@ -173,18 +306,32 @@ async fn nothing_is_done_by_halves(database: DatabaseKind) {
     assert_eq!((shown.status.code(), shown.stdout.as_str()), (Some(1), ""));
 
     bridge.check().await;
-    assert_eq!((bridge.rows().await, bridge.orphans().await), (rows, before));
+    assert_eq!(
+        (bridge.rows().await, bridge.orphans().await),
+        (rows, before)
+    );
     assert_eq!(bridge.stored_events().await, stored);
 
     // Meant as it is said.
-    let arguments = ["resolve", &second.subscription, "--client-reference-id", "user_1", "--force", "--json"];
+    let arguments = [
+        "resolve",
+        &second.subscription,
+        "--client-reference-id",
+        "user_1",
+        "--force",
+        "--json",
+    ];
     let forced = orphans(&bridge, &arguments).await;
     assert_eq!(json_of(&forced)["resolved_client_reference_id"], "user_1");
     assert_eq!(json_of(&forced)["customer_email"], Value::Null);
     // What has ended is no obstacle.
     for purchase in [&first, &second] {
         let ended = json!({ "status": "canceled", "ended_at": now() });
-        apply(&bridge, &purchase.subscription_event("customer.subscription.deleted", now(), ended)).await;
+        apply(
+            &bridge,
+            &purchase.subscription_event("customer.subscription.deleted", now(), ended),
+        )
+        .await;
     }
     let done = resolve(&bridge, &third.subscription, "user_1").await;
     assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
@@ -200,14 +347,36 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
     assert_eq!(stored.status.code(), Some(0), "{}", stored.stderr);
     let expected = json!({ "orphan_id": id, "client_reference_id": "user_1", "state": "stored" });
     assert_eq!(json_of(&told), expected);
-    assert!(stored.stdout.contains("takes effect when a worker runs"), "{}", stored.stdout);
-    assert_eq!(orphan(&bridge, &purchase.subscription).await.customer_email.as_deref(), Some(EMAIL));
+    assert!(
+        stored.stdout.contains("takes effect when a worker runs"),
+        "{}",
+        stored.stdout
+    );
+    assert_eq!(
+        orphan(&bridge, &purchase.subscription)
+            .await
+            .customer_email
+            .as_deref(),
+        Some(EMAIL)
+    );
 
     bridge.start_worker();
     let signals = bridge.check().await;
     let found = orphan(&bridge, &purchase.subscription).await;
-    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_1"), None));
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            found.resolved_client_reference_id.as_deref(),
+            found.customer_email
+        ),
+        (Some("user_1"), None)
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKind) {
@@ -217,10 +386,23 @@ async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKin
     bridge.workers.pop().expect("there is one").stop().await;
     let stored = bridge.stored_events().await;
     let id = purchase.subscription.as_str();
-    let first = bridge.worker().args(["orphans", "resolve", id, "--client-reference-id", "user_1"]).start();
+    let first = bridge
+        .worker()
+        .args(["orphans", "resolve", id, "--client-reference-id", "user_1"])
+        .start();
     let at = until_stored(&bridge, stored + 1).await;
-    eventually("the next second", DEADLINE, async || if now() > at { Ok(()) } else { Err(at.to_string()) }).await;
-    let second = bridge.worker().args(["orphans", "resolve", id, "--client-reference-id", "user_2"]).start();
+    eventually("the next second", DEADLINE, async || {
+        if now() > at {
+            Ok(())
+        } else {
+            Err(at.to_string())
+        }
+    })
+    .await;
+    let second = bridge
+        .worker()
+        .args(["orphans", "resolve", id, "--client-reference-id", "user_2"])
+        .start();
     until_stored(&bridge, stored + 2).await;
     bridge.start_worker();
     let (_, _) = (first.wait(COMMAND).await, second.wait(COMMAND).await);
@@ -231,7 +413,9 @@ async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKin
     assert_eq!(row.client_reference_id, found.resolved_client_reference_id);
     let user = found.resolved_client_reference_id.unwrap_or_default();
     let told = if user == "user_2" { &second } else { &first };
-    let says_so = told.stdout().contains(&format!("{id} is resolved to client reference id {user}"));
+    let says_so = told
+        .stdout()
+        .contains(&format!("{id} is resolved to client reference id {user}"));
     assert!(says_so, "{user} was told {:?}", told.log());
     // The other one may have looked before it was overruled, and was right then.
     assert_eq!(user, "user_2", "the later word counts");
@@ -241,7 +425,11 @@ async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKin
 async fn until_stored(bridge: &Bridge, count: u64) -> i64 {
     eventually("a resolution to be stored", DEADLINE, async || {
         let stored = bridge.stored_events().await;
-        if stored >= count { Ok(OffsetDateTime::now_utc().unix_timestamp()) } else { Err(stored.to_string()) }
+        if stored >= count {
+            Ok(OffsetDateTime::now_utc().unix_timestamp())
+        } else {
+            Err(stored.to_string())
+        }
     })
     .await
 }
@@ -249,7 +437,11 @@ async fn until_stored(bridge: &Bridge, count: u64) -> i64 {
 /// A payment that is an orphan.
 async fn paid(bridge: &Bridge) -> Purchase {
     let purchase = Purchase::new(now() - 60);
-    apply(bridge, &purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+    apply(
+        bridge,
+        &purchase.checkout_session_event(COMPLETED, purchase.created, json!({})),
+    )
+    .await;
     purchase
 }
 
@@ -258,7 +450,12 @@ pub(super) async fn resolve(bridge: &Bridge, id: &str, user: &str) -> Finished {
 }
 
 async fn orphans(bridge: &Bridge, arguments: &[&str]) -> Finished {
-    bridge.worker().arg("orphans").args(arguments).run(COMMAND).await
+    bridge
+        .worker()
+        .arg("orphans")
+        .args(arguments)
+        .run(COMMAND)
+        .await
 }
 
 fn json_of(finished: &Finished) -> Value {

@@ -8,8 +8,8 @@ use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::json;
 
 use super::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, of, orphan, questions, until,
-    until_nothing_is_asked,
+    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, of, orphan, questions,
+    until, until_nothing_is_asked,
 };
 
 on_both_databases!(
@@ -27,13 +27,22 @@ on_both_databases!(
 
 async fn grace_ends_once_however_many_workers_run(database: DatabaseKind) {
     const GRACE: Duration = Duration::from_secs(2);
-    let options = Options::on(database).workers(3).worker("LITESTRIPE_ORPHAN_GRACE", "2s");
+    let options = Options::on(database)
+        .workers(3)
+        .worker("LITESTRIPE_ORPHAN_GRACE", "2s");
     let bridge = Bridge::start(options).await;
     // Stripe's clock may run ahead of ours.
     let times = [now() - MONTH, now() - 1, now(), now() + 3];
-    let purchases: Vec<_> = times.iter().cycle().take(24).map(|&created| Purchase::new(created)).collect();
+    let purchases: Vec<_> = times
+        .iter()
+        .cycle()
+        .take(24)
+        .map(|&created| Purchase::new(created))
+        .collect();
     for purchase in &purchases {
-        bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        bridge
+            .deliver(&purchase.subscription_event(CREATED, purchase.created, json!({})))
+            .await;
     }
     bridge.wait_until_applied().await;
     until_nothing_is_asked(&bridge).await;
@@ -45,19 +54,43 @@ async fn grace_ends_once_however_many_workers_run(database: DatabaseKind) {
         let orphan = orphan(&bridge, &purchase.subscription).await;
         let row = bridge.row(&purchase.subscription).await;
         let start = row.dt_created.max(row.created.expect("its event was seen"));
-        assert!(orphan.dt_created >= start + GRACE, "{} is early: {}", orphan.dt_created, start);
+        assert!(
+            orphan.dt_created >= start + GRACE,
+            "{} is early: {}",
+            orphan.dt_created,
+            start
+        );
         assert_eq!(orphan.reason, "no_checkout_session");
         assert_eq!(orphan.stripe_customer_id.as_ref(), Some(&purchase.customer));
-        assert_eq!(orphan.stripe_subscription_id.as_ref(), Some(&purchase.subscription));
-        assert_eq!((orphan.checkout_session_id, orphan.customer_email, orphan.resolved_at), (None, None, None));
+        assert_eq!(
+            orphan.stripe_subscription_id.as_ref(),
+            Some(&purchase.subscription)
+        );
+        assert_eq!(
+            (
+                orphan.checkout_session_id,
+                orphan.customer_email,
+                orphan.resolved_at
+            ),
+            (None, None, None)
+        );
         assert_eq!(of(&signals, "orphan.created", &orphan.id).len(), 1);
     }
 }
 
 async fn late_session_resolves_what_no_session_had_claimed(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).workers(3).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let bridge = Bridge::start(
+        Options::on(database)
+            .workers(3)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "1s"),
+    )
+    .await;
     let purchase = Purchase::new(now() - 60);
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({})),
+    )
+    .await;
     let id = purchase.subscription.as_str();
     until(&bridge, id, |orphan| orphan.resolved_at.is_none()).await;
 
@@ -68,19 +101,40 @@ async fn late_session_resolves_what_no_session_had_claimed(database: DatabaseKin
     let signals = bridge.check().await;
     let resolved = orphan(&bridge, id).await;
     assert!(resolved.resolved_at.is_some());
-    assert_eq!(resolved.resolved_client_reference_id.as_deref(), Some("user_1"));
+    assert_eq!(
+        resolved.resolved_client_reference_id.as_deref(),
+        Some("user_1")
+    );
     assert_eq!(resolved.customer_email, None);
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
-    assert_eq!(of(&signals, "orphan.resolved", id)[0].body["event"]["id"], session.id());
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
+    assert_eq!(
+        of(&signals, "orphan.resolved", id)[0].body["event"]["id"],
+        session.id()
+    );
     let told = of_subscription(&signals, id);
     let last = told.last().expect("the row was signalled");
-    assert_eq!((&last.body["client_reference_id"], &last.body["access"]), (&json!("user_1"), &json!("granted")));
+    assert_eq!(
+        (&last.body["client_reference_id"], &last.body["access"]),
+        (&json!("user_1"), &json!("granted"))
+    );
 }
 
-async fn late_session_without_a_reference_brings_its_email_and_no_second_orphan(database: DatabaseKind) {
+async fn late_session_without_a_reference_brings_its_email_and_no_second_orphan(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let purchase = Purchase::new(now() - 60);
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({})),
+    )
+    .await;
     let id = purchase.subscription.as_str();
     until(&bridge, id, |orphan| orphan.customer_email.is_none()).await;
 
@@ -89,34 +143,60 @@ async fn late_session_without_a_reference_brings_its_email_and_no_second_orphan(
     let found = orphan(&bridge, id).await;
     assert_eq!(found.reason, "missing_client_reference_id");
     assert_eq!(found.customer_email.as_deref(), Some(EMAIL));
-    assert_eq!(found.checkout_session_id.as_ref(), Some(&purchase.checkout_session));
+    assert_eq!(
+        found.checkout_session_id.as_ref(),
+        Some(&purchase.checkout_session)
+    );
     assert_eq!(found.resolved_at, None);
 
     let late = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created + 30, late)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(COMPLETED, purchase.created + 30, late),
+    )
+    .await;
     bridge.publish(COMPLETED, session.body(), "again").await;
     let signals = bridge.check().await;
     let found = orphan(&bridge, id).await;
     assert!(found.resolved_at.is_some());
     assert_eq!(found.customer_email, None);
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn session_within_the_grace_period_makes_no_orphan(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).workers(2).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
+    let bridge = Bridge::start(
+        Options::on(database)
+            .workers(2)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "1h"),
+    )
+    .await;
     let (before, after) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let session = |purchase: &Purchase| {
         let user = json!({ "client_reference_id": "user_1" });
         purchase.checkout_session_event(COMPLETED, purchase.created, user)
     };
-    let created = |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
+    let created =
+        |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
     apply(&bridge, &session(&before)).await;
     apply(&bridge, &created(&before)).await;
     apply(&bridge, &created(&after)).await;
-    assert_eq!(questions(&bridge).await, [(after.subscription.clone(), "grace".to_owned())]);
+    assert_eq!(
+        questions(&bridge).await,
+        [(after.subscription.clone(), "grace".to_owned())]
+    );
     apply(&bridge, &session(&after)).await;
 
-    assert_eq!(questions(&bridge).await, [], "nothing is left that could make one");
+    assert_eq!(
+        questions(&bridge).await,
+        [],
+        "nothing is left that could make one"
+    );
     assert_eq!(bridge.orphans().await, []);
 }
 
@@ -135,9 +215,22 @@ async fn subscriptions_without_a_session_may_be_wanted(database: DatabaseKind) {
         .await;
 
     bridge.check().await;
-    assert_eq!(questions(&bridge).await, [], "nothing is left that could make one");
-    let ids: Vec<_> = bridge.orphans().await.into_iter().map(|orphan| orphan.id).collect();
-    assert_eq!(ids, [paid.subscription], "a session that names nobody is another matter");
+    assert_eq!(
+        questions(&bridge).await,
+        [],
+        "nothing is left that could make one"
+    );
+    let ids: Vec<_> = bridge
+        .orphans()
+        .await
+        .into_iter()
+        .map(|orphan| orphan.id)
+        .collect();
+    assert_eq!(
+        ids,
+        [paid.subscription],
+        "a session that names nobody is another matter"
+    );
 }
 
 async fn old_account_makes_no_orphans(database: DatabaseKind) {
@@ -145,13 +238,21 @@ async fn old_account_makes_no_orphans(database: DatabaseKind) {
     for _ in 0..5 {
         let purchase = Purchase::new(now() - 20 * MONTH);
         let renewed = json!({ "items": purchase.items(now() - 60, now() - 60 + MONTH) });
-        bridge.deliver(&purchase.subscription_event(UPDATED, now() - 60, renewed.clone())).await;
-        bridge.deliver(&purchase.subscription_event("customer.subscription.deleted", now(), renewed)).await;
+        bridge
+            .deliver(&purchase.subscription_event(UPDATED, now() - 60, renewed.clone()))
+            .await;
+        bridge
+            .deliver(&purchase.subscription_event("customer.subscription.deleted", now(), renewed))
+            .await;
     }
 
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 5);
-    assert_eq!(questions(&bridge).await, [], "nothing is left that could make one");
+    assert_eq!(
+        questions(&bridge).await,
+        [],
+        "nothing is left that could make one"
+    );
     assert_eq!(bridge.orphans().await, []);
 }
 
@@ -162,29 +263,59 @@ async fn subscription_that_was_never_paid_is_no_orphan(database: DatabaseKind) {
     bridge
         .publish_all(
             [
-                given_up.subscription_event(CREATED, given_up.created, json!({ "status": "incomplete" })),
+                given_up.subscription_event(
+                    CREATED,
+                    given_up.created,
+                    json!({ "status": "incomplete" }),
+                ),
                 given_up.subscription_event(UPDATED, given_up.created + 30, expired),
                 trial.subscription_event(CREATED, trial.created, trial.on_trial()),
             ]
-            .map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned()))
+            .map(|event| {
+                (
+                    event.event_type().to_owned(),
+                    event.body(),
+                    event.id().to_owned(),
+                )
+            })
             .into(),
         )
         .await;
 
     bridge.wait_until_applied().await;
-    until(&bridge, &trial.subscription, |orphan| orphan.reason == "no_checkout_session").await;
+    until(&bridge, &trial.subscription, |orphan| {
+        orphan.reason == "no_checkout_session"
+    })
+    .await;
     assert_eq!(bridge.orphans().await.len(), 1, "a trial is somebody's");
 }
 
-async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(database: DatabaseKind) {
+async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let purchase = Purchase::new(now() - 60);
-    apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({ "status": "incomplete" }))).await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, json!({ "status": "incomplete" })),
+    )
+    .await;
     until_nothing_is_asked(&bridge).await;
     assert_eq!(bridge.orphans().await, [], "nothing was paid");
 
-    apply(&bridge, &purchase.subscription_event(UPDATED, purchase.created + 30, json!({ "status": "active" }))).await;
-    until(&bridge, &purchase.subscription, |orphan| orphan.reason == "no_checkout_session").await;
+    apply(
+        &bridge,
+        &purchase.subscription_event(
+            UPDATED,
+            purchase.created + 30,
+            json!({ "status": "active" }),
+        ),
+    )
+    .await;
+    until(&bridge, &purchase.subscription, |orphan| {
+        orphan.reason == "no_checkout_session"
+    })
+    .await;
     let signals = bridge.check().await;
     assert_eq!(counted(&signals, "orphan.created"), 1);
 }
@@ -193,9 +324,17 @@ async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(d
 async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
     let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_ORPHAN_GRACE", "3s");
     let bridge = Bridge::start(options.worker("LITESTRIPE_BATCH", "1")).await;
-    let (purchase, before, after) = (Purchase::new(now()), Purchase::new(now()), Purchase::new(now()));
+    let (purchase, before, after) = (
+        Purchase::new(now()),
+        Purchase::new(now()),
+        Purchase::new(now()),
+    );
     for other in [&before, &after] {
-        apply(&bridge, &other.checkout_session_event(COMPLETED, now(), json!({}))).await;
+        apply(
+            &bridge,
+            &other.checkout_session_event(COMPLETED, now(), json!({})),
+        )
+        .await;
     }
     // A worker that lags: what comes about a locked row waits.
     let held = bridge.database.locked(&lock_of(&before.subscription)).await;
@@ -204,41 +343,88 @@ async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
         before.subscription_event(CREATED, before.created, json!({})),
     ];
     bridge
-        .publish_all(events.map(|event| (event.event_type().to_owned(), event.body(), event.id().to_owned())).into())
+        .publish_all(
+            events
+                .map(|event| {
+                    (
+                        event.event_type().to_owned(),
+                        event.body(),
+                        event.id().to_owned(),
+                    )
+                })
+                .into(),
+        )
         .await;
-    eventually("the end of the grace period to be looked at", DEADLINE, async || {
-        let asked = "SELECT 1 FROM due_check WHERE kind = 'grace' AND attempts > 0";
-        let asked = bridge.database.query(asked).await.expect("the database answers");
-        if asked.len() == 1 { Ok(()) } else { Err(format!("{:?}", questions(&bridge).await)) }
-    })
+    eventually(
+        "the end of the grace period to be looked at",
+        DEADLINE,
+        async || {
+            let asked = "SELECT 1 FROM due_check WHERE kind = 'grace' AND attempts > 0";
+            let asked = bridge
+                .database
+                .query(asked)
+                .await
+                .expect("the database answers");
+            if asked.len() == 1 {
+                Ok(())
+            } else {
+                Err(format!("{:?}", questions(&bridge).await))
+            }
+        },
+    )
     .await;
-    assert_eq!(bridge.orphans().await.len(), 2, "what came before the end may yet tell whose it is");
+    assert_eq!(
+        bridge.orphans().await.len(),
+        2,
+        "what came before the end may yet tell whose it is"
+    );
 
     let still_held = bridge.database.locked(&lock_of(&after.subscription)).await;
-    bridge.deliver(&after.subscription_event(CREATED, after.created, json!({}))).await;
+    bridge
+        .deliver(&after.subscription_event(CREATED, after.created, json!({})))
+        .await;
     held.rollback().await.expect("the database answers");
-    until(&bridge, &purchase.subscription, |orphan| orphan.reason == "no_checkout_session").await;
-    assert_eq!(bridge.row(&after.subscription).await.status, None, "its event still waits");
+    until(&bridge, &purchase.subscription, |orphan| {
+        orphan.reason == "no_checkout_session"
+    })
+    .await;
+    assert_eq!(
+        bridge.row(&after.subscription).await.status,
+        None,
+        "its event still waits"
+    );
     still_held.rollback().await.expect("the database answers");
     bridge.check().await;
 }
 
 async fn backlog_makes_no_orphans(database: DatabaseKind) {
     // Small batches, so that the sweep looks in between.
-    let options =
-        Options::on(database).workers(0).worker("LITESTRIPE_ORPHAN_GRACE", "0s").worker("LITESTRIPE_BATCH", "3");
+    let options = Options::on(database)
+        .workers(0)
+        .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
+        .worker("LITESTRIPE_BATCH", "3");
     let mut bridge = Bridge::start(options).await;
     let claimed: Vec<_> = (0..20).map(|_| Purchase::new(now() - MONTH)).collect();
     let others: Vec<_> = (0..2000).map(|_| Purchase::new(now() - MONTH)).collect();
     let lost = Purchase::new(now() - MONTH);
     let created = claimed.iter().chain([&lost]);
-    let created = created.map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
-    let others = others.iter().map(|purchase| purchase.subscription_event(UPDATED, now(), json!({})));
+    let created =
+        created.map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
+    let others = others
+        .iter()
+        .map(|purchase| purchase.subscription_event(UPDATED, now(), json!({})));
     let user = json!({ "client_reference_id": "user_1" });
     let sessions = claimed.iter();
-    let sessions = sessions.map(|purchase| purchase.checkout_session_event(COMPLETED, now(), user.clone()));
+    let sessions =
+        sessions.map(|purchase| purchase.checkout_session_event(COMPLETED, now(), user.clone()));
     let events = created.chain(others).chain(sessions);
-    let messages = events.map(|event| (event.event_type().to_owned(), event.compact_body(), event.id().to_owned()));
+    let messages = events.map(|event| {
+        (
+            event.event_type().to_owned(),
+            event.compact_body(),
+            event.id().to_owned(),
+        )
+    });
     bridge.publish_all(messages.collect()).await;
     for _ in 0..2 {
         bridge.start_worker();
@@ -247,24 +433,51 @@ async fn backlog_makes_no_orphans(database: DatabaseKind) {
     bridge.wait_until_applied().await;
     eventually("the grace period to end", DEADLINE, async || {
         let orphans = bridge.orphans().await;
-        if questions(&bridge).await.is_empty() { Ok(()) } else { Err(format!("{orphans:#?}")) }
+        if questions(&bridge).await.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{orphans:#?}"))
+        }
     })
     .await;
     let signals = bridge.check().await;
-    let ids: Vec<_> = bridge.orphans().await.into_iter().map(|orphan| orphan.id).collect();
-    assert_eq!(ids, [lost.subscription], "the sessions were there all the time");
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 0));
+    let ids: Vec<_> = bridge
+        .orphans()
+        .await
+        .into_iter()
+        .map(|orphan| orphan.id)
+        .collect();
+    assert_eq!(
+        ids,
+        [lost.subscription],
+        "the sessions were there all the time"
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 0)
+    );
 }
 
 async fn times_at_the_end_of_the_calendar_stop_nobody(database: DatabaseKind) {
     /// The last second of the year 9999, which every column can hold.
     const END: i64 = 253_402_300_799;
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
-    let (created, uncertain, ordinary) = (Purchase::new(END), Purchase::new(now()), Purchase::new(now()));
+    let (created, uncertain, ordinary) = (
+        Purchase::new(END),
+        Purchase::new(now()),
+        Purchase::new(now()),
+    );
     let seats = |seats: &str| json!({ "metadata": { "seats": seats } });
     bridge
         .deliver_all(&[
-            created.subscription_event(CREATED, now(), json!({ "items": created.items(END - 60, END) })),
+            created.subscription_event(
+                CREATED,
+                now(),
+                json!({ "items": created.items(END - 60, END) }),
+            ),
             uncertain.subscription_event(UPDATED, END, seats("1")),
             uncertain.subscription_event(UPDATED, END, seats("2")),
             ordinary.subscription_event(CREATED, ordinary.created, json!({})),
@@ -275,10 +488,20 @@ async fn times_at_the_end_of_the_calendar_stop_nobody(database: DatabaseKind) {
         let worker = &bridge.workers[0];
         assert!(worker.is_running(), "it ended:\n{}", worker.log());
         let orphans = bridge.orphans().await;
-        if orphans.iter().any(|orphan| orphan.id == ordinary.subscription) { Ok(()) } else { Err(worker.log()) }
+        if orphans
+            .iter()
+            .any(|orphan| orphan.id == ordinary.subscription)
+        {
+            Ok(())
+        } else {
+            Err(worker.log())
+        }
     })
     .await;
-    assert_eq!((bridge.rows().await.len(), bridge.orphans().await.len()), (3, 1));
+    assert_eq!(
+        (bridge.rows().await.len(), bridge.orphans().await.len()),
+        (3, 1)
+    );
     assert!(bridge.row(&uncertain.subscription).await.uncertain);
     assert_eq!(bridge.dead_letters().await.len(), 0);
     bridge.check().await;

@@ -39,15 +39,24 @@ const UNKNOWN: &str = "unknown_client_reference_id";
 const INJECTIONS: [&str; 3] = ["x' OR '1'='1", "'; DROP TABLE app_user; --", "$1"];
 
 async fn sql_lookup_asks_the_workers_own_database_with_the_id_bound(database: DatabaseKind) {
-    let options = Options::on(database)
-        .workers(0)
-        .worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 FROM app_user WHERE name = $1 OR other_name = $1");
+    let options = Options::on(database).workers(0).worker(
+        "LITESTRIPE_USER_LOOKUP",
+        "sql:SELECT 1 FROM app_user WHERE name = $1 OR other_name = $1",
+    );
     let mut bridge = Bridge::start(options).await;
     make_users(&bridge.database).await;
     bridge.start_worker();
 
     check_lookups(&bridge).await;
-    assert_eq!(bridge.database.query("SELECT * FROM app_user").await.expect("the table is still there").len(), 2);
+    assert_eq!(
+        bridge
+            .database
+            .query("SELECT * FROM app_user")
+            .await
+            .expect("the table is still there")
+            .len(),
+        2
+    );
 }
 
 async fn sql_lookup_asks_another_database(database: DatabaseKind) {
@@ -61,7 +70,10 @@ async fn sql_lookup_asks_another_database(database: DatabaseKind) {
     make_users(&users).await;
     let options = Options::on(database)
         .worker("LITESTRIPE_USER_DATABASE_URL", users.url())
-        .worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 FROM app_user WHERE name = $1");
+        .worker(
+            "LITESTRIPE_USER_LOOKUP",
+            "sql:SELECT 1 FROM app_user WHERE name = $1",
+        );
     let bridge = Bridge::start(options).await;
 
     check_lookups(&bridge).await;
@@ -76,50 +88,103 @@ async fn sql_lookup_may_only_read_the_applications_sqlite_database() {
     let url = users.url().replace("mode=rwc", "mode=ro");
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("LITESTRIPE_USER_DATABASE_URL", url)
-        .worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 FROM app_user WHERE name = $1");
+        .worker(
+            "LITESTRIPE_USER_LOOKUP",
+            "sql:SELECT 1 FROM app_user WHERE name = $1",
+        );
     let bridge = Bridge::start(options).await;
 
     check_lookups(&bridge).await;
-    let mode = users.query("PRAGMA journal_mode").await.expect("the database answers");
+    let mode = users
+        .query("PRAGMA journal_mode")
+        .await
+        .expect("the database answers");
     let mode: String = mode[0].try_get("", "journal_mode").expect("it is a text");
-    assert_eq!(mode, "delete", "the application's database is as the application made it");
+    assert_eq!(
+        mode, "delete",
+        "the application's database is as the application made it"
+    );
 }
 
 #[tokio::test]
 async fn id_that_is_not_of_the_type_of_the_users_ids_is_unknown() {
-    let options = Options::on(DatabaseKind::Postgres)
-        .workers(0)
-        .worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 FROM app_user WHERE id = $1::bigint");
+    let options = Options::on(DatabaseKind::Postgres).workers(0).worker(
+        "LITESTRIPE_USER_LOOKUP",
+        "sql:SELECT 1 FROM app_user WHERE id = $1::bigint",
+    );
     let mut bridge = Bridge::start(options).await;
-    for sql in ["CREATE TABLE app_user (id bigint PRIMARY KEY)", "INSERT INTO app_user VALUES (42)"] {
-        bridge.database.query(sql).await.expect("the table can be made");
+    for sql in [
+        "CREATE TABLE app_user (id bigint PRIMARY KEY)",
+        "INSERT INTO app_user VALUES (42)",
+    ] {
+        bridge
+            .database
+            .query(sql)
+            .await
+            .expect("the table can be made");
     }
     bridge.start_worker();
     let known = buy(&bridge, "42").await;
     let mut unknown = Vec::new();
-    for id in ["43", "user_1", "", " ", "4711 OR 1=1", "99999999999999999999", "4.2"] {
+    for id in [
+        "43",
+        "user_1",
+        "",
+        " ",
+        "4711 OR 1=1",
+        "99999999999999999999",
+        "4.2",
+    ] {
         unknown.push(buy(&bridge, id).await);
     }
     bridge.wait_until_applied().await;
 
     for purchase in &unknown {
-        until(&bridge, &purchase.subscription, |orphan| orphan.customer_email.is_some()).await;
+        until(&bridge, &purchase.subscription, |orphan| {
+            orphan.customer_email.is_some()
+        })
+        .await;
     }
-    assert_eq!(bridge.orphans().await.len(), unknown.len(), "{} is known", known.subscription);
+    assert_eq!(
+        bridge.orphans().await.len(),
+        unknown.len(),
+        "{} is known",
+        known.subscription
+    );
 }
 
 async fn sql_lookup_that_fails_is_no_answer(database: DatabaseKind) {
-    let options = Options::on(database).worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 FROM app_user WHERE name = $1");
+    let options = Options::on(database).worker(
+        "LITESTRIPE_USER_LOOKUP",
+        "sql:SELECT 1 FROM app_user WHERE name = $1",
+    );
     let bridge = Bridge::start(options).await;
     let (stranger, user) = (buy(&bridge, "nobody").await, buy(&bridge, "user_1").await);
     bridge.wait_until_applied().await;
-    assert_eq!(bridge.row(&stranger.subscription).await.client_reference_id.as_deref(), Some("nobody"));
-    bridge.workers[0].wait_for_log("no answer yet about", DEADLINE).await;
+    assert_eq!(
+        bridge
+            .row(&stranger.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("nobody")
+    );
+    bridge.workers[0]
+        .wait_for_log("no answer yet about", DEADLINE)
+        .await;
     assert_eq!(bridge.orphans().await, []);
 
     make_users(&bridge.database).await;
-    until(&bridge, &stranger.subscription, |orphan| orphan.reason == UNKNOWN).await;
-    assert_eq!(bridge.orphans().await.len(), 1, "{} is known", user.subscription);
+    until(&bridge, &stranger.subscription, |orphan| {
+        orphan.reason == UNKNOWN
+    })
+    .await;
+    assert_eq!(
+        bridge.orphans().await.len(),
+        1,
+        "{} is known",
+        user.subscription
+    );
     assert_eq!(bridge.workers[0].count_in_log(EMAIL), 0);
 }
 
@@ -128,8 +193,17 @@ async fn lookup_neither_delays_the_row_nor_takes_silence_for_unknown(database: D
     // Nobody listens there yet.
     let purchase = buy(&bridge, "user_1").await;
     bridge.wait_until_applied().await;
-    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_1"));
-    bridge.workers[0].wait_for_log("no answer yet about", DEADLINE).await;
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_1")
+    );
+    bridge.workers[0]
+        .wait_for_log("no answer yet about", DEADLINE)
+        .await;
     assert_eq!(bridge.orphans().await, []);
 
     let application = Application::start(&bridge).await;
@@ -150,11 +224,20 @@ async fn lookup_neither_delays_the_row_nor_takes_silence_for_unknown(database: D
 
     application.answer("user_1", Answer::Known(false));
     application.answer("user_2", Answer::Known(true));
-    let found = until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_none()).await;
+    let found = until(&bridge, &purchase.subscription, |orphan| {
+        orphan.resolved_at.is_none()
+    })
+    .await;
     check_unknown(&found, &purchase);
     until_asked_and_known(&application, &bridge, &second).await;
     let signals = bridge.check().await;
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 0));
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 0)
+    );
 }
 
 async fn user_who_is_created_later_resolves_the_orphan(database: DatabaseKind) {
@@ -162,23 +245,47 @@ async fn user_who_is_created_later_resolves_the_orphan(database: DatabaseKind) {
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
     let purchase = buy(&bridge, "user_1").await;
-    bridge.deliver(&purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
-    let found = until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_none()).await;
+    bridge
+        .deliver(&purchase.subscription_event(CREATED, purchase.created, json!({})))
+        .await;
+    let found = until(&bridge, &purchase.subscription, |orphan| {
+        orphan.resolved_at.is_none()
+    })
+    .await;
     check_unknown(&found, &purchase);
 
     application.answer("user_1", Answer::Known(true));
-    let found = until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_some()).await;
-    assert_eq!(found.resolved_client_reference_id.as_deref(), Some("user_1"));
+    let found = until(&bridge, &purchase.subscription, |orphan| {
+        orphan.resolved_at.is_some()
+    })
+    .await;
+    assert_eq!(
+        found.resolved_client_reference_id.as_deref(),
+        Some("user_1")
+    );
     assert_eq!(found.customer_email, None);
     // A repeated session asks nothing that could reopen it.
     application.answer("user_1", Answer::Known(false));
     let again = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &purchase.checkout_session_event(SUCCEEDED, now(), again)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(SUCCEEDED, now(), again),
+    )
+    .await;
     until_nothing_is_asked(&bridge).await;
     let signals = bridge.check().await;
     assert_eq!(orphan(&bridge, &found.id).await, found);
-    assert_eq!(of(&signals, "orphan.created", &found.id)[0].body["reason"], UNKNOWN);
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        of(&signals, "orphan.created", &found.id)[0].body["reason"],
+        UNKNOWN
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn payment_without_a_subscription_is_looked_up_once_it_is_paid(database: DatabaseKind) {
@@ -192,20 +299,49 @@ async fn payment_without_a_subscription_is_looked_up_once_it_is_paid(database: D
         let once = json!({ "mode": "payment", "subscription": null, "payment_status": "unpaid" });
         with(once, json!({ "client_reference_id": user }))
     };
-    apply(&bridge, &paid.checkout_session_event(COMPLETED, paid.created, unpaid("user_1"))).await;
-    apply(&bridge, &failed.checkout_session_event(COMPLETED, failed.created, unpaid("user_2"))).await;
-    apply(&bridge, &failed.checkout_session_event(FAILED, failed.created + 9, unpaid("user_2"))).await;
+    apply(
+        &bridge,
+        &paid.checkout_session_event(COMPLETED, paid.created, unpaid("user_1")),
+    )
+    .await;
+    apply(
+        &bridge,
+        &failed.checkout_session_event(COMPLETED, failed.created, unpaid("user_2")),
+    )
+    .await;
+    apply(
+        &bridge,
+        &failed.checkout_session_event(FAILED, failed.created + 9, unpaid("user_2")),
+    )
+    .await;
     assert_eq!(bridge.orphans().await, []);
     let succeeded = with(unpaid("user_1"), json!({ "payment_status": "paid" }));
-    apply(&bridge, &paid.checkout_session_event(SUCCEEDED, paid.created + 9, succeeded)).await;
+    apply(
+        &bridge,
+        &paid.checkout_session_event(SUCCEEDED, paid.created + 9, succeeded),
+    )
+    .await;
 
-    let found = until(&bridge, &paid.checkout_session, |orphan| orphan.resolved_at.is_none()).await;
-    assert_eq!((found.reason.as_str(), found.customer_email.as_deref()), (UNKNOWN, Some(EMAIL)));
+    let found = until(&bridge, &paid.checkout_session, |orphan| {
+        orphan.resolved_at.is_none()
+    })
+    .await;
+    assert_eq!(
+        (found.reason.as_str(), found.customer_email.as_deref()),
+        (UNKNOWN, Some(EMAIL))
+    );
     assert_eq!(found.stripe_subscription_id, None);
     application.answer("user_1", Answer::Known(true));
-    let found = until(&bridge, &paid.checkout_session, |orphan| orphan.resolved_at.is_some()).await;
+    let found = until(&bridge, &paid.checkout_session, |orphan| {
+        orphan.resolved_at.is_some()
+    })
+    .await;
     assert_eq!(found.customer_email, None);
-    assert_eq!(bridge.orphans().await.len(), 1, "what failed is nobody's payment");
+    assert_eq!(
+        bridge.orphans().await.len(),
+        1,
+        "what failed is nobody's payment"
+    );
     assert_eq!(application.asked("user_2"), 0, "nor a question");
 }
 
@@ -214,20 +350,45 @@ async fn late_session_resolves_the_orphan_once_its_user_is_known(database: Datab
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
     let purchase = Purchase::new(now() - 60);
-    apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created, json!({}))).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(COMPLETED, purchase.created, json!({})),
+    )
+    .await;
     let id = purchase.subscription.as_str();
-    assert_eq!(orphan(&bridge, id).await.reason, "missing_client_reference_id", "nothing to look up");
+    assert_eq!(
+        orphan(&bridge, id).await.reason,
+        "missing_client_reference_id",
+        "nothing to look up"
+    );
 
     let late = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created + 30, late)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(COMPLETED, purchase.created + 30, late),
+    )
+    .await;
     application.until_asked("user_1", 1).await;
-    assert_eq!(orphan(&bridge, id).await.resolved_at, None, "that one is nobody");
+    assert_eq!(
+        orphan(&bridge, id).await.resolved_at,
+        None,
+        "that one is nobody"
+    );
     application.answer("user_1", Answer::Known(true));
     let found = until(&bridge, id, |orphan| orphan.resolved_at.is_some()).await;
-    assert_eq!(found.resolved_client_reference_id.as_deref(), Some("user_1"));
+    assert_eq!(
+        found.resolved_client_reference_id.as_deref(),
+        Some("user_1")
+    );
     assert_eq!(found.customer_email, None);
     let signals = bridge.check().await;
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn reference_that_came_during_a_lookup_is_looked_up_too(database: DatabaseKind) {
@@ -238,21 +399,42 @@ async fn reference_that_came_during_a_lookup_is_looked_up_too(database: Database
     let purchase = buy(&bridge, "user_1").await;
     application.until_asked("user_1", 1).await;
     let newer = json!({ "client_reference_id": "user_2" });
-    apply(&bridge, &purchase.checkout_session_event(COMPLETED, purchase.created + 30, newer)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(COMPLETED, purchase.created + 30, newer),
+    )
+    .await;
     application.answer_now("user_1", true).await;
 
-    let found = until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_none()).await;
+    let found = until(&bridge, &purchase.subscription, |orphan| {
+        orphan.resolved_at.is_none()
+    })
+    .await;
     assert_eq!(found.reason, UNKNOWN);
-    assert_eq!(bridge.row(&purchase.subscription).await.client_reference_id.as_deref(), Some("user_2"));
+    assert_eq!(
+        bridge
+            .row(&purchase.subscription)
+            .await
+            .client_reference_id
+            .as_deref(),
+        Some("user_2")
+    );
 }
 
 async fn orphan_never_gets_the_email_of_another_customer(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let purchase = buy(&bridge, "user_1").await;
     bridge.wait_until_applied().await;
-    bridge.workers[0].wait_for_log("no answer yet about", DEADLINE).await;
+    bridge.workers[0]
+        .wait_for_log("no answer yet about", DEADLINE)
+        .await;
     // The stream is lost and made anew: what was its first event is another customer's now.
-    bridge.jetstream().await.delete_stream(EVENTS_STREAM).await.expect("it can be deleted");
+    bridge
+        .jetstream()
+        .await
+        .delete_stream(EVENTS_STREAM)
+        .await
+        .expect("it can be deleted");
     eventually("the stream to be made anew", DEADLINE, async || {
         let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
         stream.map(|_| ()).map_err(|error| error.to_string())
@@ -263,13 +445,24 @@ async fn orphan_never_gets_the_email_of_another_customer(database: DatabaseKind)
     session["client_reference_id"] = json!("user_2");
     session["customer_details"]["email"] = json!("somebody-else@example.com");
     let session = Event::new(COMPLETED, other.created, session);
-    assert_eq!(bridge.publish(COMPLETED, session.body(), session.id()).await, 1);
+    assert_eq!(
+        bridge
+            .publish(COMPLETED, session.body(), session.id())
+            .await,
+        1
+    );
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
     application.answer("user_2", Answer::Known(true));
 
-    let found = until(&bridge, &purchase.subscription, |orphan| orphan.reason == UNKNOWN).await;
-    assert_ne!(found.customer_email.as_deref(), Some("somebody-else@example.com"));
+    let found = until(&bridge, &purchase.subscription, |orphan| {
+        orphan.reason == UNKNOWN
+    })
+    .await;
+    assert_ne!(
+        found.customer_email.as_deref(),
+        Some("somebody-else@example.com")
+    );
 }
 
 async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
@@ -284,17 +477,38 @@ async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
     let done = resolve(&bridge, id, "user_2").await;
     assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
     let again = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &purchase.checkout_session_event(SUCCEEDED, purchase.created + 1, again)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(SUCCEEDED, purchase.created + 1, again),
+    )
+    .await;
     until_nothing_is_asked(&bridge).await;
 
     let signals = bridge.check().await;
     let found = orphan(&bridge, id).await;
-    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_2"), None));
-    assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some("user_2"));
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            found.resolved_client_reference_id.as_deref(),
+            found.customer_email
+        ),
+        (Some("user_2"), None)
+    );
+    assert_eq!(
+        bridge.row(id).await.client_reference_id.as_deref(),
+        Some("user_2")
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
-async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it(database: DatabaseKind) {
+async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
@@ -302,18 +516,43 @@ async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it
     let (purchase, ahead) = (Purchase::new(now() - 60), now() + 3600);
     let id = purchase.subscription.as_str();
     let unknown = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &purchase.checkout_session_event(COMPLETED, ahead, unknown)).await;
+    apply(
+        &bridge,
+        &purchase.checkout_session_event(COMPLETED, ahead, unknown),
+    )
+    .await;
     until(&bridge, id, |orphan| orphan.reason == UNKNOWN).await;
 
     let done = resolve(&bridge, id, "user_2").await;
     let said = format!("{id} is resolved to client reference id user_2");
-    assert_eq!((done.status.code(), done.stdout.trim()), (Some(0), said.as_str()), "{}", done.stderr);
+    assert_eq!(
+        (done.status.code(), done.stdout.trim()),
+        (Some(0), said.as_str()),
+        "{}",
+        done.stderr
+    );
     until_nothing_is_asked(&bridge).await;
     let signals = bridge.check().await;
     let found = orphan(&bridge, id).await;
-    assert_eq!((found.resolved_client_reference_id.as_deref(), found.customer_email), (Some("user_2"), None));
-    assert_eq!(bridge.row(id).await.client_reference_id.as_deref(), Some("user_1"), "the newest stands");
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (1, 1));
+    assert_eq!(
+        (
+            found.resolved_client_reference_id.as_deref(),
+            found.customer_email
+        ),
+        (Some("user_2"), None)
+    );
+    assert_eq!(
+        bridge.row(id).await.client_reference_id.as_deref(),
+        Some("user_1"),
+        "the newest stands"
+    );
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (1, 1)
+    );
 }
 
 async fn payment_is_an_orphan_whichever_session_says_that_it_was_paid(database: DatabaseKind) {
@@ -334,7 +573,10 @@ async fn payment_is_an_orphan_whichever_session_says_that_it_was_paid(database: 
         for event in &events {
             apply(&bridge, event).await;
         }
-        until(&bridge, &purchase.subscription, |orphan| orphan.resolved_at.is_none()).await;
+        until(&bridge, &purchase.subscription, |orphan| {
+            orphan.resolved_at.is_none()
+        })
+        .await;
     }
 }
 
@@ -350,35 +592,63 @@ async fn check_lookups(bridge: &Bridge) {
     }
     bridge.wait_until_applied().await;
     for purchase in &unknown {
-        let found = until(bridge, &purchase.subscription, |orphan| orphan.reason == UNKNOWN).await;
+        let found = until(bridge, &purchase.subscription, |orphan| {
+            orphan.reason == UNKNOWN
+        })
+        .await;
         check_unknown(&found, purchase);
     }
-    let left: Vec<_> = unknown.iter().map(|purchase| purchase.subscription.as_str()).collect();
+    let left: Vec<_> = unknown
+        .iter()
+        .map(|purchase| purchase.subscription.as_str())
+        .collect();
     eventually("the users to be known", DEADLINE, async || {
         let questions = super::questions(bridge).await;
-        let open = questions.iter().filter(|(id, _)| !left.contains(&id.as_str())).count();
-        if open == 0 { Ok(()) } else { Err(format!("{questions:?}")) }
+        let open = questions
+            .iter()
+            .filter(|(id, _)| !left.contains(&id.as_str()))
+            .count();
+        if open == 0 {
+            Ok(())
+        } else {
+            Err(format!("{questions:?}"))
+        }
     })
     .await;
     let signals = bridge.check().await;
-    assert_eq!(bridge.orphans().await.len(), unknown.len(), "{known:?} are known");
+    assert_eq!(
+        bridge.orphans().await.len(),
+        unknown.len(),
+        "{known:?} are known"
+    );
     assert_eq!(counted(&signals, "orphan.created"), unknown.len());
 }
 
 fn check_unknown(orphan: &orphaned_payment::Model, purchase: &Purchase) {
     assert_eq!(orphan.reason, UNKNOWN);
     assert_eq!(orphan.customer_email.as_deref(), Some(EMAIL));
-    assert_eq!(orphan.checkout_session_id.as_ref(), Some(&purchase.checkout_session));
+    assert_eq!(
+        orphan.checkout_session_id.as_ref(),
+        Some(&purchase.checkout_session)
+    );
     assert_eq!(orphan.stripe_customer_id.as_ref(), Some(&purchase.customer));
-    assert_eq!(orphan.stripe_subscription_id.as_ref(), Some(&purchase.subscription));
-    assert_eq!((orphan.resolved_at, &orphan.resolved_client_reference_id), (None, &None));
+    assert_eq!(
+        orphan.stripe_subscription_id.as_ref(),
+        Some(&purchase.subscription)
+    );
+    assert_eq!(
+        (orphan.resolved_at, &orphan.resolved_client_reference_id),
+        (None, &None)
+    );
 }
 
 /// Delivers a paid Checkout Session with that client reference id.
 async fn buy(bridge: &Bridge, client_reference_id: &str) -> Purchase {
     let purchase = Purchase::new(now() - 60);
     let session = json!({ "client_reference_id": client_reference_id });
-    bridge.deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, session)).await;
+    bridge
+        .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, session))
+        .await;
     purchase
 }
 
@@ -425,7 +695,10 @@ struct Book {
 impl Application {
     async fn start(bridge: &Bridge) -> Self {
         let client = bridge.broker.connect().await;
-        let mut requests = client.subscribe(SUBJECT).await.expect("a client can subscribe");
+        let mut requests = client
+            .subscribe(SUBJECT)
+            .await
+            .expect("a client can subscribe");
         client.flush().await.expect("the server answers");
         let book = Arc::<Mutex<Book>>::default();
         let mut answers = JoinSet::new();
@@ -436,33 +709,67 @@ impl Application {
                 let reply = request.reply.expect("it is a request");
                 let answer = own_book.lock().expect(LOCK).note(id, &reply);
                 if let Some(text) = answer {
-                    own_client.publish(reply, text.into()).await.expect("the server is there");
+                    own_client
+                        .publish(reply, text.into())
+                        .await
+                        .expect("the server is there");
                 }
             }
         });
-        Self { client, book, _answers: answers }
+        Self {
+            client,
+            book,
+            _answers: answers,
+        }
     }
 
     fn answer(&self, id: &str, answer: Answer) {
-        self.book.lock().expect(LOCK).answers.insert(id.to_owned(), answer);
+        self.book
+            .lock()
+            .expect(LOCK)
+            .answers
+            .insert(id.to_owned(), answer);
     }
 
     /// Answers the last request that was to wait.
     async fn answer_now(&self, id: &str, known: bool) {
-        let reply = self.book.lock().expect(LOCK).waiting.remove(id).expect("it was asked");
-        self.client.publish(reply, known_as(known).into()).await.expect("the server is there");
+        let reply = self
+            .book
+            .lock()
+            .expect(LOCK)
+            .waiting
+            .remove(id)
+            .expect("it was asked");
+        self.client
+            .publish(reply, known_as(known).into())
+            .await
+            .expect("the server is there");
         self.client.flush().await.expect("the server answers");
     }
 
     fn asked(&self, id: &str) -> usize {
-        self.book.lock().expect(LOCK).asked.get(id).copied().unwrap_or_default()
+        self.book
+            .lock()
+            .expect(LOCK)
+            .asked
+            .get(id)
+            .copied()
+            .unwrap_or_default()
     }
 
     async fn until_asked(&self, id: &str, times: usize) {
-        eventually(&format!("{id} to be asked for {times} times"), DEADLINE, async || {
-            let asked = self.asked(id);
-            if asked >= times { Ok(()) } else { Err(format!("{asked} times")) }
-        })
+        eventually(
+            &format!("{id} to be asked for {times} times"),
+            DEADLINE,
+            async || {
+                let asked = self.asked(id);
+                if asked >= times {
+                    Ok(())
+                } else {
+                    Err(format!("{asked} times"))
+                }
+            },
+        )
         .await;
     }
 }
@@ -494,7 +801,14 @@ async fn until_asked_and_known(application: &Application, bridge: &Bridge, purch
     eventually("a user to be known", DEADLINE, async || {
         let questions = super::questions(bridge).await;
         let open = questions.iter().any(|(id, _)| *id == purchase.subscription);
-        if open { Err(format!("{questions:?}, asked {} times", application.asked("user_2"))) } else { Ok(()) }
+        if open {
+            Err(format!(
+                "{questions:?}, asked {} times",
+                application.asked("user_2")
+            ))
+        } else {
+            Ok(())
+        }
     })
     .await;
 }

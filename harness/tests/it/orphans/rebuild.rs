@@ -8,7 +8,10 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::command::resolve;
-use super::{COMPLETED, CREATED, SUCCEEDED, UPDATED, apply, counted, now, orphan, until, until_nothing_is_asked};
+use super::{
+    COMPLETED, CREATED, SUCCEEDED, UPDATED, apply, counted, now, orphan, until,
+    until_nothing_is_asked,
+};
 
 on_both_databases!(
     lost_database_is_rebuilt_with_the_same_orphans,
@@ -16,7 +19,8 @@ on_both_databases!(
 );
 
 async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let mut bridge =
+        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let lives = live(&bridge).await;
     bridge.check().await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
@@ -30,14 +34,24 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         bridge.database = Database::prepare(database);
         bridge.database.resume().await;
         // A setting that is given twice is the later one.
-        let worker = bridge.worker().env("LITESTRIPE_BATCH", batch).env("LITESTRIPE_WORKER_LISTEN", "127.0.0.1:0");
+        let worker = bridge
+            .worker()
+            .env("LITESTRIPE_BATCH", batch)
+            .env("LITESTRIPE_WORKER_LISTEN", "127.0.0.1:0");
         let worker = worker.start();
         bridge.wait_until_applied().await;
         until_nothing_is_asked(&bridge).await;
 
-        assert_eq!(lasting(bridge.rows().await), lasting(rows.clone()), "batches of {batch}");
+        assert_eq!(
+            lasting(bridge.rows().await),
+            lasting(rows.clone()),
+            "batches of {batch}"
+        );
         let open = |orphans: &[orphaned_payment::Model]| -> Vec<_> {
-            let open = orphans.iter().filter(|orphan| orphan.resolved_at.is_none()).cloned();
+            let open = orphans
+                .iter()
+                .filter(|orphan| orphan.resolved_at.is_none())
+                .cloned();
             open.map(|orphan| orphaned_payment::Model {
                 dt_created: OffsetDateTime::UNIX_EPOCH,
                 dt_last_updated: OffsetDateTime::UNIX_EPOCH,
@@ -50,20 +64,38 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         assert_eq!(open(&rebuilt).len(), lives.open, "batches of {batch}");
         for (id, user) in &lives.resolved {
             let found = orphan(&bridge, id).await;
-            assert_eq!(found.resolved_client_reference_id.as_ref(), Some(user), "{id}, batches of {batch}");
+            assert_eq!(
+                found.resolved_client_reference_id.as_ref(),
+                Some(user),
+                "{id}, batches of {batch}"
+            );
             assert_eq!(found.customer_email, None, "{id}, batches of {batch}");
-            let before = orphans.iter().find(|orphan| orphan.id == *id).expect("it was one");
-            assert_eq!((&found.reason, &found.checkout_session_id), (&before.reason, &before.checkout_session_id));
+            let before = orphans
+                .iter()
+                .find(|orphan| orphan.id == *id)
+                .expect("it was one");
+            assert_eq!(
+                (&found.reason, &found.checkout_session_id),
+                (&before.reason, &before.checkout_session_id)
+            );
             assert_eq!(found.stripe_customer_id, before.stripe_customer_id);
         }
-        let emails = rebuilt.iter().filter(|orphan| orphan.customer_email.is_some()).count();
+        let emails = rebuilt
+            .iter()
+            .filter(|orphan| orphan.customer_email.is_some())
+            .count();
         assert_eq!(emails, lives.emails, "batches of {batch}: {rebuilt:#?}");
         worker.stop().await;
     }
 }
 
 async fn everything_delivered_again_changes_and_signals_nothing(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).workers(2).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let bridge = Bridge::start(
+        Options::on(database)
+            .workers(2)
+            .worker("LITESTRIPE_ORPHAN_GRACE", "1s"),
+    )
+    .await;
     live(&bridge).await;
     let signals = bridge.check().await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
@@ -89,8 +121,11 @@ struct Lives {
 /// Brings orphans of each kind, some of them resolved.
 async fn live(bridge: &Bridge) -> Lives {
     let purchase = || Purchase::new(now() - 3600);
-    let created = |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
-    let session = |purchase: &Purchase, changes| purchase.checkout_session_event(COMPLETED, purchase.created, changes);
+    let created =
+        |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
+    let session = |purchase: &Purchase, changes| {
+        purchase.checkout_session_event(COMPLETED, purchase.created, changes)
+    };
     let once = json!({ "mode": "payment", "subscription": null });
     let missing = [purchase(), purchase(), purchase()];
     let payments = [purchase(), purchase()];
@@ -126,17 +161,37 @@ async fn live(bridge: &Bridge) -> Lives {
     }
     for purchase in missing.iter().chain(&unclaimed) {
         let renewed = json!({ "items": purchase.items(now(), now() + 86_400) });
-        bridge.deliver(&purchase.subscription_event(UPDATED, now(), renewed)).await;
+        bridge
+            .deliver(&purchase.subscription_event(UPDATED, now(), renewed))
+            .await;
     }
     let signals = bridge.check().await;
-    assert_eq!((counted(&signals, "orphan.created"), counted(&signals, "orphan.resolved")), (8, 5));
-    Lives { open: 3, emails: 2, resolved }
+    assert_eq!(
+        (
+            counted(&signals, "orphan.created"),
+            counted(&signals, "orphan.resolved")
+        ),
+        (8, 5)
+    );
+    Lives {
+        open: 3,
+        emails: 2,
+        resolved,
+    }
 }
 
 /// Deletes the durable consumer: made anew, it delivers all that the stream holds.
 pub(crate) async fn forget_what_was_delivered(bridge: &Bridge) {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await.expect("the stream is there");
-    stream.delete_consumer(WORKER_CONSUMER).await.expect("it can be deleted");
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream(EVENTS_STREAM)
+        .await
+        .expect("the stream is there");
+    stream
+        .delete_consumer(WORKER_CONSUMER)
+        .await
+        .expect("it can be deleted");
 }
 
 /// The rows without what a rebuild makes anew.

@@ -8,8 +8,8 @@ use litestripe_harness::stripe::api::{API_KEY, Api};
 use serde_json::json;
 
 use super::{
-    Customer, EMAIL, PRIVATE, UPDATED, apply, difference, execute, findings, json_of, of_stripe, options, reconcile,
-    with,
+    Customer, EMAIL, PRIVATE, UPDATED, apply, difference, execute, findings, json_of, of_stripe,
+    options, reconcile, with,
 };
 
 on_both_databases!(
@@ -59,7 +59,11 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
     let id = set_back.id();
     let before = bridge.row(id).await.merge_state;
     let upgraded = json!({ "metadata": { "seats": "9" } });
-    let update = set_back.purchase.subscription_event(UPDATED, set_back.purchase.created + 60, upgraded.clone());
+    let update = set_back.purchase.subscription_event(
+        UPDATED,
+        set_back.purchase.created + 60,
+        upgraded.clone(),
+    );
     apply(bridge, &update).await;
     api.put_subscription(with(set_back.purchase.subscription(), upgraded));
     bridge.check().await;
@@ -68,7 +72,11 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
     let end = "2030-01-01T00:00:00+00:00";
     let before = before.replace('\'', "''");
     let metadata = format!(r#"{{"seats":"2","note":"{PRIVATE}"}}"#);
-    let broken_items = if is_sqlite { "items = 'no JSON'" } else { r#"items = '"no list"'"# };
+    let broken_items = if is_sqlite {
+        "items = 'no JSON'"
+    } else {
+        r#"items = '"no list"'"#
+    };
     let sets = [
         ("status = 'past_due'".to_owned(), "different", vec!["status"]),
         ("client_reference_id = NULL".to_owned(), "different", vec!["client_reference_id"]),
@@ -113,10 +121,25 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
         } else {
             format!("UPDATE stripe_subscription SET {set}")
         };
-        execute(bridge, &format!("{statement} WHERE stripe_subscription_id = '{}'", customer.id())).await;
-        expected.insert(customer.id().to_owned(), (problem, fields.into_iter().map(str::to_owned).collect()));
+        execute(
+            bridge,
+            &format!(
+                "{statement} WHERE stripe_subscription_id = '{}'",
+                customer.id()
+            ),
+        )
+        .await;
+        expected.insert(
+            customer.id().to_owned(),
+            (problem, fields.into_iter().map(str::to_owned).collect()),
+        );
     }
-    let ids = |indexes: &[usize]| indexes.iter().map(|index| customers[*index].id().to_owned()).collect();
+    let ids = |indexes: &[usize]| {
+        indexes
+            .iter()
+            .map(|index| customers[*index].id().to_owned())
+            .collect()
+    };
     Damage {
         before: rows,
         expected,
@@ -146,28 +169,57 @@ async fn found_exactly_and_mended(bridge: &Bridge, api: &Api, damage: Damage) {
         assert_eq!(report[name], value, "`{name}` of {report:#}");
     }
     let status = difference(&report, damage.columns_only[0].as_str(), "status");
-    assert_eq!((&status["row"], &status["stripe"]), (&json!("past_due"), &json!("active")));
-    let metadata = difference(&report, damage.columns_only[4].as_str(), "subscription_metadata");
-    assert_eq!((&metadata["row"], &metadata["stripe"]), (&json!(["note", "seats"]), &json!(["seats"])));
+    assert_eq!(
+        (&status["row"], &status["stripe"]),
+        (&json!("past_due"), &json!("active"))
+    );
+    let metadata = difference(
+        &report,
+        damage.columns_only[4].as_str(),
+        "subscription_metadata",
+    );
+    assert_eq!(
+        (&metadata["row"], &metadata["stripe"]),
+        (&json!(["note", "seats"]), &json!(["seats"]))
+    );
 
     let table = reconcile(bridge, &[]).await;
     assert_eq!(table.status.code(), Some(3), "{table:?}");
-    assert!(table.stderr.contains("reconcile --repair"), "it says what mends it: {table:?}");
+    assert!(
+        table.stderr.contains("reconcile --repair"),
+        "it says what mends it: {table:?}"
+    );
     for (id, (_, fields)) in &damage.expected {
         for field in fields {
             let is_it = |line: &str| line.contains(id.as_str()) && line.contains(field.as_str());
-            assert!(table.stdout.lines().any(is_it), "{id} {field} in\n{}", table.stdout);
+            assert!(
+                table.stdout.lines().any(is_it),
+                "{id} {field} in\n{}",
+                table.stdout
+            );
         }
-        assert!(table.stdout.contains(id.as_str()), "{id} in\n{}", table.stdout);
+        assert!(
+            table.stdout.contains(id.as_str()),
+            "{id} in\n{}",
+            table.stdout
+        );
     }
-    assert_eq!(bridge.stored_events().await, events, "comparing stores nothing");
+    assert_eq!(
+        bridge.stored_events().await,
+        events,
+        "comparing stores nothing"
+    );
     assert_eq!(bridge.signals().await.len(), signals);
 
     let mended = reconcile(bridge, &["--repair", "--json"]).await;
     assert_eq!(mended.status.code(), Some(0), "{mended:?}");
     let report = json_of(&mended);
     assert_eq!(findings(&report), damage.expected, "{report:#}");
-    assert_eq!((&report["repaired"], &report["remaining"]), (&json!(count), &json!(0)), "{report:#}");
+    assert_eq!(
+        (&report["repaired"], &report["remaining"]),
+        (&json!(count), &json!(0)),
+        "{report:#}"
+    );
     for output in [&found, &table, &mended] {
         for private in [PRIVATE, EMAIL, API_KEY] {
             assert!(!format!("{output:?}").contains(private), "{private}");
@@ -180,16 +232,32 @@ async fn found_exactly_and_mended(bridge: &Bridge, api: &Api, damage: Damage) {
     // The deleted row comes back as a new one, under a revision that subscribers do not know yet.
     let signals = bridge.signals().await;
     let of_deleted = of_subscription(&signals, &damage.deleted);
-    let [.., known, back] = of_deleted.as_slice() else { panic!("{of_deleted:?}") };
-    assert!(back.body["revision"].as_i64() > known.body["revision"].as_i64(), "{back:?}");
+    let [.., known, back] = of_deleted.as_slice() else {
+        panic!("{of_deleted:?}")
+    };
+    assert!(
+        back.body["revision"].as_i64() > known.body["revision"].as_i64(),
+        "{back:?}"
+    );
     for row in &rows {
-        let before = damage.before.iter().find(|before| before.stripe_subscription_id == row.stripe_subscription_id);
+        let before = damage
+            .before
+            .iter()
+            .find(|before| before.stripe_subscription_id == row.stripe_subscription_id);
         let before = before.expect("no row is new");
         assert!(row.revision >= before.revision, "{row:?}");
-        let last = of_subscription(&signals, &row.stripe_subscription_id).pop().expect("it was signalled");
-        assert_eq!(last.body["revision"], row.revision, "subscribers know the row");
+        let last = of_subscription(&signals, &row.stripe_subscription_id)
+            .pop()
+            .expect("it was signalled");
+        assert_eq!(
+            last.body["revision"], row.revision,
+            "subscribers know the row"
+        );
         if damage.columns_only.contains(&row.stripe_subscription_id) {
-            assert_eq!(row.revision, before.revision, "subscribers knew it all along: {row:?}");
+            assert_eq!(
+                row.revision, before.revision,
+                "subscribers knew it all along: {row:?}"
+            );
             assert_eq!(row.metadata, before.metadata);
             assert_eq!(row.merge_state, before.merge_state, "no event was needed");
         }

@@ -16,7 +16,12 @@ use crate::orphans::{CREATED, UPDATED, now};
 async fn a_batch_that_is_held_up_does_not_hold_up_the_next_one() {
     let [held, other] = purchases();
     let held_up = HeldUp::start(&held, &[created(&held), created(&other)]).await;
-    eventually("the other to be applied", DEADLINE, async || match held_up.bridge.rows().await.as_slice() {
+    eventually("the other to be applied", DEADLINE, async || match held_up
+        .bridge
+        .rows()
+        .await
+        .as_slice()
+    {
         [row] if row.stripe_subscription_id == other.subscription => Ok(()),
         rows => Err(format!("{rows:?}")),
     })
@@ -28,12 +33,21 @@ async fn a_batch_that_is_held_up_does_not_hold_up_the_next_one() {
 #[tokio::test]
 async fn batches_about_the_same_follow_each_other() {
     let [held, other] = purchases();
-    let changed = held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }));
+    let changed =
+        held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }));
     let held_up = HeldUp::start(&held, &[created(&held), changed, created(&other)]).await;
     held_up.bridge.database.until_a_worker_waits().await;
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        assert_eq!(held_up.bridge.database.waiting_workers().await.expect("the database answers"), 1);
+        assert_eq!(
+            held_up
+                .bridge
+                .database
+                .waiting_workers()
+                .await
+                .expect("the database answers"),
+            1
+        );
     }
     held_up.let_go().await;
 }
@@ -51,21 +65,50 @@ impl HeldUp {
         bridge.deliver_all(events).await;
         bridge.check().await;
         bridge.workers.pop().expect("it was started").stop().await;
-        let connection = bridge.database.connection().await.expect("the database answers");
+        let connection = bridge
+            .database
+            .connection()
+            .await
+            .expect("the database answers");
         let keep = "CREATE TABLE kept AS SELECT * FROM stripe_subscription; DELETE FROM stripe_subscription";
-        connection.execute_unprepared(keep).await.expect("rows can be deleted");
+        connection
+            .execute_unprepared(keep)
+            .await
+            .expect("rows can be deleted");
         let held = &held.subscription;
-        let back =
-            format!("INSERT INTO stripe_subscription SELECT * FROM kept WHERE stripe_subscription_id = '{held}'");
+        let back = format!(
+            "INSERT INTO stripe_subscription SELECT * FROM kept WHERE stripe_subscription_id = '{held}'"
+        );
         let somebody = bridge.database.locked(&back).await;
-        let replay = bridge.worker().env("LITESTRIPE_BATCH", "1").args(["replay"]).start();
-        Self { bridge, replay, somebody }
+        let replay = bridge
+            .worker()
+            .env("LITESTRIPE_BATCH", "1")
+            .args(["replay"])
+            .start();
+        Self {
+            bridge,
+            replay,
+            somebody,
+        }
     }
 
     async fn let_go(self) {
-        self.somebody.rollback().await.expect("the transaction is open");
-        assert_eq!(self.replay.wait(DEADLINE).await.code(), Some(0), "{}", self.replay.stderr());
-        let kept = self.bridge.database.query("SELECT 1 FROM kept").await.expect("the database answers");
+        self.somebody
+            .rollback()
+            .await
+            .expect("the transaction is open");
+        assert_eq!(
+            self.replay.wait(DEADLINE).await.code(),
+            Some(0),
+            "{}",
+            self.replay.stderr()
+        );
+        let kept = self
+            .bridge
+            .database
+            .query("SELECT 1 FROM kept")
+            .await
+            .expect("the database answers");
         assert_eq!(self.bridge.rows().await.len(), kept.len());
     }
 }

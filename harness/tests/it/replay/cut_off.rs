@@ -11,7 +11,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{
-    DEADLINE, cut_off, forget_rows, last_signal, owed, publish, replay, signals_after, told, until_nothing_is_owed,
+    DEADLINE, cut_off, forget_rows, last_signal, owed, publish, replay, signals_after, told,
+    until_nothing_is_owed,
 };
 use crate::any_order::message;
 use crate::orphans::rebuild::lasting;
@@ -38,24 +39,47 @@ async fn replay_that_was_killed_tells_when_it_is_run_again(database: DatabaseKin
     // Not even with a worker up: what stands in the rows now may be any state they ever had.
     bridge.start_worker().wait_until_ready().await;
     bridge.wait_until_applied().await;
-    assert_eq!(signals_after(&bridge, last).await.len(), 0, "an intermediate state was told");
+    assert_eq!(
+        signals_after(&bridge, last).await.len(),
+        0,
+        "an intermediate state was told"
+    );
 
-    let status = bridge.worker().args(["status", "--json"]).run(DEADLINE).await;
+    let status = bridge
+        .worker()
+        .args(["status", "--json"])
+        .run(DEADLINE)
+        .await;
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
-    assert!(status["signals_owed"].as_u64() >= Some(10) && status["replay"].is_object(), "{status:#}");
+    assert!(
+        status["signals_owed"].as_u64() >= Some(10) && status["replay"].is_object(),
+        "{status:#}"
+    );
 
     // The database believes the dead process alive for half a minute.
     last_heard_of(&bridge, 60).await;
     let again = replay(&bridge, &[]).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
-    assert!(lasting(bridge.rows().await) == lasting(rows.clone()), "other rows than before");
+    assert!(
+        lasting(bridge.rows().await) == lasting(rows.clone()),
+        "other rows than before"
+    );
     until_nothing_is_owed(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
-    let told: BTreeSet<_> = signals.iter().map(|signal| signal.headers["ce-subject"].clone()).collect();
-    assert_eq!((signals.len(), told.len()), (rows.len(), rows.len()), "each row once");
+    let told: BTreeSet<_> = signals
+        .iter()
+        .map(|signal| signal.headers["ce-subject"].clone())
+        .collect();
+    assert_eq!(
+        (signals.len(), told.len()),
+        (rows.len(), rows.len()),
+        "each row once"
+    );
     for row in &rows {
-        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else { panic!("not one") };
+        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else {
+            panic!("not one")
+        };
         assert_eq!(signal.body["status"], json!(row.status), "the final state");
     }
 }
@@ -65,7 +89,11 @@ async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) 
     let bridge = Bridge::start(Options::on(database)).await;
     publish(&bridge, &told(20)).await;
     let orphan = Purchase::new(crate::orphans::now() - 60);
-    apply(&bridge, &orphan.checkout_session_event(COMPLETED, orphan.created, json!({}))).await;
+    apply(
+        &bridge,
+        &orphan.checkout_session_event(COMPLETED, orphan.created, json!({})),
+    )
+    .await;
     bridge.check().await;
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
@@ -74,19 +102,37 @@ async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) 
         "UPDATE stripe_subscription SET last_sent = 'null'",
         "UPDATE orphaned_payment SET owed_event = '1795430000 checkout.session.completed evt_1' WHERE id LIKE 'sub_%'",
     ] {
-        bridge.database.query(statement).await.expect("it can be written");
+        bridge
+            .database
+            .query(statement)
+            .await
+            .expect("it can be written");
     }
-    apply(&bridge, &orphan.subscription_event(CREATED, orphan.created, json!({}))).await;
-    assert!(owed(&bridge).await >= rows.len() - 1, "the replay is not finished");
+    apply(
+        &bridge,
+        &orphan.subscription_event(CREATED, orphan.created, json!({})),
+    )
+    .await;
+    assert!(
+        owed(&bridge).await >= rows.len() - 1,
+        "the replay is not finished"
+    );
 
-    bridge.database.query("UPDATE replay SET dt_finished = dt_beat").await.expect("it can be written");
+    bridge
+        .database
+        .query("UPDATE replay SET dt_finished = dt_beat")
+        .await
+        .expect("it can be written");
     until_nothing_is_owed(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     for row in bridge.rows().await {
         let sent = of_subscription(&signals, &row.stripe_subscription_id);
         let last = sent.last().expect("every row is sent");
-        assert_eq!((&last.body["revision"], &last.body["status"]), (&json!(row.revision), &json!(row.status)));
+        assert_eq!(
+            (&last.body["revision"], &last.body["status"]),
+            (&json!(row.revision), &json!(row.status))
+        );
     }
 }
 
@@ -106,15 +152,29 @@ async fn live_event_signals_a_row_that_is_due_at_once(database: DatabaseKind) {
     let due: String = due[0].try_get("", "id").expect("it is a text");
 
     bridge.start_worker().wait_until_ready().await;
-    let history = histories.iter().find(|history| history.subscription == due).expect("it is one of ours");
+    let history = histories
+        .iter()
+        .find(|history| history.subscription == due)
+        .expect("it is one of ours");
     // One that the row knows already changes nothing, and yet tells that the row is there.
-    let known = history.events.iter().min_by_key(|event| event.created()).expect("it has events");
+    let known = history
+        .events
+        .iter()
+        .min_by_key(|event| event.created())
+        .expect("it has events");
     let (event_type, body, id) = message(known);
-    bridge.publish(&event_type, body, &format!("{id}:late")).await;
+    bridge
+        .publish(&event_type, body, &format!("{id}:late"))
+        .await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
-    let [signal] = of_subscription(&signals, &due)[..] else { panic!("{signals:#?}") };
-    assert_eq!((&signal.body["replayed"], &signal.body["previous_revision"]), (&json!(true), &Value::Null));
+    let [signal] = of_subscription(&signals, &due)[..] else {
+        panic!("{signals:#?}")
+    };
+    assert_eq!(
+        (&signal.body["replayed"], &signal.body["previous_revision"]),
+        (&json!(true), &Value::Null)
+    );
     assert_eq!(signals.len(), 1, "no other row");
 
     // A live change of it is told as any other, on top of that.
@@ -124,7 +184,13 @@ async fn live_event_signals_a_row_that_is_due_at_once(database: DatabaseKind) {
     let after = signals_after(&bridge, last).await;
     assert!(of_subscription(&after, &due).len() <= 2);
     let row = bridge.row(&due).await;
-    assert_eq!(of_subscription(&after, &due).last().expect("there is one").body["revision"], row.revision);
+    assert_eq!(
+        of_subscription(&after, &due)
+            .last()
+            .expect("there is one")
+            .body["revision"],
+        row.revision
+    );
 }
 
 async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
@@ -134,10 +200,17 @@ async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
     forget_rows(&mut bridge, database).await;
 
-    let launch = bridge.worker().env("LITESTRIPE_BATCH", "1").args(["replay"]);
+    let launch = bridge
+        .worker()
+        .env("LITESTRIPE_BATCH", "1")
+        .args(["replay"]);
     let first = launch.start();
     litestripe_harness::eventually("a replay to be at it", DEADLINE, async || {
-        if super::owed_if_migrated(&bridge).await > 0 { Ok(()) } else { Err("nothing is due".to_owned()) }
+        if super::owed_if_migrated(&bridge).await > 0 {
+            Ok(())
+        } else {
+            Err("nothing is due".to_owned())
+        }
     })
     .await;
     first.signal(ProcessSignal::Int);
@@ -148,9 +221,15 @@ async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
 
     // No waiting: who was stopped said so.
     let second = replay(&bridge, &["--json"]).await;
-    let summary: Value = serde_json::from_str(&second.stdout).unwrap_or_else(|_| panic!("{}", second.stderr));
+    let summary: Value =
+        serde_json::from_str(&second.stdout).unwrap_or_else(|_| panic!("{}", second.stderr));
     assert_eq!(summary["finished"], true);
-    assert!(summary["events"].as_u64().is_some_and(|events| events < 2000), "it began anew: {summary}");
+    assert!(
+        summary["events"]
+            .as_u64()
+            .is_some_and(|events| events < 2000),
+        "it began anew: {summary}"
+    );
     assert!(lasting(bridge.rows().await) == lasting(rows.clone()));
     assert_eq!(signals_after(&bridge, last).await.len(), rows.len());
 }
@@ -162,16 +241,28 @@ async fn second_replay_waits_for_the_first(database: DatabaseKind) {
     forget_rows(&mut bridge, database).await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     // As if it were still at it.
-    bridge.database.query("UPDATE replay SET dt_finished = NULL").await.expect("it can be written");
+    bridge
+        .database
+        .query("UPDATE replay SET dt_finished = NULL")
+        .await
+        .expect("it can be written");
     for other in [&[][..], &["--type", UPDATED]] {
         let refused = replay(&bridge, other).await;
         assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
-        assert!(refused.stderr.contains("a replay is running"), "{}", refused.stderr);
+        assert!(
+            refused.stderr.contains("a replay is running"),
+            "{}",
+            refused.stderr
+        );
     }
 
     // Cut off, it is covered by the next one, whatever that is about.
     last_heard_of(&bridge, 60).await;
-    bridge.database.query("DELETE FROM stripe_subscription").await.expect("it can be emptied");
+    bridge
+        .database
+        .query("DELETE FROM stripe_subscription")
+        .await
+        .expect("it can be emptied");
     let next = replay(&bridge, &["--type", UPDATED, "--json"]).await;
     assert_eq!(super::json_of(&next)["events"], 400, "all types");
 }
@@ -185,22 +276,47 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
     let arguments = ["--since", "1h"];
     cut_off(&bridge, &arguments).await;
     let of_rows = "SELECT 1 FROM stripe_subscription WHERE last_sent IS NOT NULL";
-    let due = bridge.database.query(of_rows).await.expect("the database answers").len();
+    let due = bridge
+        .database
+        .query(of_rows)
+        .await
+        .expect("the database answers")
+        .len();
 
     // Meanwhile, rows that owe a signal are left to it.
-    let resent = bridge.worker().args(["resend", "--all"]).run(DEADLINE).await;
+    let resent = bridge
+        .worker()
+        .args(["resend", "--all"])
+        .run(DEADLINE)
+        .await;
     let left = format!("{due} rows are left to the end of the replay");
-    assert!(resent.stdout.contains("0 rows signalled again") && resent.stderr.contains(&left), "{resent:?}");
+    assert!(
+        resent.stdout.contains("0 rows signalled again") && resent.stderr.contains(&left),
+        "{resent:?}"
+    );
 
-    let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.expect("the stream is there");
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream("STRIPE_EVENTS")
+        .await
+        .expect("the stream is there");
     stream.purge().await.expect("it can be emptied");
     last_heard_of(&bridge, 60).await;
     let again = replay(&bridge, &arguments).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     let signals = signals_after(&bridge, last).await;
-    let told = signals.iter().filter(|signal| signal.subject == "subscription.changed").count();
+    let told = signals
+        .iter()
+        .filter(|signal| signal.subject == "subscription.changed")
+        .count();
     assert_eq!((owed(&bridge).await, told), (0, due), "{}", again.stdout);
-    assert!(replay(&bridge, &arguments).await.stdout.contains("nothing to replay"));
+    assert!(
+        replay(&bridge, &arguments)
+            .await
+            .stdout
+            .contains("nothing to replay")
+    );
 }
 
 async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: DatabaseKind) {
@@ -208,11 +324,19 @@ async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: Da
     publish(&bridge, &told(3)).await;
     let signals = bridge.check().await.len();
     bridge.workers.pop().expect("there is one").stop().await;
-    let [later, damaged, whole] = &bridge.rows().await[..] else { panic!("not three rows") };
+    let [later, damaged, whole] = &bridge.rows().await[..] else {
+        panic!("not three rows")
+    };
     let set = async |row: &Model, column: &str, value: &str| {
         let id = &row.stripe_subscription_id;
-        let set = format!("UPDATE stripe_subscription SET {column} = '{value}' WHERE stripe_subscription_id = '{id}'");
-        bridge.database.query(&set).await.expect("it can be written");
+        let set = format!(
+            "UPDATE stripe_subscription SET {column} = '{value}' WHERE stripe_subscription_id = '{id}'"
+        );
+        bridge
+            .database
+            .query(&set)
+            .await
+            .expect("it can be written");
     };
     set(later, "last_sent", r#"{"of": "a later version"}"#).await;
     set(damaged, "last_sent", "null").await;
@@ -221,9 +345,23 @@ async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: Da
     // Its own events, which are applied again, would be refused with it.
     let named = replay(&bridge, &["--subscription", &whole.stripe_subscription_id]).await;
     assert_eq!(named.status.code(), Some(1), "{}", named.stdout);
-    assert!(named.stderr.contains("the signals of 1 rows cannot be sent"), "{}", named.stderr);
-    assert!(named.stderr.contains(&damaged.stripe_subscription_id), "{}", named.stderr);
-    assert_eq!((bridge.signals().await.len(), owed(&bridge).await), (signals + 2, 1), "the others are sent");
+    assert!(
+        named
+            .stderr
+            .contains("the signals of 1 rows cannot be sent"),
+        "{}",
+        named.stderr
+    );
+    assert!(
+        named.stderr.contains(&damaged.stripe_subscription_id),
+        "{}",
+        named.stderr
+    );
+    assert_eq!(
+        (bridge.signals().await.len(), owed(&bridge).await),
+        (signals + 2, 1),
+        "the others are sent"
+    );
 
     // Once it is mended, a worker sends it.
     set(damaged, "merge_state", &damaged.merge_state).await;
@@ -240,5 +378,9 @@ pub(super) async fn last_heard_of(bridge: &Bridge, seconds: i64) {
     let at = OffsetDateTime::now_utc() - time::Duration::seconds(seconds);
     let at = at.format(&Rfc3339).expect("it can be written");
     let set = format!("UPDATE replay SET dt_beat = '{at}'");
-    bridge.database.query(&set).await.expect("it can be written");
+    bridge
+        .database
+        .query(&set)
+        .await
+        .expect("it can be written");
 }

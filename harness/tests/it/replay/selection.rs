@@ -16,17 +16,38 @@ use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
 async fn only_what_is_asked_for_is_applied_again() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (one, other) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
-    apply(&bridge, &one.subscription_event(CREATED, one.created, json!({}))).await;
-    apply(&bridge, &other.subscription_event(CREATED, other.created, json!({}))).await;
+    apply(
+        &bridge,
+        &one.subscription_event(CREATED, one.created, json!({})),
+    )
+    .await;
+    apply(
+        &bridge,
+        &other.subscription_event(CREATED, other.created, json!({})),
+    )
+    .await;
     let session = json!({ "client_reference_id": "user_1" });
-    apply(&bridge, &one.checkout_session_event(COMPLETED, one.created, session)).await;
+    apply(
+        &bridge,
+        &one.checkout_session_event(COMPLETED, one.created, session),
+    )
+    .await;
     tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    let between = OffsetDateTime::now_utc().format(&Rfc3339).expect("it can be written");
+    let between = OffsetDateTime::now_utc()
+        .format(&Rfc3339)
+        .expect("it can be written");
     tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    apply(&bridge, &one.subscription_event(UPDATED, now(), json!({ "status": "past_due" }))).await;
+    apply(
+        &bridge,
+        &one.subscription_event(UPDATED, now(), json!({ "status": "past_due" })),
+    )
+    .await;
 
-    let poison = json!({ "id": "evt_poison", "object": "event", "type": UPDATED, "created": "yesterday" });
-    bridge.publish(UPDATED, poison.to_string(), "evt_poison").await;
+    let poison =
+        json!({ "id": "evt_poison", "object": "event", "type": UPDATED, "created": "yesterday" });
+    bridge
+        .publish(UPDATED, poison.to_string(), "evt_poison")
+        .await;
     bridge.wait_until_applied().await;
 
     let cases: [(&[&str], usize, u64); 10] = [
@@ -50,11 +71,19 @@ async fn only_what_is_asked_for_is_applied_again() {
         let is_met = !arguments.contains(&"--until") && !arguments.contains(&"--subscription");
         assert_eq!(summary["poisoned"], u64::from(is_met), "{arguments:?}");
         let dry = json_of(&replay(&bridge, &[arguments, &["--dry-run", "--json"]].concat()).await);
-        assert_eq!((&dry["events"], &dry["poisoned"]), (&summary["events"], &summary["poisoned"]), "{arguments:?}");
+        assert_eq!(
+            (&dry["events"], &dry["poisoned"]),
+            (&summary["events"], &summary["poisoned"]),
+            "{arguments:?}"
+        );
     }
     let after_all = replay(&bridge, &["--from-time", &now_text()]).await;
     assert_eq!(after_all.status.code(), Some(0), "{}", after_all.stderr);
-    assert!(after_all.stdout.contains("nothing to replay"), "{}", after_all.stdout);
+    assert!(
+        after_all.stdout.contains("nothing to replay"),
+        "{}",
+        after_all.stdout
+    );
 }
 
 #[tokio::test]
@@ -62,25 +91,49 @@ async fn what_cannot_be_asked_for_is_said_clearly() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     for _ in 0..3 {
         let purchase = Purchase::new(now() - 600);
-        apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        apply(
+            &bridge,
+            &purchase.subscription_event(CREATED, purchase.created, json!({})),
+        )
+        .await;
     }
-    let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.expect("the stream is there");
+    let stream = bridge
+        .jetstream()
+        .await
+        .get_stream("STRIPE_EVENTS")
+        .await
+        .expect("the stream is there");
     stream.delete_message(1).await.expect("it can be deleted");
     let cases: [(&[&str], &str); 9] = [
         (&["--from-sequence", "1"], "it holds 2 to 3"),
         (&["--from-sequence", "0"], "it holds 2 to 3"),
         (&["--from-sequence", "4"], "it holds 2 to 3"),
         (&["--until", "9"], "it holds 2 to 3"),
-        (&["--from-sequence", "3", "--until", "2"], "before it begins"),
-        (&["--from-time", "2999-01-01T00:00:00Z"], "lies in the future"),
+        (
+            &["--from-sequence", "3", "--until", "2"],
+            "before it begins",
+        ),
+        (
+            &["--from-time", "2999-01-01T00:00:00Z"],
+            "lies in the future",
+        ),
         (&["--from-time", "yesterday"], "RFC 3339"),
         (&["--since", "soon"], "a time such as"),
         (&["--type", "Not A Type"], "event type"),
     ];
     for (arguments, text) in cases {
         let refused = replay(&bridge, arguments).await;
-        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {}", refused.stderr);
-        assert!(refused.stderr.contains(text), "{arguments:?}: {}", refused.stderr);
+        assert_eq!(
+            refused.status.code(),
+            Some(2),
+            "{arguments:?}: {}",
+            refused.stderr
+        );
+        assert!(
+            refused.stderr.contains(text),
+            "{arguments:?}: {}",
+            refused.stderr
+        );
     }
 }
 
@@ -89,11 +142,23 @@ async fn dry_run_that_loses_the_broker_is_no_result() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     super::publish(&bridge, &super::told(100)).await;
     bridge.wait_until_applied().await;
-    let dry = bridge.worker().env("LITESTRIPE_BATCH", "1").args(["replay", "--dry-run", "--json"]).start();
+    let dry = bridge
+        .worker()
+        .env("LITESTRIPE_BATCH", "1")
+        .args(["replay", "--dry-run", "--json"])
+        .start();
     eventually("a dry run to be halfway", super::DEADLINE, async || {
-        let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await.map_err(|error| error.to_string())?;
+        let stream = bridge
+            .jetstream()
+            .await
+            .get_stream("STRIPE_EVENTS")
+            .await
+            .map_err(|error| error.to_string())?;
         let consumers: Vec<_> = stream.consumers().collect().await;
-        let halfway = consumers.iter().flatten().find(|consumer| consumer.name.starts_with("litestripe-replay-dry-"));
+        let halfway = consumers
+            .iter()
+            .flatten()
+            .find(|consumer| consumer.name.starts_with("litestripe-replay-dry-"));
         match halfway.map(|consumer| (consumer.ack_floor.stream_sequence, consumer.num_pending)) {
             Some((1.., 1..)) => Ok(()),
             other => Err(format!("{other:?}")),
@@ -101,9 +166,18 @@ async fn dry_run_that_loses_the_broker_is_no_result() {
     })
     .await;
     bridge.broker.kill().await;
-    assert_eq!(dry.wait(super::DEADLINE).await.code(), Some(1), "{}", dry.log());
+    assert_eq!(
+        dry.wait(super::DEADLINE).await.code(),
+        Some(1),
+        "{}",
+        dry.log()
+    );
     assert_eq!(dry.stdout(), "");
-    assert!(dry.stderr().contains("cannot read STRIPE_EVENTS"), "{}", dry.stderr());
+    assert!(
+        dry.stderr().contains("cannot read STRIPE_EVENTS"),
+        "{}",
+        dry.stderr()
+    );
 }
 
 #[tokio::test]
@@ -118,7 +192,12 @@ async fn broker_that_refuses_is_not_waited_for() {
         max_consumers: 1,
         ..stream::Config::default()
     };
-    bridge.jetstream().await.create_stream(config).await.expect("it can be made");
+    bridge
+        .jetstream()
+        .await
+        .create_stream(config)
+        .await
+        .expect("it can be made");
     bridge.start_worker().wait_until_ready().await;
     let purchase = Purchase::new(now() - 600);
     let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
@@ -126,9 +205,15 @@ async fn broker_that_refuses_is_not_waited_for() {
     bridge.wait_until_applied().await;
     let refused = replay(&bridge, &[]).await;
     assert_eq!(refused.status.code(), Some(1), "{}", refused.stdout);
-    assert!(refused.stderr.contains("maximum consumers limit reached"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("maximum consumers limit reached"),
+        "{}",
+        refused.stderr
+    );
 }
 
 fn now_text() -> String {
-    OffsetDateTime::now_utc().format(&Rfc3339).expect("it can be written")
+    OffsetDateTime::now_utc()
+        .format(&Rfc3339)
+        .expect("it can be written")
 }

@@ -1,6 +1,8 @@
 //! A database of the version before, in which a replay was cut off: what it owes is not lost.
 
-use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options, Signal, of_subscription};
+use litestripe_harness::bridge::{
+    Bridge, Database, DatabaseKind, Options, Signal, of_subscription,
+};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
 use litestripe_migration::{Migrator, MigratorTrait as _};
@@ -15,58 +17,125 @@ on_both_databases!(database_of_the_version_before_goes_on);
 const STEPS_BEFORE: u32 = 6;
 
 async fn database_of_the_version_before_goes_on(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let mut bridge =
+        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let (changed, new) = (Purchase::new(now() - 3_600), Purchase::new(now() - 3_600));
     for purchase in [&changed, &new] {
-        apply(&bridge, &purchase.subscription_event(CREATED, purchase.created, json!({}))).await;
+        apply(
+            &bridge,
+            &purchase.subscription_event(CREATED, purchase.created, json!({})),
+        )
+        .await;
     }
     let last = last_signal(&bridge).await;
     take_over(&mut bridge, database, &changed, &new).await;
 
     let migrate = async |command: &str| {
-        let migrated = bridge.worker().args(["migrate", command]).run(DEADLINE).await;
+        let migrated = bridge
+            .worker()
+            .args(["migrate", command])
+            .run(DEADLINE)
+            .await;
         assert_eq!(migrated.status.code(), Some(0), "{}", migrated.stderr);
-        let rows = bridge.database.query("SELECT entity_id FROM signal_due").await.expect("the database answers");
+        let rows = bridge
+            .database
+            .query("SELECT entity_id FROM signal_due")
+            .await
+            .expect("the database answers");
         rows.len()
     };
     assert_eq!(migrate("up").await, 0);
     let events = "SELECT owed_event FROM orphaned_payment WHERE owed_event IS NOT NULL ORDER BY id";
-    let events = bridge.database.query(events).await.expect("the database answers");
-    let events: Vec<String> = events.iter().map(|row| row.try_get("", "owed_event").expect("it is text")).collect();
-    let expected = ["checkout.session.completed evt_cs_open", "litestripe.resolution evt_cs_resolved"];
+    let events = bridge
+        .database
+        .query(events)
+        .await
+        .expect("the database answers");
+    let events: Vec<String> = events
+        .iter()
+        .map(|row| row.try_get("", "owed_event").expect("it is text"))
+        .collect();
+    let expected = [
+        "checkout.session.completed evt_cs_open",
+        "litestripe.resolution evt_cs_resolved",
+    ];
     assert_eq!(events, expected.map(|event| format!("1795430000 {event}")));
     assert_eq!(migrate("down").await, 4);
     assert_eq!(migrate("up").await, 0);
-    assert_eq!(owed(&bridge).await, 4, "one orphan came and went, and owes nothing");
+    assert_eq!(
+        owed(&bridge).await,
+        4,
+        "one orphan came and went, and owes nothing"
+    );
 
     // A worker sends what was on its way, and leaves to the replay what that owes.
     bridge.start_worker().wait_until_ready().await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
-    assert_eq!((signals.len(), counted(&signals, "orphan.resolved")), (1, 1), "{signals:#?}");
-    let status = bridge.worker().args(["status", "--json"]).run(DEADLINE).await;
+    assert_eq!(
+        (signals.len(), counted(&signals, "orphan.resolved")),
+        (1, 1),
+        "{signals:#?}"
+    );
+    let status = bridge
+        .worker()
+        .args(["status", "--json"])
+        .run(DEADLINE)
+        .await;
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
-    assert_eq!((&status["signals_owed"], &status["replay"]["running"]), (&json!(4), &json!(false)), "{status:#}");
-    let asked = bridge.database.query("SELECT kind FROM due_check").await.expect("the database answers");
+    assert_eq!(
+        (&status["signals_owed"], &status["replay"]["running"]),
+        (&json!(4), &json!(false)),
+        "{status:#}"
+    );
+    let asked = bridge
+        .database
+        .query("SELECT kind FROM due_check")
+        .await
+        .expect("the database answers");
     assert_eq!(asked.len(), 1, "the question waits for the replay");
 
     let summary = json_of(&replay(&bridge, &["--json"]).await);
-    assert_eq!((&summary["finished"], &summary["events"], &summary["signals"]), (&json!(true), &json!(2), &json!(4)));
+    assert_eq!(
+        (
+            &summary["finished"],
+            &summary["events"],
+            &summary["signals"]
+        ),
+        (&json!(true), &json!(2), &json!(4))
+    );
     eventually("everything to be sent", DEADLINE, async || {
         let sent = signals_after(&bridge, last).await.len();
-        if sent >= 5 { Ok(()) } else { Err(format!("{sent} signals")) }
+        if sent >= 5 {
+            Ok(())
+        } else {
+            Err(format!("{sent} signals"))
+        }
     })
     .await;
     check_sent(&signals_after(&bridge, last).await, &changed, &new);
     assert_eq!(owed(&bridge).await, 0);
-    until(&bridge, &new.subscription, |orphan| orphan.resolved_at.is_none()).await;
-    let status = bridge.worker().args(["status", "--json"]).run(DEADLINE).await;
+    until(&bridge, &new.subscription, |orphan| {
+        orphan.resolved_at.is_none()
+    })
+    .await;
+    let status = bridge
+        .worker()
+        .args(["status", "--json"])
+        .run(DEADLINE)
+        .await;
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
-    assert_eq!((&status["signals_owed"], &status["replay"]), (&json!(0), &Value::Null), "{status:#}");
+    assert_eq!(
+        (&status["signals_owed"], &status["replay"]),
+        (&json!(0), &Value::Null),
+        "{status:#}"
+    );
 }
 
 fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
-    let [signal] = of_subscription(signals, &changed.subscription)[..] else { panic!("not one: {signals:#?}") };
+    let [signal] = of_subscription(signals, &changed.subscription)[..] else {
+        panic!("not one: {signals:#?}")
+    };
     assert_eq!(
         (&signal.body["changed"], &signal.body["previous"]),
         (&json!(["status"]), &json!({ "status": "trialing" }))
@@ -75,12 +144,29 @@ fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
         (&signal.body["previous_revision"], &signal.body["replayed"]),
         (&json!(1_795_430_000_123_i64), &json!(true))
     );
-    let [signal] = of_subscription(signals, &new.subscription)[..] else { panic!("not one: {signals:#?}") };
-    assert_eq!((&signal.body["previous_revision"], &signal.body["replayed"]), (&Value::Null, &json!(true)));
-    let of_orphan = |id: &str| signals.iter().filter(|signal| signal.body["orphan_id"] == id).collect::<Vec<_>>();
-    let [created] = of_orphan("cs_open")[..] else { panic!("not one: {signals:#?}") };
-    assert_eq!((created.subject.as_str(), &created.body["event"]["id"]), ("orphan.created", &json!("evt_cs_open")));
-    let [resolved] = of_orphan("cs_resolved")[..] else { panic!("not one: {signals:#?}") };
+    let [signal] = of_subscription(signals, &new.subscription)[..] else {
+        panic!("not one: {signals:#?}")
+    };
+    assert_eq!(
+        (&signal.body["previous_revision"], &signal.body["replayed"]),
+        (&Value::Null, &json!(true))
+    );
+    let of_orphan = |id: &str| {
+        signals
+            .iter()
+            .filter(|signal| signal.body["orphan_id"] == id)
+            .collect::<Vec<_>>()
+    };
+    let [created] = of_orphan("cs_open")[..] else {
+        panic!("not one: {signals:#?}")
+    };
+    assert_eq!(
+        (created.subject.as_str(), &created.body["event"]["id"]),
+        ("orphan.created", &json!("evt_cs_open"))
+    );
+    let [resolved] = of_orphan("cs_resolved")[..] else {
+        panic!("not one: {signals:#?}")
+    };
     assert_eq!(
         (resolved.subject.as_str(), &resolved.body["event"]["id"]),
         ("orphan.resolved", &json!("evt_cs_resolved"))
@@ -90,18 +176,36 @@ fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
 
 /// Stops the workers, and puts a database of the version before in place of theirs: a replay without a name
 /// and one with a name were cut off, and a question, a signal and what they owe wait.
-async fn take_over(bridge: &mut Bridge, database: DatabaseKind, changed: &Purchase, new: &Purchase) {
-    let rows = [bridge.row(&changed.subscription).await, bridge.row(&new.subscription).await];
+async fn take_over(
+    bridge: &mut Bridge,
+    database: DatabaseKind,
+    changed: &Purchase,
+    new: &Purchase,
+) {
+    let rows = [
+        bridge.row(&changed.subscription).await,
+        bridge.row(&new.subscription).await,
+    ];
     let signals = bridge.signals().await;
-    let mut told = of_subscription(&signals, &changed.subscription).last().expect("there is one").body.clone();
+    let mut told = of_subscription(&signals, &changed.subscription)
+        .last()
+        .expect("there is one")
+        .body
+        .clone();
     told["status"] = json!("trialing");
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }
     bridge.database = Database::prepare(database);
     bridge.database.resume().await;
-    let connection = bridge.database.connection().await.expect("the database answers");
-    Migrator::up(connection, Some(STEPS_BEFORE)).await.expect("it can be migrated");
+    let connection = bridge
+        .database
+        .connection()
+        .await
+        .expect("the database answers");
+    Migrator::up(connection, Some(STEPS_BEFORE))
+        .await
+        .expect("it can be migrated");
 
     const THEN: &str = "'2026-11-25 00:00:00+00:00'";
     let mut inserts = Vec::new();
@@ -116,7 +220,11 @@ async fn take_over(bridge: &mut Bridge, database: DatabaseKind, changed: &Purcha
             row.merge_state
         ));
     }
-    for (id, resolved_at) in [("cs_open", "NULL"), ("cs_gone", THEN), ("cs_resolved", THEN)] {
+    for (id, resolved_at) in [
+        ("cs_open", "NULL"),
+        ("cs_gone", THEN),
+        ("cs_resolved", THEN),
+    ] {
         inserts.push(format!(
             "INSERT INTO orphaned_payment (id, checkout_session_id, reason, event_id, livemode, resolved_at, dt_created, \
              dt_last_updated) VALUES ('{id}', '{id}', 'missing_client_reference_id', 'evt_{id}', FALSE, {resolved_at}, \
@@ -124,12 +232,48 @@ async fn take_over(bridge: &mut Bridge, database: DatabaseKind, changed: &Purcha
         ));
     }
     for (id, subject, replay, told, event_type) in [
-        (changed.subscription.as_str(), "subscription.changed", "", format!("'{told}'"), CREATED),
-        (&new.subscription, "subscription.changed", "night", "NULL".to_owned(), CREATED),
-        ("cs_open", "orphan.created", "night", "NULL".to_owned(), "checkout.session.completed"),
-        ("cs_gone", "orphan.created", "", "NULL".to_owned(), "checkout.session.completed"),
-        ("cs_gone", "orphan.resolved", "", "NULL".to_owned(), "litestripe.resolution"),
-        ("cs_resolved", "orphan.resolved", "", "NULL".to_owned(), "litestripe.resolution"),
+        (
+            changed.subscription.as_str(),
+            "subscription.changed",
+            "",
+            format!("'{told}'"),
+            CREATED,
+        ),
+        (
+            &new.subscription,
+            "subscription.changed",
+            "night",
+            "NULL".to_owned(),
+            CREATED,
+        ),
+        (
+            "cs_open",
+            "orphan.created",
+            "night",
+            "NULL".to_owned(),
+            "checkout.session.completed",
+        ),
+        (
+            "cs_gone",
+            "orphan.created",
+            "",
+            "NULL".to_owned(),
+            "checkout.session.completed",
+        ),
+        (
+            "cs_gone",
+            "orphan.resolved",
+            "",
+            "NULL".to_owned(),
+            "litestripe.resolution",
+        ),
+        (
+            "cs_resolved",
+            "orphan.resolved",
+            "",
+            "NULL".to_owned(),
+            "litestripe.resolution",
+        ),
     ] {
         inserts.push(format!(
             "INSERT INTO signal_due (entity_id, subject, replay, told, unchanged, event_id, event_type, event_created, \
@@ -159,7 +303,11 @@ async fn take_over(bridge: &mut Bridge, database: DatabaseKind, changed: &Purcha
         ));
     }
     for insert in inserts {
-        bridge.database.query(&insert).await.unwrap_or_else(|error| panic!("{insert}: {error}"));
+        bridge
+            .database
+            .query(&insert)
+            .await
+            .unwrap_or_else(|error| panic!("{insert}: {error}"));
     }
     cut_off::last_heard_of(bridge, 3_600).await;
 }

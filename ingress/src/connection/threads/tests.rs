@@ -37,7 +37,11 @@ async fn few_are_together_and_many_are_spread() {
     assert_eq!(places_of(TOGETHER).await, own);
     // Those that ended do not count.
     release.cancel();
-    while threads.all.iter().any(|thread| Arc::strong_count(&thread.load) > 1) {
+    while threads
+        .all
+        .iter()
+        .any(|thread| Arc::strong_count(&thread.load) > 1)
+    {
         tokio::task::yield_now().await;
     }
     assert_eq!(places_of(TOGETHER).await, own);

@@ -26,9 +26,19 @@ fn took(single_us: u64, grouped_us: u64) -> impl Fn(Way) -> Duration {
 #[test]
 fn the_faster_way_is_kept() {
     let now = Instant::now();
-    assert_eq!(trial(&mut Choice::new(now), now, took(18_000, 4_500)), Way::Grouped);
-    assert_eq!(trial(&mut Choice::new(now), now, took(3_500, 6_000)), Way::Single);
-    assert_eq!(trial(&mut Choice::new(now), now, took(3_500, 3_400)), Way::Single, "as good as equal");
+    assert_eq!(
+        trial(&mut Choice::new(now), now, took(18_000, 4_500)),
+        Way::Grouped
+    );
+    assert_eq!(
+        trial(&mut Choice::new(now), now, took(3_500, 6_000)),
+        Way::Single
+    );
+    assert_eq!(
+        trial(&mut Choice::new(now), now, took(3_500, 3_400)),
+        Way::Single,
+        "as good as equal"
+    );
 }
 
 #[test]
@@ -60,7 +70,11 @@ fn a_turn_does_not_go_on_after_a_lull() {
     assert_eq!(choice.way(4, now + TURN_MAX), before);
     let after = choice.way(4, now + TURN_MAX * 2);
     assert_ne!(after, before);
-    assert_eq!(trial(&mut choice, now + TURN_MAX * 2, took(2, 1)), Way::Grouped, "it comes to an end");
+    assert_eq!(
+        trial(&mut choice, now + TURN_MAX * 2, took(2, 1)),
+        Way::Grouped,
+        "it comes to an end"
+    );
 }
 
 #[test]
@@ -68,7 +82,11 @@ fn it_is_tried_again_after_a_while() {
     let now = Instant::now();
     let mut choice = Choice::new(now);
     assert_eq!(trial(&mut choice, now, took(1, 2)), Way::Single);
-    assert_eq!(trial(&mut choice, now + HOLD / 2, took(2, 1)), Way::Single, "not yet");
+    assert_eq!(
+        trial(&mut choice, now + HOLD / 2, took(2, 1)),
+        Way::Single,
+        "not yet"
+    );
     assert_eq!(trial(&mut choice, now + HOLD, took(2, 1)), Way::Grouped);
     assert_eq!(trial(&mut choice, now + HOLD * 2, took(1, 2)), Way::Single);
 }

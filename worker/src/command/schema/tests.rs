@@ -21,6 +21,11 @@ fn committed_documents_are_what_the_types_say() {
 #[test]
 fn no_signal_has_a_field_for_an_email() {
     for document in Document::value_variants() {
-        assert!(!pretty(&document.content()).to_lowercase().contains("\"email"), "{document:?}");
+        assert!(
+            !pretty(&document.content())
+                .to_lowercase()
+                .contains("\"email"),
+            "{document:?}"
+        );
     }
 }

@@ -19,10 +19,16 @@ pub(super) struct Stripped {
 }
 
 /// Takes the metadata out of the row `id`, if there is one, and signals it in any case.
-pub(super) async fn strip(store: &Store, id: &str, cause: &EventReference) -> Result<Option<Stripped>, StoreError> {
+pub(super) async fn strip(
+    store: &Store,
+    id: &str,
+    cause: &EventReference,
+) -> Result<Option<Stripped>, StoreError> {
     loop {
         let (id, cause) = (id.to_owned(), cause.clone());
-        let once = async move |tx: DatabaseTransaction| strip_once(tx, &id, &cause, OffsetDateTime::now_utc()).await;
+        let once = async move |tx: DatabaseTransaction| {
+            strip_once(tx, &id, &cause, OffsetDateTime::now_utc()).await
+        };
         if let Outcome::Done(stripped) = store.uncancelled(once).await? {
             return Ok(stripped);
         }
@@ -44,15 +50,31 @@ async fn strip_once(
     let Some(stored) = store::subscription::load(&tx, &[id]).await?.remove(id) else {
         return Ok(Outcome::Done(None));
     };
-    let Erased { row, signal, had_metadata } = plan::of_erased(id, stored, cause.clone(), now);
+    let Erased {
+        row,
+        signal,
+        had_metadata,
+    } = plan::of_erased(id, stored, cause.clone(), now);
     // What waits in the outbox tells what is erased.
     store::outbox::delete_changes_of(&tx, id).await?;
     // The signal stays; of a row that owes one, none does.
-    let stay_from = if signal.is_some() { row.revision } else { row.revision + 1 };
+    let stay_from = if signal.is_some() {
+        row.revision
+    } else {
+        row.revision + 1
+    };
     store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
-    if store::subscription::save(&tx, vec![row], now).await?.is_empty() {
+    if store::subscription::save(&tx, vec![row], now)
+        .await?
+        .is_empty()
+    {
         return Ok(Outcome::Crossed);
     }
-    tx.commit().await.map_err(StoreError::doing("commit an erasure"))?;
-    Ok(Outcome::Done(Some(Stripped { had_metadata, stay_from })))
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit an erasure"))?;
+    Ok(Outcome::Done(Some(Stripped {
+        had_metadata,
+        stay_from,
+    })))
 }

@@ -49,11 +49,23 @@ type PullError = Box<dyn std::error::Error + Send + Sync>;
 
 impl Present {
     /// The ids of what was stored at `since` or later; none are read yet.
-    pub(super) async fn open(jetstream: &jetstream::Context, since: OffsetDateTime) -> Result<Self, BackfillError> {
-        let found = scan::find(jetstream, EVENTS_STREAM).await.map_err(|error| BackfillError::Read(error.into()))?;
+    pub(super) async fn open(
+        jetstream: &jetstream::Context,
+        since: OffsetDateTime,
+    ) -> Result<Self, BackfillError> {
+        let found = scan::find(jetstream, EVENTS_STREAM)
+            .await
+            .map_err(|error| BackfillError::Read(error.into()))?;
         let stream = found.ok_or(BackfillError::NoStream)?;
         let from = DeliverPolicy::ByStartTime { start_time: since };
-        Ok(Self { jetstream: jetstream.clone(), stream, consumer: None, from, last: 0, ids: HashSet::new() })
+        Ok(Self {
+            jetstream: jetstream.clone(),
+            stream,
+            consumer: None,
+            from,
+            last: 0,
+            ids: HashSet::new(),
+        })
     }
 
     pub(super) fn holds(&self, id: &EventId) -> bool {
@@ -85,7 +97,11 @@ impl Present {
             None => {
                 self.last = 0;
                 let config = scan::reader(&self.jetstream, "backfill", self.from);
-                let config = pull::Config { headers_only: true, inactive_threshold: INACTIVE_MAX, ..config };
+                let config = pull::Config {
+                    headers_only: true,
+                    inactive_threshold: INACTIVE_MAX,
+                    ..config
+                };
                 self.stream.create_consumer(config).await?
             }
         };
@@ -108,8 +124,13 @@ impl Present {
             return Err("messages were lost".into());
         }
         self.last = place.consumer_sequence;
-        self.from = DeliverPolicy::ByStartSequence { start_sequence: place.stream_sequence + 1 };
-        let id = message.headers.as_ref().and_then(|headers| headers.get(header::MESSAGE_ID));
+        self.from = DeliverPolicy::ByStartSequence {
+            start_sequence: place.stream_sequence + 1,
+        };
+        let id = message
+            .headers
+            .as_ref()
+            .and_then(|headers| headers.get(header::MESSAGE_ID));
         self.ids.extend(id.map(|id| short_hash(id.as_str())));
         Ok(())
     }

@@ -36,7 +36,11 @@ impl Record {
 
     /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
     /// that leaves a gap after the last complete one is not noted.
-    pub(crate) async fn note_complete(&self, since: OffsetDateTime, began: OffsetDateTime) -> Result<(), StoreError> {
+    pub(crate) async fn note_complete(
+        &self,
+        since: OffsetDateTime,
+        began: OffsetDateTime,
+    ) -> Result<(), StoreError> {
         let db = self.store.connection();
         let last = store::backfill::last_complete(db, self.livemode).await?;
         if !extends(believed(last, began), since, began) {

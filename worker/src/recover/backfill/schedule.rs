@@ -99,10 +99,17 @@ impl Schedule {
     }
 }
 
-async fn make(backfill: &Backfill, record: &Record, shutdown: &CancellationToken) -> Result<(), ScheduleError> {
+async fn make(
+    backfill: &Backfill,
+    record: &Record,
+    shutdown: &CancellationToken,
+) -> Result<(), ScheduleError> {
     let began = OffsetDateTime::now_utc();
     let since = record::next_since(record.last_complete().await?, began);
-    let wanted = Wanted { since, undelivered_only: false };
+    let wanted = Wanted {
+        since,
+        undelivered_only: false,
+    };
     let mut summary = Summary::default();
     let mut counted = 0;
     let count = |summary: &Summary| {
@@ -123,7 +130,10 @@ fn tell(summary: &Summary, since: OffsetDateTime) {
     let since = since.format(&Rfc3339).unwrap_or_default();
     let listed = summary.listed;
     if summary.published == 0 && summary.skipped == 0 {
-        return debug!(listed, "backfill since {since}: none of {listed} events was missing");
+        return debug!(
+            listed,
+            "backfill since {since}: none of {listed} events was missing"
+        );
     }
     let missing = summary.published - summary.duplicates;
     info!(
@@ -137,9 +147,15 @@ fn tell(summary: &Summary, since: OffsetDateTime) {
 }
 
 /// The time until a backfill is due.
-async fn due_in(record: &Record, interval: Duration, started: OffsetDateTime) -> Result<Duration, StoreError> {
+async fn due_in(
+    record: &Record,
+    interval: Duration,
+    started: OffsetDateTime,
+) -> Result<Duration, StoreError> {
     let last = record.last_complete().await?;
-    let Some(last) = last.filter(|last| *last >= started - TOGETHER) else { return Ok(Duration::ZERO) };
+    let Some(last) = last.filter(|last| *last >= started - TOGETHER) else {
+        return Ok(Duration::ZERO);
+    };
     // Another host's clock may be ahead of ours.
     let passed = Duration::try_from(OffsetDateTime::now_utc() - last).unwrap_or_default();
     Ok(interval.saturating_sub(passed))

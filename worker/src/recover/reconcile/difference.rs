@@ -10,8 +10,14 @@ use serde_json::{Map, Value, json};
 use crate::store::whole::{Fields, Whole};
 
 /// The columns that Stripe's subscription does not tell: they are a function of the events.
-const OF_EVENTS: [&str; 6] =
-    ["checkout_session_id", "client_reference_id", "last_event_created", "last_event_id", "metadata", "uncertain"];
+const OF_EVENTS: [&str; 6] = [
+    "checkout_session_id",
+    "client_reference_id",
+    "last_event_created",
+    "last_event_id",
+    "metadata",
+    "uncertain",
+];
 
 /// The columns whose values are the operator's text.
 const METADATA: [&str; 2] = ["metadata", "subscription_metadata"];
@@ -37,18 +43,27 @@ pub(super) fn told(mut columns: Fields) -> Fields {
 /// Columns that are right over a merge state that is not are a difference too: the next event would
 /// write what the state says.
 pub(super) fn differences(told: &Fields, row: &Whole) -> Vec<Difference> {
-    let Some(columns) = &row.columns else { return Vec::new() };
+    let Some(columns) = &row.columns else {
+        return Vec::new();
+    };
     let mut found = Vec::new();
     let mut overwritten = Vec::new();
     for (field, expected) in told {
         if columns[field] != *expected {
             found.push(difference(field, &columns[field], expected));
-        } else if row.expected.as_ref().is_some_and(|state| state[field] != *expected) {
+        } else if row
+            .expected
+            .as_ref()
+            .is_some_and(|state| state[field] != *expected)
+        {
             overwritten.push(field);
         }
     }
-    let untold =
-        row.expected.iter().flatten().filter(|(field, state)| !told.contains_key(*field) && columns[*field] != **state);
+    let untold = row
+        .expected
+        .iter()
+        .flatten()
+        .filter(|(field, state)| !told.contains_key(*field) && columns[*field] != **state);
     for (field, state) in untold {
         // Where the state is wrong or knows nothing, the column may be right.
         if overwritten.is_empty() && !state.is_null() {
@@ -58,20 +73,33 @@ pub(super) fn differences(told: &Fields, row: &Whole) -> Vec<Difference> {
         }
     }
     if !overwritten.is_empty() {
-        found.push(Difference { field: "merge_state".to_owned(), row: json!(overwritten), stripe: Value::Null });
+        found.push(Difference {
+            field: "merge_state".to_owned(),
+            row: json!(overwritten),
+            stripe: Value::Null,
+        });
     }
     found
 }
 
 /// Whether the row's merge state says what was told, so that its columns alone are wrong.
 pub(super) fn is_in_columns_only(told: &Fields, row: &Whole) -> bool {
-    row.expected.as_ref().is_some_and(|state| told.iter().all(|(field, expected)| state[field] == *expected))
+    row.expected.as_ref().is_some_and(|state| {
+        told.iter()
+            .all(|(field, expected)| state[field] == *expected)
+    })
 }
 
 /// Whether only the column knows whose the subscription is: writing the row would lose it.
 pub(super) fn only_the_column_knows_the_user(told: &Fields, row: &Whole) -> bool {
-    let knows = |fields: &Fields| fields.get("client_reference_id").is_some_and(|user| !user.is_null());
-    row.columns.as_ref().is_some_and(knows) && !row.expected.as_ref().is_some_and(knows) && !knows(told)
+    let knows = |fields: &Fields| {
+        fields
+            .get("client_reference_id")
+            .is_some_and(|user| !user.is_null())
+    };
+    row.columns.as_ref().is_some_and(knows)
+        && !row.expected.as_ref().is_some_and(knows)
+        && !knows(told)
 }
 
 fn difference(field: &str, row: &Value, stripe: &Value) -> Difference {
@@ -82,12 +110,19 @@ fn difference(field: &str, row: &Value, stripe: &Value) -> Difference {
         _ if METADATA.contains(&field) => (json!("unreadable"), json!("readable")),
         _ => (row.clone(), stripe.clone()),
     };
-    Difference { field: field.to_owned(), row, stripe }
+    Difference {
+        field: field.to_owned(),
+        row,
+        stripe,
+    }
 }
 
 /// The keys whose values `other` does not have.
 fn keys_not_in(map: &Map<String, Value>, other: &Map<String, Value>) -> Value {
-    map.iter().filter(|(key, value)| other.get(*key) != Some(*value)).map(|(key, _)| key.as_str()).collect()
+    map.iter()
+        .filter(|(key, value)| other.get(*key) != Some(*value))
+        .map(|(key, _)| key.as_str())
+        .collect()
 }
 
 #[cfg(test)]

@@ -33,7 +33,13 @@ pub(crate) struct Finding {
 impl Finding {
     pub(super) fn new(id: &str, problem: Problem) -> Self {
         let stripe_subscription_id = id.to_owned();
-        Self { stripe_subscription_id, problem, repaired: false, differences: Vec::new(), note: None }
+        Self {
+            stripe_subscription_id,
+            problem,
+            repaired: false,
+            differences: Vec::new(),
+            note: None,
+        }
     }
 
     pub(super) fn unknown_to_stripe(id: &str) -> Self {
@@ -42,7 +48,10 @@ impl Finding {
     }
 
     pub(super) fn with_note(self, note: impl Into<String>) -> Self {
-        Self { note: Some(note.into()), ..self }
+        Self {
+            note: Some(note.into()),
+            ..self
+        }
     }
 }
 
@@ -57,10 +66,16 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn remaining(&self) -> usize {
-        self.findings.iter().filter(|finding| !finding.repaired).count()
+        self.findings
+            .iter()
+            .filter(|finding| !finding.repaired)
+            .count()
     }
 
     pub(crate) fn count(&self, problem: Problem) -> usize {
-        self.findings.iter().filter(|finding| finding.problem == problem).count()
+        self.findings
+            .iter()
+            .filter(|finding| finding.problem == problem)
+            .count()
     }
 }

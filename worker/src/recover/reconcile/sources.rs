@@ -64,19 +64,32 @@ enum Repair {
 
 impl Sources<'_> {
     pub(super) async fn sleep(&self, duration: Duration) -> Result<(), ReconcileError> {
-        pause(duration, self.stop).await.ok_or(ReconcileError::Stopped)
+        pause(duration, self.stop)
+            .await
+            .ok_or(ReconcileError::Stopped)
     }
 
     /// The page of subscriptions after `after`, and up to when it tells every change.
-    pub(super) async fn page(&self, status: &str, after: Option<&str>) -> Result<(api::Page, i64), ReconcileError> {
+    pub(super) async fn page(
+        &self,
+        status: &str,
+        after: Option<&str>,
+    ) -> Result<(api::Page, i64), ReconcileError> {
         let list = self.stripe.subscriptions(status, after);
-        self.ask(list, api::page, "it is no list of subscriptions").await
+        self.ask(list, api::page, "it is no list of subscriptions")
+            .await
     }
 
     /// A subscription, and up to when it tells every change. None if Stripe does not know it.
-    pub(super) async fn subscription(&self, id: &str) -> Result<Option<(api::Object, i64)>, ReconcileError> {
+    pub(super) async fn subscription(
+        &self,
+        id: &str,
+    ) -> Result<Option<(api::Object, i64)>, ReconcileError> {
         let subscription = self.stripe.subscription(id, None);
-        known(self.ask(subscription, api::object, "it is no subscription").await)
+        known(
+            self.ask(subscription, api::object, "it is no subscription")
+                .await,
+        )
     }
 
     /// What Stripe answers, unless it is told to stop first: a question changes nothing.
@@ -106,7 +119,16 @@ impl Sources<'_> {
     ) -> Result<Option<Look>, ReconcileError> {
         let finding = Finding::new(&object.id, Problem::CannotBeKept);
         let (session, resolved, told, repair) = (None, None, Fields::new(), Repair::None);
-        let mut look = Look { finding, object, as_of, session, resolved, told, row, repair };
+        let mut look = Look {
+            finding,
+            object,
+            as_of,
+            session,
+            resolved,
+            told,
+            row,
+            repair,
+        };
         let event = match self.decode(&look.object, as_of) {
             Ok(event) => event,
             Err(note) => {
@@ -125,7 +147,9 @@ impl Sources<'_> {
         } else {
             self.add_user(&mut look).await?;
         }
-        let Some(finding) = look.compared_with(look.row.as_ref()) else { return Ok(None) };
+        let Some(finding) = look.compared_with(look.row.as_ref()) else {
+            return Ok(None);
+        };
         look.finding = finding;
         look.choose_repair();
         Ok(Some(look))
@@ -154,15 +178,25 @@ impl Sources<'_> {
         let wants_any = !ended && !knows("checkout_session_id");
         let id = look.id();
         let orphan = store::orphan::find(self.store.connection(), id).await?;
-        let user = orphan.as_ref().and_then(|orphan| orphan.resolved_client_reference_id.clone());
+        let user = orphan
+            .as_ref()
+            .and_then(|orphan| orphan.resolved_client_reference_id.clone());
         let listed = self.stripe.checkout_sessions_of(id, None);
-        let listed = self.ask(listed, api::page, "it is no list of Checkout Sessions").await;
+        let listed = self
+            .ask(listed, api::page, "it is no list of Checkout Sessions")
+            .await;
         let listed = known(listed)?;
-        let (objects, as_of) = listed.map_or((Vec::new(), look.as_of), |(page, as_of)| (page.objects, as_of));
+        let (objects, as_of) = listed.map_or((Vec::new(), look.as_of), |(page, as_of)| {
+            (page.objects, as_of)
+        });
         let mut sessions = Vec::new();
         for object in objects {
             // What cannot be kept says nothing about whose it is.
-            if let Ok(Event { body: Body::CheckoutSession(session), .. }) = self.decode(&object, as_of) {
+            if let Ok(Event {
+                body: Body::CheckoutSession(session),
+                ..
+            }) = self.decode(&object, as_of)
+            {
                 sessions.push((object, session.client_reference_id));
             }
         }
@@ -174,10 +208,12 @@ impl Sources<'_> {
         let named = named.flatten();
         look.resolved = orphan.filter(|_| user.is_some() && named.is_none());
         if let Some(user) = named.or(user) {
-            look.told.insert("client_reference_id".to_owned(), json!(user));
+            look.told
+                .insert("client_reference_id".to_owned(), json!(user));
         }
         if let Some(session) = &session {
-            look.told.insert("checkout_session_id".to_owned(), json!(session.id));
+            look.told
+                .insert("checkout_session_id".to_owned(), json!(session.id));
         }
         look.session = session.map(|session| (session, as_of));
         Ok(())
@@ -192,7 +228,8 @@ impl Sources<'_> {
     ) -> Result<Option<u64>, ReconcileError> {
         let id = look.id();
         if let Some(row) = &look.row
-            && (look.repair == Repair::Columns || look.repair == Repair::Events && row.state.is_none())
+            && (look.repair == Repair::Columns
+                || look.repair == Repair::Events && row.state.is_none())
         {
             whole::repair(self.store.connection(), id, row).await?;
         }
@@ -200,9 +237,12 @@ impl Sources<'_> {
             return Ok(None);
         }
         let scope = scope(look.object.livemode);
-        let mut last = own_event::publish_snapshot(jetstream, id, &look.object.raw, look.as_of, scope).await?;
+        let mut last =
+            own_event::publish_snapshot(jetstream, id, &look.object.raw, look.as_of, scope).await?;
         if let Some((object, as_of)) = &look.session {
-            last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *as_of, scope).await?.max(last);
+            last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *as_of, scope)
+                .await?
+                .max(last);
         }
         if let Some(orphan) = &look.resolved {
             let user = orphan.resolved_client_reference_id.as_deref();
@@ -214,8 +254,13 @@ impl Sources<'_> {
                 payment,
                 reason: &orphan.reason,
             };
-            let at = orphan.resolved_at.unwrap_or(orphan.dt_last_updated).unix_timestamp();
-            last = own_event::repeat_resolution(jetstream, &resolution, at, scope, look.as_of).await?.max(last);
+            let at = orphan
+                .resolved_at
+                .unwrap_or(orphan.dt_last_updated)
+                .unix_timestamp();
+            last = own_event::repeat_resolution(jetstream, &resolution, at, scope, look.as_of)
+                .await?
+                .max(last);
         }
         Ok(Some(last))
     }
@@ -225,14 +270,17 @@ impl Look {
     /// What is wrong with `row`, if anything.
     fn compared_with(&self, row: Option<&Whole>) -> Option<Finding> {
         let finding = |problem| Finding::new(&self.object.id, problem);
-        let Some(row) = row else { return Some(finding(Problem::Missing)) };
+        let Some(row) = row else {
+            return Some(finding(Problem::Missing));
+        };
         let mut finding = match (&row.columns, &row.expected) {
             (None, _) => finding(Problem::Unreadable).with_note("a column cannot be read"),
             (_, None) => finding(Problem::Unreadable).with_note("merge_state cannot be read"),
             _ => finding(Problem::Different),
         };
         finding.differences = difference::differences(&self.told, row);
-        (finding.problem == Problem::Unreadable || !finding.differences.is_empty()).then_some(finding)
+        (finding.problem == Problem::Unreadable || !finding.differences.is_empty())
+            .then_some(finding)
     }
 
     /// Where the merge state says what Stripe says, its columns need no event. An answer that is not newer
@@ -240,8 +288,7 @@ impl Look {
     fn choose_repair(&mut self) {
         let (told, row) = (&self.told, self.row.as_ref());
         if row.is_some_and(|row| difference::only_the_column_knows_the_user(told, row)) {
-            let note =
-                "not repairable: only this column knows the client reference id, and writing the row would lose it";
+            let note = "not repairable: only this column knows the client reference id, and writing the row would lose it";
             self.finding.note = Some(note.to_owned());
             return;
         }
@@ -274,5 +321,8 @@ fn known<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, ReconcileErr
 
 /// What is listed without `Stripe-Account` is the account's own.
 fn scope(livemode: bool) -> Scope<'static> {
-    Scope { livemode, account: None }
+    Scope {
+        livemode,
+        account: None,
+    }
 }

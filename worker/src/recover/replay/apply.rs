@@ -24,12 +24,18 @@ const LOOK_AFTER: Duration = Duration::from_millis(300);
 impl Replayer {
     /// Whether the replay is about the event of this sequence; None for one that cannot be read. What an
     /// erased person did is not to come back.
-    pub(super) fn is_wanted(&self, replay: &Replay, sequence: u64, arrival: Option<&Arrival>) -> bool {
+    pub(super) fn is_wanted(
+        &self,
+        replay: &Replay,
+        sequence: u64,
+        arrival: Option<&Arrival>,
+    ) -> bool {
         let wanted = replay.stripe_subscription_id.as_deref();
         let is_about = match arrival {
             Some(arrival) => {
                 let is_erased = self.applier.erasures.covers(&arrival.event);
-                wanted.is_none_or(|wanted| arrival.event.stripe_subscription_id() == Some(wanted)) && !is_erased
+                wanted.is_none_or(|wanted| arrival.event.stripe_subscription_id() == Some(wanted))
+                    && !is_erased
             }
             None => wanted.is_none(),
         };
@@ -65,7 +71,9 @@ impl Replayer {
                 }
             };
             wait.succeeded();
-            let is_at_end = self.apply_all(&mut batches, replay, again, shutdown, &mut applied).await;
+            let is_at_end = self
+                .apply_all(&mut batches, replay, again, shutdown, &mut applied)
+                .await;
             batches.close().await;
             if is_at_end {
                 return Ok(true);
@@ -84,18 +92,21 @@ impl Replayer {
         shutdown: &CancellationToken,
         applied: &mut impl FnMut(AppliedAgain, u64),
     ) -> bool {
-        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+        let wanted =
+            |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let apply = async |decoded: Decoded| {
             let last = decoded.last_sequence();
-            apply::apply_again(&self.applier, decoded, wanted, shutdown).await.map(|done| (done, last))
+            apply::apply_again(&self.applier, decoded, wanted, shutdown)
+                .await
+                .map(|done| (done, last))
         };
         let mut applying = FuturesOrdered::new();
         let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
         let mut waiting: Option<Decoded> = None;
         let mut are_more = true;
         loop {
-            if let Some(decoded) =
-                waiting.take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.concerns())))
+            if let Some(decoded) = waiting
+                .take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.concerns())))
             {
                 busy.push_back(decoded.concerns().clone());
                 applying.push_back(apply(decoded));
@@ -140,13 +151,18 @@ impl Replayer {
     /// Whether every event up to the end is applied.
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
         let progress = again.progress(&self.jetstream).await;
-        progress.is_ok_and(|progress| progress.is_some_and(|progress| progress.has_applied(replay.last_sequence)))
+        progress.is_ok_and(|progress| {
+            progress.is_some_and(|progress| progress.has_applied(replay.last_sequence))
+        })
     }
 }
 
 /// The next batch; `Some(None)` when none came for a while; nothing when the consumer is gone or
 /// `shutdown` came.
-pub(super) async fn next(batches: &mut Batches, shutdown: &CancellationToken) -> Option<Option<consumer::Batch>> {
+pub(super) async fn next(
+    batches: &mut Batches,
+    shutdown: &CancellationToken,
+) -> Option<Option<consumer::Batch>> {
     tokio::select! {
         biased;
         () = shutdown.cancelled() => None,

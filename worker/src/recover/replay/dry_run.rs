@@ -30,9 +30,18 @@ impl Replayer {
         progress: impl FnMut(u64),
     ) -> Result<DryRun, ReplayError> {
         let mut again = again(replay);
-        again.consumer = format!("{}-dry-{}", again.consumer, OffsetDateTime::now_utc().unix_timestamp_nanos());
-        let mut batches = again.open(&self.jetstream, self.batch).await.map_err(ReplayError::Broker)?;
-        let outcome = self.try_all(&mut batches, replay, &again, shutdown, progress).await;
+        again.consumer = format!(
+            "{}-dry-{}",
+            again.consumer,
+            OffsetDateTime::now_utc().unix_timestamp_nanos()
+        );
+        let mut batches = again
+            .open(&self.jetstream, self.batch)
+            .await
+            .map_err(ReplayError::Broker)?;
+        let outcome = self
+            .try_all(&mut batches, replay, &again, shutdown, progress)
+            .await;
         batches.close().await;
         self.remove(&again).await;
         outcome
@@ -46,13 +55,17 @@ impl Replayer {
         shutdown: &CancellationToken,
         mut progress: impl FnMut(u64),
     ) -> Result<DryRun, ReplayError> {
-        let wanted = |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
+        let wanted =
+            |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let mut dry = DryRun::default();
         while !dry.finished
             && let Some(batch) = next(batches, shutdown).await
         {
             let Some(batch) = batch else {
-                let progress = again.progress(&self.jetstream).await?.ok_or(ReplayError::ConsumerGone)?;
+                let progress = again
+                    .progress(&self.jetstream)
+                    .await?
+                    .ok_or(ReplayError::ConsumerGone)?;
                 dry.finished = progress.has_applied(replay.last_sequence);
                 continue;
             };
@@ -91,7 +104,8 @@ impl DryRun {
                 let before = before.clone().unwrap_or_default().subscription;
                 let changes = merge::changes(&before, &after.state.visible().subscription);
                 let fields = changes.map(|changes| changes.changed);
-                (is_new || fields.is_some()).then(|| (id.as_str(), is_new, fields.unwrap_or_default()))
+                (is_new || fields.is_some())
+                    .then(|| (id.as_str(), is_new, fields.unwrap_or_default()))
             })
             .collect();
         changes.sort_unstable();
@@ -103,7 +117,11 @@ impl DryRun {
         self.events += arrivals.len() as u64;
         let now = OffsetDateTime::now_utc();
         let (by_subscription, others) = plan::by_subscription(arrivals.iter().collect());
-        let ids: Vec<&str> = by_subscription.keys().copied().filter(|id| !self.rows.contains_key(*id)).collect();
+        let ids: Vec<&str> = by_subscription
+            .keys()
+            .copied()
+            .filter(|id| !self.rows.contains_key(*id))
+            .collect();
         let mut stored = store::subscription::load(db, &ids).await?;
         let mut orphans = Vec::new();
         for (id, arrivals) in by_subscription {
@@ -114,24 +132,46 @@ impl DryRun {
                     (stored.as_ref().map(|stored| stored.state.visible()), stored)
                 }
             };
-            let circumstances = Circumstances { terms: &applier.terms, rebuilding: None, now };
+            let circumstances = Circumstances {
+                terms: &applier.terms,
+                rebuilding: None,
+                now,
+            };
             let plan = plan::of_subscription(id, now_stored.clone(), arrivals, circumstances);
             let after = match plan {
                 Some(plan) => {
                     orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));
                     let dt_created = now_stored.and_then(|stored| stored.dt_created);
-                    let Row { state, version, revision, last_sent, .. } = plan.row;
-                    Some(Stored { state, version, revision, dt_created, last_sent })
+                    let Row {
+                        state,
+                        version,
+                        revision,
+                        last_sent,
+                        ..
+                    } = plan.row;
+                    Some(Stored {
+                        state,
+                        version,
+                        revision,
+                        dt_created,
+                        last_sent,
+                    })
                 }
                 // Only rows that were changed before are kept.
-                None => now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible())),
+                None => {
+                    now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible()))
+                }
             };
             if let Some(after) = after {
                 self.rows.insert(id.to_owned(), (before, after));
             }
         }
-        let payments = others.into_iter().map(|(_, arrival)| plan::of_payment(arrival, &applier.terms.rules, now));
-        orphans.extend(payments.filter_map(|consequences| consequences.orphan.map(|(_, orphan)| orphan.id)));
+        let payments = others
+            .into_iter()
+            .map(|(_, arrival)| plan::of_payment(arrival, &applier.terms.rules, now));
+        orphans.extend(
+            payments.filter_map(|consequences| consequences.orphan.map(|(_, orphan)| orphan.id)),
+        );
         for id in orphans {
             if !self.orphans.contains(&id) && store::orphan::find(db, &id).await?.is_none() {
                 self.orphans.insert(id);

@@ -37,7 +37,11 @@ impl Signals {
 
     /// What a replay was noted with. `all`, of the version before, included what changed.
     pub(super) fn parse(text: &str) -> Self {
-        if text == Self::None.as_str() { Self::None } else { Self::Changed }
+        if text == Self::None.as_str() {
+            Self::None
+        } else {
+            Self::Changed
+        }
     }
 }
 
@@ -55,7 +59,11 @@ pub(crate) struct Request {
 
 impl Replayer {
     /// What `request` comes down to. Nothing if the stream holds no such event.
-    pub(crate) async fn resolve(&self, request: &Request, now: OffsetDateTime) -> Result<Option<Replay>, ReplayError> {
+    pub(crate) async fn resolve(
+        &self,
+        request: &Request,
+        now: OffsetDateTime,
+    ) -> Result<Option<Replay>, ReplayError> {
         let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
         let state = &stream.cached_info().state;
@@ -66,13 +74,17 @@ impl Replayer {
         };
         let mut last_sequence = match request.until {
             None => last,
-            Some(Bound::Time(time)) => self.sequence(Bound::Time(time), first, last).await?.saturating_sub(1),
+            Some(Bound::Time(time)) => self
+                .sequence(Bound::Time(time), first, last)
+                .await?
+                .saturating_sub(1),
             Some(bound) => self.sequence(bound, first, last).await?,
         };
         if request.signals == Signals::None {
             // What it applied silently, a worker would merge to nothing, and it would never be sent.
             let progress = progress::of_workers(&self.jetstream).await?;
-            last_sequence = last_sequence.min(progress.map_or(0, |progress| progress.applied_until()));
+            last_sequence =
+                last_sequence.min(progress.map_or(0, |progress| progress.applied_until()));
         }
         let is_backwards = match (request.from, request.until) {
             (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
@@ -80,11 +92,18 @@ impl Replayer {
             _ => false,
         };
         if is_backwards {
-            return Err(ReplayError::Backwards { first: first_sequence, last: last_sequence });
+            return Err(ReplayError::Backwards {
+                first: first_sequence,
+                last: last_sequence,
+            });
         }
         let is_empty = state.messages == 0 || first_sequence > last_sequence;
         // Each once: JetStream refuses subjects that overlap.
-        let event_types: BTreeSet<_> = request.event_types.iter().map(EventType::to_string).collect();
+        let event_types: BTreeSet<_> = request
+            .event_types
+            .iter()
+            .map(EventType::to_string)
+            .collect();
         Ok((!is_empty).then(|| Replay {
             name: String::new(),
             signals: request.signals.as_str().to_owned(),
@@ -101,7 +120,9 @@ impl Replayer {
         match bound {
             Bound::Sequence(asked) if (first..=last).contains(&asked) => Ok(asked),
             Bound::Sequence(asked) => Err(ReplayError::NoSuchSequence { asked, first, last }),
-            Bound::Time(time) => consumer::sequence_at(&self.jetstream, time).await.map_err(ReplayError::Broker),
+            Bound::Time(time) => consumer::sequence_at(&self.jetstream, time)
+                .await
+                .map_err(ReplayError::Broker),
         }
     }
 }
@@ -115,7 +136,11 @@ pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
         signals: signals.as_str().to_owned(),
         first_sequence: begun.first_sequence.min(asked.first_sequence),
         last_sequence: begun.last_sequence.max(asked.last_sequence),
-        event_types: if same_types { asked.event_types } else { Vec::new() },
+        event_types: if same_types {
+            asked.event_types
+        } else {
+            Vec::new()
+        },
         stripe_subscription_id: asked.stripe_subscription_id.filter(|_| same_subscription),
         started: begun.started,
         ..asked
@@ -125,5 +150,10 @@ pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
 /// Whether the position of `begun` is one of `replay` too, which covers it: it differs in its end alone.
 pub(super) fn goes_on(begun: &Replay, replay: &Replay) -> bool {
     begun.name.is_empty()
-        && *replay == Replay { last_sequence: replay.last_sequence, beat: replay.beat, ..begun.clone() }
+        && *replay
+            == Replay {
+                last_sequence: replay.last_sequence,
+                beat: replay.beat,
+                ..begun.clone()
+            }
 }

@@ -39,9 +39,17 @@ impl Plan {
         let usable = window / 30;
         let size_max = (requests / 100).max(1);
         let intervals = requests.saturating_sub(size_max).saturating_add(1);
-        let nanos = (window + usable + usable / 2).as_nanos().div_ceil(u128::from(intervals));
-        let interval = Duration::from_micros(u64::try_from(nanos.div_ceil(1000)).unwrap_or(u64::MAX));
-        Self { interval, usable, size_max, span: interval.saturating_mul(intervals) }
+        let nanos = (window + usable + usable / 2)
+            .as_nanos()
+            .div_ceil(u128::from(intervals));
+        let interval =
+            Duration::from_micros(u64::try_from(nanos.div_ceil(1000)).unwrap_or(u64::MAX));
+        Self {
+            interval,
+            usable,
+            size_max,
+            span: interval.saturating_mul(intervals),
+        }
     }
 
     /// When a reservation starts that the broker stored at `stored`. If it would end beyond the span, somebody
@@ -56,7 +64,12 @@ impl Plan {
 
     /// The reservation of `length` that follows the one in `value`, which was stored at `stored`. If `value` is
     /// missing or unreadable, whatever was reserved before is over a span after `stored`.
-    pub(super) fn next(&self, value: Option<&[u8]>, stored: OffsetDateTime, length: Duration) -> Reservation {
+    pub(super) fn next(
+        &self,
+        value: Option<&[u8]>,
+        stored: OffsetDateTime,
+        length: Duration,
+    ) -> Reservation {
         let free = match value.and_then(Reservation::parse) {
             Some(last) => self.start(last, stored) + last.length.min(self.span),
             None => stored + self.span,
@@ -92,7 +105,10 @@ impl Reservation {
         let (free, length) = text.split_once(' ').unwrap_or((text, "0"));
         let nanos = i128::from(free.parse::<i64>().ok()?) * 1000;
         let free = OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()?;
-        Some(Self { free, length: Duration::from_micros(length.parse().ok()?) })
+        Some(Self {
+            free,
+            length: Duration::from_micros(length.parse().ok()?),
+        })
     }
 
     /// What [`Reservation::parse`] reads. Rounded up, so that nothing is free too early.

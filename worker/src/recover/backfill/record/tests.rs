@@ -16,8 +16,16 @@ fn next_backfill_overlaps_the_last_one() {
     assert_eq!(next_since(None, now), now - 72 * HOUR);
     assert_eq!(next_since(Some(now - HOUR), now), now - 3 * HOUR);
     assert_eq!(next_since(Some(now - 100 * HOUR), now), now - 102 * HOUR);
-    assert_eq!(next_since(Some(now - 1000 * HOUR), now), now - 30 * 24 * HOUR, "Stripe keeps no more");
-    assert_eq!(next_since(Some(now + HOUR), now), now - 2 * HOUR, "another host's clock is ahead");
+    assert_eq!(
+        next_since(Some(now - 1000 * HOUR), now),
+        now - 30 * 24 * HOUR,
+        "Stripe keeps no more"
+    );
+    assert_eq!(
+        next_since(Some(now + HOUR), now),
+        now - 2 * HOUR,
+        "another host's clock is ahead"
+    );
 }
 
 #[test]
@@ -26,9 +34,18 @@ fn only_a_backfill_that_leaves_no_gap_is_noted() {
     assert!(extends(None, began - 72 * HOUR, began));
     assert!(!extends(None, began - HOUR, began));
     assert!(extends(Some(began - HOUR), began - 3 * HOUR, began));
-    assert!(!extends(Some(began - 5 * HOUR), began - 3 * HOUR, began), "two hours were not looked at");
-    assert!(!extends(Some(began + HOUR), began - 72 * HOUR, began), "a later one was complete");
-    assert!(extends(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began), "there is no more to be had");
+    assert!(
+        !extends(Some(began - 5 * HOUR), began - 3 * HOUR, began),
+        "two hours were not looked at"
+    );
+    assert!(
+        !extends(Some(began + HOUR), began - 72 * HOUR, began),
+        "a later one was complete"
+    );
+    assert!(
+        extends(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began),
+        "there is no more to be had"
+    );
 }
 
 #[test]

@@ -8,7 +8,8 @@ const TOLD: &str = r#"{"status": "active", "client_reference_id": "user_1"}"#;
 const RIGHT: &str = r#"{"status": "active", "client_reference_id": "user_1", "metadata": {}}"#;
 const WRONG: &str = r#"{"status": "past_due", "client_reference_id": "user_1", "metadata": {}}"#;
 const EMPTY: &str = r#"{"status": null, "client_reference_id": null, "metadata": {}}"#;
-const MORE: &str = r#"{"status": "active", "client_reference_id": "user_1", "metadata": {"created.seats": "1"}}"#;
+const MORE: &str =
+    r#"{"status": "active", "client_reference_id": "user_1", "metadata": {"created.seats": "1"}}"#;
 
 fn fields(text: &str) -> Fields {
     serde_json::from_str(text).expect("it is an object")
@@ -16,23 +17,40 @@ fn fields(text: &str) -> Fields {
 
 fn row(columns: &str, state: Option<&str>) -> Whole {
     let (columns, expected) = (Some(fields(columns)), state.map(fields));
-    Whole { version: 1, columns, state: expected.as_ref().map(|_| State::default()), expected }
+    Whole {
+        version: 1,
+        columns,
+        state: expected.as_ref().map(|_| State::default()),
+        expected,
+    }
 }
 
 #[test]
 fn columns_are_compared_with_stripe_and_with_the_merge_state() {
     let check = |columns, state, expected: &[&str], columns_only: bool| {
         let (told, row) = (fields(TOLD), row(columns, state));
-        let found: Vec<_> = differences(&told, &row).into_iter().map(|difference| difference.field).collect();
+        let found: Vec<_> = differences(&told, &row)
+            .into_iter()
+            .map(|difference| difference.field)
+            .collect();
         assert_eq!(found, expected, "{columns} over {state:?}");
-        assert_eq!(is_in_columns_only(&told, &row), columns_only, "{columns} over {state:?}");
+        assert_eq!(
+            is_in_columns_only(&told, &row),
+            columns_only,
+            "{columns} over {state:?}"
+        );
     };
     check(RIGHT, Some(RIGHT), &[], true);
     check(WRONG, Some(RIGHT), &["status"], true);
     check(WRONG, Some(WRONG), &["status"], false);
     check(RIGHT, Some(WRONG), &["merge_state"], false);
     check(EMPTY, Some(RIGHT), &["client_reference_id", "status"], true);
-    check(EMPTY, Some(EMPTY), &["client_reference_id", "status"], false);
+    check(
+        EMPTY,
+        Some(EMPTY),
+        &["client_reference_id", "status"],
+        false,
+    );
     // Only the merge state tells metadata by event type, unless it is wrong itself.
     check(MORE, Some(RIGHT), &["metadata"], true);
     check(MORE, Some(WRONG), &["merge_state"], false);
@@ -43,7 +61,10 @@ fn columns_are_compared_with_stripe_and_with_the_merge_state() {
 #[test]
 fn user_that_neither_stripe_nor_the_merge_state_knows_is_the_columns_alone() {
     let check = |told, columns, state, expected| {
-        assert_eq!(only_the_column_knows_the_user(&fields(told), &row(columns, state)), expected);
+        assert_eq!(
+            only_the_column_knows_the_user(&fields(told), &row(columns, state)),
+            expected
+        );
     };
     check("{}", RIGHT, Some(EMPTY), true);
     check("{}", RIGHT, None, true);
@@ -55,5 +76,8 @@ fn user_that_neither_stripe_nor_the_merge_state_knows_is_the_columns_alone() {
 #[test]
 fn metadata_is_shown_by_its_keys() {
     let found = differences(&fields(TOLD), &row(MORE, Some(RIGHT)));
-    assert_eq!((&found[0].row, &found[0].stripe), (&json!(["created.seats"]), &json!([])));
+    assert_eq!(
+        (&found[0].row, &found[0].stripe),
+        (&json!(["created.seats"]), &json!([]))
+    );
 }

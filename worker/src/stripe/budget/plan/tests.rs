@@ -30,11 +30,28 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let part = || prop_oneof![2 => Just(0.0), 2 => Just(1.0), 1 => 0.0..=1.0];
     let used = prop::collection::vec((part(), part()), 12);
     let idle = prop_oneof![9 => Just(Duration::ZERO), 1 => ms(3_000)];
-    let reserve = (idle, 1_u32..=12, ms(300), ms(300), part(), used)
-        .prop_map(|(idle, count, way, back, crossed, used)| Step::Reserve { idle, count, way, back, crossed, used });
-    const VALUES: &[Option<&str>] =
-        &[None, Some("soon"), Some(""), Some("9000000000000000 5"), Some("1 2 3"), Some("99999999999999999999")];
-    prop::collection::vec(prop_oneof![150 => reserve, 1 => prop::sample::select(VALUES).prop_map(Step::Spoil)], 1..300)
+    let reserve = (idle, 1_u32..=12, ms(300), ms(300), part(), used).prop_map(
+        |(idle, count, way, back, crossed, used)| Step::Reserve {
+            idle,
+            count,
+            way,
+            back,
+            crossed,
+            used,
+        },
+    );
+    const VALUES: &[Option<&str>] = &[
+        None,
+        Some("soon"),
+        Some(""),
+        Some("9000000000000000 5"),
+        Some("1 2 3"),
+        Some("99999999999999999999"),
+    ];
+    prop::collection::vec(
+        prop_oneof![150 => reserve, 1 => prop::sample::select(VALUES).prop_map(Step::Spoil)],
+        1..300,
+    )
 }
 
 proptest! {
@@ -99,19 +116,31 @@ proptest! {
 /// While there is work, a reservation begins where the last one ends.
 #[test]
 fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
-    for (requests, window) in
-        [(1, MINUTE), (2, MINUTE), (75, MINUTE), (199, MINUTE), (6000, MINUTE), (100_000, MINUTE), (50, MINUTE / 60)]
-    {
+    for (requests, window) in [
+        (1, MINUTE),
+        (2, MINUTE),
+        (75, MINUTE),
+        (199, MINUTE),
+        (6000, MINUTE),
+        (100_000, MINUTE),
+        (50, MINUTE / 60),
+    ] {
         for processes in [1, 4] {
             let plan = Plan::new(requests, window);
             let length = plan.interval * plan.size_max;
             let round_trip = Duration::from_millis(5).min(plan.interval / 2);
             let began = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
-            let (mut value, mut stored, mut starts) = (None, OffsetDateTime::UNIX_EPOCH, vec![began; processes]);
+            let (mut value, mut stored, mut starts) =
+                (None, OffsetDateTime::UNIX_EPOCH, vec![began; processes]);
             let mut granted = 0;
             for turn in 0..1000 {
                 // A process comes again when it has used, evenly, what it has.
-                let used = window / requests * if turn < processes { 0 } else { plan.size_max - 1 };
+                let used = window / requests
+                    * if turn < processes {
+                        0
+                    } else {
+                        plan.size_max - 1
+                    };
                 let next = plan.next(value.as_deref().map(str::as_bytes), stored, length);
                 let own = &mut starts[turn % processes];
                 stored = (*own + used + round_trip).max(stored + plan.wait(next, stored));
@@ -120,8 +149,12 @@ fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
                 granted += plan.size_max;
             }
             let took = starts.into_iter().max().expect("there is one") + length - began;
-            let share = f64::from(granted) / f64::from(requests) * window.as_secs_f64() / took.as_seconds_f64();
-            assert!((0.93..1.0).contains(&share), "{share} of {requests} in {window:?} by {processes}");
+            let share = f64::from(granted) / f64::from(requests) * window.as_secs_f64()
+                / took.as_seconds_f64();
+            assert!(
+                (0.93..1.0).contains(&share),
+                "{share} of {requests} in {window:?} by {processes}"
+            );
         }
     }
 }
@@ -131,8 +164,14 @@ fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
 fn largest_reservation_fits_into_a_full_window() {
     for requests in [1, 75, 199, 200, 299, 6000] {
         let plan = Plan::new(requests, MINUTE);
-        let before = (MINUTE + plan.usable * 3 / 2).as_nanos().div_ceil(plan.interval.as_nanos()) - 1;
-        assert!(before + u128::from(plan.size_max) <= u128::from(requests), "{before} before it of {requests}");
+        let before = (MINUTE + plan.usable * 3 / 2)
+            .as_nanos()
+            .div_ceil(plan.interval.as_nanos())
+            - 1;
+        assert!(
+            before + u128::from(plan.size_max) <= u128::from(requests),
+            "{before} before it of {requests}"
+        );
     }
 }
 
@@ -147,34 +186,75 @@ fn reservation_is_small_and_never_empty() {
 fn value_that_nobody_reserved_is_over_after_a_span() {
     let plan = Plan::new(60, MINUTE);
     let stored = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
-    let free = |value: Option<&str>| plan.next(value.map(str::as_bytes), stored, plan.interval).free - stored;
+    let free = |value: Option<&str>| {
+        plan.next(value.map(str::as_bytes), stored, plan.interval)
+            .free
+            - stored
+    };
     let value = |free, length| Some(Reservation { free, length }.to_value());
     let second = Duration::from_secs(1);
-    assert_eq!(free(value(stored - MINUTE, second).as_deref()), second, "it started when it was stored");
-    assert_eq!(free(value(stored + second * 9, second).as_deref()), second * 10, "it waits for others");
-    assert_eq!(free(Some("1795000009000000")), second * 9, "as earlier versions wrote it");
+    assert_eq!(
+        free(value(stored - MINUTE, second).as_deref()),
+        second,
+        "it started when it was stored"
+    );
+    assert_eq!(
+        free(value(stored + second * 9, second).as_deref()),
+        second * 10,
+        "it waits for others"
+    );
+    assert_eq!(
+        free(Some("1795000009000000")),
+        second * 9,
+        "as earlier versions wrote it"
+    );
     assert_eq!(free(Some("soon")), plan.span);
     assert_eq!(free(None), plan.span, "deleted");
-    assert_eq!(free(Some("1795009999000000")), plan.span, "of an earlier version, far ahead");
+    assert_eq!(
+        free(Some("1795009999000000")),
+        plan.span,
+        "of an earlier version, far ahead"
+    );
     // Its owner, if there is one, waits for a span.
-    assert_eq!(free(value(stored + MINUTE * 9, second).as_deref()), plan.span + second);
+    assert_eq!(
+        free(value(stored + MINUTE * 9, second).as_deref()),
+        plan.span + second
+    );
 }
 
 #[test]
 fn clock_that_was_set_holds_calls_up_for_a_span_at_most() {
     let plan = Plan::new(60, MINUTE);
     let before = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
-    let last = Reservation { free: before, length: plan.interval }.to_value();
+    let last = Reservation {
+        free: before,
+        length: plan.interval,
+    }
+    .to_value();
     let next = plan.next(Some(last.as_bytes()), before, plan.interval);
     assert_eq!(next.free, before + plan.interval);
-    for back in [MINUTE / 60, MINUTE / 2, MINUTE, MINUTE * 60, MINUTE * 1_000_000] {
+    for back in [
+        MINUTE / 60,
+        MINUTE / 2,
+        MINUTE,
+        MINUTE * 60,
+        MINUTE * 1_000_000,
+    ] {
         let after = before - back;
         let start = plan.start(next, after);
-        assert!(start - after <= plan.span, "{} after {back:?} back", start - after);
+        assert!(
+            start - after <= plan.span,
+            "{} after {back:?} back",
+            start - after
+        );
         let others = plan.next(Some(next.to_value().as_bytes()), after, plan.interval);
         assert_eq!(others.free, start + plan.interval, "all see the same");
     }
-    assert_eq!(plan.start(next, before + MINUTE * 60), before + MINUTE * 60, "set forward");
+    assert_eq!(
+        plan.start(next, before + MINUTE * 60),
+        before + MINUTE * 60,
+        "set forward"
+    );
 }
 
 #[test]
@@ -183,16 +263,41 @@ fn permit_is_certain_whatever_the_broker_took_to_answer() {
     let (sent, second) = (Instant::now(), Duration::from_secs(1));
     let received = sent + second;
     let stored = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
-    let permitted = |free| plan.permitted(Reservation { free, length: second }, stored, sent, received);
-    assert_eq!(permitted(stored - second), (received, sent + plan.usable), "stored just now or just before the answer");
-    assert_eq!(permitted(stored + second * 9), (received + second * 9, sent + second * 9 + plan.usable));
+    let permitted = |free| {
+        plan.permitted(
+            Reservation {
+                free,
+                length: second,
+            },
+            stored,
+            sent,
+            received,
+        )
+    };
+    assert_eq!(
+        permitted(stored - second),
+        (received, sent + plan.usable),
+        "stored just now or just before the answer"
+    );
+    assert_eq!(
+        permitted(stored + second * 9),
+        (received + second * 9, sent + second * 9 + plan.usable)
+    );
 }
 
 #[test]
 fn reservation_is_read_as_it_was_written_and_never_earlier() {
-    let free = OffsetDateTime::from_unix_timestamp_nanos(1_795_000_000_123_456_789).expect("a time");
-    let written = Reservation { free, length: Duration::from_micros(840_000) };
+    let free =
+        OffsetDateTime::from_unix_timestamp_nanos(1_795_000_000_123_456_789).expect("a time");
+    let written = Reservation {
+        free,
+        length: Duration::from_micros(840_000),
+    };
     let read = Reservation::parse(written.to_value().as_bytes()).expect("it is readable");
     assert_eq!(read.length, written.length);
-    assert!(read.free >= free && read.free - free < Duration::from_micros(1), "{}", read.free);
+    assert!(
+        read.free >= free && read.free - free < Duration::from_micros(1),
+        "{}",
+        read.free
+    );
 }
