@@ -287,7 +287,7 @@ impl Table {
                     }
                 }
                 Asked::Grace { .. } if self.may_be_paid() => {
-                    drop(self.orphans.entry(id).or_insert(true))
+                    self.orphans.entry(id).or_insert(true);
                 }
                 Asked::Grace { .. } | Asked::Fetch | Asked::Erase => {}
             }
