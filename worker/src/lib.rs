@@ -1,6 +1,6 @@
 //! The worker: applies Stripe's events to the database and signals what changed.
 //!
-//! The life of an event: [`stream::consumer`] fetches a batch of messages, [`apply`] applies it (the
+//! The life of an event: `stream::consumer` fetches a batch of messages, [`apply`] applies it (the
 //! core decodes, merges and plans, [`store`] loads and saves, the consumer acks), [`relay`] sends the
 //! signals that were committed with the rows. [`questions`] asks what no batch waits for, [`recover`]
 //! brings rows and subscribers back after an outage, [`command`] is what operators call. May not know

@@ -50,6 +50,7 @@ pub struct Questions {
     /// Says that there may be questions.
     pub wake: Arc<Notify>,
     pub relay: Arc<Notify>,
+    /// The kinds that wait for the database.
     pub waiting: Arc<Waiting>,
     /// When it was last logged that a question has no answer.
     pub complained: Mutex<Option<Instant>>,

@@ -187,7 +187,7 @@ impl Worker {
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             wake: Arc::clone(&applier.questions),
             relay: Arc::clone(&wake),
-            waiting: Arc::clone(&applier.waiting),
+            waiting: Arc::default(),
             complained: std::sync::Mutex::default(),
         };
         supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()));

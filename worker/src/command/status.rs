@@ -22,7 +22,7 @@ pub(crate) struct Status {
     output: Output,
 }
 
-/// What `status --json` prints. A null is something that is not there yet. [`print`] says what each means.
+/// What `status --json` prints. A null is something that is not there yet. `print` says what each means.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     lag: Option<u64>,

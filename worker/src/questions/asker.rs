@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use super::{Outcome, Questions};
 use crate::fail_point::fail_point;
 use crate::store::due::{self, Taken};
-use crate::wait::{DATABASE, Wait};
+use crate::wait::{Awaited, Wait};
 
 /// How often due questions are looked for.
 pub(super) const POLL: Duration = Duration::from_secs(1);
@@ -32,6 +32,15 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
 /// How soon a question without an answer is asked again.
 pub(super) const RETRY: Duration = Duration::from_secs(3);
+
+/// The database, as the questions need it: that batches wait for it is another matter.
+const QUESTIONS: Awaited = Awaited {
+    begins: "questions wait for the database",
+    ends: "questions are asked again",
+    first: POLL,
+    longest: POLL,
+    gauge: None,
+};
 
 impl Questions {
     /// Asks until `shutdown`. Kinds of questions do not wait for each other.
@@ -63,7 +72,7 @@ impl Questions {
     /// wait for its answer holds up no other.
     async fn ask(self: Arc<Self>, kind: Kind, at_a_time: usize, shutdown: CancellationToken) {
         let mut asked = JoinSet::new();
-        let mut wait = Wait::with_others(DATABASE, Arc::clone(&self.waiting));
+        let mut wait = Wait::with_others(QUESTIONS, Arc::clone(&self.waiting));
         while !shutdown.is_cancelled() {
             fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}

@@ -1,6 +1,6 @@
 //! `litestripe_erasure`: record erasures, and read those that are new.
 //!
-//! Invariant: a transaction that reads the new erasures with [`newest_after`] or [`after`] before anything
+//! Invariant: a transaction that reads the new erasures with `newest_after` or [`after`] before anything
 //! else knows every erasure that is committed, and none is recorded until it ends. On PostgreSQL both
 //! statements lock the table in the mode ROW SHARE, which is what `FOR KEY SHARE` is for (nearly always there
 //! is no row to lock), and [`record`] takes EXCLUSIVE, which waits for those and not for plain readers such as
