@@ -33,3 +33,11 @@ impl PaymentIds {
         .filter_map(Option::as_deref)
     }
 }
+
+/// A connected account, whose objects Stripe gives for its `Stripe-Account`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AccountId<'a>(pub &'a str);
+
+/// The application's own id of a user, as Stripe calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientReferenceId<'a>(pub &'a str);

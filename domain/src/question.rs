@@ -5,7 +5,7 @@
 use litestripe_contract::signal::EventReference;
 use time::OffsetDateTime;
 
-use crate::payment::PaymentIds;
+use crate::payment::{AccountId, PaymentIds};
 
 /// A kind of question. One about the same subject is asked once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,6 +72,10 @@ pub struct Question {
 }
 
 impl Question {
+    pub fn account(&self) -> Option<AccountId<'_>> {
+        self.stripe_account_id.as_deref().map(AccountId)
+    }
+
     /// Its kind.
     pub fn kind(&self) -> Kind {
         match self.asked {

@@ -5,6 +5,6 @@
 pub(crate) mod consumer;
 pub(crate) mod dead_letter;
 pub(crate) mod own_event;
-pub(crate) mod progress;
+pub mod progress;
 mod pull;
 pub(crate) mod scan;

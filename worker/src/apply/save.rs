@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::orphan::NewOrphan;
+use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::plan::{
     self, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
 };
@@ -247,7 +248,7 @@ async fn save_resolutions(
     let mut open = store::orphan::open_among(tx, &ids).await?;
     let mut signals = Vec::new();
     for resolution in &resolutions {
-        let user = resolution.client_reference_id.as_str();
+        let user = ClientReferenceId(&resolution.client_reference_id);
         // Told once, however many words about it came together.
         let is_open = open.remove(&resolution.id);
         let owed =

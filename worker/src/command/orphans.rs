@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use litestripe_contract::connect;
 use litestripe_contract::signal::Timestamp;
+use litestripe_domain::payment::ClientReferenceId;
 use litestripe_entity::orphaned_payment::Model;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -183,8 +184,13 @@ impl Resolve {
             &self.client_reference_id,
         );
         // What a user tried in test mode says nothing about live mode.
-        match store::subscription::other_of_user(store.connection(), user, orphan.livemode, this)
-            .await?
+        match store::subscription::other_of_user(
+            store.connection(),
+            ClientReferenceId(user),
+            orphan.livemode,
+            this,
+        )
+        .await?
         {
             Some(other) => Err(Failure::new(format!(
                 "client reference id {user} already has subscription {other}, which has not ended; nothing was changed. \

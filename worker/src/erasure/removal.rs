@@ -9,12 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use async_nats::jetstream;
-use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType};
 use litestripe_contract::signal::{EventReference, OutOfRange, Timestamp};
-use litestripe_contract::subject::{
-    DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER,
-};
+use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -22,6 +19,7 @@ use tokio::time::Instant;
 use super::{Erasures, Ids};
 use crate::error::StoreError;
 use crate::store::{self, Store};
+use crate::stream::progress::{self, ProgressError};
 use crate::stream::scan::{self, ScanError, Seen};
 
 mod rows;
@@ -103,8 +101,8 @@ pub enum EraseError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Scan(#[from] ScanError),
-    #[error("cannot see how far the events are applied")]
-    Progress(#[source] jetstream::context::ConsumerInfoError),
+    #[error(transparent)]
+    Progress(#[from] ProgressError),
     #[error("the clock of this machine is beyond the year 9999")]
     Clock(#[from] OutOfRange),
 }
@@ -246,7 +244,8 @@ impl Erasure<'_> {
     async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
         let deadline = Instant::now() + APPLIED_MAX;
         loop {
-            let unapplied = match self.applied_up_to().await? {
+            let progress = progress::of_workers(self.jetstream).await?;
+            let unapplied = match progress.map(|progress| progress.applied_until()) {
                 _ if events.is_empty() => BTreeSet::new(),
                 None => return Ok(events.clone()),
                 Some(floor) => events.range(floor.saturating_add(1)..).copied().collect(),
@@ -256,24 +255,6 @@ impl Erasure<'_> {
             }
             tokio::time::sleep(POLL).await;
         }
-    }
-
-    /// The event up to which all are applied. None where no worker ever ran.
-    async fn applied_up_to(&self) -> Result<Option<u64>, EraseError> {
-        let Some(stream) = scan::find(self.jetstream, EVENTS_STREAM).await? else {
-            return Ok(None);
-        };
-        let consumer = match stream.consumer_info(WORKER_CONSUMER).await {
-            Ok(consumer) => consumer,
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(EraseError::Progress(error)),
-        };
-        let is_done = consumer.num_pending == 0 && consumer.num_ack_pending == 0;
-        Ok(Some(if is_done {
-            u64::MAX
-        } else {
-            consumer.ack_floor.stream_sequence
-        }))
     }
 
     /// Takes the metadata out of the person's rows, each of which is signalled. Returns how many had some, and

@@ -73,7 +73,7 @@ impl Questions {
         stripe: &StripeApi,
         question: &Question,
     ) -> Result<bool, QuestionError> {
-        let account = question.stripe_account_id.as_deref();
+        let account = question.account();
         let answer = stripe
             .checkout_sessions_of(&question.entity_id, account)
             .await?;
@@ -137,10 +137,7 @@ async fn email_of_customer(
     else {
         return Ok(None);
     };
-    match stripe
-        .customer(customer, question.stripe_account_id.as_deref())
-        .await
-    {
+    match stripe.customer(customer, question.account()).await {
         Ok(answer) => Ok(api::customer_email(&answer.body)),
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error.into()),

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use async_nats::Client;
+use litestripe_domain::payment::ClientReferenceId;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, Statement};
 use serde::Deserialize;
 use tokio::sync::OnceCell;
@@ -72,8 +73,8 @@ impl Lookup {
         !matches!(self, Self::None)
     }
 
-    /// Whether `client_reference_id` is a user. After an error it is to be asked again.
-    pub async fn knows(&self, client_reference_id: &str) -> Result<bool, LookupError> {
+    /// Whether it is a user. After an error it is to be asked again.
+    pub async fn knows(&self, user: ClientReferenceId<'_>) -> Result<bool, LookupError> {
         match self {
             Self::None => Ok(true),
             Self::Sql {
@@ -85,11 +86,9 @@ impl Lookup {
                     .get_or_try_init(|| Store::open_to_read(database))
                     .await
                     .map_err(LookupError::Sql)?;
-                ask_database(store.connection(), query, client_reference_id).await
+                ask_database(store.connection(), query, user).await
             }
-            Self::Nats { client, subject } => {
-                ask_application(client, subject, client_reference_id).await
-            }
+            Self::Nats { client, subject } => ask_application(client, subject, user).await,
         }
     }
 }
@@ -97,13 +96,10 @@ impl Lookup {
 async fn ask_database(
     db: &DatabaseConnection,
     query: &str,
-    client_reference_id: &str,
+    user: ClientReferenceId<'_>,
 ) -> Result<bool, LookupError> {
-    let statement = Statement::from_sql_and_values(
-        db.get_database_backend(),
-        query,
-        [client_reference_id.into()],
-    );
+    let statement =
+        Statement::from_sql_and_values(db.get_database_backend(), query, [user.0.into()]);
     match db
         .query_one_raw(statement)
         .await
@@ -119,10 +115,10 @@ async fn ask_database(
 async fn ask_application(
     client: &Client,
     subject: &str,
-    client_reference_id: &str,
+    user: ClientReferenceId<'_>,
 ) -> Result<bool, LookupError> {
     let request = async_nats::Request::new()
-        .payload(client_reference_id.as_bytes().to_vec().into())
+        .payload(user.0.as_bytes().to_vec().into())
         .timeout(Some(ANSWER_MAX));
     let reply = client.send_request(subject.to_owned(), request).await;
     let reply = reply.map_err(|source| LookupError::Nats {

@@ -28,7 +28,7 @@ impl Questions {
         let Some(row) = row.filter(|row| row.subscription.uncertain) else {
             return self.forget(taken).await;
         };
-        let account = question.stripe_account_id.as_deref();
+        let account = question.account();
         let answer = match stripe.subscription(&question.entity_id, account).await {
             Ok(answer) => answer,
             Err(error) if error.is_not_found() => {

@@ -7,6 +7,7 @@ use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
 use litestripe_contract::signal::OrphanReason;
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::event::{self, Body, Email, Event, MetadataKeys};
+use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::question::{Asked, Question};
 use litestripe_domain::row::Stored;
 use litestripe_domain::signal;
@@ -42,7 +43,7 @@ impl Questions {
         let Some(user) = reference(question, stored.as_ref()) else {
             return self.forget(taken).await;
         };
-        if self.lookup.knows(&user).await? {
+        if self.lookup.knows(ClientReferenceId(&user)).await? {
             return Ok(self.note_known(taken, user).await?);
         }
         let is_wanted = is_paid(question)
@@ -59,11 +60,19 @@ impl Questions {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let noted = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
-            if !holds_row(&tx, question, &user, now).await? || !due::settle(&tx, &taken).await? {
+            if !holds_row(&tx, question, ClientReferenceId(&user), now).await?
+                || !due::settle(&tx, &taken).await?
+            {
                 return Ok(Outcome::Crossed);
             }
-            let resolved =
-                store::orphan::resolve(&tx, &question.entity_id, &user, None, now).await?;
+            let resolved = store::orphan::resolve(
+                &tx,
+                &question.entity_id,
+                ClientReferenceId(&user),
+                None,
+                now,
+            )
+            .await?;
             let resolved = resolved.as_ref().and_then(store::orphan::known);
             let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
             store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
@@ -86,7 +95,7 @@ impl Questions {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             let email = email.filter(|_| !is_erased);
-            if !holds_row(&tx, question, &user, now).await? {
+            if !holds_row(&tx, question, ClientReferenceId(&user), now).await? {
                 return Ok(Outcome::Crossed);
             }
             if is_paid(question) {
@@ -141,13 +150,13 @@ impl Questions {
 async fn holds_row(
     tx: &DatabaseTransaction,
     question: &Question,
-    user: &str,
+    user: ClientReferenceId<'_>,
     now: OffsetDateTime,
 ) -> Result<bool, StoreError> {
     let Some(stored) = stored(tx, question).await? else {
         return Ok(question.payment().stripe_subscription_id.is_none());
     };
-    let is_same = reference(question, Some(&stored)).as_deref() == Some(user);
+    let is_same = reference(question, Some(&stored)).as_deref() == Some(user.0);
     Ok(is_same && rewrite(tx, &question.entity_id, stored, now).await?)
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, OrphanReason, Timestamp};
 use litestripe_domain::orphan::NewOrphan;
-use litestripe_domain::payment::PaymentIds;
+use litestripe_domain::payment::{ClientReferenceId, PaymentIds};
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoCondition, LockType, OnConflict};
 use sea_orm::{
@@ -75,7 +75,7 @@ pub async fn insert(
 pub async fn resolve_by_operator(
     tx: &DatabaseTransaction,
     orphan: &NewOrphan,
-    client_reference_id: &str,
+    user: ClientReferenceId<'_>,
     at: OffsetDateTime,
     owed: Option<&EventReference>,
     now: OffsetDateTime,
@@ -87,7 +87,7 @@ pub async fn resolve_by_operator(
         .or(column(Column::ResolvedAt).lt(at))
         .or(column(Column::ResolvedAt)
             .eq(at)
-            .and(column(Column::ResolvedClientReferenceId).lt(client_reference_id)));
+            .and(column(Column::ResolvedClientReferenceId).lt(user.0)));
     let word = OnConflict::column(Column::Id)
         .update_columns([
             Column::ResolvedAt,
@@ -101,7 +101,7 @@ pub async fn resolve_by_operator(
     let resolved = ActiveModel {
         customer_email: Set(None),
         resolved_at: Set(Some(at)),
-        resolved_client_reference_id: Set(Some(client_reference_id.to_owned())),
+        resolved_client_reference_id: Set(Some(user.0.to_owned())),
         ..model(orphan, now)
     };
     let written = Entity::insert_many([resolved])
@@ -262,16 +262,13 @@ fn of_any(ids: &[&str]) -> Condition {
 pub async fn resolve(
     tx: &DatabaseTransaction,
     id: &str,
-    client_reference_id: &str,
+    user: ClientReferenceId<'_>,
     owed: Option<&EventReference>,
     now: OffsetDateTime,
 ) -> Result<Option<Model>, StoreError> {
     let resolved = Entity::update_many()
         .col_expr(Column::ResolvedAt, Expr::value(now))
-        .col_expr(
-            Column::ResolvedClientReferenceId,
-            Expr::value(client_reference_id),
-        )
+        .col_expr(Column::ResolvedClientReferenceId, Expr::value(user.0))
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
         .col_expr(Column::OwedEvent, owed_once_resolved(owed))
         .col_expr(Column::DtLastUpdated, Expr::value(now))

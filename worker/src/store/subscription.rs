@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 
 use litestripe_contract::signal::Timestamp;
+use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::row::{LastSent, Row, Stored};
 use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
@@ -304,7 +305,7 @@ pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<Stri
 /// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
 pub async fn other_of_user<C: ConnectionTrait>(
     db: &C,
-    client_reference_id: &str,
+    user: ClientReferenceId<'_>,
     livemode: bool,
     id: Option<&str>,
 ) -> Result<Option<String>, StoreError> {
@@ -312,7 +313,7 @@ pub async fn other_of_user<C: ConnectionTrait>(
     let mut others = Entity::find()
         .select_only()
         .column(Column::StripeSubscriptionId)
-        .filter(Column::ClientReferenceId.eq(client_reference_id))
+        .filter(Column::ClientReferenceId.eq(user.0))
         .filter(Column::Livemode.eq(livemode))
         .filter(Column::Status.is_null().or(Column::Status.is_not_in(ENDED)));
     if let Some(id) = id {

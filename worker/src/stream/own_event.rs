@@ -9,7 +9,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
 use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE, SNAPSHOT_TYPE};
 use litestripe_contract::{header, subject};
-use litestripe_domain::payment::PaymentIds;
+use litestripe_domain::payment::{AccountId, PaymentIds};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
@@ -38,7 +38,7 @@ struct Data<'a> {
 pub(crate) struct Scope<'a> {
     pub livemode: bool,
     /// The connected account it belongs to.
-    pub account: Option<&'a str>,
+    pub account: Option<AccountId<'a>>,
 }
 
 /// What an operator says of an orphan, with what its row needs where a replay meets the resolution
@@ -171,7 +171,7 @@ impl<'a> OwnEvent<'a> {
             event_type,
             created,
             livemode,
-            account,
+            account: account.map(|account| account.0),
             data,
         })
     }

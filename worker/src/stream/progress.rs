@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 /// The broker does not say how far the events are applied.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ProgressError {
+pub enum ProgressError {
     #[error("cannot see how far the events are applied")]
     Stream(#[from] GetStreamError),
     #[error("cannot see how far the events are applied")]
@@ -70,7 +70,14 @@ pub(crate) async fn of_consumer(
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream.consumer_info(name).await {
         Ok(info) => Ok(Some(Progress::from(&info))),
-        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound
+            ) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error.into()),
     }
 }

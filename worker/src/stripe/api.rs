@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use litestripe_domain::payment::AccountId;
 use reqwest::header::{DATE, HeaderName, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use secrecy::ExposeSecret as _;
@@ -140,7 +141,11 @@ impl StripeApi {
     }
 
     /// A subscription. Stripe: "Retrieve a subscription".
-    pub async fn subscription(&self, id: &str, account: Option<&str>) -> Result<Answer, ApiError> {
+    pub async fn subscription(
+        &self,
+        id: &str,
+        account: Option<AccountId<'_>>,
+    ) -> Result<Answer, ApiError> {
         self.get(&format!("/v1/subscriptions/{id}"), &[], account)
             .await
     }
@@ -149,7 +154,7 @@ impl StripeApi {
     pub async fn checkout_sessions_of(
         &self,
         subscription: &str,
-        account: Option<&str>,
+        account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
         self.get(
             "/v1/checkout/sessions",
@@ -190,7 +195,11 @@ impl StripeApi {
     }
 
     /// A customer. Stripe: "Retrieve a customer".
-    pub async fn customer(&self, id: &str, account: Option<&str>) -> Result<Answer, ApiError> {
+    pub async fn customer(
+        &self,
+        id: &str,
+        account: Option<AccountId<'_>>,
+    ) -> Result<Answer, ApiError> {
         self.get(&format!("/v1/customers/{id}"), &[], account).await
     }
 
@@ -199,7 +208,7 @@ impl StripeApi {
         &self,
         path: &str,
         query: &[(&str, &str)],
-        account: Option<&str>,
+        account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(TRIES_MAX - 1);
         loop {
@@ -243,7 +252,7 @@ impl StripeApi {
         &self,
         path: &str,
         query: &[(&str, &str)],
-        account: Option<&str>,
+        account: Option<AccountId<'_>>,
     ) -> reqwest::Result<Response> {
         let mut request = self
             .http
@@ -253,7 +262,7 @@ impl StripeApi {
             .bearer_auth(self.settings.key.expose_secret())
             .header("Stripe-Version", VERSION);
         if let Some(account) = account {
-            request = request.header("Stripe-Account", account);
+            request = request.header("Stripe-Account", account.0);
         }
         request.send().await
     }
