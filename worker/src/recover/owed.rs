@@ -15,7 +15,7 @@ use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::error::{Disposition, StoreError};
 use crate::store::{self, Store};
@@ -36,10 +36,24 @@ pub(crate) struct Sent {
 
 /// Sends what is owed whenever no replay is unfinished, until `shutdown`.
 pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) {
+    let mut warned = Vec::new();
     loop {
         match send(&store, &relay, &shutdown).await {
-            Ok(Sent { signals: 0, .. }) => {}
-            Ok(Sent { signals, .. }) => info!("sent {signals} signals that a replay had left"),
+            Ok(Sent {
+                signals,
+                unreadable,
+            }) => {
+                if signals > 0 {
+                    info!("sent {signals} signals that a replay had left");
+                }
+                if !unreadable.is_empty() && unreadable != warned {
+                    warn!(
+                        "these rows cannot be read and still owe a signal (`reconcile --repair` mends them): {}",
+                        unreadable.join(", ")
+                    );
+                }
+                warned = unreadable;
+            }
             Err(error) => debug!(
                 "cannot look for signals that are owed: {}",
                 exit::chain(&error)
