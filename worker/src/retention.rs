@@ -86,7 +86,7 @@ async fn look(
         ..
     } = info.state;
     let applied_until = Progress::from(consumer.cached_info())
-        .applied_until()
+        .floor()
         .min(replayed_until);
     let fill = Fill {
         bytes,

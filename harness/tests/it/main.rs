@@ -16,6 +16,7 @@ mod localstripe;
 mod operators;
 mod orphans;
 mod outages;
+mod progress;
 mod pull;
 mod reconcile;
 mod replay;

@@ -244,8 +244,7 @@ impl Erasure<'_> {
     async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
         let deadline = Instant::now() + APPLIED_MAX;
         loop {
-            let progress = progress::of_workers(self.jetstream).await?;
-            let unapplied = match progress.map(|progress| progress.applied_until()) {
+            let unapplied = match progress::applied_until(self.jetstream).await? {
                 _ if events.is_empty() => BTreeSet::new(),
                 None => return Ok(events.clone()),
                 Some(floor) => events.range(floor.saturating_add(1)..).copied().collect(),

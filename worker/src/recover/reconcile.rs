@@ -283,8 +283,8 @@ impl<'a> Reconcile<'a> {
     ) -> Result<(), ReconcileError> {
         let mut heard = Instant::now();
         loop {
-            match progress::of_workers(jetstream).await {
-                Ok(Some(progress)) if progress.has_applied(sequence) => return Ok(()),
+            match progress::applied_until(jetstream).await {
+                Ok(Some(until)) if until >= sequence => return Ok(()),
                 Ok(_) => heard = Instant::now(),
                 Err(error) if heard.elapsed() > SILENCE_MAX => {
                     return Err(ReconcileError::Progress(error));

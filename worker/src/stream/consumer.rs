@@ -116,7 +116,7 @@ impl Again {
     ) -> Result<(u64, u64), ProgressError> {
         let stream = jetstream.get_stream(EVENTS_STREAM).await?;
         let progress = self.progress(jetstream).await?;
-        let applied_until = progress.map_or(0, |progress| progress.applied_until());
+        let applied_until = progress.map_or(0, |progress| progress.applied_again_until());
         let floor = applied_until.max(self.first_sequence.saturating_sub(1));
         Ok((stream.cached_info().state.first_sequence, floor))
     }

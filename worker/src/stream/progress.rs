@@ -4,6 +4,7 @@
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind, GetStreamError};
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
@@ -15,32 +16,45 @@ pub enum ProgressError {
     Stream(#[from] GetStreamError),
     #[error("cannot see how far the events are applied")]
     Consumer(#[from] ConsumerInfoError),
-    #[error("cannot see when the oldest event that is not applied was stored")]
+    #[error("cannot see which event is the next to be applied")]
     Message(#[from] RawMessageError),
 }
 
-/// How far a consumer has come.
+/// How far a consumer has come, as its info says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Progress {
     /// Everything up to this sequence is acked.
     pub ack_floor: u64,
-    pub delivered: u64,
-    pub pending: u64,
-    pub unacked: usize,
+    delivered: u64,
+    pending: u64,
+    unacked: usize,
 }
 
 impl Progress {
-    /// Up to this sequence everything is applied: all there is, if nothing waits.
-    pub(crate) fn applied_until(&self) -> u64 {
-        match (self.unacked, self.pending) {
-            (0, 0) => u64::MAX,
-            (0, _) => self.delivered,
-            _ => self.ack_floor,
+    /// Everything up to this sequence is applied, and perhaps more.
+    pub(crate) fn floor(&self) -> u64 {
+        if self.unacked == 0 {
+            self.delivered
+        } else {
+            self.ack_floor
         }
     }
 
-    pub(crate) fn has_applied(&self, sequence: u64) -> bool {
-        self.applied_until() >= sequence
+    /// Whether everything is applied that the consumer knows of: surely what was stored before the consumer
+    /// was created, but perhaps not the newest message. The server stores a message and answers the publisher
+    /// before the stream's consumers hear of it.
+    fn is_idle(&self) -> bool {
+        (self.unacked, self.pending) == (0, 0)
+    }
+
+    /// Up to this sequence everything is applied again. For a consumer that is younger than the messages that
+    /// it is there for.
+    pub(crate) fn applied_again_until(&self) -> u64 {
+        if self.is_idle() {
+            u64::MAX
+        } else {
+            self.floor()
+        }
     }
 }
 
@@ -55,11 +69,20 @@ impl From<&Info> for Progress {
     }
 }
 
-/// How far the workers have come. None when no worker was ever there.
-pub(crate) async fn of_workers(
-    jetstream: &jetstream::Context,
-) -> Result<Option<Progress>, ProgressError> {
-    of_consumer(jetstream, WORKER_CONSUMER).await
+/// Up to this sequence the workers have applied every event that the stream holds; `u64::MAX` if nothing
+/// is left to apply. None when no worker was ever there.
+pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>, ProgressError> {
+    let Some(progress) = of_consumer(jetstream, WORKER_CONSUMER).await? else {
+        return Ok(None);
+    };
+    if !progress.is_idle() {
+        return Ok(Some(progress.floor()));
+    }
+    // What comes next may be a message that the consumer has not heard of yet.
+    let next = first_from(jetstream, progress.floor().saturating_add(1)).await?;
+    Ok(Some(
+        next.map_or(u64::MAX, |next| next.sequence.saturating_sub(1)),
+    ))
 }
 
 /// How far the consumer `name` has come. None when it does not exist.
@@ -87,19 +110,28 @@ pub(crate) async fn has_applied_all_before(
     jetstream: &jetstream::Context,
     end: OffsetDateTime,
 ) -> Result<bool, ProgressError> {
-    let Some(progress) = of_workers(jetstream).await? else {
+    let Some(applied_until) = applied_until(jetstream).await? else {
         return Ok(false);
     };
-    let Some(oldest) = progress.applied_until().checked_add(1) else {
+    let Some(oldest) = applied_until.checked_add(1) else {
         return Ok(true);
     };
+    let oldest = first_from(jetstream, oldest).await?;
+    Ok(oldest.is_none_or(|oldest| oldest.time > end))
+}
+
+/// The first event that the stream holds from `sequence` on.
+async fn first_from(
+    jetstream: &jetstream::Context,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, ProgressError> {
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream
-        .get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), oldest)
+        .get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), sequence)
         .await
     {
-        Ok(message) => Ok(message.time > end),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(true),
+        Ok(message) => Ok(Some(message)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
@@ -116,9 +148,10 @@ mod tests {
             pending,
             unacked,
         };
-        assert_eq!(progress(2, 5).applied_until(), 3);
-        assert_eq!(progress(0, 5).applied_until(), 9);
-        assert_eq!(progress(0, 0).applied_until(), u64::MAX);
-        assert!(progress(2, 0).has_applied(3) && !progress(2, 0).has_applied(4));
+        let said = |progress: Progress| (progress.floor(), progress.applied_again_until());
+        assert_eq!(said(progress(2, 5)), (3, 3));
+        assert_eq!(said(progress(2, 0)), (3, 3));
+        assert_eq!(said(progress(0, 5)), (9, 9));
+        assert_eq!(said(progress(0, 0)), (9, u64::MAX));
     }
 }

@@ -152,7 +152,7 @@ impl Replayer {
     async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
         let progress = again.progress(&self.jetstream).await;
         progress.is_ok_and(|progress| {
-            progress.is_some_and(|progress| progress.has_applied(replay.last_sequence))
+            progress.is_some_and(|progress| progress.applied_again_until() >= replay.last_sequence)
         })
     }
 }

@@ -66,7 +66,7 @@ impl Replayer {
                     .progress(&self.jetstream)
                     .await?
                     .ok_or(ReplayError::ConsumerGone)?;
-                dry.finished = progress.has_applied(replay.last_sequence);
+                dry.finished = progress.applied_again_until() >= replay.last_sequence;
                 continue;
             };
             let (mut arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);

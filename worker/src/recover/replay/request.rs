@@ -82,9 +82,8 @@ impl Replayer {
         };
         if request.signals == Signals::None {
             // What it applied silently, a worker would merge to nothing, and it would never be sent.
-            let progress = progress::of_workers(&self.jetstream).await?;
-            last_sequence =
-                last_sequence.min(progress.map_or(0, |progress| progress.applied_until()));
+            let applied_until = progress::applied_until(&self.jetstream).await?;
+            last_sequence = last_sequence.min(applied_until.unwrap_or(0));
         }
         let is_backwards = match (request.from, request.until) {
             (Some(Bound::Sequence(from)), Some(Bound::Sequence(until))) => until < from,
