@@ -51,31 +51,31 @@ settings! {
     pub SHARED;
 
     NATS_URL = "NATS_URL", Some("nats://127.0.0.1:4222"),
-        "NATS servers, comma-separated";
+        "URLs of the NATS servers, comma-separated";
     pub(crate) NATS_CREDS = "NATS_CREDS", None,
-        "file with NATS credentials (JWT and seed)";
+        "file with NATS credentials (JWT and nkey seed)";
     pub(crate) NATS_NKEY_SEED_FILE = "NATS_NKEY_SEED_FILE", None,
-        "file with an nkey seed";
+        "file with an nkey seed, to authenticate at NATS";
     NATS_USER = "NATS_USER", None,
-        "NATS user; goes with NATS_PASSWORD";
+        "user at NATS; goes with NATS_PASSWORD";
     NATS_PASSWORD = "NATS_PASSWORD", None,
-        "NATS password; goes with NATS_USER";
+        "password at NATS; goes with NATS_USER";
     pub(crate) NATS_TLS_CA = "NATS_TLS_CA", None,
-        "file with the CA certificates that NATS servers must have; makes TLS required";
+        "file with the CA certificates to verify the NATS servers with; makes TLS required";
     pub(crate) NATS_TLS_CERT = "NATS_TLS_CERT", None,
-        "file with our client certificate; goes with NATS_TLS_KEY";
+        "file with the client certificate for NATS; goes with NATS_TLS_KEY";
     pub(crate) NATS_TLS_KEY = "NATS_TLS_KEY", None,
-        "file with our client certificate's key";
+        "file with the private key of NATS_TLS_CERT";
     STREAM_REPLICAS = "LITESTRIPE_STREAM_REPLICAS", Some("1"),
-        "replicas of each stream on a cluster: 1, 3 or 5";
+        "replicas of each stream on a NATS cluster: 1, 3 or 5";
     EVENTS_MAX_AGE = "LITESTRIPE_EVENTS_MAX_AGE", Some("35d"),
-        "how long STRIPE_EVENTS keeps raw events";
+        "how long the stream STRIPE_EVENTS keeps raw events; Stripe itself keeps them 30 days";
     EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
-        "size at which STRIPE_EVENTS refuses new events; where it is not set and the server has less room, it is halved down to 256MiB";
+        "size at which STRIPE_EVENTS refuses new events; if unset and the server has less storage, the default is halved until it fits, down to 256MiB";
     LOG_FILTER = "RUST_LOG", Some("info"),
-        "log filter";
+        "log filter: a level such as info or debug, or one per module (litestripe_worker=debug)";
     LOG_FORMAT = "LITESTRIPE_LOG_FORMAT", Some("text"),
-        "text or json";
+        "log format: text or json";
 }
 
 /// `command` with a flag and an environment variable for each of `settings`.

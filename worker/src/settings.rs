@@ -23,45 +23,44 @@ litestripe_contract::settings! {
     pub SETTINGS;
 
     DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
-        "SQLite (embedded) or PostgreSQL (postgres://user:password@host/database)";
+        "URL of the database: SQLite (sqlite://file?mode=rwc) or PostgreSQL (postgres://user:password@host/database)";
     AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
-        "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first [default: true on SQLite, \
-               false on PostgreSQL]";
+        "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first; otherwise they exit if it is behind [default: true on SQLite, false on PostgreSQL]";
     LISTEN = "LITESTRIPE_WORKER_LISTEN", Some("127.0.0.1:9090"),
-        "address of /healthz, /readyz and /metrics";
+        "address on which `run` serves /healthz, /readyz and /metrics";
     BATCH = "LITESTRIPE_BATCH", Some("250"),
-        "events per transaction, at most";
+        "most events in one transaction, 1 to 1000";
     SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
-        "how long LITESTRIPE_SIGNALS keeps signals";
+        "how long the stream LITESTRIPE_SIGNALS keeps signals";
     DEAD_LETTERS_MAX_AGE = "LITESTRIPE_DEAD_LETTERS_MAX_AGE", Some("90d"),
-        "how long STRIPE_DEAD_LETTERS keeps dead letters";
+        "how long the stream STRIPE_DEAD_LETTERS keeps dead letters";
     METADATA_KEYS = "LITESTRIPE_METADATA_KEYS", Some("*"),
-        "metadata keys that are kept, comma-separated, * for all, or none; metadata is your own text and may hold personal data";
+        "metadata keys to keep: keys, comma-separated, * for all, or none; metadata is your own text and may hold personal data";
     ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
-        "how long a subscription may wait for its Checkout Session before it is an orphan";
+        "how long a subscription may wait for its Checkout Session before it becomes an orphan; at most 365d";
     ORPHAN_WITHOUT_SESSION = "LITESTRIPE_ORPHAN_WITHOUT_SESSION", Some("true"),
-        "whether a subscription that no Checkout Session claims becomes an orphan; false for accounts that create subscriptions by API";
+        "whether a subscription that no Checkout Session claims becomes an orphan; set false if you create subscriptions through Stripe's API";
     ORPHAN_EMAIL_MAX_AGE = "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", Some("90d"),
-        "when an open orphan's email is erased all the same";
+        "age at which an orphan's email is erased even if the orphan is still open";
     ERASE_ON_CUSTOMER_DELETED = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", Some("false"),
-        "whether `customer.deleted` erases the customer as `erase` does; ingress must store it: add it to LITESTRIPE_EVENT_TYPES";
+        "whether a `customer.deleted` event erases the customer, as the command `erase` does; add this type to LITESTRIPE_EVENT_TYPES of ingress";
     USER_LOOKUP = "LITESTRIPE_USER_LOOKUP", Some("none"),
-        "how a client reference id is matched to a user: none, sql:<query with $1>, or nats:<subject>";
+        "how a client reference id is matched to a user: none (every id is a user), sql:<query with $1>, or nats:<subject>";
     USER_DATABASE_URL = "LITESTRIPE_USER_DATABASE_URL", None,
-        "where the sql: lookup runs [default: DATABASE_URL]";
+        "URL of the database for the sql: lookup [default: DATABASE_URL]";
     STRIPE_SECRET_KEY = "STRIPE_SECRET_KEY", None,
-        "allows calls to Stripe's API; without it everything else works";
+        "secret or restricted key for Stripe's API (sk_… or rk_…); without it, backfill, reconcile and lookups at Stripe are off";
     STRIPE_API_BASE = "STRIPE_API_BASE", Some("https://api.stripe.com"),
-        "where Stripe's API is; for tests and proxies";
+        "base URL of Stripe's API; change it only for tests and proxies";
     BACKFILL_INTERVAL = "LITESTRIPE_BACKFILL_INTERVAL", None,
-        "how often one of the workers fetches what never arrived, or off [default: 1h with a key, else off]";
+        "how often one of the workers fetches missed events from Stripe, beginning right after a start; or off [default: 1h with a key, else off]";
     MAX_REQUESTS_PER_MINUTE = "LITESTRIPE_MAX_REQUESTS_PER_MINUTE", Some("75"),
-        "calls to Stripe's API per minute, at most, of all workers together";
+        "most calls to Stripe's API per minute, of all workers together";
     API_RATE_LIMIT_CACHE_KEY = "LITESTRIPE_API_RATE_LIMIT_CACHE_KEY", Some("litestripe_stripe_api_rate_limit"),
-        "key in the JetStream KV bucket litestripe under which workers share that budget";
-    /// The span that the API budget is for. Tests shorten it; `--help` does not list it.
+        "key in the JetStream KV bucket litestripe under which the workers share that limit";
+    /// The period of the API budget. Tests shorten it; `--help` does not list it.
     pub WINDOW = "LITESTRIPE_API_RATE_LIMIT_WINDOW", Some("1m"),
-        "the span that the budget is for; for tests";
+        "period of the API budget; for tests";
 }
 
 /// The most events that one transaction may take: it bounds memory and a statement's parameters.
