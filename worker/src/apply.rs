@@ -27,7 +27,7 @@ mod decoded;
 pub mod in_flight;
 mod save;
 
-pub use decoded::{Decoded, decode, wanted_poison};
+pub use decoded::{Decoded, count_wanted_poisoned, decode};
 use save::save;
 
 /// Batches that are applied at the same time: one is decoded and merged while the database has another.
@@ -91,7 +91,7 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
 
 /// What became of a batch that was applied again.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct AppliedAgain {
+pub struct Reapplied {
     /// Events that were applied.
     pub applied: u64,
     /// Events that can never be applied.
@@ -101,19 +101,19 @@ pub struct AppliedAgain {
 /// Applies those events again that are `wanted`: what [`apply`] does, but poison, which is a
 /// dead letter already, is only counted. `wanted` hears an event's sequence, and the event if it can be
 /// read. None when `shutdown` came while the database was away.
-pub async fn apply_again(
+pub async fn reapply(
     applier: &Applier,
     decoded: Decoded,
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,
     shutdown: &CancellationToken,
-) -> Option<AppliedAgain> {
+) -> Option<Reapplied> {
     let Decoded {
         batch,
         mut arrivals,
         poisoned,
         ..
     } = decoded;
-    let poisoned = wanted_poison(&batch, &poisoned, &wanted);
+    let poisoned = count_wanted_poisoned(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
     let Some(outcome) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
@@ -122,7 +122,7 @@ pub async fn apply_again(
     };
     batch.ack_except([]).await;
     let refused = outcome.refused.len() as u64;
-    Some(AppliedAgain {
+    Some(Reapplied {
         applied: events - refused,
         poisoned: refused + poisoned,
     })
@@ -145,7 +145,7 @@ async fn queue_erasures(
     while !questions.is_empty() {
         let questions = questions.clone();
         let queue = async move |tx: DatabaseTransaction| {
-            store::due::put(&tx, questions).await?;
+            store::question::save(&tx, questions).await?;
             tx.commit()
                 .await
                 .map_err(StoreError::doing("commit erasures"))

@@ -95,7 +95,7 @@ impl Erasures {
             .with_max_times(RECORD_TRIES)
             .with_jitter();
         once.retry(tries.with_max_delay(10 * RECORD_RETRY))
-            .when(StoreError::may_pass)
+            .when(StoreError::is_temporary)
             .await?;
         self.refresh(store.connection()).await
     }

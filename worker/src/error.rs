@@ -70,7 +70,7 @@ impl StoreError {
 
     /// Whether a start that failed for this reason may succeed later without a person's help: the
     /// database is away, busy, restarting, full or read-only.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_temporary(&self) -> bool {
         let Cause::Database(error) = &self.cause else {
             return matches!(self.cause, Cause::Silence(_));
         };

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use crate::erasure::{EraseError, Erasures};
 use crate::error::StoreError;
 use crate::settings::OrphanSettings;
-use crate::store::due::{self, Taken};
+use crate::store::question::{self, Taken};
 use crate::store::{self, Store};
 use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::ProgressError;
@@ -86,7 +86,7 @@ enum QuestionError {
 
 impl Questions {
     async fn forget(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
-        due::settle(self.store.connection(), taken).await?;
+        question::remove_answered(self.store.connection(), taken).await?;
         Ok(Outcome::Answered)
     }
 

@@ -24,15 +24,15 @@ use crate::error::StoreError;
 use crate::settings::{DatabaseKind, DatabaseSettings};
 
 pub mod backfill;
-pub mod due;
 pub mod erasure;
 pub mod lease;
 pub mod orphan;
 pub mod outbox;
+pub mod question;
+pub mod raw;
 pub mod replay;
 mod rows;
 pub mod subscription;
-pub mod whole;
 
 /// Connections to PostgreSQL, at most: the batch, the relay, the sweep, health, and some in reserve for
 /// when one of them hangs on a link that died without a word.
@@ -177,7 +177,7 @@ impl Store {
 
     /// Takes what was deleted out of SQLite's log, as far as nobody reads it: it would stay there until
     /// the log comes round. PostgreSQL does the like in its own time.
-    pub async fn forget_deleted(&self) -> Result<(), StoreError> {
+    pub async fn truncate_log(&self) -> Result<(), StoreError> {
         if self.kind == DatabaseKind::Sqlite {
             let truncated = self
                 .db

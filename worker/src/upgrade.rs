@@ -57,7 +57,10 @@ struct Erased {
 }
 
 /// Moves what the bucket holds into the database, if there is anything. If it fails, another try does the rest.
-pub async fn take_over(store: &Store, jetstream: &jetstream::Context) -> Result<(), UpgradeError> {
+pub async fn import_kv_bucket(
+    store: &Store,
+    jetstream: &jetstream::Context,
+) -> Result<(), UpgradeError> {
     let Some(bucket) = scan::find(jetstream, STREAM).await? else {
         return Ok(());
     };

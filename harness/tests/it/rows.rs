@@ -11,7 +11,7 @@ use litestripe_domain::signal::NewSignal;
 use litestripe_entity::{due_check, signal_outbox, stripe_subscription};
 use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_worker::settings::{self, DatabaseSettings};
-use litestripe_worker::store::{Store, due, outbox, subscription};
+use litestripe_worker::store::{Store, outbox, question, subscription};
 use sea_orm::{EntityTrait as _, QueryOrder as _, TransactionTrait as _};
 use serde_json::json;
 use time::OffsetDateTime;
@@ -287,7 +287,7 @@ async fn questions(kind: DatabaseKind) {
             .begin()
             .await
             .expect("the database is there");
-        due::put(&tx, vec![other.clone(), question])
+        question::save(&tx, vec![other.clone(), question])
             .await
             .expect("questions are written");
         tx.commit().await.expect("they are committed");

@@ -16,7 +16,7 @@ pub struct Decoded {
     pub(super) batch: Batch,
     pub(super) arrivals: Vec<Arrival>,
     pub(super) poisoned: Vec<(usize, String)>,
-    concerns: HashSet<String>,
+    entity_ids: HashSet<String>,
 }
 
 impl Decoded {
@@ -27,12 +27,12 @@ impl Decoded {
         let ids = by_subscription
             .into_keys()
             .chain(others.into_iter().map(|(id, _)| id));
-        let concerns = ids.map(str::to_owned).collect();
+        let entity_ids = ids.map(str::to_owned).collect();
         Self {
             batch,
             arrivals,
             poisoned,
-            concerns,
+            entity_ids,
         }
     }
 
@@ -51,7 +51,7 @@ impl Decoded {
                 .into_iter()
                 .map(|(index, why)| (before + index, why)),
         );
-        self.concerns.extend(later.concerns);
+        self.entity_ids.extend(later.entity_ids);
     }
 
     /// How many messages it is of.
@@ -61,8 +61,8 @@ impl Decoded {
 
     /// The ids of the subscriptions and payments that its events are about. Batches that have one in
     /// common are applied one after the other, or a subscriber would not hear of states between.
-    pub fn concerns(&self) -> &HashSet<String> {
-        &self.concerns
+    pub fn entity_ids(&self) -> &HashSet<String> {
+        &self.entity_ids
     }
 
     /// The highest sequence in the stream.
@@ -77,7 +77,7 @@ impl Decoded {
 }
 
 /// How many of the poisoned messages are `wanted`.
-pub fn wanted_poison(
+pub fn count_wanted_poisoned(
     batch: &Batch,
     poisoned: &[(usize, String)],
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,

@@ -39,10 +39,10 @@ pub async fn apply_all(
         let gathers = next.is_none() || is_patient;
         let may_start = |next: &mut Decoded| {
             let waits = is_patient && !busy.is_empty() && next.count() < WORTHWHILE.min(limit);
-            !waits && busy.iter().all(|busy| busy.is_disjoint(next.concerns()))
+            !waits && busy.iter().all(|busy| busy.is_disjoint(next.entity_ids()))
         };
         if let Some(decoded) = next.take_if(may_start) {
-            let concerns = Arc::new(decoded.concerns().clone());
+            let concerns = Arc::new(decoded.entity_ids().clone());
             busy.push(Arc::clone(&concerns));
             applying.push(async move {
                 apply::apply(applier, decoded, shutdown).await;
@@ -55,7 +55,7 @@ pub async fn apply_all(
             () = shutdown.cancelled() => break,
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
             () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.at_most(room), if room > 0 && gathers && applying.len() < apply::IN_FLIGHT => {
+            batch = batches.next_at_most(room), if room > 0 && gathers && applying.len() < apply::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
                 let decoded = Decoded::new(batch, &applier.metadata_keys);
                 match &mut next {

@@ -196,9 +196,9 @@ async fn save_consequences(
     let mut signals = save_orphans(tx, orphans, signalling, now).await?;
     signals.extend(save_resolutions(tx, resolutions, signalling, now).await?);
     for (kind, ids) in answered {
-        store::due::remove(tx, kind, &ids).await?;
+        store::question::remove(tx, kind, &ids).await?;
     }
-    store::due::put(tx, questions).await?;
+    store::question::save(tx, questions).await?;
     if signalling != Signalling::Now {
         signals.clear();
     }
@@ -264,7 +264,7 @@ async fn save_resolutions(
         let resolved = resolved
             .filter(|_| is_open)
             .as_ref()
-            .and_then(store::orphan::known);
+            .and_then(store::orphan::to_new_orphan);
         signals.extend(
             resolved.map(|orphan| signal::orphan_resolved(&orphan, resolution.arrival.cause())),
         );

@@ -123,7 +123,7 @@ impl Resolve {
         let resolution = Resolution {
             orphan_id: id,
             client_reference_id: user,
-            payment: store::orphan::payment(&orphan),
+            payment: store::orphan::payment_ids(&orphan),
             reason: &orphan.reason,
         };
         let scope = Scope {
@@ -184,7 +184,7 @@ impl Resolve {
             &self.client_reference_id,
         );
         // What a user tried in test mode says nothing about live mode.
-        match store::subscription::other_of_user(
+        match store::subscription::find_other_of_user(
             store.connection(),
             ClientReferenceId(user),
             orphan.livemode,

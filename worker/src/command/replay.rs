@@ -90,12 +90,12 @@ impl Replay {
             .begin(&self.request(), OffsetDateTime::now_utc())
             .await
             .map_err(failure)?;
-        let Some((replay, again)) = begun else {
+        let Some((replay, consumer)) = begun else {
             return self.nothing();
         };
         replayer.applier.terms = replay::terms(terms(settings), &replay);
         // A replay that was begun earlier has done some of it already.
-        let done = again
+        let done = consumer
             .progress(&parts.jetstream)
             .await
             .ok()
@@ -106,7 +106,7 @@ impl Replay {
             done.max(replay.first_sequence - 1),
             replay.last_sequence,
         );
-        let work = replayer.run(&replay, &again, &shutdown, |sequence| {
+        let work = replayer.run(&replay, &consumer, &shutdown, |sequence| {
             progress.reached(sequence)
         });
         let summary = parts.while_relaying(settings, work).await;

@@ -20,7 +20,7 @@ use super::{Erasures, Ids};
 use crate::error::StoreError;
 use crate::store::{self, Store};
 use crate::stream::progress::{self, ProgressError};
-use crate::stream::scan::{self, ScanError, Seen};
+use crate::stream::scan::{self, ScanError, ScannedMessage};
 
 mod rows;
 
@@ -144,7 +144,7 @@ impl Erasure<'_> {
         let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
         let (subscriptions, stay_from) = self.strip_rows(&ids, &event(recorded_at)).await?;
         let signals = self.remove_signals(&ids, &stay_from).await?;
-        self.store.forget_deleted().await?;
+        self.store.truncate_log().await?;
         let (customer, orphan) = match target {
             Target::Customer(id) => (Some(id.clone()), None),
             Target::Orphan(id) => (None, Some(id.clone())),
@@ -218,8 +218,8 @@ impl Erasure<'_> {
 
     async fn learn_from_rows(&self, ids: &mut Ids) -> Result<(), EraseError> {
         let db = self.store.connection();
-        let rows = store::subscription::ids_of(db, &ids.all()).await?;
-        let orphans = store::orphan::ids_of(db, &ids.all()).await?;
+        let rows = store::subscription::related_ids(db, &ids.all()).await?;
+        let orphans = store::orphan::related_ids(db, &ids.all()).await?;
         ids.add(rows.into_iter().chain(orphans));
         Ok(())
     }
@@ -231,7 +231,7 @@ impl Erasure<'_> {
         ids: &mut Ids,
         found: &mut BTreeSet<u64>,
     ) -> Result<u64, ScanError> {
-        let look = |message: Seen<'_>| {
+        let look = |message: ScannedMessage<'_>| {
             (self.seen)();
             if ids.own(message.body) {
                 found.insert(message.sequence);
@@ -283,7 +283,7 @@ impl Erasure<'_> {
         self.sent(ids).await?;
         let mut known = ids.clone();
         let mut older = Vec::new();
-        let look = |message: Seen<'_>| {
+        let look = |message: ScannedMessage<'_>| {
             (self.seen)();
             if known.own(message.body) && !stays(message.body, stay_from) {
                 older.push(message.sequence);
@@ -296,7 +296,7 @@ impl Erasure<'_> {
     /// Waits until no signal of the person is on its way.
     async fn sent(&self, ids: &Ids) -> Result<(), EraseError> {
         let deadline = Instant::now() + SENT_MAX;
-        while store::outbox::holds_any_of(self.store.connection(), &ids.all()).await? {
+        while store::outbox::has_signals_of(self.store.connection(), &ids.all()).await? {
             if Instant::now() >= deadline {
                 return Err(EraseError::SignalsWait);
             }

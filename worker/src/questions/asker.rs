@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::{Outcome, Questions};
 use crate::fail_point::fail_point;
-use crate::store::due::{self, Taken};
+use crate::store::question::{self, Taken};
 use crate::wait::{Awaited, Wait};
 
 /// How often due questions are looked for.
@@ -77,7 +77,7 @@ impl Questions {
             fail_point!("worker::before_question");
             while asked.try_join_next().is_some() {}
             let room = at_a_time - asked.len();
-            let taken = due::take(
+            let taken = question::take(
                 &self.store,
                 kind,
                 OffsetDateTime::now_utc(),
@@ -124,7 +124,9 @@ impl Questions {
             }
         };
         let due_at = OffsetDateTime::now_utc() + again;
-        if let Err(error) = due::postpone(self.store.connection(), &taken, due_at, attempts).await {
+        if let Err(error) =
+            question::postpone(self.store.connection(), &taken, due_at, attempts).await
+        {
             debug!(
                 "the question comes due by itself after its lease: {}",
                 exit::chain(&error)

@@ -12,7 +12,7 @@ use super::user::{UNKNOWN_FIRST, UNKNOWN_MAX};
 use super::{Outcome, QuestionError, Questions, delay};
 use crate::erasure::{EraseError, Erasure, Receipt, Target};
 use crate::store;
-use crate::store::due::Taken;
+use crate::store::question::Taken;
 use crate::wait::pause;
 
 /// How often old emails are looked for, at least.

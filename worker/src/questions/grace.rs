@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use super::asker::RETRY;
 use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased, rewrite};
 use crate::error::StoreError;
-use crate::store::due::{self, Taken};
+use crate::store::question::{self, Taken};
 use crate::stream::own_event::{self, Scope};
 use crate::stream::progress;
 use crate::stripe::api::StripeApi;
@@ -108,7 +108,7 @@ impl Questions {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             if !rewrite(&tx, &question.entity_id, stored, now).await?
-                || !due::settle(&tx, &taken).await?
+                || !question::remove_answered(&tx, &taken).await?
             {
                 return Ok(Outcome::Crossed);
             }

@@ -7,7 +7,7 @@ use tracing::warn;
 
 use super::user::UNKNOWN_MAX;
 use super::{Outcome, QuestionError, Questions};
-use crate::store::due::Taken;
+use crate::store::question::Taken;
 use crate::stream::own_event::{self, Scope};
 
 impl Questions {

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::error::StoreError;
 use crate::store;
-use crate::store::due::{self, Taken};
+use crate::store::question::{self, Taken};
 
 /// How soon a user who was unknown is asked for again: doubles with each answer.
 pub(super) const UNKNOWN_FIRST: Duration = Duration::from_secs(15);
@@ -61,7 +61,7 @@ impl Questions {
         let noted = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
             if !holds_row(&tx, question, ClientReferenceId(&user), now).await?
-                || !due::settle(&tx, &taken).await?
+                || !question::remove_answered(&tx, &taken).await?
             {
                 return Ok(Outcome::Crossed);
             }
@@ -73,7 +73,7 @@ impl Questions {
                 now,
             )
             .await?;
-            let resolved = resolved.as_ref().and_then(store::orphan::known);
+            let resolved = resolved.as_ref().and_then(store::orphan::to_new_orphan);
             let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
             store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
             commit(tx, &relay).await?;
@@ -111,7 +111,7 @@ impl Questions {
             let orphan = store::orphan::find(&tx, &question.entity_id).await?;
             let is_open = orphan.is_some_and(|orphan| orphan.resolved_at.is_none());
             if !is_open {
-                due::settle(&tx, &taken).await?;
+                question::remove_answered(&tx, &taken).await?;
             }
             commit(tx, &relay).await?;
             let again = delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts);

@@ -81,14 +81,14 @@ pub(crate) async fn send(
     }
     let mut after = String::new();
     while !shutdown.is_cancelled() {
-        let ids = store::subscription::owing(store.connection(), &after, AT_ONCE).await?;
+        let ids = store::subscription::unsent(store.connection(), &after, AT_ONCE).await?;
         let Some(last) = ids.last() else { break };
         after.clone_from(last);
         send_readable(store, ids, &mut sent).await?;
         relay.notify_one();
     }
     // Looking first costs no write lock.
-    while !shutdown.is_cancelled() && store::orphan::count_owing(store.connection()).await? > 0 {
+    while !shutdown.is_cancelled() && store::orphan::count_unsent(store.connection()).await? > 0 {
         let Some(signals) = store.uncancelled(send_orphans).await? else {
             break;
         };
@@ -99,8 +99,8 @@ pub(crate) async fn send(
 }
 
 pub(crate) async fn count(store: &Store) -> Result<u64, StoreError> {
-    let rows = store::subscription::count_owing(store.connection()).await?;
-    Ok(rows + store::orphan::count_owing(store.connection()).await?)
+    let rows = store::subscription::count_unsent(store.connection()).await?;
+    Ok(rows + store::orphan::count_unsent(store.connection()).await?)
 }
 
 /// Sends what the rows `ids` owe. One that cannot be read must not keep the others from being sent.
@@ -159,7 +159,7 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
 /// Sends what some orphans owe, and returns how many signals that are. None while a replay is unfinished.
 async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError> {
     let now = OffsetDateTime::now_utc();
-    let owing = store::orphan::take_owing(&tx, AT_ONCE).await?;
+    let owing = store::orphan::take_unsent(&tx, AT_ONCE).await?;
     if !store::replay::unfinished(&tx).await?.is_empty() {
         return Ok(None);
     }
@@ -173,7 +173,7 @@ async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError
         } else {
             signal::orphan_created
         };
-        Some(tell(&store::orphan::known(&orphan)?, cause))
+        Some(tell(&store::orphan::to_new_orphan(&orphan)?, cause))
     });
     let signals = signals.collect();
     commit(tx, signals, now).await.map(Some)

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use crate::error::StoreError;
 use crate::recover::short_hash;
-use crate::store::{subscription, whole};
+use crate::store::{raw, subscription};
 use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::ApiError;
@@ -147,7 +147,7 @@ impl<'a> Reconcile<'a> {
         let livemode = self.sources.stripe.sees(true);
         let mut after = String::new();
         loop {
-            let ids = whole::ids(
+            let ids = raw::ids(
                 self.sources.store.connection(),
                 livemode,
                 began,
@@ -201,7 +201,7 @@ impl<'a> Reconcile<'a> {
             .refresh(self.sources.store.connection())
             .await?;
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
-        let mut rows = whole::find(self.sources.store.connection(), &ids).await?;
+        let mut rows = raw::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);
         // Nothing is awaited between two looks: a call that waits for its turn holds up all others.
         let looks = stream::iter(objects).map(|object| {
@@ -229,7 +229,7 @@ impl<'a> Reconcile<'a> {
         }
 
         let ids: Vec<&str> = looks.iter().map(Look::id).collect();
-        let rows = whole::find(self.sources.store.connection(), &ids).await?;
+        let rows = raw::find(self.sources.store.connection(), &ids).await?;
         for look in looks {
             if look.is_repaired(rows.get(look.id())) {
                 self.report.findings.push(Finding {

@@ -19,9 +19,9 @@ use tracing::warn;
 use crate::apply::Applier;
 use crate::error::StoreError;
 use crate::recover::owed;
-use crate::store::replay::{BEAT_EVERY, Replay};
+use crate::store::replay::{HEARTBEAT_EVERY, Replay};
 use crate::store::{self, Store};
-use crate::stream::consumer::{Again, ConsumerError};
+use crate::stream::consumer::{ConsumerError, ReplayConsumer};
 use crate::stream::progress::ProgressError;
 use crate::wait::pause;
 
@@ -83,7 +83,7 @@ impl Replayer {
         &self,
         request: &Request,
         now: OffsetDateTime,
-    ) -> Result<Option<(Replay, Again)>, ReplayError> {
+    ) -> Result<Option<(Replay, ReplayConsumer)>, ReplayError> {
         let db = self.applier.store.connection();
         let unfinished = store::replay::unfinished(db).await?;
         if let Some(running) = unfinished.iter().find(|other| other.is_running(now)) {
@@ -96,18 +96,18 @@ impl Replayer {
             return Ok(None);
         };
         let replay = Replay {
-            beat: now,
+            heartbeat: now,
             ..replay
         };
-        let again = again(&replay);
+        let consumer = replay_consumer(&replay);
         if !matches!(&unfinished[..], [begun] if goes_on(begun, &replay)) {
-            again
+            consumer
                 .remove(&self.jetstream)
                 .await
                 .map_err(ReplayError::Broker)?;
         }
         store::replay::start(db, &replay).await?;
-        Ok(Some((replay, again)))
+        Ok(Some((replay, consumer)))
     }
 
     /// Applies the events again, up to the end or until `shutdown`, and sends the signals that are owed
@@ -115,7 +115,7 @@ impl Replayer {
     pub(crate) async fn run(
         &self,
         replay: &Replay,
-        again: &Again,
+        consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
         mut progress: impl FnMut(u64),
     ) -> Result<Summary, ReplayError> {
@@ -128,7 +128,7 @@ impl Replayer {
         };
         let stop = CancellationToken::new();
         let heart = tokio::spawn(beat(store.clone(), stop.clone()));
-        let applying = self.apply_again(replay, again, shutdown, |applied, sequence| {
+        let applying = self.reapply(replay, consumer, shutdown, |applied, sequence| {
             summary.events += applied.applied;
             summary.poisoned += applied.poisoned;
             progress(sequence);
@@ -137,11 +137,11 @@ impl Replayer {
         stop.cancel();
         let _ = heart.await;
         if matches!(is_at_end, Ok(true)) {
-            self.finish(again, shutdown, &mut summary).await?;
+            self.finish(consumer, shutdown, &mut summary).await?;
         } else {
             // Whoever runs it again need not wait until it counts as cut off.
             let long_ago = OffsetDateTime::now_utc() - time::Duration::minutes(1);
-            store::replay::beat(store.connection(), long_ago).await?;
+            store::replay::record_heartbeat(store.connection(), long_ago).await?;
         }
         is_at_end.map(|_| summary)
     }
@@ -149,7 +149,7 @@ impl Replayer {
     /// Notes the end, from which on whoever looks sends what is owed, and sends it.
     async fn finish(
         &self,
-        again: &Again,
+        consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
         summary: &mut Summary,
     ) -> Result<(), ReplayError> {
@@ -157,7 +157,7 @@ impl Replayer {
         summary.signals = owed::count(store).await?;
         store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;
         summary.finished = true;
-        self.remove(again).await;
+        self.remove(consumer).await;
         let sent = owed::send(store, &self.applier.relay, shutdown).await?;
         if shutdown.is_cancelled() {
             warn!("stopped before all signals were sent: a running worker sends the others");
@@ -169,11 +169,11 @@ impl Replayer {
         }
     }
 
-    async fn remove(&self, again: &Again) {
-        if let Err(error) = again.remove(&self.jetstream).await {
+    async fn remove(&self, consumer: &ReplayConsumer) {
+        if let Err(error) = consumer.remove(&self.jetstream).await {
             warn!(
                 "the consumer {} stays until it is forgotten: {error}",
-                again.consumer
+                consumer.name
             );
         }
     }
@@ -191,27 +191,28 @@ pub(crate) async fn floor(
         .iter()
         .filter(|replay| replay.is_open(now))
     {
-        lowest = lowest.min(again(replay).floor(jetstream).await?.1);
+        lowest = lowest.min(replay_consumer(replay).floor(jetstream).await?.1);
     }
     Ok(lowest)
 }
 
-fn again(replay: &Replay) -> Again {
+fn replay_consumer(replay: &Replay) -> ReplayConsumer {
     let subjects = replay
         .event_types
         .iter()
         .map(|name| format!("{}{name}", subject::EVENTS_PREFIX))
         .collect();
-    Again {
-        consumer: "litestripe-replay".to_owned(),
+    ReplayConsumer {
+        name: "litestripe-replay".to_owned(),
         first_sequence: replay.first_sequence,
         subjects,
     }
 }
 
 async fn beat(store: Store, stop: CancellationToken) {
-    while pause(BEAT_EVERY, &stop).await.is_some() {
-        if let Err(error) = store::replay::beat(store.connection(), OffsetDateTime::now_utc()).await
+    while pause(HEARTBEAT_EVERY, &stop).await.is_some() {
+        if let Err(error) =
+            store::replay::record_heartbeat(store.connection(), OffsetDateTime::now_utc()).await
         {
             tracing::debug!("{error}");
         }

@@ -38,7 +38,7 @@ pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<
     let mut wait = Wait::new(DATABASE);
     loop {
         match try_open(settings, schema).await {
-            Err(OpenError::Store(error)) if error.may_pass() => {
+            Err(OpenError::Store(error)) if error.is_temporary() => {
                 tokio::time::sleep(wait.failed(&error)).await
             }
             Ok(store) => {

@@ -63,7 +63,7 @@ impl Parts {
     /// into the database first.
     pub(crate) async fn read(store: Store, nats: async_nats::Client) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
-        upgrade::take_over(&store, &jetstream).await?;
+        upgrade::import_kv_bucket(&store, &jetstream).await?;
         let erasures = Erasures::load(&store, jetstream.clone()).await?;
         Ok(Self {
             store,

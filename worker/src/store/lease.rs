@@ -46,7 +46,7 @@ impl Lease {
     ///
     /// # Cancel safety
     /// None: a cancelled statement may leave its connection in the middle of an answer.
-    pub async fn during<T>(
+    pub async fn hold_during<T>(
         &mut self,
         work: impl Future<Output = T>,
     ) -> Result<Option<T>, StoreError> {

@@ -136,11 +136,11 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
 }
 
 /// The orphan that a row tells of. None for a reason that only a later program knows.
-pub fn known(row: &Model) -> Option<NewOrphan> {
+pub fn to_new_orphan(row: &Model) -> Option<NewOrphan> {
     Some(NewOrphan {
         id: row.id.clone(),
         reason: OrphanReason::parse(&row.reason)?,
-        payment: payment(row),
+        payment: payment_ids(row),
         customer_email: None,
         event_id: EventId::parse(row.event_id.as_str()).ok()?,
         livemode: row.livemode,
@@ -148,7 +148,7 @@ pub fn known(row: &Model) -> Option<NewOrphan> {
 }
 
 /// What it was the payment of.
-pub fn payment(row: &Model) -> PaymentIds {
+pub fn payment_ids(row: &Model) -> PaymentIds {
     PaymentIds {
         checkout_session_id: row.checkout_session_id.clone(),
         stripe_customer_id: row.stripe_customer_id.clone(),
@@ -233,7 +233,10 @@ async fn erase_emails_where<C: ConnectionTrait>(
 }
 
 /// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
-pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
+pub async fn related_ids<C: ConnectionTrait>(
+    db: &C,
+    ids: &[&str],
+) -> Result<Vec<String>, StoreError> {
     type Row = (String, Option<String>, Option<String>, Option<String>);
     let rows: Result<Vec<Row>, _> = Entity::find()
         .select_only()
@@ -299,7 +302,7 @@ fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
 }
 
 /// Takes up to `limit` orphans that owe a signal, each with the event that led to it: they owe none then.
-pub async fn take_owing(
+pub async fn take_unsent(
     tx: &DatabaseTransaction,
     limit: u64,
 ) -> Result<Vec<(Model, EventReference)>, StoreError> {
@@ -322,7 +325,7 @@ pub async fn take_owing(
 }
 
 /// How many orphans owe a signal.
-pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let owing = Entity::find()
         .filter(Column::OwedEvent.is_not_null())
         .count(db)

@@ -95,7 +95,7 @@ pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(
 }
 
 /// Whether a signal of any of these subscriptions and orphans waits.
-pub async fn holds_any_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
+pub async fn has_signals_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
     let any = Entity::find()
         .select_only()
         .column(Column::Id)

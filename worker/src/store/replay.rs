@@ -15,10 +15,10 @@ use time::OffsetDateTime;
 use crate::error::StoreError;
 
 /// How often the process of a replay says that it runs.
-pub const BEAT_EVERY: Duration = Duration::from_secs(5);
+pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 
 /// A replay whose process did not say so for this long was cut off.
-const BEAT_MAX: Duration = Duration::from_secs(30);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// For this long after it was cut off, a replay still counts as one that somebody will finish: rows may
 /// be half rebuilt, and nothing is concluded from them.
@@ -39,18 +39,18 @@ pub struct Replay {
     pub stripe_subscription_id: Option<String>,
     pub started: OffsetDateTime,
     /// When its process last said that it runs.
-    pub beat: OffsetDateTime,
+    pub heartbeat: OffsetDateTime,
 }
 
 impl Replay {
     /// Whether a process runs it.
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
-        now - self.beat < BEAT_MAX
+        now - self.heartbeat < HEARTBEAT_TIMEOUT
     }
 
     /// Whether a process runs it or somebody will finish it.
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
-        now - self.beat < CUT_OFF_MAX
+        now - self.heartbeat < CUT_OFF_MAX
     }
 }
 
@@ -116,7 +116,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         event_types: Set(replay.event_types.join(",")),
         stripe_subscription_id: Set(replay.stripe_subscription_id.clone()),
         dt_started: Set(replay.started),
-        dt_beat: Set(replay.beat),
+        dt_beat: Set(replay.heartbeat),
         dt_finished: Set(None),
     };
     let anew = OnConflict::column(Column::Name)
@@ -146,7 +146,10 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
 }
 
 /// Says that the process of the replay runs now, or with an older time that it does no more.
-pub async fn beat<C: ConnectionTrait>(db: &C, at: OffsetDateTime) -> Result<(), StoreError> {
+pub async fn record_heartbeat<C: ConnectionTrait>(
+    db: &C,
+    at: OffsetDateTime,
+) -> Result<(), StoreError> {
     set(db, Column::DtBeat, at).await
 }
 
@@ -184,6 +187,6 @@ fn replay(row: Model) -> Replay {
             .collect(),
         stripe_subscription_id: row.stripe_subscription_id,
         started: row.dt_started,
-        beat: row.dt_beat,
+        heartbeat: row.dt_beat,
     }
 }

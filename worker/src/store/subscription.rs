@@ -235,7 +235,7 @@ pub async fn keys_after<C: ConnectionTrait>(
 }
 
 /// Up to `limit` keys after `after`, in their order, of rows that owe a signal.
-pub async fn owing<C: ConnectionTrait>(
+pub async fn unsent<C: ConnectionTrait>(
     db: &C,
     after: &str,
     limit: u64,
@@ -255,7 +255,7 @@ pub async fn owing<C: ConnectionTrait>(
 }
 
 /// How many rows owe a signal.
-pub async fn count_owing<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let owing = Entity::find()
         .filter(Column::LastSent.is_not_null())
         .count(db)
@@ -279,7 +279,10 @@ fn keys() -> Select<Entity> {
 
 /// The ids of the subscriptions, and of their Checkout Sessions, that are of any of `ids`: customers,
 /// subscriptions or Checkout Sessions.
-pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<String>, StoreError> {
+pub async fn related_ids<C: ConnectionTrait>(
+    db: &C,
+    ids: &[&str],
+) -> Result<Vec<String>, StoreError> {
     let any = [
         Column::StripeCustomerId,
         Column::StripeSubscriptionId,
@@ -303,7 +306,7 @@ pub async fn ids_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<Vec<Stri
 }
 
 /// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
-pub async fn other_of_user<C: ConnectionTrait>(
+pub async fn find_other_of_user<C: ConnectionTrait>(
     db: &C,
     user: ClientReferenceId<'_>,
     livemode: bool,

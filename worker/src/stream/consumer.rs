@@ -31,10 +31,10 @@ const ACK_WAIT: Duration = Duration::from_secs(60);
 const ACK_PENDING_MAX: i64 = 20_000;
 
 /// The same of a replay: who runs it again after a crash waits this long for what was in flight.
-const AGAIN_ACK_WAIT: Duration = Duration::from_secs(20);
+const REPLAY_ACK_WAIT: Duration = Duration::from_secs(20);
 
 /// How long the position of a replay is kept that nobody works at.
-const AGAIN_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+const REPLAY_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// How soon a message that is handed back is delivered again: at once, but not in a hot loop.
 const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
@@ -67,23 +67,23 @@ pub(crate) async fn open(
     batch: usize,
 ) -> Result<Batches, OpenError> {
     let config = durable(WORKER_CONSUMER, DeliverPolicy::All);
-    Batches::of(jetstream, WORKER_CONSUMER, config, batch)
+    Batches::open(jetstream, WORKER_CONSUMER, config, batch)
         .await
         .map_err(OpenError)
 }
 
 /// A consumer beside the workers', for events that are applied again.
 #[derive(Debug, Clone)]
-pub(crate) struct Again {
+pub(crate) struct ReplayConsumer {
     /// Its name: whoever opens it under the same name goes on at its position.
-    pub consumer: String,
+    pub name: String,
     /// Where it begins, when it is new.
     pub first_sequence: u64,
     /// The subjects it delivers; none for all.
     pub subjects: Vec<String>,
 }
 
-impl Again {
+impl ReplayConsumer {
     pub(crate) async fn open(
         &self,
         jetstream: &jetstream::Context,
@@ -94,18 +94,18 @@ impl Again {
         };
         let config = Config {
             filter_subjects: self.subjects.clone(),
-            ack_wait: AGAIN_ACK_WAIT,
-            inactive_threshold: AGAIN_KEPT,
-            ..durable(&self.consumer, from)
+            ack_wait: REPLAY_ACK_WAIT,
+            inactive_threshold: REPLAY_KEPT,
+            ..durable(&self.name, from)
         };
-        Batches::of(jetstream, &self.consumer, config, batch).await
+        Batches::open(jetstream, &self.name, config, batch).await
     }
 
     pub(crate) async fn progress(
         &self,
         jetstream: &jetstream::Context,
     ) -> Result<Option<Progress>, ProgressError> {
-        progress::of_consumer(jetstream, &self.consumer).await
+        progress::find(jetstream, &self.name).await
     }
 
     /// The first event that the stream holds, and the last one up to which all are applied again: none
@@ -116,14 +116,14 @@ impl Again {
     ) -> Result<(u64, u64), ProgressError> {
         let stream = jetstream.get_stream(EVENTS_STREAM).await?;
         let progress = self.progress(jetstream).await?;
-        let applied_until = progress.map_or(0, |progress| progress.applied_again_until());
+        let applied_until = progress.map_or(0, |progress| progress.reapplied_until());
         let floor = applied_until.max(self.first_sequence.saturating_sub(1));
         Ok((stream.cached_info().state.first_sequence, floor))
     }
 
     pub(crate) async fn remove(&self, jetstream: &jetstream::Context) -> Result<(), ConsumerError> {
         let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-        match stream.delete_consumer(&self.consumer).await {
+        match stream.delete_consumer(&self.name).await {
             Err(error) if !is_not_found(&error) => Err(error.into()),
             _ => Ok(()),
         }
@@ -190,7 +190,7 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
 }
 
 impl Batches {
-    async fn of(
+    async fn open(
         jetstream: &jetstream::Context,
         name: &str,
         config: Config,
@@ -198,7 +198,7 @@ impl Batches {
     ) -> Result<Self, ConsumerError> {
         let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
         let consumer: Consumer<Config> = stream.get_or_create_consumer(name, config).await?;
-        let pull = Pull::of(consumer.clone(), jetstream.clone(), batch).await?;
+        let pull = Pull::new(consumer.clone(), jetstream.clone(), batch).await?;
         Ok(Self {
             consumer,
             pull,
@@ -211,11 +211,11 @@ impl Batches {
     ///
     /// Cancel safety: a cancelled wait loses no message.
     pub async fn next(&mut self) -> Option<Batch> {
-        self.at_most(self.batch).await
+        self.next_at_most(self.batch).await
     }
 
     /// The same, but not more than `limit` messages.
-    pub async fn at_most(&mut self, limit: usize) -> Option<Batch> {
+    pub async fn next_at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
             if self.pull.is_doubted && self.is_gone().await {
                 return None;
@@ -340,8 +340,8 @@ impl Batch {
     }
 
     /// Takes out the messages at `indexes`, which are to be put aside.
-    pub fn take(self, indexes: &[usize]) -> Vec<Doomed> {
-        let wanted = |(index, message)| indexes.contains(&index).then_some(Doomed { message });
+    pub fn take(self, indexes: &[usize]) -> Vec<Poisoned> {
+        let wanted = |(index, message)| indexes.contains(&index).then_some(Poisoned { message });
         self.messages
             .into_iter()
             .enumerate()
@@ -351,11 +351,11 @@ impl Batch {
 }
 
 /// A message that is never to be delivered again, once its event is a dead letter.
-pub struct Doomed {
+pub struct Poisoned {
     message: Message,
 }
 
-impl Doomed {
+impl Poisoned {
     pub fn subject(&self) -> &Subject {
         &self.message.subject
     }

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
 use crate::metrics;
-use crate::stream::consumer::{Batch, Doomed};
+use crate::stream::consumer::{Batch, Poisoned};
 
 /// Bytes that are on their way, at most: beyond it the next batch waits. One that is larger waits until
 /// no other is.
@@ -58,7 +58,7 @@ impl DeadLetters {
         poisoned.sort_by_key(|(index, _)| *index);
         let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
         let doomed = batch.take(&indexes);
-        let bytes = doomed.iter().map(Doomed::bytes).sum::<usize>();
+        let bytes = doomed.iter().map(Poisoned::bytes).sum::<usize>();
         let bytes = u32::try_from(bytes)
             .unwrap_or(u32::MAX)
             .min(OUTSTANDING_BYTES_MAX);
@@ -69,7 +69,7 @@ impl DeadLetters {
         self.tasks.spawn(async move {
             let letters = doomed.into_iter().zip(reasons);
             let put_aside =
-                |(message, reason): (Doomed, String)| put_one_aside(&jetstream, message, reason);
+                |(message, reason): (Poisoned, String)| put_one_aside(&jetstream, message, reason);
             futures_util::stream::iter(letters)
                 .for_each_concurrent(PUBLISHED_AT_A_TIME, put_aside)
                 .await;
@@ -83,7 +83,7 @@ impl DeadLetters {
     }
 }
 
-async fn put_one_aside(jetstream: &jetstream::Context, doomed: Doomed, reason: String) {
+async fn put_one_aside(jetstream: &jetstream::Context, doomed: Poisoned, reason: String) {
     let Some(sequence) = doomed.stream_sequence() else {
         return error!("a message without a stream sequence cannot be put aside");
     };

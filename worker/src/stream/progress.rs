@@ -49,7 +49,7 @@ impl Progress {
 
     /// Up to this sequence everything is applied again. For a consumer that is younger than the messages that
     /// it is there for.
-    pub(crate) fn applied_again_until(&self) -> u64 {
+    pub(crate) fn reapplied_until(&self) -> u64 {
         if self.is_idle() {
             u64::MAX
         } else {
@@ -72,7 +72,7 @@ impl From<&Info> for Progress {
 /// Up to this sequence the workers have applied every event that the stream holds; `u64::MAX` if nothing
 /// is left to apply. None when no worker was ever there.
 pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>, ProgressError> {
-    let Some(progress) = of_consumer(jetstream, WORKER_CONSUMER).await? else {
+    let Some(progress) = find(jetstream, WORKER_CONSUMER).await? else {
         return Ok(None);
     };
     if !progress.is_idle() {
@@ -86,7 +86,7 @@ pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>
 }
 
 /// How far the consumer `name` has come. None when it does not exist.
-pub(crate) async fn of_consumer(
+pub(crate) async fn find(
     jetstream: &jetstream::Context,
     name: &str,
 ) -> Result<Option<Progress>, ProgressError> {
@@ -148,7 +148,7 @@ mod tests {
             pending,
             unacked,
         };
-        let said = |progress: Progress| (progress.floor(), progress.applied_again_until());
+        let said = |progress: Progress| (progress.floor(), progress.reapplied_until());
         assert_eq!(said(progress(2, 5)), (3, 3));
         assert_eq!(said(progress(2, 0)), (3, 3));
         assert_eq!(said(progress(0, 5)), (9, 9));

@@ -58,7 +58,7 @@ pub(super) struct Pull {
 
 impl Pull {
     /// Messages of `consumer`: `batch` at a time are asked for when half as many are on their way.
-    pub(super) async fn of(
+    pub(super) async fn new(
         consumer: Consumer<pull::Config>,
         jetstream: jetstream::Context,
         batch: usize,

@@ -47,7 +47,7 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     }
 }
 
-pub(crate) struct Seen<'a> {
+pub(crate) struct ScannedMessage<'a> {
     pub(crate) sequence: u64,
     pub(crate) body: &'a [u8],
 }
@@ -58,7 +58,7 @@ pub(crate) async fn read(
     jetstream: &jetstream::Context,
     name: &'static str,
     from: u64,
-    mut see: impl FnMut(Seen<'_>),
+    mut see: impl FnMut(ScannedMessage<'_>),
 ) -> Result<u64, ScanError> {
     let reading = "read";
     let Some(stream) = find(jetstream, name).await? else {
@@ -103,7 +103,7 @@ pub(crate) async fn read(
         let message = next.map_err(failed(reading, name))?;
         let info = message.info().map_err(failed(reading, name))?;
         if info.stream_sequence <= last {
-            see(Seen {
+            see(ScannedMessage {
                 sequence: info.stream_sequence,
                 body: &message.payload,
             });

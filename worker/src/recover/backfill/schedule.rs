@@ -95,7 +95,10 @@ impl Schedule {
             make(&self.backfill, &self.record, shutdown).await?;
             Ok(self.interval)
         };
-        self.lease.during(work).await?.unwrap_or(Ok(LOOK_EVERY))
+        self.lease
+            .hold_during(work)
+            .await?
+            .unwrap_or(Ok(LOOK_EVERY))
     }
 }
 

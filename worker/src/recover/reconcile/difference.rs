@@ -7,7 +7,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::store::whole::{Fields, Whole};
+use crate::store::raw::{Fields, RawRow};
 
 /// The columns that Stripe's subscription does not tell: they are a function of the events.
 const OF_EVENTS: [&str; 6] = [
@@ -42,7 +42,7 @@ pub(super) fn told(mut columns: Fields) -> Fields {
 ///
 /// Columns that are right over a merge state that is not are a difference too: the next event would
 /// write what the state says.
-pub(super) fn differences(told: &Fields, row: &Whole) -> Vec<Difference> {
+pub(super) fn differences(told: &Fields, row: &RawRow) -> Vec<Difference> {
     let Some(columns) = &row.columns else {
         return Vec::new();
     };
@@ -83,7 +83,7 @@ pub(super) fn differences(told: &Fields, row: &Whole) -> Vec<Difference> {
 }
 
 /// Whether the row's merge state says what was told, so that its columns alone are wrong.
-pub(super) fn is_in_columns_only(told: &Fields, row: &Whole) -> bool {
+pub(super) fn is_in_columns_only(told: &Fields, row: &RawRow) -> bool {
     row.expected.as_ref().is_some_and(|state| {
         told.iter()
             .all(|(field, expected)| state[field] == *expected)
@@ -91,7 +91,7 @@ pub(super) fn is_in_columns_only(told: &Fields, row: &Whole) -> bool {
 }
 
 /// Whether only the column knows whose the subscription is: writing the row would lose it.
-pub(super) fn only_the_column_knows_the_user(told: &Fields, row: &Whole) -> bool {
+pub(super) fn only_the_column_knows_the_user(told: &Fields, row: &RawRow) -> bool {
     let knows = |fields: &Fields| {
         fields
             .get("client_reference_id")

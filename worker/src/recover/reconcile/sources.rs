@@ -17,7 +17,7 @@ use super::ReconcileError;
 use super::difference;
 use super::report::{Finding, Problem};
 use crate::erasure::Erasures;
-use crate::store::whole::{self, Fields, Whole};
+use crate::store::raw::{self, Fields, RawRow};
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, Resolution, Scope};
 use crate::stripe::api::{Answer, ApiError, StripeApi};
@@ -47,7 +47,7 @@ pub(super) struct Look {
     resolved: Option<orphaned_payment::Model>,
     /// The columns that all of these tell, and what they should be.
     told: Fields,
-    row: Option<Whole>,
+    row: Option<RawRow>,
     repair: Repair,
 }
 
@@ -115,7 +115,7 @@ impl Sources<'_> {
         &self,
         object: api::Object,
         as_of: i64,
-        row: Option<Whole>,
+        row: Option<RawRow>,
     ) -> Result<Option<Look>, ReconcileError> {
         let finding = Finding::new(&object.id, Problem::CannotBeKept);
         let (session, resolved, told, repair) = (None, None, Fields::new(), Repair::None);
@@ -139,7 +139,7 @@ impl Sources<'_> {
         let is_erased = self.erasures.covers(&event);
         let mut state = State::default();
         state.merge(&self.erasures.redacted(event));
-        look.told = difference::told(whole::columns_of(&state));
+        look.told = difference::told(raw::columns_of(&state));
         if is_erased {
             // What Stripe has of it is not to come back, and what the row has is younger than the erasure.
             look.told.remove("subscription_metadata");
@@ -231,7 +231,7 @@ impl Sources<'_> {
             && (look.repair == Repair::Columns
                 || look.repair == Repair::Events && row.state.is_none())
         {
-            whole::repair(self.store.connection(), id, row).await?;
+            raw::repair(self.store.connection(), id, row).await?;
         }
         if look.repair != Repair::Events {
             return Ok(None);
@@ -246,7 +246,7 @@ impl Sources<'_> {
         }
         if let Some(orphan) = &look.resolved {
             let user = orphan.resolved_client_reference_id.as_deref();
-            let mut payment = store::orphan::payment(orphan);
+            let mut payment = store::orphan::payment_ids(orphan);
             payment.stripe_subscription_id = Some(id.to_owned());
             let resolution = Resolution {
                 orphan_id: &orphan.id,
@@ -268,7 +268,7 @@ impl Sources<'_> {
 
 impl Look {
     /// What is wrong with `row`, if anything.
-    fn compared_with(&self, row: Option<&Whole>) -> Option<Finding> {
+    fn compared_with(&self, row: Option<&RawRow>) -> Option<Finding> {
         let finding = |problem| Finding::new(&self.object.id, problem);
         let Some(row) = row else {
             return Some(finding(Problem::Missing));
@@ -301,7 +301,7 @@ impl Look {
     }
 
     /// Whether it was repaired, `row` being what it is now.
-    pub(super) fn is_repaired(&self, row: Option<&Whole>) -> bool {
+    pub(super) fn is_repaired(&self, row: Option<&RawRow>) -> bool {
         self.repair != Repair::None && self.compared_with(row).is_none()
     }
 

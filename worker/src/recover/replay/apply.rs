@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{ReplayError, Replayer};
-use crate::apply::{self, AppliedAgain, Decoded};
+use crate::apply::{self, Decoded, Reapplied};
 use crate::store::replay::Replay;
-use crate::stream::consumer::{self, Again, Batches};
+use crate::stream::consumer::{self, Batches, ReplayConsumer};
 use crate::wait::{JETSTREAM, Wait, pause};
 
 /// How long nothing must come before it is looked whether the end is reached.
@@ -43,16 +43,16 @@ impl Replayer {
     }
 
     /// Whether the end was reached.
-    pub(super) async fn apply_again(
+    pub(super) async fn reapply(
         &self,
         replay: &Replay,
-        again: &Again,
+        consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
-        mut applied: impl FnMut(AppliedAgain, u64),
+        mut applied: impl FnMut(Reapplied, u64),
     ) -> Result<bool, ReplayError> {
         let mut wait = Wait::new(JETSTREAM);
         while !shutdown.is_cancelled() {
-            if let Ok((first, floor)) = again.floor(&self.jetstream).await
+            if let Ok((first, floor)) = consumer.floor(&self.jetstream).await
                 && first > floor.saturating_add(1)
             {
                 warn!(
@@ -62,7 +62,7 @@ impl Replayer {
                     first - 1
                 );
             }
-            let mut batches = match again.open(&self.jetstream, self.batch).await {
+            let mut batches = match consumer.open(&self.jetstream, self.batch).await {
                 Ok(batches) => batches,
                 Err(error) if error.is_refusal() => return Err(ReplayError::Broker(error)),
                 Err(error) => {
@@ -72,7 +72,7 @@ impl Replayer {
             };
             wait.succeeded();
             let is_at_end = self
-                .apply_all(&mut batches, replay, again, shutdown, &mut applied)
+                .apply_all(&mut batches, replay, consumer, shutdown, &mut applied)
                 .await;
             batches.close().await;
             if is_at_end {
@@ -88,15 +88,15 @@ impl Replayer {
         &self,
         batches: &mut Batches,
         replay: &Replay,
-        again: &Again,
+        consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
-        applied: &mut impl FnMut(AppliedAgain, u64),
+        applied: &mut impl FnMut(Reapplied, u64),
     ) -> bool {
         let wanted =
             |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let apply = async |decoded: Decoded| {
             let last = decoded.last_sequence();
-            apply::apply_again(&self.applier, decoded, wanted, shutdown)
+            apply::reapply(&self.applier, decoded, wanted, shutdown)
                 .await
                 .map(|done| (done, last))
         };
@@ -106,9 +106,9 @@ impl Replayer {
         let mut are_more = true;
         loop {
             if let Some(decoded) = waiting
-                .take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.concerns())))
+                .take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.entity_ids())))
             {
-                busy.push_back(decoded.concerns().clone());
+                busy.push_back(decoded.entity_ids().clone());
                 applying.push_back(apply(decoded));
             }
             let has_room = waiting.is_none() && applying.len() < apply::IN_FLIGHT;
@@ -116,7 +116,7 @@ impl Replayer {
                 biased;
                 Some(done) = applying.next() => {
                     busy.pop_front();
-                    let Some((done, last)): Option<(AppliedAgain, u64)> = done else {
+                    let Some((done, last)): Option<(Reapplied, u64)> = done else {
                         are_more = false;
                         continue;
                     };
@@ -136,7 +136,7 @@ impl Replayer {
                 },
                 else => break,
             };
-            if may_be_over && self.is_over(replay, again).await {
+            if may_be_over && self.is_over(replay, consumer).await {
                 // Of messages that came twice: what they lead to belongs to this replay.
                 while applying.next().await.is_some() {}
                 return true;
@@ -149,10 +149,10 @@ impl Replayer {
     }
 
     /// Whether every event up to the end is applied.
-    async fn is_over(&self, replay: &Replay, again: &Again) -> bool {
-        let progress = again.progress(&self.jetstream).await;
+    async fn is_over(&self, replay: &Replay, consumer: &ReplayConsumer) -> bool {
+        let progress = consumer.progress(&self.jetstream).await;
         progress.is_ok_and(|progress| {
-            progress.is_some_and(|progress| progress.applied_again_until() >= replay.last_sequence)
+            progress.is_some_and(|progress| progress.reapplied_until() >= replay.last_sequence)
         })
     }
 }

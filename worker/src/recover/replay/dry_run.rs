@@ -12,12 +12,12 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::next;
-use super::{ReplayError, Replayer, again};
+use super::{ReplayError, Replayer, replay_consumer};
 use crate::apply::{self, Applier};
 use crate::error::StoreError;
 use crate::store;
 use crate::store::replay::Replay;
-use crate::stream::consumer::{Again, Batches};
+use crate::stream::consumer::{Batches, ReplayConsumer};
 
 impl Replayer {
     /// What the replay would change, without changing anything. Keeps the rows that would change in
@@ -29,21 +29,21 @@ impl Replayer {
         shutdown: &CancellationToken,
         progress: impl FnMut(u64),
     ) -> Result<DryRun, ReplayError> {
-        let mut again = again(replay);
-        again.consumer = format!(
+        let mut consumer = replay_consumer(replay);
+        consumer.name = format!(
             "{}-dry-{}",
-            again.consumer,
+            consumer.name,
             OffsetDateTime::now_utc().unix_timestamp_nanos()
         );
-        let mut batches = again
+        let mut batches = consumer
             .open(&self.jetstream, self.batch)
             .await
             .map_err(ReplayError::Broker)?;
         let outcome = self
-            .try_all(&mut batches, replay, &again, shutdown, progress)
+            .try_all(&mut batches, replay, &consumer, shutdown, progress)
             .await;
         batches.close().await;
-        self.remove(&again).await;
+        self.remove(&consumer).await;
         outcome
     }
 
@@ -51,7 +51,7 @@ impl Replayer {
         &self,
         batches: &mut Batches,
         replay: &Replay,
-        again: &Again,
+        consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
         mut progress: impl FnMut(u64),
     ) -> Result<DryRun, ReplayError> {
@@ -62,15 +62,15 @@ impl Replayer {
             && let Some(batch) = next(batches, shutdown).await
         {
             let Some(batch) = batch else {
-                let progress = again
+                let progress = consumer
                     .progress(&self.jetstream)
                     .await?
                     .ok_or(ReplayError::ConsumerGone)?;
-                dry.finished = progress.applied_again_until() >= replay.last_sequence;
+                dry.finished = progress.reapplied_until() >= replay.last_sequence;
                 continue;
             };
             let (mut arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);
-            dry.poisoned += apply::wanted_poison(&batch, &poisoned, wanted);
+            dry.poisoned += apply::count_wanted_poisoned(&batch, &poisoned, wanted);
             arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
             dry.apply(&self.applier, &arrivals).await?;
             let last = batch.last_sequence();

@@ -111,7 +111,7 @@ impl Replayer {
             event_types: event_types.into_iter().collect(),
             stripe_subscription_id: request.stripe_subscription_id.clone(),
             started: now,
-            beat: now,
+            heartbeat: now,
         }))
     }
 
@@ -152,7 +152,7 @@ pub(super) fn goes_on(begun: &Replay, replay: &Replay) -> bool {
         && *replay
             == Replay {
                 last_sequence: replay.last_sequence,
-                beat: replay.beat,
+                heartbeat: replay.heartbeat,
                 ..begun.clone()
             }
 }

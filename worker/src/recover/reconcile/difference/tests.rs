@@ -15,9 +15,9 @@ fn fields(text: &str) -> Fields {
     serde_json::from_str(text).expect("it is an object")
 }
 
-fn row(columns: &str, state: Option<&str>) -> Whole {
+fn row(columns: &str, state: Option<&str>) -> RawRow {
     let (columns, expected) = (Some(fields(columns)), state.map(fields));
-    Whole {
+    RawRow {
         version: 1,
         columns,
         state: expected.as_ref().map(|_| State::default()),

@@ -48,7 +48,7 @@ pub struct Taken {
 }
 
 /// Puts `questions` in. One that is there already is asked anew.
-pub async fn put(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
+pub async fn save(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice; of several, the last one knows most.
     let by_key = questions
         .into_iter()
@@ -223,7 +223,10 @@ pub async fn postpone<C: ConnectionTrait>(
 
 /// Forgets the question, which is answered, unless it was put anew since it was taken. Returns whether
 /// it is forgotten.
-pub async fn settle<C: ConnectionTrait>(db: &C, taken: &Taken) -> Result<bool, StoreError> {
+pub async fn remove_answered<C: ConnectionTrait>(
+    db: &C,
+    taken: &Taken,
+) -> Result<bool, StoreError> {
     let settled = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
     settled
         .map(|done| done.rows_affected > 0)

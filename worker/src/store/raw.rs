@@ -24,7 +24,7 @@ pub type Fields = Map<String, serde_json::Value>;
 
 /// A row as it stands.
 #[derive(Debug, Clone)]
-pub struct Whole {
+pub struct RawRow {
     /// Grows with every write.
     pub version: i64,
     /// Its columns. None when one of them holds what the column's type cannot be, which only SQLite
@@ -40,7 +40,7 @@ pub struct Whole {
 pub async fn find<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
-) -> Result<HashMap<String, Whole>, StoreError> {
+) -> Result<HashMap<String, RawRow>, StoreError> {
     let doing = StoreError::doing("read whole subscriptions");
     let rows = Entity::find()
         .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
@@ -59,7 +59,7 @@ pub async fn find<C: ConnectionTrait>(
         let expected = state.as_ref().map(columns_of);
         found.insert(
             id,
-            Whole {
+            RawRow {
                 version,
                 columns,
                 state,
@@ -154,7 +154,7 @@ pub async fn ids<C: ConnectionTrait>(
 /// Writes the columns of a row anew from its merge state, unless the row was written since it was read.
 /// A merge state that cannot be read is emptied, and the columns stay: the next event is merged into
 /// nothing. The revision stays, too: of what the merge state says subscribers were told.
-pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &Whole) -> Result<(), StoreError> {
+pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &RawRow) -> Result<(), StoreError> {
     let columns = match &row.state {
         Some(state) => columns(state.visible()),
         None => ActiveModel {
