@@ -31,7 +31,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often it is asked at most whether the server takes larger messages by now, while somebody
 /// has one.
-pub const MAX_PAYLOAD_AGAIN: Duration = Duration::from_secs(10);
+pub const MAX_PAYLOAD_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often a missing connection is looked at again while we wait for it.
 const POLL: Duration = Duration::from_millis(50);
@@ -69,7 +69,7 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
 /// Connects `client` anew if the server takes larger messages by now: a server that was told to by a
 /// reload says so to new connections alone. Asked over a connection beside it, because what is in
 /// flight on the old one has to be sent again.
-pub async fn follow_max_payload(client: &Client, settings: &NatsSettings, name: &str) {
+pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSettings, name: &str) {
     let Ok(options) = options(settings, name).await else {
         return;
     };

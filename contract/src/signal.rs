@@ -81,7 +81,7 @@ pub enum Access {
 
 impl Access {
     /// What `status` means for the application.
-    pub fn of_status(status: Option<&str>) -> Self {
+    pub fn from_status(status: Option<&str>) -> Self {
         match status {
             Some("trialing" | "active") => Self::Granted,
             Some("past_due") => Self::Grace,

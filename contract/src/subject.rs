@@ -28,7 +28,7 @@ pub const ORPHAN_CREATED: &str = "orphan.created";
 pub const ORPHAN_RESOLVED: &str = "orphan.resolved";
 
 /// The subject under which a raw event is stored.
-pub fn of_event(event_type: &EventType) -> String {
+pub fn for_event_type(event_type: &EventType) -> String {
     [EVENTS_PREFIX, event_type.as_str()].concat()
 }
 

@@ -9,8 +9,8 @@
 pub mod api;
 mod json;
 mod object;
+pub mod owner;
 mod read;
-pub mod whose;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -321,7 +321,7 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
     let event_type = ENVELOPE.required_text(envelope.event_type, "type", ID_BYTES_MAX)?;
     let event_type =
         EventType::parse(event_type).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))?;
-    let Some(kind) = Kind::of(event_type.as_str()) else {
+    let Some(kind) = Kind::from_event_type(event_type.as_str()) else {
         return Ok(None);
     };
     let id = ENVELOPE.required_text(envelope.id, "id", ID_BYTES_MAX)?;
@@ -410,7 +410,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(event_type: &str) -> Option<Self> {
+    fn from_event_type(event_type: &str) -> Option<Self> {
         match event_type {
             RESOLUTION_TYPE => Some(Self::Resolution),
             SNAPSHOT_TYPE => Some(Self::Snapshot),

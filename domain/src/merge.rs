@@ -77,8 +77,8 @@ impl State {
         of_types | of_snapshots
     }
 
-    pub(crate) fn type_of(&self, id: &EventId) -> Option<&EventType> {
-        self.metadata.type_of(id)
+    pub(crate) fn event_type(&self, id: &EventId) -> Option<&EventType> {
+        self.metadata.event_type(id)
     }
 }
 

@@ -13,10 +13,10 @@ use crate::arrival::Arrival;
 use crate::event::{CheckoutSession, Email, Event, Resolution};
 use crate::merge::Visible;
 use crate::payment::PaymentIds;
-use crate::question::{Asked, Question};
+use crate::question::{Details, Question};
 use crate::signal;
 
-/// After the second of an uncertain row's events, before Stripe is asked: an answer is relied on
+/// After the second of an uncertain row's events, before Stripe is details: an answer is relied on
 /// only up to a second before it was given.
 ///
 /// Two seconds for that, and one because the time a request takes is rounded up.
@@ -45,39 +45,41 @@ pub struct NewOrphan {
     pub livemode: bool,
 }
 
-/// The orphan that a Checkout Session is, if it is paid and names no user.
-pub(crate) fn of_session(event: &Event, session: &CheckoutSession) -> Option<NewOrphan> {
-    let orphan = || session_orphan(event, session, OrphanReason::MissingClientReferenceId);
-    (session.is_paid() && session.client_reference_id.is_none()).then(orphan)
-}
-
-fn session_orphan(event: &Event, session: &CheckoutSession, reason: OrphanReason) -> NewOrphan {
-    NewOrphan {
-        id: payment_id(session).to_owned(),
-        reason,
-        payment: PaymentIds::from_session(session),
-        customer_email: session.customer_email.clone(),
-        event_id: event.id.clone(),
-        livemode: event.livemode,
+impl NewOrphan {
+    /// Returns the orphan of a Checkout Session that is paid and has no client reference id.
+    pub(crate) fn from_session(event: &Event, session: &CheckoutSession) -> Option<Self> {
+        if !session.is_paid() || session.client_reference_id.is_some() {
+            return None;
+        }
+        Some(Self {
+            id: payment_id(session).to_owned(),
+            reason: OrphanReason::MissingClientReferenceId,
+            payment: PaymentIds::from_session(session),
+            customer_email: session.customer_email.clone(),
+            event_id: event.id.clone(),
+            livemode: event.livemode,
+        })
     }
-}
 
-/// The orphan that a resolution speaks of, as far as the resolution itself knows it. It is resolved
-/// from the start; its row keeps a payment that comes later from becoming an orphan.
-pub(crate) fn of_resolution(event: &Event, resolution: &Resolution) -> NewOrphan {
-    let reason = resolution.reason.as_deref().and_then(OrphanReason::parse);
-    NewOrphan {
-        id: resolution.orphan_id.clone(),
-        reason: reason.unwrap_or(OrphanReason::MissingClientReferenceId),
-        payment: resolution.payment.clone(),
-        customer_email: None,
-        event_id: event.id.clone(),
-        livemode: event.livemode,
+    /// Returns the orphan that a resolution names, with what the resolution itself knows of it.
+    ///
+    /// It is written as resolved, in case a rebuild applies the resolution before the payment: the
+    /// row then keeps that payment from becoming an open orphan.
+    pub(crate) fn from_resolution(event: &Event, resolution: &Resolution) -> Self {
+        let reason = resolution.reason.as_deref().and_then(OrphanReason::parse);
+        Self {
+            id: resolution.orphan_id.clone(),
+            reason: reason.unwrap_or(OrphanReason::MissingClientReferenceId),
+            payment: resolution.payment.clone(),
+            customer_email: None,
+            event_id: event.id.clone(),
+            livemode: event.livemode,
+        }
     }
 }
 
 /// The question whose user the client reference id of a Checkout Session's payment is.
-pub fn lookup(
+pub(crate) fn lookup_question(
     arrival: &Arrival,
     client_reference_id: &str,
     is_paid: bool,
@@ -88,17 +90,17 @@ pub fn lookup(
         PaymentIds::from_session(session),
         client_reference_id.to_owned(),
     );
-    let asked = Asked::Lookup {
+    let details = Details::Lookup {
         payment,
         client_reference_id,
         is_paid,
     };
-    Some(question(asked, payment_id(session), arrival, now))
+    Some(question(details, payment_id(session), arrival, now))
 }
 
 /// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
 /// grace period.
-pub fn grace(
+pub(crate) fn grace_question(
     arrival: &Arrival,
     row: &Visible,
     rules: &Rules,
@@ -108,11 +110,11 @@ pub fn grace(
     if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
         return None;
     }
-    let asked = Asked::Grace {
+    let details = Details::Grace {
         stripe_customer_id: row.subscription.stripe_customer_id.clone(),
     };
     Some(question(
-        asked,
+        details,
         arrival.event.stripe_subscription_id()?,
         arrival,
         end,
@@ -121,7 +123,11 @@ pub fn grace(
 
 /// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
 /// of that and Stripe's `created`, and asking in vain does not move it.
-pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) -> OffsetDateTime {
+pub fn grace_period_end(
+    row: &Visible,
+    dt_created: OffsetDateTime,
+    grace: Duration,
+) -> OffsetDateTime {
     let created = row
         .subscription
         .created
@@ -130,24 +136,28 @@ pub fn end_of_grace(row: &Visible, dt_created: OffsetDateTime, grace: Duration) 
 }
 
 /// The question what Stripe says an uncertain subscription is.
-pub fn fetch(arrival: &Arrival, row: &Visible, now: OffsetDateTime) -> Option<Question> {
+pub(crate) fn fetch_question(
+    arrival: &Arrival,
+    row: &Visible,
+    now: OffsetDateTime,
+) -> Option<Question> {
     if !row.subscription.uncertain {
         return None;
     }
     let head = OffsetDateTime::from_unix_timestamp(row.head_created?).ok()?;
     let due_at = later(now.max(head), FETCH_AFTER);
     Some(question(
-        Asked::Fetch,
+        Details::Fetch,
         arrival.event.stripe_subscription_id()?,
         arrival,
         due_at,
     ))
 }
 
-fn question(asked: Asked, id: &str, arrival: &Arrival, due_at: OffsetDateTime) -> Question {
+fn question(details: Details, id: &str, arrival: &Arrival, due_at: OffsetDateTime) -> Question {
     Question {
         entity_id: id.to_owned(),
-        asked,
+        details,
         due_at,
         attempts: 0,
         stripe_account_id: arrival.event.stripe_account_id.clone(),

@@ -30,15 +30,15 @@ pub enum Signalling {
 
 /// What a batch is applied under.
 #[derive(Debug)]
-pub struct Terms {
+pub struct Policy {
     pub rules: Rules,
     pub signalling: Signalling,
 }
 
 /// What a batch is applied under, and what it met.
 #[derive(Debug, Clone, Copy)]
-pub struct Circumstances<'a> {
-    pub terms: &'a Terms,
+pub struct Context<'a> {
+    pub policy: &'a Policy,
     /// When the replay was started that may not have reached an event of the same row yet.
     pub rebuilding: Option<OffsetDateTime>,
     pub now: OffsetDateTime,
@@ -105,17 +105,17 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
 
 /// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each that changes a
 /// visible column is a transition with its own revision. None if nothing is to be written.
-pub fn of_subscription<'a>(
+pub fn plan_subscription<'a>(
     id: &'a str,
     stored: Option<Stored>,
     mut arrivals: Vec<&'a Arrival>,
-    circumstances: Circumstances<'_>,
+    context: Context<'_>,
 ) -> Option<Plan<'a>> {
-    let Circumstances {
-        terms,
+    let Context {
+        policy,
         rebuilding,
         now,
-    } = circumstances;
+    } = context;
     arrivals.sort_by(|a, b| (a.event.created, &a.event.id).cmp(&(b.event.created, &b.event.id)));
     let Stored {
         mut state,
@@ -130,9 +130,11 @@ pub fn of_subscription<'a>(
         .last()
         .map_or(&before, |transition| &transition.shown);
     let mut sender = Sender::new(id, revision, &sent_before, &before.subscription, now);
-    let last_sent = match terms.signalling {
-        Signalling::Now if is_half_built(rebuilding, version, &sent_before, after, &arrivals) => {
-            sender.owe(&after.subscription)
+    let last_sent = match policy.signalling {
+        Signalling::Now
+            if may_be_incomplete(rebuilding, version, &sent_before, after, &arrivals) =>
+        {
+            sender.postpone(&after.subscription)
         }
         Signalling::Now => sender.send_now(&merged, &after.subscription, || {
             let newest = || {
@@ -140,9 +142,9 @@ pub fn of_subscription<'a>(
                     .last()
                     .map(|arrival| signal::reference(&arrival.event))
             };
-            signal::standing(&state).or_else(newest)
+            signal::last_event(&state).or_else(newest)
         }),
-        Signalling::Later => sender.owe(&after.subscription),
+        Signalling::Later => sender.postpone(&after.subscription),
         Signalling::Never => sender.skip(&after.subscription),
     };
     let Sender {
@@ -154,12 +156,12 @@ pub fn of_subscription<'a>(
     let consequences = merged.last().map_or_else(Consequences::default, |last| {
         let dt_created = dt_created.unwrap_or(now);
         let last = last.arrival;
-        Step {
+        RowChange {
             merged: &merged,
             last,
             before: &before,
             after,
-            rules: &terms.rules,
+            rules: &policy.rules,
             dt_created,
             now,
         }
@@ -204,7 +206,7 @@ fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transitio
 
 /// Whether a live event may show a row half built: it makes the row, of what is older than the replay, or
 /// leaves it without the state that only the replay can bring. Sent, it would revoke a paying customer.
-fn is_half_built(
+fn may_be_incomplete(
     rebuilding: Option<OffsetDateTime>,
     version: i64,
     last_sent: &LastSent,
@@ -214,7 +216,7 @@ fn is_half_built(
     let Some(started) = rebuilding else {
         return false;
     };
-    if last_sent.is_owed() {
+    if last_sent.has_unsent_signal() {
         return after.subscription.status.is_none();
     }
     let of_session = || {
@@ -233,7 +235,7 @@ fn is_half_built(
 
 /// The signal that a row owes, and the row once it is sent.
 #[derive(Debug)]
-pub struct Owed {
+pub struct Unsent {
     pub row: Row,
     /// What it shows, unless that was sent already.
     pub signal: Option<NewSignal>,
@@ -241,9 +243,9 @@ pub struct Owed {
 
 /// What is sent of a row that owes a signal, once its state is final. None while no event is known that
 /// it stands on.
-pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
+pub fn plan_unsent(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Unsent> {
     let shown = stored.state.visible().subscription;
-    let event = signal::standing(&stored.state)?;
+    let event = signal::last_event(&stored.state)?;
     let mut sender = Sender::new(id, stored.revision, &stored.last_sent, &shown, now);
     sender.send(
         &shown,
@@ -265,11 +267,11 @@ pub fn of_owed(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Owed> {
         ..stored
     }
     .into_row(id);
-    Some(Owed { row, signal })
+    Some(Unsent { row, signal })
 }
 
 /// A row once more, under the revision it has: for subscribers that missed it.
-pub fn of_unchanged(
+pub fn resend(
     id: &str,
     subscription: &Subscription,
     revision: i64,
@@ -282,7 +284,7 @@ pub fn of_unchanged(
         event,
         replayed: true,
     };
-    signal::subscription_again(&change.under(revision, id, subscription), now)
+    signal::subscription_resent(&change.under(revision, id, subscription), now)
 }
 
 /// A row without its metadata.
@@ -295,7 +297,7 @@ pub struct Erased {
 }
 
 /// Takes the metadata out of a row, and signals the row even if it had none: older signals will be removed.
-pub fn of_erased(
+pub fn plan_erasure(
     id: &str,
     mut stored: Stored,
     event: EventReference,
@@ -305,7 +307,7 @@ pub fn of_erased(
     let had_metadata = stored.state.erase_metadata();
     let shown = stored.state.visible().subscription;
     let last_sent = std::mem::take(&mut stored.last_sent);
-    if last_sent.is_owed() {
+    if last_sent.has_unsent_signal() {
         let row = Row {
             last_sent: last_sent.without_metadata(&shown),
             ..stored.into_row(id)
@@ -343,7 +345,7 @@ struct Sender<'r> {
     id: &'r str,
     now: OffsetDateTime,
     /// Whether the row owed a signal when it was read.
-    is_owed: bool,
+    had_unsent_signal: bool,
     /// What was sent last; None if nothing yet.
     sent: Option<&'r Subscription>,
     revision: i64,
@@ -366,7 +368,7 @@ impl<'r> Sender<'r> {
         Self {
             id,
             now,
-            is_owed: last_sent.is_owed(),
+            had_unsent_signal: last_sent.has_unsent_signal(),
             sent,
             revision,
             signals: Vec::new(),
@@ -387,9 +389,9 @@ impl<'r> Sender<'r> {
                 false,
             );
         }
-        if self.is_owed && self.sent != Some(shown) {
+        if self.had_unsent_signal && self.sent != Some(shown) {
             let Some(event) = cause() else {
-                return self.owe(shown);
+                return self.postpone(shown);
             };
             self.send(
                 shown,
@@ -404,7 +406,7 @@ impl<'r> Sender<'r> {
     }
 
     /// Sends nothing yet: the row owes what it shows, unless that was sent last.
-    fn owe(&self, shown: &Subscription) -> LastSent {
+    fn postpone(&self, shown: &Subscription) -> LastSent {
         match self.sent {
             None => LastSent::Nothing,
             Some(sent) if sent == shown => LastSent::Current,
@@ -415,8 +417,8 @@ impl<'r> Sender<'r> {
     /// Sends nothing, as if it were sent: a row that subscribers know gets another revision, under
     /// which it can be. What was owed before is still owed.
     fn skip(&mut self, shown: &Subscription) -> LastSent {
-        if self.is_owed {
-            return self.owe(shown);
+        if self.had_unsent_signal {
+            return self.postpone(shown);
         }
         if self.sent.is_some_and(|sent| sent != shown) {
             self.revision = next_revision(self.revision, self.now);
@@ -467,7 +469,7 @@ impl Change {
     fn under(self, revision: i64, id: &str, subscription: &Subscription) -> SubscriptionChanged {
         SubscriptionChanged {
             stripe_subscription_id: id.to_owned(),
-            access: Access::of_status(subscription.status.as_deref()),
+            access: Access::from_status(subscription.status.as_deref()),
             subscription: subscription.clone(),
             revision,
             previous_revision: (self.previous_revision > 0).then_some(self.previous_revision),
@@ -480,7 +482,7 @@ impl Change {
 }
 
 /// What a batch makes of a row, and what that means for the row's orphan and open questions.
-struct Step<'r, 'a> {
+struct RowChange<'r, 'a> {
     merged: &'r [Transition<'a>],
     last: &'a Arrival,
     before: &'r Visible,
@@ -491,15 +493,15 @@ struct Step<'r, 'a> {
     now: OffsetDateTime,
 }
 
-impl<'a> Step<'_, 'a> {
+impl<'a> RowChange<'_, 'a> {
     fn consequences(&self) -> Consequences<'a> {
         let mut consequences = Consequences::default();
-        self.seek_user(&mut consequences);
-        self.await_session(&mut consequences);
+        self.decide_on_user(&mut consequences);
+        self.decide_on_session(&mut consequences);
         if self.after.subscription.uncertain {
             consequences
                 .questions
-                .extend(orphan::fetch(self.last, self.after, self.now));
+                .extend(orphan::fetch_question(self.last, self.after, self.now));
         } else if self.before.subscription.uncertain {
             consequences.answered.push(Kind::Fetch);
         }
@@ -507,7 +509,7 @@ impl<'a> Step<'_, 'a> {
     }
 
     /// Whose the row is: a paid one without a client reference id is an orphan.
-    fn seek_user(&self, consequences: &mut Consequences<'a>) {
+    fn decide_on_user(&self, consequences: &mut Consequences<'a>) {
         let Some(client_reference_id) = &self.after.subscription.client_reference_id else {
             if self.after.paid {
                 consequences.orphan = self
@@ -520,15 +522,16 @@ impl<'a> Step<'_, 'a> {
             .arrivals()
             .any(|arrival| matches!(arrival.event.body, Body::Resolution(_)))
         {
-            // Nobody need be asked against an operator's word. The orphan follows it in `of_payment`.
+            // Nobody need be asked against an operator's word. The orphan follows it in `plan_payment`.
             consequences.answered.push(Kind::Lookup);
         } else if self.rules.lookup {
             // One session may say that it is paid and another whose it is, in any order: the row knows both.
             let paid_first = self
                 .sessions()
                 .max_by_key(|arrival| arrival.session().is_some_and(CheckoutSession::is_paid));
-            let lookup =
-                |arrival| orphan::lookup(arrival, client_reference_id, self.after.paid, self.now);
+            let lookup = |arrival| {
+                orphan::lookup_question(arrival, client_reference_id, self.after.paid, self.now)
+            };
             consequences.questions.extend(paid_first.and_then(lookup));
         } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id)
         {
@@ -547,7 +550,7 @@ impl<'a> Step<'_, 'a> {
     }
 
     /// Whether its Checkout Session came, or has to be waited for.
-    fn await_session(&self, consequences: &mut Consequences<'a>) {
+    fn decide_on_session(&self, consequences: &mut Consequences<'a>) {
         let Self {
             before,
             after,
@@ -568,10 +571,10 @@ impl<'a> Step<'_, 'a> {
                 .arrivals()
                 .find(|arrival| arrival.is_creation())
                 .unwrap_or(self.last);
-            let end = orphan::end_of_grace(after, self.dt_created, rules.grace);
+            let end = orphan::grace_period_end(after, self.dt_created, rules.grace);
             consequences
                 .questions
-                .extend(orphan::grace(created, after, rules, end));
+                .extend(orphan::grace_question(created, after, rules, end));
         }
     }
 
@@ -586,7 +589,7 @@ impl<'a> Step<'_, 'a> {
 }
 
 /// What an event that concerns no subscription's row means for orphans and open questions.
-pub fn of_payment<'a>(
+pub fn plan_payment<'a>(
     arrival: &'a Arrival,
     rules: &Rules,
     now: OffsetDateTime,
@@ -603,9 +606,12 @@ pub fn of_payment<'a>(
             .as_deref()
             .filter(|_| session.is_paid())
     {
-        consequences
-            .questions
-            .extend(orphan::lookup(arrival, client_reference_id, true, now));
+        consequences.questions.extend(orphan::lookup_question(
+            arrival,
+            client_reference_id,
+            true,
+            now,
+        ));
     }
     if consequences.resolution.is_some() {
         consequences.answered.push(Kind::Lookup);
@@ -614,7 +620,7 @@ pub fn of_payment<'a>(
 }
 
 fn missing_reference(arrival: &Arrival) -> Option<NewOrphan> {
-    orphan::of_session(&arrival.event, arrival.session()?)
+    NewOrphan::from_session(&arrival.event, arrival.session()?)
 }
 
 fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
@@ -626,7 +632,7 @@ fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
         client_reference_id: resolution.client_reference_id.clone(),
         arrival,
         by_operator: Some((
-            orphan::of_resolution(&arrival.event, resolution),
+            NewOrphan::from_resolution(&arrival.event, resolution),
             signal::reference(&arrival.event).created.get(),
         )),
     })

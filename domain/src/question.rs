@@ -42,7 +42,7 @@ impl Kind {
 
 /// What is asked, with what the asking needs. [`Kind`] says what each means.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Asked {
+pub enum Details {
     Lookup {
         payment: PaymentIds,
         client_reference_id: String,
@@ -60,7 +60,7 @@ pub enum Asked {
 pub struct Question {
     /// What it is about: the subscription's id, else the Checkout Session's; the customer's for an erasure.
     pub entity_id: String,
-    pub asked: Asked,
+    pub details: Details,
     pub due_at: OffsetDateTime,
     /// How often it was asked without an answer.
     pub attempts: i32,
@@ -78,29 +78,29 @@ impl Question {
 
     /// Its kind.
     pub fn kind(&self) -> Kind {
-        match self.asked {
-            Asked::Lookup { .. } => Kind::Lookup,
-            Asked::Grace { .. } => Kind::Grace,
-            Asked::Fetch => Kind::Fetch,
-            Asked::Erase => Kind::Erase,
+        match self.details {
+            Details::Lookup { .. } => Kind::Lookup,
+            Details::Grace { .. } => Kind::Grace,
+            Details::Fetch => Kind::Fetch,
+            Details::Erase => Kind::Erase,
         }
     }
 
     /// The payment it is about.
     pub fn payment(&self) -> PaymentIds {
         let entity_id = || Some(self.entity_id.clone());
-        match &self.asked {
-            Asked::Lookup { payment, .. } => payment.clone(),
-            Asked::Grace { stripe_customer_id } => PaymentIds {
+        match &self.details {
+            Details::Lookup { payment, .. } => payment.clone(),
+            Details::Grace { stripe_customer_id } => PaymentIds {
                 stripe_customer_id: stripe_customer_id.clone(),
                 stripe_subscription_id: entity_id(),
                 ..PaymentIds::default()
             },
-            Asked::Fetch => PaymentIds {
+            Details::Fetch => PaymentIds {
                 stripe_subscription_id: entity_id(),
                 ..PaymentIds::default()
             },
-            Asked::Erase => PaymentIds {
+            Details::Erase => PaymentIds {
                 stripe_customer_id: entity_id(),
                 ..PaymentIds::default()
             },

@@ -69,7 +69,7 @@ pub enum LastSent {
 
 impl LastSent {
     /// Whether the row owes a signal.
-    pub fn is_owed(&self) -> bool {
+    pub fn has_unsent_signal(&self) -> bool {
         *self != Self::Current
     }
 

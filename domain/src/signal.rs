@@ -45,7 +45,7 @@ pub fn reference(event: &Event) -> EventReference {
 }
 
 /// The event that a row stands on. Its type is not a column: the state knows it, as a rule.
-pub fn standing(state: &State) -> Option<EventReference> {
+pub fn last_event(state: &State) -> Option<EventReference> {
     let (id, created) = state.visible().last_event?;
     let usual = || {
         let is_own = id.as_str().starts_with("litestripe.");
@@ -56,7 +56,7 @@ pub fn standing(state: &State) -> Option<EventReference> {
         })
         .ok()
     };
-    let event_type = state.type_of(&id).cloned().or_else(usual)?;
+    let event_type = state.event_type(&id).cloned().or_else(usual)?;
     Some(EventReference {
         id,
         event_type,
@@ -73,7 +73,7 @@ pub(crate) fn subscription_changed(
         event: signal.event.clone(),
         traceparent,
     };
-    outgoing(
+    new_signal(
         cause,
         id,
         subject::SUBSCRIPTION_CHANGED,
@@ -84,7 +84,7 @@ pub(crate) fn subscription_changed(
 
 /// A subscription's row again, under a revision that was sent before: under a `Nats-Msg-Id` of its
 /// own, or it would be dropped as a repeat.
-pub(crate) fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
+pub(crate) fn subscription_resent(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
     let id = &signal.stripe_subscription_id;
     let cause = Cause {
         event: signal.event.clone(),
@@ -95,20 +95,20 @@ pub(crate) fn subscription_again(signal: &SubscriptionChanged, now: OffsetDateTi
         signal.revision,
         now.unix_timestamp_nanos()
     );
-    outgoing(cause, id, subject::SUBSCRIPTION_CHANGED, message_id, signal)
+    new_signal(cause, id, subject::SUBSCRIPTION_CHANGED, message_id, signal)
 }
 
 /// A payment belongs to no known user.
 pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
-    of_orphan(orphan, subject::ORPHAN_CREATED, cause)
+    orphan_signal(orphan, subject::ORPHAN_CREATED, cause)
 }
 
 /// The user of an orphan was found.
 pub fn orphan_resolved(orphan: &NewOrphan, cause: Cause) -> NewSignal {
-    of_orphan(orphan, subject::ORPHAN_RESOLVED, cause)
+    orphan_signal(orphan, subject::ORPHAN_RESOLVED, cause)
 }
 
-fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSignal {
+fn orphan_signal(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSignal {
     let signal = Orphan {
         orphan_id: orphan.id.clone(),
         reason: orphan.reason,
@@ -118,7 +118,7 @@ fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSign
         livemode: orphan.livemode,
         event: cause.event.clone(),
     };
-    outgoing(
+    new_signal(
         cause,
         &orphan.id,
         subject,
@@ -127,7 +127,7 @@ fn of_orphan(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSign
     )
 }
 
-fn outgoing<T: Serialize>(
+fn new_signal<T: Serialize>(
     cause: Cause,
     entity_id: &str,
     subject: &'static str,

@@ -71,7 +71,7 @@ fn reading(body: &[u8]) -> Result<Value, Box<dyn Error>> {
         row["stripe_subscription_id"] = json!(id);
         row["checkout_session_id"] = json!(visible.checkout_session_id);
         reading["subscription"] = row;
-        reading["access"] = json!(Access::of_status(visible.subscription.status.as_deref()));
+        reading["access"] = json!(Access::from_status(visible.subscription.status.as_deref()));
     }
     if let Body::CheckoutSession(session) = &event.body {
         reading["session"] = json!({

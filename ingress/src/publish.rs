@@ -206,8 +206,8 @@ impl Publisher {
     async fn follow_max_payload(&self) {
         loop {
             self.too_large.notified().await;
-            connect::follow_max_payload(&self.client, &self.nats, CONNECTION_NAME).await;
-            sleep(connect::MAX_PAYLOAD_AGAIN).await;
+            connect::reconnect_if_max_payload_grew(&self.client, &self.nats, CONNECTION_NAME).await;
+            sleep(connect::MAX_PAYLOAD_CHECK_INTERVAL).await;
         }
     }
 

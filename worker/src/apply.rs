@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use litestripe_contract::exit;
 use litestripe_domain::arrival::Arrival;
-use litestripe_domain::event::{MetadataKeys, whose};
-use litestripe_domain::plan::Terms;
+use litestripe_domain::event::{MetadataKeys, owner};
+use litestripe_domain::plan::Policy;
 use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -38,7 +38,7 @@ pub const IN_FLIGHT: usize = 2;
 pub struct Applier {
     pub store: Store,
     pub metadata_keys: MetadataKeys,
-    pub terms: Arc<Terms>,
+    pub policy: Arc<Policy>,
     /// Whose personal data is not to come back.
     pub erasures: Erasures,
     /// Whether a customer that is deleted at Stripe is erased here.
@@ -81,7 +81,7 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         .await;
     fail_point!("worker::after_ack");
     applier.relay.notify_one();
-    if applier.terms.rules.lookup {
+    if applier.policy.rules.lookup {
         applier.questions.notify_one();
     }
     metrics::applied(events);
@@ -137,7 +137,7 @@ async fn queue_erasures(
 ) -> Option<()> {
     let now = OffsetDateTime::now_utc();
     let deleted = batch.messages().filter_map(|message| {
-        let customer = whose::deleted_customer(message.payload)?;
+        let customer = owner::deleted_customer(message.payload)?;
         Some(erasure::question(customer, message.stream_sequence(), now))
     });
     let questions: Vec<_> = deleted.collect();

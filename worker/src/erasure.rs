@@ -20,9 +20,9 @@ use backon::{ExponentialBuilder, Retryable as _};
 use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::exit;
 use litestripe_contract::subject::EVENTS_STREAM;
-use litestripe_domain::event::whose::DeletedCustomer;
+use litestripe_domain::event::owner::DeletedCustomer;
 use litestripe_domain::event::{Body, Event};
-use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::question::{Details, Question};
 use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
 use tracing::debug;
@@ -193,7 +193,7 @@ impl Known {
 pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Question {
     Question {
         entity_id: customer.stripe_customer_id,
-        asked: Asked::Erase,
+        details: Details::Erase,
         due_at: now,
         attempts: 0,
         stripe_account_id: customer.stripe_account_id,

@@ -156,9 +156,9 @@ impl Relay {
             };
             let is_blocked = !relay.blocked().since.is_empty();
             metrics::waiting_for_signals(wait.is_waiting() || is_blocked);
-            if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_AGAIN {
+            if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_CHECK_INTERVAL {
                 asked = Instant::now();
-                connect::follow_max_payload(
+                connect::reconnect_if_max_payload_grew(
                     &relay.jetstream.client(),
                     &relay.nats,
                     "litestripe-worker",

@@ -1,11 +1,14 @@
-use super::{DEAD_LETTERS_PREFIX, event_type, of_event};
+use super::{DEAD_LETTERS_PREFIX, event_type, for_event_type};
 use crate::event::{EventType, HANDLED_TYPES};
 
 #[test]
 fn subjects_parse_back_to_what_built_them() {
     for name in HANDLED_TYPES {
         let expected = EventType::parse(name).expect("a handled type is a type");
-        assert_eq!(event_type(&of_event(&expected)).as_ref(), Some(&expected));
+        assert_eq!(
+            event_type(&for_event_type(&expected)).as_ref(),
+            Some(&expected)
+        );
         assert_eq!(
             event_type(&format!("{DEAD_LETTERS_PREFIX}{name}")),
             Some(expected)

@@ -15,7 +15,7 @@ pub struct Object {
 }
 
 /// What is kept of a subscription, but for the operator's text. Ids, states and dates are nobody's name.
-const IMPERSONAL: [&str; 15] = [
+const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 15] = [
     "cancel_at",
     "cancel_at_period_end",
     "canceled_at",
@@ -36,10 +36,10 @@ const IMPERSONAL: [&str; 15] = [
 impl Object {
     /// A subscription of somebody who was erased: the rest of it is not to be stored again. None for what
     /// is no object.
-    pub fn impersonal(&self) -> Option<Self> {
+    pub fn without_personal_data(&self) -> Option<Self> {
         let mut fields: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(self.raw.get()).ok()?;
-        fields.retain(|name, _| IMPERSONAL.contains(&name.as_str()));
+        fields.retain(|name, _| FIELDS_WITHOUT_PERSONAL_DATA.contains(&name.as_str()));
         let raw = serde_json::value::to_raw_value(&fields).ok()?;
         Some(Self {
             id: self.id.clone(),

@@ -115,12 +115,12 @@ pub(super) fn subscription(
 ) -> Result<SubscriptionEvent, DecodeError> {
     let stripe_subscription_id = required_id(object.id, "id")?;
     let mut reading = Reading::default();
-    reading.lay(object, OBJECT, keys)?;
-    OBJECT.bounded(&reading.kept.metadata, object.metadata)?;
+    reading.overlay(object, OBJECT, keys)?;
+    OBJECT.check_metadata_size(&reading.kept.metadata, object.metadata)?;
     let snapshot = reading.clone().snapshot();
     let before = match previous {
         Nested::Absent | Nested::Null => Before::Same,
-        Nested::Object(previous) if reading.lay(previous, PREVIOUS, keys).is_ok() => {
+        Nested::Object(previous) if reading.overlay(previous, PREVIOUS, keys).is_ok() => {
             let before = reading.snapshot();
             if before == snapshot {
                 Before::Same
@@ -155,7 +155,7 @@ struct Period {
 
 impl Reading {
     /// Lays `fields` over what was read so far: what is present replaces, objects key by key.
-    fn lay(
+    fn overlay(
         &mut self,
         fields: &Fields<'_>,
         at: Place,
@@ -191,12 +191,12 @@ impl Reading {
                 *target = at.seconds(leaf, name)?;
             }
         }
-        lay_reference(&mut kept.customer, fields.customer, at, "customer")?;
-        at.lay_metadata(&mut kept.metadata, fields.metadata, keys)?;
-        self.lay_items(fields.items, at)
+        overlay_reference(&mut kept.customer, fields.customer, at, "customer")?;
+        at.overlay_metadata(&mut kept.metadata, fields.metadata, keys)?;
+        self.overlay_items(fields.items, at)
     }
 
-    fn lay_items(&mut self, leaf: Leaf<'_>, at: Place) -> Result<(), DecodeError> {
+    fn overlay_items(&mut self, leaf: Leaf<'_>, at: Place) -> Result<(), DecodeError> {
         if !leaf.is_present() {
             return Ok(());
         }
@@ -275,7 +275,7 @@ fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeE
                 "items.data[].price.lookup_key",
                 TEXT_BYTES_MAX,
             )?;
-            lay_reference(
+            overlay_reference(
                 &mut item.product,
                 price.product,
                 at,
@@ -287,7 +287,7 @@ fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeE
 }
 
 /// Lays an id over `target`: the id itself, an object that has it, or null.
-fn lay_reference(
+fn overlay_reference(
     target: &mut Option<String>,
     leaf: Leaf<'_>,
     at: Place,
@@ -330,14 +330,14 @@ pub(super) fn checkout_session(
         metadata: BTreeMap::new(),
         created: OBJECT.seconds(object.created, "created")?,
     };
-    lay_reference(
+    overlay_reference(
         &mut session.stripe_customer_id,
         object.customer,
         OBJECT,
         "customer",
     )?;
     let mut subscription = None;
-    lay_reference(
+    overlay_reference(
         &mut subscription,
         object.subscription,
         OBJECT,
@@ -346,8 +346,8 @@ pub(super) fn checkout_session(
     session.stripe_subscription_id = non_empty(subscription)
         .map(|id| checked_id(id, "subscription"))
         .transpose()?;
-    OBJECT.lay_metadata(&mut session.metadata, object.metadata, keys)?;
-    OBJECT.bounded(&session.metadata, object.metadata)?;
+    OBJECT.overlay_metadata(&mut session.metadata, object.metadata, keys)?;
+    OBJECT.check_metadata_size(&session.metadata, object.metadata)?;
     Ok(session)
 }
 

@@ -99,7 +99,7 @@ impl Place {
     }
 
     /// Lays the metadata in `leaf` over `map`, key by key: a null takes its key away.
-    pub(super) fn lay_metadata(
+    pub(super) fn overlay_metadata(
         self,
         map: &mut Metadata,
         leaf: Leaf<'_>,
@@ -127,7 +127,11 @@ impl Place {
     }
 
     /// Checks that `map`, read from `leaf`, may be kept.
-    pub(super) fn bounded(self, map: &Metadata, leaf: Leaf<'_>) -> Result<(), DecodeError> {
+    pub(super) fn check_metadata_size(
+        self,
+        map: &Metadata,
+        leaf: Leaf<'_>,
+    ) -> Result<(), DecodeError> {
         // Written by us it may be longer than it was: a number by its quotes, and in a list `1e15`,
         // which becomes 1000000000000000.0. Five times is beyond all of it.
         let near = leaf

@@ -18,7 +18,7 @@ const BYTES: usize = 16;
 pub(super) struct Digest([u8; BYTES]);
 
 impl Digest {
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
+    pub(super) fn from_snapshot(snapshot: &Snapshot) -> Self {
         let json = serde_json::to_vec(snapshot)
             .expect("a snapshot is text, numbers, lists and maps with text as keys");
         let sha256: [u8; 32] = sha2::Sha256::digest(json).into();

@@ -22,7 +22,7 @@ impl Registers {
     }
 
     /// The type of the event `id`, if it is the newest of its type.
-    pub(super) fn type_of(&self, id: &EventId) -> Option<&EventType> {
+    pub(super) fn event_type(&self, id: &EventId) -> Option<&EventType> {
         let holds =
             |latest: &Option<Latest<_>>| latest.as_ref().is_some_and(|latest| latest.id == *id);
         self.0

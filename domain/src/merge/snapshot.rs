@@ -31,7 +31,7 @@ enum Phase {
 }
 
 impl Phase {
-    fn of(snapshot: &Snapshot) -> Self {
+    fn from_snapshot(snapshot: &Snapshot) -> Self {
         match snapshot.status.as_deref() {
             Some("incomplete") => Self::Incomplete,
             Some("canceled" | "incomplete_expired") => Self::Terminal,
@@ -85,7 +85,7 @@ pub(super) fn merge(
     event: &Event,
     body: &SubscriptionEvent,
 ) -> bool {
-    let place = (Phase::of(&body.snapshot), event.created);
+    let place = (Phase::from_snapshot(&body.snapshot), event.created);
     match register {
         Some(held) if held.place() > place => false,
         Some(held) if held.place() == place => held.add(event, body),
@@ -115,7 +115,7 @@ impl Register {
     }
 
     fn add(&mut self, event: &Event, body: &SubscriptionEvent) -> bool {
-        let edge = Edge::of(event, body);
+        let edge = Edge::from_event(event, body);
         if self.events.get(&event.id).is_some_and(|held| *held >= edge) {
             return false;
         }
@@ -130,7 +130,7 @@ impl Register {
         self.keep(edge.after, event, &body.snapshot);
         self.events.insert(event.id.clone(), edge);
         self.saturated |= self.events.len() >= EVENTS_MAX;
-        self.shrink();
+        self.prune();
         true
     }
 
@@ -158,7 +158,7 @@ impl Register {
 
     /// Drops what nothing refers to: when saturated all events but the largest id, and always the
     /// snapshots of no event.
-    fn shrink(&mut self) {
+    fn prune(&mut self) {
         if self.saturated {
             self.events = self.events.pop_last().into_iter().collect();
         }
@@ -169,7 +169,7 @@ impl Register {
 
     /// Whether one of the steps of a walk cannot be read. A → B → A with the second unreadable would
     /// otherwise look like A → B. Where all events end the same, their steps do not matter.
-    fn misses_a_step(&self) -> bool {
+    fn has_unreadable_step(&self) -> bool {
         self.snapshots.len() > 1 && self.events.values().any(|edge| edge.unreadable)
     }
 
@@ -200,18 +200,18 @@ impl Register {
             snapshot: self.snapshots.get(&edge.after)?,
             livemode: edge.livemode,
             account: edge.account.as_deref(),
-            uncertain: self.saturated || !certain || self.misses_a_step(),
+            uncertain: self.saturated || !certain || self.has_unreadable_step(),
         })
     }
 }
 
 impl Edge {
-    fn of(event: &Event, body: &SubscriptionEvent) -> Self {
-        let after = Digest::of(&body.snapshot);
+    fn from_event(event: &Event, body: &SubscriptionEvent) -> Self {
+        let after = Digest::from_snapshot(&body.snapshot);
         let before = match &body.before {
             Before::Nothing => None,
             Before::Same | Before::Unreadable => Some(after),
-            Before::Snapshot(snapshot) => Some(Digest::of(snapshot)),
+            Before::Snapshot(snapshot) => Some(Digest::from_snapshot(snapshot)),
         };
         let unreadable = body.before == Before::Unreadable;
         Self {

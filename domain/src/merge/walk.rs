@@ -38,7 +38,7 @@ pub(super) fn end<N: Copy + Ord>(steps: &[Step<N>]) -> End<N> {
     };
     let unbalanced = balance.values().filter(|balance| **balance != 0).count();
     // The balances sum to 0: if there are two of them and one is 1, the other is -1.
-    if unbalanced == 2 && !any_twice(steps) && connected(steps) {
+    if unbalanced == 2 && !has_repeated_step(steps) && is_connected(steps) {
         End::Certain(*end)
     } else {
         End::Likely(*end)
@@ -56,13 +56,13 @@ fn balance<N: Copy + Ord>(steps: &[Step<N>]) -> BTreeMap<Option<N>, i32> {
 }
 
 /// Whether two steps are the same. Steps in place may be: they lead nowhere.
-fn any_twice<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
+fn has_repeated_step<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     let mut seen = BTreeSet::new();
     let moves = steps.iter().filter(|(from, to)| *from != Some(*to));
     moves.copied().any(|step| !seen.insert(step))
 }
 
-fn connected<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
+fn is_connected<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     let mut reached: BTreeSet<Option<N>> =
         steps.first().map(|(from, _)| *from).into_iter().collect();
     let mut left: Vec<&Step<N>> = steps.iter().collect();

@@ -13,9 +13,9 @@ use crate::event::{
     Before, CheckoutSession, Event, Resolution as Word, Snapshot, SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
-use crate::question::Asked;
+use crate::question::Details;
 
-mod owed;
+mod unsent;
 
 const SUBSCRIPTION: &str = "sub_1";
 /// The one client reference id that the lookup knows.
@@ -38,21 +38,21 @@ proptest! {
         lookup in any::<bool>(),
     ) {
         let rules = Rules { lookup, without_session: true, grace: Duration::from_secs(600) };
-        let terms = Terms { rules, signalling: Signalling::Now };
+        let policy = Policy { rules, signalling: Signalling::Now };
         let arrivals: Vec<_> = told.into_iter().enumerate().map(|(index, told)| arrival(index, told)).collect();
         let mut once = Table::default();
-        once.apply(arrivals.iter().collect(), &terms);
+        once.apply(arrivals.iter().collect(), &policy);
 
         let mut table = Table::default();
         let mut batch = Vec::new();
         for (index, end) in order.into_iter().zip(ends) {
             batch.push(&arrivals[index]);
             if end {
-                table.apply(std::mem::take(&mut batch), &terms);
+                table.apply(std::mem::take(&mut batch), &policy);
                 table.sweep_too_early();
             }
         }
-        table.apply(batch, &terms);
+        table.apply(batch, &policy);
         prop_assert_eq!(table.end(), once.end());
     }
 }
@@ -187,15 +187,15 @@ struct Table {
 }
 
 impl Table {
-    fn apply(&mut self, batch: Vec<&Arrival>, terms: &Terms) {
+    fn apply(&mut self, batch: Vec<&Arrival>, policy: &Policy) {
         let (by_subscription, others) = by_subscription(batch);
         for (id, arrivals) in by_subscription {
-            let circumstances = Circumstances {
-                terms,
+            let context = Context {
+                policy,
                 rebuilding: None,
                 now: NOW,
             };
-            let Some(plan) = of_subscription(id, self.row.clone(), arrivals, circumstances) else {
+            let Some(plan) = plan_subscription(id, self.row.clone(), arrivals, context) else {
                 continue;
             };
             let Row {
@@ -215,7 +215,7 @@ impl Table {
             self.follow(id, plan.consequences);
         }
         for (id, arrival) in others {
-            self.follow(id, of_payment(arrival, &terms.rules, NOW));
+            self.follow(id, plan_payment(arrival, &policy.rules, NOW));
         }
     }
 
@@ -234,7 +234,7 @@ impl Table {
         }
         for mut question in consequences.questions {
             let key = (question.entity_id.clone(), question.kind());
-            if let Asked::Lookup { is_paid, .. } = &mut question.asked {
+            if let Details::Lookup { is_paid, .. } = &mut question.details {
                 *is_paid |= self.questions.get(&key).is_some_and(asks_of_paid);
             }
             self.questions.insert(key, question);
@@ -270,8 +270,8 @@ impl Table {
     fn end(mut self) -> (Visible, Vec<String>) {
         let row = self.visible();
         for ((id, _), question) in std::mem::take(&mut self.questions) {
-            match &question.asked {
-                Asked::Lookup {
+            match &question.details {
+                Details::Lookup {
                     payment,
                     client_reference_id,
                     is_paid,
@@ -286,10 +286,10 @@ impl Table {
                         self.orphans.entry(id).or_insert(true);
                     }
                 }
-                Asked::Grace { .. } if self.may_be_paid() => {
+                Details::Grace { .. } if self.may_be_paid() => {
                     self.orphans.entry(id).or_insert(true);
                 }
-                Asked::Grace { .. } | Asked::Fetch | Asked::Erase => {}
+                Details::Grace { .. } | Details::Fetch | Details::Erase => {}
             }
         }
         let open = self
@@ -303,5 +303,5 @@ impl Table {
 }
 
 fn asks_of_paid(question: &Question) -> bool {
-    matches!(question.asked, Asked::Lookup { is_paid: true, .. })
+    matches!(question.details, Details::Lookup { is_paid: true, .. })
 }

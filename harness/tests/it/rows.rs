@@ -5,7 +5,7 @@ use litestripe_contract::signal::{EventReference, Item, Subscription, Timestamp}
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::merge::{State, Visible};
 use litestripe_domain::payment::PaymentIds;
-use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::{LastSent, Row};
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::{due_check, signal_outbox, stripe_subscription};
@@ -219,14 +219,14 @@ async fn signals(kind: DatabaseKind) {
 
 async fn questions(kind: DatabaseKind) {
     let (_database, store) = open(kind).await;
-    let asked = |payment, reference: &str, is_paid| Asked::Lookup {
+    let details = |payment, reference: &str, is_paid| Details::Lookup {
         payment,
         client_reference_id: reference.to_owned(),
         is_paid,
     };
     let bare = Question {
         entity_id: "sub_1".to_owned(),
-        asked: asked(PaymentIds::default(), "", false),
+        details: details(PaymentIds::default(), "", false),
         due_at: now(1),
         attempts: 0,
         stripe_account_id: None,
@@ -240,7 +240,7 @@ async fn questions(kind: DatabaseKind) {
         stripe_subscription_id: Some("sub_1".to_owned()),
     };
     let filled = Question {
-        asked: asked(payment.clone(), TEXT, true),
+        details: details(payment.clone(), TEXT, true),
         due_at: now(2),
         attempts: 5,
         stripe_account_id: Some("acct_1".to_owned()),

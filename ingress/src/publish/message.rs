@@ -42,7 +42,7 @@ pub(crate) struct Delivery {
 
 impl Delivery {
     pub(super) fn subject(&self) -> String {
-        subject::of_event(&self.event_type)
+        subject::for_event_type(&self.event_type)
     }
 
     pub(super) fn headers(&self) -> HeaderMap {

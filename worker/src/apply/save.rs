@@ -14,7 +14,7 @@ use litestripe_domain::arrival::Arrival;
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::plan::{
-    self, Circumstances, Consequences, Plan, Resolution, Signalling, Terms, by_subscription,
+    self, Consequences, Context, Plan, Policy, Resolution, Signalling, by_subscription,
 };
 use litestripe_domain::question::Kind;
 use litestripe_domain::signal::{self, NewSignal};
@@ -55,9 +55,9 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
     let mut stale: Option<HashSet<usize>> = None;
     let mut late = Vec::new();
     loop {
-        let (arrivals, terms, erasures) = (
+        let (arrivals, policy, erasures) = (
             Arc::clone(arrivals),
-            Arc::clone(&applier.terms),
+            Arc::clone(&applier.policy),
             applier.erasures.clone(),
         );
         let once = async move |tx: DatabaseTransaction| {
@@ -71,7 +71,7 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
                 .filter(is_pending)
                 .map(Cow::Borrowed)
                 .collect();
-            save_once(tx, pending, &terms, &erasures, OffsetDateTime::now_utc()).await
+            save_once(tx, pending, &policy, &erasures, OffsetDateTime::now_utc()).await
         };
         let saved = applier.store.uncancelled(once).await?;
         late.extend(saved.late);
@@ -93,7 +93,7 @@ struct Saved {
 async fn save_once(
     tx: DatabaseTransaction,
     mut pending: Vec<Cow<'_, Arrival>>,
-    terms: &Terms,
+    policy: &Policy,
     erasures: &Erasures,
     now: OffsetDateTime,
 ) -> Result<Saved, StoreError> {
@@ -112,15 +112,15 @@ async fn save_once(
     }
     redact(&mut pending, erasures);
     let (by_subscription, others) = by_subscription(pending.iter().map(Cow::as_ref).collect());
-    let circumstances = Circumstances {
-        terms,
+    let context = Context {
+        policy,
         rebuilding,
         now,
     };
     let mut plans: Vec<Plan<'_>> = by_subscription
         .into_iter()
         .filter_map(|(id, arrivals)| {
-            plan::of_subscription(id, stored.remove(id), arrivals, circumstances)
+            plan::plan_subscription(id, stored.remove(id), arrivals, context)
         })
         .collect();
     let rows = plans
@@ -141,9 +141,9 @@ async fn save_once(
     consequences.extend(
         others
             .into_iter()
-            .map(|(id, arrival)| (id, plan::of_payment(arrival, &terms.rules, now))),
+            .map(|(id, arrival)| (id, plan::plan_payment(arrival, &policy.rules, now))),
     );
-    signals.extend(save_consequences(&tx, consequences, terms.signalling, now).await?);
+    signals.extend(save_consequences(&tx, consequences, policy.signalling, now).await?);
     store::outbox::insert(&tx, signals, now).await?;
     fail_point!("worker::before_commit");
     tx.commit()

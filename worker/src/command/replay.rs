@@ -18,7 +18,7 @@ use crate::recover::replay::{
 };
 use crate::settings::Settings;
 use crate::start::database::Schema;
-use crate::start::parts::terms;
+use crate::start::parts::policy;
 use crate::store::replay::Replay as Asked;
 use crate::stream::dead_letter::DeadLetters;
 
@@ -83,7 +83,7 @@ impl Replay {
             let Some(asked) = asked else {
                 return self.nothing();
             };
-            replayer.applier.terms = replay::terms(terms(settings), &asked);
+            replayer.applier.policy = replay::policy(policy(settings), &asked);
             return self.try_out(&replayer, &asked, &shutdown).await;
         }
         let begun = replayer
@@ -93,7 +93,7 @@ impl Replay {
         let Some((replay, consumer)) = begun else {
             return self.nothing();
         };
-        replayer.applier.terms = replay::terms(terms(settings), &replay);
+        replayer.applier.policy = replay::policy(policy(settings), &replay);
         // A replay that was begun earlier has done some of it already.
         let done = consumer
             .progress(&parts.jetstream)

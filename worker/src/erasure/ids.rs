@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use litestripe_domain::event::whose::Whose;
+use litestripe_domain::event::owner::Owner;
 use memchr::memmem;
 
 /// Ids that all stand for one person. They only become more.
@@ -42,19 +42,19 @@ impl Ids {
         {
             return false;
         }
-        let Some(whose) = Whose::read(body) else {
+        let Some(owner) = Owner::parse(body) else {
             return self.occur_in(body);
         };
-        let is_own = whose
+        let is_own = owner
             .customer
             .iter()
-            .chain(&whose.payments)
+            .chain(&owner.payments)
             .any(|id| self.0.contains(id));
         if is_own {
-            self.add(whose.customer.into_iter().chain(whose.payments));
+            self.add(owner.customer.into_iter().chain(owner.payments));
             return true;
         }
-        whose.customer.is_none() && whose.names(|text| self.0.contains(text))
+        owner.customer.is_none() && owner.contains_text(|text| self.0.contains(text))
     }
 
     /// Whether one of the ids stands in `body`, which is no JSON, and not as a part of a longer one.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use litestripe_contract::signal::OrphanReason;
 use litestripe_domain::event::{Email, api};
 use litestripe_domain::orphan;
-use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
 use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
@@ -35,7 +35,7 @@ impl Questions {
             return self.forget(taken).await;
         }
         // A session that is applied from here on conflicts with the row as it was read.
-        let end = orphan::end_of_grace(
+        let end = orphan::grace_period_end(
             &row,
             stored.dt_created.unwrap_or(question.due_at),
             self.orphans.grace,
@@ -131,9 +131,9 @@ async fn email_of_customer(
     stripe: &StripeApi,
     question: &Question,
 ) -> Result<Option<Email>, QuestionError> {
-    let Asked::Grace {
+    let Details::Grace {
         stripe_customer_id: Some(customer),
-    } = &question.asked
+    } = &question.details
     else {
         return Ok(None);
     };

@@ -8,7 +8,7 @@ use litestripe_contract::signal::OrphanReason;
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::event::{self, Body, Email, Event, MetadataKeys};
 use litestripe_domain::payment::ClientReferenceId;
-use litestripe_domain::question::{Asked, Question};
+use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
 use litestripe_domain::signal;
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
@@ -172,11 +172,11 @@ async fn stored<C: ConnectionTrait>(
 
 /// The client reference id to ask about: the row's, or where there is no row the session's.
 fn reference(question: &Question, stored: Option<&Stored>) -> Option<String> {
-    match (stored, &question.asked) {
+    match (stored, &question.details) {
         (Some(stored), _) => stored.state.visible().subscription.client_reference_id,
         (
             None,
-            Asked::Lookup {
+            Details::Lookup {
                 client_reference_id,
                 ..
             },
@@ -186,5 +186,5 @@ fn reference(question: &Question, stored: Option<&Stored>) -> Option<String> {
 }
 
 fn is_paid(question: &Question) -> bool {
-    matches!(question.asked, Asked::Lookup { is_paid: true, .. })
+    matches!(question.details, Details::Lookup { is_paid: true, .. })
 }

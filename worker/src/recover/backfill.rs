@@ -18,7 +18,7 @@ use litestripe_contract::event::{EventId, HANDLED_TYPES};
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_contract::{header, subject};
 use litestripe_domain::event::api::{self, EventPage, ListedEvent};
-use litestripe_domain::event::whose::{self, DeletedCustomer};
+use litestripe_domain::event::owner::{self, DeletedCustomer};
 use litestripe_domain::event::{self, MetadataKeys};
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -196,7 +196,7 @@ impl Backfill {
         };
         // Its erasure has removed the event that led to it: it would be done again and again.
         let is_done = || {
-            let deleted = whose::deleted_customer(body);
+            let deleted = owner::deleted_customer(body);
             let is_covered = |deleted: DeletedCustomer| {
                 self.erasures.covers_object(
                     [deleted.stripe_customer_id.as_str()],
@@ -218,7 +218,7 @@ impl Backfill {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, id.as_str());
         headers.insert(header::SOURCE, "backfill");
-        let subject = subject::of_event(&event_type);
+        let subject = subject::for_event_type(&event_type);
         let mut attempt = 1;
         loop {
             let publishing =

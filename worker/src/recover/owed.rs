@@ -140,11 +140,11 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
     if !store::replay::unfinished(&tx).await?.is_empty() {
         return Ok(0);
     }
-    stored.retain(|(_, row)| row.last_sent.is_owed());
+    stored.retain(|(_, row)| row.last_sent.has_unsent_signal());
     stored.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let owed = stored
         .into_iter()
-        .filter_map(|(id, row)| plan::of_owed(&id, row, now));
+        .filter_map(|(id, row)| plan::plan_unsent(&id, row, now));
     let (rows, mut signals): (Vec<_>, Vec<_>) = owed.map(|owed| (owed.row, owed.signal)).unzip();
     let ids: Vec<String> = rows
         .iter()

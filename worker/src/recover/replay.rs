@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{self, EVENTS_STREAM};
-use litestripe_domain::plan::{Signalling, Terms};
+use litestripe_domain::plan::{Policy, Signalling};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -68,7 +68,7 @@ pub(crate) struct Summary {
 }
 
 pub(crate) struct Replayer {
-    /// As for live events, under terms of its own.
+    /// As for live events, under its own policy.
     pub applier: Applier,
     pub jetstream: jetstream::Context,
     /// Events per transaction.
@@ -219,14 +219,14 @@ async fn beat(store: Store, stop: CancellationToken) {
     }
 }
 
-/// Terms of a replay: the operator's rules for orphans, and nothing sent before its end.
-pub(crate) fn terms(terms: Terms, replay: &Replay) -> Arc<Terms> {
+/// The policy of a replay: the operator's rules for orphans, and nothing sent before its end.
+pub(crate) fn policy(policy: Policy, replay: &Replay) -> Arc<Policy> {
     let signalling = match Signals::parse(&replay.signals) {
         Signals::None => Signalling::Never,
         Signals::Changed => Signalling::Later,
     };
-    Arc::new(Terms {
+    Arc::new(Policy {
         signalling,
-        ..terms
+        ..policy
     })
 }

@@ -65,16 +65,16 @@ async fn put(
     let mut never_sent = Vec::new();
     let mut left = 0;
     for (id, stored) in rows {
-        if stored.last_sent.is_owed() {
+        if stored.last_sent.has_unsent_signal() {
             left += 1;
             continue;
         }
         let visible = stored.state.visible();
-        let Some(event) = signal::standing(&stored.state) else {
+        let Some(event) = signal::last_event(&stored.state) else {
             continue;
         };
         if stored.revision > 0 {
-            signals.push(plan::of_unchanged(
+            signals.push(plan::resend(
                 &id,
                 &visible.subscription,
                 stored.revision,
@@ -84,7 +84,7 @@ async fn put(
             continue;
         }
         // Of a replay that told nobody: its first revision.
-        let Some(owed) = plan::of_owed(
+        let Some(owed) = plan::plan_unsent(
             &id,
             Stored {
                 last_sent: LastSent::Nothing,

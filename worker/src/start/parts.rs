@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_nats::jetstream;
 use litestripe_contract::connect::{self, ConnectError};
 use litestripe_domain::orphan::Rules;
-use litestripe_domain::plan::{Signalling, Terms};
+use litestripe_domain::plan::{Policy, Signalling};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -82,7 +82,7 @@ impl Parts {
         Applier {
             store: self.store.clone(),
             metadata_keys: settings.metadata_keys.clone(),
-            terms: Arc::new(terms(settings)),
+            policy: Arc::new(policy(settings)),
             erasures: self.erasures.clone(),
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             dead_letters: dead_letters.clone(),
@@ -146,13 +146,13 @@ pub(crate) async fn connect_within(
 }
 
 /// What live events are applied under.
-pub(crate) fn terms(settings: &Settings) -> Terms {
+pub(crate) fn policy(settings: &Settings) -> Policy {
     let rules = Rules {
         lookup: !matches!(settings.lookup, LookupSettings::None),
         without_session: settings.orphans.without_session,
         grace: settings.orphans.grace,
     };
-    Terms {
+    Policy {
         rules,
         signalling: Signalling::Now,
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_domain::payment::PaymentIds;
-use litestripe_domain::question::{Asked, Kind, Question};
+use litestripe_domain::question::{Details, Kind, Question};
 use litestripe_entity::due_check::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
@@ -60,13 +60,13 @@ pub async fn save(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<
 
 fn cells(question: Question) -> [Cell; 15] {
     let (kind, payment) = (question.kind(), question.payment());
-    let (client_reference_id, is_paid) = match question.asked {
-        Asked::Lookup {
+    let (client_reference_id, is_paid) = match question.details {
+        Details::Lookup {
             client_reference_id,
             is_paid,
             ..
         } => (Some(client_reference_id), is_paid),
-        Asked::Grace { .. } | Asked::Fetch | Asked::Erase => (None, false),
+        Details::Grace { .. } | Details::Fetch | Details::Erase => (None, false),
     };
     [
         question.entity_id.into(),
@@ -94,8 +94,8 @@ fn question(row: Model) -> Option<Question> {
         event_type: EventType::parse(row.event_type).ok()?,
         created: Timestamp::from_unix(row.event_created).ok()?,
     };
-    let asked = match Kind::parse(&row.kind)? {
-        Kind::Lookup => Asked::Lookup {
+    let details = match Kind::parse(&row.kind)? {
+        Kind::Lookup => Details::Lookup {
             payment: PaymentIds {
                 checkout_session_id: row.checkout_session_id,
                 stripe_customer_id: row.stripe_customer_id,
@@ -104,15 +104,15 @@ fn question(row: Model) -> Option<Question> {
             client_reference_id: row.client_reference_id.unwrap_or_default(),
             is_paid: row.is_paid,
         },
-        Kind::Grace => Asked::Grace {
+        Kind::Grace => Details::Grace {
             stripe_customer_id: row.stripe_customer_id,
         },
-        Kind::Fetch => Asked::Fetch,
-        Kind::Erase => Asked::Erase,
+        Kind::Fetch => Details::Fetch,
+        Kind::Erase => Details::Erase,
     };
     Some(Question {
         entity_id: row.entity_id,
-        asked,
+        details,
         due_at: row.due_at,
         attempts: row.attempts,
         stripe_account_id: row.stripe_account_id,

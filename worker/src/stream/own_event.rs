@@ -189,8 +189,9 @@ impl<'a> OwnEvent<'a> {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, message_id);
         headers.insert(header::SOURCE, source);
-        let subject =
-            subject::of_event(&EventType::parse(self.event_type).expect("our own types are types"));
+        let subject = subject::for_event_type(
+            &EventType::parse(self.event_type).expect("our own types are types"),
+        );
         let failed = |error| OwnEventError::Publish(self.id.clone(), error);
         let ack = jetstream
             .publish_with_headers(subject, headers, self.body()?.into())

@@ -54,7 +54,7 @@ async fn strip_once(
         row,
         signal,
         had_metadata,
-    } = plan::of_erased(id, stored, cause.clone(), now);
+    } = plan::plan_erasure(id, stored, cause.clone(), now);
     // What waits in the outbox tells what is erased.
     store::outbox::delete_changes_of(&tx, id).await?;
     // The signal stays; of a row that owes one, none does.

@@ -143,7 +143,7 @@ impl Sources<'_> {
         if is_erased {
             // What Stripe has of it is not to come back, and what the row has is younger than the erasure.
             look.told.remove("subscription_metadata");
-            look.object = look.object.impersonal().unwrap_or(look.object);
+            look.object = look.object.without_personal_data().unwrap_or(look.object);
         } else {
             self.add_user(&mut look).await?;
         }

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::merge;
-use litestripe_domain::plan::{self, Circumstances};
+use litestripe_domain::plan::{self, Context};
 use litestripe_domain::row::{Row, Stored};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -132,12 +132,12 @@ impl DryRun {
                     (stored.as_ref().map(|stored| stored.state.visible()), stored)
                 }
             };
-            let circumstances = Circumstances {
-                terms: &applier.terms,
+            let context = Context {
+                policy: &applier.policy,
                 rebuilding: None,
                 now,
             };
-            let plan = plan::of_subscription(id, now_stored.clone(), arrivals, circumstances);
+            let plan = plan::plan_subscription(id, now_stored.clone(), arrivals, context);
             let after = match plan {
                 Some(plan) => {
                     orphans.extend(plan.consequences.orphan.map(|(_, orphan)| orphan.id));
@@ -168,7 +168,7 @@ impl DryRun {
         }
         let payments = others
             .into_iter()
-            .map(|(_, arrival)| plan::of_payment(arrival, &applier.terms.rules, now));
+            .map(|(_, arrival)| plan::plan_payment(arrival, &applier.policy.rules, now));
         orphans.extend(
             payments.filter_map(|consequences| consequences.orphan.map(|(_, orphan)| orphan.id)),
         );

@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::Whose;
+use super::Owner;
 
-fn whose(body: &Value) -> (Option<String>, Vec<String>) {
-    let whose = Whose::read(body.to_string().as_bytes()).expect("it is JSON");
-    (whose.customer, whose.payments)
+fn ids(body: &Value) -> (Option<String>, Vec<String>) {
+    let owner = Owner::parse(body.to_string().as_bytes()).expect("it is JSON");
+    (owner.customer, owner.payments)
 }
 
 fn event(event_type: &str, object: Value) -> Value {
@@ -16,11 +16,7 @@ fn event(event_type: &str, object: Value) -> Value {
 #[track_caller]
 fn check(body: &Value, customer: Option<&str>, payments: &[&str]) {
     let payments: Vec<_> = payments.iter().copied().map(str::to_owned).collect();
-    assert_eq!(
-        whose(body),
-        (customer.map(str::to_owned), payments),
-        "{body}"
-    );
+    assert_eq!(ids(body), (customer.map(str::to_owned), payments), "{body}");
 }
 
 #[test]
@@ -68,7 +64,7 @@ fn events_and_signals_name_their_customer_and_their_payment() {
 #[test]
 fn a_text_is_found_anywhere_but_only_as_a_whole() {
     let body = json!({ "a": [{ "b": "cus_1" }], "c": "cus_12", "cus_3": 1 }).to_string();
-    let whose = Whose::read(body.as_bytes()).expect("it is JSON");
-    assert!(whose.names(|text| text == "cus_1"));
-    assert!(!whose.names(|text| text == "cus_2" || text == "cus_3"));
+    let owner = Owner::parse(body.as_bytes()).expect("it is JSON");
+    assert!(owner.contains_text(|text| text == "cus_1"));
+    assert!(!owner.contains_text(|text| text == "cus_2" || text == "cus_3"));
 }

@@ -10,16 +10,16 @@ proptest! {
     #![proptest_config(cases())]
     #[test]
     fn a_row_owes_a_signal_exactly_while_what_was_sent_last_differs(
-        batches in prop::collection::vec((prop::collection::vec(event(), 1..4), circumstances()), 1..8),
+        batches in prop::collection::vec((prop::collection::vec(event(), 1..4), context()), 1..8),
     ) {
         let mut subscriber = Subscriber::default();
         let mut row: Option<Stored> = None;
         for (batch, (signalling, rebuilding)) in batches {
             // Some come again: there are fewer ids than events.
             let arrivals: Vec<_> = batch.into_iter().map(|told| arrival(told.0 as usize, told)).collect();
-            let terms = Terms { rules: rules(), signalling };
-            let circumstances = Circumstances { terms: &terms, rebuilding, now: NOW };
-            let Some(plan) = of_subscription(SUBSCRIPTION, row.clone(), arrivals.iter().collect(), circumstances) else {
+            let policy = Policy { rules: rules(), signalling };
+            let context = Context { policy: &policy, rebuilding, now: NOW };
+            let Some(plan) = plan_subscription(SUBSCRIPTION, row.clone(), arrivals.iter().collect(), context) else {
                 continue;
             };
             if signalling == Signalling::Now && rebuilding.is_none() {
@@ -27,7 +27,7 @@ proptest! {
             }
             prop_assert!(plan.signals.is_empty() || signalling == Signalling::Now);
             subscriber.hear(&plan.signals, row.as_ref().map_or(0, |row| row.revision));
-            let was_owed = row.as_ref().is_some_and(|row| row.last_sent.is_owed());
+            let was_owed = row.as_ref().is_some_and(|row| row.last_sent.has_unsent_signal());
             if signalling == Signalling::Never && !was_owed {
                 subscriber.miss(&plan.row);
             }
@@ -35,9 +35,9 @@ proptest! {
             row = Some(read_again(plan.row));
         }
         let Some(row) = row else { return Ok(()) };
-        if row.last_sent.is_owed() {
+        if row.last_sent.has_unsent_signal() {
             let revision = row.revision;
-            let owed = of_owed(SUBSCRIPTION, row, NOW).expect("it stands on an event");
+            let owed = plan_unsent(SUBSCRIPTION, row, NOW).expect("it stands on an event");
             prop_assert!(owed.signal.is_some());
             subscriber.hear(owed.signal.as_slice(), revision);
             prop_assert_eq!(&owed.row.last_sent, &LastSent::Current);
@@ -83,19 +83,19 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
     ] {
         let what = format!("{rebuilding:?}, {stored:?}, {body:?}");
         let arrival = arrival(0, (0, body));
-        let terms = Terms {
+        let policy = Policy {
             rules: rules(),
             signalling: Signalling::Now,
         };
-        let circumstances = Circumstances {
-            terms: &terms,
+        let context = Context {
+            policy: &policy,
             rebuilding,
             now: NOW,
         };
-        let plan = of_subscription(SUBSCRIPTION, stored, vec![&arrival], circumstances)
+        let plan = plan_subscription(SUBSCRIPTION, stored, vec![&arrival], context)
             .expect("it changes the row");
         assert_eq!(
-            (plan.signals.len(), plan.row.last_sent.is_owed()),
+            (plan.signals.len(), plan.row.last_sent.has_unsent_signal()),
             (usize::from(is_sent), !is_sent),
             "{what}"
         );
@@ -109,16 +109,16 @@ fn a_replay_that_brings_back_what_was_sent_owes_nothing() {
         arrival(1, (1, subscription("past_due", false))),
     );
     let apply = |stored, arrivals, signalling| {
-        let terms = Terms {
+        let policy = Policy {
             rules: rules(),
             signalling,
         };
-        of_subscription(
+        plan_subscription(
             SUBSCRIPTION,
             stored,
             arrivals,
-            Circumstances {
-                terms: &terms,
+            Context {
+                policy: &policy,
                 rebuilding: None,
                 now: NOW,
             },
@@ -244,12 +244,12 @@ impl Subscriber {
                 assert_ne!(&**sent, shown);
             }
         }
-        self.missed &= !row.last_sent.is_owed();
+        self.missed &= !row.last_sent.has_unsent_signal();
         assert_eq!(row.revision, self.revision);
     }
 }
 
-fn circumstances() -> impl Strategy<Value = (Signalling, Option<OffsetDateTime>)> {
+fn context() -> impl Strategy<Value = (Signalling, Option<OffsetDateTime>)> {
     let signalling = select(
         &[
             Signalling::Now,

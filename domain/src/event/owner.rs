@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// A body, read for whose it is.
 #[derive(Debug)]
-pub struct Whose {
+pub struct Owner {
     body: Value,
     /// The customer whose object it is about.
     pub customer: Option<String>,
@@ -17,9 +17,9 @@ pub struct Whose {
     pub payments: Vec<String>,
 }
 
-impl Whose {
+impl Owner {
     /// Reads `body`. None if it is not JSON.
-    pub fn read(body: &[u8]) -> Option<Self> {
+    pub fn parse(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         // A signal has its fields where an event has its envelope.
         let object = body.pointer("/data/object").unwrap_or(&body);
@@ -44,7 +44,7 @@ impl Whose {
     }
 
     /// Whether a text anywhere in the body, as a whole, is one that `wanted` accepts.
-    pub fn names(&self, wanted: impl Fn(&str) -> bool) -> bool {
+    pub fn contains_text(&self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut left = vec![&self.body];
         while let Some(value) = left.pop() {
             match value {
