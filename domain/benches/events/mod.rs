@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 /// An event about a subscription, in as many bytes as Stripe would use.
 pub(crate) fn subscription(event_type: &str, id: &str, created: i64) -> Vec<u8> {
     let object: Value = serde_json::from_str(include_str!(
-        "../../../harness/src/stripe/subscription.json"
+        "../../../harness/demo/src/stripe/subscription.json"
     ))
     .expect("the harness's template is JSON");
     let mut object = object;

@@ -50,6 +50,8 @@ fn our_crates_depend_on_each_other_in_one_direction_only() {
         "litestripe-worker",
         &["contract", "domain", "entity", "migration"],
     );
+    // What the demo builds: neither the programs as libraries nor the tests' support.
+    check("litestripe-demo", &["contract", "entity"]);
 }
 
 #[test]

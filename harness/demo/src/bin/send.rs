@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use bytes::Bytes;
 use clap::{Args, Parser, Subcommand};
-use litestripe_harness::stripe::{self, Delivery, Event, Purchase};
+use litestripe_demo::stripe::{self, Delivery, Event, Purchase};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 

@@ -51,7 +51,7 @@ fn locate(
 }
 
 fn ask_script(part: &str, variable: &str) -> io::Result<PathBuf> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/tools");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/tools");
     // The script prints shell-quoted `export` lines, so a shell reads them.
     let read = format!(r#"eval "$("$0" {part})" && printf %s "${variable}""#);
     let output = Command::new("bash")

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use litestripe_contract::exit;
-use litestripe_harness::process::{Process, Signal};
-use litestripe_harness::program::{self, Launch, Program};
-use litestripe_harness::{nats, port, stripe, tools};
+use litestripe_demo::process::{Process, Signal};
+use litestripe_demo::program::{self, Launch, Program};
+use litestripe_demo::{nats, port, stripe, tools};
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;

@@ -65,7 +65,7 @@ pub struct Process {
 ///
 /// The caller adds arguments and environment. Where util-linux's `setpriv` is missing, the command
 /// is the plain program, and only dropping its [`Process`] ends it.
-pub(crate) fn command(program: &Path, signal: Signal) -> Command {
+pub fn command(program: &Path, signal: Signal) -> Command {
     let Some(setpriv) = setpriv() else {
         return Command::new(program);
     };
@@ -108,7 +108,7 @@ impl Process {
     ///
     /// # Errors
     /// When the program cannot be started at all.
-    pub(crate) fn spawn(name: &str, mut command: Command, log: Option<&Path>) -> io::Result<Self> {
+    pub fn spawn(name: &str, mut command: Command, log: Option<&Path>) -> io::Result<Self> {
         let stdout = tempfile::tempfile()?;
         let stderr = match log {
             Some(path) => File::options()
@@ -223,7 +223,7 @@ impl Process {
     }
 
     /// Sends `signal` and gives the process `bound` to end, without an executor: for `Drop`.
-    pub(crate) fn end(&self, signal: Signal, bound: Duration) {
+    pub fn end(&self, signal: Signal, bound: Duration) {
         self.signal(signal);
         let end = Instant::now() + bound;
         while self.is_running() && Instant::now() < end {
