@@ -8,12 +8,12 @@ use litestripe_contract::{exit, shutdown, telemetry};
 use litestripe_ingress::RunError;
 use litestripe_ingress::secret;
 use litestripe_ingress::settings::{self, SETTINGS, Settings};
-use tikv_jemallocator::Jemalloc;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
-static ALLOCATOR: Jemalloc = Jemalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]

@@ -6,7 +6,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_nats::connection::State;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
 use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
@@ -15,6 +20,15 @@ use crate::store::{Store, detached};
 
 /// How long the database may take to answer before the worker counts as not ready.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Connections at a time: a probe and a scraper need one each. Beyond it none is accepted.
+const CONNECTIONS_MAX: usize = 64;
+
+/// How long a request's head may take, and how long a connection may be idle before it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait when the system has no more sockets to give.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What readiness depends on, filled in as it comes.
 #[derive(Default)]
@@ -72,10 +86,28 @@ pub(crate) async fn serve(
         .map(Reply::into_response)
         .or(metrics)
         .unify();
-    warp::serve(warp::get().and(routes))
-        .incoming(listener)
-        .run()
-        .await;
+    // Not warp's own server, which has no limit and no timeout, and brings HTTP/2 along.
+    let service = TowerToHyperService::new(warp::service(warp::get().and(routes)));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT);
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let permit = Arc::clone(&connections)
+            .acquire_owned()
+            .await
+            .expect("nobody closes the semaphore");
+        let Ok((stream, _)) = listener.accept().await else {
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            // A client that goes away in the middle is no error of ours.
+            let _ = connection.await;
+        });
+    }
 }
 
 async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&'static str> {
