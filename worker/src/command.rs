@@ -119,7 +119,7 @@ fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
 
 /// A client of Stripe's API, unless its key is of another mode than all rows and that is not wanted.
 async fn stripe(settings: &Settings, parts: &Parts, any_mode: bool) -> Result<StripeApi, Failure> {
-    let mismatch = mode::mismatch(&parts.store, key(settings)?).await?;
+    let mismatch = mode::find_mismatch(&parts.store, key(settings)?).await?;
     if let Some(mismatch) = mismatch.filter(|_| !any_mode) {
         return Err(Failure::configuration(mismatch));
     }

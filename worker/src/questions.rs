@@ -53,16 +53,16 @@ pub struct Questions {
     /// The kinds that wait for the database.
     pub waiting: Arc<Waiting>,
     /// When it was last logged that a question has no answer.
-    pub complained: Mutex<Option<Instant>>,
+    pub warned_at: Mutex<Option<Instant>>,
 }
 
 /// What became of a question.
 enum Outcome {
     Answered,
     /// It is to be asked again after this time.
-    Again(Duration),
+    RetryAfter(Duration),
     /// Something else changed the row or the question meanwhile: it is asked again at once.
-    Crossed,
+    Conflict,
 }
 
 /// Why a question has no answer yet.
@@ -85,12 +85,12 @@ enum QuestionError {
 }
 
 impl Questions {
-    async fn forget(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+    async fn close(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         question::remove_answered(self.store.connection(), taken).await?;
         Ok(Outcome::Answered)
     }
 
-    async fn row(&self, id: &str) -> Result<Option<Stored>, StoreError> {
+    async fn load_row(&self, id: &str) -> Result<Option<Stored>, StoreError> {
         Ok(store::subscription::load(self.store.connection(), &[id])
             .await?
             .remove(id))

@@ -8,10 +8,10 @@
 use sha2::{Digest as _, Sha256};
 
 pub(crate) mod backfill;
-pub(crate) mod owed;
 pub(crate) mod reconcile;
 pub(crate) mod replay;
 pub(crate) mod resend;
+pub(crate) mod unsent;
 
 /// What is remembered of an id: 16 bytes of its hash, so that a million of them take some 20 MB.
 fn short_hash(id: &str) -> [u8; 16] {

@@ -98,7 +98,7 @@ impl Backfill {
             progress.advance(summary.listed - shown);
             shown = summary.listed;
         };
-        let outcome = backfill.pass(wanted, &mut summary, show, shutdown).await;
+        let outcome = backfill.run(wanted, &mut summary, show, shutdown).await;
         progress.finish();
         if let Err(error @ BackfillError::NoStream) = outcome {
             return Err(error.into());
@@ -113,7 +113,7 @@ impl Backfill {
         match outcome {
             // It has not looked at all there is.
             Ok(End::Complete) if self.undelivered_only => Ok(()),
-            Ok(End::Complete) => Ok(record.note_complete(since, began).await?),
+            Ok(End::Complete) => Ok(record.record_complete(since, began).await?),
             Ok(End::Stopped) => Err(Halfway::Stopped.into()),
             Err(error) => Err(Halfway::Failed(error).into()),
         }

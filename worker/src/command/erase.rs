@@ -61,7 +61,7 @@ impl Erase {
             ..
         } = &parts;
         let progress = Mutex::new(Progress::start("erase", "messages", None));
-        let seen = || {
+        let on_message = || {
             progress
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -72,7 +72,7 @@ impl Erase {
             jetstream,
             erasures,
             force: self.force,
-            seen: &seen,
+            on_message: &on_message,
         };
         let receipt = parts.while_relaying(settings, erasure.run(&target)).await;
         progress

@@ -70,7 +70,7 @@ impl Resend {
                     "there is no row {unknown}; nothing was sent"
                 )));
             }
-            return Ok(resend::some(store, self.rows.subscription.clone()).await?);
+            return Ok(resend::put_in_outbox(store, self.rows.subscription.clone()).await?);
         }
         let shutdown = shutdown::token()?;
         let total = store::subscription::count(store.connection()).await?;
@@ -78,10 +78,10 @@ impl Resend {
         let mut put = Put::default();
         let mut after = String::new();
         loop {
-            let ids = store::subscription::keys_after(store.connection(), &after, resend::AT_ONCE)
-                .await?;
+            let ids =
+                store::subscription::keys_after(store.connection(), &after, resend::BATCH).await?;
             let Some(last) = ids.last() else { break };
-            resend::room(store, &shutdown).await?;
+            resend::wait_for_room(store, &shutdown).await?;
             if shutdown.is_cancelled() {
                 return Err(Failure::new(format!(
                     "stopped after {} rows, the last one {after}",
@@ -89,11 +89,11 @@ impl Resend {
                 )));
             }
             after.clone_from(last);
-            let some = ids.len() as u64;
-            let Put { sent, left } = resend::some(store, ids).await?;
+            let count = ids.len() as u64;
+            let Put { sent, left } = resend::put_in_outbox(store, ids).await?;
             put.sent += sent;
             put.left += left;
-            progress.advance(some);
+            progress.advance(count);
         }
         progress.finish();
         Ok(put)

@@ -18,7 +18,7 @@ use crate::questions::lookup::Lookup;
 use crate::recover::backfill::record::Record;
 use crate::recover::backfill::schedule::Schedule;
 use crate::recover::backfill::{self, Backfill};
-use crate::recover::owed;
+use crate::recover::unsent;
 use crate::retention;
 use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
@@ -188,11 +188,11 @@ impl Worker {
             wake: Arc::clone(&applier.questions),
             relay: Arc::clone(&wake),
             waiting: Arc::default(),
-            complained: std::sync::Mutex::default(),
+            warned_at: std::sync::Mutex::default(),
         };
         supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()));
-        let owed = owed::run(store.clone(), wake, shutdown.clone());
-        supervisor.spawn(&asking, "the sender of owed signals", owed);
+        let unsent = unsent::run(store.clone(), wake, shutdown.clone());
+        supervisor.spawn(&asking, "the sender of unsent signals", unsent);
         let retention = retention::run(store, jetstream, shutdown.clone());
         supervisor.spawn(&asking, "the retention", retention);
         Ok(Self {

@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use super::Failure;
 use super::print::{self, Output};
-use crate::recover::owed;
+use crate::recover::unsent;
 use crate::settings::Settings;
 use crate::store::{self, Store};
 
@@ -97,7 +97,7 @@ impl Report {
         self.outbox = Some(outbox);
         self.outbox_oldest_age_s = oldest.map(|at| (now - at).whole_seconds());
         self.open_orphans = Some(store::orphan::count_open(db).await?);
-        self.signals_owed = Some(owed::count(store).await?);
+        self.signals_owed = Some(unsent::count(store).await?);
         let replay = store::replay::unfinished(db).await?.into_iter().next();
         self.replay = replay.map(|replay| ReplayReport {
             running: replay.is_running(now),

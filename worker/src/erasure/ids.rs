@@ -33,7 +33,7 @@ impl Ids {
     ///
     /// What is about another customer's object is not, whoever else it mentions. What is about
     /// nobody's is, if it names one of the ids as a whole text anywhere.
-    pub fn own(&mut self, body: &[u8]) -> bool {
+    pub fn add_from_message(&mut self, body: &[u8]) -> bool {
         // Stripe writes ids without escapes, and so do we.
         if !self
             .0
@@ -92,30 +92,30 @@ mod tests {
     #[test]
     fn what_belongs_to_the_person_reveals_more_of_their_ids() {
         let mut of_customer = ids(&["cus_1"]);
-        assert!(of_customer.own(session(json!("cus_1"), "user").as_bytes()));
+        assert!(of_customer.add_from_message(session(json!("cus_1"), "user").as_bytes()));
         assert_eq!(of_customer, ids(&["cus_1", "cs_1", "sub_1"]));
         let mut of_guest = ids(&["sub_1"]);
-        assert!(of_guest.own(session(json!(null), "user").as_bytes()));
+        assert!(of_guest.add_from_message(session(json!(null), "user").as_bytes()));
         assert_eq!(of_guest, ids(&["cs_1", "sub_1"]));
     }
 
     #[test]
     fn what_is_another_customers_is_not_taken_for_naming_the_person() {
         let mut person = ids(&["cus_1"]);
-        assert!(!person.own(session(json!("cus_2"), "cus_1").as_bytes()));
+        assert!(!person.add_from_message(session(json!("cus_2"), "cus_1").as_bytes()));
         assert!(
-            person.own(session(json!(null), "cus_1").as_bytes()),
+            person.add_from_message(session(json!(null), "cus_1").as_bytes()),
             "nobody else's, and it names them"
         );
-        assert!(!person.own(session(json!("cus_12"), "user").as_bytes()));
+        assert!(!person.add_from_message(session(json!("cus_12"), "user").as_bytes()));
         assert_eq!(person, ids(&["cus_1"]));
     }
 
     #[test]
     fn what_is_no_json_is_searched_for_whole_ids() {
         let mut person = ids(&["cus_1"]);
-        assert!(person.own(b"{\"customer\":\"cus_1\",\"broken"));
-        assert!(!person.own(b"{\"customer\":\"cus_12\",\"broken"));
-        assert!(person.own(b"cus_1"));
+        assert!(person.add_from_message(b"{\"customer\":\"cus_1\",\"broken"));
+        assert!(!person.add_from_message(b"{\"customer\":\"cus_12\",\"broken"));
+        assert!(person.add_from_message(b"cus_1"));
     }
 }

@@ -26,13 +26,13 @@ mod rows;
 
 /// How often the streams are read through because the last time brought up ids that were not known.
 /// Each brings up one more kind of them, and there are three.
-const READS_MAX: usize = 8;
+const SEARCHES_MAX: usize = 8;
 
 /// How long events may take to be applied, where a worker runs.
-const APPLIED_MAX: Duration = Duration::from_secs(5);
+const APPLIED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long signals may take to leave the outbox.
-const SENT_MAX: Duration = Duration::from_secs(30);
+const SENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Between two looks at either.
 const POLL: Duration = Duration::from_millis(100);
@@ -53,7 +53,7 @@ pub struct Erasure<'a> {
     /// Also if an event of the person is not applied.
     pub force: bool,
     /// Told of every message that was looked at.
-    pub seen: &'a (dyn Fn() + Send + Sync),
+    pub on_message: &'a (dyn Fn() + Send + Sync),
 }
 
 /// What was removed, and when: events, dead letters and signals are messages of their streams.
@@ -90,7 +90,7 @@ pub enum EraseError {
     #[error(
         "event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again"
     )]
-    CameMeanwhile(u64),
+    ArrivedMeanwhile(u64),
     #[error("ever more ids belong to this customer; nothing was changed")]
     TooManyIds,
     #[error(
@@ -134,7 +134,7 @@ impl Erasure<'_> {
             self.erasures.record(self.store, &ids, now).await?;
             unapplied.extend(self.unapplied(&found.events).await?);
             if let Some(first) = unapplied.first().filter(|_| !self.force) {
-                return Err(EraseError::CameMeanwhile(*first));
+                return Err(EraseError::ArrivedMeanwhile(*first));
             }
         }
 
@@ -142,8 +142,8 @@ impl Erasure<'_> {
         let dead_letters =
             scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
         let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
-        let (subscriptions, stay_from) = self.strip_rows(&ids, &event(recorded_at)).await?;
-        let signals = self.remove_signals(&ids, &stay_from).await?;
+        let (subscriptions, keep_from) = self.strip_rows(&ids, &erasure_event(recorded_at)).await?;
+        let signals = self.remove_signals(&ids, &keep_from).await?;
         self.store.truncate_log().await?;
         let (customer, orphan) = match target {
             Target::Customer(id) => (Some(id.clone()), None),
@@ -184,7 +184,7 @@ impl Erasure<'_> {
 
     /// Reads all there is, until no id is new.
     async fn find(&self, ids: &mut Ids) -> Result<Found, EraseError> {
-        for _ in 0..READS_MAX {
+        for _ in 0..SEARCHES_MAX {
             let before = ids.clone();
             self.learn_from_rows(ids).await?;
             let mut found = Found::default();
@@ -231,18 +231,18 @@ impl Erasure<'_> {
         ids: &mut Ids,
         found: &mut BTreeSet<u64>,
     ) -> Result<u64, ScanError> {
-        let look = |message: ScannedMessage<'_>| {
-            (self.seen)();
-            if ids.own(message.body) {
+        let visit = |message: ScannedMessage<'_>| {
+            (self.on_message)();
+            if ids.add_from_message(message.body) {
                 found.insert(message.sequence);
             }
         };
-        scan::read(self.jetstream, stream, from, look).await
+        scan::read(self.jetstream, stream, from, visit).await
     }
 
     /// Which of `events` are not applied, once a running worker had time for them.
     async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
-        let deadline = Instant::now() + APPLIED_MAX;
+        let deadline = Instant::now() + APPLIED_TIMEOUT;
         loop {
             let unapplied = match progress::applied_until(self.jetstream).await? {
                 _ if events.is_empty() => BTreeSet::new(),
@@ -264,38 +264,38 @@ impl Erasure<'_> {
         cause: &EventReference,
     ) -> Result<(u64, BTreeMap<String, i64>), EraseError> {
         let mut had_metadata = 0;
-        let mut stay_from = BTreeMap::new();
+        let mut keep_from = BTreeMap::new();
         for id in ids.iter() {
             if let Some(stripped) = rows::strip(self.store, id, cause).await? {
                 had_metadata += u64::from(stripped.had_metadata);
-                stay_from.insert(id.to_owned(), stripped.stay_from);
+                keep_from.insert(id.to_owned(), stripped.keep_from);
             }
         }
-        Ok((had_metadata, stay_from))
+        Ok((had_metadata, keep_from))
     }
 
     /// Removes the person's signals that are older than those of `strip_rows`. Returns how many.
     async fn remove_signals(
         &self,
         ids: &Ids,
-        stay_from: &BTreeMap<String, i64>,
+        keep_from: &BTreeMap<String, i64>,
     ) -> Result<u64, EraseError> {
-        self.sent(ids).await?;
+        self.wait_until_sent(ids).await?;
         let mut known = ids.clone();
         let mut older = Vec::new();
-        let look = |message: ScannedMessage<'_>| {
-            (self.seen)();
-            if known.own(message.body) && !stays(message.body, stay_from) {
+        let visit = |message: ScannedMessage<'_>| {
+            (self.on_message)();
+            if known.add_from_message(message.body) && !is_kept(message.body, keep_from) {
                 older.push(message.sequence);
             }
         };
-        scan::read(self.jetstream, SIGNALS_STREAM, 1, look).await?;
+        scan::read(self.jetstream, SIGNALS_STREAM, 1, visit).await?;
         Ok(scan::remove(self.jetstream, SIGNALS_STREAM, older).await?)
     }
 
     /// Waits until no signal of the person is on its way.
-    async fn sent(&self, ids: &Ids) -> Result<(), EraseError> {
-        let deadline = Instant::now() + SENT_MAX;
+    async fn wait_until_sent(&self, ids: &Ids) -> Result<(), EraseError> {
+        let deadline = Instant::now() + SENT_TIMEOUT;
         while store::outbox::has_signals_of(self.store.connection(), &ids.all()).await? {
             if Instant::now() >= deadline {
                 return Err(EraseError::SignalsWait);
@@ -315,17 +315,17 @@ struct Revision {
 }
 
 /// Whether a signal is not below the revision of its row.
-fn stays(body: &[u8], stay_from: &BTreeMap<String, i64>) -> bool {
+fn is_kept(body: &[u8], keep_from: &BTreeMap<String, i64>) -> bool {
     let signal: Revision = serde_json::from_slice(body).unwrap_or_default();
     let of_row = signal
         .stripe_subscription_id
         .as_ref()
-        .and_then(|id| stay_from.get(id));
+        .and_then(|id| keep_from.get(id));
     of_row.is_some_and(|of_row| signal.revision >= Some(*of_row))
 }
 
 /// What signals say led to an erasure's changes.
-fn event(at: Timestamp) -> EventReference {
+fn erasure_event(at: Timestamp) -> EventReference {
     EventReference {
         id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are ids"),
         event_type: EventType::parse(ERASURE_TYPE).expect("our own types are types"),

@@ -24,11 +24,11 @@ pub(super) const POLL: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(12 * 60);
 
 /// Questions of one kind that are asked at a time. Few where Stripe's budget makes them queue.
-const ASKED_MAX: usize = 16;
-const ASKED_OF_STRIPE_MAX: usize = 4;
+const IN_FLIGHT_MAX: usize = 16;
+const STRIPE_IN_FLIGHT_MAX: usize = 4;
 
 /// A question without an answer is logged no more often than this.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// How soon a question without an answer is asked again.
 pub(super) const RETRY: Duration = Duration::from_secs(3);
@@ -46,20 +46,20 @@ impl Questions {
     /// Asks until `shutdown`. Kinds of questions do not wait for each other.
     pub async fn run(self, shutdown: CancellationToken) {
         let questions = Arc::new(self);
-        let of_stripe = if questions.stripe.is_some() {
-            ASKED_OF_STRIPE_MAX
+        let stripe_max = if questions.stripe.is_some() {
+            STRIPE_IN_FLIGHT_MAX
         } else {
-            ASKED_MAX
+            IN_FLIGHT_MAX
         };
         let kinds = [
-            (Kind::Lookup, questions.lookup.asks(), ASKED_MAX),
-            (Kind::Grace, questions.orphans.without_session, of_stripe),
-            (Kind::Fetch, questions.stripe.is_some(), of_stripe),
+            (Kind::Lookup, questions.lookup.is_enabled(), IN_FLIGHT_MAX),
+            (Kind::Grace, questions.orphans.without_session, stripe_max),
+            (Kind::Fetch, questions.stripe.is_some(), stripe_max),
             (Kind::Erase, questions.erase_on_customer_deleted, 1),
         ];
         let mut loops = JoinSet::new();
-        for (kind, _, at_a_time) in kinds.into_iter().filter(|(_, asked, _)| *asked) {
-            loops.spawn(Arc::clone(&questions).ask(kind, at_a_time, shutdown.clone()));
+        for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, asked, _)| *asked) {
+            loops.spawn(Arc::clone(&questions).ask_due(kind, in_flight_max, shutdown.clone()));
         }
         loops.spawn(questions.erase_old_emails(shutdown));
         while let Some(ended) = loops.join_next().await {
@@ -70,13 +70,18 @@ impl Questions {
 
     /// Takes questions of one kind as they come due, and asks several at a time. One that has to
     /// wait for its answer holds up no other.
-    async fn ask(self: Arc<Self>, kind: Kind, at_a_time: usize, shutdown: CancellationToken) {
-        let mut asked = JoinSet::new();
+    async fn ask_due(
+        self: Arc<Self>,
+        kind: Kind,
+        in_flight_max: usize,
+        shutdown: CancellationToken,
+    ) {
+        let mut in_flight = JoinSet::new();
         let mut wait = Wait::with_others(QUESTIONS, Arc::clone(&self.waiting));
         while !shutdown.is_cancelled() {
             fail_point!("worker::before_question");
-            while asked.try_join_next().is_some() {}
-            let room = at_a_time - asked.len();
+            while in_flight.try_join_next().is_some() {}
+            let room = in_flight_max - in_flight.len();
             let taken = question::take(
                 &self.store,
                 kind,
@@ -92,38 +97,38 @@ impl Questions {
             let is_full = taken.len() == room;
             for taken in taken {
                 let questions = Arc::clone(&self);
-                asked.spawn(async move { questions.settle(taken).await });
+                in_flight.spawn(async move { questions.ask(taken).await });
             }
             tokio::select! {
-                Some(_) = asked.join_next(), if is_full => {}
+                Some(_) = in_flight.join_next(), if is_full => {}
                 () = self.wake.notified(), if kind == Kind::Lookup && !is_full && !wait.is_waiting() => {}
                 () = tokio::time::sleep(POLL) => {}
                 () = shutdown.cancelled() => {}
             }
         }
         // What was asked and is not answered within the stop's patience comes due again.
-        while asked.join_next().await.is_some() {}
+        while in_flight.join_next().await.is_some() {}
     }
 
     /// Asks one question, and notes when it has to be asked again.
-    async fn settle(&self, taken: Taken) {
+    async fn ask(&self, taken: Taken) {
         let question = &taken.question;
         let outcome = match question.kind() {
             Kind::Lookup => self.look_up(&taken).await,
             Kind::Grace => self.end_grace(&taken).await,
-            Kind::Fetch => self.fetch(&taken).await,
+            Kind::Fetch => self.fetch_uncertain(&taken).await,
             Kind::Erase => self.erase_customer(&taken).await,
         };
-        let (again, attempts) = match outcome {
+        let (delay, attempts) = match outcome {
             Ok(Outcome::Answered) => return,
-            Ok(Outcome::Crossed) => (Duration::ZERO, question.attempts),
-            Ok(Outcome::Again(delay)) => (delay, question.attempts.saturating_add(1)),
+            Ok(Outcome::Conflict) => (Duration::ZERO, question.attempts),
+            Ok(Outcome::RetryAfter(delay)) => (delay, question.attempts.saturating_add(1)),
             Err(error) => {
-                self.complain(question, &exit::chain(&error));
+                self.log_failure(question, &exit::chain(&error));
                 (RETRY, question.attempts)
             }
         };
-        let due_at = OffsetDateTime::now_utc() + again;
+        let due_at = OffsetDateTime::now_utc() + delay;
         if let Err(error) =
             question::postpone(self.store.connection(), &taken, due_at, attempts).await
         {
@@ -134,13 +139,13 @@ impl Questions {
         }
     }
 
-    fn complain(&self, question: &Question, error: &str) {
+    fn log_failure(&self, question: &Question, error: &str) {
         let (id, kind) = (&question.entity_id, question.kind().as_str());
         let mut last = self
-            .complained
+            .warned_at
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if last.is_some_and(|last| last.elapsed() < COMPLAIN_EVERY) {
+        if last.is_some_and(|last| last.elapsed() < WARN_EVERY) {
             return debug!(entity_id = id, kind, "no answer yet about {id}: {error}");
         }
         *last = Some(Instant::now());

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::asker::POLL;
-use super::user::{UNKNOWN_FIRST, UNKNOWN_MAX};
+use super::user::{UNKNOWN_RETRY_FIRST, UNKNOWN_RETRY_MAX};
 use super::{Outcome, QuestionError, Questions, delay};
 use crate::erasure::{EraseError, Erasure, Receipt, Target};
 use crate::store;
@@ -28,7 +28,7 @@ impl Questions {
             jetstream,
             erasures,
             force: false,
-            seen: &|| {},
+            on_message: &|| {},
         };
         match erasure
             .run(&Target::Customer(question.entity_id.clone()))
@@ -45,12 +45,16 @@ impl Questions {
                     entity_id = question.entity_id,
                     events, subscriptions, orphans, "erased {}", question.entity_id
                 );
-                self.forget(taken).await
+                self.close(taken).await
             }
             // Every try reads the whole stream.
-            Err(EraseError::Unapplied(_) | EraseError::CameMeanwhile(_)) => Ok(Outcome::Again(
-                delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts),
-            )),
+            Err(EraseError::Unapplied(_) | EraseError::ArrivedMeanwhile(_)) => {
+                Ok(Outcome::RetryAfter(delay(
+                    UNKNOWN_RETRY_FIRST,
+                    UNKNOWN_RETRY_MAX,
+                    question.attempts,
+                )))
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -26,13 +26,13 @@ impl Questions {
     /// no orphans.
     pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        let Some(stored) = self.unclaimed(question).await? else {
-            return self.forget(taken).await;
+        let Some(stored) = self.load_unclaimed(question).await? else {
+            return self.close(taken).await;
         };
         let row = stored.state.visible();
         if !orphan::may_be_paid(row.subscription.status.as_deref()) {
             // The batch in which it is paid asks again.
-            return self.forget(taken).await;
+            return self.close(taken).await;
         }
         // A session that is applied from here on conflicts with the row as it was read.
         let end = orphan::grace_period_end(
@@ -41,7 +41,7 @@ impl Questions {
             self.orphans.grace,
         );
         if !progress::has_applied_all_before(&self.jetstream, end).await? {
-            return Ok(Outcome::Again(RETRY));
+            return Ok(Outcome::RetryAfter(RETRY));
         }
         let mut email = None;
         let asked = self
@@ -52,16 +52,16 @@ impl Questions {
             && !is_erased(&self.erasures, self.store.connection(), question).await?
         {
             if self.publish_sessions(stripe, question).await? {
-                return Ok(Outcome::Again(CLAIM_MAX));
+                return Ok(Outcome::RetryAfter(CLAIM_MAX));
             }
             email = email_of_customer(stripe, question).await?;
         }
-        Ok(self.note_unclaimed(taken, stored, email).await?)
+        Ok(self.record_unclaimed(taken, stored, email).await?)
     }
 
     /// The row, if still neither a Checkout Session nor anybody else says whose it is.
-    async fn unclaimed(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
-        Ok(self.row(&question.entity_id).await?.filter(|stored| {
+    async fn load_unclaimed(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
+        Ok(self.load_row(&question.entity_id).await?.filter(|stored| {
             let row = stored.state.visible();
             row.checkout_session_id.is_none() && row.subscription.client_reference_id.is_none()
         }))
@@ -96,7 +96,7 @@ impl Questions {
         Ok(!page.objects.is_empty())
     }
 
-    async fn note_unclaimed(
+    async fn record_unclaimed(
         &self,
         taken: &Taken,
         stored: Stored,
@@ -104,13 +104,13 @@ impl Questions {
     ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
-        let noted = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             if !rewrite(&tx, &question.entity_id, stored, now).await?
                 || !question::remove_answered(&tx, &taken).await?
             {
-                return Ok(Outcome::Crossed);
+                return Ok(Outcome::Conflict);
             }
             insert_orphan(
                 &tx,
@@ -123,7 +123,7 @@ impl Questions {
             commit(tx, &relay).await?;
             Ok(Outcome::Answered)
         };
-        self.store.uncancelled(noted).await
+        self.store.uncancelled(record).await
     }
 }
 

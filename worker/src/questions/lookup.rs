@@ -69,7 +69,7 @@ impl Lookup {
     }
 
     /// Whether anybody is asked at all.
-    pub fn asks(&self) -> bool {
+    pub fn is_enabled(&self) -> bool {
         !matches!(self, Self::None)
     }
 
@@ -86,14 +86,14 @@ impl Lookup {
                     .get_or_try_init(|| Store::open_to_read(database))
                     .await
                     .map_err(LookupError::Sql)?;
-                ask_database(store.connection(), query, user).await
+                query_database(store.connection(), query, user).await
             }
             Self::Nats { client, subject } => ask_application(client, subject, user).await,
         }
     }
 }
 
-async fn ask_database(
+async fn query_database(
     db: &DatabaseConnection,
     query: &str,
     user: ClientReferenceId<'_>,

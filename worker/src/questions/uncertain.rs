@@ -5,28 +5,28 @@ use std::time::Duration;
 use litestripe_domain::event::api;
 use tracing::warn;
 
-use super::user::UNKNOWN_MAX;
+use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, QuestionError, Questions};
 use crate::store::question::Taken;
 use crate::stream::own_event::{self, Scope};
 
 impl Questions {
     /// Fetches an uncertain subscription and stores it as an event, which merges like any other.
-    pub(super) async fn fetch(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+    pub(super) async fn fetch_uncertain(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let Some(stripe) = self
             .stripe
             .as_ref()
             .filter(|stripe| stripe.sees(question.livemode))
         else {
-            return Ok(Outcome::Again(UNKNOWN_MAX));
+            return Ok(Outcome::RetryAfter(UNKNOWN_RETRY_MAX));
         };
         let row = self
-            .row(&question.entity_id)
+            .load_row(&question.entity_id)
             .await?
             .map(|stored| stored.state.visible());
         let Some(row) = row.filter(|row| row.subscription.uncertain) else {
-            return self.forget(taken).await;
+            return self.close(taken).await;
         };
         let account = question.account();
         let answer = match stripe.subscription(&question.entity_id, account).await {
@@ -36,14 +36,14 @@ impl Questions {
                     entity_id = question.entity_id,
                     "{} stays uncertain: {error}", question.entity_id
                 );
-                return self.forget(taken).await;
+                return self.close(taken).await;
             }
             Err(error) => return Err(error.into()),
         };
         let behind = row.head_created.unwrap_or_default() - answer.as_of()?;
         if let Ok(behind @ 0..) = u64::try_from(behind) {
             // Our clock is ahead of Stripe's: the answer may not have the last second's events.
-            return Ok(Outcome::Again(Duration::from_secs(behind + 1)));
+            return Ok(Outcome::RetryAfter(Duration::from_secs(behind + 1)));
         }
         let object =
             api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;
@@ -59,6 +59,6 @@ impl Questions {
             scope,
         )
         .await?;
-        self.forget(taken).await
+        self.close(taken).await
     }
 }

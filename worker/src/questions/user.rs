@@ -22,8 +22,8 @@ use crate::store;
 use crate::store::question::{self, Taken};
 
 /// How soon a user who was unknown is asked for again: doubles with each answer.
-pub(super) const UNKNOWN_FIRST: Duration = Duration::from_secs(15);
-pub(super) const UNKNOWN_MAX: Duration = Duration::from_secs(60 * 60);
+pub(super) const UNKNOWN_RETRY_FIRST: Duration = Duration::from_secs(15);
+pub(super) const UNKNOWN_RETRY_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// The event in the stream cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -39,31 +39,31 @@ impl Questions {
     pub(super) async fn look_up(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         // The row may have another client reference id by now.
-        let stored = stored(self.store.connection(), question).await?;
-        let Some(user) = reference(question, stored.as_ref()) else {
-            return self.forget(taken).await;
+        let stored = load_row(self.store.connection(), question).await?;
+        let Some(user) = client_reference_id(question, stored.as_ref()) else {
+            return self.close(taken).await;
         };
         if self.lookup.knows(ClientReferenceId(&user)).await? {
-            return Ok(self.note_known(taken, user).await?);
+            return Ok(self.record_known(taken, user).await?);
         }
-        let is_wanted = is_paid(question)
+        let needs_email = is_paid(question)
             && !is_erased(&self.erasures, self.store.connection(), question).await?;
-        let email = if is_wanted {
+        let email = if needs_email {
             self.email_of_session(question).await?
         } else {
             None
         };
-        Ok(self.note_unknown(taken, user, email).await?)
+        Ok(self.record_unknown(taken, user, email).await?)
     }
 
-    async fn note_known(&self, taken: &Taken, user: String) -> Result<Outcome, StoreError> {
+    async fn record_known(&self, taken: &Taken, user: String) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
-        let noted = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
-            if !holds_row(&tx, question, ClientReferenceId(&user), now).await?
+            if !rewrite_if_same_user(&tx, question, ClientReferenceId(&user), now).await?
                 || !question::remove_answered(&tx, &taken).await?
             {
-                return Ok(Outcome::Crossed);
+                return Ok(Outcome::Conflict);
             }
             let resolved = store::orphan::resolve(
                 &tx,
@@ -79,11 +79,11 @@ impl Questions {
             commit(tx, &relay).await?;
             Ok(Outcome::Answered)
         };
-        self.store.uncancelled(noted).await
+        self.store.uncancelled(record).await
     }
 
     /// Notes a paid session's user as unknown, and asks again for as long as that is open.
-    async fn note_unknown(
+    async fn record_unknown(
         &self,
         taken: &Taken,
         user: String,
@@ -91,12 +91,12 @@ impl Questions {
     ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
-        let noted = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: DatabaseTransaction| {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             let email = email.filter(|_| !is_erased);
-            if !holds_row(&tx, question, ClientReferenceId(&user), now).await? {
-                return Ok(Outcome::Crossed);
+            if !rewrite_if_same_user(&tx, question, ClientReferenceId(&user), now).await? {
+                return Ok(Outcome::Conflict);
             }
             if is_paid(question) {
                 insert_orphan(
@@ -114,14 +114,14 @@ impl Questions {
                 question::remove_answered(&tx, &taken).await?;
             }
             commit(tx, &relay).await?;
-            let again = delay(UNKNOWN_FIRST, UNKNOWN_MAX, question.attempts);
+            let pause = delay(UNKNOWN_RETRY_FIRST, UNKNOWN_RETRY_MAX, question.attempts);
             Ok(if is_open {
-                Outcome::Again(again)
+                Outcome::RetryAfter(pause)
             } else {
                 Outcome::Answered
             })
         };
-        self.store.uncancelled(noted).await
+        self.store.uncancelled(record).await
     }
 
     /// The email in the session's event, which is still in the stream, as a rule. A stream that was
@@ -147,20 +147,20 @@ impl Questions {
 
 /// Whether the row still names this user. Writes it, so that a batch that changes it at this
 /// moment conflicts instead of crossing. A payment without a subscription has no row to cross.
-async fn holds_row(
+async fn rewrite_if_same_user(
     tx: &DatabaseTransaction,
     question: &Question,
     user: ClientReferenceId<'_>,
     now: OffsetDateTime,
 ) -> Result<bool, StoreError> {
-    let Some(stored) = stored(tx, question).await? else {
+    let Some(stored) = load_row(tx, question).await? else {
         return Ok(question.payment().stripe_subscription_id.is_none());
     };
-    let is_same = reference(question, Some(&stored)).as_deref() == Some(user.0);
+    let is_same = client_reference_id(question, Some(&stored)).as_deref() == Some(user.0);
     Ok(is_same && rewrite(tx, &question.entity_id, stored, now).await?)
 }
 
-async fn stored<C: ConnectionTrait>(
+async fn load_row<C: ConnectionTrait>(
     db: &C,
     question: &Question,
 ) -> Result<Option<Stored>, StoreError> {
@@ -171,7 +171,7 @@ async fn stored<C: ConnectionTrait>(
 }
 
 /// The client reference id to ask about: the row's, or where there is no row the session's.
-fn reference(question: &Question, stored: Option<&Stored>) -> Option<String> {
+fn client_reference_id(question: &Question, stored: Option<&Stored>) -> Option<String> {
     match (stored, &question.details) {
         (Some(stored), _) => stored.state.visible().subscription.client_reference_id,
         (

@@ -31,23 +31,23 @@ use crate::settings::Settings;
 use crate::store::Store;
 use crate::stripe::api::{ApiError, StripeApi};
 
-mod present;
 pub(crate) mod record;
 pub(crate) mod schedule;
+mod stored_ids;
 
-use present::Present;
+use stored_ids::StoredIds;
 
 /// How long Stripe keeps events. Stripe: "List all events".
-pub(crate) const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+pub(crate) const STRIPE_KEEPS: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// How far Stripe's clock, in `created`, may be ahead of the broker's.
-const CLOCKS_APART: Duration = Duration::from_secs(10 * 60);
+const CLOCK_SKEW_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Events on their way into the stream at a time.
-const IN_FLIGHT: usize = 32;
+const IN_FLIGHT_MAX: usize = 32;
 
 /// Tries to store one event, each as long as a PubAck is waited for.
-const TRIES_MAX: u32 = 4;
+const ATTEMPTS_MAX: u32 = 4;
 
 #[derive(Clone)]
 pub(crate) struct Backfill {
@@ -121,14 +121,14 @@ enum Published {
 impl Backfill {
     /// Goes through what Stripe lists, newest first, and publishes what the stream lacks. `report` is
     /// called with every page; `summary` is right also when this fails.
-    pub(crate) async fn pass(
+    pub(crate) async fn run(
         &self,
         wanted: Wanted,
         summary: &mut Summary,
         mut report: impl FnMut(&Summary),
         shutdown: &CancellationToken,
     ) -> Result<End, BackfillError> {
-        let mut present = Present::open(&self.jetstream, wanted.since - CLOCKS_APART).await?;
+        let mut stored = StoredIds::open(&self.jetstream, wanted.since - CLOCK_SKEW_MAX).await?;
         let mut after = None;
         loop {
             let page = tokio::select! {
@@ -137,10 +137,10 @@ impl Backfill {
                 page = self.list(wanted, after.as_deref()) => page?,
             };
             // With what arrived, and who was erased, since the last page.
-            present.catch_up().await?;
+            stored.catch_up().await?;
             self.erasures.refresh(self.store.connection()).await?;
             after.clone_from(&page.after);
-            let outcome = self.publish_lacking(page, &present, summary).await;
+            let outcome = self.publish_missing(page, &stored, summary).await;
             report(summary);
             outcome?;
             if after.is_none() {
@@ -158,10 +158,10 @@ impl Backfill {
         api::event_page(&answer.body).ok_or_else(|| answer.unusable("it is no list of events"))
     }
 
-    async fn publish_lacking(
+    async fn publish_missing(
         &self,
         page: EventPage,
-        present: &Present,
+        stored: &StoredIds,
         summary: &mut Summary,
     ) -> Result<(), BackfillError> {
         let EventPage {
@@ -171,12 +171,12 @@ impl Backfill {
         let (wanted, unwanted): (Vec<_>, Vec<_>) =
             events.into_iter().partition(|event| self.is_wanted(event));
         summary.skipped += (skipped + unwanted.len()) as u64;
-        let (there, lacking): (Vec<_>, Vec<_>) = wanted
+        let (already_there, missing): (Vec<_>, Vec<_>) = wanted
             .into_iter()
-            .partition(|event| present.holds(&event.id));
-        summary.already_there += there.len() as u64;
-        let publishing = futures_util::stream::iter(lacking).map(|event| self.publish(event));
-        let mut outcomes = publishing.buffer_unordered(IN_FLIGHT);
+            .partition(|event| stored.contains(&event.id));
+        summary.already_there += already_there.len() as u64;
+        let publishing = futures_util::stream::iter(missing).map(|event| self.publish(event));
+        let mut outcomes = publishing.buffer_unordered(IN_FLIGHT_MAX);
         while let Some(outcome) = outcomes.next().await {
             let outcome = outcome?;
             summary.published += u64::from(outcome != Published::TooLarge);
@@ -195,7 +195,7 @@ impl Backfill {
             event.is_ok_and(|event| event.is_some_and(|event| self.erasures.covers(&event)))
         };
         // Its erasure has removed the event that led to it: it would be done again and again.
-        let is_done = || {
+        let is_erased_deletion = || {
             let deleted = owner::deleted_customer(body);
             let is_covered = |deleted: DeletedCustomer| {
                 self.erasures.covers_object(
@@ -205,7 +205,7 @@ impl Backfill {
             };
             deleted.is_some_and(is_covered)
         };
-        self.types.contains(&event.event_type.as_str()) && !is_erased() && !is_done()
+        self.types.contains(&event.event_type.as_str()) && !is_erased() && !is_erased_deletion()
     }
 
     async fn publish(&self, event: ListedEvent) -> Result<Published, BackfillError> {
@@ -234,7 +234,7 @@ impl Backfill {
                     return Ok(Published::TooLarge);
                 }
                 Err((PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe, _))
-                    if attempt < TRIES_MAX =>
+                    if attempt < ATTEMPTS_MAX =>
                 {
                     attempt += 1
                 }

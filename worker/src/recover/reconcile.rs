@@ -30,34 +30,34 @@ use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::ApiError;
 
-use sources::Look;
+use sources::Comparison;
 
 pub(crate) use difference::Difference;
 pub(crate) use report::{Finding, Problem, Report};
 pub(crate) use sources::Sources;
 
 /// Lists of Checkout Sessions that are asked for at a time.
-const ASKED_MAX: usize = 4;
+const LOOKUPS_IN_FLIGHT_MAX: usize = 4;
 
 /// Repairs in flight at a time.
-const IN_FLIGHT_MAX: usize = 16;
+const REPAIRS_IN_FLIGHT_MAX: usize = 16;
 
 /// How long an event may take from Stripe through the stream to its row, as a rule: a difference is
 /// looked at again after that.
-const SETTLE: Duration = Duration::from_secs(5);
+const RECHECK_AFTER: Duration = Duration::from_secs(5);
 
-/// Between two looks at how far the events are applied.
+/// Between two comparisons at how far the events are applied.
 const POLL: Duration = Duration::from_millis(50);
 
 /// How long it may be unknown how far they are.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+const UNKNOWN_PROGRESS_MAX: Duration = Duration::from_secs(30);
 
 /// Ids read from the table at a time.
-const IDS: u64 = 1000;
+const IDS_BATCH: u64 = 1000;
 
 /// Rows that Stripe did not list and, asked for one by one, does not know. When it comes to this
 /// many, the list's silence is taken for an answer: each costs a call.
-const UNKNOWN_ASKED_MAX: usize = 100;
+const UNLISTED_ASKED_MAX: usize = 100;
 
 const ALL: &str = "all";
 
@@ -94,7 +94,7 @@ pub(crate) struct Reconcile<'a> {
     /// Told how many more subscriptions are done.
     advance: Box<dyn FnMut(u64) + Send + 'a>,
     pub report: Report,
-    again: VecDeque<Finding>,
+    to_recheck: VecDeque<Finding>,
 }
 
 impl<'a> Reconcile<'a> {
@@ -104,7 +104,7 @@ impl<'a> Reconcile<'a> {
             sources,
             advance: Box::new(advance),
             report: Report::default(),
-            again: VecDeque::new(),
+            to_recheck: VecDeque::new(),
         }
     }
 
@@ -113,7 +113,7 @@ impl<'a> Reconcile<'a> {
     pub(crate) async fn run(&mut self, status: &str) -> Result<(), ReconcileError> {
         let outcome = self.walk(status).await;
         // Where it broke off, what was not looked at again is reported as it was seen first.
-        self.report.findings.extend(self.again.drain(..));
+        self.report.findings.extend(self.to_recheck.drain(..));
         self.report.calls = self.sources.calls.load(Ordering::Relaxed);
         outcome
     }
@@ -126,20 +126,20 @@ impl<'a> Reconcile<'a> {
             let (page, as_of) = self.sources.page(status, after.as_deref()).await?;
             listed.extend(page.objects.iter().map(|object| short_hash(&object.id)));
             after = page.objects.last().map(|object| object.id.clone());
-            self.look_at(page.objects, as_of).await?;
+            self.check(page.objects, as_of).await?;
             if !page.has_more || after.is_none() {
                 break;
             }
         }
         if status == ALL {
-            self.look_for_unlisted(began, &listed).await?;
+            self.check_unlisted(began, &listed).await?;
         }
-        self.look_again().await
+        self.recheck().await
     }
 
     /// Looks at rows that Stripe did not list. That alone says little: it leaves subscriptions of test
     /// clocks out of its lists (Stripe: "List subscriptions", `test_clock`).
-    async fn look_for_unlisted(
+    async fn check_unlisted(
         &mut self,
         began: OffsetDateTime,
         listed: &HashSet<[u8; 16]>,
@@ -152,7 +152,7 @@ impl<'a> Reconcile<'a> {
                 livemode,
                 began,
                 &after,
-                IDS,
+                IDS_BATCH,
             )
             .await?;
             let Some(last) = ids.last() else {
@@ -160,13 +160,13 @@ impl<'a> Reconcile<'a> {
             };
             after.clone_from(last);
             for id in ids.iter().filter(|id| !listed.contains(&short_hash(id))) {
-                let is_asked = self.report.count(Problem::UnknownToStripe) < UNKNOWN_ASKED_MAX;
+                let is_asked = self.report.count(Problem::UnknownToStripe) < UNLISTED_ASKED_MAX;
                 match if is_asked {
                     self.sources.subscription(id).await?
                 } else {
                     None
                 } {
-                    Some((object, as_of)) => self.look_at(vec![object], as_of).await?,
+                    Some((object, as_of)) => self.check(vec![object], as_of).await?,
                     None => self.report.findings.push(Finding::unknown_to_stripe(id)),
                 }
             }
@@ -174,19 +174,15 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Compares subscriptions with their rows, and repairs what is different, if that is wanted.
-    async fn look_at(
-        &mut self,
-        objects: Vec<api::Object>,
-        as_of: i64,
-    ) -> Result<(), ReconcileError> {
+    async fn check(&mut self, objects: Vec<api::Object>, as_of: i64) -> Result<(), ReconcileError> {
         self.report.compared += objects.len() as u64;
-        let looks = self.compare(objects, as_of, 1).await?;
+        let comparisons = self.compare(objects, as_of, 1).await?;
         let Some(jetstream) = self.sources.repair else {
-            self.again
-                .extend(looks.into_iter().map(|look| look.finding));
+            self.to_recheck
+                .extend(comparisons.into_iter().map(|comparison| comparison.finding));
             return Ok(());
         };
-        self.repair(jetstream, looks).await
+        self.repair(jetstream, comparisons).await
     }
 
     /// What is different. Each subscription is `step` more that are done.
@@ -195,7 +191,7 @@ impl<'a> Reconcile<'a> {
         objects: Vec<api::Object>,
         as_of: i64,
         step: u64,
-    ) -> Result<Vec<Look>, ReconcileError> {
+    ) -> Result<Vec<Comparison>, ReconcileError> {
         self.sources
             .erasures
             .refresh(self.sources.store.connection())
@@ -203,41 +199,45 @@ impl<'a> Reconcile<'a> {
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
         let mut rows = raw::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);
-        // Nothing is awaited between two looks: a call that waits for its turn holds up all others.
-        let looks = stream::iter(objects).map(|object| {
+        // Nothing is awaited between two comparisons: a call that waits for its turn holds up all others.
+        let comparisons = stream::iter(objects).map(|object| {
             let row = rows.remove(&object.id);
             sources.compare(object, as_of, row)
         });
-        let looks: Vec<_> = looks
-            .buffered(ASKED_MAX)
+        let comparisons: Vec<_> = comparisons
+            .buffered(LOOKUPS_IN_FLIGHT_MAX)
             .inspect_ok(|_| advance(step))
             .try_collect()
             .await?;
-        Ok(looks.into_iter().flatten().collect())
+        Ok(comparisons.into_iter().flatten().collect())
     }
 
-    /// Repairs rows, waits until what was stored is applied, and looks whether that did it.
+    /// Repairs rows, waits until what was stored is applied, and comparisons whether that did it.
     async fn repair(
         &mut self,
         jetstream: &jetstream::Context,
-        looks: Vec<Look>,
+        comparisons: Vec<Comparison>,
     ) -> Result<(), ReconcileError> {
-        let repairs = stream::iter(&looks).map(|look| self.sources.repair(jetstream, look));
-        let stored: Vec<_> = repairs.buffered(IN_FLIGHT_MAX).try_collect().await?;
+        let repairs =
+            stream::iter(&comparisons).map(|comparison| self.sources.repair(jetstream, comparison));
+        let stored: Vec<_> = repairs
+            .buffered(REPAIRS_IN_FLIGHT_MAX)
+            .try_collect()
+            .await?;
         if let Some(last) = stored.into_iter().flatten().max() {
             self.wait_until_applied(jetstream, last).await?;
         }
 
-        let ids: Vec<&str> = looks.iter().map(Look::id).collect();
+        let ids: Vec<&str> = comparisons.iter().map(Comparison::id).collect();
         let rows = raw::find(self.sources.store.connection(), &ids).await?;
-        for look in looks {
-            if look.is_repaired(rows.get(look.id())) {
+        for comparison in comparisons {
+            if comparison.is_repaired(rows.get(comparison.id())) {
                 self.report.findings.push(Finding {
                     repaired: true,
-                    ..look.finding
+                    ..comparison.finding
                 });
             } else {
-                self.again.push_back(look.finding);
+                self.to_recheck.push_back(comparison.finding);
             }
         }
         Ok(())
@@ -245,11 +245,11 @@ impl<'a> Reconcile<'a> {
 
     /// Looks once more at what was different: an event may have been on its way then. What is equal now
     /// is no difference.
-    async fn look_again(&mut self) -> Result<(), ReconcileError> {
-        if !self.again.is_empty() {
-            self.sources.sleep(SETTLE).await?;
+    async fn recheck(&mut self) -> Result<(), ReconcileError> {
+        if !self.to_recheck.is_empty() {
+            self.sources.sleep(RECHECK_AFTER).await?;
         }
-        while let Some(first) = self.again.front() {
+        while let Some(first) = self.to_recheck.front() {
             let ids = [first.stripe_subscription_id.clone()];
             let is_missing = first.problem == Problem::Missing;
             if is_missing
@@ -258,7 +258,7 @@ impl<'a> Reconcile<'a> {
                     .is_empty()
             {
                 // No answer of Stripe's would change that.
-                self.report.findings.extend(self.again.pop_front());
+                self.report.findings.extend(self.to_recheck.pop_front());
                 continue;
             }
             let [id] = &ids;
@@ -267,10 +267,10 @@ impl<'a> Reconcile<'a> {
                     .compare(vec![object], as_of, 0)
                     .await?
                     .pop()
-                    .map(|look| look.finding),
+                    .map(|comparison| comparison.finding),
                 None => Some(Finding::unknown_to_stripe(id)),
             };
-            self.again.pop_front();
+            self.to_recheck.pop_front();
             self.report.findings.extend(finding);
         }
         Ok(())
@@ -281,12 +281,12 @@ impl<'a> Reconcile<'a> {
         jetstream: &jetstream::Context,
         sequence: u64,
     ) -> Result<(), ReconcileError> {
-        let mut heard = Instant::now();
+        let mut last_known = Instant::now();
         loop {
             match progress::applied_until(jetstream).await {
                 Ok(Some(until)) if until >= sequence => return Ok(()),
-                Ok(_) => heard = Instant::now(),
-                Err(error) if heard.elapsed() > SILENCE_MAX => {
+                Ok(_) => last_known = Instant::now(),
+                Err(error) if last_known.elapsed() > UNKNOWN_PROGRESS_MAX => {
                     return Err(ReconcileError::Progress(error));
                 }
                 Err(_) => {}

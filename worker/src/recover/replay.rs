@@ -18,7 +18,7 @@ use tracing::warn;
 
 use crate::apply::Applier;
 use crate::error::StoreError;
-use crate::recover::owed;
+use crate::recover::unsent;
 use crate::store::replay::{HEARTBEAT_EVERY, Replay};
 use crate::store::{self, Store};
 use crate::stream::consumer::{ConsumerError, ReplayConsumer};
@@ -31,7 +31,7 @@ mod request;
 
 pub(crate) use dry_run::DryRun;
 pub(crate) use request::{Bound, Request, Signals};
-use request::{goes_on, wider};
+use request::{is_continuation, union};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReplayError {
@@ -92,7 +92,7 @@ impl Replayer {
             });
         }
         let asked = self.resolve(request, now).await?;
-        let Some(replay) = unfinished.iter().cloned().chain(asked).reduce(wider) else {
+        let Some(replay) = unfinished.iter().cloned().chain(asked).reduce(union) else {
             return Ok(None);
         };
         let replay = Replay {
@@ -100,7 +100,7 @@ impl Replayer {
             ..replay
         };
         let consumer = replay_consumer(&replay);
-        if !matches!(&unfinished[..], [begun] if goes_on(begun, &replay)) {
+        if !matches!(&unfinished[..], [begun] if is_continuation(begun, &replay)) {
             consumer
                 .remove(&self.jetstream)
                 .await
@@ -127,7 +127,7 @@ impl Replayer {
             ..Summary::default()
         };
         let stop = CancellationToken::new();
-        let heart = tokio::spawn(beat(store.clone(), stop.clone()));
+        let heartbeat = tokio::spawn(send_heartbeats(store.clone(), stop.clone()));
         let applying = self.reapply(replay, consumer, shutdown, |applied, sequence| {
             summary.events += applied.applied;
             summary.poisoned += applied.poisoned;
@@ -135,7 +135,7 @@ impl Replayer {
         });
         let is_at_end = applying.await;
         stop.cancel();
-        let _ = heart.await;
+        let _ = heartbeat.await;
         if matches!(is_at_end, Ok(true)) {
             self.finish(consumer, shutdown, &mut summary).await?;
         } else {
@@ -154,11 +154,11 @@ impl Replayer {
         summary: &mut Summary,
     ) -> Result<(), ReplayError> {
         let store = &self.applier.store;
-        summary.signals = owed::count(store).await?;
+        summary.signals = unsent::count(store).await?;
         store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;
         summary.finished = true;
         self.remove(consumer).await;
-        let sent = owed::send(store, &self.applier.relay, shutdown).await?;
+        let sent = unsent::send(store, &self.applier.relay, shutdown).await?;
         if shutdown.is_cancelled() {
             warn!("stopped before all signals were sent: a running worker sends the others");
         }
@@ -209,7 +209,7 @@ fn replay_consumer(replay: &Replay) -> ReplayConsumer {
     }
 }
 
-async fn beat(store: Store, stop: CancellationToken) {
+async fn send_heartbeats(store: Store, stop: CancellationToken) {
     while pause(HEARTBEAT_EVERY, &stop).await.is_some() {
         if let Err(error) =
             store::replay::record_heartbeat(store.connection(), OffsetDateTime::now_utc()).await

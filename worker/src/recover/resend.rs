@@ -17,13 +17,13 @@ use crate::error::StoreError;
 use crate::store::{self, Store};
 
 /// Rows that are put into the outbox at once.
-pub(crate) const AT_ONCE: u64 = 500;
+pub(crate) const BATCH: u64 = 500;
 
 /// Signals that may wait in the outbox before more are put in: a live one has to queue behind them.
 const BACKLOG_MAX: u64 = 2000;
 
 /// How often it is looked whether they are sent.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const CHECK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
 pub(crate) struct Put {
@@ -33,18 +33,21 @@ pub(crate) struct Put {
 }
 
 /// Puts the rows `ids` into the outbox.
-pub(crate) async fn some(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
+pub(crate) async fn put_in_outbox(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
     store
         .uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await)
         .await
 }
 
 /// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
-pub(crate) async fn room(store: &Store, shutdown: &CancellationToken) -> Result<(), StoreError> {
+pub(crate) async fn wait_for_room(
+    store: &Store,
+    shutdown: &CancellationToken,
+) -> Result<(), StoreError> {
     while !shutdown.is_cancelled()
         && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX
     {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_EVERY).await;
     }
     Ok(())
 }
@@ -84,7 +87,7 @@ async fn put(
             continue;
         }
         // Of a replay that told nobody: its first revision.
-        let Some(owed) = plan::plan_unsent(
+        let Some(first) = plan::plan_unsent(
             &id,
             Stored {
                 last_sent: LastSent::Nothing,
@@ -94,8 +97,8 @@ async fn put(
         ) else {
             continue;
         };
-        signals.extend(owed.signal);
-        never_sent.push(owed.row);
+        signals.extend(first.signal);
+        never_sent.push(first.row);
     }
     store::subscription::save(&tx, never_sent, now).await?;
     let put = Put {

@@ -26,7 +26,7 @@ const VERSION: &str = "2026-03-25.dahlia";
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Tries of one request, at most.
-const TRIES_MAX: usize = 5;
+const ATTEMPTS_MAX: usize = 5;
 
 /// How long is waited before the second try, at least; doubles with each.
 const FIRST_DELAY: Duration = Duration::from_millis(500);
@@ -38,7 +38,7 @@ const DELAY_MAX: Duration = Duration::from_secs(15);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// Objects on a page, the most that Stripe gives. Stripe: "Pagination".
-const PAGE: &str = "100";
+const PAGE_SIZE: &str = "100";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
@@ -52,7 +52,7 @@ pub enum ApiError {
         request_id: String,
     },
     #[error("Stripe answered {status} and asks to wait {} s (request {request_id})", .after.as_secs())]
-    Later {
+    RetryLater {
         status: StatusCode,
         after: Duration,
         request_id: String,
@@ -63,7 +63,7 @@ pub enum ApiError {
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
     #[error("Stripe's answer broke off (request {request_id})")]
-    BrokeOff {
+    CutOff {
         request_id: String,
         source: reqwest::Error,
     },
@@ -158,7 +158,7 @@ impl StripeApi {
     ) -> Result<Answer, ApiError> {
         self.get(
             "/v1/checkout/sessions",
-            &[("subscription", subscription), ("limit", PAGE)],
+            &[("subscription", subscription), ("limit", PAGE_SIZE)],
             account,
         )
         .await
@@ -171,7 +171,7 @@ impl StripeApi {
         status: &str,
         after: Option<&str>,
     ) -> Result<Answer, ApiError> {
-        let mut query = vec![("limit", PAGE), ("status", status)];
+        let mut query = vec![("limit", PAGE_SIZE), ("status", status)];
         query.extend(after.map(|after| ("starting_after", after)));
         self.get("/v1/subscriptions", &query, None).await
     }
@@ -187,7 +187,7 @@ impl StripeApi {
         after: Option<&str>,
     ) -> Result<Answer, ApiError> {
         let since = since.to_string();
-        let mut query = vec![("limit", PAGE), ("created[gte]", since.as_str())];
+        let mut query = vec![("limit", PAGE_SIZE), ("created[gte]", since.as_str())];
         query.extend(types.iter().map(|name| ("types[]", *name)));
         query.extend(undelivered.then_some(("delivery_success", "false")));
         query.extend(after.map(|after| ("starting_after", after)));
@@ -210,7 +210,7 @@ impl StripeApi {
         query: &[(&str, &str)],
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(TRIES_MAX - 1);
+        let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
         loop {
             self.budget.acquire().await;
             let started = std::time::Instant::now();
@@ -227,15 +227,15 @@ impl StripeApi {
                 Ok(response) if may_retry(&response) => match retry_after(&response) {
                     Some(after) if after > RETRY_AFTER_MAX => {
                         let (status, request_id) = (response.status(), request_id(&response));
-                        return Err(ApiError::Later {
+                        return Err(ApiError::RetryLater {
                             status,
                             after,
                             request_id,
                         });
                     }
-                    after => (refusal(&response), after),
+                    after => (status_error(&response), after),
                 },
-                Ok(response) => return Err(refusal(&response)),
+                Ok(response) => return Err(status_error(&response)),
                 Err(error) => (ApiError::Transport(error.without_url()), None),
             };
             let Some(delay) = delays.next() else {
@@ -279,7 +279,7 @@ async fn answer(response: Response, started: std::time::Instant) -> Result<Answe
             as_of,
             request_id,
         }),
-        Err(error) => Err(ApiError::BrokeOff {
+        Err(error) => Err(ApiError::CutOff {
             request_id,
             source: error.without_url(),
         }),
@@ -306,7 +306,7 @@ fn retry_after(response: &Response) -> Option<Duration> {
         .map(Duration::from_secs)
 }
 
-fn refusal(response: &Response) -> ApiError {
+fn status_error(response: &Response) -> ApiError {
     ApiError::Status {
         status: response.status(),
         request_id: request_id(response),

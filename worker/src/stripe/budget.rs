@@ -28,17 +28,17 @@ use plan::Plan;
 const RESERVED_MIN: u32 = 4;
 
 /// Calls that queue for a permit; more wait to be queued.
-const QUEUE: usize = 1024;
+const QUEUE_MAX: usize = 1024;
 
 /// How long the broker may be away before a warning.
-const PATIENCE: Duration = Duration::from_secs(5);
+const WARN_AFTER: Duration = Duration::from_secs(5);
 
 /// Pauses between tries. Their jitter keeps processes whose writes conflicted from conflicting again.
 const PAUSE_FIRST: Duration = Duration::from_millis(2);
 const PAUSE_LONGEST: Duration = Duration::from_secs(1);
 
 /// How often to look for our own write where a replica lags behind.
-const LAG: Duration = Duration::from_millis(2);
+const READ_BACK_PAUSE: Duration = Duration::from_millis(2);
 
 pub struct Budget {
     queue: mpsc::Sender<oneshot::Sender<Instant>>,
@@ -48,7 +48,7 @@ pub struct Budget {
 /// Reserves requests and hands out permits, to whoever asked first.
 struct Reserver {
     plan: Plan,
-    pace: RateLimiter,
+    rate_limiter: RateLimiter,
     bucket: Bucket,
     key: String,
     /// What stands under the key as far as we know, and since when we know it.
@@ -79,13 +79,13 @@ impl Budget {
         let (bucket, key) = (Bucket::new(jetstream, replicas), settings.key.clone());
         let reserver = Reserver {
             plan,
-            pace: pace(settings),
+            rate_limiter: rate_limiter(settings),
             bucket,
             key,
             last: None,
             grant: None,
         };
-        let (queue, queued) = mpsc::channel(QUEUE);
+        let (queue, queued) = mpsc::channel(QUEUE_MAX);
         Self {
             queue,
             _reserver: AbortOnDropHandle::new(tokio::spawn(reserver.run(queued))),
@@ -130,7 +130,7 @@ impl Reserver {
                 _ => self.reserve(also_waiting).await,
             };
             tokio::time::sleep_until(grant.from.into()).await;
-            self.pace.acquire_one().await;
+            self.rate_limiter.acquire_one().await;
             if Instant::now() <= grant.until {
                 self.grant = Some(Grant {
                     left: grant.left.saturating_sub(1),
@@ -158,7 +158,7 @@ impl Reserver {
                     }
                     return grant;
                 }
-                Err(error) if !warned && started.elapsed() > PATIENCE => {
+                Err(error) if !warned && started.elapsed() > WARN_AFTER => {
                     warn!(
                         "calls to Stripe's API wait for their shared budget: {}",
                         exit::chain(&error)
@@ -215,7 +215,7 @@ impl Reserver {
             let entry = self.bucket.read(&self.key).await?;
             match entry.written {
                 Some(stored) if entry.revision >= revision => return Ok((entry, stored)),
-                _ if Instant::now() < until => tokio::time::sleep(LAG).await,
+                _ if Instant::now() < until => tokio::time::sleep(READ_BACK_PAUSE).await,
                 _ => return Err(ReserveError::Slow),
             }
         }
@@ -224,7 +224,7 @@ impl Reserver {
 
 /// The budget's rate, for one process. The bucket is refilled every tenth of a second at most: more often, it
 /// falls behind.
-fn pace(settings: &BudgetSettings) -> RateLimiter {
+fn rate_limiter(settings: &BudgetSettings) -> RateLimiter {
     let seconds = u32::try_from(settings.window.as_secs())
         .unwrap_or(u32::MAX)
         .max(1);

@@ -28,7 +28,7 @@ pub(crate) enum KvError {
     Open(#[source] BrokerError),
     /// The key has another revision than the one that was read.
     #[error("{0} was written by somebody else meanwhile")]
-    Crossed(String),
+    Conflict(String),
     /// A write may have been done.
     #[error("cannot {doing} in the KV bucket {KV_BUCKET}")]
     Broker { doing: String, source: BrokerError },
@@ -114,11 +114,15 @@ impl Bucket {
         &mut self,
         key: &str,
         value: impl Into<Bytes>,
-        over: u64,
+        revision: u64,
     ) -> Result<u64, KvError> {
-        let written = self.store().await?.update(key, value.into(), over).await;
+        let written = self
+            .store()
+            .await?
+            .update(key, value.into(), revision)
+            .await;
         written.map_err(|error| match error.kind() {
-            UpdateErrorKind::WrongLastRevision => KvError::Crossed(key.to_owned()),
+            UpdateErrorKind::WrongLastRevision => KvError::Conflict(key.to_owned()),
             _ => self.failed(format!("write {key}"), error),
         })
     }

@@ -20,7 +20,7 @@ pub(crate) struct Mismatch {
 
 /// The mismatch of key and rows, if there is one. Without rows there is none, nor with rows of both
 /// modes.
-pub(crate) async fn mismatch(
+pub(crate) async fn find_mismatch(
     store: &Store,
     stripe: &StripeSettings,
 ) -> Result<Option<Mismatch>, StoreError> {
@@ -32,13 +32,13 @@ pub(crate) async fn mismatch(
     };
     Ok(match modes.as_slice() {
         [rows] if *rows != stripe.is_live() => Some(Mismatch {
-            key: name(stripe.is_live()),
-            rows: name(*rows),
+            key: mode_name(stripe.is_live()),
+            rows: mode_name(*rows),
         }),
         _ => None,
     })
 }
 
-fn name(livemode: bool) -> &'static str {
+fn mode_name(livemode: bool) -> &'static str {
     if livemode { "live" } else { "test" }
 }

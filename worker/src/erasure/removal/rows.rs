@@ -15,7 +15,7 @@ pub(super) struct Stripped {
     /// Whether there was any.
     pub(super) had_metadata: bool,
     /// The revision of its new signal: older ones may tell what is erased.
-    pub(super) stay_from: i64,
+    pub(super) keep_from: i64,
 }
 
 /// Takes the metadata out of the row `id`, if there is one, and signals it in any case.
@@ -38,7 +38,7 @@ pub(super) async fn strip(
 enum Outcome {
     Done(Option<Stripped>),
     /// A worker wrote the row since it was read.
-    Crossed,
+    Conflict,
 }
 
 async fn strip_once(
@@ -58,7 +58,7 @@ async fn strip_once(
     // What waits in the outbox tells what is erased.
     store::outbox::delete_changes_of(&tx, id).await?;
     // The signal stays; of a row that owes one, none does.
-    let stay_from = if signal.is_some() {
+    let keep_from = if signal.is_some() {
         row.revision
     } else {
         row.revision + 1
@@ -68,13 +68,13 @@ async fn strip_once(
         .await?
         .is_empty()
     {
-        return Ok(Outcome::Crossed);
+        return Ok(Outcome::Conflict);
     }
     tx.commit()
         .await
         .map_err(StoreError::doing("commit an erasure"))?;
     Ok(Outcome::Done(Some(Stripped {
         had_metadata,
-        stay_from,
+        keep_from,
     })))
 }

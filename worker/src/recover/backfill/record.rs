@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use super::KEPT;
+use super::STRIPE_KEEPS;
 use crate::error::StoreError;
 use crate::store::{self, Store};
 
@@ -31,19 +31,19 @@ impl Record {
 
     pub(crate) async fn last_complete(&self) -> Result<Option<OffsetDateTime>, StoreError> {
         let last = store::backfill::last_complete(self.store.connection(), self.livemode).await?;
-        Ok(believed(last, OffsetDateTime::now_utc()))
+        Ok(plausible(last, OffsetDateTime::now_utc()))
     }
 
     /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
     /// that leaves a gap after the last complete one is not noted.
-    pub(crate) async fn note_complete(
+    pub(crate) async fn record_complete(
         &self,
         since: OffsetDateTime,
         began: OffsetDateTime,
     ) -> Result<(), StoreError> {
         let db = self.store.connection();
         let last = store::backfill::last_complete(db, self.livemode).await?;
-        if !extends(believed(last, began), since, began) {
+        if !leaves_no_gap(plausible(last, began), since, began) {
             return Ok(());
         }
         store::backfill::record(db, self.livemode, began, last).await
@@ -60,15 +60,19 @@ pub(crate) fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> O
 }
 
 pub(crate) fn oldest(now: OffsetDateTime) -> OffsetDateTime {
-    now - KEPT
+    now - STRIPE_KEEPS
 }
 
 /// Hosts' clocks differ, but a time that is further ahead comes from one that was wrong.
-fn believed(last: Option<OffsetDateTime>, now: OffsetDateTime) -> Option<OffsetDateTime> {
+fn plausible(last: Option<OffsetDateTime>, now: OffsetDateTime) -> Option<OffsetDateTime> {
     last.filter(|last| *last <= now + OVERLAP)
 }
 
-fn extends(last: Option<OffsetDateTime>, since: OffsetDateTime, began: OffsetDateTime) -> bool {
+fn leaves_no_gap(
+    last: Option<OffsetDateTime>,
+    since: OffsetDateTime,
+    began: OffsetDateTime,
+) -> bool {
     match last {
         Some(last) => began > last && since <= last.max(oldest(began)),
         // As far back as the first one that a worker makes by itself.

@@ -22,11 +22,11 @@ use crate::stripe::mode::{self, Mismatch};
 use crate::wait::{self, Awaited, Wait};
 
 /// How often it is looked whether one is due, at least: other workers come and go.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 
 /// A backfill that began no longer than this before a worker was started is one after its start:
 /// workers that are started together make one. The record has whole seconds.
-const TOGETHER: Duration = Duration::from_secs(2);
+const STARTED_TOGETHER: Duration = Duration::from_secs(2);
 
 const BACKFILLS: Awaited = Awaited {
     begins: "a backfill failed and is tried again",
@@ -63,10 +63,10 @@ impl Schedule {
     pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         let mut wait = Wait::new(BACKFILLS);
         while !shutdown.is_cancelled() {
-            let pause = match self.turn(&shutdown).await {
+            let pause = match self.run_if_due(&shutdown).await {
                 Ok(left) => {
                     wait.succeeded();
-                    left.min(LOOK_EVERY)
+                    left.min(CHECK_EVERY)
                 }
                 Err(error) => {
                     metrics::backfill_ended(false);
@@ -78,7 +78,10 @@ impl Schedule {
     }
 
     /// Backfills if one is due and nobody else is at it. Returns the time until the next is due.
-    async fn turn(&mut self, shutdown: &CancellationToken) -> Result<Duration, ScheduleError> {
+    async fn run_if_due(
+        &mut self,
+        shutdown: &CancellationToken,
+    ) -> Result<Duration, ScheduleError> {
         let left = due_in(&self.record, self.interval, self.started).await?;
         if !left.is_zero() {
             return Ok(left);
@@ -89,20 +92,20 @@ impl Schedule {
             if !left.is_zero() {
                 return Ok(left);
             }
-            if let Some(mismatch) = mode::mismatch(&self.store, &self.stripe).await? {
+            if let Some(mismatch) = mode::find_mismatch(&self.store, &self.stripe).await? {
                 return Err(mismatch.into());
             }
-            make(&self.backfill, &self.record, shutdown).await?;
+            run(&self.backfill, &self.record, shutdown).await?;
             Ok(self.interval)
         };
         self.lease
             .hold_during(work)
             .await?
-            .unwrap_or(Ok(LOOK_EVERY))
+            .unwrap_or(Ok(CHECK_EVERY))
     }
 }
 
-async fn make(
+async fn run(
     backfill: &Backfill,
     record: &Record,
     shutdown: &CancellationToken,
@@ -120,16 +123,16 @@ async fn make(
         metrics::events_backfilled(missing - counted);
         counted = missing;
     };
-    let outcome = backfill.pass(wanted, &mut summary, count, shutdown).await;
-    tell(&summary, since);
+    let outcome = backfill.run(wanted, &mut summary, count, shutdown).await;
+    log_summary(&summary, since);
     if outcome? == End::Complete {
-        record.note_complete(since, began).await?;
+        record.record_complete(since, began).await?;
         metrics::backfill_ended(true);
     }
     Ok(())
 }
 
-fn tell(summary: &Summary, since: OffsetDateTime) {
+fn log_summary(summary: &Summary, since: OffsetDateTime) {
     let since = since.format(&Rfc3339).unwrap_or_default();
     let listed = summary.listed;
     if summary.published == 0 && summary.skipped == 0 {
@@ -156,7 +159,7 @@ async fn due_in(
     started: OffsetDateTime,
 ) -> Result<Duration, StoreError> {
     let last = record.last_complete().await?;
-    let Some(last) = last.filter(|last| *last >= started - TOGETHER) else {
+    let Some(last) = last.filter(|last| *last >= started - STARTED_TOGETHER) else {
         return Ok(Duration::ZERO);
     };
     // Another host's clock may be ahead of ours.

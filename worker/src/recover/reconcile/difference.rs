@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::store::raw::{Fields, RawRow};
 
 /// The columns that Stripe's subscription does not tell: they are a function of the events.
-const OF_EVENTS: [&str; 6] = [
+const NOT_FROM_STRIPE: [&str; 6] = [
     "checkout_session_id",
     "client_reference_id",
     "last_event_created",
@@ -33,8 +33,8 @@ pub(crate) struct Difference {
 }
 
 /// Those of `columns` that Stripe's subscription tells.
-pub(super) fn told(mut columns: Fields) -> Fields {
-    columns.retain(|field, _| !OF_EVENTS.contains(&field.as_str()));
+pub(super) fn stripe_columns(mut columns: Fields) -> Fields {
+    columns.retain(|field, _| !NOT_FROM_STRIPE.contains(&field.as_str()));
     columns
 }
 
@@ -42,13 +42,13 @@ pub(super) fn told(mut columns: Fields) -> Fields {
 ///
 /// Columns that are right over a merge state that is not are a difference too: the next event would
 /// write what the state says.
-pub(super) fn differences(told: &Fields, row: &RawRow) -> Vec<Difference> {
+pub(super) fn differences(stripe: &Fields, row: &RawRow) -> Vec<Difference> {
     let Some(columns) = &row.columns else {
         return Vec::new();
     };
     let mut found = Vec::new();
     let mut overwritten = Vec::new();
-    for (field, expected) in told {
+    for (field, expected) in stripe {
         if columns[field] != *expected {
             found.push(difference(field, &columns[field], expected));
         } else if row
@@ -59,12 +59,12 @@ pub(super) fn differences(told: &Fields, row: &RawRow) -> Vec<Difference> {
             overwritten.push(field);
         }
     }
-    let untold = row
+    let other_columns = row
         .expected
         .iter()
         .flatten()
-        .filter(|(field, state)| !told.contains_key(*field) && columns[*field] != **state);
-    for (field, state) in untold {
+        .filter(|(field, state)| !stripe.contains_key(*field) && columns[*field] != **state);
+    for (field, state) in other_columns {
         // Where the state is wrong or knows nothing, the column may be right.
         if overwritten.is_empty() && !state.is_null() {
             found.push(difference(field, &columns[field], state));
@@ -83,15 +83,16 @@ pub(super) fn differences(told: &Fields, row: &RawRow) -> Vec<Difference> {
 }
 
 /// Whether the row's merge state says what was told, so that its columns alone are wrong.
-pub(super) fn is_in_columns_only(told: &Fields, row: &RawRow) -> bool {
+pub(super) fn only_columns_differ(stripe: &Fields, row: &RawRow) -> bool {
     row.expected.as_ref().is_some_and(|state| {
-        told.iter()
+        stripe
+            .iter()
             .all(|(field, expected)| state[field] == *expected)
     })
 }
 
 /// Whether only the column knows whose the subscription is: writing the row would lose it.
-pub(super) fn only_the_column_knows_the_user(told: &Fields, row: &RawRow) -> bool {
+pub(super) fn only_the_column_knows_the_user(stripe: &Fields, row: &RawRow) -> bool {
     let knows = |fields: &Fields| {
         fields
             .get("client_reference_id")
@@ -99,7 +100,7 @@ pub(super) fn only_the_column_knows_the_user(told: &Fields, row: &RawRow) -> boo
     };
     row.columns.as_ref().is_some_and(knows)
         && !row.expected.as_ref().is_some_and(knows)
-        && !knows(told)
+        && !knows(stripe)
 }
 
 fn difference(field: &str, row: &Value, stripe: &Value) -> Difference {

@@ -37,7 +37,7 @@ pub(crate) struct Sources<'a> {
 }
 
 /// A subscription whose row is not as Stripe has it.
-pub(super) struct Look {
+pub(super) struct Comparison {
     pub(super) finding: Finding,
     object: api::Object,
     as_of: i64,
@@ -46,7 +46,7 @@ pub(super) struct Look {
     /// The orphan that it was, where no session names its user.
     resolved: Option<orphaned_payment::Model>,
     /// The columns that all of these tell, and what they should be.
-    told: Fields,
+    stripe_values: Fields,
     row: Option<RawRow>,
     repair: Repair,
 }
@@ -86,7 +86,7 @@ impl Sources<'_> {
         id: &str,
     ) -> Result<Option<(api::Object, i64)>, ReconcileError> {
         let subscription = self.stripe.subscription(id, None);
-        known(
+        none_if_not_found(
             self.ask(subscription, api::object, "it is no subscription")
                 .await,
         )
@@ -116,43 +116,46 @@ impl Sources<'_> {
         object: api::Object,
         as_of: i64,
         row: Option<RawRow>,
-    ) -> Result<Option<Look>, ReconcileError> {
+    ) -> Result<Option<Comparison>, ReconcileError> {
         let finding = Finding::new(&object.id, Problem::CannotBeKept);
-        let (session, resolved, told, repair) = (None, None, Fields::new(), Repair::None);
-        let mut look = Look {
+        let (session, resolved, stripe_values, repair) = (None, None, Fields::new(), Repair::None);
+        let mut comparison = Comparison {
             finding,
             object,
             as_of,
             session,
             resolved,
-            told,
+            stripe_values,
             row,
             repair,
         };
-        let event = match self.decode(&look.object, as_of) {
+        let event = match self.decode(&comparison.object, as_of) {
             Ok(event) => event,
             Err(note) => {
-                look.finding.note = Some(note);
-                return Ok(Some(look));
+                comparison.finding.note = Some(note);
+                return Ok(Some(comparison));
             }
         };
         let is_erased = self.erasures.covers(&event);
         let mut state = State::default();
         state.merge(&self.erasures.redacted(event));
-        look.told = difference::told(raw::columns_of(&state));
+        comparison.stripe_values = difference::stripe_columns(raw::columns_of(&state));
         if is_erased {
             // What Stripe has of it is not to come back, and what the row has is younger than the erasure.
-            look.told.remove("subscription_metadata");
-            look.object = look.object.without_personal_data().unwrap_or(look.object);
+            comparison.stripe_values.remove("subscription_metadata");
+            comparison.object = comparison
+                .object
+                .without_personal_data()
+                .unwrap_or(comparison.object);
         } else {
-            self.add_user(&mut look).await?;
+            self.add_user(&mut comparison).await?;
         }
-        let Some(finding) = look.compared_with(look.row.as_ref()) else {
+        let Some(finding) = comparison.compared_with(comparison.row.as_ref()) else {
             return Ok(None);
         };
-        look.finding = finding;
-        look.choose_repair();
-        Ok(Some(look))
+        comparison.finding = finding;
+        comparison.choose_repair();
+        Ok(Some(comparison))
     }
 
     /// The event that stores `object`, or why it cannot be kept.
@@ -165,18 +168,21 @@ impl Sources<'_> {
 
     /// Adds whose a subscription is, if its merge state does not say: as was found when it was an orphan,
     /// else as its newest Checkout Session with a client reference id says.
-    async fn add_user(&self, look: &mut Look) -> Result<(), ReconcileError> {
-        let state = look.row.as_ref().and_then(|row| row.expected.as_ref());
+    async fn add_user(&self, comparison: &mut Comparison) -> Result<(), ReconcileError> {
+        let state = comparison
+            .row
+            .as_ref()
+            .and_then(|row| row.expected.as_ref());
         let knows = |field: &str| state.is_some_and(|state| !state[field].is_null());
         // A row that is missing is different, whosever it is: only its repair has to know.
-        if knows("client_reference_id") || (look.row.is_none() && self.repair.is_none()) {
+        if knows("client_reference_id") || (comparison.row.is_none() && self.repair.is_none()) {
             return Ok(());
         }
         // Without a user a session only makes an orphan: of a subscription that ended, nobody's to care for.
-        let status = look.told["status"].as_str();
+        let status = comparison.stripe_values["status"].as_str();
         let ended = matches!(status, Some("canceled" | "incomplete_expired"));
         let wants_any = !ended && !knows("checkout_session_id");
-        let id = look.id();
+        let id = comparison.id();
         let orphan = store::orphan::find(self.store.connection(), id).await?;
         let user = orphan
             .as_ref()
@@ -185,8 +191,8 @@ impl Sources<'_> {
         let listed = self
             .ask(listed, api::page, "it is no list of Checkout Sessions")
             .await;
-        let listed = known(listed)?;
-        let (objects, as_of) = listed.map_or((Vec::new(), look.as_of), |(page, as_of)| {
+        let listed = none_if_not_found(listed)?;
+        let (objects, as_of) = listed.map_or((Vec::new(), comparison.as_of), |(page, as_of)| {
             (page.objects, as_of)
         });
         let mut sessions = Vec::new();
@@ -206,16 +212,18 @@ impl Sources<'_> {
         let chosen = named.or((wants_any && !sessions.is_empty()).then_some(0));
         let (session, named) = chosen.map(|index| sessions.swap_remove(index)).unzip();
         let named = named.flatten();
-        look.resolved = orphan.filter(|_| user.is_some() && named.is_none());
+        comparison.resolved = orphan.filter(|_| user.is_some() && named.is_none());
         if let Some(user) = named.or(user) {
-            look.told
+            comparison
+                .stripe_values
                 .insert("client_reference_id".to_owned(), json!(user));
         }
         if let Some(session) = &session {
-            look.told
+            comparison
+                .stripe_values
                 .insert("checkout_session_id".to_owned(), json!(session.id));
         }
-        look.session = session.map(|session| (session, as_of));
+        comparison.session = session.map(|session| (session, as_of));
         Ok(())
     }
 
@@ -224,27 +232,33 @@ impl Sources<'_> {
     pub(super) async fn repair(
         &self,
         jetstream: &jetstream::Context,
-        look: &Look,
+        comparison: &Comparison,
     ) -> Result<Option<u64>, ReconcileError> {
-        let id = look.id();
-        if let Some(row) = &look.row
-            && (look.repair == Repair::Columns
-                || look.repair == Repair::Events && row.state.is_none())
+        let id = comparison.id();
+        if let Some(row) = &comparison.row
+            && (comparison.repair == Repair::Columns
+                || comparison.repair == Repair::Events && row.state.is_none())
         {
             raw::repair(self.store.connection(), id, row).await?;
         }
-        if look.repair != Repair::Events {
+        if comparison.repair != Repair::Events {
             return Ok(None);
         }
-        let scope = scope(look.object.livemode);
-        let mut last =
-            own_event::publish_snapshot(jetstream, id, &look.object.raw, look.as_of, scope).await?;
-        if let Some((object, as_of)) = &look.session {
+        let scope = scope(comparison.object.livemode);
+        let mut last = own_event::publish_snapshot(
+            jetstream,
+            id,
+            &comparison.object.raw,
+            comparison.as_of,
+            scope,
+        )
+        .await?;
+        if let Some((object, as_of)) = &comparison.session {
             last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *as_of, scope)
                 .await?
                 .max(last);
         }
-        if let Some(orphan) = &look.resolved {
+        if let Some(orphan) = &comparison.resolved {
             let user = orphan.resolved_client_reference_id.as_deref();
             let mut payment = store::orphan::payment_ids(orphan);
             payment.stripe_subscription_id = Some(id.to_owned());
@@ -258,15 +272,16 @@ impl Sources<'_> {
                 .resolved_at
                 .unwrap_or(orphan.dt_last_updated)
                 .unix_timestamp();
-            last = own_event::repeat_resolution(jetstream, &resolution, at, scope, look.as_of)
-                .await?
-                .max(last);
+            last =
+                own_event::repeat_resolution(jetstream, &resolution, at, scope, comparison.as_of)
+                    .await?
+                    .max(last);
         }
         Ok(Some(last))
     }
 }
 
-impl Look {
+impl Comparison {
     /// What is wrong with `row`, if anything.
     fn compared_with(&self, row: Option<&RawRow>) -> Option<Finding> {
         let finding = |problem| Finding::new(&self.object.id, problem);
@@ -278,7 +293,7 @@ impl Look {
             (_, None) => finding(Problem::Unreadable).with_note("merge_state cannot be read"),
             _ => finding(Problem::Different),
         };
-        finding.differences = difference::differences(&self.told, row);
+        finding.differences = difference::differences(&self.stripe_values, row);
         (finding.problem == Problem::Unreadable || !finding.differences.is_empty())
             .then_some(finding)
     }
@@ -286,14 +301,14 @@ impl Look {
     /// Where the merge state says what Stripe says, its columns need no event. An answer that is not newer
     /// than the row says nothing about it, so that it is only looked at again.
     fn choose_repair(&mut self) {
-        let (told, row) = (&self.told, self.row.as_ref());
-        if row.is_some_and(|row| difference::only_the_column_knows_the_user(told, row)) {
+        let (stripe_values, row) = (&self.stripe_values, self.row.as_ref());
+        if row.is_some_and(|row| difference::only_the_column_knows_the_user(stripe_values, row)) {
             let note = "not repairable: only this column knows the client reference id, and writing the row would lose it";
             self.finding.note = Some(note.to_owned());
             return;
         }
         let head = row.and_then(|row| row.state.as_ref()?.visible().head_created);
-        if row.is_some_and(|row| difference::is_in_columns_only(told, row)) {
+        if row.is_some_and(|row| difference::only_columns_differ(stripe_values, row)) {
             self.repair = Repair::Columns;
         } else if head.is_none_or(|head| head < self.as_of) {
             self.repair = Repair::Events;
@@ -311,7 +326,7 @@ impl Look {
 }
 
 /// What Stripe answered, or None if it has no such object.
-fn known<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, ReconcileError> {
+fn none_if_not_found<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, ReconcileError> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
         Err(ReconcileError::Api(error)) if error.is_not_found() => Ok(None),

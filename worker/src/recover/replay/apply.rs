@@ -15,11 +15,11 @@ use tracing::warn;
 use super::{ReplayError, Replayer};
 use crate::apply::{self, Decoded, Reapplied};
 use crate::store::replay::Replay;
-use crate::stream::consumer::{self, Batches, ReplayConsumer};
+use crate::stream::consumer::{self as stream_consumer, Batches, ReplayConsumer};
 use crate::wait::{JETSTREAM, Wait, pause};
 
 /// How long nothing must come before it is looked whether the end is reached.
-const LOOK_AFTER: Duration = Duration::from_millis(300);
+const IDLE: Duration = Duration::from_millis(300);
 
 impl Replayer {
     /// Whether the replay is about the event of this sequence; None for one that cannot be read. What an
@@ -103,40 +103,40 @@ impl Replayer {
         let mut applying = FuturesOrdered::new();
         let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
         let mut waiting: Option<Decoded> = None;
-        let mut are_more = true;
+        let mut takes_more = true;
         loop {
-            if let Some(decoded) = waiting
-                .take_if(|it| are_more && busy.iter().all(|busy| busy.is_disjoint(it.entity_ids())))
-            {
+            if let Some(decoded) = waiting.take_if(|it| {
+                takes_more && busy.iter().all(|busy| busy.is_disjoint(it.entity_ids()))
+            }) {
                 busy.push_back(decoded.entity_ids().clone());
                 applying.push_back(apply(decoded));
             }
             let has_room = waiting.is_none() && applying.len() < apply::IN_FLIGHT;
-            let may_be_over = tokio::select! {
+            let may_be_finished = tokio::select! {
                 biased;
                 Some(done) = applying.next() => {
                     busy.pop_front();
                     let Some((done, last)): Option<(Reapplied, u64)> = done else {
-                        are_more = false;
+                        takes_more = false;
                         continue;
                     };
                     applied(done, last.min(replay.last_sequence));
                     last >= replay.last_sequence
                 }
-                batch = next(batches, shutdown), if are_more && has_room => match batch {
+                batch = next(batches, shutdown), if takes_more && has_room => match batch {
                     Some(Some(batch)) => {
                         waiting = Some(Decoded::new(batch, &self.applier.metadata_keys));
                         continue;
                     }
                     Some(None) => applying.is_empty(),
                     None => {
-                        are_more = false;
+                        takes_more = false;
                         continue;
                     }
                 },
                 else => break,
             };
-            if may_be_over && self.is_over(replay, consumer).await {
+            if may_be_finished && self.is_finished(replay, consumer).await {
                 // Of messages that came twice: what they lead to belongs to this replay.
                 while applying.next().await.is_some() {}
                 return true;
@@ -149,7 +149,7 @@ impl Replayer {
     }
 
     /// Whether every event up to the end is applied.
-    async fn is_over(&self, replay: &Replay, consumer: &ReplayConsumer) -> bool {
+    async fn is_finished(&self, replay: &Replay, consumer: &ReplayConsumer) -> bool {
         let progress = consumer.progress(&self.jetstream).await;
         progress.is_ok_and(|progress| {
             progress.is_some_and(|progress| progress.reapplied_until() >= replay.last_sequence)
@@ -162,11 +162,11 @@ impl Replayer {
 pub(super) async fn next(
     batches: &mut Batches,
     shutdown: &CancellationToken,
-) -> Option<Option<consumer::Batch>> {
+) -> Option<Option<stream_consumer::Batch>> {
     tokio::select! {
         biased;
         () = shutdown.cancelled() => None,
-        batch = tokio::time::timeout(LOOK_AFTER, batches.next()) => match batch {
+        batch = tokio::time::timeout(IDLE, batches.next()) => match batch {
             Ok(Some(batch)) => Some(Some(batch)),
             Ok(None) => None,
             Err(_) => Some(None),

@@ -40,14 +40,14 @@ impl Replayer {
             .await
             .map_err(ReplayError::Broker)?;
         let outcome = self
-            .try_all(&mut batches, replay, &consumer, shutdown, progress)
+            .apply_in_memory(&mut batches, replay, &consumer, shutdown, progress)
             .await;
         batches.close().await;
         self.remove(&consumer).await;
         outcome
     }
 
-    async fn try_all(
+    async fn apply_in_memory(
         &self,
         batches: &mut Batches,
         replay: &Replay,

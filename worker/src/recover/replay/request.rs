@@ -127,7 +127,7 @@ impl Replayer {
 }
 
 /// What covers both, and signals what either was to signal.
-pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
+pub(super) fn union(begun: Replay, asked: Replay) -> Replay {
     let signals = Signals::parse(&begun.signals).max(Signals::parse(&asked.signals));
     let same_types = begun.event_types == asked.event_types;
     let same_subscription = begun.stripe_subscription_id == asked.stripe_subscription_id;
@@ -147,7 +147,7 @@ pub(super) fn wider(begun: Replay, asked: Replay) -> Replay {
 }
 
 /// Whether the position of `begun` is one of `replay` too, which covers it: it differs in its end alone.
-pub(super) fn goes_on(begun: &Replay, replay: &Replay) -> bool {
+pub(super) fn is_continuation(begun: &Replay, replay: &Replay) -> bool {
     begun.name.is_empty()
         && *replay
             == Replay {

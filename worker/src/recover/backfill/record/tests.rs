@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use super::{believed, extends, next_since};
+use super::{leaves_no_gap, next_since, plausible};
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -31,26 +31,26 @@ fn next_backfill_overlaps_the_last_one() {
 #[test]
 fn only_a_backfill_that_leaves_no_gap_is_noted() {
     let began = now();
-    assert!(extends(None, began - 72 * HOUR, began));
-    assert!(!extends(None, began - HOUR, began));
-    assert!(extends(Some(began - HOUR), began - 3 * HOUR, began));
+    assert!(leaves_no_gap(None, began - 72 * HOUR, began));
+    assert!(!leaves_no_gap(None, began - HOUR, began));
+    assert!(leaves_no_gap(Some(began - HOUR), began - 3 * HOUR, began));
     assert!(
-        !extends(Some(began - 5 * HOUR), began - 3 * HOUR, began),
+        !leaves_no_gap(Some(began - 5 * HOUR), began - 3 * HOUR, began),
         "two hours were not looked at"
     );
     assert!(
-        !extends(Some(began + HOUR), began - 72 * HOUR, began),
+        !leaves_no_gap(Some(began + HOUR), began - 72 * HOUR, began),
         "a later one was complete"
     );
     assert!(
-        extends(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began),
+        leaves_no_gap(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began),
         "there is no more to be had"
     );
 }
 
 #[test]
-fn time_that_is_far_ahead_is_not_believed() {
+fn time_that_is_far_ahead_is_not_plausible() {
     let now = now();
-    assert_eq!(believed(Some(now + HOUR), now), Some(now + HOUR));
-    assert_eq!(believed(Some(now + 3 * HOUR), now), None);
+    assert_eq!(plausible(Some(now + HOUR), now), Some(now + HOUR));
+    assert_eq!(plausible(Some(now + 3 * HOUR), now), None);
 }

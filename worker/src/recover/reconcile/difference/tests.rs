@@ -4,7 +4,7 @@ use litestripe_domain::merge::State;
 
 use super::*;
 
-const TOLD: &str = r#"{"status": "active", "client_reference_id": "user_1"}"#;
+const STRIPE: &str = r#"{"status": "active", "client_reference_id": "user_1"}"#;
 const RIGHT: &str = r#"{"status": "active", "client_reference_id": "user_1", "metadata": {}}"#;
 const WRONG: &str = r#"{"status": "past_due", "client_reference_id": "user_1", "metadata": {}}"#;
 const EMPTY: &str = r#"{"status": null, "client_reference_id": null, "metadata": {}}"#;
@@ -28,14 +28,14 @@ fn row(columns: &str, state: Option<&str>) -> RawRow {
 #[test]
 fn columns_are_compared_with_stripe_and_with_the_merge_state() {
     let check = |columns, state, expected: &[&str], columns_only: bool| {
-        let (told, row) = (fields(TOLD), row(columns, state));
-        let found: Vec<_> = differences(&told, &row)
+        let (stripe, row) = (fields(STRIPE), row(columns, state));
+        let found: Vec<_> = differences(&stripe, &row)
             .into_iter()
             .map(|difference| difference.field)
             .collect();
         assert_eq!(found, expected, "{columns} over {state:?}");
         assert_eq!(
-            is_in_columns_only(&told, &row),
+            only_columns_differ(&stripe, &row),
             columns_only,
             "{columns} over {state:?}"
         );
@@ -60,22 +60,22 @@ fn columns_are_compared_with_stripe_and_with_the_merge_state() {
 
 #[test]
 fn user_that_neither_stripe_nor_the_merge_state_knows_is_the_columns_alone() {
-    let check = |told, columns, state, expected| {
+    let check = |stripe, columns, state, expected| {
         assert_eq!(
-            only_the_column_knows_the_user(&fields(told), &row(columns, state)),
+            only_the_column_knows_the_user(&fields(stripe), &row(columns, state)),
             expected
         );
     };
     check("{}", RIGHT, Some(EMPTY), true);
     check("{}", RIGHT, None, true);
-    check(TOLD, RIGHT, None, false);
+    check(STRIPE, RIGHT, None, false);
     check("{}", RIGHT, Some(WRONG), false);
     check("{}", EMPTY, Some(EMPTY), false);
 }
 
 #[test]
 fn metadata_is_shown_by_its_keys() {
-    let found = differences(&fields(TOLD), &row(MORE, Some(RIGHT)));
+    let found = differences(&fields(STRIPE), &row(MORE, Some(RIGHT)));
     assert_eq!(
         (&found[0].row, &found[0].stripe),
         (&json!(["created.seats"]), &json!([]))

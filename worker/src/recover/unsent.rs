@@ -22,10 +22,10 @@ use crate::store::{self, Store};
 use crate::wait::pause;
 
 /// Rows that are sent in one transaction.
-const AT_ONCE: u64 = 500;
+const BATCH: u64 = 500;
 
 /// How often a worker looks.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const CHECK_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
@@ -59,7 +59,7 @@ pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: Cancellation
                 exit::chain(&error)
             ),
         }
-        if pause(LOOK_EVERY, &shutdown).await.is_none() {
+        if pause(CHECK_EVERY, &shutdown).await.is_none() {
             return;
         }
     }
@@ -81,7 +81,7 @@ pub(crate) async fn send(
     }
     let mut after = String::new();
     while !shutdown.is_cancelled() {
-        let ids = store::subscription::unsent(store.connection(), &after, AT_ONCE).await?;
+        let ids = store::subscription::unsent(store.connection(), &after, BATCH).await?;
         let Some(last) = ids.last() else { break };
         after.clone_from(last);
         send_readable(store, ids, &mut sent).await?;
@@ -142,38 +142,39 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
     }
     stored.retain(|(_, row)| row.last_sent.has_unsent_signal());
     stored.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
-    let owed = stored
+    let unsent = stored
         .into_iter()
         .filter_map(|(id, row)| plan::plan_unsent(&id, row, now));
-    let (rows, mut signals): (Vec<_>, Vec<_>) = owed.map(|owed| (owed.row, owed.signal)).unzip();
+    let (rows, mut signals): (Vec<_>, Vec<_>) =
+        unsent.map(|unsent| (unsent.row, unsent.signal)).unzip();
     let ids: Vec<String> = rows
         .iter()
         .map(|row| row.stripe_subscription_id.clone())
         .collect();
     let written = store::subscription::save(&tx, rows, now).await?;
-    let mut of_written = ids.iter().map(|id| written.contains(id));
-    signals.retain(|_| of_written.next() == Some(true));
+    let mut is_written = ids.iter().map(|id| written.contains(id));
+    signals.retain(|_| is_written.next() == Some(true));
     commit(tx, signals.into_iter().flatten().collect(), now).await
 }
 
 /// Sends what some orphans owe, and returns how many signals that are. None while a replay is unfinished.
 async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError> {
     let now = OffsetDateTime::now_utc();
-    let owing = store::orphan::take_unsent(&tx, AT_ONCE).await?;
+    let orphans = store::orphan::take_unsent(&tx, BATCH).await?;
     if !store::replay::unfinished(&tx).await?.is_empty() {
         return Ok(None);
     }
-    let signals = owing.into_iter().filter_map(|(orphan, event)| {
+    let signals = orphans.into_iter().filter_map(|(orphan, event)| {
         let cause = Cause {
             event,
             traceparent: None,
         };
-        let tell = if orphan.resolved_at.is_some() {
+        let to_signal = if orphan.resolved_at.is_some() {
             signal::orphan_resolved
         } else {
             signal::orphan_created
         };
-        Some(tell(&store::orphan::to_new_orphan(&orphan)?, cause))
+        Some(to_signal(&store::orphan::to_new_orphan(&orphan)?, cause))
     });
     let signals = signals.collect();
     commit(tx, signals, now).await.map(Some)

@@ -24,16 +24,16 @@ use crate::stream::scan;
 const PULL_MAX: usize = 2000;
 
 /// How long the next message of a pull is waited for.
-const MESSAGE_MAX: Duration = Duration::from_secs(5);
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// After which the server forgets a consumer that nobody uses: longer than a page waits for the budget,
 /// as a rule; otherwise another one goes on.
-const INACTIVE_MAX: Duration = Duration::from_secs(10 * 60);
+const INACTIVE_THRESHOLD: Duration = Duration::from_secs(10 * 60);
 
 /// Pulls in a row that may fail.
-const TRIES_MAX: u32 = 5;
+const ATTEMPTS_MAX: u32 = 5;
 
-pub(super) struct Present {
+pub(super) struct StoredIds {
     jetstream: jetstream::Context,
     stream: Stream,
     consumer: Option<Consumer<pull::Config>>,
@@ -47,7 +47,7 @@ pub(super) struct Present {
 /// Why a pull ended early.
 type PullError = Box<dyn std::error::Error + Send + Sync>;
 
-impl Present {
+impl StoredIds {
     /// The ids of what was stored at `since` or later; none are read yet.
     pub(super) async fn open(
         jetstream: &jetstream::Context,
@@ -68,7 +68,7 @@ impl Present {
         })
     }
 
-    pub(super) fn holds(&self, id: &EventId) -> bool {
+    pub(super) fn contains(&self, id: &EventId) -> bool {
         self.ids.contains(&short_hash(id.as_str()))
     }
 
@@ -79,7 +79,7 @@ impl Present {
             match self.pull().await {
                 Ok(0) => return Ok(()),
                 Ok(_) => failures = 0,
-                Err(error) if failures == TRIES_MAX => return Err(BackfillError::Read(error)),
+                Err(error) if failures == ATTEMPTS_MAX => return Err(BackfillError::Read(error)),
                 // The consumer may be gone, or messages were lost: it goes on where it was certain.
                 Err(error) => {
                     debug!("reading what {EVENTS_STREAM} holds begins again: {error}");
@@ -99,7 +99,7 @@ impl Present {
                 let config = scan::reader(&self.jetstream, "backfill", self.from);
                 let config = pull::Config {
                     headers_only: true,
-                    inactive_threshold: INACTIVE_MAX,
+                    inactive_threshold: INACTIVE_THRESHOLD,
                     ..config
                 };
                 self.stream.create_consumer(config).await?
@@ -110,15 +110,15 @@ impl Present {
             let count = usize::try_from(pending).unwrap_or(PULL_MAX).min(PULL_MAX);
             let mut messages = consumer.fetch().max_messages(count).messages().await?;
             for _ in 0..count {
-                let message = tokio::time::timeout(MESSAGE_MAX, messages.next()).await?;
-                self.note(&message.ok_or("a pull ended early")??)?;
+                let message = tokio::time::timeout(MESSAGE_TIMEOUT, messages.next()).await?;
+                self.add(&message.ok_or("a pull ended early")??)?;
             }
         }
         self.consumer = Some(consumer);
         Ok(pending)
     }
 
-    fn note(&mut self, message: &jetstream::Message) -> Result<(), PullError> {
+    fn add(&mut self, message: &jetstream::Message) -> Result<(), PullError> {
         let place = message.info()?;
         if place.consumer_sequence != self.last + 1 {
             return Err("messages were lost".into());
