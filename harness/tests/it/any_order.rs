@@ -6,7 +6,7 @@ use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::stripe::{Event, MONTH, Purchase};
 use serde_json::json;
 
-use crate::orphans::rebuild::{forget_what_was_delivered, lasting};
+use crate::orphans::rebuild::{delete_worker_consumer, rebuildable};
 use crate::orphans::{COMPLETED, CREATED, UPDATED, now};
 use history::History;
 use random::Random;
@@ -14,26 +14,26 @@ use random::Random;
 pub(crate) mod history;
 pub(crate) mod random;
 
-on_both_databases!(what_is_alike_is_kept_apart);
+on_both_databases!(similar_subscriptions_are_kept_apart);
 
 const SUBSCRIPTIONS: usize = 500;
 const EVENTS: usize = 20;
 
 #[tokio::test]
-async fn eight_workers_on_one_postgres_end_where_one_does() {
-    any_order_leads_to_one_table(DatabaseKind::Postgres, 8).await;
+async fn eight_workers_on_one_postgres_lead_to_the_same_rows_as_one() {
+    any_order_leads_to_the_same_table(DatabaseKind::Postgres, 8).await;
 }
 
 #[tokio::test]
-async fn two_workers_on_one_sqlite_end_where_one_does() {
-    any_order_leads_to_one_table(DatabaseKind::Sqlite, 2).await;
+async fn two_workers_on_one_sqlite_lead_to_the_same_rows_as_one() {
+    any_order_leads_to_the_same_table(DatabaseKind::Sqlite, 2).await;
 }
 
-async fn any_order_leads_to_one_table(database: DatabaseKind, workers: usize) {
+async fn any_order_leads_to_the_same_table(database: DatabaseKind, workers: usize) {
     let mut random = Random::start();
     let start = now() - 600 * 86_400;
     let histories: Vec<_> = (0..SUBSCRIPTIONS)
-        .map(|_| history::tell(&mut random, start, EVENTS))
+        .map(|_| history::generate(&mut random, start, EVENTS))
         .collect();
     let once = in_order(database, &histories).await;
 
@@ -61,7 +61,7 @@ async fn any_order_leads_to_one_table(database: DatabaseKind, workers: usize) {
     assert_eq!(bridge.dead_letters().await.len(), 0);
 
     // Everything once more, over the live table.
-    forget_what_was_delivered(&bridge).await;
+    delete_worker_consumer(&bridge).await;
     assert_eq!(
         bridge.check().await.len(),
         signals.len(),
@@ -106,9 +106,9 @@ pub(crate) fn message(event: &Event) -> (String, Bytes, String) {
 /// Row by row, so that a difference can be read.
 fn check_same(rows: &[stripe_subscription::Model], once: &[stripe_subscription::Model]) {
     assert_eq!((rows.len(), once.len()), (SUBSCRIPTIONS, SUBSCRIPTIONS));
-    let pairs = lasting(rows.to_vec())
+    let pairs = rebuildable(rows.to_vec())
         .into_iter()
-        .zip(lasting(once.to_vec()));
+        .zip(rebuildable(once.to_vec()));
     for (row, once) in pairs {
         assert_eq!(row, once);
     }
@@ -153,7 +153,7 @@ async fn open_orphans(bridge: &Bridge) -> Vec<(String, String)> {
     open.map(|orphan| (orphan.id, orphan.reason)).collect()
 }
 
-async fn what_is_alike_is_kept_apart(database: DatabaseKind) {
+async fn similar_subscriptions_are_kept_apart(database: DatabaseKind) {
     let mut random = Random::start();
     let created = now() - 6 * MONTH;
     // Two of one customer and one user; the same bought again after its end; the same user's in live mode.

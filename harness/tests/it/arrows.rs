@@ -55,7 +55,7 @@ fn our_crates_depend_on_each_other_in_one_direction_only() {
 }
 
 #[test]
-fn the_core_reaches_no_runtime_database_broker_or_http() {
+fn domain_reaches_no_runtime_database_broker_or_http() {
     let graph = Graph::read();
     let below = graph.below("litestripe-domain");
     assert!(
@@ -79,7 +79,7 @@ fn ingress_cannot_reach_the_database() {
 }
 
 #[test]
-fn the_face_of_the_contract_does_no_io() {
+fn contract_without_its_process_feature_does_no_io() {
     assert_none(&Graph::read().below("litestripe-contract"), IO);
 }
 

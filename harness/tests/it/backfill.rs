@@ -16,14 +16,14 @@ use serde_json::{Value, json};
 use crate::orphans::{COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, now};
 
 on_both_databases!(
-    missed_deliveries_come_back_by_themselves,
-    command_publishes_what_the_stream_lacks_and_nothing_when_repeated,
-    key_of_another_mode_than_all_rows_is_refused,
+    missed_deliveries_are_backfilled_automatically,
+    command_publishes_missing_events_and_nothing_when_repeated,
+    key_is_refused_if_all_rows_are_of_the_other_mode,
 );
 
 const EVENTS: &str = "/v1/events";
 
-async fn missed_deliveries_come_back_by_themselves(database: DatabaseKind) {
+async fn missed_deliveries_are_backfilled_automatically(database: DatabaseKind) {
     let api = Api::start().await;
     // Stripe is away at first: the worker tries again, and applies what arrives meanwhile.
     api.answer_next(
@@ -155,7 +155,7 @@ async fn four_workers_make_one_backfill_per_interval() {
 }
 
 #[tokio::test]
-async fn workers_that_are_started_again_backfill_once_however_short_they_were_away() {
+async fn restarted_workers_backfill_once_even_after_a_short_stop() {
     let api = Api::start().await;
     let options = with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_BACKFILL_INTERVAL", "1h");
     let mut bridge = Bridge::start(options).await;
@@ -198,7 +198,7 @@ async fn workers_that_are_started_again_backfill_once_however_short_they_were_aw
 }
 
 #[tokio::test]
-async fn backfill_of_a_worker_that_died_is_taken_over() {
+async fn backfill_of_a_dead_worker_is_taken_over() {
     let (first, second) = (Api::start().await, Api::start().await);
     let missed = Purchase::new(now() - 600);
     for api in [&first, &second] {
@@ -238,7 +238,7 @@ async fn backfill_of_a_worker_that_died_is_taken_over() {
     .await;
 }
 
-async fn command_publishes_what_the_stream_lacks_and_nothing_when_repeated(database: DatabaseKind) {
+async fn command_publishes_missing_events_and_nothing_when_repeated(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
     let arrived = purchases(3);
@@ -295,7 +295,7 @@ async fn command_publishes_what_the_stream_lacks_and_nothing_when_repeated(datab
 }
 
 #[tokio::test]
-async fn stream_of_many_events_is_read_whole() {
+async fn stream_of_thousands_of_events_is_read_completely() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let other = |index: i32| {
@@ -324,7 +324,7 @@ async fn stream_of_many_events_is_read_whole() {
 }
 
 #[tokio::test]
-async fn only_undelivered_events_are_listed_where_that_is_asked_for() {
+async fn undelivered_only_lists_only_undelivered_events() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let (accepted, refused) = (purchases(2), purchases(3));
@@ -348,7 +348,7 @@ async fn only_undelivered_events_are_listed_where_that_is_asked_for() {
 }
 
 #[tokio::test]
-async fn outage_halfway_keeps_what_was_published_and_a_second_run_goes_on() {
+async fn outage_halfway_keeps_published_events_and_the_next_run_publishes_the_rest() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     put(&api, &purchases(250), false);
@@ -388,7 +388,7 @@ async fn outage_halfway_keeps_what_was_published_and_a_second_run_goes_on() {
 }
 
 #[tokio::test]
-async fn interrupt_stops_after_the_page_in_work() {
+async fn interrupt_stops_after_the_current_page() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     put(&api, &purchases(150), false);
@@ -413,7 +413,7 @@ async fn interrupt_stops_after_the_page_in_work() {
     assert_eq!(bridge.stored_events().await, 100);
 }
 
-async fn key_of_another_mode_than_all_rows_is_refused(database: DatabaseKind) {
+async fn key_is_refused_if_all_rows_are_of_the_other_mode(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
     put(&api, &purchases(1), false);
@@ -445,10 +445,10 @@ async fn key_of_another_mode_than_all_rows_is_refused(database: DatabaseKind) {
     assert!(!refused.stderr.contains("ofTheOtherMode"));
     assert_eq!(api.requests("").len(), asked, "nobody was asked");
     // The stub does not know the key, but it is asked.
-    let asked_all_the_same = live(&["--any-mode"]).await;
+    let any_mode = live(&["--any-mode"]).await;
     assert!(
-        asked_all_the_same.stderr.contains("Stripe answered 401"),
-        "{asked_all_the_same:?}"
+        any_mode.stderr.contains("Stripe answered 401"),
+        "{any_mode:?}"
     );
 
     let mut event = Purchase::new(now() - 60).subscription_event(CREATED, now() - 60, json!({}));
@@ -463,7 +463,7 @@ async fn key_of_another_mode_than_all_rows_is_refused(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn what_a_person_gets_wrong_is_told() {
+async fn wrong_settings_and_arguments_are_named() {
     let api = Api::start().await;
     let mut bridge = Bridge::prepare(with_key(DatabaseKind::Sqlite, &api));
     let backfill = async |bridge: &Bridge, key: &str, arguments: &[&str]| {

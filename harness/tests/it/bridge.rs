@@ -33,14 +33,14 @@ mod poison;
 
 on_both_databases!(
     story_leads_to_the_row_and_a_chain_of_signals,
-    session_leads_to_the_same_row_before_and_after_the_subscriptions_events,
-    row_that_only_a_session_touched_is_revoked_and_signalled,
+    session_before_or_after_the_subscription_events_leads_to_the_same_row,
+    row_without_a_subscription_event_is_revoked_and_signalled,
     every_kind_of_subscription_event_changes_the_row,
     metadata_is_kept_by_event_type,
-    only_the_wanted_metadata_is_kept,
-    newest_client_reference_id_stands_and_none_erases_it,
+    only_configured_metadata_keys_are_kept,
+    newest_client_reference_id_wins_and_an_empty_one_does_not_erase_it,
     repeated_events_change_and_signal_nothing,
-    events_that_nobody_handles_are_passed_over,
+    events_of_unhandled_types_are_ignored,
     trace_context_travels_from_the_delivery_to_the_signal,
 );
 
@@ -61,9 +61,9 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
 
     let signals = bridge.check().await;
     let id = subject(&story[1]);
-    let told: Vec<_> = of_subscription(&signals, &id)
+    let sent: Vec<_> = of_subscription(&signals, &id)
         .into_iter()
-        .map(told)
+        .map(Shown::from_signal)
         .collect();
     let period = ["current_period_start", "current_period_end"];
     let expected = [
@@ -111,8 +111,9 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
         ),
     ];
     assert_eq!(
-        told,
-        expected.map(|(event, changed, status, access)| Told::new(event, &changed, status, access))
+        sent,
+        expected
+            .map(|(event, changed, status, access)| Shown::new(event, &changed, status, access))
     );
 
     let row = bridge.row(&id).await;
@@ -167,7 +168,7 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
     );
 }
 
-async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events(
+async fn session_before_or_after_the_subscription_events_leads_to_the_same_row(
     database: DatabaseKind,
 ) {
     let bridge = Bridge::start(Options::on(database)).await;
@@ -218,7 +219,7 @@ async fn session_leads_to_the_same_row_before_and_after_the_subscriptions_events
     );
 }
 
-async fn row_that_only_a_session_touched_is_revoked_and_signalled(database: DatabaseKind) {
+async fn row_without_a_subscription_event_is_revoked_and_signalled(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now());
     let session = json!({ "client_reference_id": "user_1" });
@@ -307,7 +308,7 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
     bridge.deliver_all(&events).await;
 
     let signals = bridge.check().await;
-    let told: Vec<_> = signals
+    let sent: Vec<_> = signals
         .iter()
         .map(|signal| (&signal.body["status"], &signal.body["access"]))
         .collect();
@@ -315,11 +316,11 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
         .iter()
         .filter_map(|(_, _, expected)| *expected)
         .collect();
-    assert_eq!(told.len(), expected.len(), "{told:?}");
+    assert_eq!(sent.len(), expected.len(), "{sent:?}");
     assert!(
-        told.iter()
+        sent.iter()
             .zip(expected)
-            .all(|(told, expected)| (told.0, told.1) == (&json!(expected.0), &json!(expected.1)))
+            .all(|(sent, expected)| (sent.0, sent.1) == (&json!(expected.0), &json!(expected.1)))
     );
     let applied = signals
         .iter()
@@ -385,7 +386,7 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
     assert_eq!(row.client_reference_id.as_deref(), Some("user_1"));
 }
 
-async fn only_the_wanted_metadata_is_kept(database: DatabaseKind) {
+async fn only_configured_metadata_keys_are_kept(database: DatabaseKind) {
     let bridge =
         Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan, seats"))
             .await;
@@ -410,7 +411,9 @@ async fn only_the_wanted_metadata_is_kept(database: DatabaseKind) {
     );
 }
 
-async fn newest_client_reference_id_stands_and_none_erases_it(database: DatabaseKind) {
+async fn newest_client_reference_id_wins_and_an_empty_one_does_not_erase_it(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 60);
     let steps = [
@@ -484,7 +487,7 @@ async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
     assert_eq!(bridge.dead_letters().await.len(), 0);
 }
 
-async fn events_that_nobody_handles_are_passed_over(database: DatabaseKind) {
+async fn events_of_unhandled_types_are_ignored(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let invoice =
         json!({ "id": "in_1", "object": "invoice", "subscription": "sub_1", "customer": "cus_1" });
@@ -544,14 +547,14 @@ async fn trace_context_travels_from_the_delivery_to_the_signal(database: Databas
 
 /// What a signal tells, as far as a test compares it.
 #[derive(Debug, PartialEq)]
-struct Told {
+struct Shown {
     event: String,
     changed: Vec<String>,
     status: Value,
     access: String,
 }
 
-impl Told {
+impl Shown {
     fn new(event: &str, changed: &[&str], status: Value, access: &str) -> Self {
         let changed = changed.iter().map(|&field| field.to_owned()).collect();
         Self {
@@ -561,20 +564,20 @@ impl Told {
             access: access.to_owned(),
         }
     }
-}
 
-fn told(signal: &Signal) -> Told {
-    let text = |value: &Value| value.as_str().expect("its schema demands it").to_owned();
-    let (event, access) = (
-        text(&signal.body["event"]["type"]),
-        text(&signal.body["access"]),
-    );
-    Told::new(
-        &event,
-        &signal.changed(),
-        signal.body["status"].clone(),
-        &access,
-    )
+    fn from_signal(signal: &Signal) -> Self {
+        let text = |value: &Value| value.as_str().expect("its schema demands it").to_owned();
+        let (event, access) = (
+            text(&signal.body["event"]["type"]),
+            text(&signal.body["access"]),
+        );
+        Self::new(
+            &event,
+            &signal.changed(),
+            signal.body["status"].clone(),
+            &access,
+        )
+    }
 }
 
 /// The id of what an event is about.

@@ -155,7 +155,7 @@ fn arrivals(apis: &[Api]) -> Vec<Instant> {
 }
 
 #[tokio::test]
-async fn nobody_calls_stripe_while_the_broker_is_away_and_budget_and_bucket_come_back() {
+async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_again() {
     let api = Api::start().await;
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
@@ -214,7 +214,7 @@ async fn nobody_calls_stripe_while_the_broker_is_away_and_budget_and_bucket_come
 }
 
 #[tokio::test]
-async fn calls_one_after_another_seldom_ask_the_broker() {
+async fn successive_calls_rarely_ask_the_broker() {
     let api = Api::start().await;
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
@@ -257,7 +257,7 @@ async fn calls_one_after_another_seldom_ask_the_broker() {
 }
 
 #[tokio::test]
-async fn value_that_nobody_reserved_holds_calls_up_for_a_window_only() {
+async fn invalid_value_in_the_bucket_delays_calls_by_one_window_at_most() {
     const KEY: &str = "litestripe_stripe_api_rate_limit";
     let api = Api::start().await;
     let options = Options::on(DatabaseKind::Sqlite)

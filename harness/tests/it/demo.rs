@@ -11,7 +11,7 @@ use tempfile::TempDir;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn two_at_once_tell_the_story_and_leave_nothing() {
+async fn two_demos_at_once_show_the_story_and_leave_nothing_behind() {
     let folders = [folder(), folder()];
     let launches = folders
         .each_ref()
@@ -53,11 +53,15 @@ async fn two_at_once_tell_the_story_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn interrupted_in_the_middle_it_leaves_nothing() {
+async fn interrupted_demo_leaves_nothing_behind() {
     let folder = folder();
     let demo = demo(&folder).args(["--once", "--pace", "30"]).start();
     demo.wait_for_log("← subscription.changed", DEADLINE).await;
-    assert_eq!(of_demo(&folder).len(), 3, "broker, ingress and worker run");
+    assert_eq!(
+        demo_processes(&folder).len(),
+        3,
+        "broker, ingress and worker run"
+    );
 
     demo.signal(Signal::Int);
 
@@ -66,7 +70,7 @@ async fn interrupted_in_the_middle_it_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn it_stays_up_for_the_commands_that_it_prints() {
+async fn demo_keeps_running_for_the_commands_that_it_prints() {
     let folder = folder();
     let demo = demo(&folder).args(["--pace", "0"]).start();
     demo.wait_for_log("Signals that arrive from now on", DEADLINE)
@@ -107,11 +111,11 @@ async fn it_stays_up_for_the_commands_that_it_prints() {
 }
 
 #[tokio::test]
-async fn it_says_which_program_died() {
+async fn demo_names_the_program_that_died() {
     let folder = folder();
     let demo = demo(&folder).args(["--pace", "30"]).start();
     demo.wait_for_log("← subscription.changed", DEADLINE).await;
-    let worker = of_demo(&folder)
+    let worker = demo_processes(&folder)
         .into_iter()
         .find(|process| process.command.contains("litestripe-worker"));
     let worker = worker.expect("the worker runs").id;
@@ -146,12 +150,12 @@ async fn kept_folder_is_named_and_holds_the_database() {
         finished.stdout
     );
     assert!(kept.join("litestripe.db").exists());
-    assert_eq!(of_demo(&folder), []);
+    assert_eq!(demo_processes(&folder), []);
 }
 
 /// Where `setpriv` is missing, no safe code can promise this.
 #[tokio::test]
-async fn killed_itself_it_takes_its_programs_along() {
+async fn killed_demo_ends_its_programs() {
     let has_setpriv = std::process::Command::new("setpriv")
         .arg("--version")
         .output()
@@ -166,7 +170,7 @@ async fn killed_itself_it_takes_its_programs_along() {
         eventually(
             "the demo's programs to end",
             DEADLINE,
-            async || match of_demo(&folder) {
+            async || match demo_processes(&folder) {
                 none if none.is_empty() => Ok(()),
                 left => Err(format!("{left:?}")),
             },
@@ -226,7 +230,7 @@ struct Running {
 }
 
 /// The programs of the demo that made its folder in `folder`: they work there or were told of it.
-fn of_demo(folder: &TempDir) -> Vec<Running> {
+fn demo_processes(folder: &TempDir) -> Vec<Running> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(id) = entry
@@ -248,7 +252,7 @@ fn of_demo(folder: &TempDir) -> Vec<Running> {
 }
 
 fn assert_clean(folder: &TempDir) {
-    assert_eq!(of_demo(folder), []);
+    assert_eq!(demo_processes(folder), []);
     assert_eq!(entries(folder.path()), Vec::<PathBuf>::new());
 }
 

@@ -19,14 +19,14 @@ use crate::orphans::{COMPLETED, CREATED, DEADLINE, UPDATED, apply, now, orphan, 
 mod trigger;
 
 on_both_databases!(
-    all_that_is_stored_of_a_customer_is_gone_and_rows_stay,
-    a_last_signal_that_tells_too_much_is_replaced,
+    personal_data_of_a_customer_is_erased_and_rows_stay,
+    a_last_signal_with_personal_data_is_replaced,
     an_erasure_survives_the_loss_of_nats_data,
-    what_the_version_before_kept_in_nats_is_taken_over,
-    it_is_refused_while_an_event_is_not_applied,
-    late_events_count_but_bring_nothing_back,
+    records_that_the_previous_version_kept_in_nats_are_migrated,
+    erasure_is_refused_while_an_event_of_the_customer_is_unapplied,
+    late_events_are_applied_without_their_personal_data,
     a_payment_without_a_customer_is_erased_by_its_orphan,
-    nothing_is_known_of_a_stranger,
+    unknown_customer_is_recorded_and_nothing_else_changes,
 );
 
 const COMMAND: Duration = Duration::from_secs(90);
@@ -36,7 +36,7 @@ const ERASED: &str = "ERASED";
 /// In everything personal of the one who stays.
 const KEPT: &str = "KEPT";
 
-async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: DatabaseKind) {
+async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     // A second subscription of the customer, of a known user, and a payment that has none.
@@ -128,8 +128,8 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
     let signals = bridge.signals().await;
     for before in &rows {
         let row = bridge.row(&before.stripe_subscription_id).await;
-        let told = of_subscription(&signals, &row.stripe_subscription_id);
-        check_last(&told, &shown(&row));
+        let sent = of_subscription(&signals, &row.stripe_subscription_id);
+        check_last(&sent, &shown(&row));
         if before.stripe_customer_id.as_deref() != Some(&user.customer) {
             assert_eq!(&row, before);
             continue;
@@ -143,15 +143,15 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
             cleared,
             "but for metadata it is as before"
         );
-        assert_eq!(told.len(), 1, "what is older is gone: {told:#?}");
+        assert_eq!(sent.len(), 1, "what is older is gone: {sent:#?}");
         let of_orphans = signals
             .iter()
             .filter(|signal| signal.body["orphan_id"] == json!(row.stripe_subscription_id));
         assert_eq!(of_orphans.count(), 0);
-        let changed = told[0].changed();
+        let changed = sent[0].changed();
         assert!(changed.contains(&"metadata"), "{changed:?}");
         assert_eq!(
-            (&told[0].body["previous"], &told[0].body["event"]["type"]),
+            (&sent[0].body["previous"], &sent[0].body["event"]["type"]),
             (&json!({}), &json!("litestripe.erasure"))
         );
     }
@@ -191,7 +191,7 @@ async fn all_that_is_stored_of_a_customer_is_gone_and_rows_stay(database: Databa
     }
 }
 
-async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
+async fn a_last_signal_with_personal_data_is_replaced(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, UPDATED, ERASED, 0)).await;
@@ -213,10 +213,10 @@ async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
         (&json!(0), &json!(2))
     );
     let signals = bridge.signals().await;
-    let told = of_subscription(&signals, &user.subscription);
-    check_last(&told, &shown(&bridge.row(&user.subscription).await));
+    let sent = of_subscription(&signals, &user.subscription);
+    check_last(&sent, &shown(&bridge.row(&user.subscription).await));
     assert_eq!(
-        (told.len(), &told[0].body["status"]),
+        (sent.len(), &sent[0].body["status"]),
         (1, &json!("past_due"))
     );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
@@ -226,12 +226,12 @@ async fn a_last_signal_that_tells_too_much_is_replaced(database: DatabaseKind) {
         (&json!(0), &json!(1))
     );
     let signals = bridge.signals().await;
-    let told = of_subscription(&signals, &user.subscription);
-    check_last(&told, &shown(&bridge.row(&user.subscription).await));
-    assert_eq!((told.len(), told[0].changed()), (1, vec![]));
+    let sent = of_subscription(&signals, &user.subscription);
+    check_last(&sent, &shown(&bridge.row(&user.subscription).await));
+    assert_eq!((sent.len(), sent[0].changed()), (1, vec![]));
 }
 
-async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
+async fn erasure_is_refused_while_an_event_of_the_customer_is_unapplied(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     apply(&bridge, &session(&user, ERASED, json!({}))).await;
@@ -250,14 +250,14 @@ async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
         (refused.status.code(), refused.stdout.as_str()),
         (Some(1), "")
     );
-    let told = [
+    let texts = [
         "event 2",
         "nothing was changed",
         "litestripe-worker run",
         "--force",
     ];
     assert!(
-        told.iter().all(|word| refused.stderr.contains(word)),
+        texts.iter().all(|word| refused.stderr.contains(word)),
         "{}",
         refused.stderr
     );
@@ -291,7 +291,7 @@ async fn it_is_refused_while_an_event_is_not_applied(database: DatabaseKind) {
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 }
 
-async fn late_events_count_but_bring_nothing_back(database: DatabaseKind) {
+async fn late_events_are_applied_without_their_personal_data(database: DatabaseKind) {
     let bridge = Bridge::start(
         Options::on(database)
             .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
@@ -379,7 +379,7 @@ async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
     check_late(&bridge, &user).await;
 }
 
-async fn what_the_version_before_kept_in_nats_is_taken_over(database: DatabaseKind) {
+async fn records_that_the_previous_version_kept_in_nats_are_migrated(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let user = Purchase::new(now() - 60);
     bridge
@@ -464,7 +464,7 @@ async fn check_late(bridge: &Bridge, user: &Purchase) {
 }
 
 #[tokio::test]
-async fn a_batch_begins_before_an_erasure_is_recorded_or_knows_it() {
+async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     apply(
@@ -520,7 +520,7 @@ async fn a_batch_begins_before_an_erasure_is_recorded_or_knows_it() {
 }
 
 #[tokio::test]
-async fn a_backup_that_reads_every_table_holds_up_no_erasure() {
+async fn a_backup_that_reads_every_table_does_not_block_an_erasure() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, CREATED, ERASED, 0)).await;
@@ -575,7 +575,7 @@ async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: Database
     );
 }
 
-async fn nothing_is_known_of_a_stranger(database: DatabaseKind) {
+async fn unknown_customer_is_recorded_and_nothing_else_changes(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &session(&user, KEPT, json!({}))).await;
@@ -618,7 +618,7 @@ fn asking(api: &Api) -> Options {
 }
 
 #[tokio::test]
-async fn backfill_reconcile_and_replay_bring_nothing_back() {
+async fn backfill_reconcile_and_replay_restore_no_erased_data() {
     let api = Api::start().await;
     let mut bridge = Bridge::start(asking(&api)).await;
     let user = Purchase::new(now() - 60);
@@ -695,7 +695,7 @@ async fn backfill_reconcile_and_replay_bring_nothing_back() {
 }
 
 #[tokio::test]
-async fn commands_that_run_already_bring_nothing_back() {
+async fn commands_already_running_restore_no_erased_data() {
     let api = Api::start().await;
     let bridge = Bridge::start(asking(&api)).await;
     let user = Purchase::new(now() - 60);

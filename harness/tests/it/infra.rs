@@ -46,7 +46,7 @@ async fn broker_keeps_its_messages_over_a_stop_and_a_kill() {
 }
 
 #[tokio::test]
-async fn broker_that_comes_later_has_the_url_it_was_announced_with() {
+async fn broker_that_starts_later_has_the_announced_url() {
     let mut broker = nats::Server::prepare(nats::Options {
         config: "max_payload: 32KB".to_owned(),
         jetstream: "max_file_store: 64MB".to_owned(),
@@ -81,7 +81,7 @@ async fn dropped_servers_leave_neither_process_nor_folder() {
 }
 
 #[tokio::test]
-async fn postgres_gives_each_asker_an_empty_database_and_keeps_data_over_a_kill() {
+async fn postgres_gives_each_caller_an_empty_database_and_keeps_data_over_a_kill() {
     let mut server = postgres::Server::start().await;
     let (first, second) = (server.database().await, server.database().await);
     let connection = connect(&first).await;
@@ -108,7 +108,7 @@ async fn eight_servers_start_at_once() {
 }
 
 #[tokio::test]
-async fn program_has_a_clean_environment_a_folder_of_its_own_and_a_log() {
+async fn program_has_a_clean_environment_its_own_folder_and_a_log() {
     let script = "echo out; echo err >&2; pwd; env; exit 3";
     let finished = shell(script).env("GIVEN", "yes").run(DEADLINE).await;
 
@@ -159,7 +159,7 @@ async fn eventually_gives_up_with_the_last_value_seen() {
 }
 
 #[tokio::test]
-async fn given_port_is_nobody_elses() {
+async fn free_ports_are_distinct_and_unused() {
     let (one, other) = (port::free(), port::free());
     assert_ne!(one, other);
     for port in [one, other] {
@@ -171,7 +171,7 @@ async fn given_port_is_nobody_elses() {
 
 /// The expected header was computed with `stripe.WebhookSignature` of stripe-python 16.1.0.
 #[test]
-fn signature_is_the_one_of_stripes_sdk() {
+fn signature_equals_that_of_stripes_sdk() {
     let delivery = Delivery::signed_at("{\"id\": \"evt_1\"}", "whsec_harness", 1_795_430_000);
     assert_eq!(
         delivery.signature(),

@@ -14,7 +14,7 @@ use crate::sdk::{lines, python};
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn subscription_created_and_canceled_through_stripes_sdk_is_row_and_signal() {
+async fn subscriptions_created_and_canceled_through_stripes_sdk_lead_to_rows_and_signals() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let port = port::free();
     let api = format!("http://127.0.0.1:{port}");

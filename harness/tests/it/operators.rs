@@ -84,7 +84,7 @@ async fn migrates_up_and_down(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn commands_that_only_look_do_not_migrate() {
+async fn commands_that_need_existing_rows_do_not_migrate() {
     let api = Api::start().await;
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
@@ -175,7 +175,7 @@ async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn status_shows_how_far_the_workers_are() {
+async fn status_shows_the_progress_of_the_workers() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     bridge
         .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
@@ -231,7 +231,7 @@ async fn status_shows_how_far_the_workers_are() {
 }
 
 #[tokio::test]
-async fn status_before_the_first_start_shows_that_nothing_is_there() {
+async fn status_before_the_first_start_shows_missing_stream_and_schema() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
     bridge.broker.resume().await;
     let finished = run(bridge.worker().args(["status", "--json"])).await;
@@ -273,7 +273,7 @@ async fn status_without_broker_or_database_fails_and_names_the_setting() {
 
 /// A broker that does not tell must not look like a bridge with nothing in it.
 #[tokio::test]
-async fn status_where_jetstream_does_not_answer_fails() {
+async fn status_fails_if_jetstream_does_not_answer() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
     let broker = nats::Options {
         jetstream: "enabled: false".to_owned(),

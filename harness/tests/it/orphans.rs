@@ -16,10 +16,10 @@ mod lookup;
 pub(crate) mod rebuild;
 
 on_both_databases!(
-    every_kind_of_session_is_an_orphan_or_none_in_every_order,
-    unpaid_session_is_an_orphan_once_its_payment_succeeded,
+    only_paid_sessions_without_a_user_create_orphans_in_either_order,
+    unpaid_session_creates_an_orphan_when_its_payment_succeeds,
     email_is_erased_by_age_and_not_written_again,
-    changes_of_unwanted_metadata_are_no_changes,
+    changes_of_metadata_that_is_not_kept_are_ignored,
 );
 
 pub(crate) const CREATED: &str = "customer.subscription.created";
@@ -34,7 +34,7 @@ pub(crate) const EMAIL: &str = "jo.doe@example.com";
 /// The worker asks every second, and asks an unanswered question again after 2 s, 4 s, 8 s.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
-async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: DatabaseKind) {
+async fn only_paid_sessions_without_a_user_create_orphans_in_either_order(database: DatabaseKind) {
     let once = |changes: Value| with(json!({ "mode": "payment", "subscription": null }), changes);
     let setup =
         json!({ "mode": "setup", "payment_status": "no_payment_required", "subscription": null });
@@ -162,14 +162,18 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
             "{case}"
         );
         assert_eq!(orphan.customer_email.as_deref(), Some(EMAIL), "{case}");
-        assert_eq!(of(&signals, "orphan.created", id).len(), 1, "{case}");
+        assert_eq!(
+            signals_about(&signals, "orphan.created", id).len(),
+            1,
+            "{case}"
+        );
     }
     assert_eq!(
         orphans.len(),
         expected.iter().filter(|(.., is_orphan)| *is_orphan).count()
     );
-    assert_eq!(counted(&signals, "orphan.created"), orphans.len());
-    assert_eq!(counted(&signals, "orphan.resolved"), 0);
+    assert_eq!(count_signals(&signals, "orphan.created"), orphans.len());
+    assert_eq!(count_signals(&signals, "orphan.resolved"), 0);
     assert!(
         signals
             .iter()
@@ -177,7 +181,7 @@ async fn every_kind_of_session_is_an_orphan_or_none_in_every_order(database: Dat
     );
 }
 
-async fn unpaid_session_is_an_orphan_once_its_payment_succeeded(database: DatabaseKind) {
+async fn unpaid_session_creates_an_orphan_when_its_payment_succeeds(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 60);
     let unpaid = json!({ "payment_status": "unpaid" });
@@ -193,7 +197,7 @@ async fn unpaid_session_is_an_orphan_once_its_payment_succeeded(database: Databa
     let orphan = orphan(&bridge, &purchase.subscription).await;
     assert_eq!(orphan.event_id, succeeded.id(), "the event that told");
     assert_eq!(
-        of(&signals, "orphan.created", &orphan.id)[0].body["event"]["type"],
+        signals_about(&signals, "orphan.created", &orphan.id)[0].body["event"]["type"],
         SUCCEEDED
     );
 }
@@ -233,14 +237,14 @@ async fn email_is_erased_by_age_and_not_written_again(database: DatabaseKind) {
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
 }
 
-async fn changes_of_unwanted_metadata_are_no_changes(database: DatabaseKind) {
+async fn changes_of_metadata_that_is_not_kept_are_ignored(database: DatabaseKind) {
     let bridge =
         Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan")).await;
     let purchase = Purchase::new(now() - 60);
@@ -328,7 +332,7 @@ pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
 
 /// Waits until the workers have nothing left to ask: whatever was to be an orphan is one.
 #[track_caller]
-pub(crate) fn until_nothing_is_asked(bridge: &Bridge) -> impl Future<Output = ()> {
+pub(crate) fn until_all_questions_are_answered(bridge: &Bridge) -> impl Future<Output = ()> {
     eventually("every question to be answered", DEADLINE, async || {
         let questions = questions(bridge).await;
         if questions.is_empty() {
@@ -340,14 +344,14 @@ pub(crate) fn until_nothing_is_asked(bridge: &Bridge) -> impl Future<Output = ()
 }
 
 /// The signals of a subject about one orphan.
-pub(crate) fn of<'a>(signals: &'a [Signal], subject: &str, id: &str) -> Vec<&'a Signal> {
+pub(crate) fn signals_about<'a>(signals: &'a [Signal], subject: &str, id: &str) -> Vec<&'a Signal> {
     signals
         .iter()
         .filter(|signal| signal.subject == subject && signal.body["orphan_id"] == id)
         .collect()
 }
 
-pub(crate) fn counted(signals: &[Signal], subject: &str) -> usize {
+pub(crate) fn count_signals(signals: &[Signal], subject: &str) -> usize {
     signals
         .iter()
         .filter(|signal| signal.subject == subject)

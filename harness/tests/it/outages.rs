@@ -20,7 +20,7 @@ const CREATED: &str = "customer.subscription.created";
 const UPDATED: &str = "customer.subscription.updated";
 
 #[tokio::test]
-async fn worker_waits_for_a_broker_that_is_absent_and_says_so_once() {
+async fn worker_waits_for_an_unavailable_broker_and_logs_it_once() {
     // The library tells of each attempt to connect, so that the test sees several fail.
     let options = Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,async_nats=debug");
     let mut bridge = Bridge::prepare(options);
@@ -59,7 +59,7 @@ async fn worker_waits_for_a_broker_that_is_absent_and_says_so_once() {
 }
 
 #[tokio::test]
-async fn worker_waits_for_a_postgres_that_is_absent_and_says_so_once() {
+async fn worker_waits_for_an_unavailable_postgres_and_logs_it_once() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.start_ingress().wait_until_ready().await;
@@ -90,7 +90,7 @@ async fn worker_waits_for_a_postgres_that_is_absent_and_says_so_once() {
 }
 
 #[tokio::test]
-async fn postgres_killed_in_the_middle_of_traffic_loses_nothing() {
+async fn killing_postgres_during_traffic_loses_no_event() {
     let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_BATCH", "20");
     let mut bridge = Bridge::start(options).await;
     let (events, ids) = traffic(40, 10);
@@ -133,14 +133,14 @@ async fn postgres_killed_in_the_middle_of_traffic_loses_nothing() {
 }
 
 #[tokio::test]
-async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
+async fn killing_the_broker_during_traffic_loses_no_event() {
     let mut bridge = Bridge::start(
         Options::on(DatabaseKind::Sqlite)
             .workers(0)
             .worker("LITESTRIPE_BATCH", "20"),
     )
     .await;
-    have_consumer_with_short_patience(&bridge).await;
+    create_consumer_with_short_ack_wait(&bridge).await;
     bridge.start_worker();
     let (events, ids) = traffic(40, 10);
     let (before, after) = events.split_at(200);
@@ -174,23 +174,23 @@ async fn broker_killed_in_the_middle_of_traffic_loses_nothing() {
 }
 
 #[tokio::test]
-async fn sqlite_worker_killed_in_the_middle_is_continued_by_the_next() {
-    worker_killed_in_the_middle(DatabaseKind::Sqlite).await;
+async fn next_worker_on_sqlite_continues_after_a_killed_one() {
+    next_worker_continues_after_a_killed_one(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
-async fn postgres_worker_killed_in_the_middle_is_continued_by_the_next() {
-    worker_killed_in_the_middle(DatabaseKind::Postgres).await;
+async fn next_worker_on_postgres_continues_after_a_killed_one() {
+    next_worker_continues_after_a_killed_one(DatabaseKind::Postgres).await;
 }
 
-async fn worker_killed_in_the_middle(database: DatabaseKind) {
+async fn next_worker_continues_after_a_killed_one(database: DatabaseKind) {
     let mut bridge = Bridge::start(
         Options::on(database)
             .workers(0)
             .worker("LITESTRIPE_BATCH", "50"),
     )
     .await;
-    have_consumer_with_short_patience(&bridge).await;
+    create_consumer_with_short_ack_wait(&bridge).await;
     let (events, ids) = traffic(100, 20);
     // However fast the worker is, it is killed before it has seen all.
     let (most, last) = events.split_at(1900);
@@ -208,12 +208,12 @@ async fn worker_killed_in_the_middle(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn second_worker_finishes_what_a_killed_one_began() {
+async fn second_worker_finishes_the_work_of_a_killed_one() {
     let options = Options::on(DatabaseKind::Postgres)
         .workers(0)
         .worker("LITESTRIPE_BATCH", "50");
     let mut bridge = Bridge::start(options).await;
-    have_consumer_with_short_patience(&bridge).await;
+    create_consumer_with_short_ack_wait(&bridge).await;
     bridge.start_worker();
     bridge.start_worker();
     for worker in &bridge.workers {
@@ -233,7 +233,7 @@ async fn second_worker_finishes_what_a_killed_one_began() {
 }
 
 #[tokio::test]
-async fn stopped_worker_hands_back_what_it_could_not_apply() {
+async fn stopped_worker_hands_back_messages_it_could_not_apply() {
     // The consumer is as in production: what is not handed back comes again after a minute.
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     bridge.database.kill().await;
@@ -272,7 +272,7 @@ async fn stopped_worker_hands_back_what_it_could_not_apply() {
 }
 
 #[tokio::test]
-async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_goes_on() {
+async fn worker_stopped_during_traffic_hands_back_fetched_messages_and_the_next_continues() {
     let mut bridge = Bridge::start(
         Options::on(DatabaseKind::Sqlite)
             .workers(0)
@@ -297,13 +297,13 @@ async fn worker_stopped_in_the_middle_hands_back_what_it_fetched_and_the_next_go
     bridge.publish_all(messages(last)).await;
     bridge.start_worker();
 
-    check_that_nothing_waits(&bridge, &log).await;
+    check_that_all_was_handed_back(&bridge, &log).await;
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 20).await;
 }
 
 #[tokio::test]
-async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
+async fn stopped_worker_hands_back_messages_in_flight_to_it() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (events, ids) = traffic(50, 10);
     for events in events.chunks(50) {
@@ -312,7 +312,7 @@ async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
         let status = stopped.stop().await;
         assert!(status.success(), "{status}: {}", stopped.log());
         bridge.start_worker().wait_until_ready().await;
-        check_that_nothing_waits(&bridge, &stopped.log()).await;
+        check_that_all_was_handed_back(&bridge, &stopped.log()).await;
     }
     bridge.check().await;
     check_last_quantities(&bridge, &ids, 10).await;
@@ -320,12 +320,12 @@ async fn stopped_worker_hands_back_what_was_on_its_way_to_it() {
 
 /// What waits behind a batch that is held up need not wait for it.
 #[tokio::test]
-async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
+async fn stopped_worker_hands_back_unstarted_messages_at_once() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let (events, ids) = traffic(1, 3);
     bridge.publish_all(messages(&events[..1])).await;
     bridge.check().await;
-    let somebody = bridge
+    let lock = bridge
         .database
         .locked(&lock_of(ids.first().expect("there is one")))
         .await;
@@ -362,7 +362,7 @@ async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
         "{}",
         first.subject
     );
-    somebody.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is let go");
     let status = stopped.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", stopped.log());
     bridge.start_worker().wait_until_ready().await;
@@ -371,7 +371,7 @@ async fn stopped_worker_hands_back_at_once_what_it_has_not_begun() {
 }
 
 /// What a worker that was stopped has not handed back comes again after a minute.
-async fn check_that_nothing_waits(bridge: &Bridge, stopped_log: &str) {
+async fn check_that_all_was_handed_back(bridge: &Bridge, stopped_log: &str) {
     let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
     assert!(
         applied.is_ok(),
@@ -381,7 +381,7 @@ async fn check_that_nothing_waits(bridge: &Bridge, stopped_log: &str) {
 
 /// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed
 /// worker had not acked comes again after that. Workers leave a consumer that exists as it is.
-async fn have_consumer_with_short_patience(bridge: &Bridge) {
+async fn create_consumer_with_short_ack_wait(bridge: &Bridge) {
     let stream: stream::Stream = bridge
         .jetstream()
         .await

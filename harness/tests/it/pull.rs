@@ -18,7 +18,7 @@ const EXPIRED: Duration = Duration::from_secs(90);
 const DOUBT: &str = "the server shows no sign";
 
 #[tokio::test]
-async fn worker_that_had_nothing_to_do_asks_again_when_its_request_has_expired() {
+async fn idle_worker_sends_a_new_request_when_the_old_one_has_expired() {
     let bridge = Bridge::start(talkative()).await;
     let worker = &bridge.workers[0];
     worker
@@ -35,7 +35,7 @@ async fn worker_that_had_nothing_to_do_asks_again_when_its_request_has_expired()
 
 /// A request brings 8 MiB, and ends then.
 #[tokio::test]
-async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applied() {
+async fn events_larger_than_one_request_may_bring_are_all_applied() {
     const EVENTS: usize = 240;
     let bridge = Bridge::start(talkative()).await;
     let padding = "p".repeat(200 << 10);
@@ -66,7 +66,7 @@ async fn events_that_are_larger_together_than_a_request_may_bring_are_all_applie
 
 /// A consumer that exists is left as it is, with whatever limits.
 #[tokio::test]
-async fn worker_says_which_limit_of_the_consumer_keeps_it_from_consuming() {
+async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
     let stream: Stream = bridge
         .jetstream()

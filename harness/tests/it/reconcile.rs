@@ -13,15 +13,15 @@ use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::{Value, json};
 
 use crate::orphans::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, until,
-    until_nothing_is_asked, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, count_signals, now, until,
+    until_all_questions_are_answered, with,
 };
 
 mod damage;
 
 on_both_databases!(
     existing_account_is_imported_into_an_empty_database,
-    lost_user_of_a_resolved_orphan_comes_back,
+    lost_user_of_a_resolved_orphan_is_restored,
 );
 
 /// A command compares twice, some seconds apart.
@@ -85,7 +85,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
         "three pages, and the session of each"
     );
     let signals = bridge.check().await;
-    assert_eq!(counted(&signals, "orphan.created"), 0);
+    assert_eq!(count_signals(&signals, "orphan.created"), 0);
     assert_eq!(bridge.orphans().await, []);
     let questions = bridge
         .database
@@ -121,7 +121,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
 }
 
 /// The operator's word stands beside the row, so it outlives the row, whatever the session says.
-async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
+async fn lost_user_of_a_resolved_orphan_is_restored(database: DatabaseKind) {
     let api = Api::start().await;
     let lookup = "sql:SELECT 1 WHERE $1 = 'user_4711'";
     let bridge =
@@ -160,8 +160,8 @@ async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
     let orphans = bridge.orphans().await;
     execute(&bridge, "DELETE FROM stripe_subscription").await;
 
-    let mended = reconcile(&bridge, &["--repair"]).await;
-    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    let repaired = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
     bridge.wait_until_applied().await;
     for customer in &customers {
         assert_eq!(
@@ -176,7 +176,7 @@ async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
     assert_eq!(bridge.orphans().await, orphans);
     assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
     // An answer that is still to come would write the row, and with it the column.
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     // In the column alone it is wrong, and the session would say something else.
     execute(
         &bridge,
@@ -200,7 +200,7 @@ async fn lost_user_of_a_resolved_orphan_comes_back(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended() {
+async fn session_without_a_user_creates_an_orphan_unless_its_subscription_ended() {
     let api = Api::start().await;
     let bridge = empty(DatabaseKind::Sqlite, &api).await;
     let running = Customer::new(Some(1)).without_user();
@@ -210,8 +210,8 @@ async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended
     for customer in [&running, &ended] {
         customer.put(&api);
     }
-    let mended = reconcile(&bridge, &["--repair"]).await;
-    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    let repaired = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
     let orphans = bridge.orphans().await;
     assert_eq!(
         orphans
@@ -221,7 +221,7 @@ async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended
         [running.id()]
     );
     assert_eq!(orphans[0].customer_email.as_deref(), Some(EMAIL));
-    assert!(!format!("{mended:?}").contains(EMAIL));
+    assert!(!format!("{repaired:?}").contains(EMAIL));
     assert_eq!(
         reconcile(&bridge, &[]).await.status.code(),
         Some(0),
@@ -231,7 +231,7 @@ async fn session_that_names_nobody_makes_an_orphan_unless_its_subscription_ended
 
 /// Its row is all that knows the user: writing it would lose him.
 #[tokio::test]
-async fn row_that_alone_knows_its_user_is_reported_and_left_alone() {
+async fn row_that_is_the_only_record_of_its_user_is_reported_and_left_alone() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
     let customer = Customer::new(Some(1));
@@ -248,7 +248,7 @@ async fn row_that_alone_knows_its_user_is_reported_and_left_alone() {
 }
 
 #[tokio::test]
-async fn change_meanwhile_is_no_difference() {
+async fn change_during_the_comparison_is_no_difference() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
     // More than a page: the second one is held back while things happen.
@@ -316,7 +316,7 @@ async fn change_meanwhile_is_no_difference() {
 }
 
 #[tokio::test]
-async fn outage_of_stripe_halfway_leaves_what_is_done_and_the_next_run_does_the_rest() {
+async fn outage_of_stripe_halfway_keeps_finished_repairs_and_the_next_run_does_the_rest() {
     let api = Api::start().await;
     let bridge = empty(DatabaseKind::Sqlite, &api).await;
     let customers: Vec<_> = (0..130).map(|index| Customer::new(Some(index))).collect();
@@ -357,7 +357,7 @@ async fn outage_of_stripe_halfway_leaves_what_is_done_and_the_next_run_does_the_
 }
 
 #[tokio::test]
-async fn interrupted_walk_says_what_was_done() {
+async fn interrupted_repair_reports_what_it_did() {
     let api = Api::start().await;
     let bridge = empty(DatabaseKind::Sqlite, &api).await;
     for index in 0..130 {
@@ -435,13 +435,13 @@ async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
         "{other:?}"
     );
     assert_eq!(api.requests("").len(), asked, "Stripe was not asked");
-    let mended = reconcile(&bridge, &["--repair", "--any-mode"]).await;
-    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
+    let repaired = reconcile(&bridge, &["--repair", "--any-mode"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
     assert!(!bridge.row(customer.id()).await.livemode);
 }
 
 #[tokio::test]
-async fn only_subscriptions_of_the_wanted_status_are_compared() {
+async fn only_subscriptions_of_the_given_status_are_compared() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
     let [late, ended, unknown] = ["past_due", "canceled", "active"]
@@ -478,7 +478,7 @@ async fn only_subscriptions_of_the_wanted_status_are_compared() {
 }
 
 #[tokio::test]
-async fn rows_that_stripe_does_not_know_are_reported_and_those_it_does_not_list_are_compared() {
+async fn rows_unknown_to_stripe_are_reported_and_unlisted_ones_are_compared() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
     let customers: Vec<_> = (0..4).map(|index| Customer::new(Some(index))).collect();
@@ -523,11 +523,12 @@ async fn rows_that_stripe_does_not_know_are_reported_and_those_it_does_not_list_
         (&json!(1), &json!(2))
     );
 
-    let mended = reconcile(&bridge, &["--repair"]).await;
-    assert_eq!(mended.status.code(), Some(3), "{mended:?}");
+    let repaired = reconcile(&bridge, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(3), "{repaired:?}");
     assert!(
-        mended.stdout.contains("1 unknown to Stripe") && mended.stdout.contains("not repairable"),
-        "{mended:?}"
+        repaired.stdout.contains("1 unknown to Stripe")
+            && repaired.stdout.contains("not repairable"),
+        "{repaired:?}"
     );
     assert_eq!(bridge.row(unknown.id()).await, row, "it is left alone");
     assert_eq!(
@@ -563,7 +564,7 @@ async fn subscription_that_cannot_be_kept_is_reported_and_not_stored() {
 }
 
 #[tokio::test]
-async fn what_is_away_is_named() {
+async fn unavailable_broker_and_outdated_schema_are_named() {
     let api = Api::start().await;
     let mut bridge = Bridge::prepare(options(DatabaseKind::Sqlite, &api));
     // Comparing needs the broker too: the budget of calls to Stripe is there.

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use crate::any_order::history::{self, History};
 use crate::any_order::message;
 use crate::any_order::random::Random;
-use crate::orphans::rebuild::lasting;
-use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, counted, now, orphan};
+use crate::orphans::rebuild::rebuildable;
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, count_signals, now, orphan};
 
 mod batches;
 mod cut_off;
@@ -28,14 +28,14 @@ mod upgrade;
 
 on_both_databases!(
     empty_database_is_rebuilt_and_each_row_is_signalled_once,
-    live_table_is_left_as_it_is_and_nobody_is_told,
-    live_traffic_goes_on_beside_a_replay,
-    orphans_are_told_as_they_stand_at_the_end,
+    replay_over_a_current_table_changes_and_signals_nothing,
+    live_traffic_continues_during_a_replay,
+    orphans_are_signalled_in_their_final_state,
     questions_wait_for_the_end_of_a_replay,
-    half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay,
-    nobody_is_told_where_that_is_asked_for,
-    silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell,
-    dry_run_tells_what_would_change_and_changes_nothing,
+    half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay,
+    replay_without_signals_sends_none,
+    replay_without_signals_leaves_unapplied_events_to_the_workers,
+    dry_run_reports_changes_and_makes_none,
 );
 
 const DEADLINE: Duration = Duration::from_secs(180);
@@ -65,7 +65,7 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
     assert_eq!(summary["events"].as_u64(), Some(events));
 
     assert!(
-        lasting(bridge.rows().await) == lasting(rows.clone()),
+        rebuildable(bridge.rows().await) == rebuildable(rows.clone()),
         "other rows than before"
     );
     assert_eq!(
@@ -100,12 +100,12 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
             signal.body
         );
     }
-    assert_eq!(owed(&bridge).await, 0);
+    assert_eq!(count_unsent(&bridge).await, 0);
 }
 
-async fn live_table_is_left_as_it_is_and_nobody_is_told(database: DatabaseKind) {
+async fn replay_over_a_current_table_changes_and_signals_nothing(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(50)).await;
+    publish(&bridge, &histories(50)).await;
     let signals = bridge.check().await.len();
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
     for arguments in [&[][..], &["--signals", "none"]] {
@@ -125,11 +125,11 @@ async fn live_table_is_left_as_it_is_and_nobody_is_told(database: DatabaseKind) 
     }
 }
 
-async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
+async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database).workers(2)).await;
     let mut random = Random::start();
     let (mut past, mut live): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
-    for history in told(200) {
+    for history in histories(200) {
         let mut events = history.events;
         random.shuffle(&mut events);
         live.extend(events.split_off(10));
@@ -163,7 +163,7 @@ async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
         "{summary}"
     );
     bridge.wait_until_applied().await;
-    until_nothing_is_owed(&bridge).await;
+    until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
 
     // What one worker makes of all of it, each event once.
@@ -172,7 +172,7 @@ async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
         .await;
     once.check().await;
     assert!(
-        lasting(bridge.rows().await) == lasting(once.rows().await),
+        rebuildable(bridge.rows().await) == rebuildable(once.rows().await),
         "the rows differ"
     );
     let signals = signals_after(&bridge, last_signal).await;
@@ -197,7 +197,7 @@ async fn live_traffic_goes_on_beside_a_replay(database: DatabaseKind) {
     }
 }
 
-async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
+async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
     let mut bridge =
         Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
     let (open, resolved) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
@@ -222,8 +222,8 @@ async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
     let signals = signals_after(&bridge, last_signal).await;
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (0, 0),
         "dropped as repeats"
@@ -239,7 +239,7 @@ async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
         orphan.id == resolved.subscription && orphan.resolved_at.is_none()
     };
     assert!(!bridge.orphans().await.iter().any(is_open));
-    assert_eq!(owed(&bridge).await, 0);
+    assert_eq!(count_unsent(&bridge).await, 0);
 
     // A stream that was made anew knows nothing: now the one signal that is due is seen.
     forget_rows(&mut bridge, database).await;
@@ -269,8 +269,8 @@ async fn orphans_are_told_as_they_stand_at_the_end(database: DatabaseKind) {
     let signals = bridge.signals().await;
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 0)
     );
@@ -307,7 +307,7 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
         .query(unfinished)
         .await
         .expect("it can be written");
-    cut_off::last_heard_of(&bridge, 60).await;
+    cut_off::set_last_heartbeat(&bridge, 60).await;
     bridge.start_worker().wait_until_ready().await;
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(
@@ -326,11 +326,13 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
             .as_deref(),
         Some("user_1")
     );
-    crate::orphans::until_nothing_is_asked(&bridge).await;
+    crate::orphans::until_all_questions_are_answered(&bridge).await;
     assert_eq!(bridge.orphans().await, []);
 }
 
-async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database: DatabaseKind) {
+async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
+    database: DatabaseKind,
+) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let (first, known) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     let user = |paid: &str| json!({ "client_reference_id": "user_1", "payment_status": paid });
@@ -388,7 +390,7 @@ async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database:
     };
     assert_eq!(bridge.row(&known.subscription).await.status, None);
     assert_eq!(
-        (of_known().await, owed(&bridge).await),
+        (of_known().await, count_unsent(&bridge).await),
         (0, 1),
         "a paying customer would be revoked"
     );
@@ -399,7 +401,7 @@ async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database:
         "what is new is told at once"
     );
 
-    cut_off::last_heard_of(&bridge, 60).await;
+    cut_off::set_last_heartbeat(&bridge, 60).await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last_signal).await;
@@ -411,12 +413,12 @@ async fn half_built_row_of_a_live_event_is_told_at_the_end_of_a_replay(database:
         (&json!("granted"), &json!(true))
     );
     assert_eq!(signal.body["client_reference_id"], "user_1");
-    assert_eq!(owed(&bridge).await, 0);
+    assert_eq!(count_unsent(&bridge).await, 0);
 }
 
-async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
+async fn replay_without_signals_sends_none(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(30)).await;
+    publish(&bridge, &histories(30)).await;
     bridge.check().await;
     let (rows, last_signal) = (bridge.rows().await, last_signal(&bridge).await);
     forget_rows(&mut bridge, database).await;
@@ -424,11 +426,11 @@ async fn nobody_is_told_where_that_is_asked_for(database: DatabaseKind) {
         replay(&bridge, &["--signals", "none"]).await.status.code(),
         Some(0)
     );
-    assert!(lasting(bridge.rows().await) == lasting(rows));
+    assert!(rebuildable(bridge.rows().await) == rebuildable(rows));
     assert_eq!(signals_after(&bridge, last_signal).await.len(), 0);
 }
 
-async fn silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell(database: DatabaseKind) {
+async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 600);
     apply(
@@ -501,7 +503,7 @@ async fn silent_replay_leaves_to_the_workers_what_they_have_yet_to_tell(database
     );
 }
 
-async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseKind) {
+async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let (known, lost) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     for purchase in [&known, &lost] {
@@ -577,10 +579,10 @@ async fn dry_run_tells_what_would_change_and_changes_nothing(database: DatabaseK
     );
 }
 
-fn told(subscriptions: usize) -> Vec<History> {
+fn histories(subscriptions: usize) -> Vec<History> {
     let mut random = Random::start();
     (0..subscriptions)
-        .map(|_| history::tell(&mut random, now() - 600 * 86_400, 20))
+        .map(|_| history::generate(&mut random, now() - 600 * 86_400, 20))
         .collect()
 }
 
@@ -590,7 +592,7 @@ async fn publish_many(bridge: &Bridge, subscriptions: usize) -> u64 {
     let mut random = Random::start();
     let mut events = Vec::new();
     for _ in 0..subscriptions {
-        let history = history::tell(&mut random, now() - 600 * 86_400, 20);
+        let history = history::generate(&mut random, now() - 600 * 86_400, 20);
         events.extend(
             history
                 .events
@@ -676,24 +678,24 @@ async fn signals_after(bridge: &Bridge, sequence: u64) -> Vec<Signal> {
         .collect()
 }
 
-const OWED: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription WHERE last_sent IS NOT NULL UNION ALL \
+const UNSENT: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription WHERE last_sent IS NOT NULL UNION ALL \
     SELECT id FROM orphaned_payment WHERE owed_event IS NOT NULL";
 
 /// How many signals wait for the end of a replay.
-async fn owed(bridge: &Bridge) -> usize {
+async fn count_unsent(bridge: &Bridge) -> usize {
     bridge
         .database
-        .query(OWED)
+        .query(UNSENT)
         .await
         .expect("the database answers")
         .len()
 }
 
-async fn until_nothing_is_owed(bridge: &Bridge) {
+async fn until_all_signals_are_sent(bridge: &Bridge) {
     eventually(
         "everything that is owed to be sent",
         DEADLINE,
-        async || match owed(bridge).await {
+        async || match count_unsent(bridge).await {
             0 => Ok(()),
             owed => Err(format!("{owed} signals are owed")),
         },
@@ -712,7 +714,7 @@ async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
     eventually(
         "a replay to owe signals",
         DEADLINE,
-        async || match owed_if_migrated(bridge).await {
+        async || match count_unsent_if_migrated(bridge).await {
             0..10 => Err("too few".to_owned()),
             _ => Ok(()),
         },
@@ -723,10 +725,10 @@ async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
     bridge.database.until_workers_are_idle().await;
 }
 
-async fn owed_if_migrated(bridge: &Bridge) -> usize {
+async fn count_unsent_if_migrated(bridge: &Bridge) -> usize {
     bridge
         .database
-        .query(OWED)
+        .query(UNSENT)
         .await
         .map_or(0, |rows| rows.len())
 }

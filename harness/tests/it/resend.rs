@@ -10,11 +10,11 @@ use serde_json::json;
 use crate::orphans::{CREATED, UPDATED, apply, now};
 
 on_both_databases!(
-    rows_are_sent_again_under_their_revision,
-    rows_that_were_never_told_get_their_first_revision
+    rows_are_sent_again_with_their_revision,
+    rows_never_signalled_get_their_first_revision
 );
 
-async fn rows_are_sent_again_under_their_revision(database: DatabaseKind) {
+async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchases: Vec<_> = (0..1200).map(|_| Purchase::new(now() - 600)).collect();
     let events = purchases
@@ -69,7 +69,7 @@ async fn rows_are_sent_again_under_their_revision(database: DatabaseKind) {
     bridge.check().await;
 }
 
-async fn rows_that_were_never_told_get_their_first_revision(database: DatabaseKind) {
+async fn rows_never_signalled_get_their_first_revision(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 600);
     apply(
@@ -103,7 +103,7 @@ async fn rows_that_were_never_told_get_their_first_revision(database: DatabaseKi
 }
 
 #[tokio::test]
-async fn what_cannot_be_sent_is_said_clearly() {
+async fn unknown_rows_and_invalid_arguments_are_refused() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let unknown = resend(&bridge, &["--subscription", "sub_unknown"]).await;
     assert_eq!(unknown.status.code(), Some(1));

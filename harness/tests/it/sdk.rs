@@ -105,7 +105,7 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
 }
 
 #[tokio::test]
-async fn what_stripes_sdk_did_not_sign_like_this_is_refused_and_not_stored() {
+async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_stored() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (_, event) = purchase();
     let file = file_of(&event);

@@ -12,14 +12,14 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use crate::orphans::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, counted, now, orphan,
-    questions, until, until_nothing_is_asked, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, count_signals, now, orphan,
+    questions, until, until_all_questions_are_answered, with,
 };
 
 on_both_databases!(
     uncertain_row_is_fetched_once_and_settled_by_a_snapshot,
     session_that_stripe_lists_claims_the_subscription,
-    subscription_that_no_session_led_to_is_an_orphan_with_the_customers_email,
+    subscription_without_a_session_is_an_orphan_with_the_customers_email,
     row_that_became_uncertain_again_during_a_fetch_is_fetched_again,
 );
 
@@ -95,7 +95,7 @@ async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: Datab
 }
 
 #[tokio::test]
-async fn uncertain_row_of_this_second_is_asked_for_when_the_answer_can_settle_it() {
+async fn uncertain_row_of_the_current_second_is_fetched_when_the_answer_can_settle_it() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let purchases: Vec<_> = (0..8).map(|_| Purchase::new(now() - 60)).collect();
@@ -208,7 +208,7 @@ async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKin
             .await;
     }
     bridge.wait_until_applied().await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
 
     let signals = bridge.check().await;
     let row = bridge.row(&named.subscription).await;
@@ -223,8 +223,8 @@ async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKin
     assert_eq!(bridge.orphans().await.len(), 1);
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 0)
     );
@@ -252,7 +252,7 @@ async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKin
     );
 }
 
-async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_email(
+async fn subscription_without_a_session_is_an_orphan_with_the_customers_email(
     database: DatabaseKind,
 ) {
     let api = Api::start().await;
@@ -279,7 +279,7 @@ async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_ema
         bridge.deliver(&event).await;
     }
     bridge.wait_until_applied().await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
 
     let signals = bridge.check().await;
     for (purchase, email) in [
@@ -313,7 +313,7 @@ async fn subscription_that_no_session_led_to_is_an_orphan_with_the_customers_ema
             account
         );
     }
-    assert_eq!(counted(&signals, "orphan.created"), 3);
+    assert_eq!(count_signals(&signals, "orphan.created"), 3);
     let everywhere = bridge.database.dump().await.expect("the database answers");
     let with_email: Vec<_> = everywhere
         .iter()
@@ -372,7 +372,7 @@ async fn no_answer_from_stripe_makes_no_orphan() {
 }
 
 #[tokio::test]
-async fn request_is_tried_again_as_stripe_asks_for() {
+async fn request_is_retried_as_stripe_demands() {
     const RETRY_AFTER: Duration = Duration::from_secs(3);
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
@@ -405,7 +405,7 @@ async fn request_is_tried_again_as_stripe_asks_for() {
 }
 
 #[tokio::test]
-async fn answers_that_are_none_are_named_and_tried_again_where_that_helps() {
+async fn unusable_answers_are_named_and_retried_if_that_can_help() {
     const RETRY_AFTER: Duration = Duration::from_secs(16);
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
@@ -465,7 +465,7 @@ async fn answers_that_are_none_are_named_and_tried_again_where_that_helps() {
 }
 
 #[tokio::test]
-async fn answer_without_a_date_is_enough_where_no_time_is_needed() {
+async fn answer_without_a_date_suffices_if_no_time_is_needed() {
     let api = Api::start_without_date().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let backfill = bridge
@@ -497,7 +497,7 @@ async fn subscription_that_stripe_does_not_know_stays_uncertain() {
         log.contains(&purchase.subscription) && log.contains("404"),
         "{log}"
     );
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     assert!(bridge.row(&purchase.subscription).await.uncertain);
     assert_eq!(api.requests("").len(), 1);
 }
@@ -540,7 +540,7 @@ async fn row_that_became_uncertain_again_during_a_fetch_is_fetched_again(databas
 }
 
 #[tokio::test]
-async fn stripe_that_does_not_answer_holds_up_no_other_question() {
+async fn unanswered_stripe_request_does_not_delay_other_questions() {
     let api = Api::start().await;
     let options = with_key(DatabaseKind::Sqlite, &api)
         .worker("LITESTRIPE_USER_LOOKUP", "sql:SELECT 1 WHERE $1 = 'user_1'")
@@ -571,11 +571,11 @@ async fn stripe_that_does_not_answer_holds_up_no_other_question() {
     })
     .await;
     drop(held);
-    until_nothing_is_left_of(&bridge, &asked).await;
+    until_no_question_is_open_about(&bridge, &asked).await;
 }
 
 #[tokio::test]
-async fn requests_keep_to_the_budget_and_the_key_to_itself() {
+async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
     // A fortieth of the window is the time that a permit, and its request's way, may take each.
     const REQUESTS: usize = 50;
     const WINDOW: Duration = Duration::from_secs(8);
@@ -598,7 +598,7 @@ async fn requests_keep_to_the_budget_and_the_key_to_itself() {
         .map(|purchase| purchase.subscription_event(CREATED, purchase.created, json!({})));
     bridge.deliver_all(&events.collect::<Vec<_>>()).await;
     bridge.wait_until_applied().await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
 
     let requests = api.requests("");
     assert_eq!(requests.len(), 2 * purchases.len());
@@ -706,7 +706,7 @@ async fn until_requested(api: &Api, path: &str, count: usize) {
     .await;
 }
 
-async fn until_nothing_is_left_of(bridge: &Bridge, purchase: &Purchase) {
+async fn until_no_question_is_open_about(bridge: &Bridge, purchase: &Purchase) {
     eventually("its questions to be answered", DEADLINE, async || {
         let questions = questions(bridge).await;
         if questions.iter().any(|(id, _)| *id == purchase.subscription) {

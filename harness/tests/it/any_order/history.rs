@@ -20,7 +20,7 @@ pub(crate) struct History {
 }
 
 /// Tells a history of `length` events that begins at `start` (Unix seconds).
-pub(crate) fn tell(random: &mut Random, start: i64, length: usize) -> History {
+pub(crate) fn generate(random: &mut Random, start: i64, length: usize) -> History {
     let purchase = Purchase::new(start);
     let trial = random.percent(30);
     let first = if trial {
@@ -30,7 +30,7 @@ pub(crate) fn tell(random: &mut Random, start: i64, length: usize) -> History {
     };
     let object = with(purchase.subscription(), first);
     let livemode = random.percent(50);
-    let mut teller = Teller {
+    let mut generator = Generator {
         random,
         purchase,
         object,
@@ -38,21 +38,21 @@ pub(crate) fn tell(random: &mut Random, start: i64, length: usize) -> History {
         livemode,
         events: Vec::new(),
     };
-    teller.say(CREATED, None);
+    generator.emit(CREATED, None);
     if !trial {
-        teller.change(json!({ "status": "active" }), UPDATED);
+        generator.change(json!({ "status": "active" }), UPDATED);
     }
-    while teller.events.len() < length {
-        teller.step();
+    while generator.events.len() < length {
+        generator.step();
     }
     History {
-        subscription: teller.purchase.subscription,
-        events: teller.events,
-        truth: teller.object,
+        subscription: generator.purchase.subscription,
+        events: generator.events,
+        truth: generator.object,
     }
 }
 
-struct Teller<'a> {
+struct Generator<'a> {
     random: &'a mut Random,
     purchase: Purchase,
     object: Value,
@@ -61,7 +61,7 @@ struct Teller<'a> {
     events: Vec<Event>,
 }
 
-impl Teller<'_> {
+impl Generator<'_> {
     fn step(&mut self) {
         if self.random.percent(50) {
             self.now += self.random.pick(&[1, 1, 5, 3600, MONTH]);
@@ -154,11 +154,11 @@ impl Teller<'_> {
         let previous = previous_attributes(&self.object, &after);
         self.object = after;
         if !previous.is_empty() {
-            self.say(event_type, Some(previous));
+            self.emit(event_type, Some(previous));
         }
     }
 
-    fn say(&mut self, event_type: &str, previous: Option<Map<String, Value>>) {
+    fn emit(&mut self, event_type: &str, previous: Option<Map<String, Value>>) {
         let mut event = Event::new(event_type, self.now, self.object.clone());
         event.value["livemode"] = self.livemode.into();
         self.events.push(match previous {

@@ -13,14 +13,14 @@ use time::OffsetDateTime;
 use super::{COMPLETED, CREATED, UPDATED, now};
 
 on_both_databases!(
-    what_is_there_is_applied_together,
-    states_between_are_told_however_batches_follow_each_other,
-    texts_are_kept_as_they_are,
-    rows_of_every_number_are_written,
+    waiting_events_are_applied_in_large_batches,
+    every_intermediate_state_is_signalled_across_batches,
+    texts_with_special_characters_are_stored_unchanged,
+    batches_of_every_size_are_written,
 );
 
 /// Tokio would have a task that takes messages pause after some sixty of them.
-async fn what_is_there_is_applied_together(database: DatabaseKind) {
+async fn waiting_events_are_applied_in_large_batches(database: DatabaseKind) {
     const EVENTS: usize = 600;
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
     let events = (0..EVENTS)
@@ -47,7 +47,7 @@ async fn what_is_there_is_applied_together(database: DatabaseKind) {
 }
 
 /// A worker applies one batch while the database has another.
-async fn states_between_are_told_however_batches_follow_each_other(database: DatabaseKind) {
+async fn every_intermediate_state_is_signalled_across_batches(database: DatabaseKind) {
     const CHANGES: i64 = 40;
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
     let purchase = Purchase::new(now() - 3_600);
@@ -59,24 +59,24 @@ async fn states_between_are_told_however_batches_follow_each_other(database: Dat
     bridge.deliver_all(&events).await;
 
     let signals = bridge.check().await;
-    let told: Vec<_> = signals
+    let sent: Vec<_> = signals
         .iter()
         .map(|signal| signal.body["subscription_metadata"]["change"].as_str())
         .collect();
     let expected: Vec<_> = (1..=CHANGES).map(|change| change.to_string()).collect();
-    assert_eq!(told.len(), expected.len() + 1, "{told:?}");
+    assert_eq!(sent.len(), expected.len() + 1, "{sent:?}");
     assert!(
-        told.iter()
+        sent.iter()
             .skip(1)
             .copied()
             .eq(expected.iter().map(|change| Some(change.as_str()))),
-        "{told:?}"
+        "{sent:?}"
     );
 }
 
 /// What comes while a batch waits for somebody's lock is gathered, poison in its midst, and applied beside it.
 #[tokio::test]
-async fn a_batch_that_is_held_up_holds_up_no_other() {
+async fn a_blocked_batch_does_not_block_other_events() {
     const OTHERS: usize = 40;
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
@@ -84,7 +84,7 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
         .deliver(&held.subscription_event(CREATED, held.created, json!({})))
         .await;
     bridge.check().await;
-    let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
+    let lock = bridge.database.locked(&lock_of(&held.subscription)).await;
     bridge
         .deliver(&held.subscription_event(
             UPDATED,
@@ -121,7 +121,7 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
         "somebody still holds it"
     );
 
-    somebody.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is let go");
     assert_eq!(bridge.check().await.len(), applied + 1);
     let letters = bridge.dead_letters().await;
     let of: BTreeSet<_> = letters.iter().map(|letter| letter.body.clone()).collect();
@@ -133,7 +133,7 @@ async fn a_batch_that_is_held_up_holds_up_no_other() {
 
 /// A worker whose batch is held up, and whose next one has to wait for it, leaves what comes to others.
 #[tokio::test]
-async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
+async fn events_do_not_pile_up_behind_a_blocked_batch() {
     const FETCHED_AHEAD: usize = 250;
     let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
@@ -141,7 +141,7 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
         .deliver(&held.subscription_event(CREATED, held.created, json!({})))
         .await;
     bridge.check().await;
-    let somebody = bridge.database.locked(&lock_of(&held.subscription)).await;
+    let lock = bridge.database.locked(&lock_of(&held.subscription)).await;
     for step in 1..=2 {
         let changed = json!({ "metadata": { "step": step.to_string() } });
         bridge
@@ -174,13 +174,13 @@ async fn what_waits_for_a_batch_that_is_held_up_does_not_grow() {
             "{unacknowledged} were taken"
         );
     }
-    somebody.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is let go");
     assert_eq!(bridge.check().await.len(), 3 + 3 * FETCHED_AHEAD);
 }
 
 /// SQLite writes the index entries of every column that is assigned, whatever to.
 #[tokio::test]
-async fn sqlite_assigns_indexed_columns_only_where_they_change() {
+async fn sqlite_assigns_indexed_columns_only_when_they_change() {
     const WATCH: &str = "CREATE TABLE assigned (id TEXT); \
         CREATE TRIGGER watch AFTER UPDATE OF stripe_customer_id, client_reference_id ON stripe_subscription \
         BEGIN INSERT INTO assigned VALUES (NEW.stripe_subscription_id); END";
@@ -232,7 +232,7 @@ async fn sqlite_assigns_indexed_columns_only_where_they_change() {
 }
 
 /// PostgreSQL gets them as arrays, in which some characters and one word mean something.
-async fn texts_are_kept_as_they_are(database: DatabaseKind) {
+async fn texts_with_special_characters_are_stored_unchanged(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let texts = [
         r#"a "quoted" one"#,
@@ -267,7 +267,7 @@ async fn texts_are_kept_as_they_are(database: DatabaseKind) {
 }
 
 /// SQLite gets them in statements of a few lengths.
-async fn rows_of_every_number_are_written(database: DatabaseKind) {
+async fn batches_of_every_size_are_written(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
     let mut expected = 0;
     for count in [1, 7, 9, 63, 65, 137] {

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use super::{COMPLETED, CREATED, at, now};
 
 on_both_databases!(
-    paid_session_without_a_reference_is_an_orphan_with_an_email_and_a_signal_without,
+    paid_session_without_a_reference_creates_an_orphan_with_an_email_and_a_signal_without,
     payment_without_a_subscription_is_an_orphan_under_its_sessions_id,
-    sessions_that_paid_nothing_are_no_orphans,
+    unpaid_sessions_create_no_orphans,
     late_session_resolves_the_orphan_and_erases_the_email,
     resolved_orphan_is_not_reopened_by_repeated_events,
     session_with_a_reference_in_the_same_batch_leaves_no_email,
@@ -20,7 +20,7 @@ on_both_databases!(
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-async fn paid_session_without_a_reference_is_an_orphan_with_an_email_and_a_signal_without(
+async fn paid_session_without_a_reference_creates_an_orphan_with_an_email_and_a_signal_without(
     database: DatabaseKind,
 ) {
     let bridge = Bridge::start(Options::on(database)).await;
@@ -90,7 +90,7 @@ async fn payment_without_a_subscription_is_an_orphan_under_its_sessions_id(datab
     assert_eq!(bridge.rows().await, []);
 }
 
-async fn sessions_that_paid_nothing_are_no_orphans(database: DatabaseKind) {
+async fn unpaid_sessions_create_no_orphans(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let session =
         |changes: Value| Purchase::new(now()).checkout_session_event(COMPLETED, now(), changes);

@@ -10,13 +10,13 @@ use super::{ERASED, KEPT, customer, places, session, subscription};
 use crate::orphans::{CREATED, DEADLINE, now, orphan, questions};
 
 on_both_databases!(
-    a_deleted_customer_is_erased_where_that_is_wanted,
-    a_deleted_customer_stays_where_it_is_not_wanted
+    a_deleted_customer_is_erased_if_the_setting_is_on,
+    a_deleted_customer_is_kept_by_default
 );
 
 const SETTING: &str = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED";
 
-async fn a_deleted_customer_is_erased_where_that_is_wanted(database: DatabaseKind) {
+async fn a_deleted_customer_is_erased_if_the_setting_is_on(database: DatabaseKind) {
     let options = Options::on(database)
         .ingress("LITESTRIPE_EVENT_TYPES", "*")
         .worker(SETTING, "true")
@@ -47,7 +47,7 @@ async fn a_deleted_customer_is_erased_where_that_is_wanted(database: DatabaseKin
 }
 
 #[tokio::test]
-async fn a_deletion_that_never_arrived_is_fetched_once() {
+async fn a_missed_deletion_is_backfilled_once() {
     let api = Api::start().await;
     let options = Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
@@ -97,7 +97,7 @@ async fn until_erased(bridge: &Bridge, user: &Purchase) {
     .await;
 }
 
-async fn a_deleted_customer_stays_where_it_is_not_wanted(database: DatabaseKind) {
+async fn a_deleted_customer_is_kept_by_default(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, _) = purchases(&bridge).await;
     let before = places(&bridge, ERASED).await.len();

@@ -18,7 +18,7 @@ use super::run;
 const DOCUMENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/signals");
 
 #[tokio::test]
-async fn schema_prints_what_is_committed_and_the_schemas_are_valid() {
+async fn schema_prints_the_committed_documents_and_they_are_valid() {
     let all = printed(&[]).await;
     let names: Vec<_> = all
         .as_object()
@@ -148,7 +148,7 @@ fn pointing_at(schema: &Value, from: &str, to: &str) -> Value {
 
 /// What is not a signal has to be refused, or the schemas would say nothing.
 #[tokio::test]
-async fn schemas_refuse_what_is_no_signal() {
+async fn schemas_reject_invalid_signals() {
     let schema = printed(&["orphan.created"]).await;
     let validator = jsonschema::options()
         .should_validate_formats(true)
@@ -184,18 +184,18 @@ async fn schemas_refuse_what_is_no_signal() {
 }
 
 #[tokio::test]
-async fn sqlite_schema_is_the_entities() {
-    migrated_schema_is_the_entities(DatabaseKind::Sqlite).await;
+async fn sqlite_schema_matches_the_entities() {
+    migrated_schema_matches_the_entities(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
-async fn postgres_schema_is_the_entities() {
-    migrated_schema_is_the_entities(DatabaseKind::Postgres).await;
+async fn postgres_schema_matches_the_entities() {
+    migrated_schema_matches_the_entities(DatabaseKind::Postgres).await;
 }
 
 /// One database as the migrations make it, another as the entities would: the tables of the second
 /// have to be the same in the first.
-async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
+async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     let mut bridge = Bridge::prepare(Options::on(kind));
     bridge.database.resume().await;
     assert!(
@@ -239,7 +239,7 @@ async fn migrated_schema_is_the_entities(kind: DatabaseKind) {
 
 /// Where there is none, every change of a row needs new index entries.
 #[tokio::test]
-async fn postgres_pages_have_room_for_changes() {
+async fn postgres_pages_have_room_for_updates() {
     const OPTIONS: &str =
         "SELECT reloptions::text AS options FROM pg_class WHERE relname = 'stripe_subscription'";
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));

@@ -9,17 +9,19 @@ use litestripe_harness::stripe::Purchase;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{COMPLETED, CREATED, DEADLINE, EMAIL, apply, counted, now, of, orphan, until};
+use super::{
+    COMPLETED, CREATED, DEADLINE, EMAIL, apply, count_signals, now, orphan, signals_about, until,
+};
 
 on_both_databases!(
     orphans_are_listed_and_shown,
-    list_says_that_it_leaves_out_what_is_beyond_a_thousand,
-    other_mode_is_no_obstacle_to_a_resolution,
+    list_shows_the_newest_thousand_and_says_so,
+    user_in_the_other_mode_does_not_prevent_a_resolution,
     resolution_reaches_row_orphan_and_subscribers,
-    resolution_of_a_payment_without_a_subscription,
-    nothing_is_done_by_halves,
+    payment_without_a_subscription_can_be_resolved,
+    refused_resolution_changes_nothing,
     resolution_without_a_worker_is_applied_later,
-    competing_resolutions_leave_row_and_orphan_agreed,
+    competing_resolutions_leave_row_and_orphan_consistent,
 );
 
 /// A command waits 10 s for a worker.
@@ -100,7 +102,7 @@ async fn orphans_are_listed_and_shown(database: DatabaseKind) {
     );
 }
 
-async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: DatabaseKind) {
+async fn list_shows_the_newest_thousand_and_says_so(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     paid(&bridge).await;
     let more = "INSERT INTO orphaned_payment (id, reason, event_id, livemode, dt_created, dt_last_updated) \
@@ -126,7 +128,7 @@ async fn list_says_that_it_leaves_out_what_is_beyond_a_thousand(database: Databa
     assert_eq!(orphans(&bridge, &["list"]).await.stderr, "");
 }
 
-async fn other_mode_is_no_obstacle_to_a_resolution(database: DatabaseKind) {
+async fn user_in_the_other_mode_does_not_prevent_a_resolution(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let (live, user) = (
         Purchase::new(now() - 60),
@@ -185,9 +187,9 @@ async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
             bridge.row(id).await.client_reference_id.as_deref(),
             Some(user)
         );
-        assert_eq!(of(&signals, "orphan.resolved", id).len(), 1);
+        assert_eq!(signals_about(&signals, "orphan.resolved", id).len(), 1);
         assert_eq!(
-            of(&signals, "orphan.resolved", id)[0].body["event"]["type"],
+            signals_about(&signals, "orphan.resolved", id)[0].body["event"]["type"],
             "litestripe.resolution"
         );
         let last = of_subscription(&signals, id)
@@ -211,14 +213,14 @@ async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (2, 2)
     );
 }
 
-async fn resolution_of_a_payment_without_a_subscription(database: DatabaseKind) {
+async fn payment_without_a_subscription_can_be_resolved(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let purchase = Purchase::new(now() - 60);
     let once = json!({ "mode": "payment", "subscription": null });
@@ -239,15 +241,15 @@ async fn resolution_of_a_payment_without_a_subscription(database: DatabaseKind) 
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
     assert_eq!(bridge.rows().await, []);
 }
 
-async fn nothing_is_done_by_halves(database: DatabaseKind) {
+async fn refused_resolution_changes_nothing(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let (first, second, third) = (
         paid(&bridge).await,
@@ -372,14 +374,14 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
 }
 
-async fn competing_resolutions_leave_row_and_orphan_agreed(database: DatabaseKind) {
+async fn competing_resolutions_leave_row_and_orphan_consistent(database: DatabaseKind) {
     // One event at a time, so that the first resolution is applied before the second.
     let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
     let purchase = paid(&bridge).await;

@@ -8,24 +8,24 @@ use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::json;
 
 use super::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, counted, now, of, orphan, questions,
-    until, until_nothing_is_asked,
+    COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, apply, count_signals, now, orphan, questions,
+    signals_about, until, until_all_questions_are_answered,
 };
 
 on_both_databases!(
-    grace_ends_once_however_many_workers_run,
-    late_session_resolves_what_no_session_had_claimed,
-    late_session_without_a_reference_brings_its_email_and_no_second_orphan,
+    grace_period_ends_once_with_several_workers,
+    late_session_resolves_an_unclaimed_subscription,
+    late_session_without_a_reference_adds_its_email_to_the_same_orphan,
     session_within_the_grace_period_makes_no_orphan,
-    subscriptions_without_a_session_may_be_wanted,
+    orphans_without_a_session_can_be_switched_off,
     old_account_makes_no_orphans,
-    subscription_that_was_never_paid_is_no_orphan,
-    subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once,
+    subscription_that_was_never_paid_creates_no_orphan,
+    subscription_paid_after_its_grace_period_becomes_an_orphan_at_once,
     backlog_makes_no_orphans,
-    times_at_the_end_of_the_calendar_stop_nobody,
+    times_at_the_end_of_the_calendar_do_not_stop_the_worker,
 );
 
-async fn grace_ends_once_however_many_workers_run(database: DatabaseKind) {
+async fn grace_period_ends_once_with_several_workers(database: DatabaseKind) {
     const GRACE: Duration = Duration::from_secs(2);
     let options = Options::on(database)
         .workers(3)
@@ -45,11 +45,11 @@ async fn grace_ends_once_however_many_workers_run(database: DatabaseKind) {
             .await;
     }
     bridge.wait_until_applied().await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
 
     let signals = bridge.check().await;
     assert_eq!(bridge.orphans().await.len(), purchases.len());
-    assert_eq!(counted(&signals, "orphan.created"), purchases.len());
+    assert_eq!(count_signals(&signals, "orphan.created"), purchases.len());
     for purchase in &purchases {
         let orphan = orphan(&bridge, &purchase.subscription).await;
         let row = bridge.row(&purchase.subscription).await;
@@ -74,11 +74,14 @@ async fn grace_ends_once_however_many_workers_run(database: DatabaseKind) {
             ),
             (None, None, None)
         );
-        assert_eq!(of(&signals, "orphan.created", &orphan.id).len(), 1);
+        assert_eq!(
+            signals_about(&signals, "orphan.created", &orphan.id).len(),
+            1
+        );
     }
 }
 
-async fn late_session_resolves_what_no_session_had_claimed(database: DatabaseKind) {
+async fn late_session_resolves_an_unclaimed_subscription(database: DatabaseKind) {
     let bridge = Bridge::start(
         Options::on(database)
             .workers(3)
@@ -108,24 +111,24 @@ async fn late_session_resolves_what_no_session_had_claimed(database: DatabaseKin
     assert_eq!(resolved.customer_email, None);
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
     assert_eq!(
-        of(&signals, "orphan.resolved", id)[0].body["event"]["id"],
+        signals_about(&signals, "orphan.resolved", id)[0].body["event"]["id"],
         session.id()
     );
-    let told = of_subscription(&signals, id);
-    let last = told.last().expect("the row was signalled");
+    let sent = of_subscription(&signals, id);
+    let last = sent.last().expect("the row was signalled");
     assert_eq!(
         (&last.body["client_reference_id"], &last.body["access"]),
         (&json!("user_1"), &json!("granted"))
     );
 }
 
-async fn late_session_without_a_reference_brings_its_email_and_no_second_orphan(
+async fn late_session_without_a_reference_adds_its_email_to_the_same_orphan(
     database: DatabaseKind,
 ) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
@@ -162,8 +165,8 @@ async fn late_session_without_a_reference_brings_its_email_and_no_second_orphan(
     assert_eq!(found.customer_email, None);
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
@@ -200,7 +203,7 @@ async fn session_within_the_grace_period_makes_no_orphan(database: DatabaseKind)
     assert_eq!(bridge.orphans().await, []);
 }
 
-async fn subscriptions_without_a_session_may_be_wanted(database: DatabaseKind) {
+async fn orphans_without_a_session_can_be_switched_off(database: DatabaseKind) {
     let options = Options::on(database)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
         .worker("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "false");
@@ -256,7 +259,7 @@ async fn old_account_makes_no_orphans(database: DatabaseKind) {
     assert_eq!(bridge.orphans().await, []);
 }
 
-async fn subscription_that_was_never_paid_is_no_orphan(database: DatabaseKind) {
+async fn subscription_that_was_never_paid_creates_no_orphan(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let (given_up, trial) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let expired = json!({ "status": "incomplete_expired" });
@@ -290,7 +293,7 @@ async fn subscription_that_was_never_paid_is_no_orphan(database: DatabaseKind) {
     assert_eq!(bridge.orphans().await.len(), 1, "a trial is somebody's");
 }
 
-async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(
+async fn subscription_paid_after_its_grace_period_becomes_an_orphan_at_once(
     database: DatabaseKind,
 ) {
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
@@ -300,7 +303,7 @@ async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(
         &purchase.subscription_event(CREATED, purchase.created, json!({ "status": "incomplete" })),
     )
     .await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     assert_eq!(bridge.orphans().await, [], "nothing was paid");
 
     apply(
@@ -317,11 +320,11 @@ async fn subscription_that_is_paid_after_its_grace_period_is_an_orphan_at_once(
     })
     .await;
     let signals = bridge.check().await;
-    assert_eq!(counted(&signals, "orphan.created"), 1);
+    assert_eq!(count_signals(&signals, "orphan.created"), 1);
 }
 
 #[tokio::test]
-async fn events_after_the_end_of_the_grace_period_are_not_waited_for() {
+async fn grace_period_does_not_wait_for_events_received_after_its_end() {
     let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_ORPHAN_GRACE", "3s");
     let bridge = Bridge::start(options.worker("LITESTRIPE_BATCH", "1")).await;
     let (purchase, before, after) = (
@@ -454,14 +457,14 @@ async fn backlog_makes_no_orphans(database: DatabaseKind) {
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 0)
     );
 }
 
-async fn times_at_the_end_of_the_calendar_stop_nobody(database: DatabaseKind) {
+async fn times_at_the_end_of_the_calendar_do_not_stop_the_worker(database: DatabaseKind) {
     /// The last second of the year 9999, which every column can hold.
     const END: i64 = 253_402_300_799;
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;

@@ -14,23 +14,23 @@ use tokio::task::JoinSet;
 
 use super::command::resolve;
 use super::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, FAILED, SUCCEEDED, apply, counted, now, of, orphan, until,
-    until_nothing_is_asked, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, FAILED, SUCCEEDED, apply, count_signals, now, orphan,
+    signals_about, until, until_all_questions_are_answered, with,
 };
 
 on_both_databases!(
-    sql_lookup_asks_the_workers_own_database_with_the_id_bound,
-    sql_lookup_asks_another_database,
-    sql_lookup_that_fails_is_no_answer,
-    lookup_neither_delays_the_row_nor_takes_silence_for_unknown,
+    sql_lookup_queries_the_workers_database_with_the_id_bound,
+    sql_lookup_queries_another_database,
+    failed_sql_lookup_is_retried_and_makes_no_orphan,
+    lookup_does_not_delay_the_row_and_silence_makes_no_orphan,
     user_who_is_created_later_resolves_the_orphan,
     payment_without_a_subscription_is_looked_up_once_it_is_paid,
     late_session_resolves_the_orphan_once_its_user_is_known,
-    reference_that_came_during_a_lookup_is_looked_up_too,
+    reference_received_during_a_lookup_is_looked_up_too,
     orphan_never_gets_the_email_of_another_customer,
-    operators_word_stands_against_the_lookup,
-    operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it,
-    payment_is_an_orphan_whichever_session_says_that_it_was_paid,
+    operators_resolution_overrides_the_lookup,
+    operators_resolution_resolves_the_orphan_despite_a_later_dated_session,
+    payment_that_succeeds_later_is_an_orphan_in_either_order_of_its_sessions,
 );
 
 /// The orphan's reason.
@@ -38,7 +38,7 @@ const UNKNOWN: &str = "unknown_client_reference_id";
 
 const INJECTIONS: [&str; 3] = ["x' OR '1'='1", "'; DROP TABLE app_user; --", "$1"];
 
-async fn sql_lookup_asks_the_workers_own_database_with_the_id_bound(database: DatabaseKind) {
+async fn sql_lookup_queries_the_workers_database_with_the_id_bound(database: DatabaseKind) {
     let options = Options::on(database).workers(0).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE name = $1 OR other_name = $1",
@@ -59,7 +59,7 @@ async fn sql_lookup_asks_the_workers_own_database_with_the_id_bound(database: Da
     );
 }
 
-async fn sql_lookup_asks_another_database(database: DatabaseKind) {
+async fn sql_lookup_queries_another_database(database: DatabaseKind) {
     // The application's is of the other kind, and the worker's has no such table.
     let other = match database {
         DatabaseKind::Sqlite => DatabaseKind::Postgres,
@@ -82,7 +82,7 @@ async fn sql_lookup_asks_another_database(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn sql_lookup_may_only_read_the_applications_sqlite_database() {
+async fn sql_lookup_works_on_a_read_only_sqlite_database() {
     let users = Database::prepare(DatabaseKind::Sqlite);
     make_users(&users).await;
     let url = users.url().replace("mode=rwc", "mode=ro");
@@ -107,7 +107,7 @@ async fn sql_lookup_may_only_read_the_applications_sqlite_database() {
 }
 
 #[tokio::test]
-async fn id_that_is_not_of_the_type_of_the_users_ids_is_unknown() {
+async fn reference_that_cannot_be_cast_to_the_type_of_user_ids_is_unknown() {
     let options = Options::on(DatabaseKind::Postgres).workers(0).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE id = $1::bigint",
@@ -153,7 +153,7 @@ async fn id_that_is_not_of_the_type_of_the_users_ids_is_unknown() {
     );
 }
 
-async fn sql_lookup_that_fails_is_no_answer(database: DatabaseKind) {
+async fn failed_sql_lookup_is_retried_and_makes_no_orphan(database: DatabaseKind) {
     let options = Options::on(database).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE name = $1",
@@ -188,7 +188,7 @@ async fn sql_lookup_that_fails_is_no_answer(database: DatabaseKind) {
     assert_eq!(bridge.workers[0].count_in_log(EMAIL), 0);
 }
 
-async fn lookup_neither_delays_the_row_nor_takes_silence_for_unknown(database: DatabaseKind) {
+async fn lookup_does_not_delay_the_row_and_silence_makes_no_orphan(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     // Nobody listens there yet.
     let purchase = buy(&bridge, "user_1").await;
@@ -233,8 +233,8 @@ async fn lookup_neither_delays_the_row_nor_takes_silence_for_unknown(database: D
     let signals = bridge.check().await;
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 0)
     );
@@ -272,17 +272,17 @@ async fn user_who_is_created_later_resolves_the_orphan(database: DatabaseKind) {
         &purchase.checkout_session_event(SUCCEEDED, now(), again),
     )
     .await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     let signals = bridge.check().await;
     assert_eq!(orphan(&bridge, &found.id).await, found);
     assert_eq!(
-        of(&signals, "orphan.created", &found.id)[0].body["reason"],
+        signals_about(&signals, "orphan.created", &found.id)[0].body["reason"],
         UNKNOWN
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
@@ -384,14 +384,14 @@ async fn late_session_resolves_the_orphan_once_its_user_is_known(database: Datab
     let signals = bridge.check().await;
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
 }
 
-async fn reference_that_came_during_a_lookup_is_looked_up_too(database: DatabaseKind) {
+async fn reference_received_during_a_lookup_is_looked_up_too(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Later);
@@ -465,7 +465,7 @@ async fn orphan_never_gets_the_email_of_another_customer(database: DatabaseKind)
     );
 }
 
-async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
+async fn operators_resolution_overrides_the_lookup(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     for user in ["user_1", "user_2"] {
@@ -482,7 +482,7 @@ async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
         &purchase.checkout_session_event(SUCCEEDED, purchase.created + 1, again),
     )
     .await;
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
 
     let signals = bridge.check().await;
     let found = orphan(&bridge, id).await;
@@ -499,14 +499,14 @@ async fn operators_word_stands_against_the_lookup(database: DatabaseKind) {
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
 }
 
-async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it(
+async fn operators_resolution_resolves_the_orphan_despite_a_later_dated_session(
     database: DatabaseKind,
 ) {
     let bridge = Bridge::start(asking_the_application(database)).await;
@@ -531,7 +531,7 @@ async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it
         "{}",
         done.stderr
     );
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     let signals = bridge.check().await;
     let found = orphan(&bridge, id).await;
     assert_eq!(
@@ -548,14 +548,16 @@ async fn operators_word_counts_for_the_orphan_though_a_session_is_dated_after_it
     );
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (1, 1)
     );
 }
 
-async fn payment_is_an_orphan_whichever_session_says_that_it_was_paid(database: DatabaseKind) {
+async fn payment_that_succeeds_later_is_an_orphan_in_either_order_of_its_sessions(
+    database: DatabaseKind,
+) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
@@ -621,7 +623,7 @@ async fn check_lookups(bridge: &Bridge) {
         unknown.len(),
         "{known:?} are known"
     );
-    assert_eq!(counted(&signals, "orphan.created"), unknown.len());
+    assert_eq!(count_signals(&signals, "orphan.created"), unknown.len());
 }
 
 fn check_unknown(orphan: &orphaned_payment::Model, purchase: &Purchase) {

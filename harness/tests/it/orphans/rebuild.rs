@@ -9,13 +9,13 @@ use time::OffsetDateTime;
 
 use super::command::resolve;
 use super::{
-    COMPLETED, CREATED, SUCCEEDED, UPDATED, apply, counted, now, orphan, until,
-    until_nothing_is_asked,
+    COMPLETED, CREATED, SUCCEEDED, UPDATED, apply, count_signals, now, orphan, until,
+    until_all_questions_are_answered,
 };
 
 on_both_databases!(
     lost_database_is_rebuilt_with_the_same_orphans,
-    everything_delivered_again_changes_and_signals_nothing,
+    redelivery_of_all_events_changes_and_signals_nothing,
 );
 
 async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) {
@@ -30,7 +30,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         for worker in bridge.workers.drain(..) {
             worker.stop().await;
         }
-        forget_what_was_delivered(&bridge).await;
+        delete_worker_consumer(&bridge).await;
         bridge.database = Database::prepare(database);
         bridge.database.resume().await;
         // A setting that is given twice is the later one.
@@ -40,11 +40,11 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
             .env("LITESTRIPE_WORKER_LISTEN", "127.0.0.1:0");
         let worker = worker.start();
         bridge.wait_until_applied().await;
-        until_nothing_is_asked(&bridge).await;
+        until_all_questions_are_answered(&bridge).await;
 
         assert_eq!(
-            lasting(bridge.rows().await),
-            lasting(rows.clone()),
+            rebuildable(bridge.rows().await),
+            rebuildable(rows.clone()),
             "batches of {batch}"
         );
         let open = |orphans: &[orphaned_payment::Model]| -> Vec<_> {
@@ -89,7 +89,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
     }
 }
 
-async fn everything_delivered_again_changes_and_signals_nothing(database: DatabaseKind) {
+async fn redelivery_of_all_events_changes_and_signals_nothing(database: DatabaseKind) {
     let bridge = Bridge::start(
         Options::on(database)
             .workers(2)
@@ -101,9 +101,9 @@ async fn everything_delivered_again_changes_and_signals_nothing(database: Databa
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
 
     // The running workers make the consumer anew, and it delivers everything.
-    forget_what_was_delivered(&bridge).await;
+    delete_worker_consumer(&bridge).await;
     assert_eq!(bridge.check().await.len(), signals.len());
-    until_nothing_is_asked(&bridge).await;
+    until_all_questions_are_answered(&bridge).await;
     assert_eq!(bridge.rows().await, rows, "not even the version grew");
     assert_eq!(bridge.orphans().await, orphans);
     assert_eq!(bridge.check().await.len(), signals.len());
@@ -168,8 +168,8 @@ async fn live(bridge: &Bridge) -> Lives {
     let signals = bridge.check().await;
     assert_eq!(
         (
-            counted(&signals, "orphan.created"),
-            counted(&signals, "orphan.resolved")
+            count_signals(&signals, "orphan.created"),
+            count_signals(&signals, "orphan.resolved")
         ),
         (8, 5)
     );
@@ -181,7 +181,7 @@ async fn live(bridge: &Bridge) -> Lives {
 }
 
 /// Deletes the durable consumer: made anew, it delivers all that the stream holds.
-pub(crate) async fn forget_what_was_delivered(bridge: &Bridge) {
+pub(crate) async fn delete_worker_consumer(bridge: &Bridge) {
     let stream = bridge
         .jetstream()
         .await
@@ -195,13 +195,15 @@ pub(crate) async fn forget_what_was_delivered(bridge: &Bridge) {
 }
 
 /// The rows without what a rebuild makes anew.
-pub(crate) fn lasting(rows: Vec<stripe_subscription::Model>) -> Vec<stripe_subscription::Model> {
-    let lasting = |row| stripe_subscription::Model {
+pub(crate) fn rebuildable(
+    rows: Vec<stripe_subscription::Model>,
+) -> Vec<stripe_subscription::Model> {
+    let without_the_rest = |row| stripe_subscription::Model {
         version: 0,
         revision: 0,
         dt_created: OffsetDateTime::UNIX_EPOCH,
         dt_last_updated: OffsetDateTime::UNIX_EPOCH,
         ..row
     };
-    rows.into_iter().map(lasting).collect()
+    rows.into_iter().map(without_the_rest).collect()
 }

@@ -13,25 +13,25 @@ use super::{
 };
 
 on_both_databases!(
-    damaged_table_is_found_exactly_and_mended_without_a_worker,
-    damaged_table_is_found_exactly_and_mended_beside_workers,
+    every_damage_is_found_and_repaired_without_a_worker,
+    every_damage_is_found_and_repaired_while_workers_run,
 );
 
-async fn damaged_table_is_found_exactly_and_mended_without_a_worker(database: DatabaseKind) {
+async fn every_damage_is_found_and_repaired_without_a_worker(database: DatabaseKind) {
     let api = Api::start().await;
     let mut bridge = Bridge::start(options(database, &api)).await;
     let damage = damage(&mut bridge, &api).await;
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }
-    found_exactly_and_mended(&bridge, &api, damage).await;
+    check_found_and_repaired(&bridge, &api, damage).await;
 }
 
-async fn damaged_table_is_found_exactly_and_mended_beside_workers(database: DatabaseKind) {
+async fn every_damage_is_found_and_repaired_while_workers_run(database: DatabaseKind) {
     let api = Api::start().await;
     let mut bridge = Bridge::start(options(database, &api).workers(2)).await;
     let damage = damage(&mut bridge, &api).await;
-    found_exactly_and_mended(&bridge, &api, damage).await;
+    check_found_and_repaired(&bridge, &api, damage).await;
 }
 
 /// What was done to a table.
@@ -148,7 +148,7 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
     }
 }
 
-async fn found_exactly_and_mended(bridge: &Bridge, api: &Api, damage: Damage) {
+async fn check_found_and_repaired(bridge: &Bridge, api: &Api, damage: Damage) {
     let signals = bridge.signals().await.len();
     let events = bridge.stored_events().await;
     let found = reconcile(bridge, &["--json"]).await;
@@ -211,16 +211,16 @@ async fn found_exactly_and_mended(bridge: &Bridge, api: &Api, damage: Damage) {
     );
     assert_eq!(bridge.signals().await.len(), signals);
 
-    let mended = reconcile(bridge, &["--repair", "--json"]).await;
-    assert_eq!(mended.status.code(), Some(0), "{mended:?}");
-    let report = json_of(&mended);
+    let repaired = reconcile(bridge, &["--repair", "--json"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
+    let report = json_of(&repaired);
     assert_eq!(findings(&report), damage.expected, "{report:#}");
     assert_eq!(
         (&report["repaired"], &report["remaining"]),
         (&json!(count), &json!(0)),
         "{report:#}"
     );
-    for output in [&found, &table, &mended] {
+    for output in [&found, &table, &repaired] {
         for private in [PRIVATE, EMAIL, API_KEY] {
             assert!(!format!("{output:?}").contains(private), "{private}");
         }

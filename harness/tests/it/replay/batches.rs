@@ -13,10 +13,10 @@ use super::DEADLINE;
 use crate::orphans::{CREATED, UPDATED, now};
 
 #[tokio::test]
-async fn a_batch_that_is_held_up_does_not_hold_up_the_next_one() {
+async fn a_blocked_batch_does_not_block_the_next_one() {
     let [held, other] = purchases();
-    let held_up = HeldUp::start(&held, &[created(&held), created(&other)]).await;
-    eventually("the other to be applied", DEADLINE, async || match held_up
+    let blocked = BlockedReplay::start(&held, &[created(&held), created(&other)]).await;
+    eventually("the other to be applied", DEADLINE, async || match blocked
         .bridge
         .rows()
         .await
@@ -26,21 +26,21 @@ async fn a_batch_that_is_held_up_does_not_hold_up_the_next_one() {
         rows => Err(format!("{rows:?}")),
     })
     .await;
-    held_up.let_go().await;
+    blocked.release().await;
 }
 
 /// At the same time, either could be first: an orphan's reason, for one, is that of the first.
 #[tokio::test]
-async fn batches_about_the_same_follow_each_other() {
+async fn batches_about_the_same_subscription_are_applied_in_order() {
     let [held, other] = purchases();
     let changed =
         held.subscription_event(UPDATED, held.created + 1, json!({ "status": "past_due" }));
-    let held_up = HeldUp::start(&held, &[created(&held), changed, created(&other)]).await;
-    held_up.bridge.database.until_a_worker_waits().await;
+    let blocked = BlockedReplay::start(&held, &[created(&held), changed, created(&other)]).await;
+    blocked.bridge.database.until_a_worker_waits().await;
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert_eq!(
-            held_up
+            blocked
                 .bridge
                 .database
                 .waiting_workers()
@@ -49,17 +49,17 @@ async fn batches_about_the_same_follow_each_other() {
             1
         );
     }
-    held_up.let_go().await;
+    blocked.release().await;
 }
 
 /// A replay whose first event concerns a row that somebody else is about to insert.
-struct HeldUp {
+struct BlockedReplay {
     bridge: Bridge,
     replay: Program,
-    somebody: DatabaseTransaction,
+    lock: DatabaseTransaction,
 }
 
-impl HeldUp {
+impl BlockedReplay {
     async fn start(held: &Purchase, events: &[Event]) -> Self {
         let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
         bridge.deliver_all(events).await;
@@ -79,7 +79,7 @@ impl HeldUp {
         let back = format!(
             "INSERT INTO stripe_subscription SELECT * FROM kept WHERE stripe_subscription_id = '{held}'"
         );
-        let somebody = bridge.database.locked(&back).await;
+        let lock = bridge.database.locked(&back).await;
         let replay = bridge
             .worker()
             .env("LITESTRIPE_BATCH", "1")
@@ -88,15 +88,12 @@ impl HeldUp {
         Self {
             bridge,
             replay,
-            somebody,
+            lock,
         }
     }
 
-    async fn let_go(self) {
-        self.somebody
-            .rollback()
-            .await
-            .expect("the transaction is open");
+    async fn release(self) {
+        self.lock.rollback().await.expect("the transaction is open");
         assert_eq!(
             self.replay.wait(DEADLINE).await.code(),
             Some(0),

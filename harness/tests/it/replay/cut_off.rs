@@ -11,26 +11,26 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{
-    DEADLINE, cut_off, forget_rows, last_signal, owed, publish, replay, signals_after, told,
-    until_nothing_is_owed,
+    DEADLINE, count_unsent, cut_off, forget_rows, histories, last_signal, publish, replay,
+    signals_after, until_all_signals_are_sent,
 };
 use crate::any_order::message;
-use crate::orphans::rebuild::lasting;
+use crate::orphans::rebuild::rebuildable;
 use crate::orphans::{COMPLETED, CREATED, UPDATED, apply};
 
 on_both_databases!(
-    replay_that_was_killed_tells_when_it_is_run_again,
-    what_is_owed_after_the_end_is_sent_by_a_worker,
-    live_event_signals_a_row_that_is_due_at_once,
-    stopped_replay_goes_on_where_it_was,
-    second_replay_waits_for_the_first,
-    replay_is_finished_although_the_stream_moved_on,
-    what_cannot_be_told_is_named_and_keeps_nobody_else_waiting,
+    killed_replay_sends_its_signals_when_run_again,
+    unsent_signals_after_the_end_are_sent_by_a_worker,
+    live_event_signals_a_row_with_an_unsent_signal_at_once,
+    stopped_replay_resumes_from_its_position,
+    second_replay_is_refused_while_the_first_runs,
+    replay_finishes_although_its_events_were_purged,
+    unreadable_row_is_named_and_does_not_delay_other_signals,
 );
 
-async fn replay_that_was_killed_tells_when_it_is_run_again(database: DatabaseKind) {
+async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(100)).await;
+    publish(&bridge, &histories(100)).await;
     bridge.check().await;
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
     forget_rows(&mut bridge, database).await;
@@ -57,14 +57,14 @@ async fn replay_that_was_killed_tells_when_it_is_run_again(database: DatabaseKin
     );
 
     // The database believes the dead process alive for half a minute.
-    last_heard_of(&bridge, 60).await;
+    set_last_heartbeat(&bridge, 60).await;
     let again = replay(&bridge, &[]).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     assert!(
-        lasting(bridge.rows().await) == lasting(rows.clone()),
+        rebuildable(bridge.rows().await) == rebuildable(rows.clone()),
         "other rows than before"
     );
-    until_nothing_is_owed(&bridge).await;
+    until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     let told: BTreeSet<_> = signals
@@ -85,9 +85,9 @@ async fn replay_that_was_killed_tells_when_it_is_run_again(database: DatabaseKin
 }
 
 /// A replay may die after its end, and a batch that read the rows before the end may commit after it.
-async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) {
+async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(20)).await;
+    publish(&bridge, &histories(20)).await;
     let orphan = Purchase::new(crate::orphans::now() - 60);
     apply(
         &bridge,
@@ -114,7 +114,7 @@ async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) 
     )
     .await;
     assert!(
-        owed(&bridge).await >= rows.len() - 1,
+        count_unsent(&bridge).await >= rows.len() - 1,
         "the replay is not finished"
     );
 
@@ -123,7 +123,7 @@ async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) 
         .query("UPDATE replay SET dt_finished = dt_beat")
         .await
         .expect("it can be written");
-    until_nothing_is_owed(&bridge).await;
+    until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     for row in bridge.rows().await {
@@ -136,9 +136,9 @@ async fn what_is_owed_after_the_end_is_sent_by_a_worker(database: DatabaseKind) 
     }
 }
 
-async fn live_event_signals_a_row_that_is_due_at_once(database: DatabaseKind) {
+async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    let histories = told(100);
+    let histories = histories(100);
     publish(&bridge, &histories).await;
     bridge.check().await;
     let last = last_signal(&bridge).await;
@@ -193,9 +193,9 @@ async fn live_event_signals_a_row_that_is_due_at_once(database: DatabaseKind) {
     );
 }
 
-async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
+async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(100)).await;
+    publish(&bridge, &histories(100)).await;
     bridge.check().await;
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
     forget_rows(&mut bridge, database).await;
@@ -206,7 +206,7 @@ async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
         .args(["replay"]);
     let first = launch.start();
     litestripe_harness::eventually("a replay to be at it", DEADLINE, async || {
-        if super::owed_if_migrated(&bridge).await > 0 {
+        if super::count_unsent_if_migrated(&bridge).await > 0 {
             Ok(())
         } else {
             Err("nothing is due".to_owned())
@@ -230,13 +230,13 @@ async fn stopped_replay_goes_on_where_it_was(database: DatabaseKind) {
             .is_some_and(|events| events < 2000),
         "it began anew: {summary}"
     );
-    assert!(lasting(bridge.rows().await) == lasting(rows.clone()));
+    assert!(rebuildable(bridge.rows().await) == rebuildable(rows.clone()));
     assert_eq!(signals_after(&bridge, last).await.len(), rows.len());
 }
 
-async fn second_replay_waits_for_the_first(database: DatabaseKind) {
+async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(20)).await;
+    publish(&bridge, &histories(20)).await;
     bridge.check().await;
     forget_rows(&mut bridge, database).await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
@@ -257,7 +257,7 @@ async fn second_replay_waits_for_the_first(database: DatabaseKind) {
     }
 
     // Cut off, it is covered by the next one, whatever that is about.
-    last_heard_of(&bridge, 60).await;
+    set_last_heartbeat(&bridge, 60).await;
     bridge
         .database
         .query("DELETE FROM stripe_subscription")
@@ -267,9 +267,9 @@ async fn second_replay_waits_for_the_first(database: DatabaseKind) {
     assert_eq!(super::json_of(&next)["events"], 400, "all types");
 }
 
-async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind) {
+async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(50)).await;
+    publish(&bridge, &histories(50)).await;
     bridge.check().await;
     let last = last_signal(&bridge).await;
     forget_rows(&mut bridge, database).await;
@@ -302,7 +302,7 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
         .await
         .expect("the stream is there");
     stream.purge().await.expect("it can be emptied");
-    last_heard_of(&bridge, 60).await;
+    set_last_heartbeat(&bridge, 60).await;
     let again = replay(&bridge, &arguments).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     let signals = signals_after(&bridge, last).await;
@@ -310,7 +310,12 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
         .iter()
         .filter(|signal| signal.subject == "subscription.changed")
         .count();
-    assert_eq!((owed(&bridge).await, told), (0, due), "{}", again.stdout);
+    assert_eq!(
+        (count_unsent(&bridge).await, told),
+        (0, due),
+        "{}",
+        again.stdout
+    );
     assert!(
         replay(&bridge, &arguments)
             .await
@@ -319,9 +324,9 @@ async fn replay_is_finished_although_the_stream_moved_on(database: DatabaseKind)
     );
 }
 
-async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: DatabaseKind) {
+async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database)).await;
-    publish(&bridge, &told(3)).await;
+    publish(&bridge, &histories(3)).await;
     let signals = bridge.check().await.len();
     bridge.workers.pop().expect("there is one").stop().await;
     let [later, damaged, whole] = &bridge.rows().await[..] else {
@@ -358,7 +363,7 @@ async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: Da
         named.stderr
     );
     assert_eq!(
-        (bridge.signals().await.len(), owed(&bridge).await),
+        (bridge.signals().await.len(), count_unsent(&bridge).await),
         (signals + 2, 1),
         "the others are sent"
     );
@@ -366,7 +371,7 @@ async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: Da
     // Once it is mended, a worker sends it.
     set(damaged, "merge_state", &damaged.merge_state).await;
     bridge.start_worker().wait_until_ready().await;
-    until_nothing_is_owed(&bridge).await;
+    until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = bridge.signals().await;
     let sent = of_subscription(&signals, &damaged.stripe_subscription_id);
@@ -374,7 +379,7 @@ async fn what_cannot_be_told_is_named_and_keeps_nobody_else_waiting(database: Da
 }
 
 /// Has the database believe that whoever is at a replay was last heard of that many seconds ago.
-pub(super) async fn last_heard_of(bridge: &Bridge, seconds: i64) {
+pub(super) async fn set_last_heartbeat(bridge: &Bridge, seconds: i64) {
     let at = OffsetDateTime::now_utc() - time::Duration::seconds(seconds);
     let at = at.format(&Rfc3339).expect("it can be written");
     let set = format!("UPDATE replay SET dt_beat = '{at}'");

@@ -13,7 +13,7 @@ use super::{forget_rows, json_of, replay};
 use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
 
 #[tokio::test]
-async fn only_what_is_asked_for_is_applied_again() {
+async fn only_selected_events_are_reapplied() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     let (one, other) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     apply(
@@ -87,7 +87,7 @@ async fn only_what_is_asked_for_is_applied_again() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_asked_for_is_said_clearly() {
+async fn invalid_selections_are_refused_with_the_reason() {
     let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
     for _ in 0..3 {
         let purchase = Purchase::new(now() - 600);
@@ -138,9 +138,9 @@ async fn what_cannot_be_asked_for_is_said_clearly() {
 }
 
 #[tokio::test]
-async fn dry_run_that_loses_the_broker_is_no_result() {
+async fn dry_run_that_loses_the_broker_prints_no_result() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
-    super::publish(&bridge, &super::told(100)).await;
+    super::publish(&bridge, &super::histories(100)).await;
     bridge.wait_until_applied().await;
     let dry = bridge
         .worker()
@@ -181,7 +181,7 @@ async fn dry_run_that_loses_the_broker_is_no_result() {
 }
 
 #[tokio::test]
-async fn broker_that_refuses_is_not_waited_for() {
+async fn replay_fails_at_once_if_the_broker_refuses_its_consumer() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
     bridge.broker.resume().await;
     bridge.database.resume().await;

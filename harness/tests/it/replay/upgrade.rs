@@ -8,15 +8,15 @@ use litestripe_harness::stripe::Purchase;
 use litestripe_migration::{Migrator, MigratorTrait as _};
 use serde_json::{Value, json};
 
-use super::{DEADLINE, cut_off, json_of, last_signal, owed, replay, signals_after};
-use crate::orphans::{CREATED, apply, counted, now, until};
+use super::{DEADLINE, count_unsent, cut_off, json_of, last_signal, replay, signals_after};
+use crate::orphans::{CREATED, apply, count_signals, now, until};
 
-on_both_databases!(database_of_the_version_before_goes_on);
+on_both_databases!(database_of_the_previous_version_continues);
 
 /// The steps that the version before had.
 const STEPS_BEFORE: u32 = 6;
 
-async fn database_of_the_version_before_goes_on(database: DatabaseKind) {
+async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     let mut bridge =
         Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let (changed, new) = (Purchase::new(now() - 3_600), Purchase::new(now() - 3_600));
@@ -63,7 +63,7 @@ async fn database_of_the_version_before_goes_on(database: DatabaseKind) {
     assert_eq!(migrate("down").await, 4);
     assert_eq!(migrate("up").await, 0);
     assert_eq!(
-        owed(&bridge).await,
+        count_unsent(&bridge).await,
         4,
         "one orphan came and went, and owes nothing"
     );
@@ -73,7 +73,7 @@ async fn database_of_the_version_before_goes_on(database: DatabaseKind) {
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     assert_eq!(
-        (signals.len(), counted(&signals, "orphan.resolved")),
+        (signals.len(), count_signals(&signals, "orphan.resolved")),
         (1, 1),
         "{signals:#?}"
     );
@@ -114,7 +114,7 @@ async fn database_of_the_version_before_goes_on(database: DatabaseKind) {
     })
     .await;
     check_sent(&signals_after(&bridge, last).await, &changed, &new);
-    assert_eq!(owed(&bridge).await, 0);
+    assert_eq!(count_unsent(&bridge).await, 0);
     until(&bridge, &new.subscription, |orphan| {
         orphan.resolved_at.is_none()
     })
@@ -309,5 +309,5 @@ async fn take_over(
             .await
             .unwrap_or_else(|error| panic!("{insert}: {error}"));
     }
-    cut_off::last_heard_of(bridge, 3_600).await;
+    cut_off::set_last_heartbeat(bridge, 3_600).await;
 }
