@@ -1,4 +1,4 @@
-//! Any order, any repetition, any number of workers: one right table.
+//! Events in any order, repeated, applied by any number of workers, lead to the same correct table.
 
 use bytes::Bytes;
 use litestripe_entity::stripe_subscription;
@@ -37,7 +37,7 @@ async fn any_order_leads_to_the_same_table(database: DatabaseKind, workers: usiz
         .collect();
     let once = in_order(database, &histories).await;
 
-    // Small batches, so that the events of a subscription are with many workers at a time.
+    // Small batches, so that many workers have events of one subscription at the same time.
     let options = Options::on(database)
         .workers(workers)
         .worker("LITESTRIPE_BATCH", "20");
@@ -60,7 +60,7 @@ async fn any_order_leads_to_the_same_table(database: DatabaseKind, workers: usiz
     assert_eq!(open_orphans(&bridge).await, once.open_orphans);
     assert_eq!(bridge.dead_letters().await.len(), 0);
 
-    // Everything once more, over the live table.
+    // All events again, over the current table.
     delete_worker_consumer(&bridge).await;
     assert_eq!(
         bridge.check().await.len(),
@@ -71,7 +71,7 @@ async fn any_order_leads_to_the_same_table(database: DatabaseKind, workers: usiz
     assert!(bridge.orphans().await == orphans);
 }
 
-/// What one worker makes of the events, each delivered once and in order.
+/// The result of one worker that got each event once and in order.
 struct Once {
     rows: Vec<stripe_subscription::Model>,
     open_orphans: Vec<(String, String)>,
@@ -79,7 +79,7 @@ struct Once {
 
 async fn in_order(database: DatabaseKind, histories: &[History]) -> Once {
     let bridge = Bridge::start(Options::on(database)).await;
-    // As they happened: over all subscriptions, second by second.
+    // Second by second over all subscriptions, as the events happened.
     let mut events: Vec<_> = histories
         .iter()
         .flat_map(|history| &history.events)
@@ -103,7 +103,7 @@ pub(crate) fn message(event: &Event) -> (String, Bytes, String) {
     )
 }
 
-/// Row by row, so that a difference can be read.
+/// Compares row by row, so that a failure shows one row and not the whole table.
 fn check_same(rows: &[stripe_subscription::Model], once: &[stripe_subscription::Model]) {
     assert_eq!((rows.len(), once.len()), (SUBSCRIPTIONS, SUBSCRIPTIONS));
     let pairs = rebuildable(rows.to_vec())
@@ -114,7 +114,7 @@ fn check_same(rows: &[stripe_subscription::Model], once: &[stripe_subscription::
     }
 }
 
-/// A row that claims to be certain tells the truth.
+/// Checks that every row that is not uncertain equals the subscription at Stripe.
 fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
     let mut uncertain = 0;
     for history in histories {
@@ -128,7 +128,7 @@ fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
         }
         let truth = &history.truth;
         let item = &truth["items"]["data"][0];
-        let told = json!({
+        let shown = json!({
             "status": row.status, "quantity": row.items[0]["quantity"], "metadata": row.subscription_metadata,
             "cancel_at": row.cancel_at.map(|at| at.unix_timestamp()), "cancels": row.cancel_at_period_end,
             "end": row.current_period_end.map(|at| at.unix_timestamp()),
@@ -138,7 +138,7 @@ fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
             "cancel_at": truth["cancel_at"], "cancels": truth["cancel_at_period_end"],
             "end": item["current_period_end"],
         });
-        assert_eq!(told, expected, "{}", history.subscription);
+        assert_eq!(shown, expected, "{}", history.subscription);
     }
     assert!(
         uncertain < SUBSCRIPTIONS / 4,
@@ -146,7 +146,8 @@ fn check_true(rows: &[stripe_subscription::Model], histories: &[History]) {
     );
 }
 
-/// Which orphan is resolved, and whether there was one before its user came, depends on the order.
+/// Returns the open orphans only: which orphans are resolved, and whether an orphan existed before
+/// its user was known, depends on the order.
 async fn open_orphans(bridge: &Bridge) -> Vec<(String, String)> {
     let orphans = bridge.orphans().await.into_iter();
     let open = orphans.filter(|orphan| orphan.resolved_at.is_none());
@@ -156,7 +157,8 @@ async fn open_orphans(bridge: &Bridge) -> Vec<(String, String)> {
 async fn similar_subscriptions_are_kept_apart(database: DatabaseKind) {
     let mut random = Random::start();
     let created = now() - 6 * MONTH;
-    // Two of one customer and one user; the same bought again after its end; the same user's in live mode.
+    // Two subscriptions of one customer and user, one that they bought after another had ended, and
+    // one of the same user in live mode.
     let mut purchases: Vec<_> = (0..4).map(|_| Purchase::new(created)).collect();
     for again in 1..4 {
         purchases[again].customer = purchases[0].customer.clone();

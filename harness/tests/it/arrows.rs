@@ -1,11 +1,11 @@
-//! ARCHITECTURE's arrows: which crate may depend on which, read from `cargo metadata`.
+//! Which crate may depend on which, as ARCHITECTURE.md says, checked with `cargo metadata`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use serde_json::Value;
 
-/// The crates that do I/O or bring a runtime: none of them may be below the core.
+/// The crates that do I/O or bring a runtime: `domain` must not depend on any of them.
 const IO: &[&str] = &[
     "tokio",
     "async-nats",
@@ -91,13 +91,14 @@ fn assert_none(below: &BTreeSet<&str>, banned: &[&str]) {
     assert!(found.is_empty(), "{found:?} must not be reached");
 }
 
-/// The dependencies that are compiled in, tests' and build scripts' left out.
+/// The dependencies that are compiled in, without those of tests and build scripts.
 struct Graph {
-    /// Of our own crates as they are without features, of others as they are in the whole workspace.
+    /// Dependencies by crate: of our own crates without features, of other crates as built in the
+    /// workspace.
     edges: BTreeMap<String, BTreeSet<String>>,
-    /// What the feature `process` adds to `contract`.
+    /// The dependencies that the feature `process` adds to `contract`.
     process: BTreeSet<String>,
-    /// Our crates that ask for it.
+    /// Our crates that enable that feature.
     with_process: BTreeSet<String>,
 }
 
@@ -176,7 +177,7 @@ impl Graph {
         self.edges[name].iter().map(String::as_str).collect()
     }
 
-    /// All that `name` depends on, over any number of steps.
+    /// All direct and indirect dependencies of `name`.
     fn below(&self, name: &str) -> BTreeSet<&str> {
         let mut below = BTreeSet::new();
         let mut next = self.direct(name);

@@ -1,5 +1,5 @@
-//! What never arrived comes back: by itself, and by the command. Stripe's API is a stub; everything
-//! else is real.
+//! Backfill of events that never arrived, by the workers and by the command. Stripe's API is a
+//! stub; everything else is real.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ const EVENTS: &str = "/v1/events";
 
 async fn missed_deliveries_are_backfilled_automatically(database: DatabaseKind) {
     let api = Api::start().await;
-    // Stripe is away at first: the worker tries again, and applies what arrives meanwhile.
+    // Stripe is unavailable at first: the worker retries, and applies events that arrive meanwhile.
     api.answer_next(
         EVENTS,
         Trouble::status(503).header("Stripe-Should-Retry", "false"),
@@ -51,7 +51,7 @@ async fn missed_deliveries_are_backfilled_automatically(database: DatabaseKind) 
     ];
     put(&api, &lost, false);
 
-    eventually("the row to come back", DEADLINE, async || {
+    eventually("the row of the missed event", DEADLINE, async || {
         let row = bridge
             .rows()
             .await
@@ -135,8 +135,8 @@ async fn four_workers_make_one_backfill_per_interval() {
         }
     })
     .await;
-    // The record has whole seconds, and a request may be late. Four workers that do not know of each
-    // other ask at about the same time.
+    // The record has whole seconds, and a request may be late: hence a third. Four workers without
+    // a shared record would ask at about the same time.
     for (earlier, later) in requests.iter().zip(&requests[1..]) {
         assert!(
             later.at - earlier.at > INTERVAL / 3,
@@ -167,9 +167,9 @@ async fn restarted_workers_backfill_once_even_after_a_short_stop() {
     .await;
     bridge.workers.pop().expect("there is one").stop().await;
     put(&api, &purchases(1), false);
-    // What began about when a worker was started would count as made after its start.
+    // A backfill that began at about the time of a worker's start would count as made after it.
     eventually(
-        "the next backfill to be another one",
+        "the next backfill to count as a new one",
         DEADLINE,
         async || {
             if now() > complete + 3 {
@@ -228,7 +228,7 @@ async fn backfill_of_a_dead_worker_is_taken_over() {
     bridge.workers[0].kill().await;
     until_asked(&second, 1).await;
     drop(held);
-    eventually("the row to come back", DEADLINE, async || {
+    eventually("the row of the missed event", DEADLINE, async || {
         if bridge.rows().await.is_empty() {
             Err("no row".to_owned())
         } else {
@@ -244,7 +244,7 @@ async fn command_publishes_missing_events_and_nothing_when_repeated(database: Da
     let arrived = purchases(3);
     bridge.deliver_all(&arrived).await;
     put(&api, &arrived, true);
-    // More than two pages, several of a second.
+    // More than two pages, several events per second.
     let missed = purchases(250);
     put(&api, &missed, false);
     // Before the window.
@@ -264,7 +264,7 @@ async fn command_publishes_missing_events_and_nothing_when_repeated(database: Da
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 253);
 
-    // From when the first one began, less two hours: all of them.
+    // The second run starts two hours before the first one began, which covers all events.
     let second = report(&bridge, &["--json"]).await;
     assert_eq!(counts(&second), [253, 253, 0, 0, 0], "{second}");
     assert_eq!(bridge.stored_events().await, 253);
@@ -288,9 +288,9 @@ async fn command_publishes_missing_events_and_nothing_when_repeated(database: Da
             .stdout
             .lines()
             .find(|line| line.trim_start().starts_with(what));
-        let told = line
+        let shown = line
             .is_some_and(|line| line.replace(what, "").split_whitespace().next() == Some(value));
-        assert!(told, "{what} is not {value} in\n{}", table.stdout);
+        assert!(shown, "{what} is not {value} in\n{}", table.stdout);
     }
 }
 
@@ -338,7 +338,8 @@ async fn undelivered_only_lists_only_undelivered_events() {
         "{:?}",
         api.requests(EVENTS)
     );
-    // That was not all there is: the next one starts where a first one does.
+    // A run over undelivered events only is not recorded: the next one starts where a first one
+    // does.
     let all = report(&bridge, &["--json"]).await;
     assert_eq!(counts(&all), [5, 3, 2, 0, 0], "{all}");
     assert!(
@@ -358,15 +359,15 @@ async fn outage_halfway_keeps_published_events_and_the_next_run_publishes_the_re
     );
     let first = command(&bridge, &["--json"]).await;
     assert_eq!(first.status.code(), Some(1), "{first:?}");
-    for told in [
+    for text in [
         "ended halfway",
         "running it again goes on",
         "Stripe answered 500",
         "req_ofTheStub",
     ] {
         assert!(
-            first.stderr.contains(told),
-            "{told} is not in {}",
+            first.stderr.contains(text),
+            "{text} is not in {}",
             first.stderr
         );
     }
@@ -417,7 +418,7 @@ async fn key_is_refused_if_all_rows_are_of_the_other_mode(database: DatabaseKind
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
     put(&api, &purchases(1), false);
-    // Nothing is of any mode yet.
+    // There are no rows yet, so no mode to compare with.
     assert_eq!(counts(&report(&bridge, &["--json"]).await), [1, 0, 1, 0, 0]);
     bridge.check().await;
     let live = async |arguments: &[&str]| {
@@ -430,21 +431,21 @@ async fn key_is_refused_if_all_rows_are_of_the_other_mode(database: DatabaseKind
     let asked = api.requests("").len();
     let refused = live(&[]).await;
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    for told in [
+    for text in [
         "STRIPE_SECRET_KEY is a live mode key",
         "is test mode",
         "sk_test_",
         "--any-mode",
     ] {
         assert!(
-            refused.stderr.contains(told),
-            "{told} is not in {}",
+            refused.stderr.contains(text),
+            "{text} is not in {}",
             refused.stderr
         );
     }
     assert!(!refused.stderr.contains("ofTheOtherMode"));
-    assert_eq!(api.requests("").len(), asked, "nobody was asked");
-    // The stub does not know the key, but it is asked.
+    assert_eq!(api.requests("").len(), asked, "Stripe was not asked");
+    // The stub refuses the key, which shows that it was asked.
     let any_mode = live(&["--any-mode"]).await;
     assert!(
         any_mode.stderr.contains("Stripe answered 401"),
@@ -473,12 +474,12 @@ async fn wrong_settings_and_arguments_are_named() {
             .arg("backfill");
         launch.args(arguments.iter().copied()).run(DEADLINE).await
     };
-    let check = |finished: &Finished, code: i32, told: &[&str]| {
+    let check = |finished: &Finished, code: i32, texts: &[&str]| {
         assert_eq!(finished.status.code(), Some(code), "{finished:?}");
-        for told in told {
+        for text in texts {
             assert!(
-                finished.stderr.contains(told),
-                "{told:?} is not in {}",
+                finished.stderr.contains(text),
+                "{text:?} is not in {}",
                 finished.stderr
             );
         }
@@ -519,7 +520,7 @@ async fn wrong_settings_and_arguments_are_named() {
     assert_eq!(api.requests("").len(), 0);
 }
 
-/// When the last complete backfill in test mode began.
+/// Returns when the last complete backfill in test mode began.
 pub(crate) async fn recorded(bridge: &Bridge) -> Option<i64> {
     let record = bridge
         .database
@@ -531,7 +532,7 @@ pub(crate) async fn recorded(bridge: &Bridge) -> Option<i64> {
         .map(|row| row.try_get("", "began").expect("it is a second"))
 }
 
-/// A bridge whose workers may ask the stub, and backfill when they are told to.
+/// Options for workers that have a key for the stub and backfill only by command.
 fn with_key(database: DatabaseKind, api: &Api) -> Options {
     Options::on(database)
         .worker("STRIPE_API_BASE", api.url())
@@ -540,7 +541,7 @@ fn with_key(database: DatabaseKind, api: &Api) -> Options {
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
 }
 
-/// The first events of so many subscriptions, three a second.
+/// The first events of `count` subscriptions, three per second.
 fn purchases(count: i64) -> Vec<Event> {
     let event = |index: i64| {
         let purchase = Purchase::new(now() - 600 - index / 3);
@@ -613,7 +614,7 @@ async fn stored(bridge: &Bridge, event: &Event) -> async_nats::jetstream::messag
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     for sequence in 1..=stream.cached_info().state.last_sequence {
         let message = stream
             .get_raw_message(sequence)

@@ -1,5 +1,5 @@
-//! The bridge, end to end: a signed delivery goes in over HTTP, a row comes out in the database, a
-//! signal reaches a subscriber. The same tests on both databases.
+//! The bridge, end to end: a signed delivery over HTTP leads to a row in the database and a signal
+//! to a subscriber. The same tests run on both databases.
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, of_subscription, shown};
 use litestripe_harness::stripe::{self, Delivery, Event, MONTH, Purchase, TRIAL};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// Makes of each of these functions two tests: `sqlite::…` and `postgres::…`.
+/// Makes two tests of each function: `sqlite::…` and `postgres::…`.
 macro_rules! on_both_databases {
     ($($test:ident),+ $(,)?) => {
         mod sqlite {
@@ -276,7 +276,7 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
             json!({ "items": more }),
             Some(("active", "granted")),
         ),
-        // Nothing that is kept changes.
+        // No field that we keep changes.
         (
             "customer.subscription.pending_update_expired",
             json!({ "items": more }),
@@ -298,7 +298,7 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
             Some(("a_status_of_tomorrow", "revoked")),
         ),
         (DELETED, ended.clone(), Some(("canceled", "revoked"))),
-        // An end is an end, whatever Stripe may send later.
+        // Canceled is final, whatever Stripe may send later.
         (UPDATED, json!({}), None),
     ];
     let events = steps.iter().zip(purchase.created..);
@@ -347,7 +347,7 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
     let subscription = |event_type, at, metadata: Value| {
         purchase.subscription_event(event_type, at, json!({ "metadata": metadata }))
     };
-    // A payment link's metadata is the session's, too.
+    // The session of a payment link carries the link's metadata.
     let of_link = json!({
         "client_reference_id": "user_1",
         "payment_link": "plink_1QyTqFLkdIwHu7ix0JQkzF3c",
@@ -359,7 +359,7 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
             subscription(CREATED, at, json!({ "seats": "5", "region": "eu" })),
             subscription(UPDATED, at + 1, json!({ "seats": "6", "region": "eu" })),
             subscription(UPDATED, at + 3, json!({ "seats": "7" })),
-            // Older than what is known of its type, and so nothing new.
+            // Older than the newest event of its type: ignored.
             subscription(UPDATED, at + 2, json!({ "seats": "8", "region": "us" })),
             purchase.checkout_session_event(
                 "checkout.session.async_payment_succeeded",
@@ -448,7 +448,7 @@ async fn newest_client_reference_id_wins_and_an_empty_one_does_not_erase_it(
     assert_eq!(
         bridge.orphans().await,
         [],
-        "its user was known all the time"
+        "its user was known from the start"
     );
 }
 
@@ -463,7 +463,7 @@ async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
     // Within the duplicate window JetStream drops them.
     bridge.deliver_all(&story).await;
     assert_eq!(bridge.stored_events().await, stored);
-    // Outside of it, or from another source, they are stored once more, here in two renderings.
+    // Outside of the window, or from another source, they are stored again, here in two renderings.
     let again = |event: &Event, body, how: &str| {
         (
             event.event_type().to_owned(),
@@ -545,7 +545,7 @@ async fn trace_context_travels_from_the_delivery_to_the_signal(database: Databas
     );
 }
 
-/// What a signal tells, as far as a test compares it.
+/// The parts of a signal that a test compares.
 #[derive(Debug, PartialEq)]
 struct Shown {
     event: String,
@@ -580,7 +580,7 @@ impl Shown {
     }
 }
 
-/// The id of what an event is about.
+/// The id of the object that an event is about.
 fn subject(event: &Event) -> String {
     event.value["data"]["object"]["id"]
         .as_str()

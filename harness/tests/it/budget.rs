@@ -1,4 +1,4 @@
-//! The budget of calls to Stripe's API: all workers keep to it together, and use it.
+//! The budget of calls to Stripe's API: all workers together keep to it and use it.
 
 use std::time::{Duration, Instant};
 
@@ -11,19 +11,19 @@ use serde_json::json;
 
 use crate::orphans::{UPDATED, now};
 
-/// The budget: that many requests in every window. A permit may be used for a thirtieth of the window, 0.7 s:
-/// longer than a busy machine stalls as a rule.
+/// The budget in every window. A permit may be used for a thirtieth of the window, 0.7 s: longer
+/// than a busy machine usually stalls.
 const REQUESTS: usize = 120;
 const WINDOW: Duration = Duration::from_secs(20);
 
-/// What a request may be later than that: windows are looked at without it, and a budget that is not
-/// shared, or that is a fixed window's, is exceeded all the same. What is promised of whole windows is
-/// when permits are used; only the stub sees requests, and a process that stalls for longer between the
-/// two, on a machine that also compiles, brings some together that were not sent so. That whole windows
-/// hold for every way of using permits is what `no_window_holds_more_than_the_budget` shows.
+/// How much later than its permit a request may arrive. The test checks windows that are shorter by
+/// this much: a budget that is not shared, or one of fixed windows, would still exceed them. The
+/// promise about whole windows is about the use of permits, but the stub sees requests: a process
+/// that stalls between the two, on a machine that also compiles, bunches them.
+/// `no_window_holds_more_than_the_budget` covers whole windows.
 const STALL: Duration = Duration::from_secs(1);
 
-/// All of it takes 35 s; on a machine that also compiles, longer.
+/// The test takes 35 s, and longer on a machine that also compiles.
 const DEADLINE: Duration = Duration::from_secs(150);
 
 #[tokio::test]
@@ -40,7 +40,7 @@ async fn budget_is_kept_and_used_by(processes: usize) {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.database.resume().await;
-    // A stub for each process: each has to do its part.
+    // One stub per process: each process has to make its share of the requests.
     let mut apis = Vec::new();
     for _ in 0..processes {
         apis.push(Api::start().await);
@@ -67,7 +67,7 @@ async fn budget_is_kept_and_used_by(processes: usize) {
             .await;
     }
 
-    // Each subscription is fetched once: it changed there and back within a second.
+    // Each subscription is fetched once, because it changed and changed back within a second.
     let work = REQUESTS * 7 / 4;
     let purchases: Vec<_> = (0..work).map(|_| Purchase::new(now() - 60)).collect();
     let mut events = Vec::new();
@@ -100,7 +100,8 @@ async fn budget_is_kept_and_used_by(processes: usize) {
         .map(|first| held(&arrivals[first..], WINDOW))
         .max()
         .unwrap_or(0);
-    // What each process has reserved at the end, a hundredth of the budget, is no work that waits.
+    // Not the last requests: each process has reserved a hundredth of the budget by then, so they
+    // do not wait.
     let waiting = &arrivals[..work - processes * REQUESTS.div_ceil(100)];
     let took = waiting
         .last()
@@ -133,7 +134,7 @@ async fn budget_is_kept_and_used_by(processes: usize) {
     }
 }
 
-/// Of these arrivals, in their order, those within `length` from the first.
+/// Counts the arrivals within `length` of the first. They are in order.
 fn held(arrivals: &[Instant], length: Duration) -> usize {
     let Some(first) = arrivals.first() else {
         return 0;
@@ -179,7 +180,7 @@ async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_aga
             .await
             .get_key_value("litestripe")
             .await
-            .expect("the bucket is there");
+            .expect("the bucket exists");
         bucket
             .get("of.our/own")
             .await
@@ -198,7 +199,7 @@ async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_aga
     until_fetched(&api, &second).await;
     assert!(entry(&bridge).await, "it was made again");
 
-    // A question about a second that is yet to come is asked after it.
+    // A question about a second in the future is asked after it has passed.
     uncertain(&bridge, &third, 65).await;
     bridge.wait_until_applied().await;
     bridge.broker.kill().await;
@@ -232,11 +233,12 @@ async fn successive_calls_rarely_ask_the_broker() {
         );
     }
     let writes = async || {
-        // It is made with the first call.
+        // The first call creates the bucket.
         let bucket = bridge.jetstream().await.get_stream("KV_litestripe").await;
         bucket.map_or(0, |bucket| bucket.cached_info().state.last_sequence)
     };
-    // The second time all of them are there, and a call follows at once on the one before it.
+    // In the second run all events are stored already, so that each call follows the previous one
+    // at once.
     let (mut before, mut after) = (0, 0);
     for _ in 0..2 {
         before = writes().await;
@@ -278,7 +280,7 @@ async fn invalid_value_in_the_bucket_delays_calls_by_one_window_at_most() {
         .await
         .get_key_value("litestripe")
         .await
-        .expect("the bucket is there");
+        .expect("the bucket exists");
     for value in [
         "soon",
         "9000000000000000",
@@ -294,7 +296,7 @@ async fn invalid_value_in_the_bucket_delays_calls_by_one_window_at_most() {
             .get(KEY)
             .await
             .expect("it can be read")
-            .expect("it is there");
+            .expect("it exists");
         assert!(
             healed != value && healed.starts_with(b"1"),
             "{healed:?} after {value}"
@@ -305,7 +307,8 @@ async fn invalid_value_in_the_bucket_delays_calls_by_one_window_at_most() {
     assert!(bridge.workers[0].is_running());
 }
 
-/// Two states of one second, neither of which says what was before.
+/// Delivers two states of one second without previous attributes, so that the row becomes
+/// uncertain.
 async fn uncertain(bridge: &Bridge, purchase: &Purchase, at: i64) {
     for seats in ["1", "2"] {
         let metadata = json!({ "metadata": { "seats": seats } });

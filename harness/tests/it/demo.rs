@@ -1,4 +1,4 @@
-//! The demo: what it shows, how it ends, and that nothing of it stays.
+//! The demo: what it shows, how it ends, and that it leaves nothing behind.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -153,7 +153,7 @@ async fn kept_folder_is_named_and_holds_the_database() {
     assert_eq!(demo_processes(&folder), []);
 }
 
-/// Where `setpriv` is missing, no safe code can promise this.
+/// Without `setpriv` no safe code can guarantee this.
 #[tokio::test]
 async fn killed_demo_ends_its_programs() {
     let has_setpriv = std::process::Command::new("setpriv")
@@ -229,7 +229,8 @@ struct Running {
     command: String,
 }
 
-/// The programs of the demo that made its folder in `folder`: they work there or were told of it.
+/// The running programs of the demo in `folder`: their working directory is in it, or their command
+/// line names it.
 fn demo_processes(folder: &TempDir) -> Vec<Running> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -263,7 +264,7 @@ fn only_entry(folder: &TempDir) -> PathBuf {
 }
 
 fn entries(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).expect("it is there");
+    let entries = std::fs::read_dir(folder).expect("it exists");
     entries
         .map(|entry| entry.expect("it can be read").path())
         .collect()

@@ -1,4 +1,4 @@
-//! `litestripe-worker erase`: what is stored of one customer goes, and does not come back.
+//! `litestripe-worker erase`: the personal data of one customer is removed and does not come back.
 
 use std::path::Path;
 use std::time::Duration;
@@ -31,15 +31,16 @@ on_both_databases!(
 
 const COMMAND: Duration = Duration::from_secs(90);
 
-/// In everything personal of the customer that is erased.
+/// Part of all personal data of the customer that is erased.
 const ERASED: &str = "ERASED";
-/// In everything personal of the one who stays.
+/// Part of all personal data of the other customer.
 const KEPT: &str = "KEPT";
 
 async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
-    // A second subscription of the customer, of a known user, and a payment that has none.
+    // A second subscription of the same customer, with a known user, and a payment without a
+    // subscription.
     let second = of_the_same(&user, now() - 60);
     let once = of_the_same(&user, now() - 60);
     let one_time = json!({ "mode": "payment", "subscription": null });
@@ -95,7 +96,7 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
         "unapplied",
     ]
     .map(|name| &receipt[name]);
-    // The poison is in both streams.
+    // The poisoned event is in both streams.
     assert_eq!(
         counts,
         [&json!(7), &json!(1), &json!(2), &json!(2), &json!(0)],
@@ -143,7 +144,7 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
             cleared,
             "but for metadata it is as before"
         );
-        assert_eq!(sent.len(), 1, "what is older is gone: {sent:#?}");
+        assert_eq!(sent.len(), 1, "older signals are removed: {sent:#?}");
         let of_orphans = signals
             .iter()
             .filter(|signal| signal.body["orphan_id"] == json!(row.stripe_subscription_id));
@@ -271,7 +272,7 @@ async fn erasure_is_refused_while_an_event_of_the_customer_is_unapplied(database
     );
     assert_eq!(recorded(&bridge, &user.customer).await, None);
 
-    // Another customer's backlog is nobody else's obstacle.
+    // One customer's backlog does not prevent the erasure of another.
     let stranger = erased(&erase(&bridge, &other.customer, &["--json"]).await);
     assert_eq!(stranger["events"], 0);
 
@@ -286,7 +287,7 @@ async fn erasure_is_refused_while_an_event_of_the_customer_is_unapplied(database
     assert_eq!(
         bridge.row(&user.subscription).await.status,
         None,
-        "what it said is lost"
+        "the forced erasure removed the unapplied event"
     );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 }
@@ -305,7 +306,7 @@ async fn late_events_are_applied_without_their_personal_data(database: DatabaseK
     bridge.check().await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
 
-    // Repeated, changed a second later, and paid for the first time, all of it before the erasure.
+    // Two repeated events, a later change and a new payment, all dated before the erasure.
     bridge.publish(COMPLETED, paid.body(), "again").await;
     bridge
         .publish(CREATED, created.body(), "created again")
@@ -321,7 +322,7 @@ async fn late_events_are_applied_without_their_personal_data(database: DatabaseK
     assert_eq!(
         (row.status.as_deref(), row.uncertain),
         (Some("past_due"), false),
-        "what it says counts"
+        "the status is applied"
     );
     assert_eq!(
         (row.metadata, row.subscription_metadata),
@@ -351,7 +352,7 @@ async fn late_events_are_applied_without_their_personal_data(database: DatabaseK
     .await;
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 
-    // What is younger than the erasure is news.
+    // An event that happened after the erasure is applied in full.
     let news =
         user.subscription_event(UPDATED, now() + 60, json!({ "metadata": { "note": KEPT } }));
     apply(&bridge, &news).await;
@@ -401,7 +402,7 @@ async fn records_that_the_previous_version_kept_in_nats_are_migrated(database: D
     let record = json!({ "at": at }).to_string();
     let kept = [
         (format!("erased.{}", user.customer), record.clone()),
-        // Of the id `a.b`.
+        // The id `a.b`, encoded.
         ("erased.=612e62".to_owned(), record.clone()),
         ("erased.cus_taken_back".to_owned(), record),
         ("backfill.test".to_owned(), began.to_string()),
@@ -437,7 +438,7 @@ async fn records_that_the_previous_version_kept_in_nats_are_migrated(database: D
     check_late(&bridge, &user).await;
 }
 
-/// A late event of an erased person counts, but for what is personal of it.
+/// Checks that a late event of an erased customer is applied without its personal data.
 async fn check_late(bridge: &Bridge, user: &Purchase) {
     let mut late = subscription(user, UPDATED, ERASED, 5);
     late.value["data"]["object"]["status"] = json!("past_due");
@@ -478,7 +479,7 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
     )
     .await;
 
-    // A batch that has begun is waited for.
+    // An erasure waits for a batch that has begun.
     let row = bridge.database.locked(&lock_of(&other.subscription)).await;
     bridge
         .deliver(&subscription(&other, UPDATED, KEPT, 5))
@@ -487,12 +488,12 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
     let recording = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE NOWAIT";
     assert!(
         bridge.database.query(recording).await.is_err(),
-        "the batch does not know what would be recorded"
+        "the batch could not know an erasure recorded now"
     );
     row.rollback().await.expect("it ends");
     bridge.wait_until_applied().await;
 
-    // One that has not waits until it can know.
+    // A batch that has not begun waits until the erasure is recorded.
     let recorded = bridge
         .database
         .locked("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE")
@@ -608,8 +609,8 @@ async fn unknown_customer_is_recorded_and_nothing_else_changes(database: Databas
     }
 }
 
-/// Workers and commands that may ask Stripe, and do so only when told.
-fn asking(api: &Api) -> Options {
+/// Options for workers with a key for the stub that backfill only by command.
+fn with_key(api: &Api) -> Options {
     Options::on(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
@@ -620,7 +621,7 @@ fn asking(api: &Api) -> Options {
 #[tokio::test]
 async fn backfill_reconcile_and_replay_restore_no_erased_data() {
     let api = Api::start().await;
-    let mut bridge = Bridge::start(asking(&api)).await;
+    let mut bridge = Bridge::start(with_key(&api)).await;
     let user = Purchase::new(now() - 60);
     let created = subscription(&user, CREATED, ERASED, 0);
     bridge
@@ -632,7 +633,7 @@ async fn backfill_reconcile_and_replay_restore_no_erased_data() {
         worker.stop().await;
     }
 
-    // Stripe has all of it still.
+    // Stripe still has all of it.
     api.put_event(created.value.clone(), true);
     api.put_subscription(created.value["data"]["object"].clone());
     let stored = bridge.stored_events().await;
@@ -646,7 +647,7 @@ async fn backfill_reconcile_and_replay_restore_no_erased_data() {
     assert_eq!(report["different"], 0, "{report:#}");
     assert_eq!(bridge.stored_events().await, stored);
 
-    // A state that was missed is mended, without what is personal of it.
+    // A missed state is repaired without its personal data.
     api.put_subscription(with(
         created.value["data"]["object"].clone(),
         json!({ "status": "canceled" }),
@@ -678,7 +679,7 @@ async fn backfill_reconcile_and_replay_restore_no_erased_data() {
     );
     assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 
-    // And a delivery that came late is in the stream when the rows are rebuilt.
+    // A late delivery in the stream does not bring the row back in a rebuild.
     bridge
         .database
         .query("DELETE FROM stripe_subscription")
@@ -697,7 +698,7 @@ async fn backfill_reconcile_and_replay_restore_no_erased_data() {
 #[tokio::test]
 async fn commands_already_running_restore_no_erased_data() {
     let api = Api::start().await;
-    let bridge = Bridge::start(asking(&api)).await;
+    let bridge = Bridge::start(with_key(&api)).await;
     let user = Purchase::new(now() - 60);
     let created = subscription(&user, CREATED, ERASED, 0);
     bridge.deliver(&created).await;
@@ -710,7 +711,7 @@ async fn commands_already_running_restore_no_erased_data() {
         .await
         .expect("it can be emptied");
 
-    // Both have asked, and get their answers after the erasure.
+    // Both commands have sent their requests, and get the answers after the erasure.
     let held = [api.hold("/v1/events"), api.hold("/v1/subscriptions?")];
     let commands = [
         &["backfill", "--since", "1h"][..],
@@ -738,7 +739,7 @@ async fn commands_already_running_restore_no_erased_data() {
         );
     }
     bridge.wait_until_applied().await;
-    eventually("what was stored late to be gone", DEADLINE, async || {
+    eventually("late events to be removed", DEADLINE, async || {
         let places = places(&bridge, ERASED).await;
         if places.is_empty() {
             Ok(())
@@ -749,7 +750,7 @@ async fn commands_already_running_restore_no_erased_data() {
     .await;
 }
 
-/// The last signal of a row says what the row says, and nothing of what was before.
+/// Checks that the last signal of a row equals the row.
 fn check_last(signals: &[&Signal], row: &Value) {
     let last = signals.last().expect("the row is signalled");
     for (field, value) in row.as_object().expect("it is made as one") {
@@ -771,7 +772,7 @@ pub(crate) fn session(purchase: &Purchase, whom: &str, changes: Value) -> Event 
     purchase.checkout_session_event(COMPLETED, purchase.created, with(personal, changes))
 }
 
-/// Another purchase of a customer's.
+/// Another purchase of the same customer.
 fn of_the_same(customer: &Purchase, created: i64) -> Purchase {
     let mut purchase = Purchase::new(created);
     purchase.customer.clone_from(&customer.customer);
@@ -796,7 +797,7 @@ pub(crate) fn customer(purchase: &Purchase, event_type: &str, whom: &str) -> Eve
     Event::new(event_type, now(), object)
 }
 
-/// An event of another customer's that names `mentioned`.
+/// An event of another customer whose metadata names `mentioned`.
 fn naming(purchase: &Purchase, mentioned: &str) -> Event {
     let changes = json!({ "metadata": { "note": KEPT, "recommended_by": mentioned } });
     purchase.subscription_event(UPDATED, purchase.created + 1, changes)
@@ -809,7 +810,7 @@ fn poison(purchase: &Purchase, whom: &str) -> bytes::Bytes {
     event.body()
 }
 
-/// Where `text` stands in any message or row.
+/// The messages and rows that contain `text`.
 pub(crate) async fn places(bridge: &Bridge, text: &str) -> Vec<String> {
     let mut places = Vec::new();
     for stream in ["STRIPE_EVENTS", "STRIPE_DEAD_LETTERS", "LITESTRIPE_SIGNALS"] {
@@ -824,7 +825,7 @@ pub(crate) async fn places(bridge: &Bridge, text: &str) -> Vec<String> {
     places
 }
 
-/// In which files of the broker and of SQLite `text` still stands.
+/// The files of the broker and of SQLite that still contain `text`.
 fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
     let mut left: Vec<_> = bridge
         .database
@@ -849,7 +850,7 @@ fn bytes(bridge: &Bridge, text: &str) -> Vec<String> {
     found
 }
 
-/// When an id was erased.
+/// Returns when an id was erased.
 async fn recorded(bridge: &Bridge, id: &str) -> Option<i64> {
     let row = format!("SELECT erased_at FROM litestripe_erasure WHERE stripe_id = '{id}'");
     let row = bridge

@@ -1,5 +1,5 @@
-//! What the other tests stand on: servers that start, keep their data and go away, programs that
-//! are owned, events that look like Stripe's.
+//! The harness itself: servers that start, keep their data and leave nothing behind, programs that
+//! end with their owner, events that look like Stripe's.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -55,7 +55,7 @@ async fn broker_that_starts_later_has_the_announced_url() {
     .expect("a server can be prepared");
     assert!(
         async_nats::connect(broker.url()).await.is_err(),
-        "nobody answers yet"
+        "no server answers yet"
     );
 
     broker.resume().await;

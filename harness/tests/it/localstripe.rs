@@ -1,4 +1,4 @@
-//! localstripe, a fake Stripe that sends signed webhooks by itself, instead of our own deliveries.
+//! Deliveries by localstripe, a fake Stripe that signs and sends its own webhooks.
 //!
 //! It renders API version 2017-08-15: plans instead of prices, the period on the subscription.
 
@@ -35,24 +35,20 @@ async fn subscriptions_created_and_canceled_through_stripes_sdk_lead_to_rows_and
         .expect("it prints one object");
 
     let (canceled, kept) = (text(&made["canceled"]["id"]), text(&made["kept"]["id"]));
-    // localstripe sends its webhooks a second later.
-    eventually(
-        "both subscriptions to be there, one of them canceled",
-        DEADLINE,
-        async || {
-            let rows = bridge.rows().await;
-            let status = |id: &str| {
-                rows.iter()
-                    .find(|row| row.stripe_subscription_id == id)?
-                    .status
-                    .as_deref()
-            };
-            match (status(canceled), status(kept)) {
-                (Some("canceled"), Some("active")) => Ok(()),
-                other => Err(format!("{other:?}\n{}", localstripe.log())),
-            }
-        },
-    )
+    // localstripe sends its webhooks a second after the call.
+    eventually("both rows, one of them canceled", DEADLINE, async || {
+        let rows = bridge.rows().await;
+        let status = |id: &str| {
+            rows.iter()
+                .find(|row| row.stripe_subscription_id == id)?
+                .status
+                .as_deref()
+        };
+        match (status(canceled), status(kept)) {
+            (Some("canceled"), Some("active")) => Ok(()),
+            other => Err(format!("{other:?}\n{}", localstripe.log())),
+        }
+    })
     .await;
 
     let signals = bridge.check().await;
@@ -91,7 +87,8 @@ async fn subscriptions_created_and_canceled_through_stripes_sdk_lead_to_rows_and
     }
     assert_eq!(bridge.dead_letters().await.len(), 0);
 
-    // What its webhooks led to is what its API lists, and the other way round.
+    // The rows from its webhooks equal the objects in its API, and an import from its API equals
+    // those rows.
     let reconcile = bridge
         .worker()
         .env("STRIPE_API_BASE", &api)

@@ -1,4 +1,5 @@
-//! Integration tests: real broker, real databases, our real programs; a module per feature.
+//! Integration tests against real brokers and databases, with our real programs. One module per
+//! feature.
 
 #[macro_use]
 mod bridge;

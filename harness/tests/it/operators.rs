@@ -267,11 +267,11 @@ async fn status_without_broker_or_database_fails_and_names_the_setting() {
     assert_eq!(finished.status.code(), Some(1), "{finished:?}");
     assert!(
         finished.stderr.contains("schema version"),
-        "it says what it could not do: {finished:?}"
+        "it names the step that failed: {finished:?}"
     );
 }
 
-/// A broker that does not tell must not look like a bridge with nothing in it.
+/// A broker without an answer must not look like an empty bridge.
 #[tokio::test]
 async fn status_fails_if_jetstream_does_not_answer() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));

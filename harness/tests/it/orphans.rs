@@ -1,5 +1,5 @@
-//! Payments that belong to no known user, from every path that makes one to every path that ends
-//! one. What is asked of whom is in the modules below.
+//! Payments that belong to no known user: every way in which an orphan is created and resolved. The
+//! modules below cover the command, the grace period, the user lookup and the rebuild.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub(crate) const FAILED: &str = "checkout.session.async_payment_failed";
 /// The email in every Checkout Session of these tests.
 pub(crate) const EMAIL: &str = "jo.doe@example.com";
 
-/// The worker asks every second, and asks an unanswered question again after 2 s, 4 s, 8 s.
+/// The worker asks due questions every second, and retries one without an answer after 2, 4 and 8 s.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn only_paid_sessions_without_a_user_create_orphans_in_either_order(database: DatabaseKind) {
@@ -195,7 +195,7 @@ async fn unpaid_session_creates_an_orphan_when_its_payment_succeeds(database: Da
     bridge.deliver(&succeeded).await;
     let signals = bridge.check().await;
     let orphan = orphan(&bridge, &purchase.subscription).await;
-    assert_eq!(orphan.event_id, succeeded.id(), "the event that told");
+    assert_eq!(orphan.event_id, succeeded.id(), "the event of the payment");
     assert_eq!(
         signals_about(&signals, "orphan.created", &orphan.id)[0].body["event"]["type"],
         SUCCEEDED
@@ -255,7 +255,7 @@ async fn changes_of_metadata_that_is_not_kept_are_ignored(database: DatabaseKind
         .deliver_all(&[
             purchase.subscription_event(CREATED, purchase.created, with_note("a")),
             purchase.subscription_event(UPDATED, purchase.created + 1, with_note("b")),
-            // Back and forth within a second, which would leave a row uncertain.
+            // Changed and changed back within a second, which would make a row uncertain.
             purchase
                 .subscription_event(UPDATED, second, with_note("c"))
                 .with_previous_attributes(previously("b")),
@@ -300,7 +300,7 @@ pub(crate) async fn orphan(bridge: &Bridge, id: &str) -> orphaned_payment::Model
     found.unwrap_or_else(|| panic!("{id} is not among {orphans:#?}"))
 }
 
-/// Waits until the orphan is there and as wanted.
+/// Waits until the orphan exists and satisfies `wanted`.
 #[track_caller]
 pub(crate) fn until(
     bridge: &Bridge,
@@ -317,7 +317,7 @@ pub(crate) fn until(
     })
 }
 
-/// What the workers have left to ask, as (id, kind).
+/// The open questions, as (id, kind).
 pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
     let rows = bridge
         .database
@@ -330,7 +330,7 @@ pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Waits until the workers have nothing left to ask: whatever was to be an orphan is one.
+/// Waits until no questions are open: from then on no more orphans are created.
 #[track_caller]
 pub(crate) fn until_all_questions_are_answered(bridge: &Bridge) -> impl Future<Output = ()> {
     eventually("every question to be answered", DEADLINE, async || {
@@ -364,7 +364,7 @@ pub(crate) async fn apply(bridge: &Bridge, event: &Event) {
     bridge.wait_until_applied().await;
 }
 
-/// An object with the members of another in place of its own.
+/// Returns `object` with the members of `changes` added or replaced.
 pub(crate) fn with(mut object: Value, changes: Value) -> Value {
     if let (Some(object), Value::Object(changes)) = (object.as_object_mut(), changes) {
         object.extend(changes);

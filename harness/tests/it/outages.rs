@@ -1,4 +1,5 @@
-//! Something is down: nothing is lost, nobody is blamed, and it is said once.
+//! Broker, database or worker is down: nothing is lost, nothing becomes a dead letter, and one log
+//! line says so.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -21,7 +22,7 @@ const UPDATED: &str = "customer.subscription.updated";
 
 #[tokio::test]
 async fn worker_waits_for_an_unavailable_broker_and_logs_it_once() {
-    // The library tells of each attempt to connect, so that the test sees several fail.
+    // The library logs each attempt to connect, so that the test sees several fail.
     let options = Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,async_nats=debug");
     let mut bridge = Bridge::prepare(options);
     bridge.start_worker();
@@ -69,7 +70,7 @@ async fn worker_waits_for_an_unavailable_postgres_and_logs_it_once() {
         .await;
     let (status, why) = bridge.workers[0].page("/readyz").await.expect("it answers");
     assert_eq!((status, why.contains("database")), (503, true), "{why}");
-    // Stripe is none the wiser.
+    // Ingress accepts deliveries as usual.
     bridge
         .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
         .await;
@@ -192,7 +193,7 @@ async fn next_worker_continues_after_a_killed_one(database: DatabaseKind) {
     .await;
     create_consumer_with_short_ack_wait(&bridge).await;
     let (events, ids) = traffic(100, 20);
-    // However fast the worker is, it is killed before it has seen all.
+    // The worker is killed before it has seen all events, however fast it is.
     let (most, last) = events.split_at(1900);
     bridge.publish_all(messages(most)).await;
     bridge.start_worker();
@@ -234,7 +235,8 @@ async fn second_worker_finishes_the_work_of_a_killed_one() {
 
 #[tokio::test]
 async fn stopped_worker_hands_back_messages_it_could_not_apply() {
-    // The consumer is as in production: what is not handed back comes again after a minute.
+    // The consumer is as in production: messages that are not handed back are redelivered after a
+    // minute.
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
     bridge.database.kill().await;
     let (events, ids) = traffic(10, 10);
@@ -251,7 +253,7 @@ async fn stopped_worker_hands_back_messages_it_could_not_apply() {
     bridge.start_worker().wait_until_ready().await;
 
     eventually(
-        "what was handed back to be applied",
+        "messages that were handed back to be applied",
         Duration::from_secs(30),
         async || match bridge
             .rows()
@@ -289,7 +291,7 @@ async fn worker_stopped_during_traffic_hands_back_fetched_messages_and_the_next_
     let handed_back = log
         .split_once("handed back ")
         .and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-    // Not all that waits: only what was asked for.
+    // Only the messages that were requested, not all that wait in the stream.
     assert!(
         status.success() && handed_back.is_some_and(|count: u32| (1..=40).contains(&count)),
         "{status}: {log}"
@@ -318,7 +320,7 @@ async fn stopped_worker_hands_back_messages_in_flight_to_it() {
     check_last_quantities(&bridge, &ids, 10).await;
 }
 
-/// What waits behind a batch that is held up need not wait for it.
+/// A message behind a blocked batch is handed back without waiting for the batch.
 #[tokio::test]
 async fn stopped_worker_hands_back_unstarted_messages_at_once() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
@@ -347,7 +349,8 @@ async fn stopped_worker_hands_back_unstarted_messages_at_once() {
             .expect("in time")
             .expect("it is read")
     };
-    // A lock is waited for for four seconds. They are to begin now, however slow the machine has been.
+    // The worker waits for a lock for four seconds. A keep-alive and a wait show that these have
+    // begun only now, however slow the machine has been.
     next("+WPI").await;
     bridge.database.until_a_worker_waits().await;
 
@@ -355,14 +358,14 @@ async fn stopped_worker_hands_back_unstarted_messages_at_once() {
     stopped.signal(Signal::Term);
     let first = next("-NAK").await;
 
-    // The message's place in the stream.
+    // The message's stream sequence.
     assert_eq!(
         first.subject.split('.').nth(5),
         Some("3"),
         "{}",
         first.subject
     );
-    lock.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is released");
     let status = stopped.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", stopped.log());
     bridge.start_worker().wait_until_ready().await;
@@ -370,7 +373,8 @@ async fn stopped_worker_hands_back_unstarted_messages_at_once() {
     check_last_quantities(&bridge, &ids, 3).await;
 }
 
-/// What a worker that was stopped has not handed back comes again after a minute.
+/// Checks that all is applied within 30 s: a message that was not handed back is redelivered after
+/// a minute.
 async fn check_that_all_was_handed_back(bridge: &Bridge, stopped_log: &str) {
     let applied = tokio::time::timeout(Duration::from_secs(30), bridge.wait_until_applied()).await;
     assert!(
@@ -379,8 +383,8 @@ async fn check_that_all_was_handed_back(bridge: &Bridge, stopped_log: &str) {
     );
 }
 
-/// Makes the worker's consumer with a patience of two seconds instead of a minute: what a killed
-/// worker had not acked comes again after that. Workers leave a consumer that exists as it is.
+/// Creates the worker's consumer with an ack wait of two seconds instead of a minute, so that
+/// messages of a killed worker are redelivered soon. Workers leave an existing consumer as it is.
 async fn create_consumer_with_short_ack_wait(bridge: &Bridge) {
     let stream: stream::Stream = bridge
         .jetstream()
@@ -402,8 +406,8 @@ async fn create_consumer_with_short_ack_wait(bridge: &Bridge) {
         .expect("a consumer can be made");
 }
 
-/// Events of that many subscriptions, each created and then updated to a quantity of 2, 3, … up to
-/// `length`, in turns.
+/// Interleaved events of `subscriptions` subscriptions, each created and then updated to a quantity
+/// of 2, 3, … up to `length`.
 fn traffic(subscriptions: usize, length: i64) -> (Vec<Event>, BTreeSet<String>) {
     let now = OffsetDateTime::now_utc().unix_timestamp();
     let purchases: Vec<_> = (0..subscriptions)
@@ -446,7 +450,7 @@ fn messages(events: &[Event]) -> Vec<(String, Bytes, String)> {
         .collect()
 }
 
-/// Waits until the worker is at work.
+/// Waits until the worker has written `count` rows.
 async fn until_rows(bridge: &Bridge, count: usize) {
     eventually("the first rows", DEADLINE, async || {
         let rows = bridge

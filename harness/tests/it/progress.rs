@@ -1,4 +1,4 @@
-//! How far the workers have come, asked in the moment in which an event was stored.
+//! The progress of the workers, read at the moment in which an event was stored.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +11,8 @@ use litestripe_worker::stream::progress;
 
 const BUSY_THREADS: usize = 4;
 
-/// JetStream answers the publisher before the consumers hear of the message, so that for a moment the workers'
-/// consumer has "nothing pending".
+/// JetStream answers the publisher before it counts the message as pending for consumers, so that
+/// for a moment the workers' consumer has "nothing pending".
 #[tokio::test]
 async fn event_that_was_just_stored_does_not_count_as_applied() {
     const EVENTS: usize = 600;
@@ -32,7 +32,7 @@ async fn event_that_was_just_stored_does_not_count_as_applied() {
         .expect("it can be created");
     let mut messages = consumer.messages().await.expect("they can be asked for");
 
-    // On an idle machine the moment is too short to be met.
+    // On an idle machine that moment is too short for the test to hit.
     let done = Arc::new(AtomicBool::new(false));
     for _ in 0..BUSY_THREADS {
         let done = Arc::clone(&done);
@@ -53,8 +53,8 @@ async fn event_that_was_just_stored_does_not_count_as_applied() {
             .expect("it is stored");
         let until = progress::applied_until(jetstream)
             .await
-            .expect("the broker is there")
-            .expect("the consumer is there");
+            .expect("the broker answers")
+            .expect("the consumer exists");
         assert!(until < stored.sequence, "{until}, {}", stored.sequence);
         let message = messages
             .next()
@@ -63,11 +63,11 @@ async fn event_that_was_just_stored_does_not_count_as_applied() {
             .expect("it can be read");
         message.double_ack().await.expect("it can be acked");
         let until = progress::applied_until(jetstream).await;
-        assert_eq!(until.expect("the broker is there"), Some(u64::MAX));
+        assert_eq!(until.expect("the broker answers"), Some(u64::MAX));
     }
 }
 
-/// Ends the threads, also when the test fails.
+/// Ends the busy threads, also when the test fails.
 struct SetOnDrop(Arc<AtomicBool>);
 
 impl Drop for SetOnDrop {

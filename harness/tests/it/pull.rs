@@ -1,4 +1,4 @@
-//! What a worker has asked the stream for, and what becomes of the request.
+//! The pull requests with which a worker fetches messages, and their ends.
 
 use std::time::Duration;
 
@@ -14,12 +14,13 @@ use time::OffsetDateTime;
 /// A request expires after half a minute.
 const EXPIRED: Duration = Duration::from_secs(90);
 
-/// What the worker logs when it asks anew because it does not know what became of a request.
+/// Part of the line that the worker logs when it sends a new request because the old one may be
+/// lost.
 const DOUBT: &str = "the server shows no sign";
 
 #[tokio::test]
 async fn idle_worker_sends_a_new_request_when_the_old_one_has_expired() {
-    let bridge = Bridge::start(talkative()).await;
+    let bridge = Bridge::start(verbose()).await;
     let worker = &bridge.workers[0];
     worker
         .wait_for_log("of what was asked for: 408", EXPIRED)
@@ -33,11 +34,11 @@ async fn idle_worker_sends_a_new_request_when_the_old_one_has_expired() {
     assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
 }
 
-/// A request brings 8 MiB, and ends then.
+/// A request ends once it has brought 8 MiB.
 #[tokio::test]
 async fn events_larger_than_one_request_may_bring_are_all_applied() {
     const EVENTS: usize = 240;
-    let bridge = Bridge::start(talkative()).await;
+    let bridge = Bridge::start(verbose()).await;
     let padding = "p".repeat(200 << 10);
     let events: Vec<_> = (0..EVENTS)
         .map(|_| created(&purchase(), &padding))
@@ -64,7 +65,7 @@ async fn events_larger_than_one_request_may_bring_are_all_applied() {
     assert_eq!(worker.count_in_log(DOUBT), 0, "{}", worker.log());
 }
 
-/// A consumer that exists is left as it is, with whatever limits.
+/// The worker does not change the limits of an existing consumer.
 #[tokio::test]
 async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
     let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
@@ -106,7 +107,7 @@ async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
     );
 }
 
-fn talkative() -> Options {
+fn verbose() -> Options {
     Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,litestripe_worker=debug")
 }
 

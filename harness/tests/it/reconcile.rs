@@ -1,4 +1,5 @@
-//! `litestripe-worker reconcile`: a table that is not as Stripe has it is found out and mended.
+//! `litestripe-worker reconcile`: it finds rows that differ from Stripe's objects, and repairs
+//! them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -29,10 +30,10 @@ const COMMAND: Duration = Duration::from_secs(120);
 
 const LIST: &str = "/v1/subscriptions?";
 
-/// Text that an operator put into metadata, and that nobody has to read.
+/// Text that an operator put into metadata. It must not appear in any output.
 const PRIVATE: &str = "the words of an operator";
 
-/// A subscription that Stripe knows, and whose it is.
+/// A subscription at Stripe, and its user.
 struct Customer {
     purchase: Purchase,
     user: Option<String>,
@@ -56,7 +57,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     let migrated = bridge.worker().args(["migrate", "up"]).run(DEADLINE).await;
     assert!(
         migrated.status.success(),
-        "to look only is no reason to migrate: {migrated:?}"
+        "comparing alone does not migrate: {migrated:?}"
     );
     let found = reconcile(&bridge, &["--json"]).await;
     assert_eq!(found.status.code(), Some(3), "{found:?}");
@@ -69,7 +70,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     assert_eq!(
         (&report["different"], &report["calls"]),
         (&json!(250), &json!(3)),
-        "whose they are is not asked yet"
+        "comparing alone does not fetch their sessions"
     );
 
     let imported = reconcile(&bridge, &["--repair", "--json"]).await;
@@ -105,10 +106,10 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
         );
         let status = customer.changes["status"].as_str().unwrap_or("active");
         assert_eq!(row.status.as_deref(), Some(status));
-        let told = of_subscription(&signals, customer.id())
+        let sent = of_subscription(&signals, customer.id())
             .pop()
             .expect("it is signalled");
-        assert_eq!(told.body["client_reference_id"], json!(customer.user));
+        assert_eq!(sent.body["client_reference_id"], json!(customer.user));
     }
 
     let nothing = reconcile(&bridge, &[]).await;
@@ -120,7 +121,8 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     assert_eq!(bridge.signals().await.len(), signals.len());
 }
 
-/// The operator's word stands beside the row, so it outlives the row, whatever the session says.
+/// The operator's resolution is stored in the orphan, so it survives the row, whatever the session
+/// says.
 async fn lost_user_of_a_resolved_orphan_is_restored(database: DatabaseKind) {
     let api = Api::start().await;
     let lookup = "sql:SELECT 1 WHERE $1 = 'user_4711'";
@@ -175,9 +177,9 @@ async fn lost_user_of_a_resolved_orphan_is_restored(database: DatabaseKind) {
     }
     assert_eq!(bridge.orphans().await, orphans);
     assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
-    // An answer that is still to come would write the row, and with it the column.
+    // A pending answer would write the row, and with it the column.
     until_all_questions_are_answered(&bridge).await;
-    // In the column alone it is wrong, and the session would say something else.
+    // Now the column alone is wrong, and so is the user in the session.
     execute(
         &bridge,
         "UPDATE stripe_subscription SET client_reference_id = 'user_2'",
@@ -225,11 +227,11 @@ async fn session_without_a_user_creates_an_orphan_unless_its_subscription_ended(
     assert_eq!(
         reconcile(&bridge, &[]).await.status.code(),
         Some(0),
-        "and that is no difference"
+        "an orphan is no difference"
     );
 }
 
-/// Its row is all that knows the user: writing it would lose him.
+/// The row is the only record of the user: writing it would lose the user.
 #[tokio::test]
 async fn row_that_is_the_only_record_of_its_user_is_reported_and_left_alone() {
     let api = Api::start().await;
@@ -251,7 +253,7 @@ async fn row_that_is_the_only_record_of_its_user_is_reported_and_left_alone() {
 async fn change_during_the_comparison_is_no_difference() {
     let api = Api::start().await;
     let bridge = Bridge::start(options(DatabaseKind::Sqlite, &api)).await;
-    // More than a page: the second one is held back while things happen.
+    // More than one page: the second one is held back while rows change.
     let customers: Vec<_> = (0..101).map(|index| Customer::new(Some(index))).collect();
     for customer in &customers {
         customer.buy(&bridge).await;
@@ -264,11 +266,11 @@ async fn change_during_the_comparison_is_no_difference() {
         .max()
         .unwrap_or_default();
     let (in_flight, still) = (Customer::at(newest + 10, 1), Customer::at(newest + 11, 2));
-    // Stripe's change of this one is on its way to us when the first page is read.
+    // Stripe has changed this one, and the event is in flight when the first page is read.
     let changed = json!({ "metadata": { "seats": "9" } });
     in_flight.buy(&bridge).await;
     api.put_subscription(with(in_flight.purchase.subscription(), changed.clone()));
-    // This one changes while the first page is on its way to us.
+    // This one changes while the first page is in flight.
     still.buy(&bridge).await;
     still.put(&api);
     bridge.wait_until_applied().await;
@@ -382,7 +384,7 @@ async fn interrupted_repair_reports_what_it_did() {
     assert_eq!(report["complete"], false);
     let rows = bridge.rows().await.len();
     assert_eq!(report["repaired"], rows, "{report:#}");
-    assert!(rows >= 100, "what was begun is done: {rows}");
+    assert!(rows >= 100, "the page in progress is finished: {rows}");
     bridge.check().await;
 }
 
@@ -402,7 +404,7 @@ async fn key_that_is_missing_or_of_the_other_mode_is_refused() {
         "{without:?}"
     );
 
-    // An empty table is of no mode.
+    // An empty table has no mode.
     assert_eq!(reconcile(&bridge, &[]).await.status.code(), Some(0));
     let asked = api.requests("").len();
     let customer = Customer::new(Some(1));
@@ -496,7 +498,7 @@ async fn rows_unknown_to_stripe_are_reported_and_unlisted_ones_are_compared() {
     apply(&bridge, &event).await;
     bridge.wait_until_applied().await;
     listed.put(&api);
-    // Stripe leaves those of test clocks out of its lists.
+    // Stripe's lists leave out subscriptions of test clocks.
     let changes = with(
         on_a_clock.changes.clone(),
         json!({ "test_clock": "clock_1", "status": "past_due" }),
@@ -546,7 +548,7 @@ async fn subscription_that_cannot_be_kept_is_reported_and_not_stored() {
         Customer::new(Some(2)).with(json!({ "status": { "is": PRIVATE } })),
     );
     good.put(&api);
-    // Whatever filter a list has, Stripe would list it.
+    // The stub lists it with every filter.
     api.put_subscription(with(
         bad.purchase.subscription(),
         json!({ "cancel_at": PRIVATE }),
@@ -567,11 +569,11 @@ async fn subscription_that_cannot_be_kept_is_reported_and_not_stored() {
 async fn unavailable_broker_and_outdated_schema_are_named() {
     let api = Api::start().await;
     let mut bridge = Bridge::prepare(options(DatabaseKind::Sqlite, &api));
-    // Comparing needs the broker too: the budget of calls to Stripe is there.
+    // Comparing needs the broker too, which holds the budget of calls to Stripe.
     for arguments in [&["--repair"][..], &[]] {
-        let away = reconcile(&bridge, arguments).await;
-        assert_eq!(away.status.code(), Some(1), "{away:?}");
-        assert!(away.stderr.contains("NATS_URL"), "{away:?}");
+        let refused = reconcile(&bridge, arguments).await;
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(refused.stderr.contains("NATS_URL"), "{refused:?}");
     }
     assert_eq!(api.requests("").len(), 0);
     bridge.broker.resume().await;
@@ -588,7 +590,7 @@ async fn unavailable_broker_and_outdated_schema_are_named() {
 }
 
 impl Customer {
-    /// The owner of a subscription, bought an hour ago through Checkout, or by API.
+    /// A subscription that was created an hour ago, through Checkout or, without an index, by API.
     fn new(index: Option<i64>) -> Self {
         let (created, user) = (
             now() - 3600 - index.unwrap_or(0),
@@ -632,7 +634,7 @@ impl Customer {
             .map(|user| json!({ "client_reference_id": user }))
     }
 
-    /// Has Stripe know it.
+    /// Adds the subscription and its session to the stub.
     fn put(&self, api: &Api) {
         api.put_subscription(with(self.purchase.subscription(), self.changes.clone()));
         if let Some(session) = self.session() {
@@ -640,7 +642,7 @@ impl Customer {
         }
     }
 
-    /// Has Stripe tell of it.
+    /// Delivers the events of the purchase.
     async fn buy(&self, bridge: &Bridge) {
         let created = self.purchase.created;
         bridge
@@ -667,11 +669,11 @@ fn options(database: DatabaseKind, api: &Api) -> Options {
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")
-        // What a backfill would bring is not what is mended here.
+        // A backfill would repair rows before reconcile does.
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
 }
 
-/// Broker and database before anything ever ran.
+/// A broker and a database without streams, tables and workers.
 async fn empty(database: DatabaseKind, api: &Api) -> Bridge {
     let mut bridge = Bridge::prepare(options(database, api));
     bridge.broker.resume().await;
@@ -712,7 +714,7 @@ fn json_of(finished: &Finished) -> Value {
     serde_json::from_str(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {finished:?}"))
 }
 
-/// What was found, by subscription: the problem and the fields.
+/// The findings by subscription: the problem and the fields.
 fn findings(report: &Value) -> BTreeMap<String, (&str, BTreeSet<String>)> {
     let text = |value: &Value| value.as_str().expect("it is a text").to_owned();
     let differences = report["differences"].as_array().expect("it is a list");
@@ -749,7 +751,7 @@ fn difference<'a>(report: &'a Value, id: &str, field: &str) -> &'a Value {
         .expect("it differs in that")
 }
 
-/// The columns that Stripe's objects tell.
+/// The rows with only the columns that Stripe's objects determine.
 fn of_stripe(rows: &[Model]) -> Vec<Model> {
     let at = time::OffsetDateTime::UNIX_EPOCH;
     let of_stripe = |row: &Model| Model {

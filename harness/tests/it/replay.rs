@@ -1,5 +1,5 @@
-//! `replay`: events of the stream applied again, beside live traffic, into an empty database, cut off
-//! halfway.
+//! `replay`: events of the stream reapplied to an empty or a current table, during live traffic,
+//! and after an interruption.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -40,7 +40,8 @@ on_both_databases!(
 
 const DEADLINE: Duration = Duration::from_secs(180);
 
-/// What is rebuilt, 20 events each: 20,000 events, and as many seconds of an unoptimised build and more.
+/// The number of subscriptions to rebuild. Each has 20 events, which an unoptimised build applies
+/// slowly.
 const REBUILT: usize = 1_000;
 
 async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: DatabaseKind) {
@@ -142,7 +143,7 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     bridge.start_worker();
     bridge.start_worker();
 
-    // In small batches, while the other half of the events comes.
+    // In small batches, while the other half of the events arrives.
     let replay = bridge
         .worker()
         .env("LITESTRIPE_BATCH", "20")
@@ -166,7 +167,7 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
 
-    // What one worker makes of all of it, each event once.
+    // The expected rows: one worker applies each event once.
     let once = Bridge::start(Options::on(database)).await;
     once.publish_all(past.iter().chain(&live).map(message).collect())
         .await;
@@ -178,16 +179,16 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     let signals = signals_after(&bridge, last_signal).await;
     let rows = bridge.rows().await;
     for row in &rows {
-        let told = of_subscription(&signals, &row.stripe_subscription_id);
+        let sent = of_subscription(&signals, &row.stripe_subscription_id);
         let mut before = Value::Null;
-        for signal in &told {
+        for signal in &sent {
             assert_eq!(
                 signal.body["previous_revision"], before,
-                "a hole, or one twice"
+                "a signal is missing or repeated"
             );
             before = signal.body["revision"].clone();
         }
-        let last = told.last().expect("every row is told of");
+        let last = sent.last().expect("every row is signalled");
         assert_eq!(last.body["revision"], row.revision);
         assert_eq!(last.body["status"], json!(row.status));
         assert_eq!(
@@ -228,7 +229,8 @@ async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
         (0, 0),
         "dropped as repeats"
     );
-    // Within the duplicate window JetStream knows what it was told; what was put into the outbox shows.
+    // Within the duplicate window JetStream drops repeated signals, so only the tables
+    // can be checked.
     assert!(
         orphan(&bridge, &open.subscription)
             .await
@@ -241,7 +243,7 @@ async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
     assert!(!bridge.orphans().await.iter().any(is_open));
     assert_eq!(count_unsent(&bridge).await, 0);
 
-    // A stream that was made anew knows nothing: now the one signal that is due is seen.
+    // A new stream knows no message ids, and so shows that exactly one signal is sent.
     forget_rows(&mut bridge, database).await;
     bridge
         .jetstream()
@@ -251,7 +253,7 @@ async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
         .expect("it can be deleted");
     bridge.start_worker().wait_until_ready().await;
     eventually(
-        "the stream of signals to be made anew",
+        "the stream of signals to be created again",
         DEADLINE,
         async || {
             bridge
@@ -294,8 +296,8 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
     bridge.deliver_all(&[created, session]).await;
     bridge.check().await;
 
-    // A replay that applied the creation and died before the session: for all that the database knows,
-    // the grace period is over.
+    // A replay that applied the creation and died before the session. By the database alone the
+    // grace period is over.
     forget_rows(&mut bridge, database).await;
     assert_eq!(
         replay(&bridge, &["--until", "1"]).await.status.code(),
@@ -313,7 +315,7 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
     assert_eq!(
         bridge.orphans().await,
         [],
-        "a payment that has its session is called an orphan"
+        "a payment with a session in the stream became an orphan"
     );
 
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
@@ -351,7 +353,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     bridge.check().await;
     let last_signal = last_signal(&bridge).await;
 
-    // A replay that has come to the first of three events, as far as the database knows.
+    // The database as after a replay that has applied the first of three events.
     forget_rows(&mut bridge, database).await;
     assert_eq!(
         replay(&bridge, &["--until", "1"]).await.status.code(),
@@ -398,7 +400,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     assert_eq!(
         of_subscription(&signals, &bought.subscription).len(),
         1,
-        "what is new is told at once"
+        "a row of new events is signalled at once"
     );
 
     cut_off::set_last_heartbeat(&bridge, 60).await;
@@ -463,13 +465,13 @@ async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database:
         nothing.stdout
     );
     bridge.start_worker().wait_until_ready().await;
-    let told = bridge.check().await;
+    let sent = bridge.check().await;
     assert_eq!(
-        told.last().expect("there is one").body["status"],
+        sent.last().expect("there is one").body["status"],
         "canceled"
     );
 
-    // A row that an older backup brought back changes silently, and can be sent all the same.
+    // A row that was restored from an older backup changes silently, and can still be sent again.
     bridge.workers.pop().expect("there is one").stop().await;
     for restore in [
         "DELETE FROM stripe_subscription",
@@ -483,19 +485,19 @@ async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database:
     }
     assert_eq!(replay(&bridge, &silent).await.status.code(), Some(0));
     let row = bridge.row(&purchase.subscription).await;
-    let highest = told
+    let highest = sent
         .iter()
         .filter_map(|signal| signal.body["revision"].as_i64())
         .max();
     assert_eq!(row.status.as_deref(), Some("canceled"));
     assert!(Some(row.revision) > highest, "subscribers would ignore it");
-    assert_eq!(bridge.signals().await.len(), told.len());
-    let sent = bridge
+    assert_eq!(bridge.signals().await.len(), sent.len());
+    let resent = bridge
         .worker()
         .args(["resend", "--all"])
         .run(DEADLINE)
         .await;
-    assert_eq!(sent.status.code(), Some(0), "{}", sent.stderr);
+    assert_eq!(resent.status.code(), Some(0), "{}", resent.stderr);
     let last = bridge.signals().await.pop().expect("there is one");
     assert_eq!(
         (&last.body["status"], &last.body["revision"]),
@@ -528,9 +530,9 @@ async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
     assert_eq!(
         replay(&bridge, &["--until", "1"]).await.status.code(),
         Some(0),
-        "one row is there"
+        "one row exists"
     );
-    let told = signals_after(&bridge, last_signal).await.len();
+    let sent = signals_after(&bridge, last_signal).await.len();
     let change =
         known.subscription_event(UPDATED, known.created + 5, json!({ "status": "past_due" }));
     bridge.publish(UPDATED, change.body(), change.id()).await;
@@ -565,13 +567,13 @@ async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
         dump,
         "nothing is written"
     );
-    assert_eq!(signals_after(&bridge, last_signal).await.len(), told);
+    assert_eq!(signals_after(&bridge, last_signal).await.len(), sent);
     let consumers = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     assert_eq!(
         consumers.cached_info().state.consumer_count,
         1,
@@ -586,8 +588,8 @@ fn histories(subscriptions: usize) -> Vec<History> {
         .collect()
 }
 
-/// Publishes so many histories as they happened, and returns how many events that are. Only their
-/// bodies are kept: as values they would take gigabytes.
+/// Publishes the events of `subscriptions` histories in the order of their times, and returns their
+/// count. Keeps only bodies: as values they would take gigabytes.
 async fn publish_many(bridge: &Bridge, subscriptions: usize) -> u64 {
     let mut random = Random::start();
     let mut events = Vec::new();
@@ -609,7 +611,7 @@ async fn publish_many(bridge: &Bridge, subscriptions: usize) -> u64 {
 }
 
 async fn publish(bridge: &Bridge, histories: &[History]) {
-    // As they happened, so that a rebuild passes through every state there was.
+    // In the order of their times, so that a rebuild passes through every earlier state.
     let mut events: Vec<&Event> = histories
         .iter()
         .flat_map(|history| &history.events)
@@ -620,7 +622,7 @@ async fn publish(bridge: &Bridge, histories: &[History]) {
         .await;
 }
 
-/// Stops the workers and puts an empty database in place of theirs; the stream stays.
+/// Stops the workers and replaces their database by an empty one. The stream stays.
 async fn forget_rows(bridge: &mut Bridge, database: DatabaseKind) {
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
@@ -643,18 +645,18 @@ fn json_of(finished: &Finished) -> Value {
     serde_json::from_str(&finished.stdout).expect("it prints JSON")
 }
 
-/// Where the workers' consumer stands.
+/// The position of the workers' consumer: delivered and ack floor.
 async fn position(bridge: &Bridge) -> (u64, u64) {
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     let consumer = stream
         .consumer_info(WORKER_CONSUMER)
         .await
-        .expect("the consumer is there");
+        .expect("the consumer exists");
     (
         consumer.delivered.stream_sequence,
         consumer.ack_floor.stream_sequence,
@@ -681,7 +683,7 @@ async fn signals_after(bridge: &Bridge, sequence: u64) -> Vec<Signal> {
 const UNSENT: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription WHERE last_sent IS NOT NULL UNION ALL \
     SELECT id FROM orphaned_payment WHERE owed_event IS NOT NULL";
 
-/// How many signals wait for the end of a replay.
+/// Counts the unsent signals that wait for the end of a replay.
 async fn count_unsent(bridge: &Bridge) -> usize {
     bridge
         .database
@@ -693,17 +695,17 @@ async fn count_unsent(bridge: &Bridge) -> usize {
 
 async fn until_all_signals_are_sent(bridge: &Bridge) {
     eventually(
-        "everything that is owed to be sent",
+        "all unsent signals to be sent",
         DEADLINE,
         async || match count_unsent(bridge).await {
             0 => Ok(()),
-            owed => Err(format!("{owed} signals are owed")),
+            unsent => Err(format!("{unsent} signals are unsent")),
         },
     )
     .await;
 }
 
-/// A replay that is killed once it owes signals.
+/// Starts a replay and kills it once ten signals are unsent.
 async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
     let launch = bridge
         .worker()
@@ -712,7 +714,7 @@ async fn cut_off(bridge: &Bridge, arguments: &[&str]) {
         .args(arguments);
     let replay: Program = launch.start();
     eventually(
-        "a replay to owe signals",
+        "a replay to have unsent signals",
         DEADLINE,
         async || match count_unsent_if_migrated(bridge).await {
             0..10 => Err("too few".to_owned()),

@@ -1,4 +1,4 @@
-//! `resend`: current rows once more, for a subscriber that is new or was away for long.
+//! `resend`: current rows are sent again, for a subscriber that is new or was offline for long.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
         .await;
     let before = bridge.check().await.len();
     let rows = bridge.rows().await;
-    // No worker need be up.
+    // The command needs no running worker.
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }
@@ -42,7 +42,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
         "{}",
         sent.stderr
     );
-    // That it is the same row under the same revision is checked by the bridge.
+    // The bridge checks that it is the same row with the same revision.
     let signals = bridge.check().await;
     assert_eq!(signals.len(), before + 1);
     let [first, again] = of_subscription(&signals, one)[..] else {
@@ -59,7 +59,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
     assert_eq!(bridge.check().await.len(), before + 1 + purchases.len());
     assert!(bridge.rows().await == rows, "not even a version grew");
 
-    // And the next change follows from the revision that was sent again.
+    // The next change refers to the revision that was sent again.
     bridge.start_worker().wait_until_ready().await;
     apply(
         &bridge,

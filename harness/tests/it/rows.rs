@@ -1,4 +1,5 @@
-//! Rows come out of both databases as the worker put them in: every column, filled and null, new and overwritten.
+//! Rows are read from both databases as the worker wrote them: every column, filled and null, new
+//! and overwritten.
 
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Item, Subscription, Timestamp};
@@ -18,10 +19,10 @@ use time::OffsetDateTime;
 
 on_both_databases!(subscriptions, signals, questions);
 
-/// SQLite gets them as 64, 8, 1 and 1.
+/// SQLite gets them in statements of 64, 8, 1 and 1 rows.
 const ROWS: usize = 74;
 
-/// All that PostgreSQL's notation of arrays has to quote.
+/// All characters that PostgreSQL's array notation has to quote.
 const TEXT: &str = r#"a "quoted" \ one, {two}, NULL"#;
 
 async fn subscriptions(kind: DatabaseKind) {
@@ -65,7 +66,7 @@ async fn save(store: &Store, rows: Vec<Row>, now: OffsetDateTime) -> usize {
         .connection()
         .begin()
         .await
-        .expect("the database is there");
+        .expect("the database answers");
     let written = subscription::save(&tx, rows, now)
         .await
         .expect("rows are written");
@@ -189,7 +190,7 @@ async fn signals(kind: DatabaseKind) {
         .connection()
         .begin()
         .await
-        .expect("the database is there");
+        .expect("the database answers");
     outbox::insert(&tx, (1..=3).map(signal).collect(), now(1))
         .await
         .expect("signals are written");
@@ -267,7 +268,7 @@ async fn questions(kind: DatabaseKind) {
             event_created: question.event.created.unix(),
             stream_sequence: question.stream_sequence.cast_signed(),
         };
-    // Asked anew, what was paid stays paid, and where it belongs stays as it was.
+    // A question that is asked again stays paid, and keeps its subscription, account and mode.
     let again = due_check::Model {
         stripe_subscription_id: payment.stripe_subscription_id.clone(),
         stripe_account_id: filled.stripe_account_id.clone(),
@@ -286,7 +287,7 @@ async fn questions(kind: DatabaseKind) {
             .connection()
             .begin()
             .await
-            .expect("the database is there");
+            .expect("the database answers");
         question::save(&tx, vec![other.clone(), question])
             .await
             .expect("questions are written");
@@ -338,7 +339,7 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_unix(seconds).expect("RFC 3339 can write it")
 }
 
-/// With the fractions of a second that both databases keep.
+/// A time with the fraction of a second that both databases keep.
 fn now(minute: i64) -> OffsetDateTime {
     at(1_795_430_000 + 60 * minute).get() + std::time::Duration::from_millis(123)
 }

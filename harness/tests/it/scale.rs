@@ -1,4 +1,4 @@
-//! Many events, two workers, no order: every row right, every signal delivered.
+//! Many shuffled events for two workers: every row is correct and every signal is delivered.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 const SUBSCRIPTIONS: usize = 400;
 const EVENTS_EACH: i64 = 25;
-/// One message in so many is there twice.
+/// Every tenth message is stored twice.
 const REPEATED: usize = 10;
 
 #[tokio::test]
@@ -57,7 +57,7 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
             Some(history.last().id()),
             "the last event of {id}"
         );
-        // That each follows from the one before it is checked by the bridge.
+        // The bridge checks that each refers to the one before it.
         let revisions: Vec<_> = by_subscription[id.as_str()].clone();
         assert!(
             revisions.is_sorted(),
@@ -76,7 +76,7 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
     assert!(!of_subscription(&signals, one).is_empty());
 }
 
-/// The life of one subscription as Stripe would tell it, and the row that it leads to.
+/// The events of one subscription as Stripe would send them, and the expected row.
 struct History {
     purchase: Purchase,
     events: Vec<Event>,
@@ -84,8 +84,8 @@ struct History {
 }
 
 impl History {
-    /// A checkout; a creation that is paid within the same second; then an update a day. Every third
-    /// is canceled at its end.
+    /// A checkout, a creation that is paid within the same second, then an update per day. Every
+    /// third subscription is canceled at the end.
     fn new(number: usize, now: i64) -> Self {
         let purchase = Purchase::new(now - 86_400 * (EVENTS_EACH + 1));
         let start = purchase.created;
@@ -154,7 +154,7 @@ impl History {
     }
 }
 
-/// The update of a day, which changes the quantity, the metadata and now and then the status.
+/// The update of one day. It changes the quantity, the metadata and sometimes the status.
 fn updated(purchase: &Purchase, day: i64) -> Event {
     let at = purchase.created + 86_400 * day;
     let mut items = purchase.items(at, at + 86_400);

@@ -1,4 +1,4 @@
-//! Clients that were not written here: Stripe's official SDK signs and judges, nats-py subscribes.
+//! Third-party clients: Stripe's official SDK signs and verifies, nats-py subscribes.
 
 use std::time::Duration;
 
@@ -116,7 +116,7 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
     )
     .await;
 
-    let told: Vec<_> = answers
+    let statuses: Vec<_> = answers
         .iter()
         .map(|answer| (answer["name"].as_str(), answer["status"].as_u64()))
         .collect();
@@ -136,7 +136,7 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
         ("accepted", 200),
     ];
     assert_eq!(
-        told,
+        statuses,
         expected.map(|(name, status)| (Some(name), Some(status)))
     );
     for answer in &answers {
@@ -144,7 +144,8 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
             .expect("it is JSON");
         let (name, status) = (&answer["name"], &answer["status"]);
         assert_eq!(body["error"].is_string(), status != 200, "{name}: {body}");
-        // What the SDK refuses we refuse; beyond that it neither knows our hook nor demands an event.
+        // We refuse all that the SDK refuses. It does not check the path, the size, or that the
+        // body is an event.
         assert!(
             answer["sdk"] == true || status == 400,
             "{name}: the SDK refuses it"
@@ -153,12 +154,12 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
     assert_eq!(
         bridge.stored_events().await,
         1,
-        "nothing but what was accepted is stored"
+        "only the accepted delivery is stored"
     );
     bridge.check().await;
 }
 
-/// Headers of all kinds, each with the SDK's verdict. `SEED` makes another set of them.
+/// Random headers, each with the SDK's verdict. `SEED` selects the set.
 #[tokio::test]
 async fn ingress_accepts_exactly_what_stripes_sdk_accepts() {
     const COUNT: usize = 6000;
@@ -193,7 +194,7 @@ fn is_accepted(case: &Value) -> bool {
         .filter_map(Value::as_str);
     let secrets: Vec<_> = secrets.map(SigningSecret::new).collect();
     let now_s = case["now"].as_f64().expect("it is a number");
-    // Eighths of a second: exact in both.
+    // Eighths of a second are exact in both languages.
     let received = OffsetDateTime::UNIX_EPOCH + time::Duration::seconds_f64(now_s);
     let tolerance = Duration::from_secs(case["tolerance"].as_u64().expect("it is a number"));
     signature::verify(

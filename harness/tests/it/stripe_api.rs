@@ -1,5 +1,5 @@
-//! What the worker asks of Stripe's API: when, how often, and what it makes of the answers. The API
-//! is a stub; everything else is real.
+//! The worker's calls to Stripe's API: when and how often it calls, and how it uses the answers.
+//! The API is a stub; everything else is real.
 
 use std::time::Duration;
 
@@ -83,7 +83,10 @@ async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: Datab
         .iter()
         .map(|signal| signal.body["uncertain"] == true)
         .collect();
-    assert!(uncertain.contains(&true), "subscribers are told");
+    assert!(
+        uncertain.contains(&true),
+        "subscribers see that the row was uncertain"
+    );
     assert_eq!(
         questions(&bridge)
             .await
@@ -105,7 +108,7 @@ async fn uncertain_row_of_the_current_second_is_fetched_when_the_answer_can_sett
             json!({ "metadata": { "seats": "9" } }),
         ));
     }
-    // Early in the second in which they happen: Stripe delivers at once.
+    // Deliver early in the second in which the events happen, as Stripe delivers at once.
     eventually("a second to begin", DEADLINE, async || {
         let millisecond = OffsetDateTime::now_utc().millisecond();
         if millisecond < 100 {
@@ -149,7 +152,7 @@ async fn uncertain_row_stays_uncertain_without_a_key() {
     assert_eq!(api.requests("").len(), 0);
     bridge.check().await;
 
-    // A later second settles it all the same.
+    // An event of a later second still settles it.
     let later = with_seats(&purchase, 9, "3", Some("1"));
     apply(&bridge, &later).await;
     assert!(!bridge.row(&purchase.subscription).await.uncertain);
@@ -245,11 +248,7 @@ async fn session_that_stripe_lists_claims_the_subscription(database: DatabaseKin
         1,
         "asked once"
     );
-    assert_eq!(
-        api.requests(CUSTOMERS).len(),
-        0,
-        "nobody's email was needed"
-    );
+    assert_eq!(api.requests(CUSTOMERS).len(), 0, "no email was needed");
 }
 
 async fn subscription_without_a_session_is_an_orphan_with_the_customers_email(
@@ -331,7 +330,7 @@ async fn no_answer_from_stripe_makes_no_orphan() {
     let options = with_key(DatabaseKind::Sqlite, &api).worker("LITESTRIPE_ORPHAN_GRACE", "0s");
     let bridge = Bridge::start(options).await;
     let purchase = Purchase::new(now() - 60);
-    // Not to be tried again at once.
+    // Stripe says that a retry at once is useless.
     api.answer_next(
         SESSIONS,
         Trouble::status(500).header("Stripe-Should-Retry", "false"),
@@ -352,9 +351,9 @@ async fn no_answer_from_stripe_makes_no_orphan() {
     assert_eq!(
         api.requests("").len(),
         1,
-        "Stripe said that it is of no use"
+        "Stripe said that a retry is useless"
     );
-    eventually("the customer to be asked for", DEADLINE, async || {
+    eventually("the customer to be fetched", DEADLINE, async || {
         if api.requests(CUSTOMERS).is_empty() {
             Err(format!("{:?}", api.requests("")))
         } else {
@@ -430,7 +429,7 @@ async fn unusable_answers_are_named_and_retried_if_that_can_help() {
     assert_eq!(
         (redirected.status.code(), asked()),
         (Some(1), 1),
-        "whoever it names must not see the key"
+        "the address in the redirect must not see the key"
     );
 
     api.answer_next(
@@ -446,7 +445,8 @@ async fn unusable_answers_are_named_and_retried_if_that_can_help() {
     );
     assert_eq!((later.status.code(), asked()), (Some(1), 2));
 
-    // The body is shorter than it says, and then Stripe asks for more patience than we have by ourselves.
+    // First the body is shorter than its Content-Length, then Stripe asks for a longer wait than
+    // our own backoff.
     api.answer_next(
         "/v1/events",
         Trouble::status(200).header("Content-Length", "1000"),
@@ -513,7 +513,7 @@ async fn row_that_became_uncertain_again_during_a_fetch_is_fetched_again(databas
     let held = api.hold(SUBSCRIPTIONS);
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
     until_requested(&api, SUBSCRIPTIONS, 1).await;
-    // It changes there and back again while Stripe's answer is on its way.
+    // It changes and changes back again while Stripe's answer is in flight.
     let at = now() - purchase.created;
     bridge
         .deliver_all(&[
@@ -561,7 +561,7 @@ async fn unanswered_stripe_request_does_not_delay_other_questions() {
     )
     .await;
 
-    // Within the 30 s after which the worker gives the first request up.
+    // Less than the 30 s after which the worker gives up the first request.
     let deadline = Duration::from_secs(20);
     eventually("the lookup's orphan", deadline, async || {
         match bridge.orphans().await.as_slice() {
@@ -576,7 +576,7 @@ async fn unanswered_stripe_request_does_not_delay_other_questions() {
 
 #[tokio::test]
 async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
-    // A fortieth of the window is the time that a permit, and its request's way, may take each.
+    // The use of a permit may take a fortieth of the window, and so may the request on the network.
     const REQUESTS: usize = 50;
     const WINDOW: Duration = Duration::from_secs(8);
     let api = Api::start().await;
@@ -602,7 +602,8 @@ async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
 
     let requests = api.requests("");
     assert_eq!(requests.len(), 2 * purchases.len());
-    // A second less: a busy machine may stall a request for longer than that.
+    // Checks a window that is one second shorter, because a busy machine may stall a request for
+    // longer.
     for (first, after) in requests.iter().zip(requests.iter().skip(REQUESTS)) {
         assert!(
             after.at - first.at >= WINDOW - Duration::from_secs(1),
@@ -611,7 +612,7 @@ async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
         );
     }
     let log = bridge.workers[0].log();
-    assert!(log.contains("TRACE"), "the log is as full as it gets");
+    assert!(log.contains("TRACE"), "the log is at level trace");
     assert!(
         !log.contains(API_KEY),
         "{:?}",
@@ -639,17 +640,18 @@ async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
     );
 }
 
-/// A bridge whose workers may ask the stub.
+/// Options for workers with a key for the stub.
 fn with_key(database: DatabaseKind, api: &Api) -> Options {
     Options::on(database)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
-        // Its requests are looked at elsewhere.
+        // `backfill` tests those requests.
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000")
 }
 
-/// A subscription that changes there and back within a second: nobody can tell which came last.
+/// A subscription that changes and changes back within a second: the events do not show which was
+/// last.
 fn there_and_back(purchase: &Purchase, at: i64) -> Vec<Event> {
     vec![
         purchase.checkout_session_event(
@@ -662,7 +664,7 @@ fn there_and_back(purchase: &Purchase, at: i64) -> Vec<Event> {
     ]
 }
 
-/// Two states within a second, neither of which says what was before.
+/// Two states within a second, both without previous attributes.
 fn without_previous_attributes(purchase: &Purchase, at: i64) -> Vec<Event> {
     vec![
         with_seats(purchase, at, "1", None),
@@ -670,7 +672,7 @@ fn without_previous_attributes(purchase: &Purchase, at: i64) -> Vec<Event> {
     ]
 }
 
-/// An update `at` seconds after the purchase to that many seats, from `before`.
+/// An update to `seats`, `at` seconds after the purchase, from `before`.
 fn with_seats(purchase: &Purchase, at: i64, seats: &str, before: Option<&str>) -> Event {
     let metadata = json!({ "metadata": { "seats": seats } });
     let event = purchase.subscription_event(UPDATED, purchase.created + at, metadata);
@@ -718,14 +720,14 @@ async fn until_no_question_is_open_about(bridge: &Bridge, purchase: &Purchase) {
     .await;
 }
 
-/// The snapshots of an object that are in the stream.
+/// The stored snapshots of an object.
 async fn snapshots_of(bridge: &Bridge, id: &str) -> Vec<Value> {
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     let state = &stream.cached_info().state;
     let mut found = Vec::new();
     for sequence in state.first_sequence..=state.last_sequence {

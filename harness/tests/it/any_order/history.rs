@@ -1,5 +1,5 @@
-//! What happened to a subscription, as Stripe would tell it: twenty events, several of them in the
-//! same second, each update with the previous attributes nested as Stripe nests them.
+//! Random histories of a subscription as Stripe would report them: several events in the same
+//! second, each update with its previous attributes nested as Stripe nests them.
 
 use litestripe_harness::stripe::{Event, MONTH, Purchase};
 use serde_json::{Map, Value, json};
@@ -19,7 +19,7 @@ pub(crate) struct History {
     pub(crate) truth: Value,
 }
 
-/// Tells a history of `length` events that begins at `start` (Unix seconds).
+/// Generates a history of `length` events that begins at `start` (Unix seconds).
 pub(crate) fn generate(random: &mut Random, start: i64, length: usize) -> History {
     let purchase = Purchase::new(start);
     let trial = random.percent(30);
@@ -99,7 +99,7 @@ impl Generator<'_> {
                 self.change(json!({ "items": items }), UPDATED);
             }
             12 => {
-                // Nothing that is kept.
+                // A field that we do not keep.
                 let invoice = format!("in_{}", self.random.below(1000));
                 self.change(json!({ "latest_invoice": invoice }), UPDATED);
             }
@@ -148,7 +148,7 @@ impl Generator<'_> {
         self.events.push(event);
     }
 
-    /// Changes fields, if that changes anything, and says so.
+    /// Changes fields and emits an event if any value differs.
     fn change(&mut self, changes: Value, event_type: &str) {
         let after = with(self.object.clone(), changes);
         let previous = previous_attributes(&self.object, &after);
@@ -168,7 +168,8 @@ impl Generator<'_> {
     }
 }
 
-/// Of objects the keys that changed, null for those that were absent; arrays whole.
+/// Returns the old values: of objects only the keys that changed (null if the key was absent), of
+/// arrays the whole array.
 fn previous_attributes(before: &Value, after: &Value) -> Map<String, Value> {
     let nothing = Map::new();
     let (before, after) = (

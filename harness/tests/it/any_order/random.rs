@@ -2,14 +2,15 @@
 
 use std::hash::{BuildHasher, RandomState};
 
-/// The variable that sets the seed instead of chance.
+/// The environment variable that sets the seed.
 const SEED: &str = "LITESTRIPE_TEST_SEED";
 
 /// SplitMix64.
 pub(crate) struct Random(u64);
 
 impl Random {
-    /// With the seed that `LITESTRIPE_TEST_SEED` gives, else with a new one; a failed test shows it.
+    /// Takes the seed from `LITESTRIPE_TEST_SEED`, else a random one, and prints it: a failed test
+    /// shows it.
     pub(crate) fn start() -> Self {
         let given = std::env::var(SEED)
             .ok()

@@ -1,4 +1,4 @@
-//! Many events at a time: what depends on how they are cut into batches and bound to statements.
+//! Many events at a time: how they are cut into batches and bound to statements.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -19,7 +19,8 @@ on_both_databases!(
     batches_of_every_size_are_written,
 );
 
-/// Tokio would have a task that takes messages pause after some sixty of them.
+/// Tokio's cooperative budget makes a task that receives messages pause after some sixty of them;
+/// batches must be larger than that.
 async fn waiting_events_are_applied_in_large_batches(database: DatabaseKind) {
     const EVENTS: usize = 600;
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
@@ -46,7 +47,7 @@ async fn waiting_events_are_applied_in_large_batches(database: DatabaseKind) {
     assert!(together.values().all(|rows| *rows <= 250), "{together:?}");
 }
 
-/// A worker applies one batch while the database has another.
+/// A worker prepares one batch while the database is busy with another.
 async fn every_intermediate_state_is_signalled_across_batches(database: DatabaseKind) {
     const CHANGES: i64 = 40;
     let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
@@ -74,7 +75,8 @@ async fn every_intermediate_state_is_signalled_across_batches(database: Database
     );
 }
 
-/// What comes while a batch waits for somebody's lock is gathered, poison in its midst, and applied beside it.
+/// While one batch waits for a row lock, events that arrive later are gathered and applied,
+/// poisoned ones among them.
 #[tokio::test]
 async fn a_blocked_batch_does_not_block_other_events() {
     const OTHERS: usize = 40;
@@ -92,7 +94,7 @@ async fn a_blocked_batch_does_not_block_other_events() {
             json!({ "status": "past_due" }),
         ))
         .await;
-    // What came sooner could be in its batch, and be held up with it.
+    // Events that come sooner could be in the same batch and be blocked with it.
     bridge.database.until_a_worker_waits().await;
 
     let mut poison = Vec::new();
@@ -118,10 +120,10 @@ async fn a_blocked_batch_does_not_block_other_events() {
     assert_eq!(
         bridge.row(&held.subscription).await.status.as_deref(),
         Some("active"),
-        "somebody still holds it"
+        "the lock is still held"
     );
 
-    lock.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is released");
     assert_eq!(bridge.check().await.len(), applied + 1);
     let letters = bridge.dead_letters().await;
     let of: BTreeSet<_> = letters.iter().map(|letter| letter.body.clone()).collect();
@@ -131,7 +133,8 @@ async fn a_blocked_batch_does_not_block_other_events() {
     );
 }
 
-/// A worker whose batch is held up, and whose next one has to wait for it, leaves what comes to others.
+/// A worker with a blocked batch, and a next one that has to wait for it, leaves later events to
+/// other workers.
 #[tokio::test]
 async fn events_do_not_pile_up_behind_a_blocked_batch() {
     const FETCHED_AHEAD: usize = 250;
@@ -147,11 +150,11 @@ async fn events_do_not_pile_up_behind_a_blocked_batch() {
         bridge
             .deliver(&held.subscription_event(UPDATED, held.created + step, changed))
             .await;
-        // The first one, that is.
+        // It is the first batch that waits for the lock.
         bridge.database.until_a_worker_waits().await;
     }
     bridge.wait_until_unacknowledged(2).await;
-    // Long enough for the second one to have gathered what it gathers.
+    // Long enough for the second batch to be complete.
     tokio::time::sleep(Duration::from_secs(1)).await;
 
     let others = (0..3 * FETCHED_AHEAD).map(|_| Purchase::new(now() - 60));
@@ -174,11 +177,11 @@ async fn events_do_not_pile_up_behind_a_blocked_batch() {
             "{unacknowledged} were taken"
         );
     }
-    lock.rollback().await.expect("the lock is let go");
+    lock.rollback().await.expect("the lock is released");
     assert_eq!(bridge.check().await.len(), 3 + 3 * FETCHED_AHEAD);
 }
 
-/// SQLite writes the index entries of every column that is assigned, whatever to.
+/// SQLite writes the index entries of every assigned column, even if the value stays the same.
 #[tokio::test]
 async fn sqlite_assigns_indexed_columns_only_when_they_change() {
     const WATCH: &str = "CREATE TABLE assigned (id TEXT); \
@@ -231,7 +234,7 @@ async fn sqlite_assigns_indexed_columns_only_when_they_change() {
     );
 }
 
-/// PostgreSQL gets them as arrays, in which some characters and one word mean something.
+/// PostgreSQL gets texts as arrays, in which some characters and the word NULL have a meaning.
 async fn texts_with_special_characters_are_stored_unchanged(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     let texts = [
@@ -266,7 +269,7 @@ async fn texts_with_special_characters_are_stored_unchanged(database: DatabaseKi
     bridge.check().await;
 }
 
-/// SQLite gets them in statements of a few lengths.
+/// SQLite gets rows in statements of a few fixed lengths.
 async fn batches_of_every_size_are_written(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
     let mut expected = 0;
@@ -275,7 +278,7 @@ async fn batches_of_every_size_are_written(database: DatabaseKind) {
         let events =
             purchases.map(|purchase| purchase.subscription_event(CREATED, now() - 50, json!({})));
         bridge.deliver_all(&events.collect::<Vec<_>>()).await;
-        // All of them are there when it comes.
+        // All events are stored before the worker starts.
         bridge.start_worker();
         bridge.wait_until_applied().await;
         bridge.workers.pop().expect("it was started").stop().await;

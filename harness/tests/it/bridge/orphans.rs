@@ -100,7 +100,7 @@ async fn unpaid_sessions_create_no_orphans(database: DatabaseKind) {
             session(json!({ "payment_status": "unpaid" })),
             session(json!({ "mode": "setup", "payment_status": "no_payment_required", "subscription": null })),
             session(json!({ "client_reference_id": "user_1" })),
-            // The last, so that the others were looked at when it is seen.
+            // Last, so that the others have been handled when its signal is seen.
             paid.checkout_session_event(COMPLETED, now(), json!({ "payment_status": "no_payment_required" })),
         ])
         .await;
@@ -207,7 +207,7 @@ async fn session_with_a_reference_in_the_same_batch_leaves_no_email(database: Da
     assert_eq!(open, []);
 }
 
-/// Waits until that many signals of a subject are there, and returns them.
+/// Waits until `count` signals of a subject are stored, and returns them.
 async fn until_signalled(bridge: &Bridge, subject: &str, count: usize) -> Vec<Signal> {
     bridge.wait_until_applied().await;
     eventually(subject, DEADLINE, async || {

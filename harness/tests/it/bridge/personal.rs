@@ -9,9 +9,9 @@ use super::{COMPLETED, CREATED, UPDATED, now};
 
 on_both_databases!(personal_data_stays_in_the_raw_stream_and_in_the_email_column);
 
-/// In everything that Stripe sends about a person.
+/// Part of every value that Stripe sends about a person.
 const PERSONAL: &str = "PERSONAL";
-/// In metadata, which is the operator's to keep, but nothing to log.
+/// Part of metadata values, which may be stored (the operator chooses them) but not logged.
 const METADATA: &str = "OPERATORS-OWN";
 const OPEN: &str = "PERSONAL-open@example.com";
 
@@ -92,11 +92,11 @@ async fn personal_data_stays_in_the_raw_stream_and_in_the_email_column(database:
     assert!(
         seen.iter()
             .any(|text| text.starts_with("log") && text.contains("DEBUG")),
-        "the logs were at their most"
+        "the logs are at level debug"
     );
 }
 
-/// Deliveries that ingress refuses, each for a reason that it logs.
+/// Sends deliveries that ingress refuses, each for another reason that it logs.
 async fn refused(bridge: &Bridge) {
     let body = session(&Purchase::new(now()), 0, json!(null), OPEN).body();
     let stale = (time::OffsetDateTime::now_utc() - Duration::hours(1)).unix_timestamp();
@@ -128,7 +128,7 @@ async fn refused(bridge: &Bridge) {
     }
 }
 
-/// Events that the worker puts aside, each for a reason that it logs.
+/// Sends events that become dead letters, each for another reason that the worker logs.
 async fn poisoned(bridge: &Bridge) {
     let mut bad_created = subscription(&Purchase::new(now()), UPDATED, 0);
     bad_created.value["created"] = json!("PERSONAL-birthday");

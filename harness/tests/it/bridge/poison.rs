@@ -8,10 +8,10 @@ use super::{COMPLETED, CREATED, UPDATED, now};
 
 on_both_databases!(poison_becomes_a_dead_letter_and_its_neighbours_are_applied);
 
-/// Stands in an event's value for what no JSON value of ours can hold.
+/// A placeholder in an event for text that `serde_json::Value` cannot hold.
 const MARK: &str = "THE_POISON";
 
-/// What a delivery is refused for, and the field that the reason has to name.
+/// A poisoned event, and the field that the reason must name.
 struct Poison {
     event: Event,
     instead_of_mark: String,
@@ -19,7 +19,7 @@ struct Poison {
 }
 
 async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: DatabaseKind) {
-    // The worker comes when all is in the stream, so that poison and neighbours are in one batch.
+    // The worker starts when all events are stored, so that poison and neighbours are in one batch.
     let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
     let neighbours: Vec<_> = (0..8).map(|_| Purchase::new(now())).collect();
     let mut expected = Vec::new();
@@ -35,7 +35,7 @@ async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: D
         assert_eq!(
             answer.status(),
             200,
-            "`{}`: ingress looks at the envelope alone",
+            "`{}`: ingress reads only the envelope",
             poison.field
         );
         expected.push((bridge.stored_events().await, poison));
@@ -50,7 +50,7 @@ async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: D
     assert_eq!(
         bridge.check().await.len(),
         neighbours.len() + 1,
-        "what nobody reads may be as deep as it likes"
+        "a field that is not read may be nested to any depth"
     );
     for neighbour in &neighbours {
         bridge.row(&neighbour.subscription).await;
@@ -85,7 +85,7 @@ async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: D
         assert!(!header("Litestripe-Received-At").is_empty());
     }
 
-    // Nothing of it is delivered again, also not to the next worker.
+    // Poisoned events are not redelivered, not even to the next worker.
     let worker = bridge.workers.remove(0);
     let (_, metrics) = worker.page("/metrics").await.expect("the worker answers");
     let count = format!(
@@ -146,8 +146,8 @@ fn poisons() -> [Poison; 6] {
     ]
 }
 
-/// The event's body with something else where the mark is: in place of a text that is nothing but
-/// the mark, or within one.
+/// The event's body with `with` in place of the mark. An array replaces the whole text that holds
+/// the mark.
 fn replaced(event: &Event, with: &str) -> String {
     let body = String::from_utf8(event.body().to_vec()).expect("our bodies are UTF-8");
     if with.starts_with('[') {

@@ -1,4 +1,4 @@
-//! `customer.deleted` erases the customer, if that is wanted.
+//! `customer.deleted` erases the customer if `LITESTRIPE_ERASE_ON_CUSTOMER_DELETED` is on.
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::eventually;
@@ -77,21 +77,21 @@ async fn a_missed_deletion_is_backfilled_once() {
     );
 }
 
-/// Waits until a worker says that it erased the customer. Streams are not read meanwhile: what is
-/// removed from under a reader, it would wait for.
+/// Waits until a worker logs that it erased the customer. Reads no stream meanwhile: a reader would
+/// wait for messages that are removed while it reads.
 async fn until_erased(bridge: &Bridge, user: &Purchase) {
     let text = format!("erased {}", user.customer);
     eventually("the customer to be erased", DEADLINE, async || {
-        let told: usize = bridge
+        let count: usize = bridge
             .workers
             .iter()
             .map(|worker| worker.count_in_log(&text))
             .sum();
         let questions = questions(bridge).await;
-        if (told, questions.len()) == (1, 0) {
+        if (count, questions.len()) == (1, 0) {
             Ok(())
         } else {
-            Err(format!("told {told} times; {questions:?}"))
+            Err(format!("logged {count} times; {questions:?}"))
         }
     })
     .await;
@@ -113,7 +113,7 @@ async fn a_deleted_customer_is_kept_by_default(database: DatabaseKind) {
     );
 }
 
-/// One who is to be erased and one who is not, both orphans.
+/// A customer to erase and one to keep, both with an orphan.
 async fn purchases(bridge: &Bridge) -> (Purchase, Purchase) {
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     for (purchase, whom) in [(&user, ERASED), (&other, KEPT)] {

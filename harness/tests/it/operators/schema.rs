@@ -1,4 +1,4 @@
-//! The shape of what others rely on: the signals' documents, the database's tables.
+//! The shapes that others rely on: the signals' schemas and the database's tables.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -70,7 +70,7 @@ async fn schemas_are_written_to_a_folder() {
     assert!(run(launch).await.status.success());
     let files = |folder: &Path| -> BTreeMap<_, _> {
         let entries = fs::read_dir(folder)
-            .expect("the folder is there")
+            .expect("the folder exists")
             .map(|entry| entry.expect("it is readable"));
         entries
             .map(|entry| {
@@ -131,7 +131,7 @@ async fn asyncapi_document_holds_the_schemas_and_names_the_headers() {
     );
 }
 
-/// What a `$ref` within `document` stands for.
+/// Resolves a `$ref` within `document`.
 fn resolved<'a>(document: &'a Value, reference: &Value) -> &'a Value {
     let pointer = reference["$ref"]
         .as_str()
@@ -146,7 +146,7 @@ fn pointing_at(schema: &Value, from: &str, to: &str) -> Value {
     serde_json::from_str(&schema.to_string().replace(from, to)).expect("it is still JSON")
 }
 
-/// What is not a signal has to be refused, or the schemas would say nothing.
+/// A schema that accepts anything would say nothing.
 #[tokio::test]
 async fn schemas_reject_invalid_signals() {
     let schema = printed(&["orphan.created"]).await;
@@ -193,8 +193,8 @@ async fn postgres_schema_matches_the_entities() {
     migrated_schema_matches_the_entities(DatabaseKind::Postgres).await;
 }
 
-/// One database as the migrations make it, another as the entities would: the tables of the second
-/// have to be the same in the first.
+/// Creates one database by the migrations and another from the entities. The tables of the second
+/// must be the same in the first.
 async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     let mut bridge = Bridge::prepare(Options::on(kind));
     bridge.database.resume().await;
@@ -237,7 +237,8 @@ async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     }
 }
 
-/// Where there is none, every change of a row needs new index entries.
+/// PostgreSQL writes new index entries for each change of a row whose new version does not fit the
+/// same page.
 #[tokio::test]
 async fn postgres_pages_have_room_for_updates() {
     const OPTIONS: &str =
@@ -275,7 +276,7 @@ async fn create<E: EntityTrait>(database: &Database, entity: E) {
         .expect("an entity's table can be made");
 }
 
-/// What a column takes, by `table.column`: its type, whether it may be null, whether it is the key.
+/// The type of each column by `table.column`, with `not null` and `key` where they apply.
 async fn columns(database: &Database) -> BTreeMap<String, String> {
     let sql = if database.url().starts_with("sqlite:") {
         "SELECT m.name || '.' || c.name AS name, \
@@ -298,7 +299,7 @@ async fn columns(database: &Database) -> BTreeMap<String, String> {
 }
 
 async fn printed(arguments: &[&str]) -> Value {
-    // Without any setting: documents need neither broker nor database.
+    // Without settings, as documents need neither broker nor database.
     let finished = run(Program::named("litestripe-worker")
         .arg("schema")
         .args(arguments.iter().copied()))

@@ -1,4 +1,4 @@
-//! Settings: what is refused and how, and that all places which list them agree.
+//! Settings: how wrong ones are refused, and that all places which list settings agree.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -76,10 +76,10 @@ async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_v
     malformed_are_listed(WORKER, &own).await;
 }
 
-/// As environment, as flags, and in `.env`.
+/// Gives malformed settings as environment, as flags, and in `.env`.
 async fn malformed_are_listed(program: &str, own: &[(&str, &str)]) {
     let given: Vec<_> = own.iter().chain(&SHARED).copied().collect();
-    // The password is not malformed: its user is missing.
+    // The password itself is valid, but its user is missing.
     let expected: Vec<_> = given
         .iter()
         .map(|(name, _)| {
@@ -165,17 +165,21 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     }
 }
 
-/// Exit code 2, a line for each of these settings, and nothing secret.
+/// Checks for exit code 2, one line for each of these settings, and no secret.
 fn check_refused(finished: &Finished, names: &[&str]) {
     assert_eq!(finished.status.code(), Some(2), "{finished:?}");
     assert_eq!(finished.stdout, "");
     for name in names {
-        let told = finished
+        let count = finished
             .stderr
             .lines()
             .filter(|line| line.split_whitespace().next() == Some(name))
             .count();
-        assert_eq!(told, 1, "{name} is told {told} times: {}", finished.stderr);
+        assert_eq!(
+            count, 1,
+            "{name} is listed {count} times: {}",
+            finished.stderr
+        );
     }
     let lines = finished
         .stderr

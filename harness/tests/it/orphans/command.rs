@@ -1,4 +1,4 @@
-//! `litestripe-worker orphans`: what support staff do about orphans.
+//! `litestripe-worker orphans`: the commands with which support staff list and resolve orphans.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ on_both_databases!(
     competing_resolutions_leave_row_and_orphan_consistent,
 );
 
-/// A command waits 10 s for a worker.
+/// The command itself waits 10 s for a worker.
 const COMMAND: Duration = Duration::from_secs(60);
 
 async fn orphans_are_listed_and_shown(database: DatabaseKind) {
@@ -201,7 +201,7 @@ async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
             (vec!["client_reference_id"], &json!(user))
         );
     }
-    // A session that comes after the resolution, of before it, changes nothing of it.
+    // A session that was created before the resolution and arrives after it does not change it.
     let session = unclaimed.checkout_session_event(COMPLETED, unclaimed.created, json!({}));
     apply(&bridge, &session).await;
     let signals = bridge.check().await;
@@ -314,7 +314,7 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
     );
     assert_eq!(bridge.stored_events().await, stored);
 
-    // Meant as it is said.
+    // With `--force` the user may have two subscriptions.
     let arguments = [
         "resolve",
         &second.subscription,
@@ -326,7 +326,7 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
     let forced = orphans(&bridge, &arguments).await;
     assert_eq!(json_of(&forced)["resolved_client_reference_id"], "user_1");
     assert_eq!(json_of(&forced)["customer_email"], Value::Null);
-    // What has ended is no obstacle.
+    // Ended subscriptions of a user do not prevent a resolution.
     for purchase in [&first, &second] {
         let ended = json!({ "status": "canceled", "ended_at": now() });
         apply(
@@ -345,10 +345,11 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
     bridge.workers.pop().expect("there is one").stop().await;
     let id = purchase.subscription.as_str();
     let arguments = ["resolve", id, "--client-reference-id", "user_1", "--json"];
-    let (stored, told) = tokio::join!(resolve(&bridge, id, "user_1"), orphans(&bridge, &arguments));
+    let (stored, as_json) =
+        tokio::join!(resolve(&bridge, id, "user_1"), orphans(&bridge, &arguments));
     assert_eq!(stored.status.code(), Some(0), "{}", stored.stderr);
     let expected = json!({ "orphan_id": id, "client_reference_id": "user_1", "state": "stored" });
-    assert_eq!(json_of(&told), expected);
+    assert_eq!(json_of(&as_json), expected);
     assert!(
         stored.stdout.contains("takes effect when a worker runs"),
         "{}",
@@ -414,16 +415,17 @@ async fn competing_resolutions_leave_row_and_orphan_consistent(database: Databas
     assert!(found.resolved_at.is_some());
     assert_eq!(row.client_reference_id, found.resolved_client_reference_id);
     let user = found.resolved_client_reference_id.unwrap_or_default();
-    let told = if user == "user_2" { &second } else { &first };
-    let says_so = told
+    let winner = if user == "user_2" { &second } else { &first };
+    let is_confirmed = winner
         .stdout()
         .contains(&format!("{id} is resolved to client reference id {user}"));
-    assert!(says_so, "{user} was told {:?}", told.log());
-    // The other one may have looked before it was overruled, and was right then.
-    assert_eq!(user, "user_2", "the later word counts");
+    assert!(is_confirmed, "{user}: {:?}", winner.log());
+    // The other command may have checked before the later resolution was applied, so its output is
+    // not compared.
+    assert_eq!(user, "user_2", "the later resolution wins");
 }
 
-/// Waits until the stream holds that many events; returns the second in which it was seen.
+/// Waits until the stream holds `count` events, and returns the current second.
 async fn until_stored(bridge: &Bridge, count: u64) -> i64 {
     eventually("a resolution to be stored", DEADLINE, async || {
         let stored = bridge.stored_events().await;
@@ -436,7 +438,7 @@ async fn until_stored(bridge: &Bridge, count: u64) -> i64 {
     .await
 }
 
-/// A payment that is an orphan.
+/// Delivers a payment that becomes an orphan.
 async fn paid(bridge: &Bridge) -> Purchase {
     let purchase = Purchase::new(now() - 60);
     apply(

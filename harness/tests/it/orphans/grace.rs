@@ -198,7 +198,7 @@ async fn session_within_the_grace_period_makes_no_orphan(database: DatabaseKind)
     assert_eq!(
         questions(&bridge).await,
         [],
-        "nothing is left that could make one"
+        "no open question could create one"
     );
     assert_eq!(bridge.orphans().await, []);
 }
@@ -221,7 +221,7 @@ async fn orphans_without_a_session_can_be_switched_off(database: DatabaseKind) {
     assert_eq!(
         questions(&bridge).await,
         [],
-        "nothing is left that could make one"
+        "no open question could create one"
     );
     let ids: Vec<_> = bridge
         .orphans()
@@ -232,7 +232,7 @@ async fn orphans_without_a_session_can_be_switched_off(database: DatabaseKind) {
     assert_eq!(
         ids,
         [paid.subscription],
-        "a session that names nobody is another matter"
+        "a session without a reference still makes an orphan"
     );
 }
 
@@ -254,7 +254,7 @@ async fn old_account_makes_no_orphans(database: DatabaseKind) {
     assert_eq!(
         questions(&bridge).await,
         [],
-        "nothing is left that could make one"
+        "no open question could create one"
     );
     assert_eq!(bridge.orphans().await, []);
 }
@@ -290,7 +290,7 @@ async fn subscription_that_was_never_paid_creates_no_orphan(database: DatabaseKi
         orphan.reason == "no_checkout_session"
     })
     .await;
-    assert_eq!(bridge.orphans().await.len(), 1, "a trial is somebody's");
+    assert_eq!(bridge.orphans().await.len(), 1, "a trial counts as paid");
 }
 
 async fn subscription_paid_after_its_grace_period_becomes_an_orphan_at_once(
@@ -339,7 +339,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
         )
         .await;
     }
-    // A worker that lags: what comes about a locked row waits.
+    // A worker that lags: events about a locked row wait.
     let held = bridge.database.locked(&lock_of(&before.subscription)).await;
     let events = [
         purchase.subscription_event(CREATED, purchase.created, json!({})),
@@ -359,7 +359,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
         )
         .await;
     eventually(
-        "the end of the grace period to be looked at",
+        "the question about the grace period to be asked",
         DEADLINE,
         async || {
             let asked = "SELECT 1 FROM due_check WHERE kind = 'grace' AND attempts > 0";
@@ -379,7 +379,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
     assert_eq!(
         bridge.orphans().await.len(),
         2,
-        "what came before the end may yet tell whose it is"
+        "an event received before the end may still name the user"
     );
 
     let still_held = bridge.database.locked(&lock_of(&after.subscription)).await;
@@ -401,7 +401,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
 }
 
 async fn backlog_makes_no_orphans(database: DatabaseKind) {
-    // Small batches, so that the sweep looks in between.
+    // Small batches, so that questions are asked between them.
     let options = Options::on(database)
         .workers(0)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
@@ -453,7 +453,7 @@ async fn backlog_makes_no_orphans(database: DatabaseKind) {
     assert_eq!(
         ids,
         [lost.subscription],
-        "the sessions were there all the time"
+        "the stream already held the sessions of the others"
     );
     assert_eq!(
         (

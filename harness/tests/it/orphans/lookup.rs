@@ -60,7 +60,7 @@ async fn sql_lookup_queries_the_workers_database_with_the_id_bound(database: Dat
 }
 
 async fn sql_lookup_queries_another_database(database: DatabaseKind) {
-    // The application's is of the other kind, and the worker's has no such table.
+    // The application's database is of the other kind, and the worker's has no such table.
     let other = match database {
         DatabaseKind::Sqlite => DatabaseKind::Postgres,
         DatabaseKind::Postgres => DatabaseKind::Sqlite,
@@ -102,7 +102,7 @@ async fn sql_lookup_works_on_a_read_only_sqlite_database() {
     let mode: String = mode[0].try_get("", "journal_mode").expect("it is a text");
     assert_eq!(
         mode, "delete",
-        "the application's database is as the application made it"
+        "the worker did not change the application's database"
     );
 }
 
@@ -190,7 +190,7 @@ async fn failed_sql_lookup_is_retried_and_makes_no_orphan(database: DatabaseKind
 
 async fn lookup_does_not_delay_the_row_and_silence_makes_no_orphan(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
-    // Nobody listens there yet.
+    // No application listens yet.
     let purchase = buy(&bridge, "user_1").await;
     bridge.wait_until_applied().await;
     assert_eq!(
@@ -209,7 +209,7 @@ async fn lookup_does_not_delay_the_row_and_silence_makes_no_orphan(database: Dat
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Silence);
     application.until_asked("user_1", 1).await;
-    // Asked, and not answered: other rows go on, and nobody is an orphan.
+    // Without an answer other rows are still applied, and no orphan is created.
     let second = buy(&bridge, "user_2").await;
     bridge.wait_until_applied().await;
     bridge.row(&second.subscription).await;
@@ -264,7 +264,7 @@ async fn user_who_is_created_later_resolves_the_orphan(database: DatabaseKind) {
         Some("user_1")
     );
     assert_eq!(found.customer_email, None);
-    // A repeated session asks nothing that could reopen it.
+    // A repeated session asks no question that could reopen the orphan.
     application.answer("user_1", Answer::Known(false));
     let again = json!({ "client_reference_id": "user_1" });
     apply(
@@ -340,9 +340,9 @@ async fn payment_without_a_subscription_is_looked_up_once_it_is_paid(database: D
     assert_eq!(
         bridge.orphans().await.len(),
         1,
-        "what failed is nobody's payment"
+        "a failed payment makes no orphan"
     );
-    assert_eq!(application.asked("user_2"), 0, "nor a question");
+    assert_eq!(application.asked("user_2"), 0, "nor a lookup");
 }
 
 async fn late_session_resolves_the_orphan_once_its_user_is_known(database: DatabaseKind) {
@@ -372,7 +372,7 @@ async fn late_session_resolves_the_orphan_once_its_user_is_known(database: Datab
     assert_eq!(
         orphan(&bridge, id).await.resolved_at,
         None,
-        "that one is nobody"
+        "the application does not know the user"
     );
     application.answer("user_1", Answer::Known(true));
     let found = until(&bridge, id, |orphan| orphan.resolved_at.is_some()).await;
@@ -428,14 +428,14 @@ async fn orphan_never_gets_the_email_of_another_customer(database: DatabaseKind)
     bridge.workers[0]
         .wait_for_log("no answer yet about", DEADLINE)
         .await;
-    // The stream is lost and made anew: what was its first event is another customer's now.
+    // The stream is lost and created again. Its first event now belongs to another customer.
     bridge
         .jetstream()
         .await
         .delete_stream(EVENTS_STREAM)
         .await
         .expect("it can be deleted");
-    eventually("the stream to be made anew", DEADLINE, async || {
+    eventually("the stream to be created again", DEADLINE, async || {
         let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
         stream.map(|_| ()).map_err(|error| error.to_string())
     })
@@ -512,7 +512,8 @@ async fn operators_resolution_resolves_the_orphan_despite_a_later_dated_session(
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
-    // Stripe's clock may run ahead of the operator's.
+    // Stripe's clock may run ahead of the operator's, so that the session is dated after the
+    // resolution.
     let (purchase, ahead) = (Purchase::new(now() - 60), now() + 3600);
     let id = purchase.subscription.as_str();
     let unknown = json!({ "client_reference_id": "user_1" });
@@ -544,7 +545,7 @@ async fn operators_resolution_resolves_the_orphan_despite_a_later_dated_session(
     assert_eq!(
         bridge.row(id).await.client_reference_id.as_deref(),
         Some("user_1"),
-        "the newest stands"
+        "the row keeps the newest reference"
     );
     assert_eq!(
         (
@@ -582,7 +583,7 @@ async fn payment_that_succeeds_later_is_an_orphan_in_either_order_of_its_session
     }
 }
 
-/// Has users and strangers pay, and checks who is an orphan.
+/// Delivers payments of known and unknown users, and checks which become orphans.
 async fn check_lookups(bridge: &Bridge) {
     let mut known = Vec::new();
     for user in ["user_1", "O'Brien"] {
@@ -669,18 +670,18 @@ fn asking_the_application(database: DatabaseKind) -> Options {
     Options::on(database).worker("LITESTRIPE_USER_LOOKUP", format!("nats:{SUBJECT}"))
 }
 
-/// What the application says to one id.
+/// The application's answer about one id.
 #[derive(Clone, Copy, Debug)]
 enum Answer {
     Known(bool),
     Text(&'static str),
-    /// Never anything.
+    /// No answer at all.
     Silence,
-    /// What [`Application::answer_now`] says.
+    /// The answer that [`Application::answer_now`] gives.
     Later,
 }
 
-/// The application that knows who its users are.
+/// An application that answers lookups about its users.
 struct Application {
     client: async_nats::Client,
     book: Arc<Mutex<Book>>,
@@ -714,7 +715,7 @@ impl Application {
                     own_client
                         .publish(reply, text.into())
                         .await
-                        .expect("the server is there");
+                        .expect("the server answers");
                 }
             }
         });
@@ -733,7 +734,7 @@ impl Application {
             .insert(id.to_owned(), answer);
     }
 
-    /// Answers the last request that was to wait.
+    /// Answers the last request that waits for [`Answer::Later`].
     async fn answer_now(&self, id: &str, known: bool) {
         let reply = self
             .book
@@ -745,7 +746,7 @@ impl Application {
         self.client
             .publish(reply, known_as(known).into())
             .await
-            .expect("the server is there");
+            .expect("the server answers");
         self.client.flush().await.expect("the server answers");
     }
 
@@ -777,7 +778,7 @@ impl Application {
 }
 
 impl Book {
-    /// Notes a request; returns what is answered now.
+    /// Records a request and returns the immediate answer, if any.
     fn note(&mut self, id: String, reply: &async_nats::Subject) -> Option<String> {
         *self.asked.entry(id.clone()).or_default() += 1;
         let answer = *self.answers.get(&id).unwrap_or(&Answer::Silence);
@@ -798,7 +799,7 @@ fn known_as(known: bool) -> String {
     answer.to_string()
 }
 
-/// Waits until nothing is left to ask about a purchase.
+/// Waits until no question is open about a purchase.
 async fn until_asked_and_known(application: &Application, bridge: &Bridge, purchase: &Purchase) {
     eventually("a user to be known", DEADLINE, async || {
         let questions = super::questions(bridge).await;

@@ -1,4 +1,4 @@
-//! A database that was lost: the events that the stream still holds give the same orphans.
+//! After the loss of the database, the events that the stream still holds lead to the same orphans.
 
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_entity::{orphaned_payment, stripe_subscription};
@@ -21,11 +21,11 @@ on_both_databases!(
 async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) {
     let mut bridge =
         Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
-    let lives = live(&bridge).await;
+    let made = make_orphans(&bridge).await;
     bridge.check().await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
 
-    // In one batch, then event by event: what comes together must make no difference.
+    // In one batch, then event by event: the size of batches must make no difference.
     for batch in ["500", "1"] {
         for worker in bridge.workers.drain(..) {
             worker.stop().await;
@@ -33,7 +33,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         delete_worker_consumer(&bridge).await;
         bridge.database = Database::prepare(database);
         bridge.database.resume().await;
-        // A setting that is given twice is the later one.
+        // The later of two values for a setting counts.
         let worker = bridge
             .worker()
             .env("LITESTRIPE_BATCH", batch)
@@ -61,8 +61,8 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         };
         let rebuilt = bridge.orphans().await;
         assert_eq!(open(&rebuilt), open(&orphans), "batches of {batch}");
-        assert_eq!(open(&rebuilt).len(), lives.open, "batches of {batch}");
-        for (id, user) in &lives.resolved {
+        assert_eq!(open(&rebuilt).len(), made.open, "batches of {batch}");
+        for (id, user) in &made.resolved {
             let found = orphan(&bridge, id).await;
             assert_eq!(
                 found.resolved_client_reference_id.as_ref(),
@@ -84,7 +84,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
             .iter()
             .filter(|orphan| orphan.customer_email.is_some())
             .count();
-        assert_eq!(emails, lives.emails, "batches of {batch}: {rebuilt:#?}");
+        assert_eq!(emails, made.emails, "batches of {batch}: {rebuilt:#?}");
         worker.stop().await;
     }
 }
@@ -96,11 +96,11 @@ async fn redelivery_of_all_events_changes_and_signals_nothing(database: Database
             .worker("LITESTRIPE_ORPHAN_GRACE", "1s"),
     )
     .await;
-    live(&bridge).await;
+    make_orphans(&bridge).await;
     let signals = bridge.check().await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
 
-    // The running workers make the consumer anew, and it delivers everything.
+    // The running workers create the consumer again, and it delivers all events.
     delete_worker_consumer(&bridge).await;
     assert_eq!(bridge.check().await.len(), signals.len());
     until_all_questions_are_answered(&bridge).await;
@@ -109,17 +109,18 @@ async fn redelivery_of_all_events_changes_and_signals_nothing(database: Database
     assert_eq!(bridge.check().await.len(), signals.len());
 }
 
-/// What became of the orphans of [`live`].
-struct Lives {
-    /// How many are open, and how many of those have an email.
+/// The state of the orphans that [`make_orphans`] made.
+struct Orphans {
+    /// The number of open orphans.
     open: usize,
+    /// The number of open orphans with an email.
     emails: usize,
-    /// Which were resolved by hand, and to whom.
+    /// The ids of those resolved by hand, and their users.
     resolved: Vec<(String, String)>,
 }
 
-/// Brings orphans of each kind, some of them resolved.
-async fn live(bridge: &Bridge) -> Lives {
+/// Makes orphans of each kind and resolves some of them.
+async fn make_orphans(bridge: &Bridge) -> Orphans {
     let purchase = || Purchase::new(now() - 3600);
     let created =
         |purchase: &Purchase| purchase.subscription_event(CREATED, purchase.created, json!({}));
@@ -173,28 +174,29 @@ async fn live(bridge: &Bridge) -> Lives {
         ),
         (8, 5)
     );
-    Lives {
+    Orphans {
         open: 3,
         emails: 2,
         resolved,
     }
 }
 
-/// Deletes the durable consumer: made anew, it delivers all that the stream holds.
+/// Deletes the durable consumer. Once it is created again, it delivers all events that the stream
+/// holds.
 pub(crate) async fn delete_worker_consumer(bridge: &Bridge) {
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     stream
         .delete_consumer(WORKER_CONSUMER)
         .await
         .expect("it can be deleted");
 }
 
-/// The rows without what a rebuild makes anew.
+/// The rows without the columns that a rebuild does not restore.
 pub(crate) fn rebuildable(
     rows: Vec<stripe_subscription::Model>,
 ) -> Vec<stripe_subscription::Model> {

@@ -1,4 +1,5 @@
-//! A table with damages of every kind: each is found, nothing else is, and all are mended.
+//! A table with damages of every kind: all of them are found and repaired, and nothing else is
+//! reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,18 +35,18 @@ async fn every_damage_is_found_and_repaired_while_workers_run(database: Database
     check_found_and_repaired(&bridge, &api, damage).await;
 }
 
-/// What was done to a table.
+/// The damages to a table.
 struct Damage {
     before: Vec<Model>,
-    /// What is to be found, by subscription: the problem and the fields.
+    /// The expected findings by subscription: the problem and the fields.
     expected: BTreeMap<String, (&'static str, BTreeSet<String>)>,
-    /// Rows whose columns alone are wrong: subscribers know better.
+    /// Rows with a correct merge state and wrong columns: subscribers have the correct values.
     columns_only: Vec<String>,
     /// The row that was deleted.
     deleted: String,
 }
 
-/// A table with a history, and then with damages of every kind.
+/// Fills a table and then damages it in every way.
 async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
     let is_sqlite = bridge.database.url().starts_with("sqlite:");
     let customers: Vec<_> = (0..15).map(|index| Customer::new(Some(index))).collect();
@@ -54,7 +55,7 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
         customer.put(api);
     }
     bridge.wait_until_applied().await;
-    // One of them changed since, and its merge state will be set back to before that.
+    // One subscription changes, and its merge state will be set back to before the change.
     let set_back = &customers[5];
     let id = set_back.id();
     let before = bridge.row(id).await.merge_state;
@@ -113,7 +114,7 @@ async fn damage(bridge: &mut Bridge, api: &Api) -> Damage {
             vec!["client_reference_id"],
         ),
     ];
-    assert_eq!(sets.len() + 1, customers.len(), "one is left alone");
+    assert_eq!(sets.len() + 1, customers.len(), "one row stays undamaged");
     let mut expected = BTreeMap::new();
     for (customer, (set, problem, fields)) in customers.iter().zip(sets) {
         let statement = if set.is_empty() {
@@ -187,7 +188,7 @@ async fn check_found_and_repaired(bridge: &Bridge, api: &Api, damage: Damage) {
     assert_eq!(table.status.code(), Some(3), "{table:?}");
     assert!(
         table.stderr.contains("reconcile --repair"),
-        "it says what mends it: {table:?}"
+        "it names the command that repairs: {table:?}"
     );
     for (id, (_, fields)) in &damage.expected {
         for field in fields {
@@ -251,12 +252,12 @@ async fn check_found_and_repaired(bridge: &Bridge, api: &Api, damage: Damage) {
             .expect("it was signalled");
         assert_eq!(
             last.body["revision"], row.revision,
-            "subscribers know the row"
+            "subscribers have the row"
         );
         if damage.columns_only.contains(&row.stripe_subscription_id) {
             assert_eq!(
                 row.revision, before.revision,
-                "subscribers knew it all along: {row:?}"
+                "subscribers had the correct row before: {row:?}"
             );
             assert_eq!(row.metadata, before.metadata);
             assert_eq!(row.merge_state, before.merge_state, "no event was needed");

@@ -1,4 +1,4 @@
-//! How the batches of a replay follow each other.
+//! The order of the batches of a replay.
 
 use std::time::Duration;
 
@@ -29,7 +29,8 @@ async fn a_blocked_batch_does_not_block_the_next_one() {
     blocked.release().await;
 }
 
-/// At the same time, either could be first: an orphan's reason, for one, is that of the first.
+/// At the same time either batch could be first, and the result may depend on it: an orphan keeps
+/// the reason of the first.
 #[tokio::test]
 async fn batches_about_the_same_subscription_are_applied_in_order() {
     let [held, other] = purchases();
@@ -52,7 +53,7 @@ async fn batches_about_the_same_subscription_are_applied_in_order() {
     blocked.release().await;
 }
 
-/// A replay whose first event concerns a row that somebody else is about to insert.
+/// A replay whose first event concerns a row that another transaction is about to insert.
 struct BlockedReplay {
     bridge: Bridge,
     replay: Program,

@@ -1,4 +1,5 @@
-//! Replays that are killed, stopped, or begun twice: what they owe is not lost, and never told early.
+//! Replays that are killed, stopped, or started twice: their unsent signals are not lost and never
+//! sent early.
 
 use std::collections::BTreeSet;
 
@@ -36,13 +37,13 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
     forget_rows(&mut bridge, database).await;
 
     cut_off(&bridge, &[]).await;
-    // Not even with a worker up: what stands in the rows now may be any state they ever had.
+    // Not even a running worker sends signals: the rows may be in any earlier state.
     bridge.start_worker().wait_until_ready().await;
     bridge.wait_until_applied().await;
     assert_eq!(
         signals_after(&bridge, last).await.len(),
         0,
-        "an intermediate state was told"
+        "an intermediate state was signalled"
     );
 
     let status = bridge
@@ -56,7 +57,7 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
         "{status:#}"
     );
 
-    // The database believes the dead process alive for half a minute.
+    // By the database the dead process counts as alive for half a minute.
     set_last_heartbeat(&bridge, 60).await;
     let again = replay(&bridge, &[]).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
@@ -67,12 +68,12 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
     until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
-    let told: BTreeSet<_> = signals
+    let signalled: BTreeSet<_> = signals
         .iter()
         .map(|signal| signal.headers["ce-subject"].clone())
         .collect();
     assert_eq!(
-        (signals.len(), told.len()),
+        (signals.len(), signalled.len()),
         (rows.len(), rows.len()),
         "each row once"
     );
@@ -84,7 +85,8 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
     }
 }
 
-/// A replay may die after its end, and a batch that read the rows before the end may commit after it.
+/// A replay may die after its end, and a batch that read the rows before the end may commit after
+/// it.
 async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKind) {
     let bridge = Bridge::start(Options::on(database)).await;
     publish(&bridge, &histories(20)).await;
@@ -156,7 +158,7 @@ async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: Databa
         .iter()
         .find(|history| history.subscription == due)
         .expect("it is one of ours");
-    // One that the row knows already changes nothing, and yet tells that the row is there.
+    // An event that the row contains already changes nothing, but the row's unsent signal is sent.
     let known = history
         .events
         .iter()
@@ -177,7 +179,7 @@ async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: Databa
     );
     assert_eq!(signals.len(), 1, "no other row");
 
-    // A live change of it is told as any other, on top of that.
+    // A live change of the row is signalled as usual, in addition.
     let change = Event::new(UPDATED, crate::orphans::now(), history.truth.clone());
     bridge.publish(UPDATED, change.body(), change.id()).await;
     bridge.wait_until_applied().await;
@@ -205,7 +207,7 @@ async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
         .env("LITESTRIPE_BATCH", "1")
         .args(["replay"]);
     let first = launch.start();
-    litestripe_harness::eventually("a replay to be at it", DEADLINE, async || {
+    litestripe_harness::eventually("a replay to have begun", DEADLINE, async || {
         if super::count_unsent_if_migrated(&bridge).await > 0 {
             Ok(())
         } else {
@@ -219,7 +221,7 @@ async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
     assert!(first.stderr().contains("run again"), "{}", first.stderr());
     assert_eq!(signals_after(&bridge, last).await.len(), 0);
 
-    // No waiting: who was stopped said so.
+    // Without waiting: the stopped replay has recorded its stop.
     let second = replay(&bridge, &["--json"]).await;
     let summary: Value =
         serde_json::from_str(&second.stdout).unwrap_or_else(|_| panic!("{}", second.stderr));
@@ -228,7 +230,7 @@ async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
         summary["events"]
             .as_u64()
             .is_some_and(|events| events < 2000),
-        "it began anew: {summary}"
+        "it began from the start: {summary}"
     );
     assert!(rebuildable(bridge.rows().await) == rebuildable(rows.clone()));
     assert_eq!(signals_after(&bridge, last).await.len(), rows.len());
@@ -240,7 +242,7 @@ async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
     bridge.check().await;
     forget_rows(&mut bridge, database).await;
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
-    // As if it were still at it.
+    // As if the first were still running.
     bridge
         .database
         .query("UPDATE replay SET dt_finished = NULL")
@@ -256,7 +258,7 @@ async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
         );
     }
 
-    // Cut off, it is covered by the next one, whatever that is about.
+    // Once the first counts as dead, the next replay does its work too, whatever its own selection.
     set_last_heartbeat(&bridge, 60).await;
     bridge
         .database
@@ -283,7 +285,7 @@ async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind)
         .expect("the database answers")
         .len();
 
-    // Meanwhile, rows that owe a signal are left to it.
+    // Meanwhile rows with an unsent signal are left to the replay.
     let resent = bridge
         .worker()
         .args(["resend", "--all"])
@@ -300,18 +302,18 @@ async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind)
         .await
         .get_stream("STRIPE_EVENTS")
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     stream.purge().await.expect("it can be emptied");
     set_last_heartbeat(&bridge, 60).await;
     let again = replay(&bridge, &arguments).await;
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     let signals = signals_after(&bridge, last).await;
-    let told = signals
+    let signalled = signals
         .iter()
         .filter(|signal| signal.subject == "subscription.changed")
         .count();
     assert_eq!(
-        (count_unsent(&bridge).await, told),
+        (count_unsent(&bridge).await, signalled),
         (0, due),
         "{}",
         again.stdout
@@ -347,7 +349,7 @@ async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: Data
     set(damaged, "last_sent", "null").await;
     set(damaged, "merge_state", "no JSON").await;
     set(whole, "last_sent", "null").await;
-    // Its own events, which are applied again, would be refused with it.
+    // Selects another row: a replay of the damaged row's own events would be refused.
     let named = replay(&bridge, &["--subscription", &whole.stripe_subscription_id]).await;
     assert_eq!(named.status.code(), Some(1), "{}", named.stdout);
     assert!(
@@ -368,7 +370,7 @@ async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: Data
         "the others are sent"
     );
 
-    // Once it is mended, a worker sends it.
+    // Once the row is repaired, a worker sends its signal.
     set(damaged, "merge_state", &damaged.merge_state).await;
     bridge.start_worker().wait_until_ready().await;
     until_all_signals_are_sent(&bridge).await;
@@ -378,7 +380,7 @@ async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: Data
     assert_eq!(sent.last().expect("there is one").body["replayed"], true);
 }
 
-/// Has the database believe that whoever is at a replay was last heard of that many seconds ago.
+/// Sets the last heartbeat of the running replay to `seconds` ago.
 pub(super) async fn set_last_heartbeat(bridge: &Bridge, seconds: i64) {
     let at = OffsetDateTime::now_utc() - time::Duration::seconds(seconds);
     let at = at.format(&Rfc3339).expect("it can be written");

@@ -1,4 +1,4 @@
-//! Which events a replay takes, and what is said to one who asks for others.
+//! The selection of events for a replay, and the errors for invalid ones.
 
 use async_nats::jetstream::stream;
 use futures_util::StreamExt as _;
@@ -67,7 +67,8 @@ async fn only_selected_events_are_reapplied() {
         let summary = json_of(&replay(&bridge, &[arguments, &["--json"]].concat()).await);
         assert_eq!(summary["events"], events, "{arguments:?}: {summary}");
         assert_eq!(bridge.rows().await.len(), rows, "{arguments:?}");
-        // Whose it is cannot be read, and where it lies is after these ends.
+        // The poisoned event's subscription cannot be read, and the event lies after each of these
+        // `--until`.
         let is_met = !arguments.contains(&"--until") && !arguments.contains(&"--subscription");
         assert_eq!(summary["poisoned"], u64::from(is_met), "{arguments:?}");
         let dry = json_of(&replay(&bridge, &[arguments, &["--dry-run", "--json"]].concat()).await);
@@ -102,7 +103,7 @@ async fn invalid_selections_are_refused_with_the_reason() {
         .await
         .get_stream("STRIPE_EVENTS")
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     stream.delete_message(1).await.expect("it can be deleted");
     let cases: [(&[&str], &str); 9] = [
         (&["--from-sequence", "1"], "it holds 2 to 3"),
@@ -185,7 +186,7 @@ async fn replay_fails_at_once_if_the_broker_refuses_its_consumer() {
     let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
     bridge.broker.resume().await;
     bridge.database.resume().await;
-    // Room for the workers' consumer alone.
+    // Room for the workers' consumer only.
     let config = stream::Config {
         name: "STRIPE_EVENTS".to_owned(),
         subjects: vec!["stripe.events.>".to_owned()],

@@ -1,4 +1,5 @@
-//! A database of the version before, in which a replay was cut off: what it owes is not lost.
+//! A database of the previous version, in which a replay was cut off: its unsent signals are not
+//! lost.
 
 use litestripe_harness::bridge::{
     Bridge, Database, DatabaseKind, Options, Signal, of_subscription,
@@ -13,7 +14,7 @@ use crate::orphans::{CREATED, apply, count_signals, now, until};
 
 on_both_databases!(database_of_the_previous_version_continues);
 
-/// The steps that the version before had.
+/// The number of migrations in the previous version.
 const STEPS_BEFORE: u32 = 6;
 
 async fn database_of_the_previous_version_continues(database: DatabaseKind) {
@@ -28,7 +29,7 @@ async fn database_of_the_previous_version_continues(database: DatabaseKind) {
         .await;
     }
     let last = last_signal(&bridge).await;
-    take_over(&mut bridge, database, &changed, &new).await;
+    install_previous_database(&mut bridge, database, &changed, &new).await;
 
     let migrate = async |command: &str| {
         let migrated = bridge
@@ -65,10 +66,11 @@ async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     assert_eq!(
         count_unsent(&bridge).await,
         4,
-        "one orphan came and went, and owes nothing"
+        "an orphan that was created and resolved needs no signal"
     );
 
-    // A worker sends what was on its way, and leaves to the replay what that owes.
+    // A worker sends the signal in the outbox, and leaves the unsent signals of the replay to the
+    // replay.
     bridge.start_worker().wait_until_ready().await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
@@ -174,9 +176,10 @@ fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
     assert_eq!(of_orphan("cs_gone").len(), 0);
 }
 
-/// Stops the workers, and puts a database of the version before in place of theirs: a replay without a name
-/// and one with a name were cut off, and a question, a signal and what they owe wait.
-async fn take_over(
+/// Stops the workers and replaces their database by one of the previous version: a replay without a
+/// name and one with a name were cut off, and their unsent signals, a question and a signal in the
+/// outbox wait.
+async fn install_previous_database(
     bridge: &mut Bridge,
     database: DatabaseKind,
     changed: &Purchase,
@@ -187,12 +190,12 @@ async fn take_over(
         bridge.row(&new.subscription).await,
     ];
     let signals = bridge.signals().await;
-    let mut told = of_subscription(&signals, &changed.subscription)
+    let mut last_sent = of_subscription(&signals, &changed.subscription)
         .last()
         .expect("there is one")
         .body
         .clone();
-    told["status"] = json!("trialing");
+    last_sent["status"] = json!("trialing");
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }
@@ -216,7 +219,7 @@ async fn take_over(
              dt_last_updated) VALUES ('{}', 'active', FALSE, '[]', '{{}}', '{{}}', FALSE, FALSE, {revision}, 1, '{}', \
              '{}', {THEN}, {THEN})",
             row.stripe_subscription_id,
-            row.last_event_id.as_deref().expect("it stands on an event"),
+            row.last_event_id.as_deref().expect("it has a last event"),
             row.merge_state
         ));
     }
@@ -231,12 +234,12 @@ async fn take_over(
              {THEN}, {THEN})"
         ));
     }
-    for (id, subject, replay, told, event_type) in [
+    for (id, subject, replay, last_sent, event_type) in [
         (
             changed.subscription.as_str(),
             "subscription.changed",
             "",
-            format!("'{told}'"),
+            format!("'{last_sent}'"),
             CREATED,
         ),
         (
@@ -277,18 +280,18 @@ async fn take_over(
     ] {
         inserts.push(format!(
             "INSERT INTO signal_due (entity_id, subject, replay, told, unchanged, event_id, event_type, event_created, \
-             dt_created) VALUES ('{id}', '{subject}', '{replay}', {told}, FALSE, 'evt_{id}', '{event_type}', 1795430000, \
+             dt_created) VALUES ('{id}', '{subject}', '{replay}', {last_sent}, FALSE, 'evt_{id}', '{event_type}', 1795430000, \
              {THEN})"
         ));
     }
-    let on_its_way = json!({
+    let in_outbox = json!({
         "orphan_id": "cs_sent", "reason": "missing_client_reference_id", "checkout_session_id": "cs_sent",
         "stripe_customer_id": null, "stripe_subscription_id": null, "livemode": false,
         "event": { "id": "evt_sent", "type": "checkout.session.completed", "created": "2026-11-23T10:33:20Z" },
     });
     inserts.push(format!(
         "INSERT INTO signal_outbox (shard, entity_id, subject, message_id, event_created, body, dt_created) VALUES \
-         (3, 'cs_sent', 'orphan.resolved', 'cs_sent:orphan.resolved', 1795430000, '{on_its_way}', {THEN})"
+         (3, 'cs_sent', 'orphan.resolved', 'cs_sent:orphan.resolved', 1795430000, '{in_outbox}', {THEN})"
     ));
     inserts.push(format!(
         "INSERT INTO due_check (entity_id, kind, due_at, attempts, stripe_customer_id, stripe_subscription_id, is_paid, \
