@@ -324,7 +324,7 @@ async fn stream_of_thousands_of_events_is_read_completely() {
 }
 
 #[tokio::test]
-async fn undelivered_only_lists_only_undelivered_events() {
+async fn undelivered_only_option_lists_no_delivered_events() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let (accepted, refused) = (purchases(2), purchases(3));

@@ -866,7 +866,6 @@ pub(crate) async fn erase(bridge: &Bridge, customer: &str, arguments: &[&str]) -
     run(bridge, &[&["--customer", customer], arguments].concat()).await
 }
 
-/// Another command of the worker's.
 async fn command(bridge: &Bridge, arguments: &[&str]) -> Finished {
     bridge.worker().args(arguments).run(COMMAND).await
 }

@@ -180,7 +180,7 @@ fn signature_equals_that_of_stripes_sdk() {
 }
 
 #[test]
-fn story_is_in_order_and_its_bodies_read_like_stripes() {
+fn story_is_in_order_and_its_bodies_look_like_stripes() {
     let now = OffsetDateTime::now_utc();
     let story = stripe::story(now);
     let types: Vec<_> = story.iter().map(stripe::Event::event_type).collect();

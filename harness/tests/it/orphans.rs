@@ -293,7 +293,6 @@ async fn changes_of_metadata_that_is_not_kept_are_ignored(database: DatabaseKind
     assert_eq!(of_subscription, 1, "{changed:?}");
 }
 
-/// The orphan of that id.
 pub(crate) async fn orphan(bridge: &Bridge, id: &str) -> orphaned_payment::Model {
     let orphans = bridge.orphans().await;
     let found = orphans.iter().find(|orphan| orphan.id == id).cloned();

@@ -33,7 +33,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
         delete_worker_consumer(&bridge).await;
         bridge.database = Database::prepare(database);
         bridge.database.resume().await;
-        // The later of two values for a setting counts.
+        // Of two values for one setting the later counts.
         let worker = bridge
             .worker()
             .env("LITESTRIPE_BATCH", batch)
