@@ -81,7 +81,7 @@ async fn demo_keeps_running_for_the_commands_that_it_prints() {
         .await;
     assert!(sent.status.success(), "{sent:?}");
     demo.wait_for_log("no status → active", DEADLINE).await;
-    let status = printed(&demo.stdout(), "see how the worker stands")
+    let status = printed(&demo.stdout(), "show the worker's status")
         .run(DEADLINE)
         .await;
     assert!(status.status.success(), "{status:?}");

@@ -1,10 +1,10 @@
-//! Sends signed Stripe events to an ingress, by hand: the whole story, or one event.
+//! Sends signed Stripe events to an ingress by hand: a subscription's whole life, or one event.
 //!
-//! Reads `.env` when present, like the programs, so that beside a running ingress no option is
-//! needed.
+//! Reads `.env` if it exists, like the programs, so that it needs no option in the folder of a
+//! running ingress.
 #![expect(
     clippy::print_stdout,
-    reason = "a program for people: what was answered is its output"
+    reason = "a program for people: the answers are its output"
 )]
 
 use std::path::{Path, PathBuf};
@@ -28,15 +28,18 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// A subscription's life from Checkout to its end, and one orphan.
+    /// Send the events of a subscription's life, from Checkout to its end, and one orphaned
+    /// payment.
     Story,
-    /// One event.
+    /// Send one event.
     Event {
-        /// An event, sent byte for byte; or an object (a subscription, a Checkout Session), sent as
-        /// the subject of a new event of --type. Without a file, a sample of --type is made.
+        /// JSON file: an event, which is sent byte for byte, or an object (a subscription, a
+        /// Checkout Session), which is sent in a new event of --type. Without a file, a sample
+        /// event of --type is sent.
         #[arg(required_unless_present = "event_type")]
         file: Option<PathBuf>,
-        /// Event type, such as customer.subscription.updated; changes that of an event in a file.
+        /// Event type, such as customer.subscription.updated; replaces the type of an event in a
+        /// file.
         #[arg(long = "type", value_name = "TYPE")]
         event_type: Option<String>,
     },
@@ -44,7 +47,7 @@ enum What {
 
 #[derive(Args)]
 struct Target {
-    /// The hook's whole URL; made of the next two when not given.
+    /// The hook's complete URL; by default it is built from --listen and --uuid.
     #[arg(long, global = true)]
     url: Option<String>,
     /// HTTP address of the ingress.
@@ -63,7 +66,7 @@ struct Target {
         hide_env_values = true
     )]
     uuid: Option<String>,
-    /// The signing secret, whsec_…; of several, comma-separated, the first is used.
+    /// The signing secret (whsec_…); if there are several, separated by commas, the first is used.
     #[arg(
         long,
         global = true,
@@ -75,7 +78,7 @@ struct Target {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    // A missing file is no fault, and a malformed one is the programs' to report.
+    // A missing file is fine; the programs report a malformed one.
     let _ = dotenvy::dotenv();
     match run(Arguments::parse()).await {
         Ok(true) => ExitCode::SUCCESS,
@@ -87,7 +90,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Sends what was asked for; `true` when every answer was 200.
+/// Sends the chosen events; returns whether every answer was 200.
 async fn run(arguments: Arguments) -> Result<bool, String> {
     let url = arguments.target.url()?;
     let secret = arguments.target.secret()?;
@@ -136,7 +139,7 @@ impl Target {
     }
 }
 
-/// A body and what to print about it.
+/// A body, and the event that the output describes.
 struct Message {
     event: Event,
     body: Bytes,
@@ -169,12 +172,13 @@ fn read(file: &Path, event_type: Option<String>, now: OffsetDateTime) -> Result<
             Ok(Event::new(&event_type, now.unix_timestamp(), value).into())
         }
         (false, None) => Err(cannot(
-            "it holds no event; --type makes one of an object".to_owned(),
+            "it is not an event; give --type to send the object in an event of that type"
+                .to_owned(),
         )),
     }
 }
 
-/// An event of that type about a purchase made just now.
+/// Makes an event of that type about a purchase made just now.
 fn sample(event_type: &str, now: i64) -> Event {
     let purchase = Purchase::new(now);
     if event_type.starts_with("checkout.session.") {
@@ -192,7 +196,7 @@ fn sample(event_type: &str, now: i64) -> Event {
     purchase.subscription_event(event_type, now, changes)
 }
 
-/// Sends one event and prints a line about it; `true` when the answer was 200.
+/// Sends one event and prints a line about it; returns whether the answer was 200.
 async fn send(
     client: &reqwest::Client,
     url: &str,
@@ -202,12 +206,7 @@ async fn send(
     let answer = Delivery::new(body, secret)
         .post(client, url)
         .await
-        .map_err(|problem| {
-            format!(
-                "no answer from the ingress: {}",
-                chain(&problem.without_url())
-            )
-        })?;
+        .map_err(|problem| format!("no answer from ingress: {}", chain(&problem.without_url())))?;
     let status = answer.status();
     let text = answer.text().await.unwrap_or_default();
     let mark = if status == 200 { "ok " } else { "NO " };

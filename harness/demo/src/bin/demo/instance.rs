@@ -1,6 +1,7 @@
-//! Broker, ingress and worker with one folder and ports of their own, so that instances do not meet.
+//! A broker, an ingress and a worker with their own folder and ports, so that several demos can run
+//! side by side.
 //!
-//! Owns the three processes and the folder: both are gone when it is dropped.
+//! Owns the three processes and the folder; dropping it ends the processes and removes the folder.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -23,20 +24,22 @@ const INGRESS: &str = "litestripe-ingress";
 const WORKER: &str = "litestripe-worker";
 const SENDER: &str = "send";
 
-/// Ready means: connected, migrated, streams there. Takes well under a second on an idle machine.
+/// How long a program may take until it is ready: connected, migrated, streams created. It takes
+/// well under a second on an idle machine.
 const READY_MAX: Duration = Duration::from_secs(30);
-/// The programs give themselves up to 20 s to finish; nothing here takes them one.
+/// How long a program may take to stop. The programs allow themselves 20 s; here they need less
+/// than one.
 const STOP_MAX: Duration = Duration::from_secs(20);
-/// Between two looks at something.
+/// The time between two checks of a condition.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long a dead child is looked for when something fails: it may be the cause.
+/// How long to wait, after a failure, for a child process to be seen dead: that may be the cause.
 const CAUSE_MAX: Duration = Duration::from_millis(300);
-/// The lines of a dead child's log that are shown.
+/// How many lines of a dead child's log are shown.
 const LAST_LINES: usize = 12;
 
 /// One bridge.
 pub(crate) struct Instance {
-    // In the order of their end; the processes before the folder they write to.
+    // In the order in which they are dropped: the processes before the folder they write to.
     ingress: Option<Program>,
     worker: Option<Program>,
     broker: nats::Server,
@@ -48,9 +51,9 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    /// An instance that does not run yet. `keep` leaves its folder behind.
+    /// Makes an instance that does not run yet. With `keep` its folder is not removed at the end.
     pub(crate) fn prepare(keep: bool) -> Result<Self, String> {
-        let cannot = |problem: io::Error| format!("cannot make a folder for the demo: {problem}");
+        let cannot = |problem: io::Error| format!("cannot create a folder for the demo: {problem}");
         let mut folder = tempfile::Builder::new()
             .prefix("litestripe-demo-")
             .tempdir()
@@ -126,7 +129,7 @@ impl Instance {
         )
     }
 
-    /// `work`, unless one of the processes dies before it is done.
+    /// Runs `work`, and fails if one of the processes dies before it is done.
     pub(crate) async fn watch<T>(
         &self,
         work: impl Future<Output = Result<T, String>>,
@@ -138,11 +141,12 @@ impl Instance {
                 Err(problem) => problem,
             },
         };
-        // A process that died shows in what it no longer answers, often before it is looked at.
+        // The dead process may be the cause: a failed request is often noticed before the death.
         Err(timeout(CAUSE_MAX, self.died()).await.unwrap_or(problem))
     }
 
-    /// Asks the processes to stop and waits for them. What does not end is killed on drop.
+    /// Asks the processes to stop and waits for them. A process that does not stop is killed on
+    /// drop.
     pub(crate) async fn stop(&self) -> Result<(), String> {
         let mut problems = Vec::new();
         for (name, process) in self.processes() {
@@ -176,14 +180,14 @@ impl Instance {
         }
     }
 
-    /// Ends what still runs, and says which folder stays.
+    /// Ends what still runs, and returns the folder if it was kept.
     pub(crate) fn end(self) -> Option<PathBuf> {
         let folder = self.folder.path().to_owned();
         drop(self);
         folder.exists().then_some(folder)
     }
 
-    /// Where Stripe would deliver.
+    /// The URL to which Stripe would deliver.
     pub(crate) fn hook_url(&self) -> String {
         format!(
             "http://127.0.0.1:{}/ls/hook/{}/",
@@ -191,17 +195,16 @@ impl Instance {
         )
     }
 
-    /// What deliveries are signed with.
+    /// The signing secret.
     pub(crate) fn secret(&self) -> &str {
         &self.secret
     }
 
-    /// Where the broker is.
     pub(crate) fn nats_url(&self) -> String {
         self.broker.url()
     }
 
-    /// Where the rows are, in SQLite's access mode `mode`.
+    /// The database's URL with SQLite's access mode `mode`.
     pub(crate) fn database_url(&self, mode: &str) -> String {
         format!(
             "sqlite://{}?mode={mode}",
@@ -209,8 +212,8 @@ impl Instance {
         )
     }
 
-    /// Commands that work on this instance, for a shell.
-    pub(crate) fn how_to_go_on(&self) -> String {
+    /// The shell commands that a reader can try on this instance.
+    pub(crate) fn next_commands(&self) -> String {
         let folder = program::folder().unwrap_or_default();
         let program = |name| quoted(folder.join(name).display());
         let (sender, worker) = (program(SENDER), program(WORKER));
@@ -218,17 +221,17 @@ impl Instance {
         let database = quoted(self.database_url("rw"));
         let place = self.folder.path().display();
         format!(
-            "\nThe bridge stays up until Ctrl-C. Meanwhile, from another terminal:\n\n\
-             send one event (`send event --help`)\n  \
+            "\nThe bridge runs until Ctrl-C. Meanwhile, try in another terminal:\n\n\
+             send one event (options: `send event --help`)\n  \
                {sender} event \\\n    \
                  --type customer.subscription.updated \\\n    \
                  --url {hook} \\\n    \
                  --secret {secret}\n\
-             see how the worker stands\n  \
+             show the worker's status\n  \
                NATS_URL={nats} \\\n    \
                  DATABASE_URL={database} \\\n    \
                  {worker} status\n\
-             subscribe with the NATS command line tool\n  \
+             subscribe to the signals with the NATS command line tool\n  \
                nats --server {nats} \\\n    \
                  subscribe --stream LITESTRIPE_SIGNALS --all\n\
              read the logs\n  \
@@ -243,7 +246,7 @@ impl Instance {
             .join(name);
         if !path.exists() {
             return Err(format!(
-                "{} is not built; scripts/demo builds it",
+                "{} is not built: run scripts/demo, which builds it",
                 path.display()
             ));
         }
@@ -252,7 +255,7 @@ impl Instance {
             .env("NATS_URL", self.nats_url()))
     }
 
-    /// In the order in which they are stopped: each before what it needs.
+    /// The processes in the order in which they are stopped: each before those that it needs.
     fn processes(&self) -> impl Iterator<Item = (&'static str, &Process)> {
         let ingress = self.ingress.as_deref().map(|process| ("ingress", process));
         let worker = self.worker.as_deref().map(|process| ("worker", process));
@@ -260,7 +263,7 @@ impl Instance {
         [ingress, worker, broker].into_iter().flatten()
     }
 
-    /// Waits for the end of any process, which nobody asked for, and says what it was.
+    /// Waits until a process ends by itself, and returns a message about it.
     async fn died(&self) -> String {
         loop {
             if let Some((name, process)) =
@@ -281,7 +284,8 @@ fn no_broker(problem: &io::Error) -> String {
     match tools::nats_server() {
         Ok(path) if path.is_absolute() && !path.exists() => {
             format!(
-                "there is no nats-server at {} (LITESTRIPE_NATS_SERVER); scripts/demo finds one",
+                "there is no nats-server at {} (LITESTRIPE_NATS_SERVER): unset it and run scripts/demo, \
+                 which finds or installs one",
                 path.display()
             )
         }
@@ -314,7 +318,7 @@ async fn ready(name: &str, port: u16) -> Result<(), String> {
         if Instant::now() > end {
             let seconds = READY_MAX.as_secs();
             return Err(format!(
-                "the {name} is not ready after {seconds} s; it says: {}",
+                "the {name} is not ready after {seconds} s; the last answer of /readyz: {}",
                 seen.trim()
             ));
         }
@@ -339,7 +343,8 @@ fn last_lines(process: &Process) -> String {
     last.iter().map(|line| format!("  {line}\n")).collect()
 }
 
-/// For a shell: a path may hold spaces, and `?` is a pattern to some shells.
+/// Quotes `text` for a shell if needed: a path may hold spaces, and `?` is a pattern in some
+/// shells.
 fn quoted(text: impl Display) -> String {
     let text = text.to_string();
     let plain = text
@@ -352,7 +357,7 @@ fn quoted(text: impl Display) -> String {
     }
 }
 
-/// Nobody else's, which is all that a hook on 127.0.0.1 with made-up events needs.
+/// A random UUID. `RandomState` is random enough for a hook on 127.0.0.1 with made-up events.
 fn random() -> Uuid {
     let half = || RandomState::new().hash_one(()).to_be_bytes();
     let mut bytes = [0; 16];

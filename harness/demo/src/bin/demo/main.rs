@@ -1,8 +1,9 @@
-//! The program behind `scripts/demo`: the whole bridge on this machine, and a story sent through it.
+//! The program behind `scripts/demo`: runs the whole bridge on this machine and sends it a
+//! subscription's life.
 //!
-//! Owns the order of what happens and how the program ends. Invariant: however it ends, no process
-//! of its own stays, and no file but those it names. (Killed with `SIGKILL`, it cannot remove its
-//! folder; its children end with it where util-linux's `setpriv` is there.)
+//! Owns the order of the steps and the shutdown. Invariant: when it has ended, none of its
+//! processes runs and the only files left are those that it names. (After `SIGKILL` its folder
+//! stays; its child processes still end, provided that util-linux's `setpriv` is installed.)
 
 mod instance;
 mod rows;
@@ -23,15 +24,16 @@ use crate::instance::Instance;
 use crate::screen::Screen;
 use crate::signals::Signals;
 
-/// Starts broker, ingress and worker on SQLite, sends a subscription's story as Stripe would, and
-/// shows the signals as they arrive and the rows they stand for. Stays up until Ctrl-C.
+/// Runs a NATS server, ingress and a worker with SQLite, sends them the webhooks of one
+/// subscription's life as Stripe would, and prints the signals and rows that result. Runs until
+/// Ctrl-C.
 #[derive(Parser)]
 #[command(name = "demo", version)]
 struct Arguments {
-    /// Stop after the story; exit 0 only if it led to the expected rows and signals.
+    /// Exit after the last webhook: with 0 if the rows and signals are as expected, else with 1.
     #[arg(long)]
     once: bool,
-    /// Keep the folder with the database, the streams and the logs.
+    /// Keep the folder with the database, the streams and the logs, and print its path.
     #[arg(long)]
     keep: bool,
     /// Seconds between two deliveries.
@@ -44,11 +46,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|problem| problem.to_string())
 }
 
-/// Why the program ends before its work is done.
+/// Why the program ends early.
 enum End {
-    /// A signal asked it to.
-    Asked(Asked),
-    /// Something does not work.
+    /// It received a stop signal.
+    Stopped(StopSignal),
+    /// Something failed.
     Failed(String),
 }
 
@@ -58,31 +60,30 @@ async fn main() -> ExitCode {
     let coloured = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     match run(&arguments, &Screen { coloured }).await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(End::Asked(asked)) => ExitCode::from(asked.code()),
+        Err(End::Stopped(signal)) => ExitCode::from(signal.code()),
         Err(End::Failed(problem)) => {
-            complain(&problem);
+            print_error(&problem);
             ExitCode::from(exit::FAILURE)
         }
     }
 }
 
 async fn run(arguments: &Arguments, screen: &Screen) -> Result<(), End> {
-    let mut asked = AskedToStop::new().map_err(End::Failed)?;
+    let mut stop_signals = StopSignals::new().map_err(End::Failed)?;
     let mut instance = Instance::prepare(arguments.keep).map_err(End::Failed)?;
-    let ended = perform(arguments, screen, &mut instance, &mut asked).await;
+    let ended = run_steps(arguments, screen, &mut instance, &mut stop_signals).await;
     // A second signal ends the children at once: dropping the instance kills what still runs.
     let stopped = tokio::select! {
         biased;
-        _ = asked.next() => Ok(()),
+        _ = stop_signals.next() => Ok(()),
         stopped = instance.stop() => stopped,
     };
-    let left = instance.end();
-    let stays = left.map_or_else(
-        || "no file".to_owned(),
-        |folder| folder.display().to_string(),
+    let files = instance.end().map_or_else(
+        || "no file is left".to_owned(),
+        |folder| format!("files kept in {}", folder.display()),
     );
-    // Nobody may be reading any more, which is no failure at this point.
-    let _ = screen.line(format_args!("\nstopped; what stays: no process, {stays}"));
+    // Fails if stdout is closed, which does not matter any more.
+    let _ = screen.line(format_args!("\nstopped: all processes have ended, {files}"));
     match (ended, stopped) {
         (Ok(()), Err(problem)) => Err(End::Failed(problem)),
         (Err(End::Failed(problem)), Err(another)) => {
@@ -92,46 +93,46 @@ async fn run(arguments: &Arguments, screen: &Screen) -> Result<(), End> {
     }
 }
 
-async fn perform(
+async fn run_steps(
     arguments: &Arguments,
     screen: &Screen,
     instance: &mut Instance,
-    asked: &mut AskedToStop,
+    stop_signals: &mut StopSignals,
 ) -> Result<(), End> {
-    unless(asked, instance.start(screen)).await?;
-    let story = story::tell(instance, screen, arguments.pace);
-    let (signals, outcome) = unless(asked, instance.watch(story)).await?;
+    until_stopped(stop_signals, instance.start(screen)).await?;
+    let story = story::run(instance, screen, arguments.pace);
+    let (signals, outcome) = until_stopped(stop_signals, instance.watch(story)).await?;
     if !arguments.once {
-        screen.line(instance.how_to_go_on()).map_err(End::Failed)?;
-        match unless(asked, instance.watch(follow(signals, screen))).await {
-            Err(End::Asked(_)) => {}
+        screen.line(instance.next_commands()).map_err(End::Failed)?;
+        match until_stopped(stop_signals, instance.watch(follow(signals, screen))).await {
+            Err(End::Stopped(_)) => {}
             ended => return ended,
         }
     }
     outcome.map_err(End::Failed)
 }
 
-/// Shows signals as long as they come.
+/// Shows every signal that arrives; ends only with an error.
 async fn follow(mut signals: Signals, screen: &Screen) -> Result<(), String> {
     loop {
         signals.show_next(screen).await?;
     }
 }
 
-/// `work`, unless a signal asks to stop before it is done.
-async fn unless<T>(
-    asked: &mut AskedToStop,
+/// Runs `work` until it is done or a stop signal arrives.
+async fn until_stopped<T>(
+    stop_signals: &mut StopSignals,
     work: impl Future<Output = Result<T, String>>,
 ) -> Result<T, End> {
     tokio::select! {
         biased;
-        asked = asked.next() => Err(End::Asked(asked)),
+        signal = stop_signals.next() => Err(End::Stopped(signal)),
         done = work => done.map_err(End::Failed),
     }
 }
 
-/// The signals that ask to stop, which would otherwise end the program before it has cleaned up.
-struct AskedToStop {
+/// The stop signals, which by default end a program before it can clean up.
+struct StopSignals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
@@ -139,21 +140,21 @@ struct AskedToStop {
 }
 
 #[derive(Clone, Copy)]
-enum Asked {
+enum StopSignal {
     Hangup = 1,
     Interrupt = 2,
     Quit = 3,
     Terminate = 15,
 }
 
-impl Asked {
-    /// What a shell reports for a program that ended by this signal.
+impl StopSignal {
+    /// The exit code that a shell reports for a program ended by this signal.
     fn code(self) -> u8 {
         128 + self as u8
     }
 }
 
-impl AskedToStop {
+impl StopSignals {
     fn new() -> Result<Self, String> {
         let listen =
             |kind| signal(kind).map_err(|problem| format!("cannot listen for signals: {problem}"));
@@ -165,17 +166,17 @@ impl AskedToStop {
         })
     }
 
-    async fn next(&mut self) -> Asked {
+    async fn next(&mut self) -> StopSignal {
         tokio::select! {
-            _ = self.interrupt.recv() => Asked::Interrupt,
-            _ = self.terminate.recv() => Asked::Terminate,
-            _ = self.hangup.recv() => Asked::Hangup,
-            _ = self.quit.recv() => Asked::Quit,
+            _ = self.interrupt.recv() => StopSignal::Interrupt,
+            _ = self.terminate.recv() => StopSignal::Terminate,
+            _ = self.hangup.recv() => StopSignal::Hangup,
+            _ = self.quit.recv() => StopSignal::Quit,
         }
     }
 }
 
-/// Says on stderr why the demo fails. Nobody may be listening any more.
-fn complain(problem: &str) {
+/// Prints why the demo failed; ignores a closed stderr.
+fn print_error(problem: &str) {
     let _ = writeln!(std::io::stderr(), "demo: {problem}");
 }

@@ -1,4 +1,4 @@
-//! The rows that the worker wrote, as two tables.
+//! Reads the rows that the worker wrote and prints them as two tables.
 
 use comfy_table::{ContentArrangement, Table, presets};
 use litestripe_contract::exit;
@@ -10,24 +10,21 @@ use time::macros::format_description;
 
 use crate::screen::{Screen, Tone, WIDTH};
 
-/// What the table of two subscriptions leaves for the first of them, in columns.
+/// The width, in characters, that the table of two subscriptions leaves for the first one's values.
 const MAP_WIDTH: usize = 40;
 
-/// The database, for reading.
+/// A read-only connection to the database.
 pub(crate) struct Rows {
     connection: DatabaseConnection,
 }
 
-/// What it held at one moment, the oldest rows first.
+/// The rows at one moment, the oldest first.
 pub(crate) struct Snapshot {
-    /// `stripe_subscription`.
     pub(crate) subscriptions: Vec<stripe_subscription::Model>,
-    /// `orphaned_payment`.
     pub(crate) orphans: Vec<orphaned_payment::Model>,
 }
 
 impl Rows {
-    /// Opens the database.
     pub(crate) async fn open(url: &str) -> Result<Self, String> {
         let mut options = ConnectOptions::new(url);
         options.max_connections(1).sqlx_logging(false);
@@ -59,13 +56,13 @@ impl Rows {
 }
 
 impl Snapshot {
-    /// Prints both tables, a row of the database as a column: that way an id fits.
+    /// Prints both tables. Each row of the database is a column on the screen, so that ids fit.
     pub(crate) fn show(&self, screen: &Screen) -> Result<(), String> {
         let all = &self.subscriptions;
         show(
             screen,
             "stripe_subscription",
-            "no column of it identifies a person",
+            "(no column identifies a person)",
             &[
                 (
                     "stripe_subscription_id",
@@ -108,7 +105,7 @@ impl Snapshot {
         show(
             screen,
             "orphaned_payment",
-            "the only place that holds an email, until it is resolved",
+            "(the only table with an email, which is erased when the orphan is resolved)",
             &[
                 ("id", each(all, |row| row.id.clone())),
                 ("reason", each(all, |row| row.reason.clone())),
@@ -171,7 +168,7 @@ fn moment(at: Option<OffsetDateTime>) -> String {
         .unwrap_or_else(|| "null".to_owned())
 }
 
-/// `price_… × 1`, a line each.
+/// Formats each item as a line `price_… × 1`.
 fn items(items: &Value) -> String {
     let lines = items.as_array().into_iter().flatten().map(|item| {
         let price = text(item["price"].as_str());
@@ -183,7 +180,7 @@ fn items(items: &Value) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// `key = value`, a line each, or two where the key is long.
+/// Formats each entry as `key = value`, on two lines if the key is long.
 fn map(map: &Value) -> String {
     let lines = map.as_object().into_iter().flatten().map(|(key, value)| {
         let line = format!("{key} = {}", text(value.as_str()));

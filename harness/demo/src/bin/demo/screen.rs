@@ -1,31 +1,29 @@
-//! What people see: lines of up to 100 columns, coloured on a terminal only.
+//! The demo's output: lines of up to 100 characters, coloured only on a terminal.
 
 use std::fmt::Display;
 use std::io::Write as _;
 
-/// The columns that every line fits into.
+/// The most characters of a line.
 pub(crate) const WIDTH: usize = 100;
 
-/// Where the demo prints.
+/// The demo's standard output.
 pub(crate) struct Screen {
-    /// Whether it is a terminal that shows colours.
     pub(crate) coloured: bool,
 }
 
-/// What a colour says.
+/// The meaning of a colour.
 #[derive(Clone, Copy)]
 pub(crate) enum Tone {
     /// As it should be.
     Good,
-    /// On its way to the worse.
+    /// Not bad yet, such as the access `grace`.
     Warn,
-    /// Not as it should be, or over.
+    /// A failure, or the access `revoked`.
     Bad,
-    /// What a line is about.
+    /// The subject of a line.
     Name,
-    /// Of lesser weight.
+    /// A detail.
     Faint,
-    /// A heading.
     Heading,
 }
 
@@ -33,12 +31,13 @@ impl Screen {
     /// Prints a line.
     ///
     /// # Errors
-    /// When nobody reads any more, as after `| head`.
+    /// When stdout is closed, as after `| head`.
     pub(crate) fn line(&self, text: impl Display) -> Result<(), String> {
         writeln!(std::io::stdout(), "{text}").map_err(|problem| format!("cannot print: {problem}"))
     }
 
-    /// `text` in the colour of `tone`. Pad before: colours have no width but a length.
+    /// Returns `text` in the colour of `tone`. Pad `text` before: the colour codes count as
+    /// characters.
     pub(crate) fn tint(&self, tone: Tone, text: impl Display) -> String {
         let code = match tone {
             Tone::Good => "32",
@@ -56,7 +55,7 @@ impl Screen {
     }
 }
 
-/// `text` in at most `width` characters, an ellipsis standing for what is left out.
+/// Shortens `text` to at most `width` characters, with an ellipsis at the end.
 pub(crate) fn fit(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -65,7 +64,7 @@ pub(crate) fn fit(text: &str, width: usize) -> String {
     format!("{kept}…")
 }
 
-/// Enough of one of Stripe's ids to tell it from the others of the story: `sub_1Ab2Cd3…`.
+/// Shortens one of Stripe's ids to what distinguishes it from the demo's others: `sub_1Ab2Cd3…`.
 pub(crate) fn short(id: &str) -> String {
     fit(id, 12)
 }

@@ -1,4 +1,4 @@
-//! A subscriber of `LITESTRIPE_SIGNALS`: an ephemeral consumer of its own, and a line per signal.
+//! A subscriber of `LITESTRIPE_SIGNALS` with an ephemeral consumer, which prints a line per signal.
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull::{Ordered, OrderedConfig};
@@ -9,36 +9,29 @@ use litestripe_contract::subject;
 
 use crate::screen::{Screen, Tone, WIDTH, fit, short};
 
-/// An open subscription, and what came so far.
+/// An open subscription to the signals, and the signals received so far.
 pub(crate) struct Signals {
     messages: Ordered,
-    /// In the order in which they came.
+    /// In the order of arrival.
     pub(crate) seen: Vec<Received>,
 }
 
-/// A signal as it came.
+/// A signal's body, as text and decoded.
 pub(crate) struct Received {
-    /// Its body.
     pub(crate) body: String,
-    /// What the body says.
     pub(crate) signal: Signal,
 }
 
-/// What a signal says.
+/// A decoded signal.
 pub(crate) enum Signal {
     /// `subscription.changed`.
     Changed(Box<SubscriptionChanged>),
-    /// `orphan.created` or `orphan.resolved`.
-    Orphan {
-        /// Which of the two.
-        subject: String,
-        /// The orphan.
-        orphan: Orphan,
-    },
+    /// `orphan.created` or `orphan.resolved`, as the subject says.
+    Orphan { subject: String, orphan: Orphan },
 }
 
 impl Signals {
-    /// Subscribes to all signals, those in the stream first.
+    /// Subscribes to all signals, beginning with those already in the stream.
     pub(crate) async fn subscribe(nats_url: &str) -> Result<Self, String> {
         let cannot =
             |problem: &dyn std::error::Error| format!("cannot subscribe to signals: {problem}");
@@ -64,10 +57,10 @@ impl Signals {
         })
     }
 
-    /// Waits for a signal and shows it.
+    /// Waits for the next signal and shows it.
     ///
     /// # Cancel safety
-    /// A signal is either shown and kept, or not taken from the subscription.
+    /// When cancelled, it has taken no signal from the subscription.
     pub(crate) async fn show_next(&mut self, screen: &Screen) -> Result<(), String> {
         let message = self
             .messages
@@ -86,7 +79,7 @@ impl Signals {
 impl Received {
     fn read(subject: &str, payload: &[u8]) -> Result<Self, String> {
         let unreadable =
-            |problem: serde_json::Error| format!("a signal on {subject} is unreadable: {problem}");
+            |problem: serde_json::Error| format!("cannot read a signal on {subject}: {problem}");
         let signal = if subject == subject::SUBSCRIPTION_CHANGED {
             Signal::Changed(serde_json::from_slice(payload).map_err(unreadable)?)
         } else {
@@ -120,7 +113,7 @@ impl Signal {
                 };
                 let access = screen.tint(tone, format_args!("{access:<7}"));
                 let revision = screen.tint(Tone::Faint, format_args!("rev {}", signal.revision));
-                // 66 columns stand before it in the line.
+                // The line holds 66 characters before it.
                 let room = WIDTH - 66;
                 format!(
                     "{arrow} {head} {revision} {access} {}",
@@ -146,32 +139,32 @@ fn head(screen: &Screen, subject: &str, id: &str) -> String {
     )
 }
 
-/// `trialing → active`, or the status that stayed with what changed in its stead.
+/// Describes a change: `trialing → active`, or the unchanged status and the field that changed.
 fn change(signal: &SubscriptionChanged) -> String {
     const NONE: &str = "no status";
     let status = signal.subscription.status.as_deref().unwrap_or(NONE);
     if let Some(before) = signal.previous.get("status") {
         return format!("{} → {status}", before.as_str().unwrap_or(NONE));
     }
-    format!("{status} ({})", most_telling(&signal.changed))
+    format!("{status} ({})", abbreviated(&signal.changed))
 }
 
-/// One of these columns and how many more: all of them do not fit into a line.
-fn most_telling(columns: &[String]) -> String {
-    const TELLING: [&str; 4] = [
+/// Names the most interesting of these fields and counts the others: a line has no room for all.
+fn abbreviated(fields: &[String]) -> String {
+    const INTERESTING: [&str; 4] = [
         "client_reference_id",
         "cancel_at_period_end",
         "current_period_end",
         "metadata",
     ];
-    let telling = TELLING
+    let interesting = INTERESTING
         .into_iter()
-        .find(|telling| columns.iter().any(|column| column == telling));
-    let column = telling
-        .or(columns.first().map(String::as_str))
-        .unwrap_or("nothing new");
-    match columns.len() {
-        0 | 1 => column.to_owned(),
-        several => format!("{column} +{}", several - 1),
+        .find(|interesting| fields.iter().any(|field| field == interesting));
+    let field = interesting
+        .or(fields.first().map(String::as_str))
+        .unwrap_or("no change");
+    match fields.len() {
+        0 | 1 => field.to_owned(),
+        several => format!("{field} +{}", several - 1),
     }
 }

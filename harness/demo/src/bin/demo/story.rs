@@ -1,4 +1,4 @@
-//! The story: what is sent, and what it must have led to.
+//! Sends the demo's webhooks and checks the rows and signals that they lead to.
 
 use std::time::{Duration, Instant};
 
@@ -19,13 +19,14 @@ use crate::signals::{Received, Signal, Signals};
 
 /// How long rows and signals may take after the last delivery; they take milliseconds.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
-/// Between two looks at the rows.
+/// The time between two checks of the rows.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Sends the story, `pace` between two deliveries, and shows it with the signals and rows it leads to.
+/// Delivers the story's events, one each `pace`, and shows them with the resulting signals and
+/// rows.
 ///
-/// Returns the open subscription and whether all that the story must lead to is there.
-pub(crate) async fn tell(
+/// Returns the open subscription, and an error text if rows or signals are not as expected.
+pub(crate) async fn run(
     instance: &Instance,
     screen: &Screen,
     pace: Duration,
@@ -39,7 +40,10 @@ pub(crate) async fn tell(
         "A subscription's life, then an orphaned payment",
     );
     screen.line(format_args!(
-        "\n{heading}   → delivery, its HTTP status   ← signal"
+        "\n{heading}\n\
+         → delivered webhook: HTTP status, event type, event's date, subscription, content\n\
+         {:4}← signal sent: subject, subscription, revision, access, change (+2: 2 more fields)\n",
+        ""
     ))?;
 
     for event in &story {
@@ -50,21 +54,21 @@ pub(crate) async fn tell(
     }
 
     let end = Instant::now() + SETTLE_MAX;
-    let (snapshot, missing) = loop {
+    let (snapshot, differences) = loop {
         let snapshot = rows.read().await?;
-        let missing = missing(&story, &snapshot, &signals.seen);
-        if missing.is_empty() || Instant::now() > end {
-            break (snapshot, missing);
+        let differences = differences(&story, &snapshot, &signals.seen);
+        if differences.is_empty() || Instant::now() > end {
+            break (snapshot, differences);
         }
         timeout(PAUSE, show_all(&mut signals, screen))
             .await
             .unwrap_or(Ok(()))?;
     };
     snapshot.show(screen)?;
-    if missing.is_empty() {
+    if differences.is_empty() {
         let good = screen.tint(Tone::Good, "as expected");
         screen.line(format_args!(
-            "\n{good}: {} deliveries, {} signals, the rows above",
+            "\n{good}: {} webhooks led to {} signals and the rows above",
             story.len(),
             signals.seen.len()
         ))?;
@@ -73,8 +77,8 @@ pub(crate) async fn tell(
     Ok((
         signals,
         Err(format!(
-            "the story did not lead to what it must:\n  {}",
-            missing.join("\n  ")
+            "the rows or signals are not as expected:\n  {}",
+            differences.join("\n  ")
         )),
     ))
 }
@@ -95,7 +99,7 @@ async fn deliver(
     let answer = delivery.post(client, &instance.hook_url()).await;
     let answer = answer.map_err(|problem| {
         format!(
-            "the ingress does not answer: {}",
+            "ingress does not answer: {}",
             exit::chain(&problem.without_url())
         )
     })?;
@@ -109,7 +113,7 @@ async fn deliver(
         event.event_type(),
         screen.tint(Tone::Faint, day(event.created())),
         short(subscription(object)),
-        gist(object),
+        summary(object),
     ))?;
     if status != 200 {
         let body = answer.text().await.unwrap_or_default();
@@ -126,7 +130,7 @@ fn day(created: i64) -> String {
     .unwrap_or_default()
 }
 
-/// The subscription that an object is, or belongs to.
+/// The id of a subscription, or of the subscription that a Checkout Session belongs to.
 fn subscription(object: &Value) -> &str {
     object["subscription"]
         .as_str()
@@ -134,8 +138,8 @@ fn subscription(object: &Value) -> &str {
         .unwrap_or_default()
 }
 
-/// What an object says, in a few words.
-fn gist(object: &Value) -> String {
+/// Describes an object in a few words.
+fn summary(object: &Value) -> String {
     if object["object"] == "checkout.session" {
         return match object["client_reference_id"].as_str() {
             Some(id) => format!("client reference id {id}"),
@@ -151,8 +155,8 @@ fn gist(object: &Value) -> String {
     }
 }
 
-/// What the story must have led to and has not, or not yet.
-fn missing(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String> {
+/// Compares rows and signals with those that the story must lead to; returns the differences.
+fn differences(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String> {
     let objects = || story.iter().map(|event| &event.value["data"]["object"]);
     let of_subscription = || objects().filter(|object| object["object"] == "subscription");
     let (Some(checkout), Some(ended), Some(orphan)) = (
@@ -160,9 +164,9 @@ fn missing(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String
         of_subscription().next_back(),
         objects().next_back(),
     ) else {
-        return vec!["a story".to_owned()];
+        return vec!["the story has no events".to_owned()];
     };
-    let mut missing = Missing::default();
+    let mut differences = Differences::default();
 
     let id = subscription(ended);
     let row = rows
@@ -170,11 +174,11 @@ fn missing(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String
         .iter()
         .find(|row| row.stripe_subscription_id == id);
     match row {
-        Some(row) => missing.in_subscription(row, checkout, ended),
-        None => missing.note(format!("no row of {id} in stripe_subscription")),
+        Some(row) => differences.check_subscription(row, checkout, ended),
+        None => differences.add(format!("stripe_subscription has no row {id}")),
     }
     let statuses = of_subscription().map(|object| object["status"].as_str().unwrap_or_default());
-    missing.in_signals(
+    differences.check_signals(
         id,
         row.map(|row| row.revision),
         &without_repetition(statuses),
@@ -183,29 +187,29 @@ fn missing(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String
 
     let id = subscription(orphan);
     match rows.orphans.iter().find(|row| row.id == id) {
-        Some(row) => missing.in_orphan(row, orphan),
-        None => missing.note(format!("no row of {id} in orphaned_payment")),
+        Some(row) => differences.check_orphan(row, orphan),
+        None => differences.add(format!("orphaned_payment has no row {id}")),
     }
-    missing.in_orphan_signals(orphan, signals);
-    missing.0
+    differences.check_orphan_signals(orphan, signals);
+    differences.0
 }
 
 #[derive(Default)]
-struct Missing(Vec<String>);
+struct Differences(Vec<String>);
 
-impl Missing {
-    fn note(&mut self, what: String) {
-        self.0.push(what);
+impl Differences {
+    fn add(&mut self, difference: String) {
+        self.0.push(difference);
     }
 
-    fn unless_equal(&mut self, what: &str, wanted: &Value, found: impl Into<Value>) {
+    fn unless_equal(&mut self, what: &str, expected: &Value, found: impl Into<Value>) {
         let found = found.into();
-        if *wanted != found {
-            self.note(format!("{what} is {found} instead of {wanted}"));
+        if *expected != found {
+            self.add(format!("{what} is {found}, expected {expected}"));
         }
     }
 
-    fn in_subscription(
+    fn check_subscription(
         &mut self,
         row: &stripe_subscription::Model,
         checkout: &Value,
@@ -260,7 +264,7 @@ impl Missing {
         );
     }
 
-    fn in_orphan(&mut self, row: &orphaned_payment::Model, session: &Value) {
+    fn check_orphan(&mut self, row: &orphaned_payment::Model, session: &Value) {
         let reason = OrphanReason::MissingClientReferenceId.as_str();
         let email = &session["customer_details"]["email"];
         self.unless_equal(
@@ -280,8 +284,9 @@ impl Missing {
         );
     }
 
-    /// Every status of the story in its order, and revisions without a gap up to the row's own.
-    fn in_signals(
+    /// Checks that the signals have the story's statuses in order, and revisions without a gap up
+    /// to the row's.
+    fn check_signals(
         &mut self,
         id: &str,
         revision: Option<i64>,
@@ -297,26 +302,28 @@ impl Missing {
         let mut last = None;
         for signal in changes.clone() {
             if signal.previous_revision != last {
-                self.note(format!(
-                    "the signal before revision {} of {id}",
+                self.add(format!(
+                    "the signal before revision {} of {id} is missing",
                     signal.revision
                 ));
             }
             last = Some(signal.revision);
         }
         if last.is_none() || last != revision {
-            self.note(format!("the signal of the latest revision of {id}"));
+            self.add(format!(
+                "the signal of the latest revision of {id} is missing"
+            ));
         }
         let signalled =
             without_repetition(changes.filter_map(|signal| signal.subscription.status.as_deref()));
         if signalled != statuses {
-            self.note(format!(
-                "signals with the statuses {statuses:?} of {id}; there are {signalled:?}"
+            self.add(format!(
+                "the signals of {id} have the statuses {signalled:?}, expected {statuses:?}"
             ));
         }
     }
 
-    fn in_orphan_signals(&mut self, session: &Value, signals: &[Received]) {
+    fn check_orphan_signals(&mut self, session: &Value, signals: &[Received]) {
         let id = subscription(session);
         let created = signals.iter().filter(|received| match &received.signal {
             Signal::Orphan { subject, orphan } => {
@@ -326,8 +333,8 @@ impl Missing {
         });
         let count = created.count();
         if count != 1 {
-            self.note(format!(
-                "one signal {} of {id}; there are {count}",
+            self.add(format!(
+                "there are {count} signals {} of {id}, expected 1",
                 subject::ORPHAN_CREATED
             ));
         }
@@ -335,7 +342,7 @@ impl Missing {
             .as_str()
             .unwrap_or_default();
         if signals.iter().any(|received| received.body.contains(email)) {
-            self.note("the absence of an email from the signals".to_owned());
+            self.add("a signal contains an email".to_owned());
         }
     }
 }
