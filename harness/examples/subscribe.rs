@@ -1,7 +1,9 @@
-//! A durable subscriber in Rust, as `docs/subscribing.md` shows it: `cargo run --example subscribe`.
+//! A durable subscriber in Rust, shown in `docs/subscribing.md`. Run: `cargo run --example
+//! subscribe`.
 //!
-//! Needs only the contract crate's default face, async-nats, futures-util, serde_json and tokio.
-#![expect(clippy::print_stdout, reason = "what it received is its output")]
+//! Needs only the contract crate with default features, async-nats, futures-util, serde_json and
+//! tokio.
+#![expect(clippy::print_stdout, reason = "an example that prints the signals")]
 
 use std::collections::HashMap;
 
@@ -10,8 +12,8 @@ use futures_util::StreamExt as _;
 use litestripe_contract::signal::{Orphan, SubscriptionChanged};
 use litestripe_contract::subject;
 
-/// The highest revision seen of each subscription. Stands for a column beside your own row, written
-/// in the transaction of what you do.
+/// The highest revision seen of each subscription. In your application this is a column of your own
+/// row, written in the same transaction as your changes.
 type Seen = HashMap<String, i64>;
 
 #[tokio::main(flavor = "current_thread")]
@@ -53,7 +55,7 @@ async fn main() -> Result<(), async_nats::Error> {
                 orphan.reason.as_str()
             );
         }
-        signal.ack().await?; // After the work: a crash before it means once more.
+        signal.ack().await?; // After the work: after a crash before it, the signal is redelivered.
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
-"""Stripe's official SDK signs an event, nats-py receives the signal that it leads to.
+"""Signs an event with Stripe's official SDK, posts it, and receives the resulting signal with nats-py.
 
     deliver.py HOOK NATS_URL SECRET EVENT_FILE
 
-Prints the answer and the signal as one JSON object.
+Prints the HTTP answer and the signal as one JSON object.
 """
 
 import asyncio

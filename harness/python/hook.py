@@ -1,11 +1,11 @@
-"""Posting to a hook as Stripe does, with nothing but the standard library."""
+"""Posts to a hook as Stripe does; needs only the standard library."""
 
 import urllib.error
 import urllib.request
 
 
 def post(url, body, signature):
-    """Returns status and text of the answer; `signature` may be None."""
+    """Posts a body and returns the answer's status and text. `signature` may be None."""
     headers = {
         "Content-Type": "application/json; charset=utf-8",
         "User-Agent": "Stripe/1.0 (+https://stripe.com/docs/webhooks)",

@@ -1,4 +1,4 @@
-"""localstripe on 127.0.0.1 alone, without the file it keeps in /tmp.
+"""Runs localstripe on 127.0.0.1 only, without the file that it keeps in /tmp.
 
     localstripe_server.py PORT
 """

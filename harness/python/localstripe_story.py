@@ -1,8 +1,8 @@
-"""Subscribes and cancels at a localstripe, through Stripe's official SDK.
+"""Creates and cancels subscriptions in a localstripe through Stripe's official SDK.
 
     localstripe_story.py API HOOK SECRET
 
-Tells localstripe to send its webhooks to HOOK. Prints what it made as one JSON object.
+Registers HOOK for localstripe's webhooks. Prints the subscriptions as one JSON object.
 """
 
 import json
@@ -22,7 +22,7 @@ def register(api, hook, secret):
 
 def subscribe(stripe):
     product = stripe.v1.products.create({"name": "Team", "type": "service"})
-    # localstripe is from before prices; Stripe renders plans as prices of the same id.
+    # localstripe is older than Stripe's prices; Stripe renders a plan as a price with the same id.
     plan = stripe.v1.plans.create({"product": product.id, "currency": "eur", "amount": 1900, "interval": "month"})
     customer = stripe.v1.customers.create({"email": "jo.doe@example.com"})
     card = {"number": "4242424242424242", "exp_month": "12", "exp_year": "2040", "cvc": "123"}

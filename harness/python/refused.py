@@ -1,9 +1,9 @@
-"""Deliveries that ingress has to refuse, signed by Stripe's official SDK, and one that it accepts.
+"""Posts deliveries that ingress must refuse, signed by Stripe's official SDK, and one that it accepts.
 
     refused.py HOOK SECRET EVENT_FILE
 
-Prints a JSON line for each: its name, the status of the answer, its body, and whether the SDK itself
-takes the body, the signature and the secret for a webhook.
+Prints a JSON line for each: its name, the answer's status and body, and whether the SDK itself accepts
+the webhook.
 """
 
 import json

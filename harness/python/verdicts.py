@@ -1,10 +1,11 @@
-"""Signature headers of all kinds, judged by Stripe's official SDK.
+"""Generates valid and invalid signature headers and lets Stripe's official SDK judge them.
 
     verdicts.py SEED COUNT
 
 Prints a JSON line for each: header, body (hexadecimal), secrets, tolerance and time of receipt (both
-in seconds, the latter a float that is exact), and whether the SDK accepts the delivery with any of
-the secrets. Headers are such as HTTP can carry: Latin-1 without control characters but the tab.
+in seconds, the latter an exact float), and whether the SDK accepts the delivery with any of the
+secrets. The headers hold only what HTTP allows: Latin-1 characters, and of the control characters only
+the tab.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import stripe
 import stripe._webhook
 
-# What HTTP can carry and a header's grammar may stumble over.
+# Characters that HTTP allows and that a header parser may handle wrongly.
 ODD = "=,;+-_ \t.0123456789abcdefABCDEFtv10xe" + "\x85\xa0\xb2\xbd\xe9\xff"
 BLANKS = [" ", "  ", "\t", "\xa0", "\x85"]
 DIGITS = "0123456789"
@@ -26,7 +27,7 @@ HEX = "0123456789abcdef"
 
 
 def clock(now):
-    """The SDK asks `time.time()`: here it gets a time that the other side knows."""
+    """Makes the SDK's `time.time()` return a fixed time, which the output contains."""
     stripe._webhook.time = SimpleNamespace(time=lambda: now)
 
 
@@ -54,7 +55,7 @@ def is_event(body):
 
 
 def signature(secret, timestamp, body):
-    """As the SDK computes it: the timestamp is what `int()` makes of the text."""
+    """Signs like the SDK, which signs the number that `int()` reads from the timestamp's text."""
     return hmac.new(secret.encode(), b"%d." % timestamp + body, hashlib.sha256).hexdigest()
 
 

@@ -1,10 +1,10 @@
-//! The whole bridge on this machine: broker, database, ingress and workers, all of them the real
-//! programs.
+//! The whole bridge on this machine: a broker, a database, ingress and workers, all of them the
+//! real programs.
 //!
-//! Owns how they are put together, what tests do to them (deliver, publish) and what a user would
-//! see of them: rows, orphans, signals, dead letters, pages. May not know how ingress or worker do
-//! their work. Whatever a test is about, the signals it reads are checked against the committed
-//! schemas, and [`Bridge::check`] holds rows and signals against each other.
+//! Owns their set-up, what tests do to them (deliver, publish) and the results that a user sees:
+//! rows, orphans, signals, dead letters, HTTP pages. May not know how ingress or worker do their
+//! work. Every signal that a test reads is checked against the committed schemas, and
+//! [`Bridge::check`] compares rows with signals.
 
 mod database;
 mod signal;
@@ -37,30 +37,29 @@ pub const SECRET: &str = "whsec_onlyTheTestsKnowThis";
 /// The UUID in its hook's path.
 pub const HOOK: &str = "6f1c1f3e-5d0b-4a55-9f43-0a4b7a1e2d6c";
 
-/// A program is up in a tenth of a second; on two cores that also compile it has taken 10 s.
+/// A program starts in a tenth of a second; on two cores that also compile it has taken 10 s.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Most tests' events are applied within a tenth of a second, the ten thousand of one within 20 s.
+/// Most tests' events are applied within a tenth of a second, one test's ten thousand within 20 s.
 const APPLIED_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Publications in flight at a time.
+/// How many publications may be in flight.
 const IN_FLIGHT: usize = 256;
 
-/// What a bridge is made of.
+/// The parts and settings of a bridge.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where the rows are.
     pub database: DatabaseKind,
     /// How many workers [`Bridge::start`] starts.
     pub workers: usize,
-    /// Further settings of ingress.
+    /// Additional settings of ingress.
     pub ingress: Vec<(&'static str, String)>,
-    /// Further settings of the workers.
+    /// Additional settings of the workers.
     pub worker: Vec<(&'static str, String)>,
 }
 
 impl Options {
-    /// One worker, and no setting beyond what it needs.
+    /// Options with one worker and only the required settings.
     #[must_use]
     pub fn on(database: DatabaseKind) -> Self {
         Self {
@@ -71,20 +70,20 @@ impl Options {
         }
     }
 
-    /// The same with another number of workers.
+    /// Sets the number of workers.
     #[must_use]
     pub fn workers(self, workers: usize) -> Self {
         Self { workers, ..self }
     }
 
-    /// The same with a setting of the workers.
+    /// Adds a setting of the workers.
     #[must_use]
     pub fn worker(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.worker.push((name, value.into()));
         self
     }
 
-    /// The same with a setting of ingress.
+    /// Adds a setting of ingress.
     #[must_use]
     pub fn ingress(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.ingress.push((name, value.into()));
@@ -92,45 +91,38 @@ impl Options {
     }
 }
 
-/// A running program of ours and its HTTP address. Dereferences to its [`Program`].
+/// A running ingress or worker and its HTTP address. Dereferences to its [`Program`].
 #[derive(Debug)]
 pub struct Node {
     program: Program,
     url: String,
 }
 
-/// Broker, database, ingress and workers; all of it is gone when it is dropped.
+/// A broker, a database, ingress and workers. Dropping it ends and removes all of them.
 pub struct Bridge {
-    // Declared first, so that the programs have ended before the servers they are connected to.
-    /// The ingress, once it was started.
+    // Declared first, so that the programs end before the servers to which they are connected.
+    /// The ingress, if started.
     pub ingress: Option<Node>,
-    /// The workers that were started.
+    /// The started workers.
     pub workers: Vec<Node>,
-    /// The broker.
     pub broker: nats::Server,
-    /// The database.
     pub database: Database,
     options: Options,
     http: reqwest::Client,
     jetstream: OnceCell<jetstream::Context>,
 }
 
-/// An event that was put aside.
+/// A message of the dead letter stream.
 #[derive(Debug)]
 pub struct DeadLetter {
-    /// Where it was published.
     pub subject: String,
-    /// Its headers.
     pub headers: BTreeMap<String, String>,
     /// The event's body.
     pub body: Bytes,
 }
 
 impl Bridge {
-    /// A bridge that is ready for deliveries.
-    ///
-    /// # Panics
-    /// When any part of it does not start.
+    /// Starts a bridge and waits until it is ready for deliveries.
     pub async fn start(options: Options) -> Self {
         let mut bridge = Self::prepare(options);
         bridge.broker.resume().await;
@@ -145,10 +137,7 @@ impl Bridge {
         bridge
     }
 
-    /// A bridge of which nothing runs yet: neither broker nor database nor programs.
-    ///
-    /// # Panics
-    /// When the servers' folders cannot be made.
+    /// Makes a bridge of which nothing runs yet: neither broker nor database nor programs.
     pub fn prepare(options: Options) -> Self {
         Self {
             ingress: None,
@@ -162,7 +151,7 @@ impl Bridge {
         }
     }
 
-    /// Starts ingress, which need not be ready when this returns.
+    /// Starts ingress and does not wait until it is ready.
     pub fn start_ingress(&mut self) -> &Node {
         let address = format!("127.0.0.1:{}", port::free());
         let launch = Program::named("litestripe-ingress")
@@ -174,7 +163,7 @@ impl Bridge {
         self.ingress.insert(Node::start(&launch, &address))
     }
 
-    /// Starts another worker, which need not be ready when this returns.
+    /// Starts another worker and does not wait until it is ready.
     pub fn start_worker(&mut self) -> &Node {
         let address = format!("127.0.0.1:{}", port::free());
         let node = Node::start(
@@ -185,7 +174,7 @@ impl Bridge {
         self.workers.last().expect("one was pushed just now")
     }
 
-    /// `litestripe-worker` with the settings of this bridge's workers, for commands.
+    /// `litestripe-worker` with the settings of this bridge's workers, for running commands.
     pub fn worker(&self) -> Launch {
         let launch = Program::named("litestripe-worker")
             .env("NATS_URL", self.broker.url())
@@ -194,10 +183,10 @@ impl Bridge {
         with(launch, &self.options.worker)
     }
 
-    /// The running ingress.
+    /// The ingress.
     ///
     /// # Panics
-    /// When none was started.
+    /// When it was not started.
     pub fn ingress(&self) -> &Node {
         self.ingress.as_ref().expect("this test started ingress")
     }
@@ -208,9 +197,6 @@ impl Bridge {
     }
 
     /// Posts a delivery to the hook.
-    ///
-    /// # Panics
-    /// When no answer comes.
     pub async fn post(&self, delivery: &Delivery) -> reqwest::Response {
         delivery
             .post(&self.http, &self.hook())
@@ -239,10 +225,10 @@ impl Bridge {
         }
     }
 
-    /// Stores a body in the stream without ingress; returns its sequence.
+    /// Stores a body in the stream without ingress and returns its sequence.
     ///
     /// # Panics
-    /// When it is not stored, or taken for a duplicate.
+    /// When it is not stored, or the broker drops it as a duplicate.
     pub async fn publish(&self, event_type: &str, body: impl Into<Bytes>, message_id: &str) -> u64 {
         let message = (event_type.to_owned(), body.into(), message_id.to_owned());
         let acks = self.publish_all(vec![message]).await;
@@ -253,11 +239,8 @@ impl Bridge {
         ack.sequence
     }
 
-    /// Stores bodies in the stream without ingress, each (event type, body, `Nats-Msg-Id`), in their
-    /// order and many at a time.
-    ///
-    /// # Panics
-    /// When one is not stored.
+    /// Stores bodies, given as (event type, body, `Nats-Msg-Id`), in the stream without ingress, in
+    /// that order and with many in flight.
     pub async fn publish_all(
         &self,
         messages: Vec<(String, Bytes, String)>,
@@ -284,10 +267,7 @@ impl Bridge {
         acks
     }
 
-    /// Waits until every event in the stream is applied and every signal of it is sent.
-    ///
-    /// # Panics
-    /// When that takes too long.
+    /// Waits until every event in the stream is applied and every signal is sent.
     #[track_caller]
     pub fn wait_until_applied(&self) -> impl Future<Output = ()> {
         eventually(
@@ -318,26 +298,20 @@ impl Bridge {
         )
     }
 
-    /// Waits until so many of the messages that workers have taken are not acknowledged yet.
-    ///
-    /// # Panics
-    /// When that takes too long.
+    /// Waits until workers hold exactly `count` unacknowledged messages.
     #[track_caller]
     pub fn wait_until_unacknowledged(&self, count: usize) -> impl Future<Output = ()> {
         eventually(
-            "messages to be taken",
+            "workers to hold unacknowledged messages",
             APPLIED_DEADLINE,
             async move || match self.unacknowledged().await {
-                taken if taken == count => Ok(()),
-                taken => Err(format!("{taken} of {count} are")),
+                held if held == count => Ok(()),
+                held => Err(format!("{held} instead of {count}")),
             },
         )
     }
 
-    /// How many of the messages that workers have taken are not acknowledged yet.
-    ///
-    /// # Panics
-    /// When the stream or the workers' consumer is missing.
+    /// The number of messages that were delivered to workers and are not acknowledged yet.
     pub async fn unacknowledged(&self) -> usize {
         let stream = self
             .jetstream()
@@ -352,13 +326,12 @@ impl Bridge {
             .num_ack_pending
     }
 
-    /// Waits until everything is applied, and checks that rows and signals tell the same.
-    ///
-    /// Returns the signals.
+    /// Waits until everything is applied, checks that rows and signals agree, and returns the
+    /// signals.
     ///
     /// # Panics
-    /// When that takes too long; when a signal does not obey its schema or does not follow from the
-    /// one before it; when the last signal of a row does not say what the row says.
+    /// When a signal violates its schema, when it does not follow from the signal before it, or
+    /// when the last signal of a row differs from the row.
     #[track_caller]
     pub fn check(&self) -> impl Future<Output = Vec<Signal>> {
         let applied = self.wait_until_applied();
@@ -371,10 +344,10 @@ impl Bridge {
         }
     }
 
-    /// Every signal sent so far, in the order of the stream.
+    /// All signals sent so far, in the stream's order.
     ///
     /// # Panics
-    /// When one is not as the documents under `docs/signals` say.
+    /// When one violates its schema in `docs/signals`.
     pub async fn signals(&self) -> Vec<Signal> {
         self.read(SIGNALS_STREAM)
             .await
@@ -383,10 +356,7 @@ impl Bridge {
             .collect()
     }
 
-    /// All rows, by key.
-    ///
-    /// # Panics
-    /// When the database is away.
+    /// All rows of `stripe_subscription`, sorted by key.
     pub async fn rows(&self) -> Vec<stripe_subscription::Model> {
         self.database.rows().await.expect("the rows can be read")
     }
@@ -394,7 +364,7 @@ impl Bridge {
     /// The row of a subscription.
     ///
     /// # Panics
-    /// When there is none.
+    /// When it does not exist.
     pub async fn row(&self, id: &str) -> stripe_subscription::Model {
         let row = self
             .rows()
@@ -404,10 +374,7 @@ impl Bridge {
         row.unwrap_or_else(|| panic!("{id} has no row"))
     }
 
-    /// All orphans, by key.
-    ///
-    /// # Panics
-    /// When the database is away.
+    /// All orphans, sorted by key.
     pub async fn orphans(&self) -> Vec<orphaned_payment::Model> {
         self.database
             .orphans()
@@ -415,10 +382,7 @@ impl Bridge {
             .expect("the orphans can be read")
     }
 
-    /// All dead letters, in the order of the stream.
-    ///
-    /// # Panics
-    /// When the broker is away.
+    /// All dead letters, in the stream's order.
     pub async fn dead_letters(&self) -> Vec<DeadLetter> {
         let letter = |message: &Message| DeadLetter {
             subject: message.subject.to_string(),
@@ -433,9 +397,6 @@ impl Bridge {
     }
 
     /// The bodies of all messages of a stream, in its order.
-    ///
-    /// # Panics
-    /// When the broker is away, or the stream missing.
     pub async fn bodies(&self, stream: &str) -> Vec<Bytes> {
         self.read(stream)
             .await
@@ -444,10 +405,7 @@ impl Bridge {
             .collect()
     }
 
-    /// How many events the stream holds.
-    ///
-    /// # Panics
-    /// When the broker is away, or the stream missing.
+    /// The number of events in `STRIPE_EVENTS`.
     pub async fn stored_events(&self) -> u64 {
         let stream = self
             .jetstream()
@@ -458,10 +416,7 @@ impl Bridge {
         stream.cached_info().state.messages
     }
 
-    /// JetStream, for what a test does beside the programs.
-    ///
-    /// # Panics
-    /// When the broker is away the first time.
+    /// A JetStream connection of the test's own.
     pub async fn jetstream(&self) -> &jetstream::Context {
         self.jetstream
             .get_or_init(async || jetstream::new(self.broker.connect().await))
@@ -502,15 +457,12 @@ impl Node {
         }
     }
 
-    /// Its HTTP address, as a URL.
+    /// The URL of its HTTP address.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Status and body of one of its pages.
-    ///
-    /// # Errors
-    /// When nobody answers.
+    /// Fetches one of its pages; returns status and body.
     pub async fn page(&self, path: &str) -> Result<(u16, String), String> {
         let get = async {
             let answer = stripe::client()
@@ -522,7 +474,7 @@ impl Node {
         get.await.map_err(|error: reqwest::Error| error.to_string())
     }
 
-    /// Waits until `/readyz` says so.
+    /// Waits until `/readyz` answers 200.
     ///
     /// # Panics
     /// When that takes too long, or the program ends.
@@ -541,7 +493,7 @@ impl Node {
         })
     }
 
-    /// How many lines of its log contain `text`.
+    /// Counts the lines of its log that contain `text`.
     pub fn count_in_log(&self, text: &str) -> usize {
         self.program
             .log()
@@ -565,7 +517,7 @@ fn with(launch: Launch, settings: &[(&'static str, String)]) -> Launch {
         .fold(launch, |launch, (name, value)| launch.env(name, value))
 }
 
-/// Of repeated headers the first.
+/// A message's headers; only the first value of a repeated one.
 fn headers(message: &Message) -> BTreeMap<String, String> {
     let headers = message.headers.iter().flat_map(HeaderMap::iter);
     headers

@@ -1,9 +1,10 @@
-//! The tests' and the benchmark's support: a whole bridge on real servers, and PostgreSQL.
+//! Support of the tests and the benchmark: a whole bridge on real servers, and PostgreSQL.
 //!
-//! No product crate depends on it. Nothing here fakes a broker or a database: a [`nats::Server`] or a
-//! [`postgres::Server`] is the real program on 127.0.0.1, with its own folder and port, and both are gone
-//! when it is dropped, also after a failed test. A helper that cannot continue panics with the log of the
-//! program concerned, because a test has nothing better to do with it.
+//! No product crate depends on it. Broker and database are never faked: a [`nats::Server`] or
+//! [`postgres::Server`] is the real program on 127.0.0.1 with its own folder and port. Dropping it
+//! ends the program and removes the folder, also after a failed test. Most functions panic on
+//! failure and print the log of the program concerned, because a test can do nothing better with an
+//! error.
 
 pub mod bridge;
 pub mod postgres;

@@ -1,10 +1,10 @@
-//! A real PostgreSQL on 127.0.0.1, with a port and a folder of its own, and a fresh database for
-//! whoever asks.
+//! A real PostgreSQL on 127.0.0.1 with its own port and folder, which creates empty databases on
+//! request.
 //!
-//! `initdb` takes a second, so its result is kept beside the build's programs and copied. Under
-//! root, which `initdb` and `postgres` refuse, both run as an unprivileged user that owns the
-//! temporary folder. Durability is PostgreSQL's default (`fsync` on) unless a test asks otherwise.
-//! May not know our schema.
+//! `initdb` takes a second, so its result is kept in the build's folder and copied. `initdb` and
+//! `postgres` refuse to run as root; then both run as an unprivileged user that owns the temporary
+//! folder. Durability is PostgreSQL's default (`fsync` on) unless a test changes it. May not know
+//! our schema.
 
 use std::fs::{self, File};
 use std::io;
@@ -24,14 +24,14 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::process::{self, Process, Signal};
 use crate::{port, program, tools};
 
-/// A server is up in about 0.2 s; after a kill it reads its write-ahead log first.
+/// A server starts in about 0.2 s; after a kill it first reads its write-ahead log.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Grows when `init` below changes, so that no template of an older one is used.
+/// Increase it with every change of `init` below, so that no older template is used.
 const RECIPE: u32 = 3;
 
-/// What differs from a plain server.
+/// The differences from a plain server.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// The port to listen on; `None` takes a free one.
@@ -40,7 +40,7 @@ pub struct Options {
     pub settings: Vec<(String, String)>,
 }
 
-/// A PostgreSQL server and its data; both are gone when it is dropped.
+/// A PostgreSQL server and its data. Dropping it ends the server and removes the data.
 #[derive(Debug)]
 pub struct Server {
     process: Option<Process>,
@@ -52,33 +52,33 @@ pub struct Server {
 }
 
 impl Server {
-    /// A running server on a free port.
+    /// Starts a server on a free port.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn start() -> Self {
         Self::start_with(Options::default()).await
     }
 
-    /// A running server with these options.
+    /// Starts a server with these options.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn start_with(options: Options) -> Self {
         let mut server = Self::prepare(options).unwrap_or_else(|problem| panic!("{problem}"));
         server.resume().await;
         server
     }
 
-    /// A server that is not running yet: its URL is known, nobody answers until [`Self::resume`].
+    /// Makes a server that does not run before [`Self::resume`]. Its URL is known already.
     ///
     /// # Errors
-    /// When there is no PostgreSQL, `initdb` fails, or the folder cannot be written.
+    /// When PostgreSQL is missing, `initdb` fails, or the folder cannot be written.
     pub fn prepare(options: Options) -> io::Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("litestripe-postgres-")
             .tempdir()?;
-        let owner = Owner::of_servers(folder.path())?;
+        let owner = Owner::find(folder.path())?;
         let template = template(owner.as_ref())?;
         copy(&template, &folder.path().join("data"), owner.as_ref())?;
         if let Some(owner) = &owner {
@@ -96,15 +96,12 @@ impl Server {
         })
     }
 
-    /// The URL of a database of that name, which need not exist; `postgres` always does.
+    /// The URL of a database of that name, which need not exist. `postgres` always exists.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// Makes an empty database and returns its URL.
-    ///
-    /// # Panics
-    /// When the server does not answer.
+    /// Creates an empty database and returns its URL.
     pub async fn database(&self) -> String {
         let name = format!(
             "litestripe_{}",
@@ -123,17 +120,17 @@ impl Server {
         self.url(&name)
     }
 
-    /// The port it listens on, or will.
+    /// The port on which it listens when it runs.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The running process, to signal it or read its log.
+    /// The process, for sending it signals and reading its log; `None` if it was not started.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
 
-    /// Stops it, which ends every connection; the data stays.
+    /// Stops it, which closes every connection; the data stays.
     pub async fn stop(&mut self) {
         self.end(Signal::Int).await;
     }
@@ -146,26 +143,26 @@ impl Server {
     /// Stops and resumes it.
     ///
     /// # Panics
-    /// When it does not come back, with its log.
+    /// When it does not start again; the message contains its log.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.resume().await;
     }
 
-    /// Starts it on its port and data, again or for the first time; a running one is left alone.
+    /// Starts it with its port and data, for the first time or again. Does nothing if it runs.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn resume(&mut self) {
         self.try_resume()
             .await
             .unwrap_or_else(|problem| panic!("{problem}"));
     }
 
-    /// [`Self::resume`] for callers that have a person to tell.
+    /// Does the same as [`Self::resume`] for callers that show the error to a person.
     ///
     /// # Errors
-    /// When it does not answer; the text holds its log.
+    /// When it does not answer; the text contains its log.
     pub async fn try_resume(&mut self) -> io::Result<()> {
         if self.process.as_ref().is_some_and(Process::is_running) {
             return Ok(());
@@ -175,8 +172,8 @@ impl Server {
         while !answers(self.port).await {
             if !process.is_running() {
                 let log = process.log();
-                // A killed server's children need a moment to notice; until then they hold its
-                // shared memory, and a new server refuses to start.
+                // The child processes of a killed server need a moment to notice its end. Until
+                // then they hold its shared memory, and a new server refuses to start.
                 if !log.contains("shared memory block") || Instant::now() > end {
                     return Err(io::Error::other(format!("postgres does not start:\n{log}")));
                 }
@@ -222,13 +219,13 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if let Some(process) = &self.process {
-            // A killed server leaves its piece of System V shared memory behind.
+            // Not killed, because a killed server leaves its System V shared memory behind.
             process.end(Signal::Quit, Duration::from_secs(5));
         }
     }
 }
 
-/// The user that PostgreSQL runs as when we are root.
+/// The user as which PostgreSQL runs if this process runs as root.
 #[derive(Debug)]
 struct Owner {
     user: u32,
@@ -236,20 +233,21 @@ struct Owner {
 }
 
 impl Owner {
-    /// `None` when we are not root, as the owner of a folder just made tells.
-    fn of_servers(just_made: &Path) -> io::Result<Option<Self>> {
-        if fs::metadata(just_made)?.uid() != 0 {
+    /// Finds the user; `None` if this process is not root, which the owner of a new folder shows.
+    fn find(new_folder: &Path) -> io::Result<Option<Self>> {
+        if fs::metadata(new_folder)?.uid() != 0 {
             return Ok(None);
         }
         let users = fs::read_to_string("/etc/passwd")?;
         let user = ["postgres", "nobody"]
             .iter()
             .find_map(|wanted| Self::named(wanted, &users));
-        let missing = "PostgreSQL refuses root, and there is no user `postgres` or `nobody` here";
+        let missing =
+            "PostgreSQL refuses to run as root, and no user `postgres` or `nobody` exists";
         user.map(Some).ok_or_else(|| io::Error::other(missing))
     }
 
-    /// Reads `name:password:user:group:…` lines.
+    /// Finds a user in the lines `name:password:user:group:…` of `/etc/passwd`.
     fn named(wanted: &str, users: &str) -> Option<Self> {
         let mut fields = users
             .lines()
@@ -265,8 +263,8 @@ impl Owner {
     }
 }
 
-/// Whose folder it is and who runs there; of the environment only `PATH`, as `PG…` variables steer
-/// both programs.
+/// Makes `command` run in `folder` as its owner. Of the environment only `PATH` is kept, because
+/// `PG…` variables change what `initdb` and `postgres` do.
 fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
     command
         .current_dir(folder)
@@ -279,7 +277,7 @@ fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
     }
 }
 
-/// The folder that `initdb` made, by the first test of this build that needed it.
+/// Returns a folder made by `initdb`. The first test of a build that needs it makes it.
 fn template(owner: Option<&Owner>) -> io::Result<PathBuf> {
     let initdb = tools::postgres_bin()?.join("initdb");
     let version = Command::new(&initdb).arg("--version").output()?.stdout;
@@ -303,7 +301,7 @@ fn template(owner: Option<&Owner>) -> io::Result<PathBuf> {
         }
         let made = folder.path().join("data");
         init(&initdb, folder.path(), &made, owner)?;
-        // Renamed when complete: a copy that was interrupted is never taken for a template.
+        // Renamed only when complete, so that an interrupted copy is never used as a template.
         let partial = templates.join("partial");
         let _ = fs::remove_dir_all(&partial);
         copy(&made, &partial, None)?;
@@ -322,11 +320,11 @@ fn init(initdb: &Path, folder: &Path, data: &Path, owner: Option<&Owner>) -> io:
     in_folder(&mut command, folder, owner);
     let output = command.output()?;
     if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        return Err(io::Error::other(format!("initdb failed:\n{words}")));
+        let text = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(format!("initdb failed:\n{text}")));
     }
-    // After a kill the server first syncs its 1,300 files, one by one unless told otherwise: ten
-    // seconds on a busy disk. PostgreSQL 14 and newer can do it at once, on Linux.
+    // After a kill the server first syncs its 1,300 files. By default it does so one by one, which
+    // takes ten seconds on a busy disk. PostgreSQL 14 and newer can sync them all at once on Linux.
     let settings = data.join("postgresql.conf");
     let text = fs::read_to_string(&settings)?;
     if cfg!(target_os = "linux") && text.contains("recovery_init_sync_method") {
@@ -338,7 +336,7 @@ fn init(initdb: &Path, folder: &Path, data: &Path, owner: Option<&Owner>) -> io:
 /// Copies a folder with its permissions and gives the copy to `owner`.
 fn copy(from: &Path, to: &Path, owner: Option<&Owner>) -> io::Result<()> {
     fs::create_dir(to)?;
-    // PostgreSQL refuses a data folder that others may enter.
+    // PostgreSQL refuses a data folder that other users may enter.
     fs::set_permissions(to, fs::Permissions::from_mode(0o700))?;
     if let Some(owner) = owner {
         owner.take(to)?;
@@ -358,8 +356,8 @@ fn copy(from: &Path, to: &Path, owner: Option<&Owner>) -> io::Result<()> {
     Ok(())
 }
 
-/// Asks as a client does: a server that is starting or recovering answers with an error (`E`), a
-/// ready one asks for authentication (`R`).
+/// Returns whether the server accepts a client: one that is starting or recovering answers with an
+/// error (`E`), a ready one with an authentication request (`R`).
 async fn answers(port: u16) -> bool {
     // Length, protocol 3.0, then pairs of name and value.
     const STARTUP: &[u8] = b"\0\0\0\x29\0\x03\0\0user\0postgres\0database\0postgres\0\0";

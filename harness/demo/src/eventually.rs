@@ -1,4 +1,4 @@
-//! Waiting for a condition instead of sleeping and hoping.
+//! Waits for a condition with a deadline, instead of sleeping for a fixed time.
 
 use std::future::Future;
 use std::panic::Location;
@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-/// How long to wait between two looks.
+/// The time between two calls of the probe.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Looks again and again until `probe` answers `Ok`, and returns what it answered.
+/// Calls `probe` until it returns `Ok`, and returns that value.
 ///
-/// `what` finishes the sentence "waited for …"; the probe's `Err` says what was seen instead.
+/// `what` completes the sentence "waited for …"; the probe's `Err` says what it saw instead.
 ///
 /// # Panics
-/// When `deadline` has passed, with the last value seen. A probe that hangs counts as well.
+/// When `deadline` has passed, also if the probe hangs. The message contains the last value seen.
 #[track_caller]
 pub fn eventually<T>(
     what: &str,
@@ -24,7 +24,7 @@ pub fn eventually<T>(
     let caller = Location::caller();
     async move {
         let end = Instant::now() + deadline;
-        let mut last = "nothing yet: the first look did not end".to_owned();
+        let mut last = "nothing: the first probe did not finish".to_owned();
         loop {
             let left = end.saturating_duration_since(Instant::now());
             match timeout(left, probe()).await {

@@ -1,9 +1,9 @@
-//! What the demo and the sender are made of, and the tests too: real servers, our real programs and
-//! Stripe's side of the wire.
+//! The parts of the demo, the sender and the tests that they share: running a broker and our
+//! programs, and playing Stripe.
 //!
-//! A crate apart from the tests' own support, so that the demo compiles nothing that it does not run.
-//! Nothing here fakes a broker: a [`nats::Server`] is the real program on 127.0.0.1, with its own folder
-//! and port, and both are gone when it is dropped, also after a failed test.
+//! It is a separate crate, so that building the demo compiles nothing that the demo does not use.
+//! The broker is never faked: a [`nats::Server`] is the real program on 127.0.0.1 with its own
+//! folder and port. Dropping it ends the program and removes the folder, also after a failed test.
 
 pub mod eventually;
 pub mod nats;

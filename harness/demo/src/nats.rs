@@ -1,7 +1,7 @@
-//! A real nats-server with JetStream on 127.0.0.1, with a port and a store of its own.
+//! A real nats-server with JetStream on 127.0.0.1, with its own port and store.
 //!
-//! It can be stopped, killed and resumed on the same port and store, which is what an outage is.
-//! May not know streams or subjects.
+//! It can be stopped or killed and then resumed with the same port and store, like a server after
+//! an outage. May not know streams or subjects.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,20 +15,20 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::process::{self, Process, Signal};
 use crate::{port, tools};
 
-/// A broker is up in some 30 ms; on two busy cores it has taken a second.
+/// A broker starts in about 30 ms; on two busy cores it has taken a second.
 const START_DEADLINE: Duration = Duration::from_secs(20);
-/// A graceful stop writes what JetStream holds in memory first.
+/// A graceful stop first writes what JetStream holds in memory.
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What differs from a plain server with JetStream.
+/// The differences from a plain server with JetStream.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// The port to listen on; `None` takes a free one.
     pub port: Option<u16>,
-    /// The folder of its configuration file and its store, which the caller owns; `None` makes a
+    /// The folder of its configuration file and its store, owned by the caller; `None` makes a
     /// temporary one.
     pub folder: Option<PathBuf>,
-    /// The file of its log; `None` keeps it from view.
+    /// The file of its log; `None` uses an unnamed one.
     pub log: Option<PathBuf>,
     /// Lines for the top level of the configuration file, such as `max_payload: 64KB`.
     pub config: String,
@@ -36,7 +36,7 @@ pub struct Options {
     pub jetstream: String,
 }
 
-/// A nats-server and its store; both are gone when it is dropped.
+/// A nats-server and its store. Dropping it kills the server and removes its temporary folder.
 #[derive(Debug)]
 pub struct Server {
     // Declared first, so that the process has ended before its folder is removed.
@@ -48,18 +48,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// A running server on a free port.
+    /// Starts a server on a free port.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn start() -> Self {
         Self::start_with(Options::default()).await
     }
 
-    /// A running server on that port.
+    /// Starts a server on that port.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn start_on(port: u16) -> Self {
         Self::start_with(Options {
             port: Some(port),
@@ -68,20 +68,17 @@ impl Server {
         .await
     }
 
-    /// A running server with these options.
+    /// Starts a server with these options.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn start_with(options: Options) -> Self {
         let mut server = Self::prepare(options).expect("a folder for nats-server can be made");
         server.resume().await;
         server
     }
 
-    /// A server that is not running yet: its URL is known, nobody answers until [`Self::resume`].
-    ///
-    /// # Errors
-    /// When its folder or configuration file cannot be written.
+    /// Makes a server that does not run before [`Self::resume`]. Its URL is known already.
     pub fn prepare(options: Options) -> io::Result<Self> {
         let temporary = || {
             tempfile::Builder::new()
@@ -111,12 +108,12 @@ impl Server {
         })
     }
 
-    /// Where clients connect.
+    /// The URL for clients.
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// The port it listens on, or will.
+    /// The port on which it listens when it runs.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -126,15 +123,12 @@ impl Server {
         &self.folder
     }
 
-    /// The running process, to signal it or read its log.
+    /// The process, for sending it signals and reading its log; `None` if it was not started.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
 
-    /// A client of it.
-    ///
-    /// # Panics
-    /// When it does not answer.
+    /// Connects a client.
     pub async fn connect(&self) -> async_nats::Client {
         async_nats::connect(self.url())
             .await
@@ -154,26 +148,26 @@ impl Server {
     /// Stops and resumes it.
     ///
     /// # Panics
-    /// When it does not come back, with its log.
+    /// When it does not start again; the message contains its log.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.resume().await;
     }
 
-    /// Starts it on its port and store, again or for the first time; a running one is left alone.
+    /// Starts it with its port and store, for the first time or again. Does nothing if it runs.
     ///
     /// # Panics
-    /// When it does not start, with its log.
+    /// When it does not start; the message contains its log.
     pub async fn resume(&mut self) {
         self.try_resume()
             .await
             .unwrap_or_else(|problem| panic!("{problem}"));
     }
 
-    /// [`Self::resume`] for callers that have a person to tell.
+    /// Does the same as [`Self::resume`] for callers that show the error to a person.
     ///
     /// # Errors
-    /// When there is no nats-server, or it does not answer; the text holds its log.
+    /// When nats-server is missing or does not answer; the text contains its log.
     pub async fn try_resume(&mut self) -> io::Result<()> {
         if self.process.as_ref().is_some_and(Process::is_running) {
             return Ok(());
@@ -185,7 +179,7 @@ impl Server {
         while !answers(self.port).await {
             let ended = !process.is_running();
             if ended {
-                // Returns at once, with the last of its output read.
+                // Returns at once; afterwards the log is complete.
                 process.wait(STOP_DEADLINE).await;
             }
             if ended || Instant::now() > end {
@@ -221,7 +215,7 @@ fn config(port: u16, folder: &Path, options: &Options) -> String {
     )
 }
 
-/// The server greets with `INFO {…}`, and listens only once JetStream is ready.
+/// Returns whether the server greets with `INFO {…}`. It listens only once JetStream is ready.
 async fn answers(port: u16) -> bool {
     let greeting = async {
         let stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;

@@ -1,25 +1,22 @@
-//! Ports that nobody else takes between asking for one and listening on it.
+//! Ports that no other test takes between asking for one and listening on it.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::sync::Mutex;
 
-/// Below the range from which Linux (32768) and macOS (49152) take the ports of outgoing
-/// connections. A port inside that range can be taken while its server is down, and a client that
-/// keeps dialling it can even connect to itself.
+/// Below the range from which Linux (32768 and above) and macOS (49152 and above) take the ports of
+/// outgoing connections. A port of that range can be taken while its server is down, and a client
+/// that keeps reconnecting to it can even connect to itself.
 const RANGE: std::ops::Range<u16> = 20_000..32_000;
 
-/// One UDP socket per port given out, held for the life of this process.
+/// One UDP socket per reserved port, held until this process ends.
 static TAKEN: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
 
-/// A TCP port on 127.0.0.1 that stays reserved for this process, also while its server is down.
+/// Reserves a TCP port on 127.0.0.1 for this process, also for times when its server is down.
 ///
-/// Tests run as many processes at once, so a port has to be taken system-wide. The UDP socket of
-/// the same number is the lock: it does not hinder the TCP server, needs no file and goes away with
-/// the process.
-///
-/// # Panics
-/// When every port of the range is taken.
+/// Several test processes run at once, so the reservation must hold system-wide. A UDP socket with
+/// the same number is the lock: it does not disturb the TCP server, needs no file and is released
+/// when the process ends.
 pub fn free() -> u16 {
     let count = RANGE.end - RANGE.start;
     let start = u16::try_from(RandomState::new().hash_one(0) % u64::from(count))

@@ -1,8 +1,8 @@
-//! A child process that this process owns: its output is kept, and it is killed and reaped when its
-//! owner lets go, or by the kernel when the owner is killed.
+//! A child process of this process. Its output is kept. Dropping it kills and reaps the child, and
+//! the kernel kills the child if this process is killed.
 //!
-//! Only the pid of a child that has not been reaped is ever signalled, so nobody else's process can
-//! be hit. May not know which program it runs.
+//! Signals go only to children that have not been reaped, so no other process can be hit. May not
+//! know which program it runs.
 
 use std::fs::File;
 use std::io;
@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use crate::eventually;
 
-/// How long a process may take to stop: as long as the slowest of its calls to a disk.
-const STOPS_WITHIN: Duration = Duration::from_secs(30);
+/// How long a process may take to freeze: as long as its slowest disk access.
+const FREEZE_MAX: Duration = Duration::from_secs(30);
 
 /// The signals that tests send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +29,11 @@ pub enum Signal {
     Quit,
     /// `SIGHUP`: what a closed terminal sends.
     Hup,
-    /// `SIGKILL`: gone at once.
+    /// `SIGKILL`: ends it at once.
     Kill,
-    /// `SIGSTOP`: frozen until [`Signal::Cont`].
+    /// `SIGSTOP`: freezes it until [`Signal::Cont`].
     Stop,
-    /// `SIGCONT`: thawed.
+    /// `SIGCONT`: lets it continue.
     Cont,
 }
 
@@ -51,26 +51,28 @@ impl Signal {
     }
 }
 
-/// A running child, or one whose end has been seen.
+/// A child that runs or has ended.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Mutex<Child>,
-    // Files, not pipes: what it wrote before it answered can be read after the answer.
+    // Files, not pipes: all that it wrote before it answered a request can be read after the
+    // answer.
     stdout: File,
     stderr: File,
 }
 
-/// A command that runs `program` and gets `signal` when this process dies without dropping it.
+/// Makes a command that runs `program` and receives `signal` if this process dies without dropping
+/// it.
 ///
-/// The caller adds arguments and environment. Where util-linux's `setpriv` is missing, the command
-/// is the plain program, and only dropping its [`Process`] ends it.
+/// The caller adds arguments and environment. Without util-linux's `setpriv` the command is the
+/// plain program, and only dropping its [`Process`] ends it.
 pub fn command(program: &Path, signal: Signal) -> Command {
     let Some(setpriv) = setpriv() else {
         return Command::new(program);
     };
     let mut command = Command::new(setpriv);
-    // It replaces itself by the program, so the pid is the program's.
+    // `setpriv` replaces itself with the program, so the pid is the program's.
     command
         .args(["--pdeathsig", signal.name(), "--"])
         .arg(program);
@@ -103,11 +105,8 @@ fn setpriv() -> Option<&'static Path> {
 impl Process {
     /// Starts `command` with its output captured and no standard input.
     ///
-    /// `name` heads its log when a test fails. What it writes to stderr goes to the file `log`, behind
-    /// what that holds, or else to one that nobody sees.
-    ///
-    /// # Errors
-    /// When the program cannot be started at all.
+    /// `name` is the title of its log when a test fails. Its stderr is appended to the file `log`,
+    /// or written to an unnamed file.
     pub fn spawn(name: &str, mut command: Command, log: Option<&Path>) -> io::Result<Self> {
         let stdout = tempfile::tempfile()?;
         let stderr = match log {
@@ -131,39 +130,39 @@ impl Process {
         })
     }
 
-    /// The process id.
     pub fn id(&self) -> u32 {
         self.child().id()
     }
 
-    /// Whether it has not ended yet; a stopped (frozen) process is running.
+    /// Returns whether it has not ended yet. A frozen process is running.
     pub fn is_running(&self) -> bool {
         self.try_wait().is_none()
     }
 
-    /// Everything it has written so far, first what it wrote to stdout.
+    /// Its output so far: stdout, then stderr.
     pub fn log(&self) -> String {
         self.stdout() + &self.stderr()
     }
 
-    /// What it has written to stdout so far.
+    /// Its output to stdout so far.
     pub fn stdout(&self) -> String {
         read(&self.stdout)
     }
 
-    /// What it has written to stderr so far.
+    /// Its output to stderr so far.
     pub fn stderr(&self) -> String {
         read(&self.stderr)
     }
 
-    /// Waits for a line that contains `text`, also one written before the call, and returns it.
+    /// Waits for a log line that contains `text`, and returns it. A line written earlier counts
+    /// too.
     ///
     /// # Panics
-    /// When `deadline` has passed, or the process ended without writing it.
+    /// When `deadline` has passed, or the process ended without writing such a line.
     pub async fn wait_for_log(&self, text: &str, deadline: Duration) -> String {
         let what = format!("{} to log {text:?}", self.name);
         eventually(&what, deadline, async || {
-            // Looked at first: what it wrote before its end is there to be read.
+            // Checked before the log is read: if it has ended, the log is complete.
             let ended = self.try_wait();
             let log = self.log();
             let is_whole = |line: &&str| line.ends_with('\n') || ended.is_some();
@@ -179,15 +178,17 @@ impl Process {
         .await
     }
 
-    /// Sends a signal; does nothing when the process has ended. Returns from [`Signal::Stop`] once nothing
-    /// of it runs: `kill` itself returns as soon as the signal waits for one of its threads, and the others
-    /// go on until that one has had its turn.
+    /// Sends a signal. Does nothing if the process has ended.
+    ///
+    /// For [`Signal::Stop`] it returns once all threads are frozen: `kill` itself returns as soon
+    /// as the signal is pending for one thread, and the others run until that thread has handled
+    /// it.
     ///
     /// # Panics
-    /// When the signal cannot be sent, or a process does not stop.
+    /// When the signal cannot be sent, or the process does not freeze.
     pub fn signal(&self, signal: Signal) {
         let mut child = self.child();
-        // Not reaped before this function ends, because the lock is held: the pid is still its own.
+        // The lock prevents that it is reaped before this function ends, so the pid stays its own.
         if child
             .try_wait()
             .expect("a child of ours can be waited for")
@@ -195,16 +196,16 @@ impl Process {
         {
             return;
         }
-        // The shell's own `kill`: the program of that name is not on every machine.
+        // Uses the shell's `kill`, because the program of that name is not installed everywhere.
         let kill = format!("kill -s {} {}", signal.name(), child.id());
         let status = Command::new("sh")
             .args(["-c", &kill])
             .status()
             .expect("every Unix has sh");
         assert!(status.success(), "`{kill}` failed");
-        let end = Instant::now() + STOPS_WITHIN;
+        let end = Instant::now() + FREEZE_MAX;
         while signal == Signal::Stop && !is_stopped(child.id()) {
-            assert!(Instant::now() < end, "{} does not stop", self.name);
+            assert!(Instant::now() < end, "{} does not freeze", self.name);
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -217,12 +218,12 @@ impl Process {
         let what = format!("{} to end", self.name);
         eventually(&what, deadline, async || {
             self.try_wait()
-                .ok_or_else(|| format!("it runs; its log:\n{}", self.log()))
+                .ok_or_else(|| format!("it still runs; its log:\n{}", self.log()))
         })
         .await
     }
 
-    /// Sends `signal` and gives the process `bound` to end, without an executor: for `Drop`.
+    /// Sends `signal` and waits up to `bound` for the end. Blocks the thread, for use in `Drop`.
     pub fn end(&self, signal: Signal, bound: Duration) {
         self.signal(signal);
         let end = Instant::now() + bound;
@@ -242,14 +243,15 @@ impl Process {
     }
 }
 
-/// Whether all threads of a process are stopped, or it is none any more. Linux: `proc_pid_stat(5)`.
+/// Returns whether all threads of a process are frozen, or it has ended. See `proc_pid_stat(5)`.
 fn is_stopped(pid: u32) -> bool {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return true;
     };
     threads.flatten().all(|thread| {
         let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-        // The state follows the name, which may hold anything. What ended meanwhile has none.
+        // The state follows the name in brackets, which may hold any character. A thread that has
+        // just ended has no `stat`.
         stat.rsplit_once(')')
             .is_none_or(|(_, rest)| rest.trim_start().starts_with(['T', 't', 'Z', 'X']))
     })
@@ -264,7 +266,7 @@ impl Drop for Process {
             .child
             .get_mut()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Both fail only for a child that has been reaped.
+        // Both fail only if the child has been reaped.
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -283,7 +285,7 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
         let (sender, requests) = mpsc::channel::<Request>();
         std::thread::spawn(move || {
             for (mut command, reply) in requests {
-                // The asker waits for the answer, so there is one to send it to.
+                // Cannot fail, because the requester waits for the answer.
                 let _ = reply.send(command.spawn());
             }
         });

@@ -1,6 +1,6 @@
-//! Our own programs as child processes: an environment that holds only what the test gives, a
-//! working folder of their own (so neither `.env` nor `litestripe.db` is anyone else's), and their
-//! output kept for assertions.
+//! Runs our programs as child processes. Their environment holds only `PATH` and what the test
+//! sets, each has its own working folder (so it finds no other `.env` or `litestripe.db`), and
+//! their output is kept for assertions.
 
 use std::ffi::OsString;
 use std::io;
@@ -13,10 +13,10 @@ use tempfile::TempDir;
 
 use crate::process::{self, Process, Signal};
 
-/// A graceful stop may take the programs up to 20 s; more is a fault.
+/// The programs may take up to 20 s for a graceful stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How to start a program; can be started more than once.
+/// A description of how to start a program. It can be used more than once.
 #[derive(Clone, Debug)]
 pub struct Launch {
     path: PathBuf,
@@ -26,7 +26,7 @@ pub struct Launch {
     log: Option<PathBuf>,
 }
 
-/// A started program; it is killed and its own folder removed when it is dropped.
+/// A started program. Dropping it kills the program and removes its temporary folder.
 ///
 /// Dereferences to its [`Process`]: `log`, `wait_for_log`, `signal`, `wait`.
 #[derive(Debug)]
@@ -37,26 +37,23 @@ pub struct Program {
     _own_folder: Option<TempDir>,
 }
 
-/// What a program that ended by itself left.
+/// The exit status and output of a program that has ended.
 #[derive(Debug)]
 pub struct Finished {
-    /// How it ended.
     pub status: ExitStatus,
-    /// All it wrote to stdout.
     pub stdout: String,
-    /// All it wrote to stderr.
     pub stderr: String,
 }
 
 impl Program {
-    /// One of our own programs, such as `litestripe-worker`, as built beside the running test.
+    /// One of our programs, such as `litestripe-worker`, from the build of the running test.
     ///
     /// # Panics
     /// When it has not been built (`cargo build --workspace --bins`).
     pub fn named(name: &str) -> Launch {
         let path = folder()
             .map(|folder| folder.join(name))
-            .expect("a test knows where it lies");
+            .expect("a test knows its own path");
         assert!(
             path.exists(),
             "{name} is not built: run `cargo build --workspace --bins`"
@@ -80,7 +77,7 @@ impl Program {
         &self.folder
     }
 
-    /// Asks it to stop (`SIGTERM`) and waits for its end.
+    /// Sends `SIGTERM` and waits for its end.
     ///
     /// # Panics
     /// When it does not end.
@@ -108,54 +105,49 @@ impl Deref for Program {
 }
 
 impl Launch {
-    /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
         self.arguments.push(argument.into());
         self
     }
 
-    /// Adds arguments.
     #[must_use]
     pub fn args<T: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
         self.arguments.extend(arguments.into_iter().map(Into::into));
         self
     }
 
-    /// Sets a variable of its environment, which otherwise holds `PATH` alone.
+    /// Sets an environment variable. Otherwise the environment holds only `PATH`.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));
         self
     }
 
-    /// Runs it in that folder, which the caller owns, instead of a temporary one.
+    /// Sets the working folder, which the caller owns, in place of a temporary one.
     #[must_use]
     pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
         self.folder = Some(folder.into());
         self
     }
 
-    /// Has it log to that file, behind what it holds, instead of one that nobody sees.
+    /// Appends its log to that file, in place of an unnamed one.
     #[must_use]
     pub fn log(mut self, log: impl Into<PathBuf>) -> Self {
         self.log = Some(log.into());
         self
     }
 
-    /// Starts it.
+    /// Starts it. Does not notice if the program ends at once; waiting for it does.
     ///
     /// # Panics
-    /// When it cannot be started; that it ends at once is seen by whoever waits for it.
+    /// When it cannot be started.
     pub fn start(&self) -> Program {
         self.try_start()
             .unwrap_or_else(|problem| panic!("{}: {problem}", self.path.display()))
     }
 
-    /// [`Self::start`] for callers that have a person to tell.
-    ///
-    /// # Errors
-    /// When it cannot be started, or its folder cannot be made.
+    /// Does the same as [`Self::start`] for callers that show the error to a person.
     pub fn try_start(&self) -> io::Result<Program> {
         let temporary = || tempfile::Builder::new().prefix("litestripe-run-").tempdir();
         let own_folder = if self.folder.is_none() {
@@ -189,7 +181,7 @@ impl Launch {
         })
     }
 
-    /// Starts it and waits for its end: for commands that answer and exit.
+    /// Starts it and waits for its end, for commands that print something and exit.
     ///
     /// # Panics
     /// When it cannot be started or still runs after `deadline`.
@@ -204,14 +196,11 @@ impl Launch {
     }
 }
 
-/// The folder that cargo puts the programs of this build into.
-///
-/// # Errors
-/// When the running program's own path is unknown.
+/// The folder into which cargo puts the programs of this build.
 pub fn folder() -> io::Result<PathBuf> {
     let current = std::env::current_exe()?;
     let folder = current.parent().unwrap_or(&current);
-    // Tests lie in `deps` and examples in `examples`, both beside the programs.
+    // Tests are in the subfolder `deps`, examples in `examples`.
     let inner = folder.ends_with("deps") || folder.ends_with("examples");
     Ok(if inner {
         folder.parent().unwrap_or(folder)

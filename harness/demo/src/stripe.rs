@@ -1,8 +1,8 @@
-//! Stripe's side of the wire: events as its API renders them, signed and posted as it does.
+//! Plays Stripe: renders events as its API does, signs them and posts them to the hook.
 //!
-//! Owns the signature that the tests send (the products' own code is not used, or a shared mistake
-//! would cancel out) and the delivery. [`purchase`](Purchase) holds what events look like,
-//! [`story()`] which of them a subscription's life brings.
+//! Owns the delivery and its signature. It does not use the product's code, so that a mistake there
+//! is not repeated here and overlooked. [`purchase`](Purchase) makes the objects, [`story()`] the
+//! events of a subscription's life.
 
 pub mod api;
 mod event;
@@ -23,8 +23,8 @@ pub use event::Event;
 pub use purchase::{MONTH, Purchase, TRIAL};
 pub use story::story;
 
-/// The `Stripe-Signature` header: HMAC-SHA256 over `{timestamp}.{body}`, the key being the whole
-/// `whsec_…` text.
+/// Makes the `Stripe-Signature` header: HMAC-SHA256 over `{timestamp}.{body}`, with the whole
+/// `whsec_…` text as the key.
 pub fn sign(secret: &str, timestamp: i64, body: &[u8]) -> String {
     let mut mac =
         Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes a key of any length");
@@ -39,7 +39,7 @@ pub fn sign(secret: &str, timestamp: i64, body: &[u8]) -> String {
     format!("t={timestamp},v1={}", hex.collect::<String>())
 }
 
-/// One attempt to deliver a body: what Stripe posts, and what tests make of it.
+/// One webhook request: a body and its signature, which tests may change.
 #[derive(Clone, Debug)]
 pub struct Delivery {
     body: Bytes,
@@ -47,7 +47,7 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// A body with the signature that Stripe gives it now.
+    /// A body signed now.
     pub fn new(body: impl Into<Bytes>, secret: &str) -> Self {
         Self::signed_at(body, secret, OffsetDateTime::now_utc().unix_timestamp())
     }
@@ -59,34 +59,29 @@ impl Delivery {
         Self { body, signature }
     }
 
-    /// The same with this header instead, or with none.
+    /// Replaces or removes the signature header.
     #[must_use]
     pub fn with_signature(mut self, signature: Option<&str>) -> Self {
         self.signature = signature.map(str::to_owned);
         self
     }
 
-    /// The same signature over another body.
+    /// Replaces the body and keeps the signature.
     #[must_use]
     pub fn with_body(mut self, body: impl Into<Bytes>) -> Self {
         self.body = body.into();
         self
     }
 
-    /// What is posted.
     pub fn body(&self) -> &Bytes {
         &self.body
     }
 
-    /// The `Stripe-Signature` header.
     pub fn signature(&self) -> Option<&str> {
         self.signature.as_deref()
     }
 
-    /// Posts it to a hook's URL, with the headers that Stripe sends.
-    ///
-    /// # Errors
-    /// When no HTTP answer comes back.
+    /// Posts it to a hook's URL with the headers that Stripe sends.
     pub async fn post(
         &self,
         client: &reqwest::Client,
@@ -108,14 +103,11 @@ impl Delivery {
     }
 }
 
-/// An HTTP client that gives up after 30 s, as Stripe's command line does.
-///
-/// # Panics
-/// When no client can be made.
+/// Makes an HTTP client with a timeout of 30 s, like that of Stripe's command line tool.
 pub fn client() -> reqwest::Client {
     static PROVIDER: OnceLock<()> = OnceLock::new();
     PROVIDER.get_or_init(|| {
-        // Fails when somebody else has installed one, which serves as well.
+        // Fails if the test has installed another provider already, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
     reqwest::Client::builder()
@@ -125,7 +117,7 @@ pub fn client() -> reqwest::Client {
         .expect("a client without special settings can be made")
 }
 
-/// `length` characters as Stripe's ids have them, different on every call and in every process.
+/// Returns `length` characters like those of Stripe's ids, different for every call and process.
 pub(crate) fn unique(length: usize) -> String {
     const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     static KEYS: OnceLock<RandomState> = OnceLock::new();

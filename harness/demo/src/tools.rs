@@ -1,7 +1,8 @@
-//! Where the programs are that the tests run: asked of the environment, else of `scripts/tools`.
+//! Finds the programs that the tests run: named by environment variables, else found by
+//! `scripts/tools`.
 //!
-//! `scripts/test` and `scripts/demo` set the variables; a bare `cargo nextest run` works as well,
-//! because the script is asked here, and installs what is missing.
+//! `scripts/test` and `scripts/demo` set the variables. A plain `cargo nextest run` works too,
+//! because the functions here then call `scripts/tools`, which installs what is missing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,25 +12,25 @@ use std::sync::OnceLock;
 /// The nats-server program.
 ///
 /// # Errors
-/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
 pub fn nats_server() -> io::Result<&'static Path> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     locate(&FOUND, "nats", "LITESTRIPE_NATS_SERVER")
 }
 
-/// The folder that holds PostgreSQL's `initdb` and `postgres`.
+/// The folder with PostgreSQL's `initdb` and `postgres`.
 ///
 /// # Errors
-/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
 pub fn postgres_bin() -> io::Result<&'static Path> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     locate(&FOUND, "postgres", "LITESTRIPE_POSTGRES_BIN")
 }
 
-/// The Python that has the packages of `harness/python/requirements.txt`.
+/// The Python with the packages of `harness/python/requirements.txt`.
 ///
 /// # Errors
-/// When there is none and `scripts/tools` cannot make one; its words are on stderr.
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
 pub fn python() -> io::Result<&'static Path> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     locate(&FOUND, "python", "LITESTRIPE_PYTHON")
@@ -60,7 +61,7 @@ fn ask_script(part: &str, variable: &str) -> io::Result<PathBuf> {
         .output()?;
     if !output.status.success() {
         return Err(io::Error::other(format!(
-            "scripts/tools {part} failed, its words are above"
+            "scripts/tools {part} failed, see its output above"
         )));
     }
     let path = String::from_utf8(output.stdout).map_err(io::Error::other)?;

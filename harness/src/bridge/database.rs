@@ -1,4 +1,4 @@
-//! The database of a bridge, and what stands in it.
+//! The database of a bridge, and queries on it.
 
 use std::path::Path;
 use std::time::Duration;
@@ -18,16 +18,15 @@ use tokio::sync::OnceCell;
 use crate::process::Process;
 use crate::{eventually, postgres};
 
-/// Which database the rows are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatabaseKind {
     /// A file in a temporary folder.
     Sqlite,
-    /// A server of its own.
+    /// A server that the test owns.
     Postgres,
 }
 
-/// An empty database at first; gone when it is dropped.
+/// A database, initially empty. Dropping it removes it.
 pub struct Database {
     place: Place,
     connection: OnceCell<DatabaseConnection>,
@@ -39,10 +38,8 @@ enum Place {
 }
 
 impl Database {
-    /// A database whose URL is known. A PostgreSQL server does not run before [`Self::resume`].
-    ///
-    /// # Panics
-    /// When its folder cannot be made.
+    /// Makes a database. A PostgreSQL server does not run before [`Self::resume`], but its URL is
+    /// known.
     pub fn prepare(kind: DatabaseKind) -> Self {
         let place = match kind {
             DatabaseKind::Sqlite => {
@@ -62,7 +59,7 @@ impl Database {
         }
     }
 
-    /// What `DATABASE_URL` is set to.
+    /// The value for `DATABASE_URL`.
     pub fn url(&self) -> String {
         match &self.place {
             Place::Sqlite(folder) => format!(
@@ -73,7 +70,7 @@ impl Database {
         }
     }
 
-    /// The folder of a SQLite file, with its log beside it.
+    /// The folder of a SQLite database and its write-ahead log; `None` for PostgreSQL.
     pub fn folder(&self) -> Option<&Path> {
         match &self.place {
             Place::Sqlite(folder) => Some(folder.path()),
@@ -81,10 +78,7 @@ impl Database {
         }
     }
 
-    /// Starts a PostgreSQL server, again or for the first time.
-    ///
-    /// # Panics
-    /// When it does not start.
+    /// Starts a PostgreSQL server, for the first time or again. Does nothing for SQLite.
     pub async fn resume(&mut self) {
         if let Place::Postgres(server) = &mut self.place {
             server.resume().await;
@@ -94,7 +88,7 @@ impl Database {
     /// Kills a PostgreSQL server as a crash would; the data stays.
     ///
     /// # Panics
-    /// When the database is SQLite, which is no process.
+    /// When the database is SQLite, which has no process.
     pub async fn kill(&mut self) {
         match &mut self.place {
             Place::Postgres(server) => server.kill().await,
@@ -102,7 +96,7 @@ impl Database {
         }
     }
 
-    /// A running PostgreSQL server's process.
+    /// The process of a running PostgreSQL server.
     pub fn process(&self) -> Option<&Process> {
         match &self.place {
             Place::Sqlite(_) => None,
@@ -110,10 +104,8 @@ impl Database {
         }
     }
 
-    /// A connection to it.
-    ///
-    /// # Errors
-    /// When the URL cannot be used; a server that is away is noticed by the first query.
+    /// The test's connection. It connects lazily: the first query fails if the server is
+    /// unreachable.
     pub async fn connection(&self) -> Result<&DatabaseConnection, DbErr> {
         let connect = || async {
             let mut options = ConnectOptions::new(self.url());
@@ -148,10 +140,7 @@ impl Database {
             .await
     }
 
-    /// Every column of every row of every table, a line each: `table.column: text`.
-    ///
-    /// # Errors
-    /// When the database is away.
+    /// Returns every value of every table, each as a line `table.column: text`.
     pub async fn dump(&self) -> Result<Vec<String>, DbErr> {
         let columns = match self.connection().await?.get_database_backend() {
             DbBackend::Postgres => {
@@ -176,10 +165,7 @@ impl Database {
         Ok(lines)
     }
 
-    /// What a query of the test's own answers.
-    ///
-    /// # Errors
-    /// When the database is away or refuses the query.
+    /// Runs a query.
     pub async fn query(&self, sql: &str) -> Result<Vec<sea_orm::QueryResult>, DbErr> {
         let connection = self.connection().await?;
         connection
@@ -190,10 +176,11 @@ impl Database {
             .await
     }
 
-    /// A transaction of another session that holds what `lock`, a statement, locks.
+    /// Begins a transaction in another session and runs the statement `lock` in it. The locks are
+    /// held until the transaction ends.
     ///
     /// # Panics
-    /// When the database is away, or somebody else has it.
+    /// When another session holds the locks.
     pub async fn locked(&self, lock: &str) -> DatabaseTransaction {
         let other = self
             .connection()
@@ -205,25 +192,19 @@ impl Database {
         other
             .execute_unprepared(lock)
             .await
-            .expect("nobody else has it");
+            .expect("no other session holds the lock");
         other
     }
 
-    /// How many statements of workers wait for a lock that somebody else has. PostgreSQL only.
-    ///
-    /// # Errors
-    /// When the database is away.
+    /// Counts the workers' statements that wait for another session's lock. PostgreSQL only.
     pub async fn waiting_workers(&self) -> Result<usize, DbErr> {
         let waiting = "SELECT pid FROM pg_stat_activity \
             WHERE application_name = 'litestripe-worker' AND wait_event_type = 'Lock'";
         Ok(self.query(waiting).await?.len())
     }
 
-    /// Waits until no transaction of a worker's is under way: what a killed one has sent to a server may still be
-    /// committed.
-    ///
-    /// # Panics
-    /// When there is one for half a minute.
+    /// Waits until no worker has an open transaction: the server may still commit what a killed
+    /// worker has sent. Does nothing for SQLite.
     pub async fn until_workers_are_idle(&self) {
         if self.process().is_none() {
             return;
@@ -235,17 +216,14 @@ impl Database {
             Duration::from_secs(30),
             async || match self.query(busy).await {
                 Ok(busy) if busy.is_empty() => Ok(()),
-                Ok(busy) => Err(format!("{} transactions", busy.len())),
+                Ok(busy) => Err(format!("{} open transactions", busy.len())),
                 Err(error) => Err(error.to_string()),
             },
         )
         .await;
     }
 
-    /// Waits until there is one.
-    ///
-    /// # Panics
-    /// When there is none within half a minute.
+    /// Waits until a worker's statement waits for another session's lock. PostgreSQL only.
     pub async fn until_a_worker_waits(&self) {
         eventually(
             "a worker to wait for a lock",
@@ -260,7 +238,7 @@ impl Database {
     }
 }
 
-/// The statement that locks the row of a subscription.
+/// Returns the statement that locks the row of a subscription.
 #[must_use]
 pub fn lock_of(subscription: &str) -> String {
     format!(
@@ -268,15 +246,12 @@ pub fn lock_of(subscription: &str) -> String {
     )
 }
 
-/// The columns of a row that signals carry, as a signal writes them.
-///
-/// # Panics
-/// When a time is none that RFC 3339 can write.
+/// Returns those columns of a row that signals contain, formatted as in a signal.
 #[must_use]
 pub fn shown(row: &stripe_subscription::Model) -> Value {
     let at = |at: Option<OffsetDateTime>| {
         let text = |at: OffsetDateTime| at.to_offset(UtcOffset::UTC).format(&Rfc3339);
-        at.map(|at| text(at).expect("the worker keeps only such times"))
+        at.map(|at| text(at).expect("the worker stores only times that RFC 3339 can express"))
     };
     json!({
         "stripe_subscription_id": row.stripe_subscription_id,

@@ -1,7 +1,7 @@
-//! A signal as a subscriber receives it, and what must hold of all of them together.
+//! A signal as a subscriber receives it, and the checks on all signals together.
 //!
-//! Owns the checks that every test makes in passing. May not use the products' own types for the
-//! bodies: what is checked are the documents that subscribers read.
+//! Owns the checks that every test runs along the way. May not use the product's types for the
+//! bodies, because it checks against the schemas that subscribers read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::{headers, shown};
 
-/// The schemas that are committed, by subject.
+/// The committed schemas by subject.
 const SCHEMAS: [(&str, &str); 3] = [
     (
         "subscription.changed",
@@ -29,22 +29,22 @@ const SCHEMAS: [(&str, &str); 3] = [
     ),
 ];
 
-/// A signal as it stands in the stream.
+/// A signal in the stream.
 #[derive(Debug, Clone)]
 pub struct Signal {
-    /// Its place in `LITESTRIPE_SIGNALS`.
+    /// Its sequence in `LITESTRIPE_SIGNALS`.
     pub sequence: u64,
     /// `subscription.changed`, `orphan.created` or `orphan.resolved`.
     pub subject: String,
-    /// Its headers.
     pub headers: BTreeMap<String, String>,
-    /// Its body.
     pub body: Value,
 }
 
 impl Signal {
+    /// Decodes a signal and checks it.
+    ///
     /// # Panics
-    /// When it is not as the documents say.
+    /// When it violates its schema.
     pub(super) fn read(message: &Message) -> Self {
         let signal = Self {
             sequence: message
@@ -63,12 +63,12 @@ impl Signal {
     /// The fields in `changed`.
     ///
     /// # Panics
-    /// When it has none, as orphans' signals.
+    /// When it has no `changed`, like an orphan's signal.
     #[must_use]
     pub fn changed(&self) -> Vec<&str> {
         let changed = self.body["changed"]
             .as_array()
-            .expect("it tells what changed");
+            .expect("a subscription's signal has `changed`");
         changed.iter().filter_map(Value::as_str).collect()
     }
 
@@ -85,7 +85,7 @@ impl Signal {
             self.subject,
             self.body
         );
-        // JSON Schema lets unknown fields pass; we document every field there is.
+        // JSON Schema accepts unknown fields, but every field should be documented.
         let fields: BTreeSet<_> = self
             .body
             .as_object()
@@ -95,7 +95,7 @@ impl Signal {
             .collect();
         assert_eq!(
             fields, schema.fields,
-            "{}: other fields than documented",
+            "{}: the fields differ from the documented ones",
             self.subject
         );
     }
@@ -122,7 +122,7 @@ impl Signal {
     }
 }
 
-/// The `subscription.changed` signals of one subscription.
+/// Selects the `subscription.changed` signals of one subscription.
 #[must_use]
 pub fn of_subscription<'a>(signals: &'a [Signal], id: &str) -> Vec<&'a Signal> {
     let is_its = |signal: &&Signal| {
@@ -132,8 +132,8 @@ pub fn of_subscription<'a>(signals: &'a [Signal], id: &str) -> Vec<&'a Signal> {
     signals.iter().filter(is_its).collect()
 }
 
-/// Checks that the signals of each subscription follow from one another without a hole, and that no
-/// signal is there twice.
+/// Checks that the signals of each subscription follow from one another without a gap, and that no
+/// signal occurs twice.
 pub(super) fn check_chains(signals: &[Signal]) {
     let mut ids = BTreeSet::new();
     let mut rows: BTreeMap<&str, &Signal> = BTreeMap::new();
@@ -143,7 +143,7 @@ pub(super) fn check_chains(signals: &[Signal]) {
             .headers
             .get("Nats-Msg-Id")
             .expect("a signal has an id");
-        assert!(ids.insert(id), "{id} is there twice");
+        assert!(ids.insert(id), "{id} occurs twice");
         match signal.text("orphan_id") {
             Some(orphan) => {
                 let expected = if orphans.contains_key(orphan) {
@@ -160,7 +160,7 @@ pub(super) fn check_chains(signals: &[Signal]) {
                     .expect("its schema demands it");
                 let before = rows.get(id).copied();
                 match before.filter(|before| before.body["revision"] == signal.body["revision"]) {
-                    Some(before) => check_again(before, signal),
+                    Some(before) => check_resent(before, signal),
                     None => check_step(before, signal),
                 }
                 rows.insert(id, signal);
@@ -169,12 +169,12 @@ pub(super) fn check_chains(signals: &[Signal]) {
     }
 }
 
-/// Checks a row that is sent once more under its revision: the same row, and no change.
-fn check_again(before: &Signal, signal: &Signal) {
+/// Checks the signal of a row that is sent again under its revision: the same row, and no change.
+fn check_resent(before: &Signal, signal: &Signal) {
     for field in fields_of_rows() {
         assert_eq!(
             signal.body[&field], before.body[&field],
-            "`{field}` of a row that is sent again"
+            "`{field}` of a row sent again"
         );
     }
     assert_eq!(signal.body["replayed"], true, "{:#}", signal.body);
@@ -225,8 +225,8 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
     assert_eq!(body["access"], access, "of {id}");
 }
 
-/// Checks that every row has signals, that the last of them says what the row says, and that no
-/// signal is of a row that is not there.
+/// Checks that every row has signals, that the last of them agrees with the row, and that every
+/// signal's row exists.
 pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]) {
     let mut last: BTreeMap<&str, &Signal> = BTreeMap::new();
     for signal in signals
@@ -244,19 +244,19 @@ pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]
         let id = row.stripe_subscription_id.as_str();
         let signal = last
             .remove(id)
-            .unwrap_or_else(|| panic!("{id} has a row and no signal"));
+            .unwrap_or_else(|| panic!("{id} has a row but no signal"));
         let row = shown(row);
-        for field in row.as_object().expect("it is made as one").keys() {
+        for field in row.as_object().expect("it is an object").keys() {
             assert_eq!(
                 row[field], signal.body[field],
                 "`{field}` of the row {id} and its last signal"
             );
         }
     }
-    assert!(last.is_empty(), "signals of no row: {:?}", last.keys());
+    assert!(last.is_empty(), "signals without a row: {:?}", last.keys());
 }
 
-/// The fields that a row's columns become.
+/// The fields of a signal that come from the row's columns, without the revision.
 fn fields_of_rows() -> impl Iterator<Item = String> {
     let Value::Object(fields) = no_row() else {
         unreachable!("it is written as an object below")
@@ -267,7 +267,7 @@ fn fields_of_rows() -> impl Iterator<Item = String> {
         .filter(|field| field != "revision")
 }
 
-/// What stands for a row that is not there, as the first signal's `previous` tells it.
+/// The values before the row existed, as in `previous` of its first signal.
 fn no_row() -> Value {
     json!({
         "stripe_customer_id": null,

@@ -1,7 +1,8 @@
-//! A stub of Stripe's API: the one thing in these tests that is not real.
+//! A stub of Stripe's API, the only part of these tests that is not real.
 //!
-//! Owns what it answers (subscriptions, events, Checkout Sessions by subscription, customers; lists in
-//! pages as Stripe documents them), the trouble a test asks for, and a record of what it was asked. May not know what the worker does with it.
+//! Owns its objects (subscriptions, events, Checkout Sessions by subscription, customers), lists in
+//! pages as Stripe documents them, the errors that a test plans, and a record of the requests. May
+//! not know what the worker does with the answers.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -21,20 +22,20 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// The key that the stub knows: a test mode's.
+/// The only API key that the stub accepts, a test mode key.
 pub const API_KEY: &str = "sk_test_onlyTheStubKnowsThis4711";
 
-/// A running stub; it is gone when it is dropped.
+/// A running stub. Dropping it ends it.
 pub struct Api {
     url: String,
     shared: Arc<Shared>,
     _server: JoinSet<()>,
 }
 
-/// A request as it arrived.
+/// A received request.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// When.
+    /// The time of its arrival.
     pub at: Instant,
     /// Path and query, such as `/v1/checkout/sessions?subscription=sub_…&limit=100`.
     pub path: String,
@@ -42,7 +43,7 @@ pub struct Request {
     pub headers: BTreeMap<String, String>,
 }
 
-/// What is answered instead of an object.
+/// A planned answer in place of an object.
 #[derive(Clone, Debug)]
 pub struct Trouble {
     status: u16,
@@ -50,7 +51,7 @@ pub struct Trouble {
 }
 
 impl Trouble {
-    /// This HTTP status, such as 429.
+    /// An answer with this HTTP status, such as 429.
     #[must_use]
     pub fn status(status: u16) -> Self {
         Self {
@@ -59,7 +60,7 @@ impl Trouble {
         }
     }
 
-    /// The same with a header, such as `Retry-After`.
+    /// Adds a header, such as `Retry-After`.
     #[must_use]
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
@@ -67,8 +68,8 @@ impl Trouble {
     }
 }
 
-/// While it lives, requests for its path are recorded, and answered only once it is dropped, with
-/// what the stub had when they arrived.
+/// Delays the answers to requests for a path until it is dropped. The answers contain what the stub
+/// had when the requests arrived.
 #[must_use]
 pub struct Hold {
     path: &'static str,
@@ -86,7 +87,7 @@ struct State {
     subscriptions: BTreeMap<String, Value>,
     customers: BTreeMap<String, Value>,
     checkout_sessions: Vec<Value>,
-    /// Events, and whether every endpoint has accepted them.
+    /// Events, each with whether every endpoint accepted it.
     events: Vec<(Value, bool)>,
     troubles: Vec<(&'static str, Trouble)>,
     held: Vec<&'static str>,
@@ -94,18 +95,12 @@ struct State {
 }
 
 impl Api {
-    /// A stub without any object.
-    ///
-    /// # Panics
-    /// When it cannot listen.
+    /// Starts a stub without any object.
     pub async fn start() -> Self {
         Self::start_with(true).await
     }
 
-    /// A stub whose answers have no `Date`, as some proxies leave them.
-    ///
-    /// # Panics
-    /// When it cannot listen.
+    /// Starts a stub that sends no `Date` header, like a proxy that removes it.
     pub async fn start_without_date() -> Self {
         Self::start_with(false).await
     }
@@ -125,39 +120,40 @@ impl Api {
         }
     }
 
-    /// What `STRIPE_API_BASE` is set to.
+    /// The value for `STRIPE_API_BASE`.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Has it know this subscription, in place of another state of it.
+    /// Adds a subscription, or replaces it.
     pub fn put_subscription(&self, object: Value) {
         let id = text(&object, "id");
         self.shared.state().subscriptions.insert(id, object);
     }
 
-    /// Has it know this customer.
+    /// Adds a customer, or replaces it.
     pub fn put_customer(&self, object: Value) {
         let id = text(&object, "id");
         self.shared.state().customers.insert(id, object);
     }
 
-    /// Has it list this Checkout Session.
+    /// Adds a Checkout Session.
     pub fn put_checkout_session(&self, object: Value) {
         self.shared.state().checkout_sessions.push(object);
     }
 
-    /// Has it list this event, as one that an endpoint did not accept, or that all did.
+    /// Adds an event. `delivered` is whether every endpoint accepted it.
     pub fn put_event(&self, object: Value, delivered: bool) {
         self.shared.state().events.push((object, delivered));
     }
 
-    /// Answers the next request whose path contains `path` so. Several are answered one after another.
+    /// Plans the answer to the next request with `path` in its path. Several calls plan several
+    /// requests.
     pub fn answer_next(&self, path: &'static str, trouble: Trouble) {
         self.shared.state().troubles.push((path, trouble));
     }
 
-    /// Holds back the answers to requests whose path contains `path`.
+    /// Delays the answers to requests with `path` in their path.
     pub fn hold(&self, path: &'static str) -> Hold {
         self.shared.state().held.push(path);
         Hold {
@@ -166,7 +162,7 @@ impl Api {
         }
     }
 
-    /// What it was asked so far whose path contains `path`.
+    /// The requests so far with `path` in their path.
     pub fn requests(&self, path: &str) -> Vec<Request> {
         let state = self.shared.state();
         state
@@ -194,7 +190,7 @@ impl Shared {
         self.state.lock().expect("no holder of this lock panics")
     }
 
-    /// Records a request and answers it, once nothing holds it back.
+    /// Records a request and answers it, after the end of any [`Hold`] on its path.
     async fn answer(&self, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
         let mut released = self.released.subscribe();
         let path = request.uri().to_string();
@@ -276,8 +272,8 @@ impl State {
             .collect()
     }
 
-    /// Stripe: "List subscriptions": `status` all, ended, or one of them; without it all but canceled.
-    /// None of a test clock.
+    /// Stripe, "List subscriptions": `status` is `all`, `ended` or one status; without it all
+    /// subscriptions but the canceled are listed. Those of a test clock never are.
     fn subscriptions(&self, query: &[(String, String)]) -> Vec<&Value> {
         let is_wanted = |status: &str| match one(query, "status") {
             None => status != "canceled",
@@ -294,7 +290,7 @@ impl State {
             .collect()
     }
 
-    /// Stripe: "List all events".
+    /// Stripe, "List all events".
     fn events(&self, query: &[(String, String)]) -> Vec<&Value> {
         let types: Vec<&str> = all(query, "types[]").collect();
         let since: i64 = one(query, "created[gte]")
@@ -324,7 +320,8 @@ fn one<'a>(query: &'a [(String, String)], name: &str) -> Option<&'a str> {
     all(query, name).next()
 }
 
-/// A page of a list, newest first. Nothing where `starting_after` names none of it. Stripe: "Pagination".
+/// Makes a page of a list, newest first; `None` if `starting_after` is not in the list. Stripe,
+/// "Pagination".
 fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Option<Value> {
     objects.sort_by_key(|object| {
         (
@@ -344,7 +341,7 @@ fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Opti
     Some(json!({ "object": "list", "url": url, "has_more": has_more, "data": data }))
 }
 
-/// Hyper adds the `Date`, if it shall.
+/// Makes a response. Hyper adds the `Date` header, unless switched off in `serve`.
 fn response(trouble: &Trouble, body: &Value) -> Response<Full<Bytes>> {
     let response = Response::builder()
         .status(trouble.status)
@@ -370,7 +367,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, date: bool) {
             async move { Ok::<_, Infallible>(shared.answer(request).await) }
         });
         connections.spawn(async move {
-            // It fails when the worker is killed in the middle of a request.
+            // Fails when the worker is killed in the middle of a request.
             let _ = http1::Builder::new()
                 .auto_date_header(date)
                 .serve_connection(TokioIo::new(stream), answer)

@@ -8,10 +8,10 @@ use time::OffsetDateTime;
 
 use super::unique;
 
-/// The version that the bodies are written in.
+/// The API version of the bodies.
 const API_VERSION: &str = "2026-07-29.dahlia";
 
-/// An event, ready to be rendered; tests change `value` as they like.
+/// An event. Tests may change `value` before it is rendered.
 #[derive(Clone, Debug)]
 pub struct Event {
     /// The whole event object.
@@ -19,7 +19,7 @@ pub struct Event {
 }
 
 impl Event {
-    /// An event of that type and time (Unix seconds) about `object`, with a fresh id.
+    /// An event of that type and time (Unix seconds) about `object`, with a new id.
     pub fn new(event_type: &str, created: i64, object: Value) -> Self {
         let value = json!({
             "id": format!("evt_1{}", unique(23)),
@@ -35,14 +35,14 @@ impl Event {
         Self { value }
     }
 
-    /// The same with `data.previous_attributes`, as events about a change have them.
+    /// Sets `data.previous_attributes`, which events about a change have.
     #[must_use]
     pub fn with_previous_attributes(mut self, previous: Value) -> Self {
         self.value["data"]["previous_attributes"] = previous;
         self
     }
 
-    /// Its `evt_…`.
+    /// Its id, `evt_…`.
     pub fn id(&self) -> &str {
         self.text("/id")
     }
@@ -52,17 +52,16 @@ impl Event {
         self.text("/type")
     }
 
-    /// Its time in Unix seconds; 0 when it has none.
+    /// Its time in Unix seconds; 0 if it has none.
     pub fn created(&self) -> i64 {
         self.value["created"].as_i64().unwrap_or_default()
     }
 
-    /// What it is about and how that stands, in a few words for people:
-    /// `sub_… active until 2026-12-23`.
+    /// Describes the event's object in a few words for people: `sub_… active until 2026-12-23`.
     pub fn summary(&self) -> String {
         let object = &self.value["data"]["object"];
         let text = |field: &str| object[field].as_str();
-        // A Checkout Session's id has 66 characters, of which the first ones tell.
+        // A Checkout Session's id has 66 characters; the first ones suffice to recognise it.
         let mut summary = text("id")
             .unwrap_or_default()
             .chars()
@@ -83,14 +82,14 @@ impl Event {
         summary
     }
 
-    /// The body as Stripe's webhooks carry it: indented by two, `id` and `object` first.
+    /// Renders the body as in Stripe's webhooks: indented by two, `id` and `object` first.
     pub fn body(&self) -> Bytes {
         let mut text = String::new();
         render(&self.value, 0, &mut text);
         text.into()
     }
 
-    /// The body in one line, as other transports carry it.
+    /// Renders the body in one line, as other transports do.
     pub fn compact_body(&self) -> Bytes {
         self.value.to_string().into()
     }
@@ -129,7 +128,7 @@ fn render(value: &Value, depth: usize, text: &mut String) {
     let _ = write!(text, "\n{}{close}", "  ".repeat(depth));
 }
 
-/// Stripe's order: `id`, `object`, then the others by name.
+/// Returns the members in Stripe's order: `id`, `object`, then the others by name.
 fn in_order(map: &Map<String, Value>) -> impl Iterator<Item = (&String, &Value)> {
     let mut members: Vec<_> = map.iter().collect();
     members.sort_by_key(|(key, _)| match key.as_str() {

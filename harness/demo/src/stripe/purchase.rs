@@ -1,7 +1,7 @@
-//! The objects of one purchase, which know each other by id, and events about them.
+//! The objects of one purchase, which refer to each other by id, and events about them.
 //!
-//! The templates beside this file are written out as API version 2026-07-29.dahlia renders them
-//! with flexible billing: the current period stands on the items.
+//! The JSON templates in this folder are as API version 2026-07-29.dahlia renders them with
+//! flexible billing: the items hold the current period.
 
 use serde_json::{Value, json};
 
@@ -12,16 +12,16 @@ pub const MONTH: i64 = 30 * 86_400;
 /// The length of a trial in these events, in seconds: 14 days.
 pub const TRIAL: i64 = 14 * 86_400;
 
-/// A customer, the Checkout Session they paid in and the subscription that came of it.
+/// A customer, their Checkout Session and the resulting subscription.
 #[derive(Clone, Debug)]
 pub struct Purchase {
-    /// When it was made, in Unix seconds.
+    /// The time of the purchase in Unix seconds.
     pub created: i64,
-    /// The subscription's `sub_…`.
+    /// The subscription's id, `sub_…`.
     pub subscription: String,
-    /// The customer's `cus_…`.
+    /// The customer's id, `cus_…`.
     pub customer: String,
-    /// The Checkout Session's `cs_test_…`.
+    /// The Checkout Session's id, `cs_test_…`.
     pub checkout_session: String,
     item: String,
     payment_method: String,
@@ -29,7 +29,7 @@ pub struct Purchase {
 }
 
 impl Purchase {
-    /// A purchase with ids that nobody else has.
+    /// A purchase with unique ids.
     pub fn new(created: i64) -> Self {
         Self {
             created,
@@ -83,14 +83,14 @@ impl Purchase {
         object
     }
 
-    /// An event about the subscription as it is right after the purchase, with the fields of
-    /// `changes` instead (whole values; null is a value).
+    /// Makes an event about the subscription as it is right after the purchase, with the fields in
+    /// `changes` replaced (whole values; null is a value).
     pub fn subscription_event(&self, event_type: &str, created: i64, changes: Value) -> Event {
         Event::new(event_type, created, changed(self.subscription(), changes))
     }
 
-    /// An event about the Checkout Session, with the fields of `changes` instead (whole values; null
-    /// is a value).
+    /// Makes an event about the Checkout Session, with the fields in `changes` replaced (whole
+    /// values; null is a value).
     pub fn checkout_session_event(&self, event_type: &str, created: i64, changes: Value) -> Event {
         Event::new(
             event_type,
@@ -99,7 +99,7 @@ impl Purchase {
         )
     }
 
-    /// The fields that the subscription has while it is on trial.
+    /// The fields of the subscription that differ while it is on trial.
     pub fn on_trial(&self) -> Value {
         let end = self.created + TRIAL;
         json!({
@@ -112,7 +112,7 @@ impl Purchase {
     }
 }
 
-/// `object` with the members of `changes` in place of its own.
+/// Replaces members of `object` by those of `changes`.
 pub(super) fn changed(mut object: Value, changes: Value) -> Value {
     let Value::Object(changes) = changes else {
         return object;

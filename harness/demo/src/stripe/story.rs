@@ -1,4 +1,5 @@
-//! A subscription's life from Checkout to its end, and one payment that nobody can be found for.
+//! The events of a subscription's life from Checkout to its end, and of a payment without a known
+//! user.
 
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -6,14 +7,16 @@ use time::OffsetDateTime;
 use super::purchase::changed;
 use super::{Event, MONTH, Purchase, TRIAL};
 
-/// The story's events in the order in which they happened, the last of them a minute before `now`.
+/// Makes the story's events in the order in which they happened, the last one a minute before
+/// `now`.
 ///
-/// A Checkout with the client reference id `user_4711` and a trial; its activation; a renewal; a
-/// cancellation at the period's end; that end. Then a paid Checkout Session without a client
-/// reference id, of `rescue-me@example.com`: an orphan.
+/// They are: a Checkout with the client reference id `user_4711` and a trial; its activation; a
+/// renewal; a cancellation at the period's end; that end. Then a paid Checkout Session of
+/// `rescue-me@example.com` without a client reference id: an orphan.
 pub fn story(now: OffsetDateTime) -> Vec<Event> {
     let now = now.unix_timestamp();
-    // A trial and two periods ago, less an hour for what Stripe does after a period's end.
+    // A trial and two periods ago, and one hour more, because Stripe acts some time after a
+    // period's end.
     let purchase = Purchase::new(now - TRIAL - 2 * MONTH - 3_600);
     let mut events = life(&purchase);
     events.push(orphan(&Purchase::new(now - 60)));
