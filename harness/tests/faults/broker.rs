@@ -1,4 +1,4 @@
-//! What the broker may do to us, and what becomes of it.
+//! Failures of the broker: full or deleted streams, lost data, refused connections, vanished hosts.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::proxy::Mode;
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
 #[tokio::test]
-async fn full_stream_refuses_until_applied_events_have_made_room() {
+async fn full_stream_refuses_events_until_applied_ones_are_purged() {
     let settings = [
         ("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB"),
         ("LITESTRIPE_BATCH", "20"),
@@ -34,7 +34,7 @@ async fn full_stream_refuses_until_applied_events_have_made_room() {
     assert_eq!(
         (full.first_sequence, full.messages),
         (1, accepted),
-        "nothing was removed to make room"
+        "no event was removed to make room"
     );
 
     rig.start_worker(0, &[]);
@@ -45,7 +45,7 @@ async fn full_stream_refuses_until_applied_events_have_made_room() {
         .wait_for_log("purged the oldest", DEADLINE)
         .await;
 
-    // With the database away nothing can be applied, and so nothing may be purged.
+    // Without the database no event can be applied, so none may be purged.
     rig.bridge.wait_until_applied().await;
     let applied = events(&rig).await.last_sequence;
     rig.bridge.database.kill().await;
@@ -56,39 +56,43 @@ async fn full_stream_refuses_until_applied_events_have_made_room() {
     let kept = events(&rig).await;
     assert!(
         kept.first_sequence <= applied + 1,
-        "{kept:?}: only what was applied ({applied}) may go"
+        "{kept:?}: only applied events (up to {applied}) may be purged"
     );
     rig.bridge.database.resume().await;
     accepts_again(&rig).await;
-    // Rows are compared with the merge of everything that was ever accepted.
+    // The rows are compared with the merge of all events that were ever accepted.
     check(&rig, Stream::Purged).await;
 }
 
 #[tokio::test]
-async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
+async fn full_stream_keeps_events_that_a_replay_still_has_to_reapply() {
     let settings = [("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB")];
     let rig = Rig::start(DatabaseKind::Postgres, 1, &settings).await;
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase)]).await;
     rig.bridge.wait_until_applied().await;
-    let (lock, replay) = held_up_replay(&rig, &purchase).await;
+    let (lock, replay) = start_blocked_replay(&rig, &purchase).await;
     fill(&rig).await;
     rig.bridge.wait_until_applied().await;
-    // The worker looks after room every 10 s; it shows that it did by the size of the stream.
+    // The worker checks the stream's size every 10 s; the metric then shows the current size.
     let bytes = events(&rig).await.bytes;
-    eventually("the worker to look after room", DEADLINE, async || {
-        let page = rig.worker_metrics(0).await;
-        if page.contains(&format!("events_stream_bytes {bytes}\n")) {
-            Ok(())
-        } else {
-            Err(page)
-        }
-    })
+    eventually(
+        "the worker to check the stream's size",
+        DEADLINE,
+        async || {
+            let page = rig.worker_metrics(0).await;
+            if page.contains(&format!("events_stream_bytes {bytes}\n")) {
+                Ok(())
+            } else {
+                Err(page)
+            }
+        },
+    )
     .await;
     assert_eq!(
         events(&rig).await.first_sequence,
         1,
-        "the replay is at the first event"
+        "the replay still needs the first event"
     );
 
     lock.rollback().await.expect("the transaction is open");
@@ -98,7 +102,7 @@ async fn full_stream_keeps_what_a_replay_has_still_to_apply_again() {
     check_rows_are_merged(&rig).await;
 }
 
-/// Delivers until the stream is full; returns how many were accepted.
+/// Delivers events until the stream is full; returns how many were accepted.
 async fn fill(rig: &Rig) -> u64 {
     let mut accepted = 0;
     loop {
@@ -132,7 +136,7 @@ async fn events(rig: &Rig) -> State {
 }
 
 #[tokio::test]
-async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
+async fn deleted_consumer_is_recreated_and_redelivers_every_event() {
     let rig = Rig::start(DatabaseKind::Postgres, 2, &[]).await;
     let load = Load::start(&rig.ledger, &rig.hook(), 7);
     until_accepted(&rig, 200).await;
@@ -149,16 +153,20 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
         .await
         .expect("a consumer can be deleted");
 
-    // Either makes it again. The other one finds it there, or makes it, too.
+    // One worker recreates it. The other finds it, or recreates it too.
     eventually("a worker to consume again", DEADLINE, async || {
         let logs = [rig.running(0).log(), rig.running(1).log()];
-        let again = logs
+        let consumes_again = logs
             .iter()
             .any(|log| log.matches("consuming STRIPE_EVENTS").count() == 2);
-        if again { Ok(()) } else { Err(logs.concat()) }
+        if consumes_again {
+            Ok(())
+        } else {
+            Err(logs.concat())
+        }
     })
     .await;
-    // More than once: what they had fetched before says nothing.
+    // Three times, because a worker may still apply messages that it fetched before the deletion.
     for _ in 0..3 {
         let before = [applied(&rig, 0).await, applied(&rig, 1).await];
         eventually("both workers to apply events", DEADLINE, async || {
@@ -176,7 +184,7 @@ async fn deleted_consumer_is_made_again_and_delivers_everything_once_more() {
     assert_eq!(found.repeated_signals, 0);
 }
 
-/// How many events a worker has applied since it started.
+/// Returns how many events a worker has applied since it started.
 async fn applied(rig: &Rig, index: usize) -> u64 {
     let metrics = rig.worker_metrics(index).await;
     let count = metrics
@@ -188,11 +196,11 @@ async fn applied(rig: &Rig, index: usize) -> u64 {
 }
 
 #[tokio::test]
-async fn consumer_deleted_while_nobody_could_be_told_is_made_again() {
+async fn consumer_deleted_while_the_workers_are_disconnected_is_recreated() {
     let rig = Rig::start(DatabaseKind::Sqlite, 2, &[]).await;
     rig.deliver_all(&[bought()]).await;
     rig.bridge.wait_until_applied().await;
-    while_workers_are_cut_off(&rig, WORKER_CONSUMER).await;
+    delete_consumer_during_disconnection(&rig, WORKER_CONSUMER).await;
     rig.deliver_all(&[bought()]).await;
     check(&rig, Stream::Whole).await;
     assert_eq!(
@@ -204,7 +212,7 @@ async fn consumer_deleted_while_nobody_could_be_told_is_made_again() {
 }
 
 #[tokio::test]
-async fn broker_that_lost_its_store_is_given_streams_and_consumer_again() {
+async fn streams_and_consumer_are_recreated_on_a_broker_that_lost_its_store() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.deliver_all(&[bought()]).await;
     rig.bridge.wait_until_applied().await;
@@ -217,12 +225,12 @@ async fn broker_that_lost_its_store_is_given_streams_and_consumer_again() {
     assert_eq!(
         rig.bridge.signals().await.len(),
         1,
-        "the other was in the store that is lost"
+        "the first signal was lost with the store"
     );
 }
 
 #[tokio::test]
-async fn consumer_has_as_many_replicas_as_the_stream_whatever_the_setting_says_by_now() {
+async fn recreated_consumer_has_the_replicas_of_the_stream_and_not_of_the_setting() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.running(0).stop().await;
     let stream = rig
@@ -236,20 +244,20 @@ async fn consumer_has_as_many_replicas_as_the_stream_whatever_the_setting_says_b
         .delete_consumer(WORKER_CONSUMER)
         .await
         .expect("a consumer can be deleted");
-    // A single server refuses a consumer with three.
+    // A single server refuses a consumer with three replicas.
     rig.start_worker(0, &[("LITESTRIPE_STREAM_REPLICAS", "3")]);
     rig.until_worker_is_ready(0).await;
 }
 
 #[tokio::test]
-async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
+async fn replay_whose_consumer_was_deleted_reapplies_all_events_and_ends() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase), bought(), bought()])
         .await;
     rig.bridge.wait_until_applied().await;
-    let (lock, replay) = held_up_replay(&rig, &purchase).await;
-    while_workers_are_cut_off(&rig, "litestripe-replay").await;
+    let (lock, replay) = start_blocked_replay(&rig, &purchase).await;
+    delete_consumer_during_disconnection(&rig, "litestripe-replay").await;
     lock.rollback().await.expect("the transaction is open");
     let status = replay.wait(DEADLINE).await;
     assert!(status.success(), "{status}: {}", replay.log());
@@ -260,9 +268,9 @@ async fn replay_whose_consumer_vanished_applies_all_of_it_again_and_ends() {
     );
 }
 
-/// A replay that waits for somebody else's lock on the row that its first event changes.
-async fn held_up_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction, Program) {
-    // As if the row had lost what its events said.
+/// Starts a replay that waits for another session's lock on the row that its first event changes.
+async fn start_blocked_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction, Program) {
+    // Empties the row's merge state, so that the replay has something to write.
     let id = &purchase.subscription;
     let empty = format!(
         "UPDATE stripe_subscription SET merge_state = '{{}}' WHERE stripe_subscription_id = '{id}'"
@@ -278,8 +286,8 @@ async fn held_up_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransaction,
     (lock, replay)
 }
 
-/// Deletes a consumer while the workers have no connection.
-async fn while_workers_are_cut_off(rig: &Rig, consumer: &str) {
+/// Deletes a consumer while the workers have no connection to the broker.
+async fn delete_consumer_during_disconnection(rig: &Rig, consumer: &str) {
     let stream = rig
         .bridge
         .jetstream()
@@ -309,16 +317,16 @@ async fn until_accepted(rig: &Rig, count: usize) {
 }
 
 #[tokio::test]
-async fn deleted_streams_are_made_again_and_later_events_flow() {
+async fn deleted_streams_are_recreated_and_later_events_are_applied() {
     streams_deleted(&[EVENTS_STREAM, SIGNALS_STREAM, DEAD_LETTERS_STREAM]).await;
 }
 
 #[tokio::test]
-async fn deleted_signals_stream_is_made_again_and_later_signals_flow() {
+async fn deleted_signals_stream_is_recreated_and_later_signals_are_sent() {
     streams_deleted(&[SIGNALS_STREAM]).await;
 }
 
-/// What was in them is gone; what comes later must not be.
+/// The messages of the deleted streams are lost; later events and signals must not be.
 async fn streams_deleted(names: &[&str]) {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.deliver_all(&[bought(), bought()]).await;
@@ -353,7 +361,7 @@ async fn streams_deleted(names: &[&str]) {
 }
 
 #[tokio::test]
-async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
+async fn after_a_lowered_max_payload_larger_events_are_refused_and_others_stored() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     let large = || {
         let mut event = bought();
@@ -364,7 +372,7 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
     rig.deliver_all(&[bought(), large()]).await;
     rig.bridge.wait_until_applied().await;
 
-    // Some are stored and not yet applied when the server comes back with less.
+    // Two events are stored but not applied when the server restarts with a smaller limit.
     rig.running(0).signal(Signal::Stop);
     rig.deliver_all(&[bought(), large()]).await;
     configure(&rig, |config| config + "\nmax_payload: 64KB\n");
@@ -384,7 +392,7 @@ async fn lowered_max_payload_refuses_what_is_larger_and_stores_the_rest() {
 }
 
 #[tokio::test]
-async fn max_payload_raised_by_a_reload_is_noticed_when_something_was_too_large() {
+async fn max_payload_raised_by_a_reload_is_noticed_after_a_message_was_too_large() {
     let broker = nats::Options {
         config: "max_payload: 64KB".to_owned(),
         ..nats::Options::default()
@@ -431,12 +439,12 @@ async fn max_payload_raised_by_a_reload_is_noticed_when_something_was_too_large(
 }
 
 #[tokio::test]
-async fn sqlite_signals_that_are_too_large_hold_up_their_own_subscriptions_only() {
+async fn sqlite_oversized_signals_block_only_their_own_subscriptions() {
     signals_too_large(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
-async fn postgres_signals_that_are_too_large_hold_up_their_own_subscriptions_only() {
+async fn postgres_oversized_signals_block_only_their_own_subscriptions() {
     signals_too_large(DatabaseKind::Postgres).await;
 }
 
@@ -450,7 +458,8 @@ async fn signals_too_large(database: DatabaseKind) {
     rig.start_ingress(&[]);
     rig.start_worker(0, &[]);
     rig.until_worker_is_ready(0).await;
-    // More than one round of the relay reads, of 200 subscriptions, each with a small one behind them.
+    // More large signals than the relay reads in one round. They belong to 200 subscriptions, each
+    // of which also has a later small signal.
     let body = "x".repeat(50_000);
     for (count, body, prefix) in [(1200, body.as_str(), "large"), (200, "small", "small")] {
         let insert = signals_to_insert(count, body, prefix);
@@ -484,14 +493,14 @@ async fn signals_too_large(database: DatabaseKind) {
     )
     .await;
     assert!(rig.worker_metrics(0).await.contains(WAITING));
-    assert_eq!(sent().await, 1, "what is behind a large one waits with it");
+    assert_eq!(sent().await, 1, "signals after a large one wait too");
 
     configure(&rig, |config| {
         config.replace("max_payload: 40KB", "max_payload: 1MB")
     });
     rig.bridge.broker.restart().await;
     rig.bridge.wait_until_applied().await;
-    eventually("the metric to say so", DEADLINE, async || {
+    eventually("the metric to show no waiting", DEADLINE, async || {
         let page = rig.worker_metrics(0).await;
         if page.contains(WAITING) {
             Err(page)
@@ -502,7 +511,8 @@ async fn signals_too_large(database: DatabaseKind) {
     .await;
 }
 
-/// An insertion of that many signals with that body, of at most 200 subscriptions.
+/// Returns a statement that inserts `count` signals with that body, spread over up to 200
+/// subscriptions.
 fn signals_to_insert(count: usize, body: &str, prefix: &str) -> String {
     format!(
         "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO signal_outbox \
@@ -512,7 +522,7 @@ fn signals_to_insert(count: usize, body: &str, prefix: &str) -> String {
 }
 
 #[tokio::test]
-async fn wrong_password_at_the_start_is_named_and_waited_for() {
+async fn wrong_password_at_startup_is_logged_and_retried() {
     let broker = nats::Options {
         config: users("another-secret"),
         ..nats::Options::default()
@@ -544,7 +554,7 @@ async fn wrong_password_at_the_start_is_named_and_waited_for() {
     rig.until_worker_is_ready(0).await;
 }
 
-/// Two users: the tests need no password, the programs that one.
+/// Configures two users: the tests need no password, the programs need this one.
 fn users(password: &str) -> String {
     format!(
         "authorization {{ users = [\n  {{ user: tests, password: tests }}\n  \
@@ -553,7 +563,7 @@ fn users(password: &str) -> String {
 }
 
 #[tokio::test]
-async fn revoked_authorization_is_waited_for_and_said() {
+async fn revoked_authorization_is_logged_and_retried() {
     let (good, other) = ("secret-of-the-tests", "another-secret");
     let broker = nats::Options {
         config: users(good),
@@ -587,7 +597,7 @@ async fn revoked_authorization_is_waited_for_and_said() {
             .await,
         Answer::Refused(503)
     );
-    // The reason is said, and the password is not.
+    // The log names the reason, but not the password.
     for program in [rig.ingress(), rig.running(0)] {
         eventually("the reason in the log", DEADLINE, async || {
             let log = program.log();
@@ -614,7 +624,7 @@ async fn revoked_authorization_is_waited_for_and_said() {
 }
 
 #[tokio::test]
-async fn broker_host_that_is_gone_without_a_word_is_noticed() {
+async fn broker_host_that_vanishes_silently_is_noticed() {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.deliver_all(&[bought()]).await;
     rig.bridge.wait_until_applied().await;
@@ -631,7 +641,7 @@ async fn broker_host_that_is_gone_without_a_word_is_noticed() {
     );
 }
 
-/// Changes the broker's configuration file, which it reads when it is started or told to.
+/// Changes the broker's configuration file, which it reads at its start and on `SIGHUP`.
 fn configure(rig: &Rig, change: impl FnOnce(String) -> String) {
     let path = rig.bridge.broker.folder().join("nats.conf");
     let config = std::fs::read_to_string(&path).expect("the harness wrote it");
@@ -647,7 +657,7 @@ fn created(purchase: &Purchase) -> Event {
     purchase.subscription_event("customer.subscription.created", purchase.created, json!({}))
 }
 
-/// The creation of a subscription that nobody has yet.
+/// The event of the creation of a new subscription.
 fn bought() -> Event {
     created(&purchase())
 }

@@ -1,7 +1,7 @@
-//! What must hold when everything is well again, whatever happened before.
+//! The check that runs after the faults, when everything works again.
 //!
-//! Owns the oracle: rows are compared with the pure merge of the events, signals with one another
-//! and with the rows, the stream with the ledger.
+//! Compares the rows with the pure merge of the events, the signals with each other and with the
+//! rows, and the stream with the ledger.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -21,10 +21,10 @@ use time::OffsetDateTime;
 
 use crate::rig::Rig;
 
-/// Deliveries of one event within this are stored once.
+/// The broker stores repeated deliveries of one event within this time only once.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(300);
 
-/// What a check found.
+/// The figures of a check.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Found {
     /// Events in the stream.
@@ -32,21 +32,22 @@ pub(crate) struct Found {
     pub(crate) rows: usize,
     /// Signals, without repetitions.
     pub(crate) signals: usize,
-    /// Signals with a `Nats-Msg-Id` that was there before.
+    /// Signals whose `Nats-Msg-Id` occurred before.
     pub(crate) repeated_signals: usize,
     pub(crate) dead_letters: usize,
 }
 
-/// What a test did that the check has to allow for.
+/// Whether the stream must contain every accepted event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stream {
-    /// Nothing was taken out of the streams: all that was accepted is there.
+    /// No message was removed from the streams: every accepted event is stored.
     Whole,
     /// Applied events were purged.
     Purged,
 }
 
-/// Waits until everything is applied, and checks that nothing was lost, doubled or reordered.
+/// Waits until every event is applied, and checks that no event or signal was lost, doubled or
+/// reordered.
 pub(crate) async fn check(rig: &Rig, stream: Stream) -> Found {
     rig.bridge.wait_until_applied().await;
     let stored = stored(rig).await;
@@ -72,7 +73,7 @@ pub(crate) async fn check(rig: &Rig, stream: Stream) -> Found {
     }
 }
 
-/// Checks that rows are the merge of what was accepted, whatever became of the streams.
+/// Checks that the rows are the merge of the accepted events. Needs no stream.
 pub(crate) async fn check_rows_are_merged(rig: &Rig) {
     check_rows(
         &rig.bridge.rows().await,
@@ -80,7 +81,7 @@ pub(crate) async fn check_rows_are_merged(rig: &Rig) {
     );
 }
 
-/// An event as it stands in the stream.
+/// An event in the stream.
 struct Stored {
     sequence: u64,
     message_id: String,
@@ -88,9 +89,9 @@ struct Stored {
     body: Bytes,
 }
 
-/// Messages asked for at a time. A consumer would have more of them on the way than the broker lets
-/// a connection hold, when they are large, and be cut off.
-const ASKED_AT_A_TIME: usize = 16;
+/// How many messages are requested at a time. A consumer would have more large messages in flight
+/// than the broker buffers for a connection, and the broker would close the connection.
+const REQUESTS_AT_A_TIME: usize = 16;
 
 async fn stored(rig: &Rig) -> Vec<Stored> {
     let stream = rig
@@ -104,14 +105,14 @@ async fn stored(rig: &Rig) -> Vec<Stored> {
     let sequences = state.first_sequence..=state.last_sequence;
     let messages = futures_util::stream::iter(sequences).map(|sequence| at(&stream, sequence));
     messages
-        .buffered(ASKED_AT_A_TIME)
+        .buffered(REQUESTS_AT_A_TIME)
         .filter_map(async |message| message.map(read))
         .collect()
         .await
 }
 
-/// The message at `sequence`, unless it was removed. Any replica answers a direct get; one that has
-/// not caught up knows of nothing, so then the leader is asked.
+/// Reads the message at `sequence`; `None` if it was removed. Any replica may answer a direct get,
+/// also one that lags behind and lacks the message, so in that case the leader is asked.
 async fn at(stream: &JetStream, sequence: u64) -> Option<StreamMessage> {
     if let Ok(message) = stream.direct_get(sequence).await {
         return Some(message);
@@ -129,7 +130,7 @@ fn read(message: StreamMessage) -> Stored {
         sequence: message.sequence,
         message_id: id
             .map(|id| id.as_str().to_owned())
-            .expect("whoever publishes events gives them an id"),
+            .expect("every published event has an id"),
         at: message.time,
         body: message.payload,
     }
@@ -166,7 +167,7 @@ fn check_stream(stored: &[Stored], accepted: &BTreeMap<String, Bytes>, stream: S
     }
 }
 
-/// The state that each row must have, as the merge alone makes it.
+/// Merges the events; returns the expected merge state of each row.
 fn merged(bodies: impl Iterator<Item = Bytes>) -> BTreeMap<String, State> {
     let mut states: BTreeMap<String, State> = BTreeMap::new();
     for body in bodies {
@@ -186,7 +187,7 @@ fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, Sta
     assert_eq!(
         ids,
         states.keys().collect(),
-        "there is a row for every subscription that events tell of"
+        "there is a row for every subscription with events, and no other"
     );
     for row in rows {
         let id = &row.stripe_subscription_id;
@@ -202,7 +203,7 @@ fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, Sta
         for (field, value) in expected.as_object().expect("a row is an object") {
             assert_eq!(
                 &shown[field], value,
-                "`{field}` of {id} is not what its events make of it"
+                "`{field}` of {id} differs from the merge of its events"
             );
         }
         assert_eq!(
@@ -217,8 +218,8 @@ fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, Sta
     }
 }
 
-/// Checks that the signals of each subscription follow from one another without a hole, up to what
-/// its row says.
+/// Checks that the signals of each subscription follow from one another without a gap, and that the
+/// last one agrees with the row.
 fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Found {
     let mut first: BTreeMap<&str, &Signal> = BTreeMap::new();
     let mut last: BTreeMap<&str, &Signal> = BTreeMap::new();
@@ -254,20 +255,20 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
         let id = row.stripe_subscription_id.as_str();
         let signal = last
             .remove(id)
-            .unwrap_or_else(|| panic!("{id} has a row and no signal"));
+            .unwrap_or_else(|| panic!("{id} has a row but no signal"));
         let row = shown(row);
-        for field in row.as_object().expect("it is made as one").keys() {
+        for field in row.as_object().expect("it is an object").keys() {
             assert_eq!(
                 row[field], signal.body[field],
                 "`{field}` of the row {id} and its last signal"
             );
         }
     }
-    assert!(last.is_empty(), "signals of no row: {:?}", last.keys());
+    assert!(last.is_empty(), "signals without a row: {:?}", last.keys());
     found
 }
 
-/// The subscription of which a `subscription.changed` tells.
+/// The subscription of a `subscription.changed` signal; `None` for other signals.
 fn changed(signal: &Signal) -> Option<&str> {
     if signal.subject == "subscription.changed" {
         signal.body["stripe_subscription_id"].as_str()
@@ -276,7 +277,7 @@ fn changed(signal: &Signal) -> Option<&str> {
     }
 }
 
-/// Checks that every orphan was signalled once, and nobody else as one.
+/// Checks that every orphan was signalled once, and that no other `orphan.created` exists.
 async fn check_orphans(rig: &Rig, signals: &[Signal]) {
     let created: BTreeMap<_, _> = signals
         .iter()
@@ -292,10 +293,10 @@ async fn check_orphans(rig: &Rig, signals: &[Signal]) {
     signalled.sort_unstable();
     let orphans = rig.bridge.orphans().await;
     let orphans: Vec<_> = orphans.iter().map(|orphan| orphan.id.as_str()).collect();
-    assert_eq!(signalled, orphans, "signals of orphans, and orphans");
+    assert_eq!(signalled, orphans, "signalled orphans and stored orphans");
 }
 
-/// Checks that the dead letters are the events that nobody can decode, and no other.
+/// Checks that the dead letters are exactly the events that cannot be decoded.
 async fn check_dead_letters(rig: &Rig, stored: &[Stored], stream: Stream) -> usize {
     let poison: BTreeSet<u64> = stored
         .iter()
@@ -312,7 +313,7 @@ async fn check_dead_letters(rig: &Rig, stored: &[Stored], stream: Stream) -> usi
     if stream == Stream::Whole {
         assert_eq!(
             letters, poison,
-            "the stream sequences of dead letters, and of events that are poison"
+            "the stream sequences of dead letters and of poisoned events"
         );
     }
     letters.len()

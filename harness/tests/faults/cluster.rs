@@ -1,4 +1,4 @@
-//! Three brokers with a replica of every stream each.
+//! Failures in a cluster of three brokers, each with a replica of every stream.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use crate::load::Load;
 use crate::rig::{DEADLINE, Rig};
 
 const NODES: usize = 3;
-/// Elections and catching up, with three brokers on two cores.
+/// Enough for elections and catching up, with three brokers on two cores.
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(90);
 
 #[tokio::test]
-async fn cluster_loses_its_leader_and_then_a_node_with_its_disk_and_nothing_else() {
+async fn cluster_that_loses_its_leader_and_then_a_node_with_its_disk_loses_no_event() {
     let mut cluster = Cluster::start().await;
     let rig = &mut cluster.rig;
     let settings = [
@@ -46,7 +46,7 @@ async fn cluster_loses_its_leader_and_then_a_node_with_its_disk_and_nothing_else
     cluster.node(leader).resume().await;
     cluster.until_all_are_current().await;
 
-    // The node that is not the leader comes back with nothing: it has lost its disk.
+    // A node that is not the leader loses its disk and restarts with an empty one.
     let lost = (cluster.leader().await + 1) % NODES;
     cluster.node(lost).kill().await;
     cluster.until_more_is_accepted().await;
@@ -55,7 +55,7 @@ async fn cluster_loses_its_leader_and_then_a_node_with_its_disk_and_nothing_else
     cluster.node(lost).resume().await;
     cluster.until_all_are_current().await;
 
-    // What it has caught up with must be enough when another one goes.
+    // That node must have caught up completely: now another one fails.
     let leader = cluster.leader().await;
     cluster.node(leader).kill().await;
     cluster.until_more_is_accepted().await;
@@ -174,7 +174,7 @@ impl Cluster {
         .await;
     }
 
-    /// Waits until the load goes on.
+    /// Waits until deliveries are accepted again.
     async fn until_more_is_accepted(&self) {
         let before = self.rig.ledger.figures().accepted;
         eventually(

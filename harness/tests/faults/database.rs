@@ -1,4 +1,4 @@
-//! What the database may do to us. It is never the events' fault.
+//! Failures of the database. The worker waits and continues; no event becomes a dead letter.
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -21,19 +21,19 @@ use crate::proxy::Mode;
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
 const WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 1";
-/// After which a worker no longer waits for an answer that cannot come.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// Longer than a worker waits for a server that never answers.
+const SILENCE_DEADLINE: Duration = Duration::from_secs(90);
 const NOT_WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 0";
 
 #[tokio::test]
-async fn read_only_database_is_waited_for() {
+async fn worker_waits_while_the_database_is_read_only() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     set_read_only(&rig, true).await;
     rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     set_read_only(&rig, false).await;
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
 async fn set_read_only(rig: &Rig, read_only: bool) {
@@ -46,8 +46,8 @@ async fn set_read_only(rig: &Rig, read_only: bool) {
             .await
             .expect("the server answers");
     }
-    // Sessions see it when they next are idle.
-    eventually("the setting to be seen", DEADLINE, async || {
+    // A session reads the new setting when it is next idle.
+    eventually("the setting to take effect", DEADLINE, async || {
         let shown = rig
             .bridge
             .database
@@ -66,7 +66,7 @@ async fn set_read_only(rig: &Rig, read_only: bool) {
 }
 
 #[tokio::test]
-async fn exhausted_connection_slots_are_waited_for() {
+async fn worker_waits_while_connection_slots_are_exhausted() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     let port = rig
@@ -76,7 +76,7 @@ async fn exhausted_connection_slots_are_waited_for() {
         .rsplit(':')
         .next()
         .and_then(|rest| rest.split('/').next()?.parse().ok());
-    let hogs = tokio::spawn(hog(port.expect("a PostgreSQL URL names a port")));
+    let hogs = tokio::spawn(occupy_slots(port.expect("a PostgreSQL URL names a port")));
     eventually("the slots to be taken", DEADLINE, async || {
         let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hog'";
         let rows = rig
@@ -91,36 +91,36 @@ async fn exhausted_connection_slots_are_waited_for() {
         if count > 80 {
             Ok(())
         } else {
-            Err(format!("{count} of some 90"))
+            Err(format!("{count} of about 90"))
         }
     })
     .await;
-    // Whatever slot is freed, a hog has it before the worker.
-    let kick = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'litestripe-worker'";
+    // The freed slots are taken before the worker can reconnect.
+    let disconnect_worker = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'litestripe-worker'";
     rig.bridge
         .database
-        .query(kick)
+        .query(disconnect_worker)
         .await
         .expect("the server answers");
     rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     rig.bridge
         .database
-        .query(kick)
+        .query(disconnect_worker)
         .await
         .expect("the server answers");
 
     hogs.abort();
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
-/// Takes every slot there is, and keeps it.
-async fn hog(port: u16) {
+/// Takes every connection slot and keeps it.
+async fn occupy_slots(port: u16) {
     let mut hogs = JoinSet::new();
     for _ in 0..110 {
         hogs.spawn(async move {
             loop {
-                // The server ends a connection that has no slot.
+                // The server closes a connection for which it has no slot.
                 if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await
                     && stream.write_all(&startup()).await.is_ok()
                 {
@@ -133,7 +133,7 @@ async fn hog(port: u16) {
     hogs.join_all().await;
 }
 
-/// PostgreSQL's "Message Formats", StartupMessage: length, protocol 3.0, pairs of name and value.
+/// PostgreSQL, "Message Formats", StartupMessage: length, protocol 3.0, pairs of name and value.
 fn startup() -> Vec<u8> {
     let pairs = b"user\0postgres\0database\0postgres\0application_name\0hog\0\0";
     let length = u32::try_from(8 + pairs.len()).expect("it is short");
@@ -146,7 +146,7 @@ fn startup() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn row_locked_by_another_session_is_waited_for() {
+async fn worker_waits_for_a_row_locked_by_another_session() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     let lock = rig
@@ -155,31 +155,31 @@ async fn row_locked_by_another_session_is_waited_for() {
         .locked(&lock_of(&purchases[0].subscription))
         .await;
     rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     lock.rollback().await.expect("the transaction is open");
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
 #[tokio::test]
-async fn sqlite_locked_by_another_process_is_waited_for() {
+async fn worker_waits_for_sqlite_locked_by_another_process() {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    // SQLite has one writer: this one, whatever it writes.
+    // SQLite allows one writer at a time, so any write locks out the worker.
     let other = rig
         .bridge
         .database
         .locked("UPDATE stripe_subscription SET version = version")
         .await;
     rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
 #[tokio::test]
-async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
-    // A new file has to become a WAL one, which takes a lock that no busy timeout waits for: of
-    // several workers that start at once, all but one may find it taken.
+async fn starting_worker_waits_for_locked_sqlite() {
+    // Switching a new file to WAL mode takes a lock for which SQLite's busy timeout does not wait.
+    // If several workers start at once, all but one may find it taken.
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let other = rig
         .bridge
@@ -197,7 +197,7 @@ async fn sqlite_locked_while_a_worker_starts_is_waited_for() {
 }
 
 #[tokio::test]
-async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
+async fn starting_worker_waits_for_exclusively_locked_sqlite() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let exclusive = TransactionOptions {
         sqlite_transaction_mode: Some(SqliteTransactionMode::Exclusive),
@@ -212,7 +212,7 @@ async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
     let other = database
         .begin_with_options(exclusive)
         .await
-        .expect("nobody else has it");
+        .expect("no other process has locked it");
     rig.start_worker(0, &[]);
     rig.running(0)
         .wait_for_log("waiting for the database", DEADLINE)
@@ -222,7 +222,7 @@ async fn sqlite_held_exclusively_while_a_worker_starts_is_waited_for() {
 }
 
 #[tokio::test]
-async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_for() {
+async fn migrating_worker_waits_for_sqlite_locked_by_another_process() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     rig.bridge
         .database
@@ -243,7 +243,7 @@ async fn sqlite_written_to_by_another_process_while_a_worker_migrates_is_waited_
 }
 
 #[tokio::test]
-async fn worker_that_waits_for_a_locked_sqlite_at_its_start_stops_when_told() {
+async fn starting_worker_that_waits_for_locked_sqlite_stops_on_a_signal() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let _other = rig
         .bridge
@@ -259,7 +259,7 @@ async fn worker_that_waits_for_a_locked_sqlite_at_its_start_stops_when_told() {
 }
 
 #[tokio::test]
-async fn database_that_is_read_only_while_a_worker_migrates_is_waited_for() {
+async fn migrating_worker_waits_while_the_database_is_read_only() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[]).await;
     set_read_only(&rig, true).await;
     rig.start_worker(0, &[]);
@@ -271,22 +271,23 @@ async fn database_that_is_read_only_while_a_worker_migrates_is_waited_for() {
 }
 
 #[tokio::test]
-async fn database_restarted_under_way_is_waited_for() {
+async fn worker_waits_for_a_killed_database_to_restart() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     rig.bridge.database.kill().await;
     rig.deliver_all(&update(&purchases, 3)).await;
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     rig.bridge.database.resume().await;
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
 #[tokio::test]
-async fn deadlock_with_another_session_is_waited_out() {
+async fn worker_retries_after_a_deadlock_with_another_session() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let mut purchases = start_with(&rig, 2).await;
     purchases.sort_by(|a, b| a.subscription.cmp(&b.subscription));
-    // The worker takes rows in the order of their keys; the other session has the second already.
+    // The worker locks rows in the order of their keys; the other session has locked the second
+    // already.
     let other = rig
         .bridge
         .database
@@ -300,19 +301,20 @@ async fn deadlock_with_another_session_is_waited_out() {
     rig.deliver_all(&update(&purchases, 3)).await;
     rig.running(0).signal(Signal::Cont);
     rig.bridge.database.until_a_worker_waits().await;
-    // Whose statement goes is the server's choice: the worker's, because it looks first.
+    // The server ends the statement of the session that first checks for a deadlock: the worker's.
     other
         .execute_unprepared(&lock_of(&purchases[0].subscription))
         .await
         .expect("the worker's statement was ended");
-    waits(&rig).await;
+    check_worker_waits(&rig).await;
     other.rollback().await.expect("the transaction is open");
-    goes_on(&rig).await;
+    check_worker_continues(&rig).await;
 }
 
 #[tokio::test]
 async fn serialization_failures_make_no_dead_letters() {
-    // Four workers whose transactions the server may not run side by side.
+    // Four workers whose transactions must be serializable, so that the server refuses some of
+    // them.
     let mut rig = Rig::start(DatabaseKind::Postgres, 0, &[("LITESTRIPE_BATCH", "5")]).await;
     for sql in [
         "ALTER SYSTEM SET default_transaction_isolation = 'serializable'",
@@ -332,7 +334,7 @@ async fn serialization_failures_make_no_dead_letters() {
         rig.running(worker).signal(Signal::Stop);
     }
     rig.deliver_all(&update(&purchases, 200)).await;
-    // All at once, or the first one would do it all.
+    // All workers continue at once, or the first one would process all events.
     (0..4).for_each(|worker| rig.running(worker).signal(Signal::Cont));
     check(&rig, Stream::Whole).await;
     assert_eq!(rig.bridge.dead_letters().await.len(), 0);
@@ -344,7 +346,7 @@ async fn serialization_failures_make_no_dead_letters() {
 }
 
 #[tokio::test]
-async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_ever() {
+async fn database_host_that_vanishes_silently_does_not_block_a_batch_for_ever() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     in_the_middle_of_a_statement(
@@ -354,8 +356,8 @@ async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_
         Mode::Strand,
     )
     .await;
-    // It notices within its patience, connects anew and applies what it had begun.
-    eventually("the worker to apply again", PATIENCE, async || {
+    // The worker times out, reconnects and applies the batch again.
+    eventually("the worker to apply again", SILENCE_DEADLINE, async || {
         let rows = rig.bridge.rows().await;
         let steps: Vec<_> = rows
             .iter()
@@ -372,29 +374,33 @@ async fn database_host_that_is_gone_without_a_word_does_not_hold_up_a_batch_for_
 }
 
 #[tokio::test]
-async fn database_host_that_is_gone_without_a_word_does_not_hold_up_signals_for_ever() {
+async fn database_host_that_vanishes_silently_does_not_block_signals_for_ever() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     in_the_middle_of_a_statement(&rig, &purchases, "LOCK TABLE signal_shard", Mode::Strand).await;
-    eventually("the worker to send signals again", PATIENCE, async || {
-        let waiting = rig
-            .bridge
-            .database
-            .query("SELECT message_id FROM signal_outbox")
-            .await;
-        let waiting = waiting.map_err(|error| error.to_string())?.len();
-        if waiting == 0 {
-            Ok(())
-        } else {
-            Err(format!("{waiting} wait\n{}", rig.running(0).log()))
-        }
-    })
+    eventually(
+        "the worker to send signals again",
+        SILENCE_DEADLINE,
+        async || {
+            let waiting = rig
+                .bridge
+                .database
+                .query("SELECT message_id FROM signal_outbox")
+                .await;
+            let waiting = waiting.map_err(|error| error.to_string())?.len();
+            if waiting == 0 {
+                Ok(())
+            } else {
+                Err(format!("{waiting} unsent\n{}", rig.running(0).log()))
+            }
+        },
+    )
     .await;
     check(&rig, Stream::Whole).await;
 }
 
 #[tokio::test]
-async fn stop_is_bounded_while_the_database_does_not_answer() {
+async fn shutdown_is_bounded_while_the_database_does_not_answer() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
     in_the_middle_of_a_statement(
@@ -445,9 +451,9 @@ async fn second_signal_ends_a_worker_at_once() {
     check(&rig, Stream::Whole).await;
 }
 
-/// Delivers updates and breaks the link to the database while a statement of the worker is under
-/// way: it waits for a lock of another session, which is released when the answer cannot come any
-/// more.
+/// Delivers updates and breaks the link to the database during a statement of the worker. The
+/// statement waits for another session's lock, which is released once its answer can no longer
+/// arrive.
 async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &str, mode: Mode) {
     let lock = rig.bridge.database.locked(lock).await;
     rig.deliver_all(&update(purchases, 12)).await;
@@ -459,7 +465,7 @@ async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &
     lock.rollback().await.expect("the transaction is open");
 }
 
-/// Subscriptions that have their first row.
+/// Makes subscriptions and waits until their rows exist.
 async fn start_with(rig: &Rig, count: usize) -> Vec<Purchase> {
     let now = OffsetDateTime::now_utc().unix_timestamp() - 600;
     let purchases: Vec<_> = (0..count).map(|_| Purchase::new(now)).collect();
@@ -472,7 +478,7 @@ async fn start_with(rig: &Rig, count: usize) -> Vec<Purchase> {
     purchases
 }
 
-/// That many updates of each.
+/// Makes `count` updates of each subscription.
 fn update(purchases: &[Purchase], count: i64) -> Vec<Event> {
     let event = |purchase: &Purchase, step: i64| {
         let changes = json!({ "metadata": { "step": step.to_string() } });
@@ -487,13 +493,13 @@ fn update(purchases: &[Purchase], count: i64) -> Vec<Event> {
         .collect()
 }
 
-/// The worker waits, and its page says so.
-async fn waits(rig: &Rig) {
+/// Checks that the worker waits for the database, logs it, and shows it in its metrics.
+async fn check_worker_waits(rig: &Rig) {
     let worker = rig.running(0);
     worker
         .wait_for_log("waiting for the database", DEADLINE)
         .await;
-    eventually("the metric to say so", DEADLINE, async || {
+    eventually("the metric to show the waiting", DEADLINE, async || {
         let page = rig.worker_metrics(0).await;
         if page.contains(WAITING) {
             Ok(())
@@ -504,12 +510,12 @@ async fn waits(rig: &Rig) {
     .await;
     assert!(
         rig.bridge.unacknowledged().await > 0,
-        "what was not applied was not acked"
+        "unapplied events are not acked"
     );
 }
 
-/// The worker goes on by itself, said it once, and blamed no event.
-async fn goes_on(rig: &Rig) {
+/// Checks that the worker continues by itself, logged each change once, and made no dead letter.
+async fn check_worker_continues(rig: &Rig) {
     check(rig, Stream::Whole).await;
     let worker = rig.running(0);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What operators do about poison: list, show, retry, drop.
+//! The operator's commands for dead letters: list, show, retry, drop.
 
 use std::time::Duration;
 
@@ -44,7 +44,11 @@ async fn dead_letters(database: DatabaseKind) {
         );
     }
     rig.bridge.wait_until_applied().await;
-    assert_eq!(rig.bridge.rows().await.len(), 1, "poison holds up nobody");
+    assert_eq!(
+        rig.bridge.rows().await.len(),
+        1,
+        "poisoned events do not stop other events"
+    );
 
     let letters = listed(&rig).await;
     assert_eq!(letters.len(), 2, "{letters:?}");
@@ -68,18 +72,18 @@ async fn dead_letters(database: DatabaseKind) {
     assert_eq!(
         (&shown["event_type"], &shown["body"]),
         (&json!(CREATED), &Value::Null),
-        "no body unasked"
+        "the body is shown only on request"
     );
     let body = run(&rig, &["show", &curable_letter, "--body", "--json"], &[]).await;
     assert!(body.stdout.contains(events[0].id()), "{body:?}");
 
-    // Nothing was mended: it is what it was, and stays where it is.
+    // Nothing was fixed, so the retry fails and the dead letter stays.
     let retried = run(&rig, &["retry", &curable_letter], &[]).await;
     assert_eq!(retried.status.code(), Some(1), "{retried:?}");
     assert!(retried.stderr.contains("still poison"), "{retried:?}");
     assert_eq!(listed(&rig).await.len(), 2);
 
-    // Mended for one of them: the metadata that nobody can store is not asked for any more.
+    // One of them can be applied now: the setting leaves out the metadata that cannot be stored.
     let retried = run(
         &rig,
         &["retry", "--all", "--json"],
@@ -122,7 +126,7 @@ async fn dead_letters(database: DatabaseKind) {
     assert_eq!(
         of_subscription(&signals, &curable.subscription).len(),
         1,
-        "it is applied once"
+        "the event is applied once"
     );
 
     assert!(
@@ -143,13 +147,13 @@ async fn dead_letters(database: DatabaseKind) {
 }
 
 #[tokio::test]
-async fn dead_letter_of_another_event_with_the_same_sequence_swallows_none() {
+async fn dead_letter_of_an_older_stream_with_the_same_sequence_hides_no_new_one() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let now = OffsetDateTime::now_utc().unix_timestamp() - 60;
     let poison =
         Purchase::new(now).subscription_event(CREATED, now, json!({ "trial_end": i64::MAX }));
     rig.deliver_all(std::slice::from_ref(&poison)).await;
-    // As if STRIPE_EVENTS had been made anew since: the first event of the old one was poison too.
+    // As if STRIPE_EVENTS had been recreated: the first event of the old stream was poisoned too.
     let jetstream = rig.bridge.jetstream().await;
     let letters = stream::dead_letters(1, Duration::ZERO);
     let letters = jetstream::stream::Config {
@@ -182,7 +186,7 @@ async fn dead_letter_of_another_event_with_the_same_sequence_swallows_none() {
 }
 
 #[tokio::test]
-async fn all_dead_letters_are_listed_however_many_there_are() {
+async fn ten_thousand_dead_letters_are_all_listed() {
     const COUNT: usize = 10_050;
     let rig = Rig::servers(DatabaseKind::Sqlite, nats::Options::default()).await;
     let jetstream = rig.bridge.jetstream().await;

@@ -30,12 +30,12 @@ impl Dice {
         things[self.below(things.len())]
     }
 
-    /// True in that many of a hundred throws.
+    /// True with a probability of `chance` percent.
     pub(crate) fn percent(&mut self, chance: usize) -> bool {
         self.below(100) < chance
     }
 
-    /// A time in milliseconds, from `least` up to `most`.
+    /// A time from `least` up to, but not including, `most`, both in milliseconds.
     pub(crate) fn millis(&mut self, least: u64, most: u64) -> Duration {
         Duration::from_millis(least + self.next() % (most - least))
     }

@@ -1,7 +1,7 @@
-//! A full disk, played by a limit on the size of the files that a process writes: what would make a
-//! file longer fails, as it does when there is no room.
+//! A full disk, simulated by a limit on the size of the files that a process writes: any write that
+//! would extend a file beyond it fails, as on a full disk.
 //!
-//! Only the soft limit is lowered, which whoever owns the process may raise again.
+//! Only the soft limit is lowered, because the owner of a process may raise that again.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -22,13 +22,13 @@ use crate::rig::{DEADLINE, Rig, count_in_log};
 const WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 1";
 const NOT_WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 0";
 
-/// What a table is made to take. What a test writes of other files of the server is less.
+/// The size to which a table is grown. The server's other files stay smaller during the test.
 const TABLE_BYTES: u64 = 4 << 20;
-/// Less than any log of anybody has when a test is under way.
+/// Smaller than any write-ahead log or store file during a test, so that all of them count as full.
 const FULL_BYTES: u64 = 16 << 10;
 
 #[tokio::test]
-async fn database_without_room_for_its_tables_is_waited_for() {
+async fn worker_waits_while_the_database_has_no_room_for_its_tables() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let load = Load::start(&rig.ledger, &rig.hook(), 11);
     until_accepted(&rig, 200).await;
@@ -39,7 +39,7 @@ async fn database_without_room_for_its_tables_is_waited_for() {
     let server = Server::find(&rig).await;
     let load = Load::start(&rig.ledger, &rig.hook(), 12);
     server.limit(Some(TABLE_BYTES));
-    waits(&rig, async || rig.worker_metrics(0).await).await;
+    check_worker_waits(&rig, async || rig.worker_metrics(0).await).await;
     until_more_are_accepted(&rig).await;
     let worker = rig.running(0);
     assert_ne!(
@@ -50,11 +50,11 @@ async fn database_without_room_for_its_tables_is_waited_for() {
     );
 
     server.limit(None);
-    goes_on(&rig, load, async || rig.worker_metrics(0).await).await;
+    check_worker_continues(&rig, load, async || rig.worker_metrics(0).await).await;
 }
 
-/// Makes a table as long as the limit, with rows that nobody sees, and begins the write-ahead log's
-/// next file, of which only the beginning will be written.
+/// Grows a table to the limit with dead row versions, and starts a new file of the write-ahead log,
+/// of which the test fills only the beginning.
 async fn grow_table(rig: &Rig) {
     let other = rig
         .bridge
@@ -67,7 +67,7 @@ async fn grow_table(rig: &Rig) {
     other
         .execute_unprepared(keep)
         .await
-        .expect("the table is there");
+        .expect("the table exists");
     let tx = other.begin().await.expect("a transaction can be begun");
     let grow = format!(
         "DO $$ BEGIN WHILE pg_relation_size('stripe_subscription') < {TABLE_BYTES} LOOP \
@@ -75,9 +75,9 @@ async fn grow_table(rig: &Rig) {
     );
     tx.execute_unprepared(&grow)
         .await
-        .expect("there is room yet");
+        .expect("the disk still has room");
     tx.rollback().await.expect("the transaction is open");
-    // A file of the write-ahead log is made in its full length with the first that is written to it.
+    // The server makes a file of the write-ahead log in full length at the first write to it.
     for sql in [
         "CHECKPOINT",
         "SELECT pg_switch_wal()",
@@ -91,19 +91,19 @@ async fn grow_table(rig: &Rig) {
 }
 
 #[tokio::test]
-async fn database_without_room_for_its_write_ahead_log_is_waited_for() {
+async fn worker_waits_while_the_database_has_no_room_for_its_write_ahead_log() {
     let mut rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let load = Load::start(&rig.ledger, &rig.hook(), 13);
     until_accepted(&rig, 200).await;
 
-    // PostgreSQL panics, and cannot recover before there is room.
+    // PostgreSQL panics and cannot recover while the disk is full.
     Server::find(&rig).await.limit(Some(FULL_BYTES));
-    waits(&rig, async || rig.worker_metrics(0).await).await;
+    check_worker_waits(&rig, async || rig.worker_metrics(0).await).await;
     until_more_are_accepted(&rig).await;
 
     rig.bridge.database.kill().await;
     rig.bridge.database.resume().await;
-    goes_on(&rig, load, async || rig.worker_metrics(0).await).await;
+    check_worker_continues(&rig, load, async || rig.worker_metrics(0).await).await;
     assert_eq!(
         count_in_log(rig.running(0), "waiting for the database"),
         1,
@@ -113,27 +113,27 @@ async fn database_without_room_for_its_write_ahead_log_is_waited_for() {
 }
 
 #[tokio::test]
-async fn sqlite_without_room_is_waited_for() {
+async fn worker_waits_while_sqlite_has_no_room() {
     let (rig, address, load) = full_sqlite(14).await;
     limit(rig.running(0).id(), None);
-    goes_on(&rig, load, async || worker_page(&rig, &address).await).await;
+    check_worker_continues(&rig, load, async || worker_page(&rig, &address).await).await;
 }
 
 #[tokio::test]
-async fn sqlite_without_room_has_what_was_acked() {
-    // Whatever a worker took for committed and was not is gone with it.
+async fn sqlite_without_room_contains_every_acked_event() {
+    // If the worker has acked an event without a commit, killing the worker loses that event.
     let (mut rig, address, load) = full_sqlite(16).await;
     rig.running(0).kill().await;
-    rig.workers[0] = Some(start_heedless_worker(&rig, &address));
-    goes_on(&rig, load, async || worker_page(&rig, &address).await).await;
+    rig.workers[0] = Some(start_worker_ignoring_the_limit_signal(&rig, &address));
+    check_worker_continues(&rig, load, async || worker_page(&rig, &address).await).await;
 }
 
-/// A bridge whose worker, at that address, has had no room for its database for a while.
+/// Starts a bridge, with its worker at the returned address, and fills the disk of its database.
 async fn full_sqlite(seed: u64) -> (Rig, String, Load) {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     let address = format!("127.0.0.1:{}", port::free());
     rig.workers
-        .push(Some(start_heedless_worker(&rig, &address)));
+        .push(Some(start_worker_ignoring_the_limit_signal(&rig, &address)));
     rig.running(0)
         .wait_for_log("consuming STRIPE_EVENTS", DEADLINE)
         .await;
@@ -141,7 +141,7 @@ async fn full_sqlite(seed: u64) -> (Rig, String, Load) {
     until_accepted(&rig, 200).await;
 
     limit(rig.running(0).id(), Some(FULL_BYTES));
-    waits(&rig, async || worker_page(&rig, &address).await).await;
+    check_worker_waits(&rig, async || worker_page(&rig, &address).await).await;
     until_more_are_accepted(&rig).await;
     (rig, address, load)
 }
@@ -159,11 +159,12 @@ async fn worker_page(rig: &Rig, address: &str) -> String {
         .expect("a page is text")
 }
 
-/// A write beyond the limit comes with a signal that ends whoever does not ignore it, and a full
-/// disk sends none. What a shell ignores stays ignored in the program that replaces it.
-fn start_heedless_worker(rig: &Rig, address: &str) -> Program {
+/// Starts a worker that ignores `SIGXFSZ`. A write beyond the limit sends this signal, which ends a
+/// program that does not ignore it; a full disk sends none. A signal that a shell ignores stays
+/// ignored in the program that replaces the shell.
+fn start_worker_ignoring_the_limit_signal(rig: &Rig, address: &str) -> Program {
     let worker = program::folder()
-        .expect("a test knows where it lies")
+        .expect("a test knows its own path")
         .join("litestripe-worker");
     Program::at("/bin/sh")
         .args(["-c", "trap '' XFSZ; exec \"$0\""])
@@ -179,14 +180,14 @@ fn start_heedless_worker(rig: &Rig, address: &str) -> Program {
 }
 
 #[tokio::test]
-async fn broker_without_room_refuses_and_keeps_what_it_took() {
+async fn broker_without_room_refuses_events_and_keeps_the_stored_ones() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     let load = Load::start(&rig.ledger, &rig.hook(), 15);
     until_accepted(&rig, 200).await;
 
     let broker = rig.bridge.broker.process().expect("it runs").id();
     limit(broker, Some(FULL_BYTES));
-    // The ledger sees to it that a refusal says when to come again.
+    // The ledger checks that every 503 has `Retry-After`.
     eventually("refusals", DEADLINE, async || match rig.ledger.figures() {
         figures if figures.refused >= 4 => Ok(()),
         figures => Err(format!("{figures:?}")),
@@ -201,7 +202,7 @@ async fn broker_without_room_refuses_and_keeps_what_it_took() {
         rig.ingress().log()
     );
 
-    // A stream that could not be written stays as it is until the server is started again.
+    // After a failed write a stream accepts nothing until the server is restarted.
     limit(broker, None);
     rig.bridge.broker.restart().await;
     load.stop().await;
@@ -214,7 +215,7 @@ async fn broker_without_room_refuses_and_keeps_what_it_took() {
     );
 }
 
-/// The PostgreSQL server that is told what it may write.
+/// The PostgreSQL server whose files are limited.
 struct Server {
     postmaster: u32,
 }
@@ -234,7 +235,8 @@ impl Server {
         }
     }
 
-    /// Limits it first, as its children inherit from it, and then those that it has already.
+    /// Limits the main process first, from which new child processes inherit, then the existing
+    /// children.
     fn limit(&self, bytes: Option<u64>) {
         limit(self.postmaster, bytes);
         for child in children(self.postmaster) {
@@ -243,7 +245,7 @@ impl Server {
     }
 }
 
-/// The processes whose parent that one is.
+/// Returns the child processes of a process.
 fn children(parent: u32) -> Vec<u32> {
     let processes = fs::read_dir("/proc").expect("Linux has /proc").flatten();
     let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -251,31 +253,33 @@ fn children(parent: u32) -> Vec<u32> {
         .collect()
 }
 
-/// proc_pid_stat(5): `pid (name) state ppid …`, where the name may hold anything.
+/// Reads a process's parent. proc_pid_stat(5): `pid (name) state ppid …`; the name may hold any
+/// character.
 fn parent_of(id: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Limits how long a process may make a file, or no longer does.
+/// Limits the size of the files that a process writes; `None` removes the limit.
 fn limit(id: u32, bytes: Option<u64>) {
     let process = PathBuf::from(format!("/proc/{id}"));
-    // Some child of a server may have ended.
+    // A child process may have ended.
     let Ok(owner) = fs::metadata(&process) else {
         return;
     };
     let soft = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
     let mut command = Command::new("prlimit");
     command.args(["--pid", &id.to_string(), &format!("--fsize={soft}:")]);
-    // Its owner may set it, and root without further capabilities may not.
+    // Runs as the owner of the process, because root without extra capabilities may not set the
+    // limit.
     let output = command.uid(owner.uid()).gid(owner.gid()).output();
     let output =
         output.unwrap_or_else(|error| panic!("this test needs `prlimit` of util-linux: {error}"));
-    let said = String::from_utf8_lossy(&output.stderr);
+    let error = String::from_utf8_lossy(&output.stderr);
     assert!(
         output.status.success() || !process.exists(),
-        "{command:?}: {said}"
+        "{command:?}: {error}"
     );
 }
 
@@ -293,12 +297,13 @@ async fn until_more_are_accepted(rig: &Rig) {
     until_accepted(rig, rig.ledger.figures().accepted + 200).await;
 }
 
-/// The worker waits, its page says so, and what it could not apply is not acked.
-async fn waits(rig: &Rig, metrics: impl AsyncFn() -> String) {
+/// Checks that the worker waits, shows it in its metrics, and does not ack events that it cannot
+/// apply.
+async fn check_worker_waits(rig: &Rig, metrics: impl AsyncFn() -> String) {
     rig.running(0)
         .wait_for_log("waiting for the database", DEADLINE)
         .await;
-    eventually("the metric to say so", DEADLINE, async || {
+    eventually("the metric to show the waiting", DEADLINE, async || {
         let page = metrics().await;
         if page.contains(WAITING) {
             Ok(())
@@ -313,28 +318,26 @@ async fn waits(rig: &Rig, metrics: impl AsyncFn() -> String) {
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("it is there");
-    eventually(
-        "what was not applied not to be acked",
-        DEADLINE,
-        async || {
-            let info = stream
-                .consumer_info(WORKER_CONSUMER)
-                .await
-                .map_err(|error| error.to_string())?;
-            if info.num_ack_pending > 0 {
-                Ok(())
-            } else {
-                Err(format!("{info:?}"))
-            }
-        },
-    )
+        .expect("the stream exists");
+    eventually("unapplied events to be unacked", DEADLINE, async || {
+        let info = stream
+            .consumer_info(WORKER_CONSUMER)
+            .await
+            .map_err(|error| error.to_string())?;
+        if info.num_ack_pending > 0 {
+            Ok(())
+        } else {
+            Err(format!("{info:?}"))
+        }
+    })
     .await;
 }
 
-/// The worker goes on by itself, and said as often that it does as that it waits: on the edge of
-/// having room, some events may fit that others do not. No event is blamed that is not poison.
-async fn goes_on(rig: &Rig, load: Load, metrics: impl AsyncFn() -> String) {
+/// Checks that the worker continues by itself and makes dead letters only of poisoned events.
+///
+/// It may have waited several times, because on an almost full disk some events fit and others do
+/// not; each time it must also have logged that it continues.
+async fn check_worker_continues(rig: &Rig, load: Load, metrics: impl AsyncFn() -> String) {
     load.stop().await;
     check(rig, Stream::Whole).await;
     let worker = rig.running(0);

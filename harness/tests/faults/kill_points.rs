@@ -1,7 +1,9 @@
-//! The process ends between two effects, at every point where that might lose or double something.
+//! A program ends between two effects, at every point where that might lose or double an event or
+//! signal.
 //!
-//! The programs are compiled with fail points (feature `faults`), and `FAILPOINTS` names the one at
-//! which they abort: `2*off->1*return` passes it twice and aborts at the third time.
+//! The programs are compiled with fail points (feature `faults`). `FAILPOINTS` names the one at
+//! which a program aborts: with `2*off->1*return` it passes the point twice and aborts the third
+//! time.
 
 use std::os::unix::process::ExitStatusExt as _;
 
@@ -47,11 +49,12 @@ kill_points! {
 }
 
 async fn kill_worker(database: DatabaseKind, point: &str) {
-    // The events wait, so that the worker has several batches of them.
+    // The events are delivered before the worker starts, so that it has several batches of them.
     let mut rig = Rig::start(database, 0, &[("LITESTRIPE_BATCH", "10")]).await;
     let (events, later) = lives(12, 5);
     rig.deliver_all(&events).await;
-    // The second life dies at once, the third lives.
+    // The first worker dies after one pass of the point, the second at once; the third keeps
+    // running.
     for passes in ["1*off->1*return", "1*return"] {
         rig.start_worker(0, &[("FAILPOINTS", &format!("{point}={passes}"))]);
         let status = rig.running(0).wait(DEADLINE).await;
@@ -98,7 +101,7 @@ async fn kill_ingress(database: DatabaseKind, point: &str) {
         rig.start_ingress(&[]);
         rig.until_ingress_is_ready().await;
     }
-    // Stripe delivers again what was not answered, and sometimes what was.
+    // Stripe redelivers events that were not answered, and sometimes those that were.
     rig.deliver_all(&events).await;
     rig.deliver_all(&later).await;
 
@@ -118,7 +121,7 @@ async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
         rig.start_ingress(&[("FAILPOINTS", &format!("{point}={passes}"))]);
         rig.until_ingress_is_ready().await;
         let hook = rig.hook();
-        // All at once, so that most of them stand in line.
+        // Concurrently, so that most of them wait for a group.
         join_all(
             events
                 .iter()
@@ -147,7 +150,7 @@ async fn kill_ingress_amid_batches(database: DatabaseKind, point: &str) {
 }
 
 #[tokio::test]
-async fn worker_whose_relay_panics_ends_with_a_failure_and_the_next_goes_on() {
+async fn worker_whose_relay_panics_exits_with_failure_and_the_next_one_continues() {
     worker_panics(
         DatabaseKind::Postgres,
         "worker::after_signal",
@@ -157,7 +160,7 @@ async fn worker_whose_relay_panics_ends_with_a_failure_and_the_next_goes_on() {
 }
 
 #[tokio::test]
-async fn worker_whose_sweep_panics_ends_with_a_failure_and_the_next_goes_on() {
+async fn worker_whose_questions_task_panics_exits_with_failure_and_the_next_one_continues() {
     worker_panics(
         DatabaseKind::Sqlite,
         "worker::before_question",
@@ -166,12 +169,12 @@ async fn worker_whose_sweep_panics_ends_with_a_failure_and_the_next_goes_on() {
     .await;
 }
 
-async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {
+async fn worker_panics(database: DatabaseKind, point: &str, message: &str) {
     let mut rig = Rig::start(database, 0, &[]).await;
     let (events, later) = lives(4, 2);
     rig.deliver_all(&events).await;
     rig.start_worker(0, &[("FAILPOINTS", &format!("{point}=panic"))]);
-    rig.running(0).wait_for_log(said, DEADLINE).await;
+    rig.running(0).wait_for_log(message, DEADLINE).await;
     assert_eq!(
         rig.running(0).wait(DEADLINE).await.code(),
         Some(1),
@@ -184,7 +187,7 @@ async fn worker_panics(database: DatabaseKind, point: &str, said: &str) {
 }
 
 #[tokio::test]
-async fn ingress_that_does_not_tend_its_connection_any_more_ends_with_a_failure() {
+async fn ingress_whose_broker_connection_task_panics_exits_with_failure() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     assert!(rig.ingress().stop().await.success());
     rig.start_ingress(&[("FAILPOINTS", "ingress::tending=20*off->panic")]);
@@ -199,7 +202,8 @@ async fn ingress_that_does_not_tend_its_connection_any_more_ends_with_a_failure(
     );
 }
 
-/// Events of that many subscriptions, in turns: all but the last of each, and the last.
+/// Makes the events of several subscriptions, interleaved. Returns all but the last event of each,
+/// and the last ones.
 fn lives(subscriptions: usize, length: i64) -> (Vec<Event>, Vec<Event>) {
     let now = OffsetDateTime::now_utc().unix_timestamp() - 3600;
     let purchases: Vec<_> = (0..subscriptions).map(|_| Purchase::new(now)).collect();

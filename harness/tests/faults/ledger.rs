@@ -1,6 +1,6 @@
-//! What Stripe would remember: every delivery that was answered 200.
+//! Stripe's view: every delivery and its answer. A 200 is a promise that the event will be applied.
 //!
-//! Owns the promises. May not know how they are kept.
+//! Owns the promises. May not know how ingress and worker keep them.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -10,14 +10,14 @@ use bytes::Bytes;
 use litestripe_harness::bridge::SECRET;
 use litestripe_harness::stripe::{Delivery, Event};
 
-/// What became of a delivery.
+/// The answer to a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// 200: a promise.
     Accepted,
-    /// Another status, which Stripe takes as a wish to be asked again.
+    /// Another status, after which Stripe delivers again.
     Refused(u16),
-    /// No answer came: it may or may not have been stored.
+    /// No answer: the event may or may not have been stored.
     None,
 }
 
@@ -33,7 +33,7 @@ struct Pages {
     figures: Figures,
 }
 
-/// How many deliveries were answered how.
+/// The number of deliveries by kind of answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Figures {
     /// Posted, repetitions included.
@@ -47,7 +47,7 @@ pub(crate) struct Figures {
 }
 
 impl Ledger {
-    /// Delivers an event once, signed now, and notes the answer.
+    /// Delivers an event once, signed now, and records the answer.
     pub(crate) async fn deliver(
         &self,
         client: &reqwest::Client,
@@ -71,7 +71,7 @@ impl Ledger {
             Ok(answer) => {
                 let status = answer.status().as_u16();
                 let says_when = answer.headers().contains_key("retry-after");
-                assert!(status != 503 || says_when, "a 503 says when to come again");
+                assert!(status != 503 || says_when, "a 503 has Retry-After");
                 Answer::Refused(status)
             }
             Err(_) => Answer::None,
@@ -89,7 +89,7 @@ impl Ledger {
         answer
     }
 
-    /// Delivers an event as Stripe does: again and again until it is accepted, here for a minute.
+    /// Delivers an event as Stripe does, repeatedly until it is accepted, here for up to a minute.
     pub(crate) async fn deliver_until_accepted(
         &self,
         client: &reqwest::Client,
@@ -104,7 +104,7 @@ impl Ledger {
             }
             assert!(
                 Instant::now() < end,
-                "{} was not accepted in a minute, at last: {answer:?}",
+                "{} was not accepted within a minute; the last answer: {answer:?}",
                 event.summary()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -120,7 +120,6 @@ impl Ledger {
             .clone()
     }
 
-    /// How many deliveries were answered how.
     pub(crate) fn figures(&self) -> Figures {
         self.pages
             .lock()

@@ -1,7 +1,7 @@
-//! Deliveries at a bounded rate, as several of Stripe's servers make them.
+//! Delivers events at a bounded rate and concurrently, as several of Stripe's servers do.
 //!
-//! Owns what is delivered: subscriptions' lives with several events in one second, out of order and
-//! repeated, now and then an event that is poison, and payments of nobody. An event that is not
+//! Owns the events: lives of subscriptions with several events in one second, out of order and
+//! repeated, occasionally a poisoned event, and payments without a user. An event that is not
 //! accepted is delivered again until it is.
 
 use std::sync::Arc;
@@ -17,26 +17,27 @@ use crate::dice::Dice;
 use crate::ledger::{Answer, Ledger};
 use crate::rig::DEADLINE;
 
-/// Deliveries at a time.
+/// Concurrent senders.
 const LANES: u64 = 4;
 /// Subscriptions whose events one lane delivers.
 const LIVES: usize = 12;
-/// Events that a lane holds back to deliver them out of order.
+/// How many events a lane holds back, to deliver them out of order.
 const HELD: usize = 6;
-/// How long a lane waits between two events, and after one that was not accepted.
+/// How long a lane waits between two events.
 const PAUSE: Duration = Duration::from_millis(15);
+/// How long a lane waits after an event that was not accepted.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
-/// Frozen programs do not answer; Stripe would wait for longer.
+/// The timeout of a delivery, for frozen programs. Stripe waits longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// A load that goes on until it is stopped.
+/// A load that runs until it is stopped.
 pub(crate) struct Load {
     lanes: JoinSet<()>,
     stop: Arc<AtomicBool>,
 }
 
 impl Load {
-    /// Delivers to `hook`.
+    /// Starts to deliver to `hook`.
     pub(crate) fn start(ledger: &Arc<Ledger>, hook: &str, seed: u64) -> Self {
         let stop = Arc::<AtomicBool>::default();
         let mut lanes = JoinSet::new();
@@ -52,14 +53,14 @@ impl Load {
         Self { lanes, stop }
     }
 
-    /// Ends the load. Every event that was ever delivered is accepted when this returns.
+    /// Ends the load, after every delivered event has been accepted.
     ///
     /// # Panics
-    /// When an answer was none that ingress may give, or none is accepted for too long.
+    /// When ingress gave an unexpected answer, or an event is not accepted before the deadline.
     pub(crate) async fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
         let all = tokio::time::timeout(DEADLINE, self.lanes.join_all()).await;
-        all.expect("what was delivered is accepted when everything is well again");
+        all.expect("every delivered event is accepted once everything works again");
     }
 }
 
@@ -73,7 +74,8 @@ async fn deliver(ledger: Arc<Ledger>, hook: String, mut dice: Dice, stop: Arc<At
             held.push(life.next(&mut dice));
         }
         let event = held.swap_remove(dice.below(HELD));
-        // Also when the load ends: what was sent may be stored later, and Stripe goes on anyway.
+        // Also at the end of the load: a request without an answer may still be stored, and Stripe
+        // would retry too.
         loop {
             match ledger.deliver(&client, &hook, &event).await {
                 Answer::Accepted => break,
@@ -88,9 +90,9 @@ async fn deliver(ledger: Arc<Ledger>, hook: String, mut dice: Dice, stop: Arc<At
     }
 }
 
-/// A client that does not wait for frozen programs for as long as Stripe does.
+/// Makes a client with a shorter timeout than Stripe's, for frozen programs.
 pub(crate) fn client() -> reqwest::Client {
-    // It also installs the crypto provider.
+    // Called because it installs the crypto provider.
     let _ = stripe::client();
     reqwest::Client::builder()
         .timeout(ANSWER_WITHIN)
@@ -117,7 +119,7 @@ impl Life {
 
     fn next(&mut self, dice: &mut Dice) -> Event {
         self.step += 1;
-        // Several events of one second are what merging is about.
+        // Several events in one second are the difficult case of merging.
         self.now += i64::from(dice.percent(60));
         let purchase = &self.purchase;
         match self.step {

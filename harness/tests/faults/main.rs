@@ -1,15 +1,15 @@
-//! Faults: whatever part is killed, frozen, cut off or filled up, nothing that was answered 200 is
-//! lost, doubled or signalled out of order.
+//! The fault tests: they kill, freeze, cut off or fill up any part of the bridge, and check that no
+//! event that was answered 200 is lost, doubled or signalled out of order.
 //!
-//! The short form is part of every test run. The long form of [`random`] is chosen by the
-//! environment:
+//! The short form of [`random`] is part of every test run. Environment variables choose the long
+//! form:
 //!
 //!     cargo build --workspace --bins --features litestripe-harness/faults
 //!     LITESTRIPE_FAULTS=600 cargo test -p litestripe-harness --features faults --test faults \
 //!         -- --nocapture campaign
 //!
-//! spends 600 seconds on 20 fresh seeds and prints a table; with `LITESTRIPE_SEED=7` besides it
-//! spends them on that seed, whose schedule of faults is always the same.
+//! This spends 600 seconds on 20 new seeds and prints a table. With `LITESTRIPE_SEED=7` in addition
+//! it spends them on that seed, whose schedule of faults is always the same.
 
 mod broker;
 mod check;

@@ -1,4 +1,5 @@
-//! More than there is room for: memory stays bounded, and Stripe is told to come again.
+//! Overload with large bodies: memory stays bounded, and ingress answers 503 so that Stripe
+//! retries.
 
 use std::time::{Duration, Instant};
 
@@ -17,14 +18,16 @@ use crate::check::{Stream, check};
 use crate::ledger::Answer;
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
-/// A little below the largest body there is.
+/// A little below the largest body that ingress accepts.
 const BODY_BYTES: usize = 900_000;
 const BODIES: usize = 80;
-/// 270 MB of it.
+/// The number of poisoned events, 270 MB in all.
 const POISON: usize = 300;
-/// Ingress keeps 32 MiB of bodies; what it needs beside them is far from this in a debug build.
+/// Ingress keeps up to 32 MiB of bodies; even a debug build needs far less than the rest for other
+/// things.
 const INGRESS_MIB_MAX: u64 = 128;
-/// The worker fetches 8 MiB ahead, has a batch of as much in hand, and 16 MiB of dead letters on their way.
+/// The worker holds 8 MiB of prefetched messages, a batch of the same size, and 16 MiB of dead
+/// letters in flight.
 const WORKER_MIB_MAX: u64 = 192;
 
 #[tokio::test]
@@ -40,7 +43,7 @@ async fn bodies_beyond_the_bound_are_refused_and_memory_stays_bounded() {
         (answer, begun.elapsed())
     });
     let answers = join_all(deliveries).await;
-    // That a 503 says when to come again is checked by whoever delivers.
+    // The ledger checks that every 503 has `Retry-After`.
     assert!(
         answers
             .iter()
@@ -53,7 +56,7 @@ async fn bodies_beyond_the_bound_are_refused_and_memory_stays_bounded() {
         .count();
     assert!(
         at_once >= BODIES - 38,
-        "32 MiB fit, the others are refused at once: {answers:?}"
+        "bodies of 32 MiB are kept, the others are refused at once: {answers:?}"
     );
     let peak = peak_mib(rig.ingress());
     assert!(peak < INGRESS_MIB_MAX, "ingress took {peak} MiB");
@@ -76,7 +79,7 @@ async fn worker_with_a_backlog_of_large_bodies_takes_bounded_memory() {
         rig.deliver_all(events).await;
     }
     rig.start_worker(0, &[]);
-    // Twice, since the consumer that is made again delivers all of it again.
+    // Two passes: the recreated consumer delivers every message again.
     check(&rig, Stream::Whole).await;
     let stream = rig
         .bridge
@@ -97,15 +100,15 @@ async fn worker_with_a_backlog_of_large_bodies_takes_bounded_memory() {
 #[tokio::test]
 async fn worker_with_a_backlog_of_large_poison_takes_bounded_memory() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
-    // Nobody hears whether a dead letter is stored: each is on its way for as long as it may.
-    let deaf = stream::Config {
+    // This stream sends no PubAck, so each dead letter stays in flight until the worker's timeout.
+    let without_ack = stream::Config {
         no_ack: true,
         ..litestripe_contract::stream::dead_letters(1, Duration::ZERO)
     };
     rig.bridge
         .jetstream()
         .await
-        .create_stream(deaf)
+        .create_stream(without_ack)
         .await
         .expect("a stream can be made");
     let poison = (0..POISON).map(|_| large(json!({ "trial_end": i64::MAX })));
@@ -121,7 +124,7 @@ async fn worker_with_a_backlog_of_large_poison_takes_bounded_memory() {
     }
     rig.start_worker(0, &[]);
     eventually(
-        "the worker to give up on more than it may have in hand",
+        "the worker to give up on more dead letters than it may have in flight",
         DEADLINE,
         async || match count_in_log(
             rig.running(0),
@@ -136,7 +139,7 @@ async fn worker_with_a_backlog_of_large_poison_takes_bounded_memory() {
     assert!(peak < WORKER_MIB_MAX, "the worker took {peak} MiB");
 }
 
-/// The most memory that a program ever had, in MiB.
+/// Returns a program's peak memory in MiB.
 fn peak_mib(program: &Program) -> u64 {
     let status =
         std::fs::read_to_string(format!("/proc/{}/status", program.id())).expect("it runs");

@@ -1,8 +1,8 @@
-//! A TCP proxy on 127.0.0.1 that misbehaves when told to.
+//! A TCP proxy on 127.0.0.1 that simulates network faults.
 //!
-//! Owns what can go wrong with a connection between two programs that are both well. May not know
-//! what is said over it. Bytes that were dropped are never followed by later ones of the same
-//! connection: whoever lost some also loses the connection when the fault ends.
+//! Owns the faults of a connection between two healthy programs. May not know their protocol. After
+//! it has dropped bytes, it passes no later bytes of that connection: when the fault ends, it
+//! resets the connection.
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,30 +15,30 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Bytes that are passed on at a time.
+/// The most bytes that are passed on at a time.
 const CHUNK_BYTES: usize = 16 << 10;
 
-/// How a proxy treats its connections, those that are there and those that come.
+/// How a proxy treats its existing and new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// It passes everything on.
+    /// Passes everything on.
     Pass,
-    /// It passes on every chunk after a while.
+    /// Delays every chunk.
     Delay(Duration),
-    /// It resets every connection and accepts none.
+    /// Resets every connection and accepts none.
     Cut,
-    /// It reads nothing, in either direction: the link is down and nobody has noticed.
+    /// Reads nothing in either direction, like a broken link that neither side has noticed.
     HalfOpen,
-    /// The connections that are there are half-open for good, new ones are well: a host that is gone
-    /// without a word, and another one in its place.
+    /// Leaves existing connections half-open for good and passes new ones, like a host that
+    /// vanished silently and was replaced.
     Strand,
-    /// It passes on what the client sends and drops what the server answers.
+    /// Passes requests on and drops the server's replies.
     DropReplies,
-    /// It resets each connection after that many bytes, in the middle of whatever they are.
+    /// Resets each connection after that many bytes, even in the middle of a message.
     ResetAfter(usize),
 }
 
-/// A listening proxy; it and its connections are gone when it is dropped.
+/// A listening proxy. Dropping it closes it and its connections.
 #[derive(Debug)]
 pub(crate) struct Proxy {
     port: u16,
@@ -47,7 +47,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// A proxy in front of that port of 127.0.0.1, which passes everything on.
+    /// Starts a proxy to that port of 127.0.0.1, which passes everything on.
     pub(crate) async fn start(target: u16) -> Self {
         let port = port::free();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
@@ -58,12 +58,12 @@ impl Proxy {
         Self { port, mode, task }
     }
 
-    /// Where clients connect.
+    /// The port for clients.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Treats its connections so from now on.
+    /// Changes how connections are treated from now on.
     pub(crate) fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
@@ -76,7 +76,7 @@ impl Drop for Proxy {
 }
 
 async fn accept(listener: TcpListener, target: u16, mode: watch::Receiver<Mode>) {
-    // Dropped with this task, which ends the connections.
+    // Dropping it with this task closes the connections.
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -118,19 +118,19 @@ async fn connection(mut client: TcpStream, target: u16, mode: watch::Receiver<Mo
         }
     };
     if end == End::Reset {
-        // Closing then sends a reset and forgets what was not sent.
+        // Then closing sends a reset and discards unsent bytes.
         let _ = (client.set_zero_linger(), server.set_zero_linger());
     }
 }
 
-/// Returns when the connection is to be forgotten.
+/// Returns when an existing connection must become half-open ([`Mode::Strand`]).
 async fn stranded(mut mode: watch::Receiver<Mode>) {
     if mode.wait_for(|mode| *mode == Mode::Strand).await.is_err() {
         std::future::pending().await
     }
 }
 
-/// One direction of a connection, until it ends.
+/// Passes the bytes of one direction of a connection until it ends.
 async fn pass(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
@@ -166,7 +166,7 @@ async fn pass(
             }
             _ => {}
         }
-        // Whoever should read may be frozen.
+        // The write may block, because the receiver may be frozen.
         let written = tokio::select! {
             written = to.write_all(part) => written,
             _ = mode.wait_for(|mode| *mode == Mode::Cut) => return End::Reset,

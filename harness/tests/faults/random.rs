@@ -1,4 +1,4 @@
-//! Random faults under load. A seed decides which, in which order and for how long.
+//! Random faults under load. A seed decides which faults happen, in which order and for how long.
 
 use std::time::{Duration, Instant};
 
@@ -15,25 +15,25 @@ use crate::rig::{DEADLINE, Rig, count_in_log};
 
 /// How long faults are injected in the short form.
 const SHORT: Duration = Duration::from_secs(20);
-/// Seeds of the long form.
+/// The number of seeds of the long form.
 const SEEDS: u32 = 20;
-/// A stopped program ends within its 20 s, on two busy cores.
+/// A program stops within 20 s; the rest allows for two busy cores.
 const STOP_MAX: Duration = Duration::from_secs(25);
 const WORKERS: usize = 2;
 
 #[tokio::test]
-async fn postgres_a_known_seed_loses_nothing() {
+async fn postgres_known_seed_loses_no_event() {
     survive(DatabaseKind::Postgres, 2, SHORT).await;
 }
 
 #[tokio::test]
-async fn sqlite_a_known_seed_loses_nothing() {
+async fn sqlite_known_seed_loses_no_event() {
     survive(DatabaseKind::Sqlite, 1, SHORT).await;
 }
 
-/// One fresh seed, or the long form.
+/// Runs one new seed, or the long form.
 #[tokio::test]
-async fn campaign_of_fresh_seeds_loses_nothing() {
+async fn campaign_of_new_seeds_loses_no_event() {
     let number = |name: &str| {
         std::env::var(name)
             .ok()
@@ -60,7 +60,7 @@ async fn campaign_of_fresh_seeds_loses_nothing() {
     };
     let mut results = Vec::new();
     for (seed, duration) in seeds {
-        // Both databases get their share, and a seed has always the same one.
+        // Seeds alternate between the databases, and a seed always has the same one.
         let database = if seed % 2 == 0 {
             DatabaseKind::Postgres
         } else {
@@ -71,7 +71,7 @@ async fn campaign_of_fresh_seeds_loses_nothing() {
     print_table(&results);
 }
 
-/// What one seed came to.
+/// The result of one seed.
 struct Outcome {
     seed: u64,
     database: DatabaseKind,
@@ -81,14 +81,15 @@ struct Outcome {
     took: Duration,
 }
 
-/// Injects the faults of `seed` under load for `duration`, puts everything right, and checks.
+/// Injects the faults of `seed` under load for `duration`, repairs everything, and checks the
+/// result.
 async fn survive(database: DatabaseKind, seed: u64, duration: Duration) -> Outcome {
     eprintln!(
         "seed {seed} on {database:?}: LITESTRIPE_SEED={seed} LITESTRIPE_FAULTS={}",
         duration.as_secs()
     );
     let start = Instant::now();
-    // Half of the seeds group what waits, whether it pays or not.
+    // Half of the seeds always publish waiting events in groups, even if that is not faster.
     let group_commit = if seed % 4 < 2 { "on" } else { "auto" };
     let settings = [
         ("LITESTRIPE_BATCH", "50"),
@@ -106,27 +107,27 @@ async fn survive(database: DatabaseKind, seed: u64, duration: Duration) -> Outco
         for fault in &step.faults {
             inject(&mut rig, *fault).await;
         }
-        // The schedule is time itself: nothing is waited for here.
+        // The schedule consists of fixed times, so these sleeps wait for no condition.
         tokio::time::sleep(step.hold).await;
         for fault in &step.faults {
-            mend_link(&rig, *fault);
+            repair_link(&rig, *fault);
         }
         for fault in &step.faults {
-            mend_server(&mut rig, *fault).await;
+            repair_server(&mut rig, *fault).await;
         }
         for fault in &step.faults {
-            mend_program(&mut rig, *fault).await;
+            repair_program(&mut rig, *fault).await;
         }
         tokio::time::sleep(step.rest).await;
-        assert_well(&rig);
+        assert_programs_run(&rig);
     }
     load.stop().await;
     let found = check(&rig, Stream::Whole).await;
-    assert_well(&rig);
+    assert_programs_run(&rig);
     let deliveries = rig.ledger.figures();
     assert!(
         deliveries.accepted > 20,
-        "the load was too small to tell anything: {deliveries:?}"
+        "the load was too small to show anything: {deliveries:?}"
     );
     let outcome = Outcome {
         seed,
@@ -158,16 +159,17 @@ enum Link {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// `kill -9`, and started again.
+    /// SIGKILL; later it is started again.
     Kill(Victim),
-    /// SIGSTOP, and SIGCONT.
+    /// SIGSTOP; later SIGCONT.
     Freeze(Victim),
-    /// SIGTERM, and started again.
+    /// SIGTERM; later it is started again.
     Restart(Victim),
-    Cut(Link, Mode),
+    /// A proxy that disturbs a link.
+    Disturb(Link, Mode),
 }
 
-/// Faults that last together for a while, and a rest after them.
+/// Faults at the same time, their duration, and a pause after them.
 #[derive(Debug)]
 struct Step {
     faults: Vec<Fault>,
@@ -180,14 +182,15 @@ impl Step {
         let mut faults = vec![Fault::roll(dice, database)];
         if dice.percent(35) {
             let second = Fault::roll(dice, database);
-            if !second.hits_what(faults[0]) {
+            if !second.has_target_of(faults[0]) {
                 faults.push(second);
             }
         }
         let is_frozen = |fault: &Fault| matches!(fault, Fault::Freeze(Victim::Worker(_)));
-        // For longer than the server waits for an ack: another worker gets what this one still has.
-        let outlives_its_acks = faults.iter().any(is_frozen) && dice.percent(40);
-        let hold = if outlives_its_acks {
+        // Longer than the broker's ack wait: another worker receives the messages that this one
+        // holds.
+        let exceeds_ack_wait = faults.iter().any(is_frozen) && dice.percent(40);
+        let hold = if exceeds_ack_wait {
             dice.millis(3200, 4500)
         } else {
             dice.millis(20, 1200)
@@ -217,14 +220,14 @@ impl Fault {
                     Link::WorkerToDatabase,
                 ];
                 let link = dice.one_of(if has_server { &links } else { &links[..2] });
-                Self::Cut(link, roll_mode(dice))
+                Self::Disturb(link, roll_mode(dice))
             }
         }
     }
 
-    fn hits_what(self, other: Self) -> bool {
+    fn has_target_of(self, other: Self) -> bool {
         match (self, other) {
-            (Self::Cut(link, _), Self::Cut(another, _)) => link == another,
+            (Self::Disturb(link, _), Self::Disturb(another, _)) => link == another,
             (Self::Kill(one) | Self::Freeze(one) | Self::Restart(one), other) => {
                 matches!(other, Self::Kill(two) | Self::Freeze(two) | Self::Restart(two) if one == two)
             }
@@ -245,7 +248,7 @@ fn roll_mode(dice: &mut Dice) -> Mode {
 
 async fn inject(rig: &mut Rig, fault: Fault) {
     match fault {
-        Fault::Cut(link, mode) => proxy(rig, link).set(mode),
+        Fault::Disturb(link, mode) => proxy(rig, link).set(mode),
         Fault::Kill(Victim::Broker) => rig.bridge.broker.kill().await,
         Fault::Kill(Victim::Database) => rig.bridge.database.kill().await,
         Fault::Restart(Victim::Broker) => rig.bridge.broker.stop().await,
@@ -264,13 +267,13 @@ async fn inject(rig: &mut Rig, fault: Fault) {
     }
 }
 
-fn mend_link(rig: &Rig, fault: Fault) {
-    if let Fault::Cut(link, _) = fault {
+fn repair_link(rig: &Rig, fault: Fault) {
+    if let Fault::Disturb(link, _) = fault {
         proxy(rig, link).set(Mode::Pass);
     }
 }
 
-async fn mend_server(rig: &mut Rig, fault: Fault) {
+async fn repair_server(rig: &mut Rig, fault: Fault) {
     match fault {
         Fault::Kill(Victim::Broker) | Fault::Restart(Victim::Broker) => {
             rig.bridge.broker.resume().await
@@ -287,7 +290,7 @@ async fn mend_server(rig: &mut Rig, fault: Fault) {
     }
 }
 
-async fn mend_program(rig: &mut Rig, fault: Fault) {
+async fn repair_program(rig: &mut Rig, fault: Fault) {
     match fault {
         Fault::Freeze(victim @ (Victim::Ingress | Victim::Worker(_))) => {
             program(rig, victim).signal(Signal::Cont)
@@ -296,10 +299,7 @@ async fn mend_program(rig: &mut Rig, fault: Fault) {
             let begun = Instant::now();
             let status = program(rig, victim).wait(DEADLINE).await;
             let log = program(rig, victim).log();
-            assert!(
-                status.success(),
-                "{victim:?} did not end well: {status}:\n{log}"
-            );
+            assert!(status.success(), "{victim:?} ended with {status}:\n{log}");
             assert!(
                 begun.elapsed() < STOP_MAX,
                 "{victim:?} took {:?} to end:\n{log}",
@@ -320,8 +320,8 @@ fn start(rig: &mut Rig, victim: Victim) {
     }
 }
 
-/// The programs that run are alive, and none has panicked.
-fn assert_well(rig: &Rig) {
+/// Asserts that every started program runs and that none has panicked.
+fn assert_programs_run(rig: &Rig) {
     for program in rig.ingress.iter().chain(rig.workers.iter().flatten()) {
         assert_eq!(count_in_log(program, "panicked"), 0, "{}", program.log());
         assert!(
@@ -336,7 +336,7 @@ fn program(rig: &Rig, victim: Victim) -> &Program {
     match victim {
         Victim::Ingress => rig.ingress(),
         Victim::Worker(index) => rig.running(index),
-        Victim::Broker | Victim::Database => panic!("{victim:?} is no program of ours"),
+        Victim::Broker | Victim::Database => panic!("{victim:?} is not one of our programs"),
     }
 }
 
@@ -386,7 +386,7 @@ fn print_table(outcomes: &[Outcome]) {
             found.signals.to_string(),
             found.repeated_signals.to_string(),
             found.dead_letters.to_string(),
-            // A loss would have ended the test.
+            // A loss makes the test fail before this.
             "0".to_owned(),
             format!("{:.1} s", outcome.took.as_secs_f64()),
         ]);

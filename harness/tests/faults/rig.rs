@@ -1,8 +1,8 @@
-//! A bridge whose parts can be hurt one by one: programs that keep their addresses when they are
-//! started again, and a proxy on every connection between them and the servers.
+//! A bridge for fault tests: its programs keep their addresses when they are restarted, and every
+//! connection between them and the servers passes a proxy.
 //!
-//! Owns how it is put together and put right again. Reads what came of it through the harness's
-//! [`Bridge`], past the proxies.
+//! Owns the set-up and the restarts. Reads the results through the harness's [`Bridge`], without
+//! the proxies.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,36 +16,37 @@ use litestripe_harness::{eventually, nats, port, stripe};
 use crate::ledger::Ledger;
 use crate::proxy::Proxy;
 
-/// How long whatever a test waits for may take on two busy cores.
+/// The deadline of most conditions that tests wait for, enough for two busy cores.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What a killed worker had not acked comes again after this. In production it is a minute.
+/// The broker redelivers a killed worker's unacked messages after this time. In production it is a
+/// minute.
 const ACK_WAIT: Duration = Duration::from_secs(3);
 
-/// Further settings of a program.
+/// Additional settings of a program.
 pub(crate) type Settings<'a> = &'a [(&'a str, &'a str)];
 
-/// Everything; all of it is gone when it is dropped.
+/// All servers, programs and proxies. Dropping it ends and removes them.
 pub(crate) struct Rig {
-    // Declared first, so that the programs have ended before what they are connected to.
+    // Declared first, so that the programs end before the proxies and servers.
     pub(crate) ingress: Option<Program>,
     pub(crate) workers: Vec<Option<Program>>,
     pub(crate) ingress_to_nats: Proxy,
     pub(crate) worker_to_nats: Proxy,
     /// In front of PostgreSQL.
     pub(crate) worker_to_database: Option<Proxy>,
-    /// Broker, database, and what can be read of them.
+    /// Broker and database, and queries on them.
     pub(crate) bridge: Bridge,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) client: reqwest::Client,
-    /// Settings of ingress, and of the workers, beyond what they need.
+    /// Additional settings of ingress and the workers.
     pub(crate) settings: Vec<(String, String)>,
     ingress_port: u16,
     worker_ports: Vec<u16>,
 }
 
 impl Rig {
-    /// Broker and database, without programs.
+    /// Starts broker and database, without programs.
     pub(crate) async fn servers(kind: DatabaseKind, broker: nats::Options) -> Self {
         let mut bridge = Bridge::prepare(Options::on(kind));
         bridge.broker =
@@ -72,8 +73,8 @@ impl Rig {
         }
     }
 
-    /// Servers, ingress and that many workers, ready; what a killed worker had not acked comes again
-    /// within seconds.
+    /// Starts servers, ingress and `workers` workers and waits until they are ready. Unacked
+    /// messages of a killed worker are redelivered after [`ACK_WAIT`].
     pub(crate) async fn start(kind: DatabaseKind, workers: usize, settings: Settings<'_>) -> Self {
         let mut rig = Self::servers(kind, nats::Options::default()).await;
         rig.settings = settings
@@ -90,8 +91,8 @@ impl Rig {
         rig
     }
 
-    /// Makes the workers' consumer, with less patience than they would give it. They leave a consumer
-    /// that exists as it is.
+    /// Creates the workers' consumer with a shorter ack wait than theirs. The workers use an
+    /// existing consumer as it is.
     pub(crate) async fn make_consumer(&self, replicas: usize) {
         let stream = self
             .bridge
@@ -114,7 +115,7 @@ impl Rig {
             .expect("a consumer can be made");
     }
 
-    /// Starts ingress, again at the same address.
+    /// Starts ingress; each time at the same address.
     pub(crate) fn start_ingress(&mut self, more: Settings<'_>) {
         let launch = Program::named("litestripe-ingress")
             .env(
@@ -130,7 +131,7 @@ impl Rig {
         self.ingress = Some(self.with_settings(launch, more).start());
     }
 
-    /// Starts that worker, again at the same address.
+    /// Starts the worker with that index; each time at the same address.
     pub(crate) fn start_worker(&mut self, index: usize, more: Settings<'_>) {
         while self.workers.len() <= index {
             self.workers.push(None);
@@ -141,7 +142,7 @@ impl Rig {
         self.workers[index] = Some(with(launch, more).start());
     }
 
-    /// `litestripe-worker` as the workers are started, for commands.
+    /// `litestripe-worker` with the settings of the workers, for running commands.
     pub(crate) fn worker(&self) -> Launch {
         let url = self.bridge.database.url();
         let url = match &self.worker_to_database {
@@ -161,7 +162,7 @@ impl Rig {
         self.with_settings(launch, &[])
     }
 
-    /// The running worker of that index.
+    /// The worker with that index.
     pub(crate) fn running(&self, index: usize) -> &Program {
         self.workers[index].as_ref().expect("this test started it")
     }
@@ -170,7 +171,7 @@ impl Rig {
         self.ingress.as_ref().expect("this test started it")
     }
 
-    /// The hook's URL, the same for every ingress of this rig.
+    /// The hook's URL, which stays the same when ingress is restarted.
     pub(crate) fn hook(&self) -> String {
         format!("http://127.0.0.1:{}/ls/hook/{HOOK}/", self.ingress_port)
     }
@@ -253,7 +254,7 @@ fn database_port(bridge: &Bridge) -> u16 {
         .expect("a PostgreSQL URL of ours names a port")
 }
 
-/// How many lines of a program's log contain `text`.
+/// Counts the lines of a program's log that contain `text`.
 pub(crate) fn count_in_log(program: &Program, text: &str) -> usize {
     program
         .log()

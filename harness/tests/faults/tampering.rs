@@ -1,4 +1,4 @@
-//! The check itself: what a test takes away or changes behind the programs' backs is noticed.
+//! Tests of the check itself: it must notice a removed event, a removed signal and a changed row.
 
 use std::panic::AssertUnwindSafe;
 
@@ -14,15 +14,16 @@ use crate::rig::Rig;
 
 #[tokio::test]
 async fn lost_event_is_noticed() {
-    let rig = sound().await;
+    let rig = healthy_rig().await;
     delete(&rig, EVENTS_STREAM, 3).await;
-    notices(&rig, "are not stored").await;
+    expect_failure(&rig, "are not stored").await;
 }
 
 #[tokio::test]
 async fn lost_signal_is_noticed() {
-    let rig = sound().await;
-    // One that another of its subscription follows: signals of several may come in any order.
+    let rig = healthy_rig().await;
+    // The deleted signal must have a successor of its subscription: signals of different
+    // subscriptions may come in any order.
     let bodies: Vec<_> = rig
         .bridge
         .signals()
@@ -44,23 +45,23 @@ async fn lost_signal_is_noticed() {
         followed.expect("a story has such a signal") as u64 + 1,
     )
     .await;
-    notices(&rig, "one was lost, doubled or overtaken").await;
+    expect_failure(&rig, "one was lost, doubled or overtaken").await;
 }
 
 #[tokio::test]
 async fn changed_row_is_noticed() {
-    let rig = sound().await;
+    let rig = healthy_rig().await;
     let sql = "UPDATE stripe_subscription SET status = 'paused' WHERE status = 'canceled'";
     rig.bridge
         .database
         .query(sql)
         .await
-        .expect("SQLite is there");
-    notices(&rig, "is not what its events make of it").await;
+        .expect("the database answers");
+    expect_failure(&rig, "differs from the merge of its events").await;
 }
 
-/// A rig in which all is well.
-async fn sound() -> Rig {
+/// Starts a rig, delivers the story and checks it.
+async fn healthy_rig() -> Rig {
     let rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.deliver_all(&stripe::story(OffsetDateTime::now_utc()))
         .await;
@@ -68,7 +69,7 @@ async fn sound() -> Rig {
     rig
 }
 
-/// Takes a message out of a stream.
+/// Removes a message from a stream.
 async fn delete(rig: &Rig, stream: &str, sequence: u64) {
     let stream = rig
         .bridge
@@ -76,7 +77,7 @@ async fn delete(rig: &Rig, stream: &str, sequence: u64) {
         .await
         .get_stream(stream)
         .await
-        .expect("it is there");
+        .expect("the stream exists");
     assert!(
         stream
             .delete_message(sequence)
@@ -85,13 +86,14 @@ async fn delete(rig: &Rig, stream: &str, sequence: u64) {
     );
 }
 
-async fn notices(rig: &Rig, words: &str) {
+/// Runs the check and expects that it fails with a message that contains `text`.
+async fn expect_failure(rig: &Rig, text: &str) {
     let outcome = AssertUnwindSafe(check(rig, Stream::Whole))
         .catch_unwind()
         .await;
-    let panic = outcome.expect_err("the check notices");
-    let said = panic
+    let panic = outcome.expect_err("the check fails");
+    let message = panic
         .downcast_ref::<String>()
         .expect("an assertion with arguments has a String");
-    assert!(said.contains(words), "{said}");
+    assert!(message.contains(text), "{message}");
 }
