@@ -29,8 +29,8 @@ use crate::program::{Launch, Program};
 use crate::stripe::{self, Delivery, Event};
 use crate::{eventually, nats, port};
 
-pub use database::{Database, DatabaseKind, lock_of, shown};
-pub use signal::{Signal, of_subscription};
+pub use database::{Database, DatabaseKind, lock_row_sql, signal_fields};
+pub use signal::{Signal, filter_by_subscription};
 
 /// The signing secret of every bridge.
 pub const SECRET: &str = "whsec_onlyTheTestsKnowThis";
@@ -61,7 +61,7 @@ pub struct Options {
 impl Options {
     /// Options with one worker and only the required settings.
     #[must_use]
-    pub fn on(database: DatabaseKind) -> Self {
+    pub fn new(database: DatabaseKind) -> Self {
         Self {
             database,
             workers: 1,

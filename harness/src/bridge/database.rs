@@ -181,7 +181,7 @@ impl Database {
     ///
     /// # Panics
     /// When another session holds the locks.
-    pub async fn locked(&self, lock: &str) -> DatabaseTransaction {
+    pub async fn hold_lock(&self, lock: &str) -> DatabaseTransaction {
         let other = self
             .connection()
             .await
@@ -240,7 +240,7 @@ impl Database {
 
 /// Returns the statement that locks the row of a subscription.
 #[must_use]
-pub fn lock_of(subscription: &str) -> String {
+pub fn lock_row_sql(subscription: &str) -> String {
     format!(
         "SELECT 1 FROM stripe_subscription WHERE stripe_subscription_id = '{subscription}' FOR UPDATE"
     )
@@ -248,7 +248,7 @@ pub fn lock_of(subscription: &str) -> String {
 
 /// Returns those columns of a row that signals contain, formatted as in a signal.
 #[must_use]
-pub fn shown(row: &stripe_subscription::Model) -> Value {
+pub fn signal_fields(row: &stripe_subscription::Model) -> Value {
     let at = |at: Option<OffsetDateTime>| {
         let text = |at: OffsetDateTime| at.to_offset(UtcOffset::UTC).format(&Rfc3339);
         at.map(|at| text(at).expect("the worker stores only times that RFC 3339 can express"))

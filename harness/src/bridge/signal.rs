@@ -11,7 +11,7 @@ use jsonschema::Validator;
 use litestripe_entity::stripe_subscription;
 use serde_json::{Map, Value, json};
 
-use super::{headers, shown};
+use super::{headers, signal_fields};
 
 /// The committed schemas by subject.
 const SCHEMAS: [(&str, &str); 3] = [
@@ -124,7 +124,7 @@ impl Signal {
 
 /// Selects the `subscription.changed` signals of one subscription.
 #[must_use]
-pub fn of_subscription<'a>(signals: &'a [Signal], id: &str) -> Vec<&'a Signal> {
+pub fn filter_by_subscription<'a>(signals: &'a [Signal], id: &str) -> Vec<&'a Signal> {
     let is_its = |signal: &&Signal| {
         signal.subject == "subscription.changed"
             && signal.text("stripe_subscription_id") == Some(id)
@@ -245,7 +245,7 @@ pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]
         let signal = last
             .remove(id)
             .unwrap_or_else(|| panic!("{id} has a row but no signal"));
-        let row = shown(row);
+        let row = signal_fields(row);
         for field in row.as_object().expect("it is an object").keys() {
             assert_eq!(
                 row[field], signal.body[field],

@@ -6,7 +6,7 @@ use async_nats::jetstream::stream::State;
 use litestripe_contract::subject::{
     DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER,
 };
-use litestripe_harness::bridge::{DatabaseKind, lock_of, of_subscription};
+use litestripe_harness::bridge::{DatabaseKind, filter_by_subscription, lock_row_sql};
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Program;
 use litestripe_harness::stripe::{Event, Purchase};
@@ -280,7 +280,7 @@ async fn start_blocked_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransa
         .query(&empty)
         .await
         .expect("it can be written");
-    let lock = rig.bridge.database.locked(&lock_of(id)).await;
+    let lock = rig.bridge.database.hold_lock(&lock_row_sql(id)).await;
     let replay = rig.worker().args(["replay"]).start();
     rig.bridge.database.until_a_worker_waits().await;
     (lock, replay)
@@ -352,7 +352,7 @@ async fn streams_deleted(names: &[&str]) {
     rig.bridge.wait_until_applied().await;
     check_rows_are_merged(&rig).await;
     let signals = rig.bridge.signals().await;
-    let signals = of_subscription(&signals, &purchase.subscription);
+    let signals = filter_by_subscription(&signals, &purchase.subscription);
     let last = signals
         .last()
         .unwrap_or_else(|| panic!("no signal:\n{}", rig.running(0).log()));

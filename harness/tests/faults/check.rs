@@ -15,7 +15,7 @@ use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::event::{self, MetadataKeys};
 use litestripe_domain::merge::State;
 use litestripe_entity::stripe_subscription;
-use litestripe_harness::bridge::{Signal, shown};
+use litestripe_harness::bridge::{Signal, signal_fields};
 use serde_json::Value;
 use time::OffsetDateTime;
 
@@ -199,7 +199,7 @@ fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, Sta
         );
         let visible = state.visible();
         let expected = serde_json::to_value(&visible.subscription).expect("a row is JSON");
-        let shown = shown(row);
+        let shown = signal_fields(row);
         for (field, value) in expected.as_object().expect("a row is an object") {
             assert_eq!(
                 &shown[field], value,
@@ -256,7 +256,7 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
         let signal = last
             .remove(id)
             .unwrap_or_else(|| panic!("{id} has a row but no signal"));
-        let row = shown(row);
+        let row = signal_fields(row);
         for field in row.as_object().expect("it is an object").keys() {
             assert_eq!(
                 row[field], signal.body[field],

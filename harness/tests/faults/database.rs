@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use litestripe_harness::bridge::{DatabaseKind, lock_of};
+use litestripe_harness::bridge::{DatabaseKind, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{Event, Purchase};
@@ -152,7 +152,7 @@ async fn worker_waits_for_a_row_locked_by_another_session() {
     let lock = rig
         .bridge
         .database
-        .locked(&lock_of(&purchases[0].subscription))
+        .hold_lock(&lock_row_sql(&purchases[0].subscription))
         .await;
     rig.deliver_all(&update(&purchases, 3)).await;
     check_worker_waits(&rig).await;
@@ -168,7 +168,7 @@ async fn worker_waits_for_sqlite_locked_by_another_process() {
     let other = rig
         .bridge
         .database
-        .locked("UPDATE stripe_subscription SET version = version")
+        .hold_lock("UPDATE stripe_subscription SET version = version")
         .await;
     rig.deliver_all(&update(&purchases, 3)).await;
     check_worker_waits(&rig).await;
@@ -184,7 +184,7 @@ async fn starting_worker_waits_for_locked_sqlite() {
     let other = rig
         .bridge
         .database
-        .locked("CREATE TABLE other (id INTEGER)")
+        .hold_lock("CREATE TABLE other (id INTEGER)")
         .await;
     rig.start_worker(0, &[]);
     rig.running(0)
@@ -232,7 +232,7 @@ async fn migrating_worker_waits_for_sqlite_locked_by_another_process() {
     let other = rig
         .bridge
         .database
-        .locked("CREATE TABLE other (id INTEGER)")
+        .hold_lock("CREATE TABLE other (id INTEGER)")
         .await;
     rig.start_worker(0, &[]);
     rig.running(0)
@@ -248,7 +248,7 @@ async fn starting_worker_that_waits_for_locked_sqlite_stops_on_a_signal() {
     let _other = rig
         .bridge
         .database
-        .locked("CREATE TABLE other (id INTEGER)")
+        .hold_lock("CREATE TABLE other (id INTEGER)")
         .await;
     rig.start_worker(0, &[]);
     rig.running(0)
@@ -291,7 +291,7 @@ async fn worker_retries_after_a_deadlock_with_another_session() {
     let other = rig
         .bridge
         .database
-        .locked(&lock_of(&purchases[1].subscription))
+        .hold_lock(&lock_row_sql(&purchases[1].subscription))
         .await;
     other
         .execute_unprepared("SET LOCAL deadlock_timeout = '10min'")
@@ -303,7 +303,7 @@ async fn worker_retries_after_a_deadlock_with_another_session() {
     rig.bridge.database.until_a_worker_waits().await;
     // The server ends the statement of the session that first checks for a deadlock: the worker's.
     other
-        .execute_unprepared(&lock_of(&purchases[0].subscription))
+        .execute_unprepared(&lock_row_sql(&purchases[0].subscription))
         .await
         .expect("the worker's statement was ended");
     check_worker_waits(&rig).await;
@@ -352,7 +352,7 @@ async fn database_host_that_vanishes_silently_does_not_block_a_batch_for_ever() 
     in_the_middle_of_a_statement(
         &rig,
         &purchases,
-        &lock_of(&purchases[0].subscription),
+        &lock_row_sql(&purchases[0].subscription),
         Mode::Strand,
     )
     .await;
@@ -406,7 +406,7 @@ async fn shutdown_is_bounded_while_the_database_does_not_answer() {
     in_the_middle_of_a_statement(
         &rig,
         &purchases,
-        &lock_of(&purchases[0].subscription),
+        &lock_row_sql(&purchases[0].subscription),
         Mode::HalfOpen,
     )
     .await;
@@ -427,7 +427,7 @@ async fn second_signal_ends_a_worker_at_once() {
     in_the_middle_of_a_statement(
         &rig,
         &purchases,
-        &lock_of(&purchases[0].subscription),
+        &lock_row_sql(&purchases[0].subscription),
         Mode::HalfOpen,
     )
     .await;
@@ -455,7 +455,7 @@ async fn second_signal_ends_a_worker_at_once() {
 /// statement waits for another session's lock, which is released once its answer can no longer
 /// arrive.
 async fn in_the_middle_of_a_statement(rig: &Rig, purchases: &[Purchase], lock: &str, mode: Mode) {
-    let lock = rig.bridge.database.locked(lock).await;
+    let lock = rig.bridge.database.hold_lock(lock).await;
     rig.deliver_all(&update(purchases, 12)).await;
     rig.bridge.database.until_a_worker_waits().await;
     rig.worker_to_database

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::{HeaderMap, jetstream};
 use futures_util::future::join_all;
 use litestripe_contract::{header, stream};
-use litestripe_harness::bridge::{DatabaseKind, of_subscription};
+use litestripe_harness::bridge::{DatabaseKind, filter_by_subscription};
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
 use litestripe_harness::{eventually, nats};
@@ -124,7 +124,7 @@ async fn dead_letters(database: DatabaseKind) {
     );
     let signals = rig.bridge.signals().await;
     assert_eq!(
-        of_subscription(&signals, &curable.subscription).len(),
+        filter_by_subscription(&signals, &curable.subscription).len(),
         1,
         "the event is applied once"
     );

@@ -48,7 +48,7 @@ pub(crate) struct Rig {
 impl Rig {
     /// Starts broker and database, without programs.
     pub(crate) async fn servers(kind: DatabaseKind, broker: nats::Options) -> Self {
-        let mut bridge = Bridge::prepare(Options::on(kind));
+        let mut bridge = Bridge::prepare(Options::new(kind));
         bridge.broker =
             nats::Server::prepare(broker).expect("a folder for nats-server can be made");
         bridge.broker.resume().await;

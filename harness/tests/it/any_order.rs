@@ -38,7 +38,7 @@ async fn any_order_leads_to_the_same_table(database: DatabaseKind, workers: usiz
     let once = in_order(database, &histories).await;
 
     // Small batches, so that many workers have events of one subscription at the same time.
-    let options = Options::on(database)
+    let options = Options::new(database)
         .workers(workers)
         .worker("LITESTRIPE_BATCH", "20");
     let bridge = Bridge::start(options).await;
@@ -78,7 +78,7 @@ struct Once {
 }
 
 async fn in_order(database: DatabaseKind, histories: &[History]) -> Once {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     // Second by second over all subscriptions, as the events happened.
     let mut events: Vec<_> = histories
         .iter()
@@ -193,7 +193,7 @@ async fn similar_subscriptions_are_kept_apart(database: DatabaseKind) {
     }
     random.shuffle(&mut events);
     let bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .workers(2)
             .worker("LITESTRIPE_BATCH", "2"),
     )

@@ -534,7 +534,7 @@ pub(crate) async fn recorded(bridge: &Bridge) -> Option<i64> {
 
 /// Options for workers that have a key for the stub and backfill only by command.
 fn with_key(database: DatabaseKind, api: &Api) -> Options {
-    Options::on(database)
+    Options::new(database)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000")

@@ -1,7 +1,9 @@
 //! The bridge, end to end: a signed delivery over HTTP leads to a row in the database and a signal
 //! to a subscriber. The same tests run on both databases.
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, of_subscription, shown};
+use litestripe_harness::bridge::{
+    Bridge, DatabaseKind, Options, Signal, filter_by_subscription, signal_fields,
+};
 use litestripe_harness::stripe::{self, Delivery, Event, MONTH, Purchase, TRIAL};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -50,7 +52,7 @@ const DELETED: &str = "customer.subscription.deleted";
 const COMPLETED: &str = "checkout.session.completed";
 
 async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let now = OffsetDateTime::now_utc();
     let story = stripe::story(now);
     for event in &story {
@@ -61,7 +63,7 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
 
     let signals = bridge.check().await;
     let id = subject(&story[1]);
-    let sent: Vec<_> = of_subscription(&signals, &id)
+    let sent: Vec<_> = filter_by_subscription(&signals, &id)
         .into_iter()
         .map(Shown::from_signal)
         .collect();
@@ -153,7 +155,7 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
         "uncertain": false,
         "revision": row.revision,
     });
-    assert_eq!(shown(&row), expected);
+    assert_eq!(signal_fields(&row), expected);
     assert_eq!(row.checkout_session_id, Some(subject(&story[0])));
     assert_eq!(row.last_event_id.as_deref(), Some(story[6].id()));
     assert_eq!(
@@ -171,7 +173,7 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
 async fn session_before_or_after_the_subscription_events_leads_to_the_same_row(
     database: DatabaseKind,
 ) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let created = now() - MONTH;
     let (first, second) = (Purchase::new(created), Purchase::new(created));
     let events = |purchase: &Purchase| {
@@ -203,7 +205,7 @@ async fn session_before_or_after_the_subscription_events_leads_to_the_same_row(
             Some(&purchase.checkout_session)
         );
         assert_eq!(row.stripe_customer_id.as_ref(), Some(&purchase.customer));
-        let mut shown = shown(&row);
+        let mut shown = signal_fields(&row);
         for own in ["stripe_subscription_id", "stripe_customer_id", "revision"] {
             shown[own].take();
         }
@@ -220,7 +222,7 @@ async fn session_before_or_after_the_subscription_events_leads_to_the_same_row(
 }
 
 async fn row_without_a_subscription_event_is_revoked_and_signalled(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now());
     let session = json!({ "client_reference_id": "user_1" });
     bridge
@@ -254,7 +256,7 @@ async fn row_without_a_subscription_event_is_revoked_and_signalled(database: Dat
 }
 
 async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - MONTH);
     let mut more = purchase.items(purchase.created, purchase.created + MONTH);
     more["data"][0]["quantity"] = json!(5);
@@ -341,7 +343,7 @@ async fn every_kind_of_subscription_event_changes_the_row(database: DatabaseKind
 }
 
 async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - MONTH);
     let at = purchase.created;
     let subscription = |event_type, at, metadata: Value| {
@@ -388,7 +390,7 @@ async fn metadata_is_kept_by_event_type(database: DatabaseKind) {
 
 async fn only_configured_metadata_keys_are_kept(database: DatabaseKind) {
     let bridge =
-        Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan, seats"))
+        Bridge::start(Options::new(database).worker("LITESTRIPE_METADATA_KEYS", "plan, seats"))
             .await;
     let purchase = Purchase::new(now());
     let metadata = json!({ "metadata": { "plan": "team", "note": "call Jo Doe" }, "client_reference_id": "user_1" });
@@ -414,7 +416,7 @@ async fn only_configured_metadata_keys_are_kept(database: DatabaseKind) {
 async fn newest_client_reference_id_wins_and_an_empty_one_does_not_erase_it(
     database: DatabaseKind,
 ) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 60);
     let steps = [
         (0, json!("user_1"), "user_1"),
@@ -453,7 +455,7 @@ async fn newest_client_reference_id_wins_and_an_empty_one_does_not_erase_it(
 }
 
 async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let story = stripe::story(OffsetDateTime::now_utc());
     bridge.deliver_all(&story).await;
     let signals = bridge.check().await;
@@ -488,7 +490,7 @@ async fn repeated_events_change_and_signal_nothing(database: DatabaseKind) {
 }
 
 async fn events_of_unhandled_types_are_ignored(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
+    let bridge = Bridge::start(Options::new(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let invoice =
         json!({ "id": "in_1", "object": "invoice", "subscription": "sub_1", "customer": "cus_1" });
     let purchase = Purchase::new(now());
@@ -524,7 +526,7 @@ async fn events_of_unhandled_types_are_ignored(database: DatabaseKind) {
 
 async fn trace_context_travels_from_the_delivery_to_the_signal(database: DatabaseKind) {
     const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now());
     let event = purchase.subscription_event(CREATED, purchase.created, json!({}));
     let delivery = Delivery::new(event.body(), litestripe_harness::bridge::SECRET);

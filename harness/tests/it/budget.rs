@@ -37,7 +37,7 @@ async fn one_process_keeps_to_the_budget_and_uses_it() {
 }
 
 async fn budget_is_kept_and_used_by(processes: usize) {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.database.resume().await;
     // One stub per process: each process has to make its share of the requests.
@@ -158,7 +158,7 @@ fn arrivals(apis: &[Api]) -> Vec<Instant> {
 #[tokio::test]
 async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_again() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
@@ -217,7 +217,7 @@ async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_aga
 #[tokio::test]
 async fn successive_calls_rarely_ask_the_broker() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "1200")
@@ -262,7 +262,7 @@ async fn successive_calls_rarely_ask_the_broker() {
 async fn invalid_value_in_the_bucket_delays_calls_by_one_window_at_most() {
     const KEY: &str = "litestripe_stripe_api_rate_limit";
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use litestripe_harness::bridge::{
-    Bridge, DatabaseKind, Options, Signal, lock_of, of_subscription, shown,
+    Bridge, DatabaseKind, Options, Signal, filter_by_subscription, lock_row_sql, signal_fields,
 };
 use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
@@ -37,7 +37,7 @@ const ERASED: &str = "ERASED";
 const KEPT: &str = "KEPT";
 
 async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
+    let bridge = Bridge::start(Options::new(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     // A second subscription of the same customer, with a known user, and a payment without a
     // subscription.
@@ -129,18 +129,18 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
     let signals = bridge.signals().await;
     for before in &rows {
         let row = bridge.row(&before.stripe_subscription_id).await;
-        let sent = of_subscription(&signals, &row.stripe_subscription_id);
-        check_last(&sent, &shown(&row));
+        let sent = filter_by_subscription(&signals, &row.stripe_subscription_id);
+        check_last(&sent, &signal_fields(&row));
         if before.stripe_customer_id.as_deref() != Some(&user.customer) {
             assert_eq!(&row, before);
             continue;
         }
         let cleared = with(
-            shown(before),
+            signal_fields(before),
             json!({ "metadata": {}, "subscription_metadata": {} }),
         );
         assert_eq!(
-            with(shown(&row), json!({ "revision": before.revision })),
+            with(signal_fields(&row), json!({ "revision": before.revision })),
             cleared,
             "but for metadata it is as before"
         );
@@ -193,7 +193,7 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
 }
 
 async fn a_last_signal_with_personal_data_is_replaced(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, UPDATED, ERASED, 0)).await;
     let emptied = json!({ "status": "past_due", "metadata": {} });
@@ -203,7 +203,7 @@ async fn a_last_signal_with_personal_data_is_replaced(database: DatabaseKind) {
     )
     .await;
     let before = bridge.check().await;
-    let last = of_subscription(&before, &user.subscription)
+    let last = filter_by_subscription(&before, &user.subscription)
         .pop()
         .expect("it was signalled");
     assert!(last.body["previous"].to_string().contains(ERASED));
@@ -214,8 +214,8 @@ async fn a_last_signal_with_personal_data_is_replaced(database: DatabaseKind) {
         (&json!(0), &json!(2))
     );
     let signals = bridge.signals().await;
-    let sent = of_subscription(&signals, &user.subscription);
-    check_last(&sent, &shown(&bridge.row(&user.subscription).await));
+    let sent = filter_by_subscription(&signals, &user.subscription);
+    check_last(&sent, &signal_fields(&bridge.row(&user.subscription).await));
     assert_eq!(
         (sent.len(), &sent[0].body["status"]),
         (1, &json!("past_due"))
@@ -227,13 +227,13 @@ async fn a_last_signal_with_personal_data_is_replaced(database: DatabaseKind) {
         (&json!(0), &json!(1))
     );
     let signals = bridge.signals().await;
-    let sent = of_subscription(&signals, &user.subscription);
-    check_last(&sent, &shown(&bridge.row(&user.subscription).await));
+    let sent = filter_by_subscription(&signals, &user.subscription);
+    check_last(&sent, &signal_fields(&bridge.row(&user.subscription).await));
     assert_eq!((sent.len(), sent[0].changed()), (1, vec![]));
 }
 
 async fn erasure_is_refused_while_an_event_of_the_customer_is_unapplied(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     apply(&bridge, &session(&user, ERASED, json!({}))).await;
     bridge.workers.pop().expect("there is one").stop().await;
@@ -294,7 +294,7 @@ async fn erasure_is_refused_while_an_event_of_the_customer_is_unapplied(database
 
 async fn late_events_are_applied_without_their_personal_data(database: DatabaseKind) {
     let bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
             .workers(2),
     )
@@ -361,7 +361,7 @@ async fn late_events_are_applied_without_their_personal_data(database: DatabaseK
 }
 
 async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let user = Purchase::new(now() - 60);
     bridge
         .deliver_all(&[
@@ -381,7 +381,7 @@ async fn an_erasure_survives_the_loss_of_nats_data(database: DatabaseKind) {
 }
 
 async fn records_that_the_previous_version_kept_in_nats_are_migrated(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let user = Purchase::new(now() - 60);
     bridge
         .deliver(&user.subscription_event(CREATED, user.created, json!({})))
@@ -466,7 +466,7 @@ async fn check_late(bridge: &Bridge, user: &Purchase) {
 
 #[tokio::test]
 async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     apply(
         &bridge,
@@ -480,7 +480,10 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
     .await;
 
     // An erasure waits for a batch that has begun.
-    let row = bridge.database.locked(&lock_of(&other.subscription)).await;
+    let row = bridge
+        .database
+        .hold_lock(&lock_row_sql(&other.subscription))
+        .await;
     bridge
         .deliver(&subscription(&other, UPDATED, KEPT, 5))
         .await;
@@ -496,7 +499,7 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
     // A batch that has not begun waits until the erasure is recorded.
     let recorded = bridge
         .database
-        .locked("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE")
+        .hold_lock("LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE")
         .await;
     bridge
         .deliver(&subscription(&user, UPDATED, ERASED, 5))
@@ -522,19 +525,19 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
 
 #[tokio::test]
 async fn a_backup_that_reads_every_table_does_not_block_an_erasure() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &subscription(&user, CREATED, ERASED, 0)).await;
     let backup = bridge
         .database
-        .locked("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE")
+        .hold_lock("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE")
         .await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
     backup.rollback().await.expect("it ends");
 }
 
 async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let (guest, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let once = json!({ "mode": "payment", "subscription": null, "customer": null });
     let paid = session(&guest, ERASED, once.clone());
@@ -577,7 +580,7 @@ async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: Database
 }
 
 async fn unknown_customer_is_recorded_and_nothing_else_changes(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let user = Purchase::new(now() - 60);
     apply(&bridge, &session(&user, KEPT, json!({}))).await;
     let kept = places(&bridge, KEPT).await;
@@ -611,7 +614,7 @@ async fn unknown_customer_is_recorded_and_nothing_else_changes(database: Databas
 
 /// Options for workers with a key for the stub that backfill only by command.
 fn with_key(api: &Api) -> Options {
-    Options::on(DatabaseKind::Sqlite)
+    Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")

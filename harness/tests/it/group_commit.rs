@@ -35,7 +35,7 @@ async fn bridge(group_commit: &str) -> Bridge {
 }
 
 async fn prepare(group_commit: &str, jetstream: &str) -> Bridge {
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .workers(0)
         .ingress("LITESTRIPE_GROUP_COMMIT", group_commit);
     let mut bridge = Bridge::prepare(options);

@@ -31,7 +31,7 @@ async fn permissions_of_the_readme_suffice_for_everything() {
     let config = format!("{block}\nno_auth_user: harness\n");
 
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .ingress("NATS_USER", "ingress")
         .ingress("NATS_PASSWORD", "secret")
         .worker("NATS_USER", "worker")

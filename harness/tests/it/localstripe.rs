@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET, filter_by_subscription};
 use litestripe_harness::{eventually, port, stripe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn subscriptions_created_and_canceled_through_stripes_sdk_lead_to_rows_and_signals() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let port = port::free();
     let api = format!("http://127.0.0.1:{port}");
     let localstripe = python("localstripe_server.py")
@@ -53,7 +53,7 @@ async fn subscriptions_created_and_canceled_through_stripes_sdk_lead_to_rows_and
 
     let signals = bridge.check().await;
     let access = |id: &str| {
-        of_subscription(&signals, id)
+        filter_by_subscription(&signals, id)
             .last()
             .map(|signal| signal.body["access"].clone())
     };

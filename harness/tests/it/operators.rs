@@ -25,7 +25,7 @@ async fn postgres_migrates_up_and_down() {
 }
 
 async fn migrates_up_and_down(database: DatabaseKind) {
-    let mut bridge = Bridge::prepare(Options::on(database));
+    let mut bridge = Bridge::prepare(Options::new(database));
     bridge.database.resume().await;
     let migrate = async |arguments: &[&str]| {
         let finished = run(bridge.worker().arg("migrate").args(arguments)).await;
@@ -86,7 +86,7 @@ async fn migrates_up_and_down(database: DatabaseKind) {
 #[tokio::test]
 async fn commands_that_need_existing_rows_do_not_migrate() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
@@ -126,7 +126,7 @@ async fn postgres_is_migrated_once_by_four_workers_that_start_at_once() {
 }
 
 async fn four_workers_start_at_once(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).workers(4)).await;
+    let bridge = Bridge::start(Options::new(database).workers(4)).await;
     bridge
         .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
         .await;
@@ -138,7 +138,7 @@ async fn four_workers_start_at_once(database: DatabaseKind) {
 
 #[tokio::test]
 async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.database.resume().await;
     let port = format!("127.0.0.1:{}", litestripe_harness::port::free());
@@ -176,7 +176,7 @@ async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
 
 #[tokio::test]
 async fn status_shows_the_progress_of_the_workers() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     bridge
         .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
         .await;
@@ -232,7 +232,7 @@ async fn status_shows_the_progress_of_the_workers() {
 
 #[tokio::test]
 async fn status_before_the_first_start_shows_missing_stream_and_schema() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
     bridge.broker.resume().await;
     let finished = run(bridge.worker().args(["status", "--json"])).await;
     assert!(finished.status.success(), "{finished:?}");
@@ -254,7 +254,7 @@ async fn status_before_the_first_start_shows_missing_stream_and_schema() {
 
 #[tokio::test]
 async fn status_without_broker_or_database_fails_and_names_the_setting() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.database.resume().await;
     let finished = run(bridge.worker().args(["status", "--json"])).await;
     assert_eq!(finished.status.code(), Some(1), "{finished:?}");
@@ -274,7 +274,7 @@ async fn status_without_broker_or_database_fails_and_names_the_setting() {
 /// A broker without an answer must not look like an empty bridge.
 #[tokio::test]
 async fn status_fails_if_jetstream_does_not_answer() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
     let broker = nats::Options {
         jetstream: "enabled: false".to_owned(),
         ..nats::Options::default()
@@ -289,7 +289,7 @@ async fn status_fails_if_jetstream_does_not_answer() {
 
 #[tokio::test]
 async fn command_that_does_not_exist_is_refused() {
-    let bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    let bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
     for arguments in [
         &["nonsense"][..],
         &["migrate"],

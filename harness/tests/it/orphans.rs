@@ -110,7 +110,7 @@ async fn only_paid_sessions_without_a_user_create_orphans_in_either_order(databa
         ),
         ("setup", vec![(COMPLETED, setup)], false),
     ];
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let mut expected = Vec::new();
     for (case, sessions, is_orphan) in cases {
         for backwards in [false, true] {
@@ -182,7 +182,7 @@ async fn only_paid_sessions_without_a_user_create_orphans_in_either_order(databa
 }
 
 async fn unpaid_session_creates_an_orphan_when_its_payment_succeeds(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 60);
     let unpaid = json!({ "payment_status": "unpaid" });
     bridge
@@ -203,7 +203,7 @@ async fn unpaid_session_creates_an_orphan_when_its_payment_succeeds(database: Da
 }
 
 async fn email_is_erased_by_age_and_not_written_again(database: DatabaseKind) {
-    let options = Options::on(database).worker("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", "1s");
+    let options = Options::new(database).worker("LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", "1s");
     let bridge = Bridge::start(options).await;
     let purchase = Purchase::new(now() - 60);
     let session = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
@@ -246,7 +246,7 @@ async fn email_is_erased_by_age_and_not_written_again(database: DatabaseKind) {
 
 async fn changes_of_metadata_that_is_not_kept_are_ignored(database: DatabaseKind) {
     let bridge =
-        Bridge::start(Options::on(database).worker("LITESTRIPE_METADATA_KEYS", "plan")).await;
+        Bridge::start(Options::new(database).worker("LITESTRIPE_METADATA_KEYS", "plan")).await;
     let purchase = Purchase::new(now() - 60);
     let with_note = |note: &str| json!({ "metadata": { "plan": "team", "note": note } });
     let second = purchase.created + 5;
@@ -286,11 +286,11 @@ async fn changes_of_metadata_that_is_not_kept_are_ignored(database: DatabaseKind
         kept.len() == 3 && types.iter().all(|key| kept.contains(&key.as_str())),
         "{kept:?}"
     );
-    let of_subscription = changed
+    let filter_by_subscription = changed
         .iter()
         .filter(|changed| changed.contains(&"subscription_metadata"))
         .count();
-    assert_eq!(of_subscription, 1, "{changed:?}");
+    assert_eq!(filter_by_subscription, 1, "{changed:?}");
 }
 
 pub(crate) async fn orphan(bridge: &Bridge, id: &str) -> orphaned_payment::Model {

@@ -9,7 +9,7 @@ use async_nats::jetstream::stream;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{self, Event, Purchase};
@@ -23,7 +23,7 @@ const UPDATED: &str = "customer.subscription.updated";
 #[tokio::test]
 async fn worker_waits_for_an_unavailable_broker_and_logs_it_once() {
     // The library logs each attempt to connect, so that the test sees several fail.
-    let options = Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,async_nats=debug");
+    let options = Options::new(DatabaseKind::Sqlite).worker("RUST_LOG", "info,async_nats=debug");
     let mut bridge = Bridge::prepare(options);
     bridge.start_worker();
     let worker = &bridge.workers[0];
@@ -61,7 +61,7 @@ async fn worker_waits_for_an_unavailable_broker_and_logs_it_once() {
 
 #[tokio::test]
 async fn worker_waits_for_an_unavailable_postgres_and_logs_it_once() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.start_ingress().wait_until_ready().await;
     bridge.start_worker();
@@ -92,7 +92,7 @@ async fn worker_waits_for_an_unavailable_postgres_and_logs_it_once() {
 
 #[tokio::test]
 async fn killing_postgres_during_traffic_loses_no_event() {
-    let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_BATCH", "20");
+    let options = Options::new(DatabaseKind::Postgres).worker("LITESTRIPE_BATCH", "20");
     let mut bridge = Bridge::start(options).await;
     let (events, ids) = traffic(40, 10);
     let (before, after) = events.split_at(200);
@@ -136,7 +136,7 @@ async fn killing_postgres_during_traffic_loses_no_event() {
 #[tokio::test]
 async fn killing_the_broker_during_traffic_loses_no_event() {
     let mut bridge = Bridge::start(
-        Options::on(DatabaseKind::Sqlite)
+        Options::new(DatabaseKind::Sqlite)
             .workers(0)
             .worker("LITESTRIPE_BATCH", "20"),
     )
@@ -186,7 +186,7 @@ async fn next_worker_on_postgres_continues_after_a_killed_one() {
 
 async fn next_worker_continues_after_a_killed_one(database: DatabaseKind) {
     let mut bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .workers(0)
             .worker("LITESTRIPE_BATCH", "50"),
     )
@@ -210,7 +210,7 @@ async fn next_worker_continues_after_a_killed_one(database: DatabaseKind) {
 
 #[tokio::test]
 async fn second_worker_finishes_the_work_of_a_killed_one() {
-    let options = Options::on(DatabaseKind::Postgres)
+    let options = Options::new(DatabaseKind::Postgres)
         .workers(0)
         .worker("LITESTRIPE_BATCH", "50");
     let mut bridge = Bridge::start(options).await;
@@ -237,7 +237,7 @@ async fn second_worker_finishes_the_work_of_a_killed_one() {
 async fn stopped_worker_hands_back_messages_it_could_not_apply() {
     // The consumer is as in production: messages that are not handed back are redelivered after a
     // minute.
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     bridge.database.kill().await;
     let (events, ids) = traffic(10, 10);
     bridge.publish_all(messages(&events)).await;
@@ -276,7 +276,7 @@ async fn stopped_worker_hands_back_messages_it_could_not_apply() {
 #[tokio::test]
 async fn worker_stopped_during_traffic_hands_back_fetched_messages_and_the_next_continues() {
     let mut bridge = Bridge::start(
-        Options::on(DatabaseKind::Sqlite)
+        Options::new(DatabaseKind::Sqlite)
             .workers(0)
             .worker("LITESTRIPE_BATCH", "20"),
     )
@@ -306,7 +306,7 @@ async fn worker_stopped_during_traffic_hands_back_fetched_messages_and_the_next_
 
 #[tokio::test]
 async fn stopped_worker_hands_back_messages_in_flight_to_it() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let (events, ids) = traffic(50, 10);
     for events in events.chunks(50) {
         bridge.publish_all(messages(events)).await;
@@ -323,13 +323,13 @@ async fn stopped_worker_hands_back_messages_in_flight_to_it() {
 /// A message behind a blocked batch is handed back without waiting for the batch.
 #[tokio::test]
 async fn stopped_worker_hands_back_unstarted_messages_at_once() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     let (events, ids) = traffic(1, 3);
     bridge.publish_all(messages(&events[..1])).await;
     bridge.check().await;
     let lock = bridge
         .database
-        .locked(&lock_of(ids.first().expect("there is one")))
+        .hold_lock(&lock_row_sql(ids.first().expect("there is one")))
         .await;
     bridge.publish_all(messages(&events[1..2])).await;
     bridge.database.until_a_worker_waits().await;

@@ -16,7 +16,7 @@ const BUSY_THREADS: usize = 4;
 #[tokio::test]
 async fn event_that_was_just_stored_does_not_count_as_applied() {
     const EVENTS: usize = 600;
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
     let jetstream = bridge.jetstream().await;
     let stream = jetstream
         .get_stream(EVENTS_STREAM)

@@ -68,7 +68,7 @@ async fn events_larger_than_one_request_may_bring_are_all_applied() {
 /// The worker does not change the limits of an existing consumer.
 #[tokio::test]
 async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite).workers(0)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
     let stream: Stream = bridge
         .jetstream()
         .await
@@ -108,7 +108,7 @@ async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
 }
 
 fn verbose() -> Options {
-    Options::on(DatabaseKind::Sqlite).worker("RUST_LOG", "info,litestripe_worker=debug")
+    Options::new(DatabaseKind::Sqlite).worker("RUST_LOG", "info,litestripe_worker=debug")
 }
 
 fn purchase() -> Purchase {

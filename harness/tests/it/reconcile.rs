@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use litestripe_entity::stripe_subscription::Model;
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Finished;
@@ -106,7 +106,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
         );
         let status = customer.changes["status"].as_str().unwrap_or("active");
         assert_eq!(row.status.as_deref(), Some(status));
-        let sent = of_subscription(&signals, customer.id())
+        let sent = filter_by_subscription(&signals, customer.id())
             .pop()
             .expect("it is signalled");
         assert_eq!(sent.body["client_reference_id"], json!(customer.user));
@@ -665,7 +665,7 @@ impl Customer {
 }
 
 fn options(database: DatabaseKind, api: &Api) -> Options {
-    Options::on(database)
+    Options::new(database)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "60000")

@@ -7,7 +7,7 @@ use std::time::Duration;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_entity::orphaned_payment;
 use litestripe_harness::bridge::{
-    Bridge, Database, DatabaseKind, Options, Signal, of_subscription,
+    Bridge, Database, DatabaseKind, Options, Signal, filter_by_subscription,
 };
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal as ProcessSignal;
@@ -45,7 +45,7 @@ const DEADLINE: Duration = Duration::from_secs(180);
 const REBUILT: usize = 1_000;
 
 async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let events = publish_many(&bridge, REBUILT).await;
     bridge.wait_until_applied().await;
     let (rows, position) = (bridge.rows().await, position(&bridge).await);
@@ -81,7 +81,7 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
         .collect();
     assert_eq!(changed.len(), rows.len(), "one signal for each row");
     for row in bridge.rows().await {
-        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else {
+        let [signal] = filter_by_subscription(&signals, &row.stripe_subscription_id)[..] else {
             panic!("not one signal")
         };
         assert_eq!(signal.body["status"], json!(row.status), "the final state");
@@ -105,7 +105,7 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
 }
 
 async fn replay_over_a_current_table_changes_and_signals_nothing(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(50)).await;
     let signals = bridge.check().await.len();
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
@@ -127,7 +127,7 @@ async fn replay_over_a_current_table_changes_and_signals_nothing(database: Datab
 }
 
 async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).workers(2)).await;
+    let mut bridge = Bridge::start(Options::new(database).workers(2)).await;
     let mut random = Random::start();
     let (mut past, mut live): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
     for history in histories(200) {
@@ -168,7 +168,7 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     bridge.wait_until_applied().await;
 
     // The expected rows: one worker applies each event once.
-    let once = Bridge::start(Options::on(database)).await;
+    let once = Bridge::start(Options::new(database)).await;
     once.publish_all(past.iter().chain(&live).map(message).collect())
         .await;
     once.check().await;
@@ -179,7 +179,7 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
     let signals = signals_after(&bridge, last_signal).await;
     let rows = bridge.rows().await;
     for row in &rows {
-        let sent = of_subscription(&signals, &row.stripe_subscription_id);
+        let sent = filter_by_subscription(&signals, &row.stripe_subscription_id);
         let mut before = Value::Null;
         for signal in &sent {
             assert_eq!(
@@ -200,7 +200,7 @@ async fn live_traffic_continues_during_a_replay(database: DatabaseKind) {
 
 async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
     let mut bridge =
-        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "1h")).await;
     let (open, resolved) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     for purchase in [&open, &resolved] {
         apply(
@@ -284,7 +284,7 @@ async fn orphans_are_signalled_in_their_final_state(database: DatabaseKind) {
 }
 
 async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
-    let options = Options::on(database)
+    let options = Options::new(database)
         .workers(0)
         .worker("LITESTRIPE_ORPHAN_GRACE", "1s");
     let mut bridge = Bridge::start(options).await;
@@ -335,7 +335,7 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
 async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     database: DatabaseKind,
 ) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let (first, known) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     let user = |paid: &str| json!({ "client_reference_id": "user_1", "payment_status": paid });
     for purchase in [&first, &known] {
@@ -384,7 +384,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     )
     .await;
     let of_known = async || {
-        of_subscription(
+        filter_by_subscription(
             &signals_after(&bridge, last_signal).await,
             &known.subscription,
         )
@@ -398,7 +398,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     );
     let signals = signals_after(&bridge, last_signal).await;
     assert_eq!(
-        of_subscription(&signals, &bought.subscription).len(),
+        filter_by_subscription(&signals, &bought.subscription).len(),
         1,
         "a row of new events is signalled at once"
     );
@@ -407,7 +407,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last_signal).await;
-    let [signal] = of_subscription(&signals, &known.subscription)[..] else {
+    let [signal] = filter_by_subscription(&signals, &known.subscription)[..] else {
         panic!("not one: {signals:#?}")
     };
     assert_eq!(
@@ -419,7 +419,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
 }
 
 async fn replay_without_signals_sends_none(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(30)).await;
     bridge.check().await;
     let (rows, last_signal) = (bridge.rows().await, last_signal(&bridge).await);
@@ -433,7 +433,7 @@ async fn replay_without_signals_sends_none(database: DatabaseKind) {
 }
 
 async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 600);
     apply(
         &bridge,
@@ -506,7 +506,7 @@ async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database:
 }
 
 async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let (known, lost) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     for purchase in [&known, &lost] {
         bridge

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
 use serde_json::json;
@@ -15,7 +15,7 @@ on_both_databases!(
 );
 
 async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let purchases: Vec<_> = (0..1200).map(|_| Purchase::new(now() - 600)).collect();
     let events = purchases
         .iter()
@@ -45,7 +45,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
     // The bridge checks that it is the same row with the same revision.
     let signals = bridge.check().await;
     assert_eq!(signals.len(), before + 1);
-    let [first, again] = of_subscription(&signals, one)[..] else {
+    let [first, again] = filter_by_subscription(&signals, one)[..] else {
         panic!("not two signals")
     };
     assert_ne!(
@@ -70,7 +70,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
 }
 
 async fn rows_never_signalled_get_their_first_revision(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 600);
     apply(
         &bridge,
@@ -104,7 +104,7 @@ async fn rows_never_signalled_get_their_first_revision(database: DatabaseKind) {
 
 #[tokio::test]
 async fn unknown_rows_and_invalid_arguments_are_refused() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let unknown = resend(&bridge, &["--subscription", "sub_unknown"]).await;
     assert_eq!(unknown.status.code(), Some(1));
     assert!(

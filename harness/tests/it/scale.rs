@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription, shown};
+use litestripe_harness::bridge::{
+    Bridge, DatabaseKind, Options, filter_by_subscription, signal_fields,
+};
 use litestripe_harness::stripe::{Event, Purchase};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -15,7 +17,7 @@ const REPEATED: usize = 10;
 
 #[tokio::test]
 async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres).workers(2)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres).workers(2)).await;
     let now = OffsetDateTime::now_utc().unix_timestamp();
     let histories: Vec<_> = (0..SUBSCRIPTIONS)
         .map(|number| History::new(number, now))
@@ -48,7 +50,7 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
     let by_subscription = group(&signals);
     for history in &histories {
         let id = &history.purchase.subscription;
-        let shown = shown(&rows[id]);
+        let shown = signal_fields(&rows[id]);
         for (field, expected) in history.expected.as_object().expect("it is written as one") {
             assert_eq!(&shown[field], expected, "`{field}` of {id}");
         }
@@ -73,7 +75,7 @@ async fn two_workers_apply_ten_thousand_shuffled_events_and_lose_nothing() {
         );
     }
     let one = &histories[0].purchase.subscription;
-    assert!(!of_subscription(&signals, one).is_empty());
+    assert!(!filter_by_subscription(&signals, one).is_empty());
 }
 
 /// The events of one subscription as Stripe would send them, and the expected row.

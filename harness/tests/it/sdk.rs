@@ -17,7 +17,7 @@ const DEADLINE: Duration = Duration::from_secs(90);
 
 #[tokio::test]
 async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let (purchase, event) = purchase();
     let file = file_of(&event);
     let launch = python("deliver.py")
@@ -106,7 +106,7 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
 
 #[tokio::test]
 async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_stored() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let (_, event) = purchase();
     let file = file_of(&event);
     let answers = lines(

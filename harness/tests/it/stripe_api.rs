@@ -135,7 +135,7 @@ async fn uncertain_row_of_the_current_second_is_fetched_when_the_answer_can_sett
 #[tokio::test]
 async fn uncertain_row_stays_uncertain_without_a_key() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite).worker("STRIPE_API_BASE", api.url());
+    let options = Options::new(DatabaseKind::Sqlite).worker("STRIPE_API_BASE", api.url());
     let bridge = Bridge::start(options.worker("LITESTRIPE_ORPHAN_GRACE", "4s")).await;
     let (purchase, unclaimed) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     bridge.deliver_all(&there_and_back(&purchase, 5)).await;
@@ -162,7 +162,7 @@ async fn uncertain_row_stays_uncertain_without_a_key() {
 #[tokio::test]
 async fn key_of_another_mode_is_not_used() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", "rk_live_ofTheOtherMode")
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
@@ -642,7 +642,7 @@ async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
 
 /// Options for workers with a key for the stub.
 fn with_key(database: DatabaseKind, api: &Api) -> Options {
-    Options::on(database)
+    Options::new(database)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         // `backfill` tests those requests.

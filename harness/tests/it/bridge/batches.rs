@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
 use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
@@ -23,7 +23,7 @@ on_both_databases!(
 /// batches must be larger than that.
 async fn waiting_events_are_applied_in_large_batches(database: DatabaseKind) {
     const EVENTS: usize = 600;
-    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
     let events = (0..EVENTS)
         .map(|_| Purchase::new(now() - 60).subscription_event(CREATED, now() - 50, json!({})));
     let events = events.map(|event| {
@@ -50,7 +50,7 @@ async fn waiting_events_are_applied_in_large_batches(database: DatabaseKind) {
 /// A worker prepares one batch while the database is busy with another.
 async fn every_intermediate_state_is_signalled_across_batches(database: DatabaseKind) {
     const CHANGES: i64 = 40;
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
+    let bridge = Bridge::start(Options::new(database).worker("LITESTRIPE_BATCH", "1")).await;
     let purchase = Purchase::new(now() - 3_600);
     let mut events = vec![purchase.subscription_event(CREATED, purchase.created, json!({}))];
     for change in 1..=CHANGES {
@@ -80,13 +80,16 @@ async fn every_intermediate_state_is_signalled_across_batches(database: Database
 #[tokio::test]
 async fn a_blocked_batch_does_not_block_other_events() {
     const OTHERS: usize = 40;
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
     bridge
         .deliver(&held.subscription_event(CREATED, held.created, json!({})))
         .await;
     bridge.check().await;
-    let lock = bridge.database.locked(&lock_of(&held.subscription)).await;
+    let lock = bridge
+        .database
+        .hold_lock(&lock_row_sql(&held.subscription))
+        .await;
     bridge
         .deliver(&held.subscription_event(
             UPDATED,
@@ -138,13 +141,16 @@ async fn a_blocked_batch_does_not_block_other_events() {
 #[tokio::test]
 async fn events_do_not_pile_up_behind_a_blocked_batch() {
     const FETCHED_AHEAD: usize = 250;
-    let bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
     let held = Purchase::new(now() - 3_600);
     bridge
         .deliver(&held.subscription_event(CREATED, held.created, json!({})))
         .await;
     bridge.check().await;
-    let lock = bridge.database.locked(&lock_of(&held.subscription)).await;
+    let lock = bridge
+        .database
+        .hold_lock(&lock_row_sql(&held.subscription))
+        .await;
     for step in 1..=2 {
         let changed = json!({ "metadata": { "step": step.to_string() } });
         bridge
@@ -187,7 +193,7 @@ async fn sqlite_assigns_indexed_columns_only_when_they_change() {
     const WATCH: &str = "CREATE TABLE assigned (id TEXT); \
         CREATE TRIGGER watch AFTER UPDATE OF stripe_customer_id, client_reference_id ON stripe_subscription \
         BEGIN INSERT INTO assigned VALUES (NEW.stripe_subscription_id); END";
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let db = bridge
         .database
         .connection()
@@ -236,7 +242,7 @@ async fn sqlite_assigns_indexed_columns_only_when_they_change() {
 
 /// PostgreSQL gets texts as arrays, in which some characters and the word NULL have a meaning.
 async fn texts_with_special_characters_are_stored_unchanged(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let texts = [
         r#"a "quoted" one"#,
         r"back\slash",
@@ -271,7 +277,7 @@ async fn texts_with_special_characters_are_stored_unchanged(database: DatabaseKi
 
 /// SQLite gets rows in statements of a few fixed lengths.
 async fn batches_of_every_size_are_written(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
     let mut expected = 0;
     for count in [1, 7, 9, 63, 65, 137] {
         let purchases = (0..count).map(|_| Purchase::new(now() - 60));

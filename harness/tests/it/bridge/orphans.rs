@@ -23,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 async fn paid_session_without_a_reference_creates_an_orphan_with_an_email_and_a_signal_without(
     database: DatabaseKind,
 ) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now());
     let event = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
     bridge
@@ -73,7 +73,7 @@ async fn paid_session_without_a_reference_creates_an_orphan_with_an_email_and_a_
 }
 
 async fn payment_without_a_subscription_is_an_orphan_under_its_sessions_id(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now());
     let once = json!({ "mode": "payment", "subscription": null, "customer": null, "client_reference_id": "" });
     bridge
@@ -91,7 +91,7 @@ async fn payment_without_a_subscription_is_an_orphan_under_its_sessions_id(datab
 }
 
 async fn unpaid_sessions_create_no_orphans(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let session =
         |changes: Value| Purchase::new(now()).checkout_session_event(COMPLETED, now(), changes);
     let paid = Purchase::new(now());
@@ -116,7 +116,7 @@ async fn unpaid_sessions_create_no_orphans(database: DatabaseKind) {
 }
 
 async fn late_session_resolves_the_orphan_and_erases_the_email(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 60);
     bridge
         .deliver(&purchase.checkout_session_event(COMPLETED, purchase.created, json!({})))
@@ -152,7 +152,7 @@ async fn late_session_resolves_the_orphan_and_erases_the_email(database: Databas
 }
 
 async fn resolved_orphan_is_not_reopened_by_repeated_events(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 60);
     let first = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
     bridge.deliver(&first).await;
@@ -178,7 +178,7 @@ async fn resolved_orphan_is_not_reopened_by_repeated_events(database: DatabaseKi
 }
 
 async fn session_with_a_reference_in_the_same_batch_leaves_no_email(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
     let purchase = Purchase::new(now() - 60);
     let named = json!({ "client_reference_id": "user_1" });
     bridge

@@ -16,7 +16,7 @@ const METADATA: &str = "OPERATORS-OWN";
 const OPEN: &str = "PERSONAL-open@example.com";
 
 async fn personal_data_stays_in_the_raw_stream_and_in_the_email_column(database: DatabaseKind) {
-    let options = Options::on(database)
+    let options = Options::new(database)
         .worker("RUST_LOG", "debug")
         .ingress("RUST_LOG", "debug");
     let bridge = Bridge::start(options.ingress("LITESTRIPE_EVENT_TYPES", "*")).await;

@@ -20,7 +20,7 @@ struct Poison {
 
 async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: DatabaseKind) {
     // The worker starts when all events are stored, so that poison and neighbours are in one batch.
-    let mut bridge = Bridge::start(Options::on(database).workers(0)).await;
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
     let neighbours: Vec<_> = (0..8).map(|_| Purchase::new(now())).collect();
     let mut expected = Vec::new();
     for (neighbour, poison) in neighbours

@@ -17,7 +17,7 @@ on_both_databases!(
 const SETTING: &str = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED";
 
 async fn a_deleted_customer_is_erased_if_the_setting_is_on(database: DatabaseKind) {
-    let options = Options::on(database)
+    let options = Options::new(database)
         .ingress("LITESTRIPE_EVENT_TYPES", "*")
         .worker(SETTING, "true")
         .workers(2);
@@ -49,7 +49,7 @@ async fn a_deleted_customer_is_erased_if_the_setting_is_on(database: DatabaseKin
 #[tokio::test]
 async fn a_missed_deletion_is_backfilled_once() {
     let api = Api::start().await;
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
@@ -98,7 +98,7 @@ async fn until_erased(bridge: &Bridge, user: &Purchase) {
 }
 
 async fn a_deleted_customer_is_kept_by_default(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
+    let bridge = Bridge::start(Options::new(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
     let (user, _) = purchases(&bridge).await;
     let before = places(&bridge, ERASED).await.len();
     bridge

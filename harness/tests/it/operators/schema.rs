@@ -196,7 +196,7 @@ async fn postgres_schema_matches_the_entities() {
 /// Creates one database by the migrations and another from the entities. The tables of the second
 /// must be the same in the first.
 async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
-    let mut bridge = Bridge::prepare(Options::on(kind));
+    let mut bridge = Bridge::prepare(Options::new(kind));
     bridge.database.resume().await;
     assert!(
         run(bridge.worker().args(["migrate", "up"]))
@@ -243,7 +243,7 @@ async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
 async fn postgres_pages_have_room_for_updates() {
     const OPTIONS: &str =
         "SELECT reloptions::text AS options FROM pg_class WHERE relname = 'stripe_subscription'";
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Postgres));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.database.resume().await;
     assert!(
         run(bridge.worker().args(["migrate", "up"]))

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
@@ -28,7 +28,7 @@ on_both_databases!(
 const COMMAND: Duration = Duration::from_secs(60);
 
 async fn orphans_are_listed_and_shown(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let none = orphans(&bridge, &["list"]).await;
     assert_eq!(
         (none.status.code(), none.stdout.trim()),
@@ -103,7 +103,7 @@ async fn orphans_are_listed_and_shown(database: DatabaseKind) {
 }
 
 async fn list_shows_the_newest_thousand_and_says_so(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     paid(&bridge).await;
     let more = "INSERT INTO orphaned_payment (id, reason, event_id, livemode, dt_created, dt_last_updated) \
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) \
@@ -129,7 +129,7 @@ async fn list_shows_the_newest_thousand_and_says_so(database: DatabaseKind) {
 }
 
 async fn user_in_the_other_mode_does_not_prevent_a_resolution(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let (live, user) = (
         Purchase::new(now() - 60),
         json!({ "client_reference_id": "user_1" }),
@@ -149,7 +149,8 @@ async fn user_in_the_other_mode_does_not_prevent_a_resolution(database: Database
 }
 
 async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let missing = paid(&bridge).await;
     bridge
         .deliver(&missing.subscription_event(CREATED, missing.created, json!({})))
@@ -192,7 +193,7 @@ async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
             signals_about(&signals, "orphan.resolved", id)[0].body["event"]["type"],
             "litestripe.resolution"
         );
-        let last = of_subscription(&signals, id)
+        let last = filter_by_subscription(&signals, id)
             .pop()
             .expect("the row was signalled")
             .clone();
@@ -221,7 +222,7 @@ async fn resolution_reaches_row_orphan_and_subscribers(database: DatabaseKind) {
 }
 
 async fn payment_without_a_subscription_can_be_resolved(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 60);
     let once = json!({ "mode": "payment", "subscription": null });
     let session = purchase.checkout_session_event(COMPLETED, purchase.created, once);
@@ -250,7 +251,7 @@ async fn payment_without_a_subscription_can_be_resolved(database: DatabaseKind) 
 }
 
 async fn refused_resolution_changes_nothing(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     let (first, second, third) = (
         paid(&bridge).await,
         paid(&bridge).await,
@@ -340,7 +341,7 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
 }
 
 async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let purchase = paid(&bridge).await;
     bridge.workers.pop().expect("there is one").stop().await;
     let id = purchase.subscription.as_str();
@@ -384,7 +385,7 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
 
 async fn competing_resolutions_leave_row_and_orphan_consistent(database: DatabaseKind) {
     // One event at a time, so that the first resolution is applied before the second.
-    let mut bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_BATCH", "1")).await;
+    let mut bridge = Bridge::start(Options::new(database).worker("LITESTRIPE_BATCH", "1")).await;
     let purchase = paid(&bridge).await;
     bridge.workers.pop().expect("there is one").stop().await;
     let stored = bridge.stored_events().await;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_of, of_subscription};
+use litestripe_harness::bridge::{
+    Bridge, DatabaseKind, Options, filter_by_subscription, lock_row_sql,
+};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::json;
@@ -27,7 +29,7 @@ on_both_databases!(
 
 async fn grace_period_ends_once_with_several_workers(database: DatabaseKind) {
     const GRACE: Duration = Duration::from_secs(2);
-    let options = Options::on(database)
+    let options = Options::new(database)
         .workers(3)
         .worker("LITESTRIPE_ORPHAN_GRACE", "2s");
     let bridge = Bridge::start(options).await;
@@ -83,7 +85,7 @@ async fn grace_period_ends_once_with_several_workers(database: DatabaseKind) {
 
 async fn late_session_resolves_an_unclaimed_subscription(database: DatabaseKind) {
     let bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .workers(3)
             .worker("LITESTRIPE_ORPHAN_GRACE", "1s"),
     )
@@ -120,7 +122,7 @@ async fn late_session_resolves_an_unclaimed_subscription(database: DatabaseKind)
         signals_about(&signals, "orphan.resolved", id)[0].body["event"]["id"],
         session.id()
     );
-    let sent = of_subscription(&signals, id);
+    let sent = filter_by_subscription(&signals, id);
     let last = sent.last().expect("the row was signalled");
     assert_eq!(
         (&last.body["client_reference_id"], &last.body["access"]),
@@ -131,7 +133,8 @@ async fn late_session_resolves_an_unclaimed_subscription(database: DatabaseKind)
 async fn late_session_without_a_reference_adds_its_email_to_the_same_orphan(
     database: DatabaseKind,
 ) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let purchase = Purchase::new(now() - 60);
     apply(
         &bridge,
@@ -174,7 +177,7 @@ async fn late_session_without_a_reference_adds_its_email_to_the_same_orphan(
 
 async fn session_within_the_grace_period_makes_no_orphan(database: DatabaseKind) {
     let bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .workers(2)
             .worker("LITESTRIPE_ORPHAN_GRACE", "1h"),
     )
@@ -204,7 +207,7 @@ async fn session_within_the_grace_period_makes_no_orphan(database: DatabaseKind)
 }
 
 async fn orphans_without_a_session_can_be_switched_off(database: DatabaseKind) {
-    let options = Options::on(database)
+    let options = Options::new(database)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
         .worker("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "false");
     let bridge = Bridge::start(options).await;
@@ -237,7 +240,8 @@ async fn orphans_without_a_session_can_be_switched_off(database: DatabaseKind) {
 }
 
 async fn old_account_makes_no_orphans(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     for _ in 0..5 {
         let purchase = Purchase::new(now() - 20 * MONTH);
         let renewed = json!({ "items": purchase.items(now() - 60, now() - 60 + MONTH) });
@@ -260,7 +264,8 @@ async fn old_account_makes_no_orphans(database: DatabaseKind) {
 }
 
 async fn subscription_that_was_never_paid_creates_no_orphan(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let (given_up, trial) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
     let expired = json!({ "status": "incomplete_expired" });
     bridge
@@ -296,7 +301,8 @@ async fn subscription_that_was_never_paid_creates_no_orphan(database: DatabaseKi
 async fn subscription_paid_after_its_grace_period_becomes_an_orphan_at_once(
     database: DatabaseKind,
 ) {
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "0s")).await;
     let purchase = Purchase::new(now() - 60);
     apply(
         &bridge,
@@ -325,7 +331,7 @@ async fn subscription_paid_after_its_grace_period_becomes_an_orphan_at_once(
 
 #[tokio::test]
 async fn grace_period_does_not_wait_for_events_received_after_its_end() {
-    let options = Options::on(DatabaseKind::Postgres).worker("LITESTRIPE_ORPHAN_GRACE", "3s");
+    let options = Options::new(DatabaseKind::Postgres).worker("LITESTRIPE_ORPHAN_GRACE", "3s");
     let bridge = Bridge::start(options.worker("LITESTRIPE_BATCH", "1")).await;
     let (purchase, before, after) = (
         Purchase::new(now()),
@@ -340,7 +346,10 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
         .await;
     }
     // A worker that lags: events about a locked row wait.
-    let held = bridge.database.locked(&lock_of(&before.subscription)).await;
+    let held = bridge
+        .database
+        .hold_lock(&lock_row_sql(&before.subscription))
+        .await;
     let events = [
         purchase.subscription_event(CREATED, purchase.created, json!({})),
         before.subscription_event(CREATED, before.created, json!({})),
@@ -382,7 +391,10 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
         "an event received before the end may still name the user"
     );
 
-    let still_held = bridge.database.locked(&lock_of(&after.subscription)).await;
+    let still_held = bridge
+        .database
+        .hold_lock(&lock_row_sql(&after.subscription))
+        .await;
     bridge
         .deliver(&after.subscription_event(CREATED, after.created, json!({})))
         .await;
@@ -402,7 +414,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
 
 async fn backlog_makes_no_orphans(database: DatabaseKind) {
     // Small batches, so that questions are asked between them.
-    let options = Options::on(database)
+    let options = Options::new(database)
         .workers(0)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")
         .worker("LITESTRIPE_BATCH", "3");
@@ -467,7 +479,8 @@ async fn backlog_makes_no_orphans(database: DatabaseKind) {
 async fn times_at_the_end_of_the_calendar_do_not_stop_the_worker(database: DatabaseKind) {
     /// The last second of the year 9999, which every column can hold.
     const END: i64 = 253_402_300_799;
-    let bridge = Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+    let bridge =
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let (created, uncertain, ordinary) = (
         Purchase::new(END),
         Purchase::new(now()),

@@ -39,7 +39,7 @@ const UNKNOWN: &str = "unknown_client_reference_id";
 const INJECTIONS: [&str; 3] = ["x' OR '1'='1", "'; DROP TABLE app_user; --", "$1"];
 
 async fn sql_lookup_queries_the_workers_database_with_the_id_bound(database: DatabaseKind) {
-    let options = Options::on(database).workers(0).worker(
+    let options = Options::new(database).workers(0).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE name = $1 OR other_name = $1",
     );
@@ -68,7 +68,7 @@ async fn sql_lookup_queries_another_database(database: DatabaseKind) {
     let mut users = Database::prepare(other);
     users.resume().await;
     make_users(&users).await;
-    let options = Options::on(database)
+    let options = Options::new(database)
         .worker("LITESTRIPE_USER_DATABASE_URL", users.url())
         .worker(
             "LITESTRIPE_USER_LOOKUP",
@@ -86,7 +86,7 @@ async fn sql_lookup_works_on_a_read_only_sqlite_database() {
     let users = Database::prepare(DatabaseKind::Sqlite);
     make_users(&users).await;
     let url = users.url().replace("mode=rwc", "mode=ro");
-    let options = Options::on(DatabaseKind::Sqlite)
+    let options = Options::new(DatabaseKind::Sqlite)
         .worker("LITESTRIPE_USER_DATABASE_URL", url)
         .worker(
             "LITESTRIPE_USER_LOOKUP",
@@ -108,7 +108,7 @@ async fn sql_lookup_works_on_a_read_only_sqlite_database() {
 
 #[tokio::test]
 async fn reference_that_cannot_be_cast_to_the_type_of_user_ids_is_unknown() {
-    let options = Options::on(DatabaseKind::Postgres).workers(0).worker(
+    let options = Options::new(DatabaseKind::Postgres).workers(0).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE id = $1::bigint",
     );
@@ -154,7 +154,7 @@ async fn reference_that_cannot_be_cast_to_the_type_of_user_ids_is_unknown() {
 }
 
 async fn failed_sql_lookup_is_retried_and_makes_no_orphan(database: DatabaseKind) {
-    let options = Options::on(database).worker(
+    let options = Options::new(database).worker(
         "LITESTRIPE_USER_LOOKUP",
         "sql:SELECT 1 FROM app_user WHERE name = $1",
     );
@@ -667,7 +667,7 @@ async fn make_users(database: &Database) {
 const SUBJECT: &str = "app.user.known";
 
 fn asking_the_application(database: DatabaseKind) -> Options {
-    Options::on(database).worker("LITESTRIPE_USER_LOOKUP", format!("nats:{SUBJECT}"))
+    Options::new(database).worker("LITESTRIPE_USER_LOOKUP", format!("nats:{SUBJECT}"))
 }
 
 /// The application's answer about one id.

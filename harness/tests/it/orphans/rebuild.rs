@@ -20,7 +20,7 @@ on_both_databases!(
 
 async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) {
     let mut bridge =
-        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let made = make_orphans(&bridge).await;
     bridge.check().await;
     let (rows, orphans) = (bridge.rows().await, bridge.orphans().await);
@@ -91,7 +91,7 @@ async fn lost_database_is_rebuilt_with_the_same_orphans(database: DatabaseKind) 
 
 async fn redelivery_of_all_events_changes_and_signals_nothing(database: DatabaseKind) {
     let bridge = Bridge::start(
-        Options::on(database)
+        Options::new(database)
             .workers(2)
             .worker("LITESTRIPE_ORPHAN_GRACE", "1s"),
     )

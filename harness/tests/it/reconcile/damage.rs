@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use litestripe_entity::stripe_subscription::Model;
-use litestripe_harness::bridge::{Bridge, DatabaseKind, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, filter_by_subscription};
 use litestripe_harness::stripe::api::{API_KEY, Api};
 use serde_json::json;
 
@@ -232,7 +232,7 @@ async fn check_found_and_repaired(bridge: &Bridge, api: &Api, damage: Damage) {
 
     // The deleted row comes back as a new one, under a revision that subscribers do not know yet.
     let signals = bridge.signals().await;
-    let of_deleted = of_subscription(&signals, &damage.deleted);
+    let of_deleted = filter_by_subscription(&signals, &damage.deleted);
     let [.., known, back] = of_deleted.as_slice() else {
         panic!("{of_deleted:?}")
     };
@@ -247,7 +247,7 @@ async fn check_found_and_repaired(bridge: &Bridge, api: &Api, damage: Damage) {
             .find(|before| before.stripe_subscription_id == row.stripe_subscription_id);
         let before = before.expect("no row is new");
         assert!(row.revision >= before.revision, "{row:?}");
-        let last = of_subscription(&signals, &row.stripe_subscription_id)
+        let last = filter_by_subscription(&signals, &row.stripe_subscription_id)
             .pop()
             .expect("it was signalled");
         assert_eq!(

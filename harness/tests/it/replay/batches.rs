@@ -62,7 +62,7 @@ struct BlockedReplay {
 
 impl BlockedReplay {
     async fn start(held: &Purchase, events: &[Event]) -> Self {
-        let mut bridge = Bridge::start(Options::on(DatabaseKind::Postgres)).await;
+        let mut bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
         bridge.deliver_all(events).await;
         bridge.check().await;
         bridge.workers.pop().expect("it was started").stop().await;
@@ -80,7 +80,7 @@ impl BlockedReplay {
         let back = format!(
             "INSERT INTO stripe_subscription SELECT * FROM kept WHERE stripe_subscription_id = '{held}'"
         );
-        let lock = bridge.database.locked(&back).await;
+        let lock = bridge.database.hold_lock(&back).await;
         let replay = bridge
             .worker()
             .env("LITESTRIPE_BATCH", "1")

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use litestripe_entity::stripe_subscription::Model;
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, of_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::process::Signal as ProcessSignal;
 use litestripe_harness::stripe::{Event, Purchase};
 use serde_json::{Value, json};
@@ -30,7 +30,7 @@ on_both_databases!(
 );
 
 async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(100)).await;
     bridge.check().await;
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
@@ -78,7 +78,7 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
         "each row once"
     );
     for row in &rows {
-        let [signal] = of_subscription(&signals, &row.stripe_subscription_id)[..] else {
+        let [signal] = filter_by_subscription(&signals, &row.stripe_subscription_id)[..] else {
             panic!("not one")
         };
         assert_eq!(signal.body["status"], json!(row.status), "the final state");
@@ -88,7 +88,7 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
 /// A replay may die after its end, and a batch that read the rows before the end may commit after
 /// it.
 async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKind) {
-    let bridge = Bridge::start(Options::on(database)).await;
+    let bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(20)).await;
     let orphan = Purchase::new(crate::orphans::now() - 60);
     apply(
@@ -129,7 +129,7 @@ async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKin
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     for row in bridge.rows().await {
-        let sent = of_subscription(&signals, &row.stripe_subscription_id);
+        let sent = filter_by_subscription(&signals, &row.stripe_subscription_id);
         let last = sent.last().expect("every row is sent");
         assert_eq!(
             (&last.body["revision"], &last.body["status"]),
@@ -139,7 +139,7 @@ async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKin
 }
 
 async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     let histories = histories(100);
     publish(&bridge, &histories).await;
     bridge.check().await;
@@ -170,7 +170,7 @@ async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: Databa
         .await;
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
-    let [signal] = of_subscription(&signals, &due)[..] else {
+    let [signal] = filter_by_subscription(&signals, &due)[..] else {
         panic!("{signals:#?}")
     };
     assert_eq!(
@@ -184,10 +184,10 @@ async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: Databa
     bridge.publish(UPDATED, change.body(), change.id()).await;
     bridge.wait_until_applied().await;
     let after = signals_after(&bridge, last).await;
-    assert!(of_subscription(&after, &due).len() <= 2);
+    assert!(filter_by_subscription(&after, &due).len() <= 2);
     let row = bridge.row(&due).await;
     assert_eq!(
-        of_subscription(&after, &due)
+        filter_by_subscription(&after, &due)
             .last()
             .expect("there is one")
             .body["revision"],
@@ -196,7 +196,7 @@ async fn live_event_signals_a_row_with_an_unsent_signal_at_once(database: Databa
 }
 
 async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(100)).await;
     bridge.check().await;
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
@@ -237,7 +237,7 @@ async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
 }
 
 async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(20)).await;
     bridge.check().await;
     forget_rows(&mut bridge, database).await;
@@ -270,7 +270,7 @@ async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
 }
 
 async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(50)).await;
     bridge.check().await;
     let last = last_signal(&bridge).await;
@@ -327,7 +327,7 @@ async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind)
 }
 
 async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: DatabaseKind) {
-    let mut bridge = Bridge::start(Options::on(database)).await;
+    let mut bridge = Bridge::start(Options::new(database)).await;
     publish(&bridge, &histories(3)).await;
     let signals = bridge.check().await.len();
     bridge.workers.pop().expect("there is one").stop().await;
@@ -376,7 +376,7 @@ async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: Data
     until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
     let signals = bridge.signals().await;
-    let sent = of_subscription(&signals, &damaged.stripe_subscription_id);
+    let sent = filter_by_subscription(&signals, &damaged.stripe_subscription_id);
     assert_eq!(sent.last().expect("there is one").body["replayed"], true);
 }
 

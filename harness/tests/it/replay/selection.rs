@@ -14,7 +14,7 @@ use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
 
 #[tokio::test]
 async fn only_selected_events_are_reapplied() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     let (one, other) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
     apply(
         &bridge,
@@ -89,7 +89,7 @@ async fn only_selected_events_are_reapplied() {
 
 #[tokio::test]
 async fn invalid_selections_are_refused_with_the_reason() {
-    let bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     for _ in 0..3 {
         let purchase = Purchase::new(now() - 600);
         apply(
@@ -140,7 +140,7 @@ async fn invalid_selections_are_refused_with_the_reason() {
 
 #[tokio::test]
 async fn dry_run_that_loses_the_broker_prints_no_result() {
-    let mut bridge = Bridge::start(Options::on(DatabaseKind::Sqlite)).await;
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     super::publish(&bridge, &super::histories(100)).await;
     bridge.wait_until_applied().await;
     let dry = bridge
@@ -183,7 +183,7 @@ async fn dry_run_that_loses_the_broker_prints_no_result() {
 
 #[tokio::test]
 async fn replay_fails_at_once_if_the_broker_refuses_its_consumer() {
-    let mut bridge = Bridge::prepare(Options::on(DatabaseKind::Sqlite));
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
     bridge.broker.resume().await;
     bridge.database.resume().await;
     // Room for the workers' consumer only.

@@ -2,7 +2,7 @@
 //! lost.
 
 use litestripe_harness::bridge::{
-    Bridge, Database, DatabaseKind, Options, Signal, of_subscription,
+    Bridge, Database, DatabaseKind, Options, Signal, filter_by_subscription,
 };
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
@@ -19,7 +19,7 @@ const STEPS_BEFORE: u32 = 6;
 
 async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     let mut bridge =
-        Bridge::start(Options::on(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
+        Bridge::start(Options::new(database).worker("LITESTRIPE_ORPHAN_GRACE", "1s")).await;
     let (changed, new) = (Purchase::new(now() - 3_600), Purchase::new(now() - 3_600));
     for purchase in [&changed, &new] {
         apply(
@@ -135,7 +135,7 @@ async fn database_of_the_previous_version_continues(database: DatabaseKind) {
 }
 
 fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
-    let [signal] = of_subscription(signals, &changed.subscription)[..] else {
+    let [signal] = filter_by_subscription(signals, &changed.subscription)[..] else {
         panic!("not one: {signals:#?}")
     };
     assert_eq!(
@@ -146,7 +146,7 @@ fn check_sent(signals: &[Signal], changed: &Purchase, new: &Purchase) {
         (&signal.body["previous_revision"], &signal.body["replayed"]),
         (&json!(1_795_430_000_123_i64), &json!(true))
     );
-    let [signal] = of_subscription(signals, &new.subscription)[..] else {
+    let [signal] = filter_by_subscription(signals, &new.subscription)[..] else {
         panic!("not one: {signals:#?}")
     };
     assert_eq!(
@@ -190,7 +190,7 @@ async fn install_previous_database(
         bridge.row(&new.subscription).await,
     ];
     let signals = bridge.signals().await;
-    let mut last_sent = of_subscription(&signals, &changed.subscription)
+    let mut last_sent = filter_by_subscription(&signals, &changed.subscription)
         .last()
         .expect("there is one")
         .body

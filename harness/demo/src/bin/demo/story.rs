@@ -158,10 +158,10 @@ fn summary(object: &Value) -> String {
 /// Compares rows and signals with those that the story must lead to; returns the differences.
 fn differences(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<String> {
     let objects = || story.iter().map(|event| &event.value["data"]["object"]);
-    let of_subscription = || objects().filter(|object| object["object"] == "subscription");
+    let subscriptions = || objects().filter(|object| object["object"] == "subscription");
     let (Some(checkout), Some(ended), Some(orphan)) = (
         objects().next(),
-        of_subscription().next_back(),
+        subscriptions().next_back(),
         objects().next_back(),
     ) else {
         return vec!["the story has no events".to_owned()];
@@ -177,7 +177,7 @@ fn differences(story: &[Event], rows: &Snapshot, signals: &[Received]) -> Vec<St
         Some(row) => differences.check_subscription(row, checkout, ended),
         None => differences.add(format!("stripe_subscription has no row {id}")),
     }
-    let statuses = of_subscription().map(|object| object["status"].as_str().unwrap_or_default());
+    let statuses = subscriptions().map(|object| object["status"].as_str().unwrap_or_default());
     differences.check_signals(
         id,
         row.map(|row| row.revision),
