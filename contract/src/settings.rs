@@ -1,9 +1,9 @@
-//! Settings: a constant for each, and a reader that turns texts into values or into *all* problems.
+//! Settings: a constant for each, and a reader that turns texts into values or into a list of *all*
+//! problems.
 //!
-//! Owns how a setting is named, given and refused, and the settings that both programs take. Every
-//! setting is an opaque text until a program's own reader has looked at it: an argument parser's
-//! message would print the malformed value, and a value may hold a password. Nothing below `main`
-//! reads the environment.
+//! Owns how a setting is named, given and refused, and the settings that both programs take. clap
+//! parses no value, each stays a text until [`Reader`] parses it: clap's error would print a
+//! malformed value, and the value may hold a password. Nothing below `main` reads the environment.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use async_nats::ServerAddr;
 use clap::{Arg, ArgMatches, Command};
 use secrecy::SecretString;
 
-/// Settings and the list of them: each is a constant, so that its name is written once.
+/// Defines a constant for each setting and a list of them all, so that each name is written once.
 #[macro_export]
 macro_rules! settings {
     ($(#[$list_doc:meta])* $list_vis:vis $list:ident;
@@ -33,14 +33,14 @@ macro_rules! settings {
 #[derive(Debug, Clone, Copy)]
 pub struct Setting {
     pub name: &'static str,
-    /// What it is when it is not given. An empty value counts as not given.
+    /// The value if the setting is not given. An empty value counts as not given.
     pub default: Option<&'static str>,
-    /// What it means, in one or two sentences, without the default.
+    /// The meaning for `--help`, in one or two sentences, without the default.
     pub help: &'static str,
 }
 
 impl Setting {
-    /// The flag: `LITESTRIPE_LISTEN` is `--litestripe-listen`.
+    /// Returns the flag's name: `LITESTRIPE_LISTEN` is `--litestripe-listen`.
     pub fn flag(&self) -> String {
         self.name.to_ascii_lowercase().replace('_', "-")
     }
@@ -78,9 +78,9 @@ settings! {
         "log format: text or json";
 }
 
-/// `command` with a flag and an environment variable for each of `settings`.
+/// Adds a flag and an environment variable for each of `settings` to `command`.
 ///
-/// The value of a variable is never shown in `--help`: it may be a secret.
+/// `--help` never shows a variable's value, which may be a secret.
 pub fn declare(command: Command, settings: &'static [Setting]) -> Command {
     settings.iter().fold(command, |command, setting| {
         let help = match setting.default {
@@ -99,25 +99,25 @@ pub fn declare(command: Command, settings: &'static [Setting]) -> Command {
     })
 }
 
-/// Reads `.env` in the working directory into the environment, where a variable is not set yet.
+/// Reads `.env` in the working directory into the environment. A variable that is already set wins.
 pub fn dotenv() -> Result<(), Problems> {
     match dotenvy::from_path(".env") {
         Ok(()) => Ok(()),
         Err(error) if error.not_found() => Ok(()),
-        // Its own text would print the line, which may hold a secret.
+        // The error's own text prints the line, which may hold a secret.
         Err(dotenvy::Error::LineParse(..)) => Err(Problems(vec![
-            ".env has a line that is not NAME=value".to_owned(),
+            ".env has a line that cannot be read: write NAME=value, a value with blanks or $ in single quotes".to_owned(),
         ])),
         Err(error) => Err(Problems(vec![format!(".env cannot be read: {error}")])),
     }
 }
 
-/// The texts that were given, by setting.
+/// The settings' texts as they were given, by name.
 #[derive(Default)]
 pub struct Given(BTreeMap<&'static str, String>);
 
 impl Given {
-    /// What the command line and the environment gave for `settings`.
+    /// Takes the texts of `settings` from the command line and the environment.
     pub fn from_matches(matches: &ArgMatches, settings: &[&'static [Setting]]) -> Self {
         let all = settings.iter().copied().flatten();
         Self(
@@ -138,7 +138,7 @@ impl FromIterator<(&'static str, String)> for Given {
     }
 }
 
-/// Everything that is wrong with the settings, a line each, without the values.
+/// All problems of the settings, one line each, without the values.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub struct Problems(pub Vec<String>);
 
@@ -151,14 +151,13 @@ impl fmt::Display for Problems {
     }
 }
 
-/// Reads settings one by one and remembers each problem, so that all are reported at once.
+/// Reads settings one by one and collects the problems, so that all are reported at once.
 pub struct Reader {
     given: Given,
     problems: Vec<String>,
 }
 
 impl Reader {
-    /// A reader of `given`.
     pub fn new(given: Given) -> Self {
         Self {
             given,
@@ -166,12 +165,12 @@ impl Reader {
         }
     }
 
-    /// Whether `setting` was given, rather than left to its default.
+    /// Returns whether `setting` was given, not left to its default.
     pub fn is_given(&self, setting: &Setting) -> bool {
         self.text(setting).is_some()
     }
 
-    /// The value of a setting without a default, if it was given. `expected` says what it must be.
+    /// Reads a setting without a default. `expected` completes the problem "NAME must be …".
     pub fn optional<T>(
         &mut self,
         setting: &Setting,
@@ -186,10 +185,11 @@ impl Reader {
         value
     }
 
-    /// The value of a setting that has a default.
+    /// Reads a setting that has a default.
     ///
     /// # Panics
-    /// When the setting has no default or `parse` refuses it: a test of each program rules it out.
+    /// If the setting has no default or `parse` refuses its default. Each program's tests read all
+    /// defaults.
     pub fn defaulted<T>(
         &mut self,
         setting: &Setting,
@@ -201,7 +201,7 @@ impl Reader {
             .expect("a default is a valid value of its setting")
     }
 
-    /// The value of a setting that must be given.
+    /// Reads a setting that must be given.
     pub fn required<T>(
         &mut self,
         setting: &Setting,
@@ -214,12 +214,13 @@ impl Reader {
         self.optional(setting, expected, parse)
     }
 
-    /// Remembers what is wrong with `setting`. `what` continues the sentence and holds no value.
+    /// Records a problem of `setting`. `what` continues the sentence after its name and must not
+    /// hold the value.
     pub fn problem(&mut self, setting: &Setting, what: impl fmt::Display) {
         self.problems.push(format!("{} {what}", setting.name));
     }
 
-    /// The settings read, if nothing was wrong with any.
+    /// Returns `settings` if no problem was recorded.
     pub fn finish<T>(self, settings: Option<T>) -> Result<T, Problems> {
         match settings {
             Some(settings) if self.problems.is_empty() => Ok(settings),
@@ -236,38 +237,38 @@ impl Reader {
     }
 }
 
-/// A text as it stands.
+/// Accepts any text.
 pub fn text(value: &str) -> Option<String> {
     Some(value.to_owned())
 }
 
-/// A secret text.
+/// Accepts any text, as a secret.
 pub fn secret(value: &str) -> Option<SecretString> {
     Some(SecretString::from(value))
 }
 
-/// A path.
+/// Accepts any path, also of a file that does not exist.
 pub fn path(value: &str) -> Option<PathBuf> {
     Some(PathBuf::from(value))
 }
 
-/// `true` or `false`.
+/// Parses `true` or `false`, in any case.
 pub fn flag(value: &str) -> Option<bool> {
     value.to_ascii_lowercase().parse().ok()
 }
 
-/// What [`duration`] expects.
+/// Describes what [`duration`] accepts.
 pub const DURATION: &str = "a time such as 30s, 10m, 2h or 35d";
 
-/// A duration as people write it.
+/// Parses a duration with its unit: `30s`, `10m`.
 pub fn duration(value: &str) -> Option<Duration> {
     humantime::parse_duration(value).ok()
 }
 
-/// What [`bytes`] expects.
+/// Describes what [`bytes`] accepts.
 pub const BYTES: &str = "a size such as 512KiB, 1MiB or 10GiB";
 
-/// A size in bytes as people write it.
+/// Parses a size such as `512KiB` or `10GiB` into bytes.
 pub fn bytes(value: &str) -> Option<u64> {
     value
         .parse::<bytesize::ByteSize>()
@@ -275,10 +276,10 @@ pub fn bytes(value: &str) -> Option<u64> {
         .map(|size| size.as_u64())
 }
 
-/// What [`address`] expects.
+/// Describes what [`address`] accepts.
 pub const ADDRESS: &str = "an address such as 127.0.0.1:8080";
 
-/// An address to listen on.
+/// Parses an address to listen on, an IP and a port.
 pub fn address(value: &str) -> Option<std::net::SocketAddr> {
     value.parse().ok()
 }
@@ -289,12 +290,13 @@ pub struct NatsSettings {
     /// The servers, each a URL. May hold passwords: never print them, see [`NatsSettings::hosts`].
     pub servers: Vec<ServerAddr>,
     pub identity: Identity,
-    /// The CA certificates that servers must have. Makes TLS required.
+    /// The CA certificates to verify the servers with. Makes TLS required.
     pub tls_ca: Option<PathBuf>,
+    /// The client's certificate and its private key.
     pub tls_client: Option<(PathBuf, PathBuf)>,
 }
 
-/// Who we are to NATS.
+/// How a program authenticates at NATS.
 #[derive(Debug, Clone)]
 pub enum Identity {
     Anonymous,
@@ -304,7 +306,7 @@ pub enum Identity {
 }
 
 impl NatsSettings {
-    /// The servers without user or password, for people.
+    /// Returns the servers without user and password, to print them.
     pub fn hosts(&self) -> String {
         let hosts: Vec<_> = self
             .servers
@@ -314,13 +316,12 @@ impl NatsSettings {
         hosts.join(", ")
     }
 
-    /// Reads the settings that say how to reach NATS.
     pub fn read(reader: &mut Reader) -> Option<Self> {
         let servers = reader.defaulted(
             &NATS_URL,
             "one or more URLs such as nats://127.0.0.1:4222",
             |value| {
-                // A host that is missing, as after a last comma, would be taken for an empty name.
+                // `ServerAddr` accepts an empty host, as after a trailing comma.
                 let server = |url: &str| {
                     url.trim()
                         .parse::<ServerAddr>()
@@ -353,7 +354,7 @@ fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {
         };
         reader.problem(
             missing,
-            "is missing: NATS_TLS_CERT and NATS_TLS_KEY go together",
+            "is missing: set NATS_TLS_CERT and NATS_TLS_KEY together",
         );
     }
     certificate.zip(key)
@@ -373,33 +374,32 @@ impl Identity {
                 return Some(Self::Password(user, password));
             }
             (None, None, Some(_), None) => {
-                reader.problem(&NATS_PASSWORD, "is missing: it goes with NATS_USER")
+                reader.problem(&NATS_PASSWORD, "is missing: set it together with NATS_USER")
             }
             (None, None, None, Some(_)) => {
-                reader.problem(&NATS_USER, "is missing: it goes with NATS_PASSWORD")
+                reader.problem(&NATS_USER, "is missing: set it together with NATS_PASSWORD")
             }
             _ => reader.problem(
                 &NATS_CREDS,
-                "and NATS_NKEY_SEED_FILE and NATS_USER exclude each other: set one of them",
+                "or NATS_NKEY_SEED_FILE or NATS_USER with NATS_PASSWORD: set only one of these",
             ),
         }
         None
     }
 }
 
-/// The limits of the events stream, which either program may have to create.
+/// The limits of the stream `STRIPE_EVENTS`. Either program may have to create it.
 #[derive(Debug, Clone)]
 pub struct EventsSettings {
     pub replicas: usize,
     pub max_age: Duration,
     /// Size at which the stream refuses new events, in bytes.
     pub max_bytes: u64,
-    /// Whether `max_bytes` was set by the operator: then it is not halved.
+    /// Whether the operator set `max_bytes`. Then it is not halved to fit the server's storage.
     pub max_bytes_is_set: bool,
 }
 
 impl EventsSettings {
-    /// Reads the limits of the events stream.
     pub fn read(reader: &mut Reader) -> Self {
         Self {
             replicas: reader.defaulted(&STREAM_REPLICAS, "1, 3 or 5", |value| {
@@ -417,7 +417,7 @@ impl EventsSettings {
     }
 }
 
-/// How to log.
+/// The log's filter and format.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
     pub filter: String,
@@ -426,7 +426,7 @@ pub struct LogSettings {
 }
 
 impl LogSettings {
-    /// For commands whose output people read: only warnings, unless the operator said otherwise.
+    /// Logs only warnings unless the operator set a filter: for commands whose output people read.
     pub fn quiet(self) -> Self {
         let filter = if self.filter_is_set {
             self.filter
@@ -440,7 +440,6 @@ impl LogSettings {
         }
     }
 
-    /// Reads how to log.
     pub fn read(reader: &mut Reader) -> Self {
         Self {
             filter: reader.defaulted(

@@ -1,6 +1,6 @@
-//! What operators call: the command line, and a module for each command.
+//! The command line of `litestripe-worker`, with a module for each command.
 //!
-//! Owns arguments, output and exit codes. No rules live here.
+//! Owns arguments, output and exit codes. The rules behind a command live in other modules.
 
 use std::process::ExitCode;
 
@@ -32,38 +32,49 @@ mod status;
 
 use failure::Failure;
 
-const NO_KEY: &str = "STRIPE_SECRET_KEY is missing: set it to a secret or restricted key; this command asks Stripe's API";
+const NO_KEY: &str = "STRIPE_SECRET_KEY is missing: this command calls Stripe's API; set it to a secret or restricted key (sk_… or rk_…)";
+
+const AFTER_HELP: &str = "\
+Every setting is a flag and an environment variable; the file .env in the working directory is read too. A flag wins \
+over the environment, the environment over .env. An empty value counts as not set.
+
+Exit codes: 0 done or stopped, 1 a failure, 2 a wrong setting or argument, 3 `reconcile` found differences, 130 a second \
+stop signal. Results go to stdout, logs and progress to stderr. All commands but `run` log only warnings unless RUST_LOG \
+is set.
+
+`litestripe-worker help COMMAND` explains a command.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Apply events and send signals until stopped (the default)
+    #[command(after_help = run::AFTER_HELP)]
     Run,
-    /// Change or show the database's schema
-    #[command(subcommand)]
+    /// Create, update, drop or show the tables in the database
+    #[command(subcommand, after_help = migrate::AFTER_HELP)]
     Migrate(migrate::Migrate),
-    /// Show lag, outbox, dead letters, open orphans and schema version
+    /// Show lag, unsent signals, dead letters, open orphans and the schema's version
     Status(status::Status),
-    /// Apply events that the stream still holds again
+    /// Apply stored events again, for example to rebuild rows
     Replay(Box<replay::Replay>),
-    /// Publish current rows once more, under their revision
+    /// Publish the current state of rows again, for subscribers that missed signals
     Resend(resend::Resend),
-    /// Fetch from Stripe what never arrived
+    /// Fetch events from Stripe that never arrived here (needs STRIPE_SECRET_KEY)
     Backfill(backfill::Backfill),
     /// List, show and resolve payments that belong to no known user
-    #[command(subcommand)]
+    #[command(subcommand, after_help = orphans::AFTER_HELP)]
     Orphans(orphans::Orphans),
     /// List, show, retry and drop events that could not be applied
-    #[command(subcommand)]
+    #[command(subcommand, after_help = dead_letters::AFTER_HELP)]
     DeadLetters(dead_letters::DeadLetters),
-    /// Remove what is stored of one customer, for good
+    /// Remove one customer's personal data for good: events, signals, emails, metadata
     Erase(erase::Erase),
-    /// Compare the rows with Stripe's subscriptions, and mend them
+    /// Compare the rows with Stripe and repair them (needs STRIPE_SECRET_KEY)
     Reconcile(reconcile::Reconcile),
     /// Print the JSON Schemas of the signals, or the AsyncAPI document
     Schema(schema::Schema),
 }
 
-/// Parses the command line and does what it says.
+/// Parses the command line and executes its command.
 #[must_use]
 pub fn main() -> ExitCode {
     match parse_and_execute() {
@@ -77,7 +88,7 @@ fn parse_and_execute() -> Result<(), Failure> {
     let matches = command_line().get_matches();
     let command = match Command::from_arg_matches(&matches) {
         Ok(command) => command,
-        // No command at all, which clap reports as a missing one.
+        // clap reports an error if no command is given; `run` is the default.
         Err(_) if matches.subcommand_name().is_none() => Command::Run,
         Err(error) => error.exit(),
     };
@@ -95,21 +106,21 @@ fn parse_and_execute() -> Result<(), Failure> {
     tokio::runtime::Runtime::new()?.block_on(execute(command, settings))
 }
 
-/// What the command `name` works with: see [`Parts::start`].
+/// Connects and opens what the command `name` works with: see [`Parts::start`].
 async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Parts, Failure> {
     Parts::start(settings, &format!("litestripe-worker {name}"), schema)
         .await
         .map_err(failure::start)
 }
 
-/// A connection to NATS for the command `name`, within 5 s.
+/// Connects to NATS for the command `name`, or fails after 5 s.
 async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, Failure> {
     parts::connect_within(settings, &format!("litestripe-worker {name}"))
         .await
         .map_err(failure::start)
 }
 
-/// How to call Stripe's API, for a command that must.
+/// Returns the settings for Stripe's API, for a command that cannot work without.
 fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
     settings
         .stripe
@@ -117,7 +128,7 @@ fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
         .ok_or_else(|| Failure::configuration(NO_KEY))
 }
 
-/// A client of Stripe's API, unless its key is of another mode than all rows and that is not wanted.
+/// Returns a client of Stripe's API. Without `any_mode` it refuses a key whose mode no row has.
 async fn stripe(settings: &Settings, parts: &Parts, any_mode: bool) -> Result<StripeApi, Failure> {
     let mismatch = mode::find_mismatch(&parts.store, key(settings)?).await?;
     if let Some(mismatch) = mismatch.filter(|_| !any_mode) {
@@ -144,15 +155,13 @@ async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
     }
 }
 
-/// The command line, with every setting as a flag and an environment variable.
+/// Returns the command line, with a flag and an environment variable for every setting.
 #[must_use]
 pub fn command_line() -> clap::Command {
     let command = clap::Command::new("litestripe-worker")
-        .about("Applies Stripe's events to the database and signals what changed")
+        .about("Applies Stripe's events to the database and publishes a signal for each change")
         .version(env!("CARGO_PKG_VERSION"))
-        .after_help(
-            "Every setting may be given as a flag or as the environment variable of the same name; .env is read.",
-        );
+        .after_help(AFTER_HELP);
     let command = settings::declare(settings::declare(command, SETTINGS), SHARED)
         .mut_arg(WINDOW.name, |arg| arg.hide(true));
     Command::augment_subcommands(command)

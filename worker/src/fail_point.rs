@@ -1,7 +1,7 @@
-//! Points at which a test ends the process: the variable `FAILPOINTS` says at which, and how. They are
-//! compiled in with the feature `failpoints` only, never in a release.
+//! Points at which a test can end the process. The variable `FAILPOINTS` names the point and the
+//! action. They are compiled in only with the feature `failpoints`, never in a release.
 
-/// A point of this name. What `FAILPOINTS` says of it is done: nothing, a panic, or with `return` an abort.
+/// Defines a point. `FAILPOINTS` selects its action: nothing, a panic, or with `return` an abort.
 macro_rules! fail_point {
     ($name:literal) => {
         #[cfg(feature = "failpoints")]

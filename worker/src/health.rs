@@ -1,4 +1,5 @@
-//! `/healthz`, `/readyz` and `/metrics` of a running worker. The only file of this crate that knows HTTP.
+//! `/healthz`, `/readyz` and `/metrics` of a running worker. The only file of this crate that knows
+//! HTTP.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +19,7 @@ use warp::{Filter, Reply};
 
 use crate::store::{Store, detached};
 
-/// How long the database may take to answer before the worker counts as not ready.
+/// How long the database may take to answer a ping before the worker is not ready.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Connections at a time: a probe and a scraper need one each. Beyond it none is accepted.
@@ -30,22 +31,22 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What readiness depends on, filled in as it comes.
+/// What readiness depends on. Filled in during the start.
 #[derive(Default)]
 pub(crate) struct Readiness {
-    /// The database, once it answered and its schema is current.
+    /// Set once the database has answered and its schema is current.
     pub(crate) store: OnceLock<Store>,
     pub(crate) consuming: AtomicBool,
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address}: set LITESTRIPE_WORKER_LISTEN to a free address")]
+#[error("cannot listen on {address}: set LITESTRIPE_WORKER_LISTEN to a free address of this host")]
 pub(crate) struct ListenError {
     address: SocketAddr,
     source: std::io::Error,
 }
 
-/// Takes the address, so that a second worker on it fails at once.
+/// Binds the address early, so that a second worker on the same address fails at its start.
 pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address)
         .await

@@ -20,26 +20,30 @@ const BUILD: &str = "litestripe_build_info";
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 
-/// Without labels, so each can be shown as 0 from the start.
+/// The counters without labels. Each shows 0 from the start.
 const COUNTERS: [&str; 6] = [APPLIED, IGNORED, DEAD_LETTERS, SIGNALS, PURGED, BACKFILLED];
 
 fn help(name: &str) -> &'static str {
     match name {
-        APPLIED => "Events whose effect is committed, repetitions included",
-        IGNORED => "Events of types that the worker does not handle",
-        DEAD_LETTERS => "Events put aside because they can never be applied",
-        SIGNALS => "Signals that JetStream has stored",
-        PURGED => "Applied events purged to make room for new ones",
-        BACKFILLED => "Events that never arrived, fetched from Stripe into STRIPE_EVENTS",
-        BACKFILLS => "Backfills that this worker made by itself, by how they ended",
-        STREAM_BYTES => "Bytes in STRIPE_EVENTS",
-        STREAM_BYTES_MAX => "Bytes at which STRIPE_EVENTS refuses new events",
-        WAITING => "1 while the worker waits for what the label names",
-        _ => "Always 1; the label tells the version",
+        APPLIED => "Events applied and committed, including repeated deliveries",
+        IGNORED => "Events skipped because the worker does not handle their type",
+        DEAD_LETTERS => "Events moved to STRIPE_DEAD_LETTERS because they can never be applied",
+        SIGNALS => "Signals published and stored by JetStream",
+        PURGED => {
+            "Applied events purged from STRIPE_EVENTS before their maximum age, to make room for new ones"
+        }
+        BACKFILLED => {
+            "Missed events that a backfill fetched from Stripe and stored in STRIPE_EVENTS"
+        }
+        BACKFILLS => "Scheduled backfills of this worker, by outcome",
+        STREAM_BYTES => "Size of STRIPE_EVENTS in bytes",
+        STREAM_BYTES_MAX => "Size in bytes at which STRIPE_EVENTS refuses new events",
+        WAITING => "1 while the worker waits for the database, the broker, or to publish signals",
+        _ => "Always 1; the label is the version of the program",
     }
 }
 
-/// Starts recording. Before it, and in commands other than `run`, everything below does nothing.
+/// Starts recording. Only `run` calls it; without it the functions below do nothing.
 pub(crate) fn install() {
     let Ok(handle) = PrometheusBuilder::new().install_recorder() else {
         return;
@@ -70,7 +74,7 @@ pub(crate) fn install() {
     }
 }
 
-/// Everything recorded so far, as Prometheus reads it.
+/// Renders all metrics in Prometheus' text format.
 pub(crate) fn render() -> String {
     HANDLE
         .get()
@@ -117,7 +121,7 @@ pub(crate) fn waiting_for_database(waiting: bool) {
     gauge!(WAITING, "for" => "database").set(f64::from(waiting));
 }
 
-/// For NATS, or for a stream of ours.
+/// Waiting for NATS, or for one of the streams.
 pub(crate) fn waiting_for_broker(waiting: bool) {
     gauge!(WAITING, "for" => "broker").set(f64::from(waiting));
 }

@@ -1,6 +1,6 @@
 //! The worker's own settings.
 //!
-//! Owns their names, defaults and limits. A pure function of the texts that were given.
+//! Owns their names, defaults and limits. [`read`] is a pure function of the given texts.
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -19,7 +19,7 @@ use url::Url;
 use crate::stripe::kv;
 
 litestripe_contract::settings! {
-    /// The settings only the worker has.
+    /// The settings that only the worker has.
     pub SETTINGS;
 
     DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
@@ -63,21 +63,22 @@ litestripe_contract::settings! {
         "period of the API budget; for tests";
 }
 
-/// The most events that one transaction may take: it bounds memory and a statement's parameters.
+/// The most events in one transaction. Bounds memory and the number of a statement's parameters.
 const BATCH_MAX: usize = 1000;
 
 const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// How often a worker with a key backfills by itself, where nothing else is set.
+/// How often the workers run a backfill if there is a key and no interval is set.
 const BACKFILL_INTERVAL_DEFAULT: Duration = Duration::from_secs(60 * 60);
 
-/// Windows of the API budget that make sense: below, a request's way takes too large a part of it.
+/// The allowed windows of the API budget. In a shorter one, a request's latency takes too large a
+/// part.
 const WINDOWS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
-const DATABASE: &str = "a URL that starts with sqlite: or postgres://, with / # ? @ % of a password written as %2F %23 %3F %40 %25";
+const DATABASE: &str = "a URL that starts with sqlite: or postgres://; in a password, write / # ? @ % as %2F %23 %3F %40 %25";
 
-/// Everything the worker is told. The help texts above say what each setting means.
+/// The values of all settings. The help texts above say what each one means.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub nats: NatsSettings,
@@ -91,12 +92,12 @@ pub struct Settings {
     pub orphans: OrphanSettings,
     pub erase_on_customer_deleted: bool,
     pub lookup: LookupSettings,
-    /// None without a key.
+    /// `None` without `STRIPE_SECRET_KEY`.
     pub stripe: Option<StripeSettings>,
     pub log: LogSettings,
 }
 
-/// When a payment is an orphan, and for how long it shows an email.
+/// When a payment becomes an orphan, and how long its email is kept.
 #[derive(Debug, Clone)]
 pub struct OrphanSettings {
     pub grace: Duration,
@@ -107,43 +108,41 @@ pub struct OrphanSettings {
 /// How a client reference id is matched to a user.
 #[derive(Debug, Clone)]
 pub enum LookupSettings {
-    /// Every client reference id is a user's.
+    /// Every client reference id counts as a user's id.
     None,
-    /// A query with one parameter, which knows an id when it returns a row.
+    /// A query with one parameter, the id. The user exists if it returns a row.
     Sql {
         query: String,
         database: DatabaseSettings,
     },
-    /// A subject on which the application answers.
+    /// A subject on which the application answers whether the user exists.
     Nats { subject: String },
 }
 
 /// How to call Stripe's API.
 #[derive(Debug, Clone)]
 pub struct StripeSettings {
-    /// The secret or restricted key.
     pub key: SecretString,
-    /// Where the API is, without a slash at its end.
+    /// The API's base URL, without a trailing slash.
     pub base: String,
-    /// How many calls all workers together may make.
     pub budget: BudgetSettings,
-    /// How often `run` fetches what never arrived. None when it does not.
+    /// How often `run` fetches missed events. `None` if it never does.
     pub backfill_interval: Option<Duration>,
 }
 
-/// A budget of calls that processes share.
+/// A budget of calls that all workers share.
 #[derive(Debug, Clone)]
 pub struct BudgetSettings {
-    /// Calls in every window, at most.
+    /// Most calls in a window.
     pub requests: u32,
     /// From one second to a day.
     pub window: Duration,
-    /// The key under which it is shared.
+    /// The key of the KV bucket under which it is shared.
     pub key: String,
 }
 
 impl StripeSettings {
-    /// Whether the key is a live mode's. Stripe: "API keys".
+    /// Returns whether the key is a live mode key. Stripe: "API keys".
     #[must_use]
     pub fn is_live(&self) -> bool {
         let key = self.key.expose_secret();
@@ -151,30 +150,29 @@ impl StripeSettings {
     }
 }
 
-/// Where the rows are.
+/// The database that holds the rows, or the one of the user lookup.
 #[derive(Debug, Clone)]
 pub struct DatabaseSettings {
-    /// The database's URL. Holds a password, as a rule.
+    /// Usually holds a password.
     pub url: SecretString,
-    /// Which of the two it is.
     pub kind: DatabaseKind,
-    /// Whether `run` migrates the schema first.
+    /// Whether the commands that may migrate the schema do so first.
     pub auto_migrate: bool,
 }
 
-/// The databases we know.
+/// The databases that are supported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatabaseKind {
     /// The embedded default: one host, one writer at a time.
     Sqlite,
-    /// Everything larger.
+    /// For several hosts or more load.
     Postgres,
 }
 
-/// The worker's settings from the texts that were given.
+/// Reads the worker's settings, or returns all their problems.
 ///
 /// # Errors
-/// All the problems at once.
+/// The problems, each named after its setting, without the values.
 pub fn read(given: Given) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let settings = read_all(&mut reader);
@@ -195,7 +193,7 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
         dead_letters_max_age: reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration),
         metadata_keys: reader.defaulted(
             &METADATA_KEYS,
-            "*, none, or keys, comma-separated",
+            "*, none, or keys separated by commas",
             |value| value.parse().ok(),
         ),
         orphans: read_orphans(reader),
@@ -209,7 +207,8 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
         stripe: read_stripe(reader),
         events: EventsSettings::read(reader),
         log: LogSettings::read(reader),
-        // The last one, because only it may give up: the problems of all others are met by then.
+        // The last one, because only this one returns early: by then the problems of all others are
+        // found.
         nats: NatsSettings::read(reader)?,
     })
 }
@@ -283,7 +282,7 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
         }),
         key: reader.defaulted(
             &API_RATE_LIMIT_CACHE_KEY,
-            "a key of NATS: letters, digits and -/_=., no dot at an end",
+            "a key of a NATS KV bucket: letters, digits and -/_=., no dot at its start or end",
             |value| kv::is_key(value).then(|| value.to_owned()),
         ),
     };
@@ -317,8 +316,8 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
     })
 }
 
-/// A URL that sea-orm and sqlx take. They are asked here, because later their own messages would
-/// print it, with a password that has an unescaped `/`, `#` or `?`.
+/// Accepts only a URL that sea-orm and sqlx accept. Their parsers are called here, because later
+/// their own errors would print it, with a password that has an unescaped `/`, `#` or `?`.
 fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
     let url = Url::parse(value).ok()?;
     if value.starts_with("sqlite:") {
@@ -331,7 +330,7 @@ fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
         .or_else(|| value.strip_prefix("postgresql://"))?;
     let value = format!("postgres://{rest}");
     PgConnectOptions::from_str(&value).ok()?;
-    // A password that begins like a port leaves its `@` in what follows.
+    // An unescaped password that begins like a port ends the host early and leaves its `@` behind.
     let is_split_early = value.contains('@') && url.username().is_empty();
     (!is_split_early).then(|| (SecretString::from(value), DatabaseKind::Postgres))
 }

@@ -1,8 +1,8 @@
-//! One start-up for `run` and every command, in one order: NATS, the database, JetStream's streams,
-//! the erasures.
+//! The start-up of `run` and every command, always in this order: NATS, the database, JetStream's
+//! streams, the erasures.
 //!
-//! Owns what is waited for and what is refused at once: what fails here needs a person. May not know the
-//! command line.
+//! Owns which problems the program waits out and which ones end it because an operator has to act.
+//! May not know the command line.
 
 pub(crate) mod broker;
 pub(crate) mod consume;

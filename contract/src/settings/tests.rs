@@ -27,7 +27,7 @@ fn defaults_are_valid() {
 }
 
 #[test]
-fn empty_counts_as_not_given() {
+fn an_empty_value_counts_as_not_given() {
     let mut reader = reader(&[("NATS_CREDS", ""), ("NATS_URL", " ")]);
     assert!(NatsSettings::read(&mut reader).is_some());
 }
@@ -81,7 +81,7 @@ fn nats_servers_are_urls_with_a_host() {
 }
 
 #[test]
-fn a_required_setting_that_is_missing_is_a_problem_once() {
+fn a_missing_required_setting_is_one_problem() {
     let mut reader = reader(&[]);
     assert_eq!(
         reader.required(&super::NATS_CREDS, "a path", super::text),
@@ -92,7 +92,7 @@ fn a_required_setting_that_is_missing_is_a_problem_once() {
 }
 
 #[test]
-fn durations_and_sizes_are_as_people_write_them() {
+fn durations_and_sizes_are_parsed_with_their_units() {
     assert_eq!(
         duration("10m"),
         Some(Duration::from_secs(600)),

@@ -360,8 +360,8 @@ async fn outage_halfway_keeps_published_events_and_the_next_run_publishes_the_re
     let first = command(&bridge, &["--json"]).await;
     assert_eq!(first.status.code(), Some(1), "{first:?}");
     for text in [
-        "ended halfway",
-        "running it again goes on",
+        "failed halfway",
+        "running it again continues",
         "Stripe answered 500",
         "req_ofTheStub",
     ] {
@@ -509,7 +509,7 @@ async fn wrong_settings_and_arguments_are_named() {
     check(
         &backfill(&bridge, API_KEY, &[]).await,
         1,
-        &["NATS", "does not answer", "NATS_URL"],
+        &["cannot reach NATS", "NATS_URL"],
     );
     bridge.broker.resume().await;
     check(

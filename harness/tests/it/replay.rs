@@ -460,7 +460,7 @@ async fn replay_without_signals_leaves_unapplied_events_to_the_workers(database:
     assert!(
         nothing
             .stdout
-            .contains("no such event that is applied already"),
+            .contains("no such event that is already applied"),
         "{}",
         nothing.stdout
     );

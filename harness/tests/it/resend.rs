@@ -108,7 +108,7 @@ async fn unknown_rows_and_invalid_arguments_are_refused() {
     let unknown = resend(&bridge, &["--subscription", "sub_unknown"]).await;
     assert_eq!(unknown.status.code(), Some(1));
     assert!(
-        unknown.stderr.contains("no row sub_unknown"),
+        unknown.stderr.contains("cannot resend sub_unknown"),
         "{}",
         unknown.stderr
     );

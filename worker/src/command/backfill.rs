@@ -1,4 +1,4 @@
-//! `backfill`: fetch from Stripe what never arrived.
+//! `backfill`: fetch events from Stripe that never arrived.
 
 use clap::Args;
 use litestripe_contract::shutdown;
@@ -16,39 +16,47 @@ use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
 
+const AFTER_HELP: &str = "\
+A backfill lists events with Stripe's Events API, publishes into STRIPE_EVENTS those that the stream lacks, and leaves \
+applying them to the workers. Use it after ingress was unreachable. With a key, the workers do the same every \
+LITESTRIPE_BACKFILL_INTERVAL. Running it again is safe.";
+
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Backfill {
-    /// How far to go back: 72h, or a time such as 2026-11-24T02:30:00Z; at most 30d [default: since
-    /// the last complete backfill began, less 2h; 72h where none is known]
+    /// How far to go back: an age (72h) or a time (2026-11-24T02:30:00Z), at most 30d [default: 2h
+    /// before the start of the last complete backfill, or 72h if there was none]
     #[arg(long, value_name = "SINCE", value_parser = since)]
     since: Option<OffsetDateTime>,
-    /// Leave out events that all your endpoints have accepted
+    /// Fetch only events that at least one of your endpoints at Stripe has not accepted
     #[arg(long)]
     undelivered_only: bool,
-    /// Go on although the key is of another mode than all rows
+    /// Allow a live mode key on a database with only test mode rows, or the reverse
     #[arg(long)]
     any_mode: bool,
     #[command(flatten)]
     output: Output,
 }
 
-/// What `backfill --json` prints.
+/// The output of `backfill --json`.
 #[derive(Debug, Serialize)]
 struct Report {
-    /// From when on events were listed, RFC 3339.
+    /// The time from which events were listed, RFC 3339.
     since: String,
-    /// Whether all of them were.
+    /// Whether all events since then were listed.
     complete: bool,
     #[serde(flatten)]
     summary: Summary,
 }
 
-/// It ended before all events were looked at.
+/// The backfill ended before all events were compared.
 #[derive(Debug, thiserror::Error)]
 enum Halfway {
-    #[error("the backfill ended halfway; what was published stays, and running it again goes on")]
+    #[error("the backfill failed halfway; published events stay, and running it again continues")]
     Failed(#[source] BackfillError),
-    #[error("the backfill was stopped; what was published stays, and running it again goes on")]
+    #[error(
+        "the backfill was stopped halfway; published events stay, and running it again continues"
+    )]
     Stopped,
 }
 
@@ -111,7 +119,7 @@ impl Backfill {
         };
         self.output.print(&report, || print(&report))?;
         match outcome {
-            // It has not looked at all there is.
+            // It left events out, so the next backfill must not start from here.
             Ok(End::Complete) if self.undelivered_only => Ok(()),
             Ok(End::Complete) => Ok(record.record_complete(since, began).await?),
             Ok(End::Stopped) => Err(Halfway::Stopped.into()),
@@ -128,25 +136,29 @@ fn print(report: &Report) {
         duplicates,
         skipped,
     } = report.summary;
-    let not_all = if report.complete { "" } else { "not all of it" };
+    let not_all = if report.complete {
+        ""
+    } else {
+        "incomplete: run it again"
+    };
     let since = ["since".to_owned(), report.since.clone(), not_all.to_owned()];
     let counts = [
-        ("listed", listed, "by Stripe"),
+        ("listed", listed, "events at Stripe since then"),
         ("already there", already_there, "in STRIPE_EVENTS"),
-        ("published", published, "had not arrived"),
+        ("published", published, "events that had not arrived"),
         (
             "duplicates",
             duplicates,
-            "of the published ones, arrived meanwhile",
+            "of the published events: they arrived meanwhile",
         ),
-        ("skipped", skipped, "cannot be stored"),
+        ("skipped", skipped, "events that cannot be stored"),
     ];
     let counts =
         counts.map(|(what, count, note)| [what.to_owned(), count.to_string(), note.to_owned()]);
-    print::table(["what", "value", ""], [since].into_iter().chain(counts));
+    print::table(["what", "value", "note"], [since].into_iter().chain(counts));
 }
 
-/// A time that long ago, or that time.
+/// Parses an age such as `72h`, or a time.
 fn since(text: &str) -> Result<OffsetDateTime, String> {
     let is_date = text.as_bytes().get(4) == Some(&b'-');
     let since = if is_date {
@@ -154,7 +166,7 @@ fn since(text: &str) -> Result<OffsetDateTime, String> {
     } else {
         moment::ago(text)
     }?;
-    // 30d is 30 days ago also a moment later.
+    // `30d` was computed a moment ago and must still be accepted.
     if since < record::oldest(OffsetDateTime::now_utc()) - time::Duration::MINUTE {
         return Err("lies too far back: Stripe keeps events for 30 days".to_owned());
     }

@@ -1,4 +1,5 @@
-//! `dead-letters list | show | retry | drop`: what operators do about events that could not be applied.
+//! `dead-letters list | show | retry | drop`: inspect, retry or remove events that cannot be
+//! applied.
 
 use std::sync::Arc;
 
@@ -20,35 +21,40 @@ use crate::start::database::{self, Schema};
 use crate::start::parts::Parts;
 use crate::stream::dead_letter;
 
+pub(super) const AFTER_HELP: &str = "\
+A dead letter is an event that can never be applied, for example because a field has an unexpected type; `show` prints the \
+reason. Fix the cause, usually with a newer version of Litestripe, then `retry`. A dead letter is deleted after \
+LITESTRIPE_DEAD_LETTERS_MAX_AGE.";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
     /// List dead letters, oldest first
     List(Output),
     /// Show one dead letter
     Show {
-        /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+        /// Sequence of the dead letter in STRIPE_DEAD_LETTERS, as `list` shows it
         sequence: u64,
-        /// Show the event's body too, which holds personal data
+        /// Show the event's body too; it holds personal data
         #[arg(long)]
         body: bool,
         #[command(flatten)]
         output: Output,
     },
-    /// Apply dead letters after what was wrong is mended; those applied are removed
+    /// Apply dead letters once the cause is fixed, and remove the applied ones
     Retry(Retry),
-    /// Remove one dead letter for good, its body overwritten
+    /// Remove one dead letter for good without applying it; its body is overwritten on disk
     Drop {
-        /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+        /// Sequence of the dead letter in STRIPE_DEAD_LETTERS, as `list` shows it
         sequence: u64,
     },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Retry {
-    /// Its sequence in STRIPE_DEAD_LETTERS, as `list` shows it
+    /// Sequence of the dead letter in STRIPE_DEAD_LETTERS, as `list` shows it
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     sequence: Option<u64>,
-    /// Retry all of them
+    /// Retry all dead letters
     #[arg(long)]
     all: bool,
     #[command(flatten)]
@@ -61,7 +67,9 @@ impl DeadLetters {
         let jetstream = connect::jetstream(nats.clone());
         let stream = jetstream.get_stream(DEAD_LETTERS_STREAM).await;
         let stream = stream.map_err(|_| {
-            Failure::new("there is no stream STRIPE_DEAD_LETTERS yet: a worker creates it")
+            Failure::new(
+                "cannot open the stream STRIPE_DEAD_LETTERS: `litestripe-worker run` creates it",
+            )
         })?;
         match self {
             Self::List(output) => list(&stream, output).await,
@@ -85,7 +93,7 @@ impl DeadLetters {
             Self::Drop { sequence } => {
                 find(&stream, sequence).await?;
                 remove(&stream, sequence).await?;
-                print::line(&format!("dead letter {sequence} is gone"));
+                print::line(&format!("dead letter {sequence} is removed"));
                 Ok(())
             }
         }
@@ -112,7 +120,7 @@ async fn list(stream: &Stream, output: Output) -> Result<(), Failure> {
     })
 }
 
-/// Prints what is said of each dead letter, or that there is none.
+/// Prints a row for each dead letter, or that there are none.
 fn print<const N: usize>(
     output: Output,
     letters: &[Value],
@@ -134,7 +142,7 @@ impl Retry {
     ) -> Result<(), Failure> {
         let dead_letters = dead_letter::DeadLetters::new(parts.jetstream.clone());
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
-        let (mut report, mut poison) = (Vec::new(), 0);
+        let (mut report, mut failed) = (Vec::new(), 0);
         let mut letter = match self.sequence {
             Some(sequence) => Some(find(stream, sequence).await?),
             None => next(stream, 0).await?,
@@ -142,13 +150,14 @@ impl Retry {
         while let Some(one) = &letter {
             let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
                 Ok(Some(event)) => apply::apply_one(&applier, arrival(one, event)).await?,
-                Ok(None) => Some("of a type that is not handled".to_owned()),
+                Ok(None) => Some("the worker does not handle this event type".to_owned()),
                 Err(error) => Some(error.to_string()),
             };
-            // Applied first, removed then: in between it would only be applied again, to no effect.
+            // Applied first, then removed: a crash in between only leads to applying it again,
+            // without effect.
             match outcome {
                 None => remove(stream, one.sequence).await?,
-                Some(_) => poison += 1,
+                Some(_) => failed += 1,
             }
             report.push(json!({ "sequence": one.sequence, "applied": outcome.is_none(), "reason": outcome }));
             letter = if self.all {
@@ -161,9 +170,9 @@ impl Retry {
             let outcome = letter["reason"].as_str().unwrap_or("applied and removed");
             [print::cell(&letter["sequence"]), outcome.to_owned()]
         })?;
-        if poison > 0 {
+        if failed > 0 {
             return Err(Failure::new(format!(
-                "{poison} of {} dead letters are still poison",
+                "{failed} of {} dead letters still cannot be applied",
                 report.len()
             )));
         }
@@ -175,13 +184,13 @@ fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
     Arrival {
         index: 0,
         event,
-        traceparent: labelled(letter, header::TRACEPARENT),
+        traceparent: header_value(letter, header::TRACEPARENT),
         stream_sequence: stream_sequence(letter).unwrap_or(0),
     }
 }
 
-/// The first dead letter after that sequence, of those that there were when the command began: one at
-/// a time, because each may be as large as a message can be.
+/// Returns the next dead letter after the sequence `after`, if it was stored before the command
+/// began. One at a time, because each may be as large as the server's largest message.
 async fn next(stream: &Stream, after: u64) -> Result<Option<StreamMessage>, Failure> {
     match stream
         .get_first_raw_message_by_subject(format!("{DEAD_LETTERS_PREFIX}>"), after + 1)
@@ -200,29 +209,29 @@ async fn find(stream: &Stream, sequence: u64) -> Result<StreamMessage, Failure> 
         Ok(letter) => Ok(letter),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
             Err(Failure::new(format!(
-                "there is no dead letter {sequence}: `litestripe-worker dead-letters list` shows all"
+                "there is no dead letter {sequence}: `litestripe-worker dead-letters list` lists them all"
             )))
         }
         Err(error) => Err(error.into()),
     }
 }
 
-/// A stream's own delete overwrites the message on disk.
+/// Removes a dead letter. JetStream's delete overwrites the message on disk.
 async fn remove(stream: &Stream, sequence: u64) -> Result<(), Failure> {
     stream.delete_message(sequence).await?;
     Ok(())
 }
 
-fn labelled(letter: &StreamMessage, name: &str) -> Option<String> {
+fn header_value(letter: &StreamMessage, name: &str) -> Option<String> {
     letter
         .headers
         .get(name)
         .map(|value| value.as_str().to_owned())
 }
 
-/// The event's own sequence in STRIPE_EVENTS.
+/// Returns the event's sequence in STRIPE_EVENTS.
 fn stream_sequence(letter: &StreamMessage) -> Option<u64> {
-    labelled(letter, header::STREAM_SEQUENCE)?.parse().ok()
+    header_value(letter, header::STREAM_SEQUENCE)?.parse().ok()
 }
 
 fn as_json(letter: &StreamMessage) -> Value {
@@ -230,7 +239,7 @@ fn as_json(letter: &StreamMessage) -> Value {
         "sequence": letter.sequence,
         "stream_sequence": stream_sequence(letter),
         "event_type": subject::event_type(&letter.subject).map_or_else(|| "-".to_owned(), String::from),
-        "reason": labelled(letter, header::REASON),
+        "reason": header_value(letter, header::REASON),
         "since": Timestamp::from(letter.time.truncate_to_second()),
         "body_bytes": letter.payload.len(),
     })

@@ -1,4 +1,4 @@
-//! `erase`: removes what is stored of one customer, and prints a receipt.
+//! `erase`: remove one customer's personal data, and print a receipt.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -13,11 +13,17 @@ use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
 
+const AFTER_HELP: &str = "\
+It records the erasure, then removes the customer's messages from all three streams, their orphans' emails, and the metadata \
+of their rows; ids, states and dates stay. Erase the customer at Stripe first: later events are stored again. Prints a receipt. \
+If it fails halfway, run it again; this is harmless. The workers' logs, backups and your subscribers' data are not reached.";
+
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Erase {
     #[command(flatten)]
-    whom: Whom,
-    /// Also if an event of the customer is not applied yet: what it says is lost
+    selection: Selection,
+    /// Erase even if an event of the customer is not applied yet; its content is lost
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -26,32 +32,37 @@ pub(crate) struct Erase {
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-struct Whom {
-    /// Stripe's id of the customer
+struct Selection {
+    /// Stripe's customer id
     #[arg(long, value_name = "cus_…", value_parser = id)]
     customer: Option<String>,
-    /// The id of an orphan, of a payment without a customer; where it has one, the customer is erased
+    /// Id of an orphan, for a payment without a customer; if the orphan has a customer, that
+    /// customer is erased
     #[arg(long, value_name = "ID", value_parser = id)]
     orphan: Option<String>,
 }
 
-/// Stripe's ids are printable ASCII. What they begin with is not a promise.
+/// Parses an id of Stripe: printable ASCII. Stripe does not promise the prefix.
 fn id(text: &str) -> Result<String, &'static str> {
     let is_id = (1..=ID_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic());
     if is_id {
         Ok(text.to_owned())
     } else {
-        Err("not an id of Stripe's")
+        Err("must be an id as Stripe writes it, such as cus_123")
     }
 }
 
 impl Erase {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let target = match (self.whom.customer, self.whom.orphan) {
+        let target = match (self.selection.customer, self.selection.orphan) {
             (Some(customer), _) => Target::Customer(customer),
             (None, Some(orphan)) => Target::Orphan(orphan),
-            (None, None) => return Err(Failure::new("whose data? --customer or --orphan says it")),
+            (None, None) => {
+                return Err(Failure::new(
+                    "name the customer to erase: --customer or --orphan",
+                ));
+            }
         };
         let parts = super::start(settings, "erase", Schema::Current).await?;
         let Parts {
@@ -87,7 +98,7 @@ impl Erase {
 fn print(receipt: &Receipt) {
     let rows = [
         ("messages in STRIPE_EVENTS", receipt.events),
-        ("of those, not applied", receipt.unapplied),
+        ("of these, not applied yet", receipt.unapplied),
         ("messages in STRIPE_DEAD_LETTERS", receipt.dead_letters),
         ("messages in LITESTRIPE_SIGNALS", receipt.signals),
         ("subscriptions with metadata", receipt.subscriptions),

@@ -1,4 +1,4 @@
-//! Why a command failed, and with which exit code.
+//! The error that ends a command, and its exit code.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use crate::start::parts::StartError;
 
 type Cause = Box<dyn Error + Send + Sync>;
 
-/// What ends a command. It is one line on stderr and an exit code.
+/// The error that ends a command: one line on stderr and an exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
@@ -24,7 +24,7 @@ impl Failure {
         }
     }
 
-    /// The settings or the command line cannot be used.
+    /// A wrong setting or argument.
     pub(crate) fn configuration(error: impl Into<Cause>) -> Self {
         Self {
             code: exit::CONFIGURATION,
@@ -32,7 +32,7 @@ impl Failure {
         }
     }
 
-    /// Differences remain.
+    /// `reconcile` found differences that remain.
     pub(crate) fn differences(error: impl Into<Cause>) -> Self {
         Self {
             code: exit::DIFFERENCES,
@@ -51,7 +51,7 @@ impl<E: Error + Send + Sync + 'static> From<E> for Failure {
     }
 }
 
-/// A start fails for its configuration only where a setting names a file that cannot be used.
+/// Converts an error at start. Only a setting that names an unusable file is a configuration error.
 pub(crate) fn start(error: StartError) -> Failure {
     match error {
         StartError::Connect(error) => Failure::configuration(error),

@@ -7,13 +7,17 @@ use super::print::{self, Output};
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
 
+pub(super) const AFTER_HELP: &str = "\
+With LITESTRIPE_AUTO_MIGRATE=true (the default on SQLite) `run` migrates at its start. On PostgreSQL, run `migrate up` \
+before you start workers of a new version; workers of the old version run on the new schema.";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Migrate {
-    /// Apply the migrations that wait
+    /// Apply all pending migrations
     Up,
-    /// Take migrations back; their tables and all rows in them are dropped
+    /// Revert the newest migrations; this drops their tables with all rows
     Down {
-        /// How many to take back
+        /// Number of migrations to revert
         #[arg(long, default_value_t = 1)]
         steps: u32,
     },

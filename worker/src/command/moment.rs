@@ -1,6 +1,7 @@
-//! Points in time as operators give them.
+//! Points in time on the command line.
 //!
-//! Owns how `--since`, `--from-time` and their like are read, and that none lies in the future.
+//! Owns how `--since`, `--from-time` and similar arguments are parsed, and that none lies in the
+//! future.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use litestripe_contract::settings::{self, DURATION};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// A moment as RFC 3339 writes it.
+/// Parses a time in RFC 3339.
 pub(crate) fn at(text: &str) -> Result<OffsetDateTime, String> {
     let moment = OffsetDateTime::parse(text, &Rfc3339)
         .map_err(|_| "must be a time such as 2026-11-24T02:30:00Z (RFC 3339)".to_owned())?;
@@ -19,13 +20,13 @@ pub(crate) fn at(text: &str) -> Result<OffsetDateTime, String> {
     }
 }
 
-/// A moment that long ago.
+/// Parses an age such as `2h` and returns the time that long ago.
 pub(crate) fn ago(text: &str) -> Result<OffsetDateTime, String> {
     let age: Duration = settings::duration(text).ok_or_else(|| format!("must be {DURATION}"))?;
-    let age = time::Duration::try_from(age).map_err(|_| "lies before all events".to_owned())?;
+    let age = time::Duration::try_from(age).map_err(|_| "lies too far back".to_owned())?;
     OffsetDateTime::now_utc()
         .checked_sub(age)
-        .ok_or_else(|| "lies before all events".to_owned())
+        .ok_or_else(|| "lies too far back".to_owned())
 }
 
 #[cfg(test)]
@@ -33,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_read_and_none_is_in_the_future() {
+    fn a_time_is_parsed_and_refused_in_the_future() {
         assert_eq!(
             at("2026-11-01T00:00:00Z").map(OffsetDateTime::unix_timestamp),
             Ok(1_793_491_200)
@@ -50,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn an_age_is_read() {
+    fn an_age_is_parsed() {
         let then = ago("2h").expect("an age");
         let two_hours = OffsetDateTime::now_utc() - then;
         assert!(

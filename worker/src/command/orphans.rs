@@ -1,4 +1,4 @@
-//! `orphans list | show | resolve`: what support staff do about payments that match no user.
+//! `orphans list | show | resolve`: find the users of payments that belong to no known user.
 
 use std::time::Duration;
 
@@ -17,14 +17,22 @@ use crate::start::database::{self, Schema};
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, Resolution, Scope};
 
-/// How long a resolution may take to reach the table while a worker runs.
+/// How long to wait until a running worker has applied a resolution.
 const APPLIED_MAX: Duration = Duration::from_secs(10);
 
-/// Between two looks at the table.
+/// How often the table is checked meanwhile.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Orphans listed, at most.
+/// Most orphans that `list` shows.
 const LIST_MAX: usize = 1000;
+
+pub(super) const AFTER_HELP: &str = "\
+An orphan is a payment that belongs to no known user. Its reason is one of:
+  missing_client_reference_id  a paid Checkout Session has no client reference id
+  unknown_client_reference_id  LITESTRIPE_USER_LOOKUP does not know its client reference id
+  no_checkout_session          no session claimed the subscription in LITESTRIPE_ORPHAN_GRACE
+
+A session or a user that appears later resolves an orphan by itself.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Orphans {
@@ -38,23 +46,23 @@ pub(crate) enum Orphans {
     },
     /// Show one orphan
     Show {
-        /// The orphan's id: a subscription's (sub_…) or a Checkout Session's (cs_…)
+        /// Id of the orphan: a subscription's (sub_…) or a Checkout Session's (cs_…)
         id: String,
         #[command(flatten)]
         output: Output,
     },
-    /// Say whose payment an orphan is: notes the user, erases the email, signals it
+    /// Assign an orphan to a user; this erases the email and sends signals
     Resolve(Resolve),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Resolve {
-    /// The orphan's id: a subscription's (sub_…) or a Checkout Session's (cs_…)
+    /// Id of the orphan: a subscription's (sub_…) or a Checkout Session's (cs_…)
     id: String,
-    /// The application's id of the user
+    /// Your application's id of the user who paid
     #[arg(long, value_name = "ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     client_reference_id: String,
-    /// Also if another subscription of this user has not ended
+    /// Resolve even if this user has another subscription that has not ended
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -134,7 +142,8 @@ impl Resolve {
         own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope)
             .await?;
         let Ok(resolved) =
-            tokio::time::timeout(APPLIED_MAX, resolved(store, id, (created, user))).await
+            tokio::time::timeout(APPLIED_MAX, wait_until_resolved(store, id, (created, user)))
+                .await
         else {
             let stored = json!({ "orphan_id": id, "client_reference_id": user, "state": "stored" });
             let later = "it takes effect when a worker runs (`litestripe-worker run`)";
@@ -144,15 +153,16 @@ impl Resolve {
         };
         let resolved = resolved?;
         match &resolved.resolved_client_reference_id {
-            Some(stands) if stands == user => self.output.print(&as_json(&resolved), || {
-                print::line(&format!("{id} is resolved to client reference id {user}"));
-            }),
+            Some(resolved_to) if resolved_to == user => {
+                self.output.print(&as_json(&resolved), || {
+                    print::line(&format!("{id} is resolved to client reference id {user}"));
+                })
+            }
             other => {
                 let other = other.as_deref().unwrap_or_default();
-                let stands = format!(
-                    "{id} was resolved meanwhile to client reference id {other}, which stands"
-                );
-                Err(Failure::new(stands))
+                Err(Failure::new(format!(
+                    "cannot resolve {id}: it was resolved to client reference id {other} meanwhile"
+                )))
             }
         }
     }
@@ -160,7 +170,7 @@ impl Resolve {
     async fn check(&self, store: &Store, orphan: &Model) -> Result<(), Failure> {
         if self.client_reference_id.chars().any(char::is_control) {
             return Err(Failure::new(
-                "a client reference id may not hold control characters",
+                "--client-reference-id must not contain control characters",
             ));
         }
         let id = &orphan.id;
@@ -173,7 +183,7 @@ impl Resolve {
                     .unwrap_or_default(),
             );
             return Err(Failure::new(format!(
-                "{id} was resolved already, at {at}, to client reference id {to}; nothing was changed"
+                "{id} is resolved already, at {at}, to client reference id {to}; nothing was changed"
             )));
         }
         if self.force {
@@ -183,7 +193,7 @@ impl Resolve {
             orphan.stripe_subscription_id.as_deref(),
             &self.client_reference_id,
         );
-        // What a user tried in test mode says nothing about live mode.
+        // Only rows of the same mode count: a user may have tried a subscription in test mode.
         match store::subscription::find_other_of_user(
             store.connection(),
             ClientReferenceId(user),
@@ -193,22 +203,26 @@ impl Resolve {
         .await?
         {
             Some(other) => Err(Failure::new(format!(
-                "client reference id {user} already has subscription {other}, which has not ended; nothing was changed. \
-                 Is it the right user? `--force` resolves all the same"
+                "client reference id {user} already has the subscription {other}, which has not ended; nothing was \
+                 changed. If this is the right user, add --force"
             ))),
             None => Ok(()),
         }
     }
 }
 
-/// The orphan `id`, once it is resolved by `word` (when it was given, and the user) or by one that
-/// stands against it: an earlier one does not.
-async fn resolved(store: &Store, id: &str, word: (i64, &str)) -> Result<Model, Failure> {
+/// Waits until the orphan `id` is resolved by `resolution` (its time and user) or by one that wins
+/// over it, and returns the orphan. A resolution with an earlier time does not win.
+async fn wait_until_resolved(
+    store: &Store,
+    id: &str,
+    resolution: (i64, &str),
+) -> Result<Model, Failure> {
     loop {
         let orphan = find(store, id).await?;
-        let stands = orphan.resolved_at.map(OffsetDateTime::unix_timestamp);
-        let stands = stands.zip(orphan.resolved_client_reference_id.as_deref());
-        if stands.is_some_and(|(at, user)| user == word.1 || (at, user) > word) {
+        let resolved_at = orphan.resolved_at.map(OffsetDateTime::unix_timestamp);
+        let current = resolved_at.zip(orphan.resolved_client_reference_id.as_deref());
+        if current.is_some_and(|(at, user)| user == resolution.1 || (at, user) > resolution) {
             return Ok(orphan);
         }
         tokio::time::sleep(POLL).await;
@@ -219,7 +233,7 @@ async fn find(store: &Store, id: &str) -> Result<Model, Failure> {
     let orphan = store::orphan::find(store.connection(), id).await?;
     orphan.ok_or_else(|| {
         Failure::new(format!(
-            "there is no orphan {id}: `litestripe-worker orphans list --all` shows all"
+            "there is no orphan {id}: `litestripe-worker orphans list --all` lists them all"
         ))
     })
 }

@@ -1,4 +1,4 @@
-//! What commands print: stdout belongs to the result, logs go to stderr.
+//! Printing results to stdout. Logs and progress go to stderr.
 
 use std::io::Write as _;
 
@@ -8,16 +8,16 @@ use serde_json::Value;
 
 use super::Failure;
 
-/// How a command prints its result.
+/// The format of a command's result.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct Output {
-    /// Print JSON
+    /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 impl Output {
-    /// Prints `value` as JSON where that was asked for; else `text` prints for people.
+    /// Prints `value` as JSON with `--json`, else calls `text`, which prints for people.
     pub(crate) fn print(self, value: &impl Serialize, text: impl FnOnce()) -> Result<(), Failure> {
         if self.json {
             line(&serde_json::to_string_pretty(value)?)
@@ -27,7 +27,7 @@ impl Output {
         Ok(())
     }
 
-    /// Prints `value` as JSON, or the fields of the object a line each.
+    /// Prints `value` as JSON with `--json`, else the object's fields, one per line.
     pub(crate) fn fields(self, value: &Value) -> Result<(), Failure> {
         let row = |(name, value): (&String, &Value)| [name.clone(), cell(value)];
         self.print(value, || {
@@ -39,12 +39,12 @@ impl Output {
     }
 }
 
-/// Prints a line. A reader that has seen enough (`| head`) is no failure.
+/// Prints a line. Ignores a closed pipe, as in `| head`.
 pub(crate) fn line(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
-/// A JSON value as a cell of a table.
+/// Formats a JSON value as a cell of a table.
 pub(crate) fn cell(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
@@ -53,7 +53,7 @@ pub(crate) fn cell(value: &Value) -> String {
     }
 }
 
-/// Prints a table that people read and `awk` can take apart.
+/// Prints a table without borders, which people can read and `awk` can split.
 pub(crate) fn table<const N: usize>(
     header: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,

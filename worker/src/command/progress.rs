@@ -1,13 +1,13 @@
 //! Progress of long work: a bar on a terminal, a line every few seconds elsewhere.
 //!
-//! Owns what a person sees while waiting, on stderr: stdout belongs to the result.
+//! Owns the progress output. It goes to stderr, because stdout is for the result.
 
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How often a line is printed where no bar can be drawn.
+/// How often a line is printed if stderr is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Progress of one piece of work.
@@ -17,13 +17,13 @@ pub(crate) struct Progress {
     bar: ProgressBar,
     is_terminal: bool,
     last_line: Instant,
-    /// Of a stream: the sequence after which the work began.
+    /// The sequence after which the work began, if it goes through a stream.
     after: u64,
 }
 
 impl Progress {
-    /// Progress of `what` (`replay`), counted in `unit` (`events`), of which there are `total` if that
-    /// is known.
+    /// Starts the progress of `what` (`replay`), counted in `unit` (`events`), up to `total` if
+    /// known.
     pub(crate) fn start(what: &'static str, unit: &'static str, total: Option<u64>) -> Self {
         let is_terminal = std::io::stderr().is_terminal();
         let target = if is_terminal {
@@ -51,8 +51,8 @@ impl Progress {
         }
     }
 
-    /// Progress of `what` through a stream, from after the sequence `after` to the sequence `last`: by
-    /// positions, because nobody knows how many of its events are wanted.
+    /// Starts the progress of `what` through a stream, from after the sequence `after` to `last`.
+    /// Counts sequences, because the number of selected events is not known.
     pub(crate) fn through(what: &'static str, after: u64, last: u64) -> Self {
         Self {
             after,
@@ -60,12 +60,12 @@ impl Progress {
         }
     }
 
-    /// Everything up to `sequence` is done.
+    /// Records that everything up to `sequence` is done.
     pub(crate) fn reached(&mut self, sequence: u64) {
         self.advance(sequence.saturating_sub(self.after + self.bar.position()));
     }
 
-    /// `count` more are done.
+    /// Records that `count` more are done.
     pub(crate) fn advance(&mut self, count: u64) {
         self.bar.inc(count);
         if !self.is_terminal && self.last_line.elapsed() >= LINE_EVERY {
@@ -74,14 +74,14 @@ impl Progress {
         }
     }
 
-    /// It is over: the summary follows.
+    /// Removes the bar. The summary follows.
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
     }
 
     #[expect(
         clippy::print_stderr,
-        reason = "progress is for whoever watches, like a log line"
+        reason = "progress is for the operator at the terminal, like a log line"
     )]
     fn print_line(&self) {
         let (done, rate) = (self.bar.position(), self.bar.per_sec());

@@ -1,4 +1,4 @@
-//! `reconcile`: compare the rows with Stripe's subscriptions, and mend them.
+//! `reconcile`: compare the rows with Stripe's subscriptions, and repair them.
 
 use std::sync::atomic::AtomicU64;
 
@@ -18,18 +18,25 @@ use crate::start::consume::while_consuming;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
 
-/// Lines of the table, at most: nobody reads more, and `--json` has all.
+/// Most lines of the table. `--json` prints all.
 const LINES_MAX: usize = 1000;
 
+const AFTER_HELP: &str = "\
+Without --repair it changes nothing, prints the differences and exits with 3 if there are any. With --repair on an empty \
+table it imports the account's subscriptions. Running it again, beside running workers, is safe. It makes one call to Stripe \
+for 100 subscriptions and one for each subscription without a known user, within LITESTRIPE_MAX_REQUESTS_PER_MINUTE.";
+
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Reconcile {
-    /// Which of Stripe's subscriptions; only with all of them are rows looked for that Stripe does not know
+    /// Compare only Stripe's subscriptions of this status; rows that Stripe does not know are found
+    /// only with `all`
     #[arg(long, value_parser = STATUSES, default_value = "all")]
     status: String,
-    /// Mend what is different: store what Stripe says as events and apply them
+    /// Repair the differences: store Stripe's objects as events in STRIPE_EVENTS and apply them
     #[arg(long)]
     repair: bool,
-    /// Also if the key is of one mode and every row of the other
+    /// Allow a live mode key on a database with only test mode rows, or the reverse
     #[arg(long)]
     any_mode: bool,
     #[command(flatten)]
@@ -37,10 +44,10 @@ pub(crate) struct Reconcile {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("broke off after {compared} subscriptions{mended}; running it again is safe")]
-struct BrokenOff {
+#[error("stopped after {compared} subscriptions{repaired}; running it again is safe")]
+struct Incomplete {
     compared: u64,
-    mended: String,
+    repaired: String,
     #[source]
     source: ReconcileError,
 }
@@ -48,7 +55,7 @@ struct BrokenOff {
 impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
         super::key(&settings)?;
-        // It may be the import on the first day.
+        // A repair may be the first command on an empty database, which imports the account.
         let schema = if self.repair {
             Schema::Migrated
         } else {
@@ -65,7 +72,8 @@ impl Reconcile {
         if self.repair {
             broker::prepare(nats, &settings).await;
         }
-        // Until here nothing was done that would have to be finished.
+        // Handled only from here on: until here there is nothing that a stop signal would have to
+        // finish.
         let stop = shutdown::token()?;
         let sources = Sources {
             store,
@@ -87,25 +95,25 @@ impl Reconcile {
         self.print(&report, outcome.is_ok())?;
         match outcome {
             Err(source) => {
-                let repaired = report.findings.len() - report.remaining();
-                let mended = if self.repair {
-                    format!(", {repaired} rows repaired")
+                let count = report.findings.len() - report.remaining();
+                let repaired = if self.repair {
+                    format!(", {count} rows repaired")
                 } else {
                     String::new()
                 };
-                Err(BrokenOff {
+                Err(Incomplete {
                     compared: report.compared,
-                    mended,
+                    repaired,
                     source,
                 }
                 .into())
             }
             Ok(()) if report.remaining() == 0 => Ok(()),
             Ok(()) => {
-                let hint = ": `litestripe-worker reconcile --repair` mends what can be mended";
+                let hint = ": `litestripe-worker reconcile --repair` repairs them where possible";
                 let hint = if self.repair { "" } else { hint };
                 Err(Failure::differences(format!(
-                    "{} rows are not as Stripe has them{hint}",
+                    "{} rows differ from Stripe{hint}",
                     report.remaining()
                 )))
             }
@@ -144,7 +152,7 @@ impl Reconcile {
                 let header = ["subscription", "field", "row", "stripe", "outcome"];
                 print::table(header, lines.by_ref().take(LINES_MAX));
                 if lines.next().is_some() {
-                    print::line(&format!("only the first {LINES_MAX} lines: --json shows all"));
+                    print::line(&format!("only the first {LINES_MAX} lines are shown: --json prints all"));
                 }
                 print::line("");
             }
@@ -157,7 +165,7 @@ impl Reconcile {
         })
     }
 
-    /// A finding as lines of the table: one for each field.
+    /// Formats a finding as lines of the table, one per field.
     fn lines(&self, finding: &Finding) -> Vec<[String; 5]> {
         let outcome = match (finding.repaired, &finding.note) {
             (true, _) => "repaired",
@@ -177,10 +185,10 @@ impl Reconcile {
         };
         let whole = match finding.problem {
             Problem::Different => None,
-            Problem::Missing => Some(("missing", "there")),
+            Problem::Missing => Some(("missing", "exists")),
             Problem::Unreadable => Some(("unreadable", "-")),
-            Problem::UnknownToStripe => Some(("there", "unknown")),
-            Problem::CannotBeKept => Some(("-", "cannot be kept")),
+            Problem::UnknownToStripe => Some(("exists", "unknown")),
+            Problem::CannotBeKept => Some(("-", "cannot be stored")),
         };
         let whole = whole.map(|(row, stripe)| line("-", row.to_owned(), stripe.to_owned()));
         let fields = finding.differences.iter();

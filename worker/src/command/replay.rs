@@ -1,4 +1,4 @@
-//! `replay`: apply events that the stream still holds again.
+//! `replay`: apply events again that the stream still holds.
 
 use std::sync::Arc;
 
@@ -22,34 +22,42 @@ use crate::start::parts::policy;
 use crate::store::replay::Replay as Asked;
 use crate::stream::dead_letter::DeadLetters;
 
-/// Rows that a dry run lists, at most; `--json` lists all.
+/// Most rows that a dry run lists; `--json` lists all.
 const LIST_MAX: usize = 100;
 
+const AFTER_HELP: &str = "\
+A replay merges old events like live ones, beside running workers: rows that are right already do not change. Run it into \
+an empty database to rebuild the rows, or after a bug was fixed. It prints its progress; if it is interrupted, run the same \
+command again to continue. Only one replay runs at a time. Until it ends, the rows that it changes send no signals, unless \
+a live event changes them.";
+
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Replay {
-    /// Begin at this sequence of STRIPE_EVENTS [default: the first it holds]
+    /// Begin at this sequence of STRIPE_EVENTS [default: the first one in the stream]
     #[arg(long, value_name = "N", group = "begin")]
     from_sequence: Option<u64>,
-    /// Begin with events stored at this time (RFC 3339) or later
+    /// Begin with the first event stored at or after this time, such as 2026-11-24T02:30:00Z (RFC
+    /// 3339)
     #[arg(long, value_name = "TIME", group = "begin", value_parser = moment::at)]
     from_time: Option<OffsetDateTime>,
-    /// Begin with events stored that long ago, such as 2h
+    /// Begin with the first event that is not older than this, such as 2h or 7d
     #[arg(long, value_name = "AGE", group = "begin", value_parser = moment::ago)]
     since: Option<OffsetDateTime>,
-    /// End at this sequence, or before this time (RFC 3339) or age (2h) [default: the last event there is now]
+    /// End at this sequence, or before this time (RFC 3339) or age (2h) [default: the newest event
+    /// in the stream]
     #[arg(long, value_name = "N|TIME|AGE", value_parser = until)]
     until: Option<Bound>,
-    /// Only events of this type; may be given several times
+    /// Replay only events of this type; may be given several times
     #[arg(long = "type", value_name = "TYPE", value_parser = event_type)]
     event_types: Vec<EventType>,
-    /// Only events of this subscription
+    /// Replay only events of this subscription
     #[arg(long, value_name = "SUB")]
     subscription: Option<String>,
-    /// Whether each row that changed is signalled at the end, or nothing is (then it ends before the
-    /// first event that is not applied yet)
+    /// Which signals to send at the end
     #[arg(long, value_enum, default_value_t = Signals::Changed)]
     signals: Signals,
-    /// Show what would change, and change nothing
+    /// Show which rows would change, and change nothing
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -58,7 +66,7 @@ pub(crate) struct Replay {
 
 impl Replay {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        // Into an empty database, nobody need have been before.
+        // A replay may be the first command on an empty database, so it may migrate.
         let schema = if self.dry_run {
             Schema::Current
         } else {
@@ -73,7 +81,8 @@ impl Replay {
             batch: settings.batch,
         };
 
-        // Not before: until here a signal ends it at once, and nothing was begun.
+        // Handled only from here on: before, a stop signal ends the process at once, and nothing
+        // has begun.
         let shutdown = shutdown::token()?;
         if self.dry_run {
             let asked = replayer
@@ -94,7 +103,7 @@ impl Replay {
             return self.nothing();
         };
         replayer.applier.policy = replay::policy(policy(settings), &replay);
-        // A replay that was begun earlier has done some of it already.
+        // A resumed replay has applied a part already.
         let done = consumer
             .progress(&parts.jetstream)
             .await
@@ -133,12 +142,12 @@ impl Replay {
             },
             || {
                 let applied = if self.signals == Signals::None {
-                    " that is applied already"
+                    " that is already applied"
                 } else {
                     ""
                 };
                 print::line(&format!(
-                    "STRIPE_EVENTS holds no such event{applied}: nothing to replay"
+                    "nothing to replay: STRIPE_EVENTS holds no such event{applied}"
                 ));
             },
         )
@@ -158,16 +167,16 @@ impl Replay {
         if *finished || self.output.json {
             self.output.print(summary, || {
                 print::line(&format!(
-                    "replayed {span}: {events} applied again, {poisoned} poisoned, {signals} signals"
+                    "replayed {span}: {events} applied again, {poisoned} poisoned, {signals} signals sent"
                 ));
             })?;
         }
         if *finished {
             return Ok(());
         }
-        let waiting = "rows it changed are signalled when it reaches its end";
         Err(Failure::new(format!(
-            "stopped after {events} events: run again, it goes on from there; {waiting}"
+            "stopped after {events} events: run the same command again to continue from there; signals for \
+             changed rows are sent only at the end"
         )))
     }
 
@@ -188,7 +197,9 @@ impl Replay {
         progress.finish();
         let dry = dry?;
         if !dry.finished {
-            return Err(Failure::new("stopped before the end: no row was changed"));
+            return Err(Failure::new(
+                "stopped before the end of the dry run; no row was changed",
+            ));
         }
         self.print_dry(&dry, asked)
     }
@@ -240,7 +251,7 @@ fn event_type(text: &str) -> Result<EventType, String> {
     EventType::parse(text).map_err(|error| error.to_string())
 }
 
-/// What cannot be asked for is a matter of the command line.
+/// A range that cannot be replayed is an error of the command line.
 fn failure(error: ReplayError) -> Failure {
     match error {
         ReplayError::NoSuchSequence { .. } | ReplayError::Backwards { .. } => {

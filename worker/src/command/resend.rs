@@ -1,4 +1,4 @@
-//! `resend`: publish current rows once more, under their revision.
+//! `resend`: publish the current state of rows again, under their current revision.
 
 use clap::Args;
 use litestripe_contract::shutdown;
@@ -15,15 +15,21 @@ use crate::store::{self, Store};
 #[derive(Debug, Args)]
 #[group(id = "rows", required = true, multiple = false)]
 struct Rows {
-    /// This subscription; may be given several times
+    /// Publish the row of this subscription; may be given several times
     #[arg(long, value_name = "SUB")]
     subscription: Vec<String>,
-    /// Every subscription
+    /// Publish every row
     #[arg(long)]
     all: bool,
 }
 
+const AFTER_HELP: &str = "\
+For subscribers that are new or were away longer than LITESTRIPE_SIGNALS_MAX_AGE. Each signal carries the row's current \
+revision, so a subscriber that has seen it ignores it. --all keeps the number of waiting signals low, so that live ones are \
+not delayed.";
+
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Resend {
     #[command(flatten)]
     rows: Rows,
@@ -43,14 +49,14 @@ impl Resend {
             );
         } else if waiting > 0 {
             print::line(&format!(
-                "{sent} rows signalled again; {waiting} signals still wait in the outbox"
+                "{sent} rows signalled again; {waiting} signals are not published yet and wait in the outbox"
             ));
         } else {
             print::line(&format!("{sent} rows signalled again"));
         }
         if left > 0 {
             tracing::warn!(
-                "{left} rows are left to the end of the replay: if it was cut off, run it again"
+                "{left} rows were not resent: their signals wait for the end of the replay; if it was interrupted, run it again"
             );
         }
         Ok(())
@@ -67,7 +73,7 @@ impl Resend {
                 .find(|id| !known.contains(*id))
             {
                 return Err(Failure::new(format!(
-                    "there is no row {unknown}; nothing was sent"
+                    "cannot resend {unknown}: there is no row of this subscription; nothing was sent"
                 )));
             }
             return Ok(resend::put_in_outbox(store, self.rows.subscription.clone()).await?);
@@ -84,7 +90,7 @@ impl Resend {
             resend::wait_for_room(store, &shutdown).await?;
             if shutdown.is_cancelled() {
                 return Err(Failure::new(format!(
-                    "stopped after {} rows, the last one {after}",
+                    "stopped after {} rows, the last one {after}; running it again begins with the first row",
                     put.sent
                 )));
             }

@@ -29,14 +29,20 @@ use crate::stream::dead_letter::DeadLetters;
 use crate::stripe::api::StripeApi;
 use crate::wait::{self, JETSTREAM};
 
-/// How long a stopping worker may take, at most. What is unfinished then is delivered again.
+/// How long a stopping worker may take, after the last batch. Unfinished events are delivered
+/// again.
 const STOP_MAX: Duration = Duration::from_secs(15);
 
-/// How long a stopping worker waits for answers of lookups and of Stripe.
+/// How long a stopping worker waits for answers from lookups and Stripe.
 const ANSWERS_MAX: Duration = Duration::from_secs(5);
 
-/// How long acks may take to leave the process at the end.
+/// How long a stopping worker waits until its acks are sent.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
+
+pub(super) const AFTER_HELP: &str = "\
+It waits for the database and NATS, at its start and whenever they are unreachable later. LITESTRIPE_WORKER_LISTEN serves \
+/healthz, /readyz and /metrics. After SIGTERM or Ctrl-C it finishes the work in flight for up to 25 s; a second signal ends \
+it at once. Several workers share the events.";
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let started = OffsetDateTime::now_utc();
@@ -50,7 +56,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         .await
         .map_err(Failure::configuration)?;
     let readiness = Arc::new(Readiness::default());
-    // Not waited for: it answers until the process ends.
+    // Tasks that run until the process ends; the shutdown does not wait for them.
     let unwaited = TaskTracker::new();
     supervisor.spawn(
         &unwaited,
@@ -64,8 +70,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     };
     let parts = prepared?;
     let worker = Worker::spawn(&settings, &parts, &supervisor, started)?;
-    let care = broker::tend_streams(settings.clone(), parts.jetstream.clone());
-    supervisor.spawn(&unwaited, "the care of streams", care);
+    let streams = broker::recreate_streams(settings.clone(), parts.jetstream.clone());
+    supervisor.spawn(&unwaited, "the task that recreates streams", streams);
     worker
         .consume(&settings, &parts, &readiness, &supervisor.shutdown)
         .await;
@@ -74,7 +80,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         .is_err()
     {
         warn!(
-            "gave up after {} s: what is unfinished will be delivered again",
+            "stopping without waiting longer than {} s: unfinished events will be delivered again",
             STOP_MAX.as_secs()
         );
     }
@@ -82,7 +88,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     supervisor.outcome()
 }
 
-/// Waits for database and broker, and sees that schema and streams are there.
+/// Waits for the database and the broker, migrates the schema if allowed, and creates missing
+/// streams.
 async fn prepare(
     settings: &Settings,
     readiness: &Readiness,
@@ -97,15 +104,15 @@ async fn prepare(
     .await)
 }
 
-/// Watches the parts without which the worker does only some of its work.
+/// Watches the tasks without which the worker does only a part of its work.
 struct Supervisor {
     shutdown: CancellationToken,
     panicked: CancellationToken,
 }
 
 impl Supervisor {
-    /// Spawns a part. If it panics, the worker says so, stops as if it was told to, and ends with a
-    /// failure.
+    /// Spawns a task. If it panics, the worker logs it, shuts down as after a stop signal, and
+    /// exits with a failure.
     fn spawn(
         &self,
         tracker: &TaskTracker,
@@ -119,7 +126,9 @@ impl Supervisor {
         );
         tracker.spawn(async move {
             if work.await.is_err_and(|error| error.is_panic()) {
-                error!("{name} panicked, which is a bug: stopping, to be started again");
+                error!(
+                    "{name} panicked, which is a bug: the worker stops and has to be started again"
+                );
                 panicked.cancel();
                 shutdown.cancel();
             }
@@ -128,20 +137,21 @@ impl Supervisor {
 
     fn outcome(&self) -> Result<(), Failure> {
         if self.panicked.is_cancelled() {
-            let bug = "a part of the worker panicked, which is a bug: what is unfinished will be delivered again";
+            let bug = "a task of the worker panicked, which is a bug (the log names it): unfinished events will be delivered again";
             return Err(Failure::new(bug));
         }
         Ok(())
     }
 }
 
-/// The parts of a running worker, by when they stop.
+/// The tasks of a running worker, grouped by when they stop.
 struct Worker {
     applier: crate::apply::Applier,
     dead_letters: DeadLetters,
-    /// Those that ask others, and look after what is stored: they stop with the shutdown.
-    asking: TaskTracker,
-    /// The relay: it stops last, because the others leave signals.
+    /// The backfill, the questions, the unsent signals and the retention: they stop at the
+    /// shutdown.
+    background: TaskTracker,
+    /// The relay: it stops last, because the others put signals into the outbox.
     relaying: TaskTracker,
     relay_stop: CancellationToken,
 }
@@ -153,7 +163,7 @@ impl Worker {
         supervisor: &Supervisor,
         started: OffsetDateTime,
     ) -> Result<Self, Failure> {
-        let (asking, relaying) = <(TaskTracker, TaskTracker)>::default();
+        let (background, relaying) = <(TaskTracker, TaskTracker)>::default();
         let relay_stop = CancellationToken::new();
         let wake = Arc::new(Notify::new());
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
@@ -169,7 +179,7 @@ impl Worker {
             .clone()
             .and_then(|stripe| backfills(settings, parts, stripe, started));
         if let Some(schedule) = backfills {
-            supervisor.spawn(&asking, "the backfill", schedule.run(shutdown.clone()));
+            supervisor.spawn(&background, "the backfill", schedule.run(shutdown.clone()));
         }
         let Parts {
             store,
@@ -190,21 +200,25 @@ impl Worker {
             waiting: Arc::default(),
             warned_at: std::sync::Mutex::default(),
         };
-        supervisor.spawn(&asking, "the questions", questions.run(shutdown.clone()));
+        supervisor.spawn(
+            &background,
+            "the questions",
+            questions.run(shutdown.clone()),
+        );
         let unsent = unsent::run(store.clone(), wake, shutdown.clone());
-        supervisor.spawn(&asking, "the sender of unsent signals", unsent);
+        supervisor.spawn(&background, "the sender of unsent signals", unsent);
         let retention = retention::run(store, jetstream, shutdown.clone());
-        supervisor.spawn(&asking, "the retention", retention);
+        supervisor.spawn(&background, "the retention", retention);
         Ok(Self {
             applier,
             dead_letters,
-            asking,
+            background,
             relaying,
             relay_stop,
         })
     }
 
-    /// Applies events until `shutdown`, and the batches in flight then.
+    /// Applies events until `shutdown`, then finishes the batches in flight.
     async fn consume(
         &self,
         settings: &Settings,
@@ -212,24 +226,25 @@ impl Worker {
         readiness: &Readiness,
         shutdown: &CancellationToken,
     ) {
-        let patience = async {
+        let deadline = async {
             shutdown.cancelled().await;
             tokio::time::sleep(FINISH_MAX).await;
         };
         tokio::select! {
             () = consume(settings, &parts.jetstream, &self.applier, readiness, shutdown) => {}
-            () = patience => {
-                warn!("a batch is not finished {} s after the signal: it will be delivered again", FINISH_MAX.as_secs());
+            () = deadline => {
+                warn!("a batch is still unfinished {} s after the stop signal: its events will be delivered again", FINISH_MAX.as_secs());
             }
         }
     }
 
-    /// Waits for the parts, in this order: dead letters, what asks others, the relay, acks.
+    /// Waits for the tasks in this order: dead letters, background tasks, the relay, acks.
     async fn stop(self, parts: &Parts) {
         self.dead_letters.finish().await;
-        self.asking.close();
-        // A question may wait for somebody else's answer for long: it comes due again.
-        let _ = tokio::time::timeout(ANSWERS_MAX, self.asking.wait()).await;
+        self.background.close();
+        // A lookup may be slow to answer. An unanswered question stays stored and is asked again
+        // later.
+        let _ = tokio::time::timeout(ANSWERS_MAX, self.background.wait()).await;
         self.relay_stop.cancel();
         self.relaying.close();
         self.relaying.wait().await;
@@ -237,7 +252,8 @@ impl Worker {
     }
 }
 
-/// The backfills that this worker takes part in, if it has a key and is not told otherwise.
+/// Returns the schedule of backfills. `None` without a key or if LITESTRIPE_BACKFILL_INTERVAL is
+/// `off`.
 fn backfills(
     settings: &Settings,
     parts: &Parts,

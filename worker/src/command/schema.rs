@@ -13,9 +13,9 @@ use super::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Schema {
-    /// Print only this document
+    /// Print only this document [default: all, as one JSON object]
     document: Option<Document>,
-    /// Write every document to a file in this folder, instead of printing it
+    /// Write each document to a file in this folder instead of printing them
     #[arg(long, value_name = "FOLDER")]
     write: Option<PathBuf>,
 }
@@ -35,7 +35,7 @@ pub(crate) enum Document {
     Asyncapi,
 }
 
-/// Where an AsyncAPI document has its schemas.
+/// The path of the schemas in an AsyncAPI document.
 const SCHEMAS: &str = "/components/schemas";
 
 impl Schema {
@@ -115,7 +115,8 @@ fn signal_schema<T: JsonSchema>(document: Document, description: &str) -> Value 
     schema.into()
 }
 
-/// AsyncAPI: "Specification 3.0.0". It holds the schemas itself, so that it can be read by itself.
+/// Builds the AsyncAPI document (AsyncAPI: "Specification 3.0.0"). It embeds the schemas, so that
+/// it needs no other file.
 fn asyncapi() -> Value {
     let settings =
         SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = SCHEMAS.into());

@@ -1,4 +1,4 @@
-//! `status`: how far the workers are, at a glance.
+//! `status`: how far the workers are.
 
 use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::Stream;
@@ -22,7 +22,8 @@ pub(crate) struct Status {
     output: Output,
 }
 
-/// What `status --json` prints. A null is something that is not there yet. `print` says what each means.
+/// The output of `status --json`. A null stands for a stream, consumer or table that does not exist
+/// yet. `print` explains each field.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     lag: Option<u64>,
@@ -37,15 +38,15 @@ struct Report {
     open_orphans: Option<u64>,
     replay: Option<ReplayReport>,
     signals_owed: Option<u64>,
-    /// The last migration that was applied.
+    /// The newest applied migration.
     schema_version: Option<String>,
     schema_current: bool,
 }
 
-/// A replay that has not reached its end.
+/// An unfinished replay.
 #[derive(Debug, Serialize)]
 struct ReplayReport {
-    /// Whether a process runs it; else it was cut off, and somebody has to run it again.
+    /// Whether a process runs it. If not, it was interrupted, and the operator has to run it again.
     running: bool,
     first_sequence: u64,
     last_sequence: u64,
@@ -88,7 +89,7 @@ impl Report {
             .into_iter()
             .rfind(|step| step.applied)
             .map(|step| step.name);
-        // Before the first migration there are no tables to count.
+        // Tables may be missing before all migrations are applied.
         if !self.schema_current {
             return Ok(());
         }
@@ -108,7 +109,8 @@ impl Report {
     }
 }
 
-/// A stream that is not there yet is none. Anything else that goes wrong must not look like that.
+/// Returns `None` if the stream does not exist. Any other problem is an error, so that it does not
+/// look like a missing stream.
 async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Stream>, Failure> {
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream)),
@@ -119,7 +121,7 @@ async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Str
                 Ok(None)
             }
             _ => Err(Failure::new(format!(
-                "cannot ask JetStream about {name}: {}",
+                "cannot read the state of the stream {name}: {}",
                 exit::chain(&error)
             ))),
         },
@@ -131,7 +133,7 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
         Err(error) => Err(Failure::new(format!(
-            "cannot ask JetStream about {WORKER_CONSUMER}: {}",
+            "cannot read the state of the consumer {WORKER_CONSUMER}: {}",
             exit::chain(&error)
         ))),
     }
@@ -140,23 +142,47 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
 /// Prints a [`Report`] for people.
 fn print(report: &Value) {
     let cell = |field: &str| print::cell(&report[field]);
-    let age = match &report["outbox_oldest_age_s"] {
-        Value::Null => String::new(),
-        age => format!("the oldest has waited {age} s"),
+    let outbox = match &report["outbox_oldest_age_s"] {
+        Value::Null => "signals not published yet".to_owned(),
+        age => format!("signals not published yet; the oldest has waited {age} s"),
     };
     let bytes = format!("{} bytes in {EVENTS_STREAM}", cell("events_bytes"));
-    let redelivered = format!("redelivered: {}", cell("redelivered"));
+    let redelivered = format!(
+        "events in flight at the workers; {} of them redelivered",
+        cell("redelivered")
+    );
     let rows = [
-        ("events", bytes.as_str()),
-        ("lag", "events not delivered to any worker yet"),
-        ("pending_acks", redelivered.as_str()),
-        ("ack_floor", "every event up to this sequence is applied"),
-        ("outbox", age.as_str()),
-        ("signals_owed", "they wait for the end of a replay"),
-        ("dead_letters", "in STRIPE_DEAD_LETTERS"),
-        ("open_orphans", ""),
+        ("events", "events", bytes.as_str()),
+        (
+            "lag",
+            "lag",
+            "events in STRIPE_EVENTS not delivered to a worker yet",
+        ),
+        ("pending acks", "pending_acks", redelivered.as_str()),
+        (
+            "ack floor",
+            "ack_floor",
+            "all events up to this sequence are applied",
+        ),
+        ("outbox", "outbox", outbox.as_str()),
+        (
+            "unsent signals",
+            "signals_owed",
+            "rows whose signal waits for the end of a replay",
+        ),
+        (
+            "dead letters",
+            "dead_letters",
+            "events that cannot be applied: see `dead-letters list`",
+        ),
+        (
+            "open orphans",
+            "open_orphans",
+            "payments without a known user: see `orphans list`",
+        ),
     ];
-    let row = |(field, note): (&str, &str)| [field.replace('_', " "), cell(field), note.to_owned()];
+    let row =
+        |(label, field, note): (&str, &str, &str)| [label.to_owned(), cell(field), note.to_owned()];
     let mut rows: Vec<_> = rows.map(row).into();
     let schema = report["schema_version"].as_str().unwrap_or("none");
     let current = report["schema_current"] == true;
@@ -170,7 +196,7 @@ fn print(report: &Value) {
         let state = if replay["running"] == true {
             "running"
         } else {
-            "cut off: run it again"
+            "interrupted: run the same `replay` again"
         };
         let span = format!(
             "events {} to {}, {state}",
@@ -178,5 +204,5 @@ fn print(report: &Value) {
         );
         rows.push(["replay".to_owned(), String::new(), span]);
     }
-    print::table(["what", "value", ""], rows);
+    print::table(["what", "value", "note"], rows);
 }

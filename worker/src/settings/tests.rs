@@ -13,7 +13,7 @@ fn check(given: &[(&'static str, &str)]) -> Result<Settings, Problems> {
 }
 
 #[test]
-fn defaults_are_the_embedded_database() {
+fn the_default_database_is_the_embedded_one() {
     let settings = check(&[]).expect("every setting has a default");
     assert_eq!(settings.database.kind, DatabaseKind::Sqlite);
     assert!(settings.database.auto_migrate);
@@ -21,7 +21,7 @@ fn defaults_are_the_embedded_database() {
 }
 
 #[test]
-fn postgresql_is_postgres_and_is_not_migrated_unasked() {
+fn postgresql_is_postgres_and_is_not_migrated_by_default() {
     let settings = check(&[("DATABASE_URL", "postgresql://u:p@h/d")]).expect("it is a URL");
     assert_eq!(settings.database.kind, DatabaseKind::Postgres);
     assert_eq!(settings.database.url.expose_secret(), "postgres://u:p@h/d");
@@ -29,7 +29,7 @@ fn postgresql_is_postgres_and_is_not_migrated_unasked() {
 }
 
 #[test]
-fn all_problems_are_reported_and_no_value_is() {
+fn all_problems_are_reported_without_their_values() {
     let Problems(problems) = check(&[
         ("DATABASE_URL", "mysql://u:hunter2@h/d"),
         ("LITESTRIPE_BATCH", "0"),
@@ -44,7 +44,7 @@ fn all_problems_are_reported_and_no_value_is() {
 }
 
 #[test]
-fn a_database_url_that_a_password_breaks_is_refused_without_it() {
+fn a_database_url_with_an_unescaped_password_is_refused_without_printing_it() {
     for url in [
         "postgres://u:hunter2/x@h/d",
         "postgres://u:hunter2#x@h/d",

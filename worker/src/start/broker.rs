@@ -1,4 +1,4 @@
-//! Reaching NATS, and seeing that its streams are there.
+//! Connecting to NATS and creating missing streams.
 
 use std::time::Duration;
 
@@ -10,15 +10,17 @@ use crate::metrics;
 use crate::settings::Settings;
 use crate::wait::{self, JETSTREAM};
 
-/// How long a command waits for NATS: an operator at a terminal wants an answer.
+/// How long a command waits for NATS. An operator at a terminal should not wait longer for an
+/// error.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// How often it is checked whether the streams are still there.
-const TEND_EVERY: Duration = Duration::from_secs(5);
+/// How often a worker checks that the streams still exist.
+const RECREATE_EVERY: Duration = Duration::from_secs(5);
 
-/// NATS does not answer.
 #[derive(Debug, thiserror::Error)]
-#[error("NATS at {0} does not answer (NATS_URL); nothing was changed")]
+#[error(
+    "cannot reach NATS at {0} within 5 s: check that it runs and that NATS_URL is right; nothing was changed"
+)]
 pub(crate) struct Unreachable(String);
 
 /// Returns once `nats` is connected, or fails after 5 s.
@@ -31,7 +33,7 @@ pub(crate) async fn reach(
     connected.map_err(|_| Unreachable(settings.nats.hosts()))
 }
 
-/// Waits for the broker, and until its streams are there.
+/// Waits for the broker and creates its missing streams.
 pub(crate) async fn prepare(nats: &async_nats::Client, settings: &Settings) {
     metrics::waiting_for_broker(nats.connection_state() != State::Connected);
     connect::connected(nats, &settings.nats).await;
@@ -59,13 +61,13 @@ pub(crate) async fn provide(
     .await
 }
 
-/// Creates streams that somebody deleted, again and again.
-pub(crate) async fn tend_streams(settings: Settings, jetstream: jetstream::Context) {
+/// Recreates deleted streams, for as long as the process runs.
+pub(crate) async fn recreate_streams(settings: Settings, jetstream: jetstream::Context) {
     loop {
-        tokio::time::sleep(TEND_EVERY).await;
+        tokio::time::sleep(RECREATE_EVERY).await;
         metrics::waiting_for_broker(jetstream.client().connection_state() != State::Connected);
         if let Err(error) = provide(&settings, &jetstream).await {
-            tracing::debug!("cannot provide the streams: {}", exit::chain(&error));
+            tracing::debug!("cannot create the streams: {}", exit::chain(&error));
         }
     }
 }

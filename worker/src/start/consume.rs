@@ -1,4 +1,4 @@
-//! Applying live events: for as long as a worker runs, or while a command does its work.
+//! Applying live events, for as long as a worker runs or a command works.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,10 +19,10 @@ use crate::stream::consumer;
 use crate::stream::dead_letter::DeadLetters;
 use crate::wait::{JETSTREAM, Wait, pause};
 
-/// How long whoever stops waits for the batch in flight, which takes milliseconds as a rule.
+/// How long a stopping program waits for the batch in flight, which usually takes milliseconds.
 pub(crate) const FINISH_MAX: Duration = Duration::from_secs(10);
 
-/// Applies batches until `shutdown`. A consumer that is gone is opened again.
+/// Applies batches until `shutdown`. Reopens the consumer if it is lost.
 pub(crate) async fn consume(
     settings: &Settings,
     jetstream: &jetstream::Context,
@@ -42,16 +42,17 @@ pub(crate) async fn consume(
             }
             Err(error) => {
                 let _ = pause(wait.failed(&error), shutdown).await;
-                // Rather than wait for their turn: the consumer needs its stream.
+                // The consumer needs its stream now, not when `recreate_streams` checks next.
                 if let Err(error) = broker::provide(settings, jetstream).await {
-                    tracing::debug!("cannot provide the streams: {}", exit::chain(&error));
+                    tracing::debug!("cannot create the streams: {}", exit::chain(&error));
                 }
             }
         }
     }
 }
 
-/// Takes part in consuming while `work` runs: a command must not depend on a worker being up.
+/// Consumes events while `work` runs, beside other workers, so that a command also works without a
+/// worker.
 pub(crate) async fn while_consuming<T>(
     settings: &Settings,
     parts: &Parts,
@@ -59,7 +60,7 @@ pub(crate) async fn while_consuming<T>(
 ) -> T {
     let stop = CancellationToken::new();
     let dead_letters = DeadLetters::new(parts.jetstream.clone());
-    // Whoever relays looks by itself; questions are left to the workers.
+    // The relay polls the outbox anyway, so nothing wakes it; questions are left to the workers.
     let applier = parts.applier(settings, &dead_letters, &Arc::new(Notify::new()));
     let consuming = tokio::spawn({
         let (settings, jetstream, stop) = (settings.clone(), parts.jetstream.clone(), stop.clone());
@@ -76,7 +77,7 @@ pub(crate) async fn while_consuming<T>(
     });
     let outcome = work.await;
     stop.cancel();
-    // What is not finished by then is delivered again.
+    // An unfinished batch is delivered again.
     let finish = async {
         let _ = consuming.await;
         dead_letters.finish().await;

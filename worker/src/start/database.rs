@@ -1,4 +1,4 @@
-//! Opening the database, and whether its schema will do.
+//! Opening the database and checking its schema.
 
 use tracing::info;
 
@@ -7,33 +7,31 @@ use crate::settings::DatabaseSettings;
 use crate::store::Store;
 use crate::wait::{DATABASE, Wait};
 
-/// What the schema has to be.
+/// The state that a command needs the schema in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Schema {
     Any,
-    /// Current. Who asks is no reason to change it.
+    /// Current. Never migrated first, whatever LITESTRIPE_AUTO_MIGRATE says.
     Current,
-    /// Current, and migrated first where LITESTRIPE_AUTO_MIGRATE allows it.
+    /// Current, and migrated first if LITESTRIPE_AUTO_MIGRATE is on.
     Migrated,
 }
 
-/// The database cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Its schema is behind, and we were not told to migrate it.
     #[error(
-        "the database's schema is behind ({0} waits): run `litestripe-worker migrate up`, or `litestripe-worker run` with \
-         LITESTRIPE_AUTO_MIGRATE=true"
+        "the database's schema is behind (migration {0} is pending): run `litestripe-worker migrate up`, or \
+         `litestripe-worker run` with LITESTRIPE_AUTO_MIGRATE=true"
     )]
     SchemaBehind(String),
 }
 
-/// Opens the database, waits until it answers and sees to its schema.
+/// Opens the database, waits until it answers, and checks or migrates its schema.
 ///
-/// Fails only where a person must help: a URL that cannot be used, a user or database that does not
-/// exist, a schema that is behind.
+/// Fails only if an operator has to act: an unusable URL, a user or database that does not exist, a
+/// schema that is behind.
 pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, OpenError> {
     let mut wait = Wait::new(DATABASE);
     loop {

@@ -1,4 +1,4 @@
-//! What `run` and the commands work with, and the parts that are made of it.
+//! The connections and data that `run` and the commands work with, and what is built from them.
 
 use std::sync::Arc;
 
@@ -36,19 +36,19 @@ pub(crate) enum StartError {
     Store(#[from] StoreError),
 }
 
-/// The database, the broker, and the erasures, without which no event may be applied.
+/// The database, the broker and the erasures. Events may be applied only with the erasures loaded.
 #[derive(Clone)]
 pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) nats: async_nats::Client,
     pub(crate) jetstream: jetstream::Context,
-    /// Whose personal data is not to come back.
+    /// The customers whose personal data must not be stored again.
     pub(crate) erasures: Erasures,
 }
 
 impl Parts {
-    /// Reaches NATS within 5 s, opens the database and reads the erasures. `name` is what the
-    /// connection is called at the server.
+    /// Connects to NATS within 5 s, opens the database and reads the erasures. `name` is the
+    /// connection's name at the NATS server.
     pub(crate) async fn start(
         settings: &Settings,
         name: &str,
@@ -59,8 +59,8 @@ impl Parts {
         Self::read(store, nats).await
     }
 
-    /// What there is over a database and a broker that answer. What the version before kept in NATS is moved
-    /// into the database first.
+    /// Reads the erasures from an open database. First moves into the database what the previous
+    /// version kept in NATS.
     pub(crate) async fn read(store: Store, nats: async_nats::Client) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
         upgrade::import_kv_bucket(&store, &jetstream).await?;
@@ -92,7 +92,7 @@ impl Parts {
         }
     }
 
-    /// The relay, which looks at the outbox when `wake` says so.
+    /// Creates a relay, which checks the outbox when `wake` is notified.
     pub(crate) fn relay(&self, settings: &Settings, wake: &Arc<Notify>) -> Relay {
         Relay::new(
             self.store.clone(),
@@ -102,7 +102,7 @@ impl Parts {
         )
     }
 
-    /// A client of Stripe's API within the budget of all workers, if there is a key.
+    /// Creates a client of Stripe's API within the budget of all workers, if there is a key.
     pub(crate) fn stripe(&self, settings: &Settings) -> Result<Option<StripeApi>, ApiError> {
         let Some(stripe) = settings.stripe.clone() else {
             return Ok(None);
@@ -115,8 +115,8 @@ impl Parts {
         StripeApi::new(stripe, Arc::new(budget)).map(Some)
     }
 
-    /// Sends signals while `work` runs, and those that it leaves when it is done: a command must not
-    /// depend on a worker being up.
+    /// Sends signals while `work` runs and those left at its end, so that a command also works
+    /// without a worker.
     pub(crate) async fn while_relaying<T>(
         &self,
         settings: &Settings,
@@ -129,13 +129,13 @@ impl Parts {
         );
         let outcome = work.await;
         stop.cancel();
-        // What cannot be sent now stays in the outbox, for any worker.
+        // Signals that cannot be sent now stay in the outbox for any worker.
         let _ = relay.await;
         outcome
     }
 }
 
-/// A connection to NATS, within 5 s.
+/// Connects to NATS, or fails after 5 s.
 pub(crate) async fn connect_within(
     settings: &Settings,
     name: &str,
@@ -145,7 +145,7 @@ pub(crate) async fn connect_within(
     Ok(nats)
 }
 
-/// What live events are applied under.
+/// Returns the policy for applying live events.
 pub(crate) fn policy(settings: &Settings) -> Policy {
     let rules = Rules {
         lookup: !matches!(settings.lookup, LookupSettings::None),

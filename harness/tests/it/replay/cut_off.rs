@@ -218,7 +218,11 @@ async fn stopped_replay_resumes_from_its_position(database: DatabaseKind) {
     first.signal(ProcessSignal::Int);
     let status = first.wait(DEADLINE).await;
     assert_eq!(status.code(), Some(1), "{}", first.stderr());
-    assert!(first.stderr().contains("run again"), "{}", first.stderr());
+    assert!(
+        first.stderr().contains("run the same command again"),
+        "{}",
+        first.stderr()
+    );
     assert_eq!(signals_after(&bridge, last).await.len(), 0);
 
     // Without waiting: the stopped replay has recorded its stop.
@@ -291,7 +295,7 @@ async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind)
         .args(["resend", "--all"])
         .run(DEADLINE)
         .await;
-    let left = format!("{due} rows are left to the end of the replay");
+    let left = format!("{due} rows were not resent");
     assert!(
         resent.stdout.contains("0 rows signalled again") && resent.stderr.contains(&left),
         "{resent:?}"

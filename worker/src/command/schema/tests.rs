@@ -5,7 +5,7 @@ use clap::ValueEnum as _;
 use super::{Document, pretty};
 
 #[test]
-fn committed_documents_are_what_the_types_say() {
+fn committed_documents_match_the_rust_types() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/signals");
     for document in Document::value_variants() {
         let path = folder.join(document.file_name());
