@@ -1,7 +1,7 @@
-//! A connection to NATS from its settings.
+//! Connects to NATS as the settings say.
 //!
-//! Owns timeouts, pings and what is logged when the connection comes and goes. A broker that is
-//! away is waited for: only settings that can never work are an error.
+//! Owns timeouts, pings, and the log lines about a connection that is made or lost. An unreachable
+//! broker is no error: the connection is retried. Only settings that can never work are an error.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -21,22 +21,23 @@ use crate::settings::{
     NatsSettings, Setting,
 };
 
-/// A half-open link is noticed after two of these without an answer.
+/// How often the connection is pinged. After two pings without an answer it counts as lost, which
+/// also detects a half-open link.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long one request to JetStream, or one PubAck, is waited for.
+/// Timeout of a request to JetStream, and of a PubAck.
 ///
 /// Short, because async-nats neither fails nor resends what was in flight when a connection broke.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often it is asked at most whether the server takes larger messages by now, while somebody
-/// has one.
+/// The shortest interval between checks whether the server now accepts larger messages. The check
+/// is only needed while a message is too large.
 pub const MAX_PAYLOAD_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often a missing connection is looked at again while we wait for it.
+/// How often the state of the connection is checked while we wait for it.
 const POLL: Duration = Duration::from_millis(50);
 
-/// Why no connection can ever come of these settings.
+/// Why these settings can never lead to a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{setting} names {}, which cannot be used", path.display())]
@@ -49,15 +50,15 @@ pub enum ConnectError {
     Options(#[source] async_nats::ConnectError),
 }
 
-/// A connection to NATS that is made, and made again, in the background.
+/// Returns a client that connects, and reconnects, in the background.
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
     let hosts = settings.hosts();
-    let said = Mutex::new(HashSet::new());
+    let reported = Mutex::new(HashSet::new());
     let options = options(settings, name)
         .await?
         .retry_on_initial_connect()
         .event_callback(move |event| {
-            report(&event, &hosts, &said);
+            report(&event, &hosts, &reported);
             std::future::ready(())
         });
     options
@@ -66,9 +67,11 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
         .map_err(ConnectError::Options)
 }
 
-/// Connects `client` anew if the server takes larger messages by now: a server that was told to by a
-/// reload says so to new connections alone. Asked over a connection beside it, because what is in
-/// flight on the old one has to be sent again.
+/// Reconnects `client` if the server now accepts larger messages.
+///
+/// A server that reloads its configuration announces the new limit only to new connections. The
+/// check therefore opens a second connection, and keeps the first unless the limit grew: messages
+/// in flight on it would have to be sent again.
 pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSettings, name: &str) {
     let Ok(options) = options(settings, name).await else {
         return;
@@ -83,10 +86,10 @@ pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSetti
     };
     if probe.max_payload() > before {
         info!(
-            "NATS takes messages of {} bytes now, of {before} before: connecting anew",
+            "NATS now accepts messages of {} bytes, before {before}: reconnecting",
             probe.max_payload()
         );
-        // Fails only for a client that was closed.
+        // Fails only if the client was closed.
         let _ = client.force_reconnect().await;
     }
 }
@@ -96,7 +99,7 @@ async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, 
     let _ = rustls::crypto::ring::default_provider().install_default();
     #[expect(
         clippy::disallowed_methods,
-        reason = "the one place where options are made"
+        reason = "the one place that makes options"
     )]
     let mut options = identify(ConnectOptions::new(), &settings.identity)
         .await?
@@ -118,7 +121,7 @@ async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, 
     Ok(options)
 }
 
-/// JetStream over `client`, with our timeouts.
+/// Returns the JetStream API over `client`, with our timeouts.
 pub fn jetstream(client: Client) -> jetstream::Context {
     jetstream::ContextBuilder::new()
         .timeout(REQUEST_TIMEOUT)
@@ -126,7 +129,7 @@ pub fn jetstream(client: Client) -> jetstream::Context {
         .build(client)
 }
 
-/// Returns once `client` is connected. Says so when it has to wait, once.
+/// Waits until `client` is connected. Logs once if that takes longer than a second.
 pub async fn connected(client: &Client, settings: &NatsSettings) {
     let mut waited = Duration::ZERO;
     while client.connection_state() != State::Connected {
@@ -164,8 +167,8 @@ async fn identify(
     })
 }
 
-/// Files are looked into before anything is sent: async-nats does it at every attempt to connect, and
-/// one that can never work would look like a broker that is away.
+/// Checks that a file holds certificates, before the first attempt to connect. async-nats reads the
+/// file at every attempt, and an unusable file would look like an unreachable broker.
 fn certificates(setting: &Setting, path: &Path) -> Result<(), ConnectError> {
     let found =
         CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
@@ -187,25 +190,26 @@ fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     }
 }
 
-/// `said` are the reasons that were given since there is no connection.
-fn report(event: &Event, hosts: &str, said: &Mutex<HashSet<String>>) {
-    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+/// Logs an event of the connection. `reported` are the errors logged since the connection was lost.
+fn report(event: &Event, hosts: &str, reported: &Mutex<HashSet<String>>) {
+    let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
     match event {
         Event::Connected => {
-            said.clear();
+            reported.clear();
             info!(servers = hosts, "connected to NATS at {hosts}");
         }
         Event::Disconnected => warn!(
             servers = hosts,
             "connection to NATS lost; reconnecting to {hosts}"
         ),
-        Event::ServerError(error) => warn!("NATS says: {error}"),
-        // Once per attempt to connect. That nobody answers is said by whoever waits; that somebody
-        // refuses us, by nobody else. The text is the library's and names no credentials.
+        Event::ServerError(error) => warn!("error from the NATS server: {error}"),
+        // Comes once per attempt to connect. The code that waits for the connection logs that the
+        // server is unreachable (an IO error); only this line can say that the server refuses us.
+        // The text is the library's and contains no credentials.
         Event::ClientError(error) => {
             let error = error.to_string();
             debug!("NATS connection: {error}");
-            if !error.contains("IO error") && said.insert(error.clone()) {
+            if !error.contains("IO error") && reported.insert(error.clone()) {
                 warn!(
                     servers = hosts,
                     "cannot connect to NATS at {hosts}: {error}"

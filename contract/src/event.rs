@@ -1,7 +1,7 @@
-//! The envelope of a Stripe event: what both programs read of one.
+//! The envelope of a Stripe event: the fields that both programs read.
 //!
-//! Owns the ids and types of events as values that were checked once. May not know what is inside
-//! `data`: that is the worker's.
+//! Owns the ids and types of events as values that are checked once. May not know the content of
+//! `data`: only the worker reads it.
 
 use std::fmt;
 
@@ -10,21 +10,21 @@ use serde::{Deserialize, Serialize};
 /// The longest id we accept, in bytes. Stripe documents ids of up to 255 characters.
 pub const ID_BYTES_MAX: usize = 255;
 
-/// The longest event type we accept, in bytes: together with its prefix it must be a subject.
+/// The longest event type we accept, in bytes. With its prefix it must still fit into a subject.
 pub const TYPE_BYTES_MAX: usize = 200;
 
-/// A text is not an [`EventId`]: it is empty, too long, or not printable ASCII.
+/// The error for a text that is empty, too long, or not printable ASCII.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not an event id")]
 pub struct InvalidEventId;
 
-/// The id of a Stripe event (`evt_…`): printable ASCII, so that it can travel as a header.
+/// The id of a Stripe event (`evt_…`). Printable ASCII, so that it can be sent in a header.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct EventId(String);
 
 impl EventId {
-    /// Takes printable ASCII of 1 to [`ID_BYTES_MAX`] bytes.
+    /// Accepts printable ASCII of 1 to [`ID_BYTES_MAX`] bytes.
     pub fn parse(id: impl Into<String>) -> Result<Self, InvalidEventId> {
         let id = id.into();
         if Self::fits(&id) {
@@ -34,12 +34,12 @@ impl EventId {
         }
     }
 
-    /// Whether a text keeps to what an event's id keeps to, as all ids of Stripe do.
+    /// Returns whether `id` follows the rules for event ids. All of Stripe's ids do.
     pub fn fits(id: &str) -> bool {
         (1..=ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
     }
 
-    /// The id as Stripe wrote it.
+    /// Returns the id as Stripe wrote it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -65,18 +65,19 @@ impl From<EventId> for String {
     }
 }
 
-/// A text is not an [`EventType`]: it cannot be part of a subject.
+/// The error for a text that cannot be part of a subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not an event type: lower-case letters, digits and `_`, in parts joined by single dots")]
 pub struct InvalidEventType;
 
-/// The type of a Stripe event (`customer.subscription.updated`), known to be a valid subject tail.
+/// The type of a Stripe event (`customer.subscription.updated`). Always a valid end of a subject.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct EventType(String);
 
 impl EventType {
-    /// Takes lower-case letters, digits and `_` in parts joined by single dots, up to [`TYPE_BYTES_MAX`] bytes.
+    /// Accepts lower-case letters, digits and `_` in parts joined by single dots, up to
+    /// [`TYPE_BYTES_MAX`] bytes.
     pub fn parse(name: impl Into<String>) -> Result<Self, InvalidEventType> {
         let name = name.into();
         let plain = |part: &str| {
@@ -91,7 +92,7 @@ impl EventType {
         }
     }
 
-    /// The type as Stripe writes it.
+    /// Returns the type as Stripe writes it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -117,7 +118,7 @@ impl From<EventType> for String {
     }
 }
 
-/// The events the worker handles, and so the default of what ingress stores.
+/// The event types that the worker handles, and therefore the types that ingress stores by default.
 ///
 /// Stripe: "Types of events".
 pub const HANDLED_TYPES: [&str; 12] = [
@@ -138,7 +139,7 @@ pub const HANDLED_TYPES: [&str; 12] = [
 /// A subscription fetched from Stripe's API, published by a worker into the events stream.
 pub const SNAPSHOT_TYPE: &str = "litestripe.snapshot";
 
-/// What signals name as the event where an erasure changed a row. No message of this type exists.
+/// The event type in the signal of a row that an erasure changed. No message has this type.
 pub const ERASURE_TYPE: &str = "litestripe.erasure";
 
 /// An operator's resolution of an orphan, published by a worker into the events stream.

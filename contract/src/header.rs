@@ -1,27 +1,28 @@
-//! The names of the message headers that we write and read back.
+//! The names of the message headers that we write and read.
 //!
-//! Owns the spelling. NATS preserves the case of header names and compares them exactly (ADR-4), so
-//! one place spells each of them.
+//! Owns their spelling. NATS preserves the case of header names and compares them exactly (ADR-4),
+//! so each name is written in one place.
 
-/// Deduplication of a stream within its duplicate window. NATS: "JetStream headers".
+/// The message id by which a stream drops duplicates within its duplicate window. NATS: "JetStream
+/// headers".
 pub const MESSAGE_ID: &str = "Nats-Msg-Id";
 
 /// The signature header of the delivery, kept so that a stored event can be verified again.
 pub const STRIPE_SIGNATURE: &str = "Stripe-Signature";
 
-/// When ingress received the delivery, RFC 3339: the time against which the signature was checked.
+/// When ingress received the delivery, RFC 3339. The signature was checked against this time.
 pub const RECEIVED_AT: &str = "Litestripe-Received-At";
 
-/// Where an event that no webhook delivered comes from: `backfill`, `snapshot`, `resolution`.
+/// The origin of an event that did not come by webhook: `backfill`, `snapshot` or `resolution`.
 pub const SOURCE: &str = "Litestripe-Source";
 
-/// Why an event was put aside as a dead letter.
+/// Why an event became a dead letter.
 pub const REASON: &str = "Litestripe-Reason";
 
 /// The dead letter's sequence in `STRIPE_EVENTS`.
 pub const STREAM_SEQUENCE: &str = "Litestripe-Stream-Sequence";
 
-/// W3C Trace Context, carried from the delivery to the signal.
+/// W3C Trace Context, copied from the delivery to the signal.
 pub const TRACEPARENT: &str = "traceparent";
 
 /// CloudEvents 1.0 attributes in binary mode. CloudEvents: "NATS Protocol Binding".
@@ -32,7 +33,7 @@ pub mod ce {
     pub const ID: &str = "ce-id";
     /// Always [`SOURCE_VALUE`].
     pub const SOURCE: &str = "ce-source";
-    /// [`TYPE_PREFIX`] and the signal's subject.
+    /// [`TYPE_PREFIX`] followed by the signal's subject.
     pub const TYPE: &str = "ce-type";
     /// `created` of the event that led to the signal, RFC 3339.
     pub const TIME: &str = "ce-time";
@@ -41,8 +42,8 @@ pub mod ce {
     /// Always `application/json`.
     pub const DATACONTENTTYPE: &str = "ce-datacontenttype";
 
-    /// What stands in `ce-source`.
+    /// The value of `ce-source`.
     pub const SOURCE_VALUE: &str = "litestripe";
-    /// What stands before the subject in `ce-type`.
+    /// The part of `ce-type` before the subject.
     pub const TYPE_PREFIX: &str = "litestripe.v1.";
 }

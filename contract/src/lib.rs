@@ -1,11 +1,11 @@
 //! What ingress, worker and Rust subscribers share.
 //!
-//! Owns the names and shapes of DESIGN's external contract: streams, subjects, headers, signals.
-//! A thing is admitted only if that contract names it *and* more than one program, or a subscriber,
+//! Owns the names and shapes of DESIGN's external contract: streams, subjects, headers, signals. An
+//! item belongs here only if that contract names it *and* more than one program, or a subscriber,
 //! relies on it. May not know the database, HTTP, or anything inside an event beyond its envelope.
 //!
-//! Without features this crate does no I/O and is what a Rust subscriber depends on. The feature
-//! `process` adds what the two programs have in common: settings, connection, provisioning,
+//! Without features this crate does no I/O; Rust subscribers depend on it in this form. The feature
+//! `process` adds the parts that the two programs share: settings, connection, provisioning,
 //! telemetry and shutdown.
 
 pub mod event;

@@ -1,4 +1,4 @@
-//! The first signal asks a program to stop, the second one ends it at once.
+//! Shutdown by signal: the first one asks the program to stop, the second one ends it at once.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 /// The exit code after a second signal: what a shell reports for SIGINT.
 const EXIT_SECOND_SIGNAL: i32 = 130;
 
-/// A token that SIGTERM or SIGINT cancels. A second signal exits at once.
+/// Returns a token that the first SIGTERM or SIGINT cancels. A second signal exits at once.
 pub fn token() -> std::io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

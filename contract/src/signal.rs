@@ -1,7 +1,7 @@
 //! The signals that subscribers receive.
 //!
-//! Owns the JSON bodies and what their fields mean; the schemas under `docs/signals` are derived
-//! from these types. Invariant: no field can hold an email, a name or an address.
+//! Owns the JSON bodies and the meaning of their fields; the schemas under `docs/signals` are
+//! generated from these types. Invariant: no field can hold an email, a name or an address.
 
 use std::collections::BTreeMap;
 
@@ -10,19 +10,20 @@ use time::OffsetDateTime;
 
 use crate::event::{EventId, EventType};
 
-/// A subscription's row, as subscribers see it. A null is a value: it says that there is none.
+/// A subscription's row, as subscribers see it. A null is a value: it means that there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Subscription {
-    /// Stripe's customer. Null where Stripe renders none, as for customers that are accounts.
+    /// Stripe's customer. Null if Stripe's object has none, as for customers that are accounts.
     pub stripe_customer_id: Option<String>,
-    /// The application's own user, as its Checkout Session carried it.
+    /// The application's id of the user, taken from the Checkout Session.
     pub client_reference_id: Option<String>,
-    /// Stripe's status, unknown ones carried through. Null until an event carried the subscription.
+    /// Stripe's status. A status that Litestripe does not know is passed on unchanged. Null until
+    /// the first subscription event arrives.
     pub status: Option<String>,
     /// When the subscription was created.
     pub created: Option<Timestamp>,
-    /// When it first started, which may lie before `created` when it was backdated.
+    /// When it first started. Earlier than `created` if the subscription was backdated.
     pub start_date: Option<Timestamp>,
     /// When it will be canceled.
     pub cancel_at: Option<Timestamp>,
@@ -38,17 +39,18 @@ pub struct Subscription {
     pub current_period_end: Option<Timestamp>,
     /// Whether it is canceled at the end of the period. See also `cancel_at`: either may be set.
     pub cancel_at_period_end: bool,
-    /// What is subscribed to.
+    /// The subscribed items.
     pub items: Vec<Item>,
-    /// Metadata by `<event type>.<key>`, of the newest event of each type.
+    /// Metadata of the newest event of each type, under `<event type>.<key>`.
     pub metadata: BTreeMap<String, String>,
     /// The subscription's own metadata.
     pub subscription_metadata: BTreeMap<String, String>,
-    /// Whether it exists in live mode; false until known.
+    /// Whether it exists in live mode. False until known.
     pub livemode: bool,
-    /// The connected account the events came from, if any.
+    /// The connected account that the events came from, if any.
     pub stripe_account_id: Option<String>,
-    /// Whether several events of one second left open which came last.
+    /// Whether the row may not show the latest state: Stripe created several events in the same
+    /// second, and their order cannot be determined.
     pub uncertain: bool,
 }
 
@@ -75,12 +77,12 @@ pub enum Access {
     Granted,
     /// `past_due`: a payment failed and Stripe retries it.
     Grace,
-    /// Every other status, unknown ones and none at all included.
+    /// Every other status, including unknown statuses and null.
     Revoked,
 }
 
 impl Access {
-    /// What `status` means for the application.
+    /// Returns what `status` means for the application.
     pub fn from_status(status: Option<&str>) -> Self {
         match status {
             Some("trialing" | "active") => Self::Granted,
@@ -105,7 +107,7 @@ pub struct EventReference {
     pub created: Timestamp,
 }
 
-/// `subscription.changed`: a subscription's row changed, and this is what it is now.
+/// `subscription.changed`: a subscription's row changed. Carries the whole row as it is now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SubscriptionChanged {
@@ -116,18 +118,19 @@ pub struct SubscriptionChanged {
     /// The row.
     #[serde(flatten)]
     pub subscription: Subscription,
-    /// Grows with every signalled change of this row. Ignore a signal that is not above the highest
-    /// revision you have seen of its subscription.
+    /// Grows with every signalled change of this row. Ignore a signal if its revision is not above
+    /// the highest one that you have seen for this subscription.
     pub revision: i64,
-    /// The revision before this one. One you have not seen tells you that you missed it.
+    /// The revision before this one. If you have not seen it, you missed a signal.
     pub previous_revision: Option<i64>,
-    /// The fields that changed.
+    /// The names of the fields that changed.
     pub changed: Vec<String>,
-    /// What the changed fields were, by name, as a signal writes them.
+    /// The previous values of the changed fields, by name, in the format of a signal.
     pub previous: serde_json::Map<String, serde_json::Value>,
     /// The event that led to the change.
     pub event: EventReference,
-    /// Whether no live event led to this signal: a replay changed the row, or it is sent once more.
+    /// True if no live event led to this signal: a replay changed the row, or the row is sent
+    /// again.
     pub replayed: bool,
 }
 
@@ -136,16 +139,16 @@ pub struct SubscriptionChanged {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OrphanReason {
-    /// A paid Checkout Session came without a client reference id.
+    /// A paid Checkout Session has no client reference id.
     MissingClientReferenceId,
-    /// A paid Checkout Session came with a client reference id that is no user's.
+    /// A paid Checkout Session has a client reference id that matches no user.
     UnknownClientReferenceId,
-    /// No Checkout Session came for a subscription within the grace period.
+    /// No Checkout Session arrived for a subscription within the grace period.
     NoCheckoutSession,
 }
 
 impl OrphanReason {
-    /// The reason as it is written in signals and in the table.
+    /// Returns the name of the reason in signals and in the table.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::MissingClientReferenceId => "missing_client_reference_id",
@@ -154,7 +157,7 @@ impl OrphanReason {
         }
     }
 
-    /// The reason that is written as `name`, if there is one.
+    /// Parses the name of a reason.
     pub fn parse(name: &str) -> Option<Self> {
         [
             Self::MissingClientReferenceId,
@@ -172,15 +175,15 @@ impl OrphanReason {
 pub struct Orphan {
     /// The subscription's id, else the Checkout Session's.
     pub orphan_id: String,
-    /// Why it is one.
+    /// Why the payment is an orphan.
     pub reason: OrphanReason,
-    /// The Checkout Session that was paid, if one came.
+    /// The Checkout Session that was paid, if one is known.
     pub checkout_session_id: Option<String>,
     /// Stripe's customer, if known.
     pub stripe_customer_id: Option<String>,
     /// The subscription, if there is one.
     pub stripe_subscription_id: Option<String>,
-    /// Whether it happened in live mode.
+    /// Whether the payment was made in live mode.
     pub livemode: bool,
     /// The event that led to the signal.
     pub event: EventReference,
@@ -191,13 +194,13 @@ pub struct Orphan {
 #[serde(transparent)]
 pub struct Timestamp(#[serde(with = "time::serde::rfc3339")] OffsetDateTime);
 
-/// Seconds since the Unix epoch outside 0000-01-01 … 9999-12-31, which is all RFC 3339 can write.
+/// The error for a time outside 0000-01-01 … 9999-12-31, the range that RFC 3339 can write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a point in time that RFC 3339 can write")]
 pub struct OutOfRange;
 
 impl Timestamp {
-    /// The point in time that Stripe writes as `seconds`.
+    /// Converts seconds since the Unix epoch, as Stripe writes times.
     pub fn from_unix(seconds: i64) -> Result<Self, OutOfRange> {
         match OffsetDateTime::from_unix_timestamp(seconds) {
             Ok(at) if (0..=9999).contains(&at.year()) => Ok(Self(at)),
@@ -205,12 +208,11 @@ impl Timestamp {
         }
     }
 
-    /// Seconds since the Unix epoch.
+    /// Returns the seconds since the Unix epoch.
     pub fn unix(self) -> i64 {
         self.0.unix_timestamp()
     }
 
-    /// The point in time.
     pub fn get(self) -> OffsetDateTime {
         self.0
     }

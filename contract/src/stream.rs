@@ -1,7 +1,7 @@
-//! The streams, as values, and how they come to exist.
+//! The configuration of the streams, and their creation.
 //!
-//! Invariant: what is missing is created, what exists is left as the operator made it: never
-//! shrunk, trimmed or deleted.
+//! Invariant: a missing stream is created; an existing one stays as the operator made it and is
+//! never shrunk, trimmed or deleted.
 
 use std::time::Duration;
 
@@ -13,14 +13,17 @@ use tracing::{info, warn};
 use crate::settings::EventsSettings;
 use crate::subject;
 
-/// How long a stream remembers message ids: a filter for retries, never the idempotency.
+/// How long a stream remembers message ids. It filters out retries; correctness does not rely on
+/// it.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_secs(5 * 60);
 
-/// The smallest size to which an events stream whose size nobody set is halved.
+/// The size below which the default size of the events stream is not halved any more, in bytes.
 const EVENTS_MAX_BYTES_MIN: i64 = 256 << 20;
 
-/// The stream of raw events. Full, it refuses new events, so that Stripe keeps them. It takes atomic
-/// batches, so that events that come together can share one sync of the server's disk.
+/// Returns the configuration of the stream of raw events.
+///
+/// When it is full it refuses new events, so that Stripe keeps them. It accepts atomic batches, so
+/// that events that arrive together share one sync of the server's disk.
 pub fn events(settings: &EventsSettings) -> Config {
     let subjects = vec![format!("{}>", subject::EVENTS_PREFIX)];
     Config {
@@ -36,7 +39,7 @@ pub fn events(settings: &EventsSettings) -> Config {
     }
 }
 
-/// The stream of signals. What is older than `max_age` goes.
+/// Returns the configuration of the stream of signals. Signals older than `max_age` are dropped.
 pub fn signals(replicas: usize, max_age: Duration) -> Config {
     let subjects = [
         subject::SUBSCRIPTION_CHANGED,
@@ -53,7 +56,7 @@ pub fn signals(replicas: usize, max_age: Duration) -> Config {
     )
 }
 
-/// The stream of dead letters.
+/// Returns the configuration of the stream of dead letters.
 pub fn dead_letters(replicas: usize, max_age: Duration) -> Config {
     let subjects = vec![format!("{}>", subject::DEAD_LETTERS_PREFIX)];
     stream(
@@ -86,7 +89,7 @@ fn stream(
     }
 }
 
-/// Why a stream could not be created. Whoever waits for the broker tries again.
+/// Why a stream could not be created. A caller that waits for the broker retries.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot provide stream {name}{}", hint(source))]
 pub struct ProvisionError {
@@ -94,8 +97,10 @@ pub struct ProvisionError {
     source: CreateStreamError,
 }
 
-/// Creates the events stream if it is missing. Where its size is nobody's wish and the server has
-/// less storage, the size is halved until it fits; where the server refuses batches, it goes without.
+/// Creates the events stream if it is missing.
+///
+/// If the operator did not set its size and the server has less storage, the size is halved until
+/// it fits. If the server refuses atomic batches, the stream is created without them.
 pub async fn provide_events(
     jetstream: &jetstream::Context,
     settings: &EventsSettings,
@@ -104,7 +109,7 @@ pub async fn provide_events(
     loop {
         let refused = match provide(jetstream, config.clone()).await {
             Err(refused) if refused.lacks_storage() && !settings.max_bytes_is_set => refused,
-            // A server before 2.12 ignores what it does not know, unless it is told to be strict.
+            // A server before 2.12 ignores unknown options, but refuses them in strict mode.
             Err(refused)
                 if refused.is_refusal()
                     && !refused.lacks_storage()
@@ -138,7 +143,7 @@ pub async fn provide(jetstream: &jetstream::Context, config: Config) -> Result<(
             info!(stream = name, "created stream {name}");
             Ok(())
         }
-        // Another program created it meanwhile, with other settings.
+        // Another program has created it in the meantime, with other settings.
         Err(error) if code(&error) == Some(ErrorCode::STREAM_NAME_EXIST) => Ok(()),
         Err(source) => Err(ProvisionError { name, source }),
     }

@@ -1,6 +1,6 @@
-//! Names of streams, subjects and the durable consumer, and how to build and take apart subjects.
+//! Names of streams, subjects and the durable consumer; building and parsing subjects.
 //!
-//! Invariant: a subject built here parses back to what built it.
+//! Invariant: parsing a subject that was built here returns the event type it was built from.
 
 use crate::event::EventType;
 
@@ -10,29 +10,29 @@ pub const EVENTS_STREAM: &str = "STRIPE_EVENTS";
 pub const SIGNALS_STREAM: &str = "LITESTRIPE_SIGNALS";
 /// The stream of events that can never be applied.
 pub const DEAD_LETTERS_STREAM: &str = "STRIPE_DEAD_LETTERS";
-/// The durable pull consumer all workers share.
+/// The durable pull consumer that all workers share.
 pub const WORKER_CONSUMER: &str = "litestripe-worker";
-/// The JetStream KV bucket of all workers.
+/// The JetStream KV bucket that all workers share.
 pub const KV_BUCKET: &str = "litestripe";
 
-/// What stands before the event type in the subject of a raw event.
+/// The part before the event type in the subject of a raw event.
 pub const EVENTS_PREFIX: &str = "stripe.events.";
-/// What stands before the event type in the subject of a dead letter.
+/// The part before the event type in the subject of a dead letter.
 pub const DEAD_LETTERS_PREFIX: &str = "stripe.dead.";
 
 /// The subject of the signal that a subscription changed.
 pub const SUBSCRIPTION_CHANGED: &str = "subscription.changed";
 /// The subject of the signal that a payment belongs to no known user.
 pub const ORPHAN_CREATED: &str = "orphan.created";
-/// The subject of the signal that an orphan found its user.
+/// The subject of the signal that an orphan's user was found.
 pub const ORPHAN_RESOLVED: &str = "orphan.resolved";
 
-/// The subject under which a raw event is stored.
+/// Returns the subject under which a raw event is stored.
 pub fn for_event_type(event_type: &EventType) -> String {
     [EVENTS_PREFIX, event_type.as_str()].concat()
 }
 
-/// The event type in the subject of a raw event or a dead letter, if it is one.
+/// Parses the event type from the subject of a raw event or a dead letter.
 pub fn event_type(subject: &str) -> Option<EventType> {
     let tail = subject
         .strip_prefix(EVENTS_PREFIX)

@@ -1,4 +1,4 @@
-//! Log lines, on stderr: stdout belongs to what a command prints.
+//! Log lines, on stderr: stdout is for the output of commands.
 
 use std::io::IsTerminal as _;
 
@@ -6,13 +6,14 @@ use tracing_subscriber::EnvFilter;
 
 use crate::settings::LogSettings;
 
-/// What libraries say at `info` is said by us, or of no use to an operator.
+/// Our own lines already cover what these libraries log at `info`, or an operator has no use for
+/// it.
 const DEFAULT_FILTER: &str =
     "info,async_nats=warn,async_nats::connector=off,sea_orm_migration=warn";
 
-/// Starts logging. To be called once, before anything is logged.
+/// Starts logging. Call it once, before the first log line.
 pub fn init(settings: &LogSettings) {
-    // The filter was parsed when the settings were read.
+    // The filter is valid: it was parsed when the settings were read.
     let filter = EnvFilter::new(if settings.filter_is_set {
         &settings.filter
     } else {

@@ -2,7 +2,7 @@ use super::{DEAD_LETTERS_PREFIX, event_type, for_event_type};
 use crate::event::{EventType, HANDLED_TYPES};
 
 #[test]
-fn subjects_parse_back_to_what_built_them() {
+fn subject_parses_back_to_its_event_type() {
     for name in HANDLED_TYPES {
         let expected = EventType::parse(name).expect("a handled type is a type");
         assert_eq!(
@@ -17,7 +17,7 @@ fn subjects_parse_back_to_what_built_them() {
 }
 
 #[test]
-fn other_subjects_name_no_event_type() {
+fn other_subjects_have_no_event_type() {
     for subject in [
         "",
         "stripe.events.",
