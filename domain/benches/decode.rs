@@ -1,4 +1,4 @@
-//! What an event costs before the database is asked: from its bytes to what is kept of it.
+//! Measures decoding: from an event's bytes to the parts of it that are kept.
 //!
 //!     cargo bench -p litestripe-domain --bench decode
 
@@ -22,7 +22,7 @@ fn a_subscription(bencher: Bencher<'_, '_>, event_type: &str) {
         .bench_local(decoded);
 }
 
-/// Passed over without a look inside.
+/// An unhandled type, which is skipped.
 #[divan::bench]
 fn another_type(bencher: Bencher<'_, '_>) {
     let body = events::subscription("invoice.created", "evt_1", 1_795_430_000);

@@ -1,5 +1,5 @@
-//! What a change costs between the database's two statements: the row's state read, merged, shown
-//! and written again.
+//! Measures the work of a change between the two database statements: the row's state is parsed,
+//! merged, turned into columns and serialised.
 //!
 //!     cargo bench -p litestripe-domain --bench merge
 
@@ -45,7 +45,7 @@ fn a_later_event(bencher: Bencher<'_, '_>) {
         });
 }
 
-/// The walk over a second's events.
+/// Includes the walk over the events of a second.
 #[divan::bench(args = [1, 4, 16])]
 fn another_event_of_the_same_second(bencher: Bencher<'_, '_>, others: usize) {
     let others: Vec<Event> = (0..others)

@@ -1,12 +1,12 @@
-//! An event as it came to a worker. Pure.
+//! An event as a worker received it. Pure.
 
 use crate::event::{Before, Body, CheckoutSession, Event};
 use crate::signal::{self, Cause};
 
-/// An event of a batch, and where it came from.
+/// An event of a batch, with the position of its message.
 #[derive(Debug, Clone)]
 pub struct Arrival {
-    /// The place of its message in the batch.
+    /// The position of its message in the batch.
     pub index: usize,
     pub event: Event,
     pub traceparent: Option<String>,
@@ -15,7 +15,7 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// What a signal says of it.
+    /// Returns what a signal says about it.
     pub fn cause(&self) -> Cause {
         Cause {
             event: signal::reference(&self.event),

@@ -1,10 +1,10 @@
-//! Bytes → typed event.
+//! Decodes the bytes of an event into a typed event.
 //!
-//! Owns the names of Stripe's JSON fields (only here) and what is kept of an event: a handful of
-//! fields, read by presence, never by API version, so that every rendering Stripe makes of a thing
-//! reads the same. May not know JetStream, the database, or what the worker does with an event.
-//! Invariant: what `decode` returns can be stored and signalled without a further check, and what it
-//! refuses is refused with a reason that shows none of the event's values.
+//! Owns the names of Stripe's JSON fields (only this module has them) and the choice of fields that
+//! are kept. These few fields are read by presence, never by API version, so that every rendering
+//! of an object reads the same. May not know JetStream, the database, or what the worker does with
+//! an event. Invariant: an event that `decode` returns can be stored and signalled without further
+//! checks, and the error for one that it refuses shows none of the event's values.
 
 pub mod api;
 mod json;
@@ -28,11 +28,11 @@ use read::Place;
 
 use crate::payment::PaymentIds;
 
-/// An event of a type the worker handles, as far as it is kept.
+/// The kept part of an event of a type that the worker handles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     pub id: EventId,
-    /// Its type, as the body says.
+    /// The type in the body.
     pub event_type: EventType,
     /// When Stripe created it: seconds since the Unix epoch, in the range of a `Timestamp`.
     pub created: i64,
@@ -40,7 +40,7 @@ pub struct Event {
     /// The connected account it came from.
     pub stripe_account_id: Option<String>,
     pub body: Body,
-    /// Whether it counts without its personal data: see [`Event::redact`].
+    /// Whether its personal data must not be kept: see [`Event::redact`].
     pub redacted: bool,
 }
 
@@ -55,7 +55,7 @@ pub enum Body {
     Resolution(Resolution),
 }
 
-/// A subscription after an event, and what the event says it was before.
+/// A subscription after an event, and before it as far as the event says.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SubscriptionEvent {
     /// Stripe's id of the subscription: printable ASCII.
@@ -64,19 +64,20 @@ pub struct SubscriptionEvent {
     pub before: Before,
 }
 
-/// What a subscription was before an event.
+/// The state of a subscription before an event.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Before {
     /// It did not exist: the event created it.
     Nothing,
-    /// As after it: the event has no previous attributes, or none among the fields we keep.
+    /// The same as after it: the event has no previous attributes, or none among the fields we
+    /// keep.
     Same,
     Snapshot(Box<Snapshot>),
-    /// It has previous attributes, but they cannot be read.
+    /// Unknown: the event has previous attributes, but they cannot be read.
     Unreadable,
 }
 
-/// The fields we keep of a subscription, the same whichever API version rendered it. Times are
+/// The fields we keep of a subscription, independent of the API version that rendered it. Times are
 /// seconds since the Unix epoch, in the range of a `Timestamp`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -99,10 +100,10 @@ pub struct Snapshot {
     pub ended_at: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trial_end: Option<i64>,
-    /// The subscription's own where it has one, else the earliest of its items'.
+    /// The subscription's own start if it has one, else the earliest start of its items.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub current_period_start: Option<i64>,
-    /// The subscription's own where it has one, else the latest of its items'.
+    /// The subscription's own end if it has one, else the latest end of its items.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub current_period_end: Option<i64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -112,7 +113,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The same with no metadata.
+    /// Returns a copy without metadata.
     pub(crate) fn without_metadata(&self) -> Self {
         let Self {
             customer,
@@ -134,29 +135,29 @@ impl Snapshot {
 /// A Checkout Session after an event.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CheckoutSession {
-    /// Stripe's id of it: printable ASCII.
+    /// Stripe's id of the session: printable ASCII.
     pub id: String,
     pub mode: Option<String>,
     pub status: Option<String>,
     pub payment_status: Option<String>,
-    /// Never empty: an empty one counts as missing.
+    /// Never empty: an empty id counts as missing.
     pub client_reference_id: Option<String>,
     pub stripe_customer_id: Option<String>,
     /// Printable ASCII.
     pub stripe_subscription_id: Option<String>,
-    /// The email entered at checkout, else the one the session was made with.
+    /// The email that was entered at checkout, else the one that the session was created with.
     pub customer_email: Option<Email>,
     pub metadata: BTreeMap<String, String>,
     pub created: Option<i64>,
 }
 
 impl CheckoutSession {
-    /// Whether it is a session whose payment must belong to a user.
+    /// Returns whether the session is paid, so that the payment must belong to a user.
     ///
-    /// Stripe: "The Checkout Session object", `payment_status`: `unpaid` may still become paid, which
-    /// another event tells; `no_payment_required` is as good as paid, but stands there before the session
-    /// is complete too, and after it expired. Old API versions have no `status`. A session of mode
-    /// `setup` never pays anything.
+    /// Stripe: "The Checkout Session object", `payment_status`: `unpaid` may still become paid,
+    /// which another event reports. `no_payment_required` counts as paid, but the field also has
+    /// this value before the session is complete and after it expired. Old API versions have no
+    /// `status`. A session of mode `setup` never has a payment.
     pub fn is_paid(&self) -> bool {
         let pays = matches!(self.mode.as_deref(), Some("payment" | "subscription"));
         let completed = matches!(self.status.as_deref(), None | Some("complete"));
@@ -168,24 +169,24 @@ impl CheckoutSession {
     }
 }
 
-/// An operator's word on whose payment an orphan is, with what the orphan's row needs where a
-/// rebuild meets the word before the payment.
+/// An operator's resolution: the user of an orphan. Also carries what the orphan's row needs if a
+/// rebuild applies the resolution before the payment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolution {
     pub reason: Option<String>,
     pub orphan_id: String,
-    /// What it was the payment of. Its subscription's id is printable ASCII.
+    /// The ids of the payment. The subscription's id is printable ASCII.
     pub payment: PaymentIds,
     /// The user. Never empty.
     pub client_reference_id: String,
 }
 
-/// An email address, which no log may show.
+/// An email address. Its `Debug` hides it, because no log may show it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Email(String);
 
 impl Email {
-    /// The address, for the one column that may hold it.
+    /// Returns the address, for the one column that may hold it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -202,11 +203,11 @@ impl fmt::Debug for Email {
 pub enum MetadataKeys {
     /// `*`: all of them.
     All,
-    /// These; for `none`, not one.
+    /// Only these. Empty for `none`.
     Only(BTreeSet<String>),
 }
 
-/// A text is not [`MetadataKeys`].
+/// The error for a text that is not a list of metadata keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("neither `*` nor metadata keys separated by commas")]
 pub struct InvalidMetadataKeys;
@@ -242,8 +243,8 @@ impl MetadataKeys {
 /// Why an event can never be applied. Names fields, shows no values.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
+    /// Both numbers count from 1.
     #[error("the body is not JSON (line {line}, column {column})")]
-    /// Both count from 1.
     NotJson { line: usize, column: usize },
     #[error("the body is not an object")]
     NotAnObject,
@@ -304,9 +305,9 @@ objects! {
 
 const ENVELOPE: Place = Place("");
 
-/// Reads an event. `None` is an event of a type that we do not handle.
+/// Decodes an event. Returns `None` if its type is not handled.
 ///
-/// The type is the body's own, whatever subject it was stored under.
+/// The type is taken from the body, not from the subject under which it was stored.
 pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeError> {
     let envelope: Envelope<'_> = match serde_json::from_slice(body) {
         Ok(Nested::Object(envelope)) => envelope,
@@ -365,7 +366,7 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
 }
 
 impl Event {
-    /// The subscription whose row the event concerns, if it concerns one.
+    /// Returns the id of the subscription that the event is about, if it is about one.
     pub fn stripe_subscription_id(&self) -> Option<&str> {
         match &self.body {
             Body::Subscription(event) => Some(&event.stripe_subscription_id),
@@ -374,10 +375,11 @@ impl Event {
         }
     }
 
-    /// Takes email and metadata out of it: what it says of the subscription's state still counts.
+    /// Removes email and metadata. What the event says about the subscription's state still counts.
     ///
-    /// A subscription's snapshot keeps its map, which is digested and then not stored: a digest
-    /// without it would not be that of the same event merged before.
+    /// The snapshot of a subscription keeps its metadata for now: it is part of the digest, which
+    /// must equal the digest of the same event if that was merged before the erasure. The merge
+    /// does not store it.
     pub fn redact(&mut self) {
         self.redacted = true;
         if let Body::CheckoutSession(session) = &mut self.body {
@@ -386,7 +388,7 @@ impl Event {
         }
     }
 
-    /// The metadata that may be kept of it, if it is about an object that has some.
+    /// Returns the metadata that may be kept. `None` if the event's object has no metadata.
     pub fn metadata(&self) -> Option<&BTreeMap<String, String>> {
         static NONE: BTreeMap<String, String> = BTreeMap::new();
         match &self.body {
@@ -398,13 +400,13 @@ impl Event {
     }
 }
 
-/// What kind of object events of a type carry.
+/// The kind of object that events of a type carry.
 enum Kind {
-    /// A subscription, at its beginning.
+    /// A subscription that was just created.
     Created,
     Subscription,
     CheckoutSession,
-    /// A subscription or a Checkout Session, as the object itself says.
+    /// A subscription or a Checkout Session: the object itself says which.
     Snapshot,
     Resolution,
 }

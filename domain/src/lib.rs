@@ -1,10 +1,10 @@
 //! What Stripe's events mean: the pure core of the worker.
 //!
-//! An event's bytes are decoded ([`event`]), merged into a row's state ([`merge`]), and what a batch
-//! does to each row is planned ([`plan`]): its new columns, the signals of its changes ([`signal`]),
-//! its orphans ([`orphan`]) and what has to be asked of others ([`question`]). May not know runtimes,
-//! databases, brokers, HTTP or the clock: time is an argument. A test reads the dependency graph and
-//! holds the crate to that.
+//! An event's bytes are decoded ([`event`]) and merged into a row's state ([`merge`]). A batch's
+//! effect on each row is planned ([`plan`]): the new columns, the signals of its changes
+//! ([`signal`]), its orphans ([`orphan`]) and its open questions ([`question`]). May not know
+//! runtimes, databases, brokers, HTTP or the clock: time is an argument. A test checks this in the
+//! dependency graph.
 
 pub mod arrival;
 pub mod event;

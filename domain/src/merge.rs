@@ -1,10 +1,19 @@
-//! The merge: a row's state and an event give a new state, and the visible columns are a function of
-//! the state.
+//! The merge: a row's state and an event give a new state, and the visible columns are a function
+//! of the state.
 //!
-//! Owns what makes order and repetition not matter. May not do I/O, read a clock, or know the
-//! database. Invariant: the state is a join-semilattice. Every part of it only moves up an order of
-//! its own (a later event, a later phase, a larger set), so that merging is commutative, associative
-//! and idempotent, and the row depends on which events came, not on how.
+//! Stripe delivers events in any order and more than once. The merge makes a row depend only on the
+//! set of events that arrived, never on their order, repetition or batches. The state consists of
+//! registers, and each register keeps the largest value that it has seen, in an order of its own: a
+//! later event, a later phase of the subscription's life, a larger set of events. Keeping the
+//! larger of two values is commutative, associative and idempotent, and so is the merge. (In
+//! mathematical terms, the state is a join-semilattice.)
+//!
+//! `snapshot` decides which snapshot of the subscription is the latest, with the help of `walk` and
+//! `digest`. `checkout` keeps what Checkout Sessions say, `metadata` the metadata by event type.
+//! `visible` computes the columns from the state.
+//!
+//! Owns the invariant that order and repetition do not matter. May not do I/O, read a clock, or
+//! know the database.
 
 mod checkout;
 mod digest;
@@ -25,7 +34,7 @@ pub use visible::{Changes, Visible, changes};
 pub struct State {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     subscription: Option<snapshot::Register>,
-    /// Whether the event of the subscription's creation was seen.
+    /// Whether the subscription's creation event has been merged.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     created_seen: bool,
     #[serde(default)]
@@ -37,7 +46,7 @@ pub struct State {
 impl State {
     /// Merges an event of this row's subscription. Returns whether the state changed.
     ///
-    /// An event that was merged before, or that a later one has superseded, changes nothing.
+    /// An event that was merged before, or that a later event supersedes, changes nothing.
     pub fn merge(&mut self, event: &Event) -> bool {
         match &event.body {
             Body::Subscription(body) => {
@@ -57,33 +66,35 @@ impl State {
     }
 
     fn merge_metadata(&mut self, event: &Event) -> bool {
-        // A snapshot we fetched has no type of Stripe's to keep metadata under.
-        let of_stripe = event.event_type.as_str() != SNAPSHOT_TYPE;
+        // Metadata is kept by Stripe's event types. A snapshot that a worker fetched has none of
+        // them.
+        let has_stripe_type = event.event_type.as_str() != SNAPSHOT_TYPE;
         event
             .metadata()
-            .is_some_and(|map| of_stripe && self.metadata.merge(event, map))
+            .is_some_and(|map| has_stripe_type && self.metadata.merge(event, map))
     }
 
     /// Empties all metadata. Returns whether there was any.
     ///
-    /// Stamps and digests stay: which event is the last, and which came before, is the same as
-    /// before, and an older event brings nothing back.
+    /// Stamps and digests stay. So the same event remains the last one, events that were merged
+    /// before are still recognised, and an older event cannot bring metadata back.
     pub(crate) fn erase_metadata(&mut self) -> bool {
-        let of_types = self.metadata.erase();
-        let of_snapshots = self
+        let had_by_type = self.metadata.erase();
+        let had_in_snapshots = self
             .subscription
             .as_mut()
             .is_some_and(snapshot::Register::erase_metadata);
-        of_types | of_snapshots
+        had_by_type | had_in_snapshots
     }
 
+    /// Returns the type of the event `id`, if a metadata register knows it.
     pub(crate) fn event_type(&self, id: &EventId) -> Option<&EventType> {
         self.metadata.event_type(id)
     }
 }
 
-/// A register that keeps the value of the newest event: newest by `created`, then by id, bytewise,
-/// then, of two renderings of one event, the larger value.
+/// A register that keeps the value of the newest event. The newest event has the largest `created`,
+/// then the bytewise largest id. Of two renderings of one event, the larger value is kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct Latest<T> {
     created: i64,
@@ -92,7 +103,8 @@ struct Latest<T> {
 }
 
 impl<T: Ord> Latest<T> {
-    /// Puts `event`'s value into `register`, if it is newer. `value` is only made when it is.
+    /// Stores `event`'s value in `register` if it is newer. Calls `value` only if the event is not
+    /// older. Returns whether the register changed.
     fn merge(register: &mut Option<Self>, event: &Event, value: impl FnOnce() -> T) -> bool {
         if register
             .as_ref()

@@ -1,7 +1,7 @@
-//! Which payments are orphans, and what has to be asked to know. Pure.
+//! Which payments are orphans, and the questions that decide it. Pure.
 //!
-//! Owns the situations, their reasons and the grace period. May not know the database, the clock
-//! (now is an argument) or how a user is looked up.
+//! Owns the situations that make an orphan, their reasons and the grace period. May not know the
+//! database, the clock (now is an argument) or how a user is looked up.
 
 use std::time::Duration;
 
@@ -16,24 +16,24 @@ use crate::payment::PaymentIds;
 use crate::question::{Details, Question};
 use crate::signal;
 
-/// After the second of an uncertain row's events, before Stripe is details: an answer is relied on
-/// only up to a second before it was given.
+/// How long after the second of an uncertain row's events Stripe is asked. The answer is only
+/// relied on up to one second before it was given.
 ///
-/// Two seconds for that, and one because the time a request takes is rounded up.
+/// Two seconds for that reason, and one because the duration of a request is rounded up.
 const FETCH_AFTER: Duration = Duration::from_secs(3);
 
-/// What the operator wants.
+/// The operator's settings for orphans.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    /// Whether client reference ids are looked up at all.
+    /// Whether there is a user lookup for client reference ids.
     pub lookup: bool,
-    /// Whether a subscription that no Checkout Session claims is an orphan.
+    /// Whether a subscription without a Checkout Session becomes an orphan.
     pub without_session: bool,
     /// How long a subscription may wait for its Checkout Session.
     pub grace: Duration,
 }
 
-/// A payment that matches no user.
+/// A payment that belongs to no known user.
 #[derive(Debug, Clone)]
 pub struct NewOrphan {
     /// The subscription's id, else the Checkout Session's.
@@ -78,7 +78,7 @@ impl NewOrphan {
     }
 }
 
-/// The question whose user the client reference id of a Checkout Session's payment is.
+/// Returns the question whether a Checkout Session's client reference id belongs to a user.
 pub(crate) fn lookup_question(
     arrival: &Arrival,
     client_reference_id: &str,
@@ -98,16 +98,16 @@ pub(crate) fn lookup_question(
     Some(question(details, payment_id(session), arrival, now))
 }
 
-/// The question whether a new subscription's Checkout Session came in time, asked at the `end` of its
-/// grace period.
+/// Returns the question whether a new subscription's Checkout Session arrived in time. It is due at
+/// the `end` of its grace period. `None` if there is no reason to wait for a session.
 pub(crate) fn grace_question(
     arrival: &Arrival,
     row: &Visible,
     rules: &Rules,
     end: OffsetDateTime,
 ) -> Option<Question> {
-    let waits = row.created_event_seen && row.checkout_session_id.is_none();
-    if !rules.without_session || !waits || row.subscription.client_reference_id.is_some() {
+    let needs_session = row.created_event_seen && row.checkout_session_id.is_none();
+    if !rules.without_session || !needs_session || row.subscription.client_reference_id.is_some() {
         return None;
     }
     let details = Details::Grace {
@@ -121,8 +121,8 @@ pub(crate) fn grace_question(
     ))
 }
 
-/// When the grace period of a row that was first written at `dt_created` ends. It starts at the later
-/// of that and Stripe's `created`, and asking in vain does not move it.
+/// Returns the end of the grace period of a row that was first written at `dt_created`. It starts
+/// at the later of that and Stripe's `created`. A retry does not extend it.
 pub fn grace_period_end(
     row: &Visible,
     dt_created: OffsetDateTime,
@@ -135,7 +135,7 @@ pub fn grace_period_end(
     later(dt_created.max(created), grace)
 }
 
-/// The question what Stripe says an uncertain subscription is.
+/// Returns the question for the current state of a subscription, if its row is uncertain.
 pub(crate) fn fetch_question(
     arrival: &Arrival,
     row: &Visible,
@@ -167,13 +167,13 @@ fn question(details: Details, id: &str, arrival: &Arrival, due_at: OffsetDateTim
     }
 }
 
-/// `delay` after `at`, or the end of the calendar: an event may be dated anywhere in it.
+/// Adds `delay` to `at`, up to the end of the calendar: an event may have any date.
 fn later(at: OffsetDateTime, delay: Duration) -> OffsetDateTime {
     at.checked_add(time::Duration::try_from(delay).unwrap_or(time::Duration::MAX))
         .unwrap_or(PrimitiveDateTime::MAX.assume_utc())
 }
 
-/// One payment has one id: the subscription's, else the session's.
+/// Returns the one id of a payment: the subscription's, else the session's.
 fn payment_id(session: &CheckoutSession) -> &str {
     session
         .stripe_subscription_id
@@ -181,7 +181,7 @@ fn payment_id(session: &CheckoutSession) -> &str {
         .unwrap_or(&session.id)
 }
 
-/// Whether a subscription without a session may still have cost somebody money. Stripe: "The
+/// Returns whether a customer may have paid for a subscription of this status. Stripe: "The
 /// Subscription object", `status`: `incomplete` waits for its first payment, `incomplete_expired`
 /// never got it.
 pub fn may_be_paid(status: Option<&str>) -> bool {

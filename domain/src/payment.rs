@@ -1,13 +1,13 @@
-//! The ids of one payment: what an orphan, a lookup and a resolution name it by.
+//! The ids of one payment, by which an orphan, a lookup and a resolution name it.
 
 use serde::Serialize;
 
 use crate::event::CheckoutSession;
 
-/// Stripe's ids of a payment, as far as they are known.
+/// Stripe's ids of a payment, as far as known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct PaymentIds {
-    /// The Checkout Session that was paid, if one came.
+    /// The Checkout Session that was paid, if one is known.
     pub checkout_session_id: Option<String>,
     pub stripe_customer_id: Option<String>,
     pub stripe_subscription_id: Option<String>,
@@ -22,7 +22,7 @@ impl PaymentIds {
         }
     }
 
-    /// Those that are known.
+    /// Returns the ids that are known.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         [
             &self.checkout_session_id,
@@ -34,10 +34,10 @@ impl PaymentIds {
     }
 }
 
-/// A connected account, whose objects Stripe gives for its `Stripe-Account`.
+/// The id of a connected account. Stripe returns its objects if the id is sent as `Stripe-Account`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AccountId<'a>(pub &'a str);
 
-/// The application's own id of a user, as Stripe calls it.
+/// The application's id of a user. The name is Stripe's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientReferenceId<'a>(pub &'a str);

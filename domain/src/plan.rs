@@ -1,7 +1,13 @@
-//! What a batch does to one row, and to what belongs to it. Pure.
+//! What a batch does to one row, and to its orphan and open questions. Pure.
+//!
+//! The worker applies events in batches. [`by_subscription`] groups the events of a batch.
+//! [`plan_subscription`] merges the events of one subscription into its row and returns a [`Plan`]:
+//! the new row, the signals of its changes, and the [`Consequences`] for orphans and questions. An
+//! event about a payment without a subscription has only consequences: [`plan_payment`]. The worker
+//! writes all plans of a batch in one transaction.
 //!
 //! Owns transitions: which merged events are signalled, under which revision, and what an event
-//! makes of orphans and open questions. May not know SQL, messages, or the clock.
+//! means for orphans and open questions. May not know SQL, messages, or the clock.
 
 use std::collections::BTreeMap;
 
@@ -16,52 +22,54 @@ use crate::question::{Kind, Question};
 use crate::row::{LastSent, Row, Stored};
 use crate::signal::{self, Cause, NewSignal};
 
-/// When subscribers are sent what events change.
+/// When changes are signalled to subscribers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signalling {
-    /// At once, a signal for each change: the events are live.
+    /// At once, one signal per change: the events are live.
     Now,
-    /// Once, when the replay has reached its end: until then rows that changed owe a signal. The states
-    /// in between would revoke paying customers on a rebuild.
+    /// Once per row, when the replay has reached its end. Until then a changed row has an unsent
+    /// signal. During a rebuild, signals of the states in between would revoke paying customers.
     Later,
-    /// Never. A row that changes still gets another revision, under which it can be sent.
+    /// Never. A changed row still gets a new revision, under which it can be resent.
     Never,
 }
 
-/// What a batch is applied under.
+/// The settings under which a batch is applied. A replay has its own.
 #[derive(Debug)]
 pub struct Policy {
     pub rules: Rules,
     pub signalling: Signalling,
 }
 
-/// What a batch is applied under, and what it met.
+/// The policy of a batch, and the situation in which it is applied.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
     pub policy: &'a Policy,
-    /// When the replay was started that may not have reached an event of the same row yet.
+    /// When the unfinished replay was started, if there is one. It may not have reached all events
+    /// of the row yet.
     pub rebuilding: Option<OffsetDateTime>,
     pub now: OffsetDateTime,
 }
 
-/// What a batch does to orphans and open questions, be there a row or not.
+/// What a batch means for orphans and open questions, with or without a row.
 #[derive(Debug, Default)]
 pub struct Consequences<'a> {
-    /// A payment that names no user, and the event that told.
+    /// A payment without a client reference id, and the event that reported it.
     pub orphan: Option<(&'a Arrival, NewOrphan)>,
     pub resolution: Option<Resolution<'a>>,
     pub questions: Vec<Question>,
-    /// Kinds of questions about this row that need no answer any more.
+    /// The kinds of questions about this row that are answered.
     pub answered: Vec<Kind>,
 }
 
-/// An orphan that found its user, if there is one under this id.
+/// The user of a payment was found. If there is an orphan with this id, it is resolved.
 #[derive(Debug)]
 pub struct Resolution<'a> {
     pub id: String,
     pub client_reference_id: String,
     pub arrival: &'a Arrival,
-    /// Of an operator's: what is noted when there is no such orphan yet, and since when it holds.
+    /// For an operator's resolution: the orphan to write if there is none yet, and the time of the
+    /// resolution.
     pub by_operator: Option<(NewOrphan, OffsetDateTime)>,
 }
 
@@ -71,18 +79,19 @@ pub struct Plan<'a> {
     pub id: &'a str,
     pub arrivals: Vec<&'a Arrival>,
     pub row: Row,
-    /// A signal per transition, in the order of their revisions.
+    /// One signal per transition, in the order of their revisions.
     pub signals: Vec<NewSignal>,
     pub consequences: Consequences<'a>,
 }
 
-/// Events by the id of the subscription whose row they concern.
+/// Events by the id of the subscription that they are about.
 pub type BySubscription<'a> = BTreeMap<&'a str, Vec<&'a Arrival>>;
 
-/// The events by subscription, in the order of its key, and those about a payment by its id.
+/// Groups events by subscription, in the order of the key. Returns them with the events about a
+/// payment and the payment's id.
 ///
-/// An operator's word is among both: the orphan follows it also where the row has a newer client
-/// reference id and does not.
+/// An operator's resolution is in both. It resolves the orphan even if the row has a newer client
+/// reference id and therefore ignores the resolution.
 pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str, &Arrival)>) {
     let mut by_subscription = BySubscription::new();
     let mut others = Vec::new();
@@ -103,8 +112,9 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
     (by_subscription, others)
 }
 
-/// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each that changes a
-/// visible column is a transition with its own revision. None if nothing is to be written.
+/// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each event that
+/// changes a visible column is a transition with its own revision. Returns `None` if there is
+/// nothing to write.
 pub fn plan_subscription<'a>(
     id: &'a str,
     stored: Option<Stored>,
@@ -185,12 +195,13 @@ pub fn plan_subscription<'a>(
     })
 }
 
-/// An event that changed the state, and what the row shows after it.
+/// An event that changed the state, and the visible columns after it.
 struct Transition<'a> {
     arrival: &'a Arrival,
     shown: Visible,
 }
 
+/// Merges `arrivals` into `state` and returns those that changed it.
 fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transition<'a>> {
     let mut merged = Vec::new();
     for &arrival in arrivals {
@@ -204,8 +215,12 @@ fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transitio
     merged
 }
 
-/// Whether a live event may show a row half built: it makes the row, of what is older than the replay, or
-/// leaves it without the state that only the replay can bring. Sent, it would revoke a paying customer.
+/// Returns whether a row may be incomplete after a live event, because a replay has not reached all
+/// its events yet. A signal of such a row would revoke a paying customer.
+///
+/// Two cases: the event creates the row although the subscription (or its session) is older than
+/// the replay; or the row, which already has an unsent signal, still has no status, and only the
+/// replay can bring one.
 fn may_be_incomplete(
     rebuilding: Option<OffsetDateTime>,
     version: i64,
@@ -219,7 +234,7 @@ fn may_be_incomplete(
     if last_sent.has_unsent_signal() {
         return after.subscription.status.is_none();
     }
-    let of_session = || {
+    let oldest_session = || {
         arrivals
             .iter()
             .filter_map(|arrival| arrival.session()?.created)
@@ -229,20 +244,20 @@ fn may_be_incomplete(
         .subscription
         .created
         .map(|created| created.unix())
-        .or_else(of_session);
+        .or_else(oldest_session);
     version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
 }
 
-/// The signal that a row owes, and the row once it is sent.
+/// A row's unsent signal, and the row after it is sent.
 #[derive(Debug)]
 pub struct Unsent {
     pub row: Row,
-    /// What it shows, unless that was sent already.
+    /// The signal of what the row shows. `None` if subscribers were sent exactly that.
     pub signal: Option<NewSignal>,
 }
 
-/// What is sent of a row that owes a signal, once its state is final. None while no event is known that
-/// it stands on.
+/// Plans the unsent signal of a row whose state is final. Returns `None` if no event is known that
+/// led to the row: a signal has to name one.
 pub fn plan_unsent(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Unsent> {
     let shown = stored.state.visible().subscription;
     let event = signal::last_event(&stored.state)?;
@@ -270,7 +285,7 @@ pub fn plan_unsent(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Unse
     Some(Unsent { row, signal })
 }
 
-/// A row once more, under the revision it has: for subscribers that missed it.
+/// Builds a signal of a row as it is, under its current revision, for subscribers that missed it.
 pub fn resend(
     id: &str,
     subscription: &Subscription,
@@ -284,19 +299,21 @@ pub fn resend(
         event,
         replayed: true,
     };
-    signal::subscription_resent(&change.under(revision, id, subscription), now)
+    signal::subscription_resent(&change.with_revision(revision, id, subscription), now)
 }
 
-/// A row without its metadata.
+/// A row after its metadata was erased.
 #[derive(Debug)]
 pub struct Erased {
     pub row: Row,
-    /// What it is now, without what was erased. None of a row that owes a signal, which is sent later.
+    /// The row without its metadata. `None` if the row has an unsent signal: that one is sent
+    /// later.
     pub signal: Option<NewSignal>,
     pub had_metadata: bool,
 }
 
-/// Takes the metadata out of a row, and signals the row even if it had none: older signals will be removed.
+/// Erases the metadata of a row, and signals the row even if it had none: the erasure also removes
+/// its older signals.
 pub fn plan_erasure(
     id: &str,
     mut stored: Stored,
@@ -319,6 +336,7 @@ pub fn plan_erasure(
         };
     }
     let mut changes = merge::changes(&before, &shown).unwrap_or_default();
+    // The previous values are the metadata that was just erased.
     changes
         .previous
         .retain(|name, _| !matches!(name.as_str(), "metadata" | "subscription_metadata"));
@@ -340,13 +358,13 @@ pub fn plan_erasure(
     }
 }
 
-/// Sends subscribers what a row shows, and knows what they were sent last.
+/// Builds the signals of one row, and keeps track of what subscribers were last sent.
 struct Sender<'r> {
     id: &'r str,
     now: OffsetDateTime,
-    /// Whether the row owed a signal when it was read.
+    /// Whether the row had an unsent signal when it was read.
     had_unsent_signal: bool,
-    /// What was sent last; None if nothing yet.
+    /// What was sent last. `None` if nothing was sent yet.
     sent: Option<&'r Subscription>,
     revision: i64,
     signals: Vec<NewSignal>,
@@ -375,7 +393,8 @@ impl<'r> Sender<'r> {
         }
     }
 
-    /// Sends each transition; of a row that owed a signal what it shows, also if no event changed it.
+    /// Sends a signal for each transition. If the row had an unsent signal, also sends what the row
+    /// shows, even if no event changed it.
     fn send_now(
         &mut self,
         merged: &'r [Transition<'_>],
@@ -405,7 +424,7 @@ impl<'r> Sender<'r> {
         LastSent::Current
     }
 
-    /// Sends nothing yet: the row owes what it shows, unless that was sent last.
+    /// Sends nothing yet. The row gets an unsent signal, unless what it shows was sent last.
     fn postpone(&self, shown: &Subscription) -> LastSent {
         match self.sent {
             None => LastSent::Nothing,
@@ -414,8 +433,8 @@ impl<'r> Sender<'r> {
         }
     }
 
-    /// Sends nothing, as if it were sent: a row that subscribers know gets another revision, under
-    /// which it can be. What was owed before is still owed.
+    /// Sends nothing, and counts what the row shows as sent. If subscribers know the row, it gets a
+    /// new revision, under which it can be resent. A signal that was unsent before stays unsent.
     fn skip(&mut self, shown: &Subscription) -> LastSent {
         if self.had_unsent_signal {
             return self.postpone(shown);
@@ -426,8 +445,8 @@ impl<'r> Sender<'r> {
         LastSent::Current
     }
 
-    /// Sends what the row shows under a revision of its own, unless that was sent last. A new row is
-    /// sent even if it looks like no row.
+    /// Sends what the row shows under a new revision, unless that was sent last. A new row is sent
+    /// even if all its columns are empty.
     fn send(&mut self, shown: &'r Subscription, cause: Cause, replayed: bool) {
         if self.sent == Some(shown) {
             return;
@@ -447,7 +466,7 @@ impl<'r> Sender<'r> {
     }
 }
 
-/// A change of a row that is signalled.
+/// A change of a row that is to be signalled.
 struct Change {
     previous_revision: i64,
     changes: Changes,
@@ -463,10 +482,15 @@ impl Change {
         now: OffsetDateTime,
     ) -> SubscriptionChanged {
         let revision = next_revision(self.previous_revision, now);
-        self.under(revision, id, subscription)
+        self.with_revision(revision, id, subscription)
     }
 
-    fn under(self, revision: i64, id: &str, subscription: &Subscription) -> SubscriptionChanged {
+    fn with_revision(
+        self,
+        revision: i64,
+        id: &str,
+        subscription: &Subscription,
+    ) -> SubscriptionChanged {
         SubscriptionChanged {
             stripe_subscription_id: id.to_owned(),
             access: Access::from_status(subscription.status.as_deref()),
@@ -481,7 +505,7 @@ impl Change {
     }
 }
 
-/// What a batch makes of a row, and what that means for the row's orphan and open questions.
+/// The change of a row by a batch, from which the consequences follow.
 struct RowChange<'r, 'a> {
     merged: &'r [Transition<'a>],
     last: &'a Arrival,
@@ -508,7 +532,8 @@ impl<'a> RowChange<'_, 'a> {
         consequences
     }
 
-    /// Whose the row is: a paid one without a client reference id is an orphan.
+    /// Decides what follows from the row's client reference id. A paid row without one is an
+    /// orphan. Otherwise the id is looked up; without a user lookup it resolves the orphan.
     fn decide_on_user(&self, consequences: &mut Consequences<'a>) {
         let Some(client_reference_id) = &self.after.subscription.client_reference_id else {
             if self.after.paid {
@@ -522,17 +547,18 @@ impl<'a> RowChange<'_, 'a> {
             .arrivals()
             .any(|arrival| matches!(arrival.event.body, Body::Resolution(_)))
         {
-            // Nobody need be asked against an operator's word. The orphan follows it in `plan_payment`.
+            // An operator's resolution needs no lookup. `plan_payment` resolves the orphan.
             consequences.answered.push(Kind::Lookup);
         } else if self.rules.lookup {
-            // One session may say that it is paid and another whose it is, in any order: the row knows both.
-            let paid_first = self
+            // One session may report the payment and another the user, in any order. The row
+            // combines both, so `paid` is the row's. Among the sessions a paid one is preferred.
+            let session = self
                 .sessions()
                 .max_by_key(|arrival| arrival.session().is_some_and(CheckoutSession::is_paid));
             let lookup = |arrival| {
                 orphan::lookup_question(arrival, client_reference_id, self.after.paid, self.now)
             };
-            consequences.questions.extend(paid_first.and_then(lookup));
+            consequences.questions.extend(session.and_then(lookup));
         } else if self.before.subscription.client_reference_id.as_ref() != Some(client_reference_id)
         {
             consequences.resolution = Some(Resolution {
@@ -549,7 +575,7 @@ impl<'a> RowChange<'_, 'a> {
         }
     }
 
-    /// Whether its Checkout Session came, or has to be waited for.
+    /// Decides whether the row's Checkout Session has arrived, or has to be waited for.
     fn decide_on_session(&self, consequences: &mut Consequences<'a>) {
         let Self {
             before,
@@ -566,7 +592,8 @@ impl<'a> RowChange<'_, 'a> {
         } else if after.created_event_seen
             && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before)))
         {
-            // The sweep forgets the question while nothing was paid.
+            // The questions task drops the question if nothing was paid yet. So it is stored again
+            // once the subscription may be paid.
             let created = self
                 .arrivals()
                 .find(|arrival| arrival.is_creation())
@@ -588,7 +615,7 @@ impl<'a> RowChange<'_, 'a> {
     }
 }
 
-/// What an event that concerns no subscription's row means for orphans and open questions.
+/// Plans what an event about a payment means for orphans and open questions, apart from any row.
 pub fn plan_payment<'a>(
     arrival: &'a Arrival,
     rules: &Rules,
@@ -623,6 +650,7 @@ fn missing_reference(arrival: &Arrival) -> Option<NewOrphan> {
     NewOrphan::from_session(&arrival.event, arrival.session()?)
 }
 
+/// Returns the resolution, if the event is an operator's.
 fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
     let Body::Resolution(resolution) = &arrival.event.body else {
         return None;
@@ -638,7 +666,8 @@ fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
     })
 }
 
-/// The revision after `revision`: grows, also across a rebuild of the database.
+/// Returns the revision after `revision`: the larger of `revision + 1` and the time in milliseconds.
+/// The time makes it grow also across a rebuild of the database, which loses the old revisions.
 fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
     let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
     milliseconds.max(revision + 1)

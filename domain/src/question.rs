@@ -1,30 +1,42 @@
-//! What is to be asked of somebody else: the user lookup, or Stripe's API. Pure.
+//! Questions: what the worker has to find out outside a batch. Pure.
 //!
-//! Owns the kinds of questions and what each needs. May not know where they wait or who asks them.
+//! The events of a batch do not answer everything: whether a client reference id belongs to a user
+//! (the application's user lookup knows), whether a Checkout Session arrives within the grace
+//! period (only time tells), what an uncertain subscription is now (Stripe's API knows). A batch
+//! does not wait for these answers. It stores each as a *question*, a row that stays until it is
+//! answered, and commits; a task of the worker asks later.
+//!
+//! A question is *open* until it is answered. It is *due* when `due_at` has passed, and then it is
+//! *asked*. An attempt that brings no answer is *retried*: `attempts` grows and `due_at` moves.
+//! Once it is *answered*, what follows from the answer is written and the row is deleted. Erasing a
+//! deleted customer is stored as a question too: it asks for no information, but has to be retried
+//! until it is done.
+//!
+//! Owns the kinds of questions and the data that each needs. May not know how they are stored or
+//! asked.
 
 use litestripe_contract::signal::EventReference;
 use time::OffsetDateTime;
 
 use crate::payment::{AccountId, PaymentIds};
 
-/// A kind of question. One about the same subject is asked once.
+/// A kind of question. There is at most one open question of a kind about the same entity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Whether a client reference id is a user's.
+    /// Whether a client reference id belongs to a user. Asks the user lookup.
     Lookup,
-    /// Whether a subscription's Checkout Session came within the grace period.
+    /// Whether a subscription's Checkout Session arrived within the grace period. Due at its end.
     Grace,
-    /// What Stripe says a subscription is, because its events left it open.
+    /// What the current state of an uncertain subscription is. Asks Stripe's API.
     Fetch,
-    /// Nothing: a customer is to be erased.
+    /// No information: the data of a customer that was deleted at Stripe is to be erased.
     Erase,
 }
 
 impl Kind {
-    /// All of them.
     pub const ALL: [Self; 4] = [Self::Lookup, Self::Grace, Self::Fetch, Self::Erase];
 
-    /// The kind as the table has it.
+    /// Returns the name of the kind in the table and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
@@ -34,13 +46,13 @@ impl Kind {
         }
     }
 
-    /// The kind of which the table has the name.
+    /// Parses the name of a kind.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == name)
     }
 }
 
-/// What is asked, with what the asking needs. [`Kind`] says what each means.
+/// The kind of a question with the data that asking it needs. [`Kind`] explains each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Details {
     Lookup {
@@ -55,17 +67,19 @@ pub enum Details {
     Erase,
 }
 
-/// A question that waits for its answer.
+/// An open question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
-    /// What it is about: the subscription's id, else the Checkout Session's; the customer's for an erasure.
+    /// The id of the subscription that it is about, else of the Checkout Session. For an erasure,
+    /// the customer's id.
     pub entity_id: String,
     pub details: Details,
     pub due_at: OffsetDateTime,
-    /// How often it was asked without an answer.
+    /// How many attempts brought no answer.
     pub attempts: i32,
     pub stripe_account_id: Option<String>,
     pub livemode: bool,
+    /// The event that led to the question.
     pub event: EventReference,
     /// That event's sequence in `STRIPE_EVENTS`.
     pub stream_sequence: u64,
@@ -76,7 +90,6 @@ impl Question {
         self.stripe_account_id.as_deref().map(AccountId)
     }
 
-    /// Its kind.
     pub fn kind(&self) -> Kind {
         match self.details {
             Details::Lookup { .. } => Kind::Lookup,
@@ -86,7 +99,7 @@ impl Question {
         }
     }
 
-    /// The payment it is about.
+    /// Returns the ids of the payment that it is about.
     pub fn payment(&self) -> PaymentIds {
         let entity_id = || Some(self.entity_id.clone());
         match &self.details {

@@ -1,20 +1,20 @@
-//! A subscription's row as the core sees it. Pure.
+//! A subscription's row, without its database representation. Pure.
 //!
-//! Owns what is read of a row before a batch and what is written after it. May not know SQL.
+//! Owns the parts of a row that are read before a batch and written after it. May not know SQL.
 
 use litestripe_contract::signal::Subscription;
 use time::OffsetDateTime;
 
 use crate::merge::{State, Visible};
 
-/// What a row is before a batch.
+/// A row as it was read before a batch.
 #[derive(Debug, Clone, Default)]
 pub struct Stored {
     pub state: State,
     pub version: i64,
     /// The revision of its last signal; 0 if there was none yet.
     pub revision: i64,
-    /// When it was first written. None if it was not, or if that cannot be read.
+    /// When it was first written. `None` if it was not, or if the column cannot be read.
     pub dt_created: Option<OffsetDateTime>,
     pub last_sent: LastSent,
 }
@@ -26,14 +26,14 @@ pub struct Row {
     pub state: State,
     pub visible: Visible,
     pub version: i64,
-    /// The revision of its last signal, this batch's included.
+    /// The revision of its last signal, including signals of this batch.
     pub revision: i64,
-    /// What subscribers were sent of it last, this batch's signals included.
+    /// What subscribers were last sent about it, including signals of this batch.
     pub last_sent: LastSent,
 }
 
 impl Stored {
-    /// The row as it is to be written over this one.
+    /// Returns the row that replaces this one.
     pub fn into_row(self, id: &str) -> Row {
         let Self {
             state,
@@ -54,27 +54,28 @@ impl Stored {
     }
 }
 
-/// What subscribers were sent of a row last. The row owes a signal exactly while that is not what it
-/// shows. Its JSON is the column `last_sent`, which is null as a rule.
+/// What subscribers were last sent about a row. The row has an unsent signal exactly while this
+/// differs from what it shows. Its JSON is the column `last_sent`, which is usually null.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub enum LastSent {
-    /// What the row shows. Nothing, of a row without a revision: it was written silently.
+    /// What the row shows. For a row without a revision nothing was sent, but nothing is unsent
+    /// either: it was written silently.
     #[default]
     Current,
-    /// Nothing: the row owes its first signal.
+    /// Nothing: the row's first signal is unsent.
     Nothing,
-    /// This, which the row does not show any more.
+    /// These columns, which the row does not show any more.
     Older(Box<Subscription>),
 }
 
 impl LastSent {
-    /// Whether the row owes a signal.
+    /// Returns whether the row has an unsent signal.
     pub fn has_unsent_signal(&self) -> bool {
         *self != Self::Current
     }
 
-    /// Without metadata, of a row that shows `shown`, which is without metadata too: what was owed
-    /// stays so, because subscribers have to hear that the metadata is gone.
+    /// Removes the metadata, for a row that shows `shown`, which has no metadata any more either.
+    /// An unsent signal stays unsent, because subscribers have to learn that the metadata is gone.
     pub(crate) fn without_metadata(self, shown: &Subscription) -> Self {
         match self {
             Self::Older(mut sent) => {
@@ -90,7 +91,7 @@ impl LastSent {
         }
     }
 
-    /// The column's value.
+    /// Returns the column's value.
     pub fn to_json(&self) -> Option<String> {
         match self {
             Self::Current => None,
@@ -102,7 +103,7 @@ impl LastSent {
         }
     }
 
-    /// Reads the column's value. What only a later program can read counts as nothing sent.
+    /// Reads the column's value. A value that only a later version can read counts as nothing sent.
     pub fn from_json(json: Option<&str>) -> Self {
         match json.map(serde_json::from_str) {
             None => Self::Current,

@@ -1,6 +1,7 @@
-//! Signals on their way to the outbox, from what was decided.
+//! Builds the signals that are written to the outbox.
 //!
-//! Owns their `Nats-Msg-Id`s: the same change always has the same one, so that a repeat is dropped.
+//! Owns their `Nats-Msg-Id`s: the same change always has the same id, so that a duplicate is
+//! dropped.
 
 use litestripe_contract::event::{EventType, SNAPSHOT_TYPE};
 use litestripe_contract::signal::{EventReference, Orphan, SubscriptionChanged, Timestamp};
@@ -12,7 +13,7 @@ use crate::event::Event;
 use crate::merge::State;
 use crate::orphan::NewOrphan;
 
-/// A signal on its way to the outbox.
+/// A signal that is to be written to the outbox.
 #[derive(Debug, Clone)]
 pub struct NewSignal {
     /// The subscription's or orphan's id.
@@ -30,11 +31,11 @@ pub struct NewSignal {
 #[derive(Debug, Clone)]
 pub struct Cause {
     pub event: EventReference,
-    /// Its delivery's trace.
+    /// The trace of the event's delivery.
     pub traceparent: Option<String>,
 }
 
-/// How a signal names `event`.
+/// Returns `event` as a signal names it.
 pub fn reference(event: &Event) -> EventReference {
     EventReference {
         id: event.id.clone(),
@@ -44,7 +45,9 @@ pub fn reference(event: &Event) -> EventReference {
     }
 }
 
-/// The event that a row stands on. Its type is not a column: the state knows it, as a rule.
+/// Returns the event that led to a row's state.
+///
+/// Its type is not a column. The state usually knows it; otherwise the most likely type is used.
 pub fn last_event(state: &State) -> Option<EventReference> {
     let (id, created) = state.visible().last_event?;
     let usual = || {
@@ -82,8 +85,8 @@ pub(crate) fn subscription_changed(
     )
 }
 
-/// A subscription's row again, under a revision that was sent before: under a `Nats-Msg-Id` of its
-/// own, or it would be dropped as a repeat.
+/// Builds the signal of a row under a revision that was sent before. It needs a new `Nats-Msg-Id`,
+/// or JetStream would drop it as a duplicate.
 pub(crate) fn subscription_resent(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
     let id = &signal.stripe_subscription_id;
     let cause = Cause {
@@ -98,12 +101,12 @@ pub(crate) fn subscription_resent(signal: &SubscriptionChanged, now: OffsetDateT
     new_signal(cause, id, subject::SUBSCRIPTION_CHANGED, message_id, signal)
 }
 
-/// A payment belongs to no known user.
+/// Builds the signal that a payment belongs to no known user.
 pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
     orphan_signal(orphan, subject::ORPHAN_CREATED, cause)
 }
 
-/// The user of an orphan was found.
+/// Builds the signal that the user of an orphan was found.
 pub fn orphan_resolved(orphan: &NewOrphan, cause: Cause) -> NewSignal {
     orphan_signal(orphan, subject::ORPHAN_RESOLVED, cause)
 }

@@ -1,14 +1,13 @@
-//! Recorded cases: `cases/<name>.json` is a webhook's body as Stripe sends it, `cases/<name>.expect`
-//! how it reads once applied, alone, to an empty row.
+//! Recorded cases: `cases/<name>.json` is a webhook's body as Stripe sends it, and
+//! `cases/<name>.expect` the expected result of applying it, alone, to an empty row.
 //!
-//! A new API version is two files and no code. An expectation holds
+//! A new API version is two files and no code. An expectation has the keys
 //! - `subscription` and `access`: the row, for an event that concerns one;
-//! - `session`: what is read of a Checkout Session, beside the row if there is one;
+//! - `session`: the Checkout Session as it is read, in addition to the row if there is one;
 //! - `ignored`: an event of a type that we do not handle;
 //! - `poison`: for an event that can never be applied, the field that the reason names.
 //!
-//! What Stripe sends about people is marked PERSONAL in every body, and nothing so marked may be
-//! left of it.
+//! Personal data is marked PERSONAL in every body. Nothing with this mark may be kept.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -22,7 +21,7 @@ use litestripe_domain::event::{self, Body, DecodeError, Event, MetadataKeys};
 use litestripe_domain::merge::State;
 use serde_json::{Value, json};
 
-/// What marks a name, an address, an email, a phone number or a free text in a case's body.
+/// The mark in a name, an address, an email, a phone number or a free text of a case's body.
 const PERSONAL: &str = "PERSONAL";
 
 #[test]
@@ -42,22 +41,22 @@ fn every_case_reads_as_expected() {
 }
 
 #[test]
-fn no_case_leaves_anything_personal_behind() {
+fn no_case_leaves_personal_data_behind() {
     check_all(|case| {
         if !String::from_utf8_lossy(&case.body).contains(PERSONAL) {
-            return Err("plants nothing marked PERSONAL".into());
+            return Err("contains nothing marked PERSONAL".into());
         }
         match left_of(&case.body)?
             .into_iter()
             .find(|text| text.contains(PERSONAL))
         {
             None => Ok(()),
-            Some(text) => Err(format!("leaves this behind: {text}").into()),
+            Some(text) => Err(format!("keeps personal data: {text}").into()),
         }
     });
 }
 
-/// How a body reads, in the words of an expectation.
+/// Reads a body and returns the result in the form of an expectation.
 fn reading(body: &[u8]) -> Result<Value, Box<dyn Error>> {
     let event = match decode(body) {
         Ok(Some(event)) => event,
@@ -87,7 +86,8 @@ fn reading(body: &[u8]) -> Result<Value, Box<dyn Error>> {
     Ok(reading)
 }
 
-/// All that is left of a body where it could be seen: in the row, its merge state, a log line.
+/// Returns everything that is kept of a body or could be seen: the row, its merge state, a log
+/// line.
 fn left_of(body: &[u8]) -> Result<Vec<String>, Box<dyn Error>> {
     match decode(body) {
         Ok(None) => Ok(vec![]),
@@ -120,7 +120,7 @@ fn applied(event: &Event) -> State {
     state
 }
 
-/// Whether `reason` names `field`, by the end of its path or by all of it.
+/// Returns whether `reason` names `field`, by its whole path or by the end of it.
 fn names(reason: &str, field: &str) -> bool {
     reason.match_indices(field).any(|(at, _)| {
         reason[..at].ends_with(['`', '.']) && reason[at + field.len()..].starts_with('`')
@@ -134,8 +134,6 @@ struct Case {
 }
 
 impl Case {
-    /// # Errors
-    /// When there is no expectation, or it is no JSON.
     fn expected(&self) -> Result<Value, Box<dyn Error>> {
         let text = fs::read(&self.expect)
             .map_err(|error| format!("{}: {error}", self.expect.display()))?;
@@ -162,7 +160,7 @@ fn check_all(check: impl Fn(&Case) -> Result<(), Box<dyn Error>>) {
     );
 }
 
-/// The cases by name. One without its body has an empty one, which reads as nothing.
+/// Returns the cases by name. A case without a body gets an empty one, which does not decode.
 fn cases() -> Vec<Case> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
     let files = fs::read_dir(&folder).expect("the folder of cases is in the repository");
@@ -184,7 +182,8 @@ fn pretty(value: &Value) -> String {
     format!("{value:#}")
 }
 
-/// The lines that only `expected` has (`-`) or only `read` has (`+`), each with its neighbours.
+/// Formats the lines that only `expected` has (`-`) or only `read` has (`+`), with their
+/// neighbours.
 fn diff(expected: &str, read: &str) -> String {
     let (old, new): (Vec<&str>, Vec<&str>) = (expected.lines().collect(), read.lines().collect());
     let lines = edits(&old, &new);
@@ -201,7 +200,7 @@ fn diff(expected: &str, read: &str) -> String {
     text
 }
 
-/// All lines of both, by their longest common subsequence.
+/// Merges the lines of both, by their longest common subsequence.
 fn edits<'a>(old: &[&'a str], new: &[&'a str]) -> Vec<(char, &'a str)> {
     let mut common = vec![vec![0_usize; new.len() + 1]; old.len() + 1];
     for i in (0..old.len()).rev() {

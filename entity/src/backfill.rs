@@ -1,8 +1,8 @@
-//! `litestripe_backfill`: how far backfills have come.
+//! `litestripe_backfill`: up to when backfills are complete.
 
 use sea_orm::entity::prelude::*;
 
-/// The last complete backfill of one mode.
+/// The last complete backfill of one mode, live or test.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "litestripe_backfill")]
 pub struct Model {

@@ -1,21 +1,22 @@
-//! `due_check`: what the sweep has to ask somebody else about, and when. No personal data: an email
-//! that is needed later is read from the event in the stream.
+//! `due_check`: the open questions, each with the time at which it is due. No personal data: an
+//! email that is needed later is read from the event in the stream.
 
 use sea_orm::entity::prelude::*;
 
-/// One question that is due at some time.
+/// One open question.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "due_check")]
 pub struct Model {
-    /// The subscription's id, else the Checkout Session's.
+    /// The subscription's id, else the Checkout Session's. For an erasure, the customer's.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub entity_id: String,
-    /// `lookup`, `grace` or `fetch`.
+    /// `lookup`, `grace`, `fetch` or `erase`.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub kind: String,
-    /// When to ask. Whoever takes it moves it on, so that it is asked again if they die.
+    /// When to ask. A worker that takes the question moves this time, so that another one asks if
+    /// the worker dies.
     pub due_at: TimeDateTimeWithTimeZone,
-    /// How often it was asked without an answer.
+    /// How many attempts brought no answer.
     pub attempts: i32,
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,

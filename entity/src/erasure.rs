@@ -1,4 +1,4 @@
-//! `litestripe_erasure`: whose personal data must not come back.
+//! `litestripe_erasure`: the ids of erased persons. Their personal data must not be stored again.
 
 use sea_orm::entity::prelude::*;
 

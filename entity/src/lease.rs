@@ -1,7 +1,8 @@
-//! `litestripe_lease`: what only one worker does at a time, and whether one is doing it.
+//! `litestripe_lease`: leases for tasks that only one worker does at a time.
 
 use sea_orm::entity::prelude::*;
 
+/// The lease of one task.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "litestripe_lease")]
 pub struct Model {

@@ -1,7 +1,8 @@
 //! The tables' shape, as sea-orm entities.
 //!
-//! Owns columns and their types, nothing else. May not know where rows come from. The schema is
-//! the migrations'; a test compares the two on both databases. No table has relations: rows stand alone.
+//! Owns columns and their types, nothing else. May not know where rows come from. The migrations
+//! create the schema; a test compares it with these entities on both databases. No table has
+//! relations.
 
 pub mod backfill;
 pub mod due_check;

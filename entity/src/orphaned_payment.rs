@@ -1,8 +1,8 @@
-//! `orphaned_payment`: payments that belong to no known user. The one place with an email.
+//! `orphaned_payment`: payments that belong to no known user. The only table with an email.
 
 use sea_orm::entity::prelude::*;
 
-/// One payment that matches, or matched, no user.
+/// One payment that has, or had, no known user.
 #[derive(Clone, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "orphaned_payment")]
 pub struct Model {
@@ -15,7 +15,7 @@ pub struct Model {
     pub stripe_customer_id: Option<String>,
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_subscription_id: Option<String>,
-    /// Where the customer can be reached. Erased on resolution.
+    /// An address to contact the customer. Erased on resolution.
     #[sea_orm(column_type = "Text", nullable)]
     pub customer_email: Option<String>,
     /// `missing_client_reference_id`, `unknown_client_reference_id` or `no_checkout_session`.
@@ -28,8 +28,8 @@ pub struct Model {
     pub resolved_at: Option<TimeDateTimeWithTimeZone>,
     #[sea_orm(column_type = "Text", nullable)]
     pub resolved_client_reference_id: Option<String>,
-    /// While a signal is owed that it was created, or resolved: `created`, type and id of the event that
-    /// led to it. Null as a rule.
+    /// While the signal that it was created or resolved is unsent: `created`, type and id of the
+    /// event that led to it. Usually null.
     #[sea_orm(column_type = "Text", nullable)]
     pub owed_event: Option<String>,
     pub dt_created: TimeDateTimeWithTimeZone,
@@ -41,7 +41,7 @@ pub enum Relation {}
 
 impl ActiveModelBehavior for ActiveModel {}
 
-/// Without the email: a row may end up in a log line.
+/// Leaves the email out, because a row may end up in a log line.
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("orphaned_payment::Model")

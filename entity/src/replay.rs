@@ -1,17 +1,17 @@
-//! `replay`: the replay that was asked for last, and how far it is.
+//! `replay`: the replay that was requested last, and its progress.
 
 use sea_orm::entity::prelude::*;
 
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "replay")]
 pub struct Model {
-    /// Empty. The version before had replays with a name.
+    /// Empty. The previous version gave replays names.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub name: String,
-    /// What is signalled: `changed` or `none`; in the version before also `all`.
+    /// Which rows are signalled: `changed` or `none`; in the previous version also `all`.
     #[sea_orm(column_type = "Text")]
     pub signals: String,
-    /// The first sequence of `STRIPE_EVENTS` that it applies again.
+    /// The first sequence of `STRIPE_EVENTS` that it reapplies.
     pub first_sequence: i64,
     pub last_sequence: i64,
     /// The event types it applies, comma-separated; empty for all.
@@ -20,7 +20,7 @@ pub struct Model {
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_subscription_id: Option<String>,
     pub dt_started: TimeDateTimeWithTimeZone,
-    /// When its process last said that it runs.
+    /// The last heartbeat of its process.
     pub dt_beat: TimeDateTimeWithTimeZone,
     pub dt_finished: Option<TimeDateTimeWithTimeZone>,
 }

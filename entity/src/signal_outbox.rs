@@ -1,4 +1,4 @@
-//! `signal_outbox`: signals committed with the change they tell of, and not yet in JetStream.
+//! `signal_outbox`: signals that were committed with their change and are not yet in JetStream.
 
 use sea_orm::entity::prelude::*;
 
@@ -9,9 +9,9 @@ pub struct Model {
     /// The order in which the signals of one subscription or orphan were committed.
     #[sea_orm(primary_key)]
     pub id: i64,
-    /// Which part of the outbox it is in: a function of `entity_id`.
+    /// The shard of the outbox, a function of `entity_id`.
     pub shard: i32,
-    /// The subscription's or orphan's id: its signals are sent one after another.
+    /// The subscription's or orphan's id. Signals of the same id are sent one after another.
     #[sea_orm(column_type = "Text")]
     pub entity_id: String,
     #[sea_orm(column_type = "Text")]

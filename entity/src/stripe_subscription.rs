@@ -1,6 +1,7 @@
 //! `stripe_subscription`: one row per Stripe subscription. Nothing in it identifies a person.
 //!
-//! "Snapshot" is the `data.object` of the event that stands. A column without a comment is of that name there.
+//! "Snapshot" is the `data.object` of the last event. A column without a comment is the snapshot's
+//! field of the same name.
 
 use sea_orm::entity::prelude::*;
 
@@ -10,15 +11,16 @@ pub struct Model {
     /// Snapshot `id`, or a Checkout Session's `subscription`.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub stripe_subscription_id: String,
-    /// Snapshot `customer`, or a Checkout Session's.
+    /// Snapshot `customer`, or a Checkout Session's `customer`.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_customer_id: Option<String>,
     /// The newest Checkout Session's `client_reference_id` that is not empty.
     #[sea_orm(column_type = "Text", nullable)]
     pub client_reference_id: Option<String>,
+    /// The newest Checkout Session's `id`.
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,
-    /// Snapshot `status`. Null until an event carried the subscription.
+    /// Snapshot `status`. Null until a subscription event arrived.
     #[sea_orm(column_type = "Text", nullable)]
     pub status: Option<String>,
     pub created: Option<TimeDateTimeWithTimeZone>,
@@ -26,9 +28,9 @@ pub struct Model {
     pub cancel_at: Option<TimeDateTimeWithTimeZone>,
     pub canceled_at: Option<TimeDateTimeWithTimeZone>,
     pub cancel_at_period_end: bool,
-    /// Snapshot `current_period_start`, or the earliest of its items'.
+    /// Snapshot `current_period_start`, or the earliest one of its items.
     pub current_period_start: Option<TimeDateTimeWithTimeZone>,
-    /// Snapshot `current_period_end`, or the latest of its items'.
+    /// Snapshot `current_period_end`, or the latest one of its items.
     pub current_period_end: Option<TimeDateTimeWithTimeZone>,
     pub trial_end: Option<TimeDateTimeWithTimeZone>,
     pub ended_at: Option<TimeDateTimeWithTimeZone>,
@@ -38,27 +40,29 @@ pub struct Model {
     /// `<event type>.<key>`: the metadata of the newest event of each type.
     #[sea_orm(column_type = "JsonBinary")]
     pub metadata: Json,
+    /// Snapshot `metadata`.
     #[sea_orm(column_type = "JsonBinary")]
     pub subscription_metadata: Json,
     pub livemode: bool,
     /// The event's `account`, for events of connected accounts.
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_account_id: Option<String>,
-    /// Whether several events of one second left open which came last.
+    /// Whether the row may not show the latest state: the order of several events with the same
+    /// `created` second could not be determined.
     pub uncertain: bool,
     /// Grows with every signalled change, also across a rebuild of the database.
     pub revision: i64,
-    /// Grows with every write, and guards each of them.
+    /// Grows with every write. A write checks that it is still the version that was read.
     pub version: i64,
-    /// The event whose snapshot stands.
+    /// The event of the snapshot.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_event_id: Option<String>,
     pub last_event_created: Option<TimeDateTimeWithTimeZone>,
-    /// What the columns above are a function of, as JSON.
+    /// The merge state, as JSON. The columns above are computed from it.
     #[sea_orm(column_type = "Text")]
     pub merge_state: String,
-    /// What subscribers were sent of the row last, as JSON (`null`: nothing yet), while that differs from
-    /// what it shows: then it owes a signal. Null as a rule.
+    /// While the row has an unsent signal: what subscribers were last sent about the row, as JSON
+    /// (`null`: nothing yet). Usually a SQL null.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_sent: Option<String>,
     pub dt_created: TimeDateTimeWithTimeZone,

@@ -1,7 +1,8 @@
 //! The schema, step by step.
 //!
-//! Owns history: a step that has landed is never edited, goes down as well as up, and leaves a
-//! schema on which the program before it still runs. May not know the entities, which are today's.
+//! Owns the schema's history. A step is never edited after its release. It goes down as well as up,
+//! and leaves a schema on which the previous program version still runs. May not know the entities,
+//! which describe only the latest schema.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::DatabaseConnection;
@@ -36,7 +37,8 @@ impl MigratorTrait for Migrator {
     }
 }
 
-/// The names of the steps the database has, also those of a later program. Creates nothing.
+/// Returns the names of the steps that the database has, including steps of a later program
+/// version. Creates nothing.
 pub async fn applied(db: &DatabaseConnection) -> Result<Vec<String>, DbErr> {
     const HISTORY: &str = "seaql_migrations";
     if !SchemaManager::new(db).has_table(HISTORY).await? {

@@ -85,7 +85,7 @@ impl MigrationTrait for Migration {
             .col(time(Column::DtLastUpdated).not_null())
             .take();
         manager.create_table(table).await?;
-        // Applications look up by their own user and by Stripe's customer.
+        // Applications look rows up by their own user id and by Stripe's customer id.
         for (name, column) in [
             (CUSTOMER_INDEX, Column::StripeCustomerId),
             (CLIENT_REFERENCE_INDEX, Column::ClientReferenceId),

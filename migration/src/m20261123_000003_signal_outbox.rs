@@ -1,9 +1,10 @@
-//! Creates `signal_outbox`, and `signal_shard`: the rows that relays lock, so that one relay at a
-//! time works on one shard of the outbox (on PostgreSQL; on SQLite a file lock does it).
+//! Creates `signal_outbox` and `signal_shard`. Relays lock a row of the latter, so that only one
+//! relay at a time works on a shard of the outbox (on PostgreSQL; on SQLite they lock a file
+//! instead).
 
 use sea_orm_migration::prelude::*;
 
-/// As many as the worker's `store::outbox::SHARDS`. History does not import it.
+/// Equal to the worker's `store::outbox::SHARDS`, which a migration may not import.
 const SHARDS: i32 = 16;
 
 #[derive(DeriveMigrationName)]

@@ -1,4 +1,4 @@
-//! Creates `due_check`: what the sweep has to ask somebody else about, and when.
+//! Creates `due_check`: the open questions, each with the time at which it is due.
 
 use sea_orm_migration::prelude::*;
 

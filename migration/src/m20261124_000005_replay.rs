@@ -1,4 +1,5 @@
-//! Creates `replay`, a row per replay by name, and `signal_due`, the signals that wait for its end.
+//! Creates `replay`, with one row per replay name, and `signal_due`, the signals that wait for a
+//! replay's end.
 
 use sea_orm_migration::prelude::*;
 

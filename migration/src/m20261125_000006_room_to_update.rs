@@ -1,7 +1,7 @@
-//! Leaves room for new versions of rows in the pages of `stripe_subscription`, on PostgreSQL.
+//! On PostgreSQL, leaves room for new versions of rows in the pages of `stripe_subscription`.
 //!
-//! A version that fits into the page of the one before needs no new index entries. PostgreSQL:
-//! "Heap-Only Tuples (HOT)". Counts for pages that are filled from now on.
+//! A new version that fits into the page of the old one needs no new index entries. PostgreSQL:
+//! "Heap-Only Tuples (HOT)". Only affects pages that are filled after this step.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::DbBackend;

@@ -1,4 +1,4 @@
-//! Creates what workers share beside the rows: `litestripe_lease`, `litestripe_backfill` and
+//! Creates the tables by which workers coordinate: `litestripe_lease`, `litestripe_backfill` and
 //! `litestripe_erasure`.
 
 use sea_orm_migration::prelude::*;

@@ -1,13 +1,15 @@
-//! Adds what subscribers were sent of a row last to `stripe_subscription`, and the event behind the
-//! signal that an orphan owes to `orphaned_payment`. What `signal_due` owed goes there.
+//! Adds `last_sent` to `stripe_subscription` (what subscribers were last sent about a row) and
+//! `owed_event` to `orphaned_payment` (the event behind an orphan's unsent signal). Moves the
+//! unsent signals of `signal_due` there.
 //!
-//! `signal_due` stays, empty: the program before this step reads it. A later step drops it.
+//! `signal_due` stays, empty, because the previous program version reads it. A later step drops it.
 
 use sea_orm_migration::prelude::*;
 
-/// Few rows owe a signal, and they are looked for every few seconds. Then what was owed: `--signals all`
-/// had rows sent again that did not change, as if nothing had been sent of them yet; an orphan that
-/// came and went in a replay owes nothing.
+/// The indexes are partial: few rows have an unsent signal, and they are searched every few
+/// seconds. Then the unsent signals are moved. `--signals all` had queued unchanged rows too; they
+/// are sent as if nothing had been sent about them yet. An orphan that was created and resolved
+/// within a replay has no unsent signal.
 const UP: [&str; 7] = [
     "ALTER TABLE stripe_subscription ADD COLUMN last_sent text",
     "ALTER TABLE orphaned_payment ADD COLUMN owed_event text",
@@ -25,8 +27,8 @@ const UP: [&str; 7] = [
     "DELETE FROM signal_due",
 ];
 
-/// The type of the event is told by the row's state, and its time by Stripe: the program before uses what
-/// stands here where they are not.
+/// SQL can read neither the event's type (it is inside the row's merge state) nor its time (Stripe
+/// knows it). The previous program version gets constants in their place.
 const DOWN: [&str; 6] = [
     "INSERT INTO signal_due (entity_id, subject, replay, told, unchanged, event_id, event_type, event_created, dt_created) \
      SELECT stripe_subscription_id, 'subscription.changed', '', NULLIF(last_sent, 'null'), FALSE, \

@@ -1,8 +1,8 @@
-//! Events for the benches, about the harness's subscription.
+//! Events for the benchmarks, about the harness's subscription.
 
 use serde_json::{Value, json};
 
-/// An event about a subscription, in as many bytes as Stripe would use.
+/// Builds an event about a subscription, about as large as Stripe's.
 pub(crate) fn subscription(event_type: &str, id: &str, created: i64) -> Vec<u8> {
     let object: Value = serde_json::from_str(include_str!(
         "../../../harness/demo/src/stripe/subscription.json"

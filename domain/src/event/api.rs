@@ -1,4 +1,4 @@
-//! What Stripe's API returns: lists of objects and of events, and the one field we want of a customer.
+//! Reads responses of Stripe's API: lists of objects and events, and the email of a customer.
 
 use litestripe_contract::event::{EventId, EventType};
 use serde::Deserialize;
@@ -6,7 +6,7 @@ use serde_json::value::RawValue;
 
 use super::Email;
 
-/// One object, as it came.
+/// One object, with its unchanged JSON.
 #[derive(Debug)]
 pub struct Object {
     pub id: String,
@@ -14,7 +14,8 @@ pub struct Object {
     pub raw: Box<RawValue>,
 }
 
-/// What is kept of a subscription, but for the operator's text. Ids, states and dates are nobody's name.
+/// The kept fields of a subscription, except metadata, which is the operator's own text. Ids,
+/// states and dates do not name a person.
 const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 15] = [
     "cancel_at",
     "cancel_at_period_end",
@@ -34,8 +35,8 @@ const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 15] = [
 ];
 
 impl Object {
-    /// A subscription of somebody who was erased: the rest of it is not to be stored again. None for what
-    /// is no object.
+    /// Returns a subscription without fields that may hold personal data. After an erasure they
+    /// must not be stored again. `None` if the JSON is not an object.
     pub fn without_personal_data(&self) -> Option<Self> {
         let mut fields: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(self.raw.get()).ok()?;
@@ -57,7 +58,7 @@ pub struct Page {
     pub has_more: bool,
 }
 
-/// An event on a page of events, as it came.
+/// An event on a page of events, with its unchanged JSON.
 #[derive(Debug)]
 pub struct ListedEvent {
     pub id: EventId,
@@ -69,9 +70,10 @@ pub struct ListedEvent {
 #[derive(Debug)]
 pub struct EventPage {
     pub events: Vec<ListedEvent>,
-    /// What else is on it: without an id or a type that we could store it under.
+    /// How many entries were skipped because they have no id or type under which they could be
+    /// stored.
     pub skipped: usize,
-    /// Where the next page starts after, if another one follows. Stripe: "Pagination".
+    /// The id after which the next page starts, if another page follows. Stripe: "Pagination".
     pub after: Option<String>,
 }
 
@@ -101,19 +103,19 @@ struct Customer {
     email: Option<String>,
 }
 
-/// The object in `body`.
+/// Reads the object in `body`.
 pub fn object(body: &[u8]) -> Option<Object> {
     identified(serde_json::from_slice(body).ok()?)
 }
 
-/// The page of a list in `body`.
+/// Reads the page of a list in `body`.
 pub fn page(body: &[u8]) -> Option<Page> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
     let objects = data.into_iter().map(identified).collect::<Option<_>>()?;
     Some(Page { objects, has_more })
 }
 
-/// The page of events in `body`.
+/// Reads the page of events in `body`.
 pub fn event_page(body: &[u8]) -> Option<EventPage> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
     let last = data
@@ -122,7 +124,7 @@ pub fn event_page(body: &[u8]) -> Option<EventPage> {
     let count = data.len();
     let events: Vec<_> = data.into_iter().filter_map(listed_event).collect();
     let skipped = count - events.len();
-    // Without an id to go on from, the pages after this one would never be seen.
+    // Refuses a page without an id to continue from: the following pages would be missed.
     let after = if has_more { Some(last?) } else { None };
     Some(EventPage {
         events,
@@ -131,7 +133,7 @@ pub fn event_page(body: &[u8]) -> Option<EventPage> {
     })
 }
 
-/// The email of the customer in `body`, if it has one.
+/// Reads the email of the customer in `body`, if it has one.
 pub fn customer_email(body: &[u8]) -> Option<Email> {
     let customer: Customer = serde_json::from_slice(body).ok()?;
     customer

@@ -1,10 +1,10 @@
 //! Reading a few fields out of a JSON body without validating the rest.
 //!
-//! Owns how tolerant that reading is: unknown fields are skipped over, whatever they hold; of a
-//! repeated field the last stands; of a field that is kept only the text is taken, for its reader to
-//! judge. May not know any field's name: `event` declares those. Invariant: nothing outside the
-//! declared fields can make a body unreadable, as long as it is JSON, and nothing here recurses as
-//! deep as the body does.
+//! Owns how tolerant that reading is. Unknown fields are skipped, whatever they hold. If a field is
+//! repeated, the last one counts. A kept field is returned as JSON text, which its reader checks.
+//! May not know any field's name: `event` declares those. Invariant: as long as the body is JSON,
+//! nothing outside the declared fields can make it unreadable, and no recursion here is as deep as
+//! the body's nesting.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// The JSON text of a field; `None` where the field is absent. An explicit null is present.
+/// The JSON text of a field. `None` if the field is absent; an explicit null is present.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Leaf<'a>(Option<&'a str>);
 
@@ -29,19 +29,19 @@ impl<'a> Leaf<'a> {
         self.0.is_some()
     }
 
-    /// The text of a value that is neither absent nor null.
+    /// Returns the text, unless the value is absent or null.
     pub(super) fn value(self) -> Option<&'a str> {
         self.0.filter(|text| *text != "null")
     }
 }
 
-/// What `text`, the JSON of one value, says as a `T`. The error is dropped on purpose: serde_json's
-/// would print the value.
+/// Parses `text`, the JSON of one value. Drops the error on purpose: serde_json's would print the
+/// value.
 pub(super) fn parse<T: DeserializeOwned>(text: &str) -> Option<T> {
     serde_json::from_str(text).ok()
 }
 
-/// As [`parse`], for what borrows from `text`.
+/// Does the same as [`parse`], for a type that borrows from `text`.
 pub(super) fn parse_borrowed<'a, T: Deserialize<'a>>(text: &'a str) -> Option<T> {
     serde_json::from_str(text).ok()
 }
@@ -112,13 +112,13 @@ impl<'de, T: Object<'de>> Visitor<'de> for NestedVisitor<T> {
     }
 }
 
-/// An object of which some fields are read. Written by [`objects`].
+/// An object of which some fields are read. Implemented by the macro [`objects`].
 pub(super) trait Object<'de>: Default {
-    /// Takes the value of `key` from `map`, if it is one of its fields.
+    /// Reads the value of `key` from `map` if the object has such a field. Returns whether it has.
     fn read<A: MapAccess<'de>>(&mut self, key: &[u8], map: &mut A) -> Result<bool, A::Error>;
 }
 
-/// A key, in bytes: one that is not Unicode (a lone surrogate) is unknown, not an error.
+/// A key, in bytes. A key that is not Unicode (a lone surrogate) counts as unknown and is no error.
 struct Key<'a>(Cow<'a, [u8]>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Key<'a> {
@@ -145,7 +145,7 @@ impl<'de> Visitor<'de> for KeyVisitor {
     }
 }
 
-/// An object as its entries in order, repetitions included.
+/// All entries of an object in their order, including repeated keys.
 pub(super) struct Entries<'a>(pub(super) Vec<(Cow<'a, [u8]>, Leaf<'a>)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Entries<'a> {
@@ -172,9 +172,9 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 }
 
-/// Declares objects by the fields that are read of them, each as `name: type = "key"`.
+/// Declares objects by the fields that are read, each as `name: type = "key"`.
 ///
-/// Not serde's derive, because that takes a repeated field, and a key that is not Unicode, for an
+/// Replaces serde's derive, which treats a repeated field, and a key that is not Unicode, as an
 /// error.
 macro_rules! objects {
     ($($(#[$doc:meta])* $vis:vis struct $name:ident { $($field:ident: $type:ty = $key:literal,)* })*) => {$(

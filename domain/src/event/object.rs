@@ -1,9 +1,10 @@
-//! Reading the objects that events carry.
+//! Reads the objects that events carry.
 //!
-//! Owns the fields of subscriptions, Checkout Sessions and our own resolutions, and how each reads
-//! whichever API version rendered it: expanded or not, with the period on the subscription or on its
-//! items, with prices or plans. May not know the envelope around them. Invariant: a subscription
-//! before an event is read by the very rules that read it after, so that equal states read equal.
+//! Owns the fields of subscriptions, Checkout Sessions and our own resolutions, and how to read
+//! them from every API version: expanded or not, with the period on the subscription or on its
+//! items, with prices or plans. May not know the envelope around them. Invariant: the states of a
+//! subscription before and after an event are read by the same rules, so that equal states read as
+//! equal.
 
 use std::collections::BTreeMap;
 
@@ -27,8 +28,8 @@ const TEXT_BYTES_MAX: usize = 1024;
 const ITEMS_MAX: usize = 100;
 
 objects! {
-    /// The fields of all kinds of `data.object`: an event's type usually comes after its data, so
-    /// that one pass cannot know the kind. What another kind has under a name is never looked at.
+    /// The fields of all kinds of `data.object`. An event's type usually comes after its data, so a
+    /// single pass does not know the kind yet. Fields that belong to another kind are not used.
     pub(super) struct Fields {
         id: Leaf<'a> = "id",
         livemode: Leaf<'a> = "livemode",
@@ -95,7 +96,7 @@ impl Fields<'_> {
     }
 }
 
-/// The subscription at its beginning: it starts from nothing.
+/// Reads a subscription from the event that created it: it did not exist before.
 pub(super) fn created(
     object: &Fields<'_>,
     keys: &MetadataKeys,
@@ -107,7 +108,7 @@ pub(super) fn created(
     })
 }
 
-/// The subscription after an event, and with `previous` laid over it, before.
+/// Reads a subscription after an event, and before it by applying `previous` over it.
 pub(super) fn subscription(
     object: &Fields<'_>,
     previous: &Nested<Fields<'_>>,
@@ -128,7 +129,8 @@ pub(super) fn subscription(
                 Before::Snapshot(Box::new(before))
             }
         }
-        // The event is no poison for that: it only says less about its place among those of its second.
+        // This does not poison the event: only its position among the events of its second is
+        // unknown.
         _ => Before::Unreadable,
     };
     Ok(SubscriptionEvent {
@@ -138,13 +140,13 @@ pub(super) fn subscription(
     })
 }
 
-/// A subscription while it is read: the period is still where its API version put it.
+/// A subscription while it is read. The periods are still kept where the API version put them.
 #[derive(Clone, Default)]
 struct Reading {
-    /// All but the current period.
+    /// All fields except the current period.
     kept: Snapshot,
     own: Period,
-    of_items: Period,
+    items: Period,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -154,7 +156,8 @@ struct Period {
 }
 
 impl Reading {
-    /// Lays `fields` over what was read so far: what is present replaces, objects key by key.
+    /// Applies `fields` over the fields read so far. A present field replaces the old value;
+    /// objects are merged key by key.
     fn overlay(
         &mut self,
         fields: &Fields<'_>,
@@ -209,20 +212,20 @@ impl Reading {
                 _ => return Err(at.fault("items", Problem::NotAList)),
             },
         };
-        (self.kept.items, self.of_items) = items(data, at)?;
+        (self.kept.items, self.items) = items(data, at)?;
         Ok(())
     }
 
     fn snapshot(self) -> Snapshot {
         Snapshot {
-            current_period_start: self.own.start.or(self.of_items.start),
-            current_period_end: self.own.end.or(self.of_items.end),
+            current_period_start: self.own.start.or(self.items.start),
+            current_period_end: self.own.end.or(self.items.end),
             ..self.kept
         }
     }
 }
 
-/// The items in `list`, and the earliest start and latest end of their periods.
+/// Reads the items in `list`, with the earliest start and the latest end of their periods.
 fn items(list: Leaf<'_>, at: Place) -> Result<(Vec<Item>, Period), DecodeError> {
     let Some(json) = list.value() else {
         return Ok(Default::default());
@@ -261,7 +264,7 @@ fn item(fields: &ItemFields<'_>, at: Place) -> Result<Item, DecodeError> {
     })
 }
 
-/// The item of a price or a plan, which may be its id alone.
+/// Reads an item's price or plan, which may be only its id.
 fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeError> {
     let mut item = Item::default();
     match leaf.value().map(|json| json.as_bytes().first().copied()) {
@@ -286,7 +289,7 @@ fn priced(leaf: Leaf<'_>, at: Place, name: &'static str) -> Result<Item, DecodeE
     Ok(item)
 }
 
-/// Lays an id over `target`: the id itself, an object that has it, or null.
+/// Applies a reference over `target`: an id, an object with an id, or null, which clears `target`.
 fn overlay_reference(
     target: &mut Option<String>,
     leaf: Leaf<'_>,
@@ -351,8 +354,9 @@ pub(super) fn checkout_session(
     Ok(session)
 }
 
-/// The email entered at checkout, else the one the session was made with. One that cannot be read
-/// counts as none: only an orphan needs it, and the rest of the session matters more.
+/// Reads the email that was entered at checkout, else the one that the session was created with. An
+/// unreadable email counts as missing: only an orphan needs it, and the rest of the session matters
+/// more.
 fn customer_email(object: &Fields<'_>) -> Option<Email> {
     let email = |leaf| non_empty(OBJECT.text(leaf, "customer_email", TEXT_BYTES_MAX).ok()?);
     let details = OBJECT
@@ -362,7 +366,7 @@ fn customer_email(object: &Fields<'_>) -> Option<Email> {
     entered.or_else(|| email(object.customer_email)).map(Email)
 }
 
-/// An operator's resolution of an orphan, as this program published it.
+/// Reads an operator's resolution of an orphan, as a worker published it.
 pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError> {
     let subscription = OBJECT.text(
         object.stripe_subscription_id,
@@ -409,7 +413,7 @@ fn required_id(leaf: Leaf<'_>, name: &'static str) -> Result<String, DecodeError
     checked_id(OBJECT.required_text(leaf, name, ID_BYTES_MAX)?, name)
 }
 
-/// Ids that become keys, headers and message ids keep to what an event's id keeps to.
+/// Checks an id by the rules for event ids: it may become a key, a header or part of a message id.
 fn checked_id(id: String, name: &'static str) -> Result<String, DecodeError> {
     if EventId::fits(&id) {
         Ok(id)

@@ -1,24 +1,25 @@
-//! Whose a body is, of whatever type: an event of Stripe's or of ours, or a signal.
+//! Finds out to whom the body of a message belongs: an event of Stripe's or of ours, or a signal.
 //!
-//! Owns where such bodies name customers, subscriptions and Checkout Sessions. May not know what is
-//! done about it. Looser than [`super::decode`]: an event that is poison belongs to somebody, too.
+//! Owns where such bodies name customers, subscriptions and Checkout Sessions. May not know what
+//! the result is used for. More tolerant than [`super::decode`], because a poisoned event has an
+//! owner too.
 
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use serde_json::Value;
 
-/// A body, read for whose it is.
+/// The ids in a body that tell to whom it belongs, and the body itself.
 #[derive(Debug)]
 pub struct Owner {
     body: Value,
-    /// The customer whose object it is about.
+    /// The customer that the object belongs to.
     pub customer: Option<String>,
-    /// The subscription and the Checkout Session that it is about.
+    /// The ids of the subscription and the Checkout Session that it is about.
     pub payments: Vec<String>,
 }
 
 impl Owner {
-    /// Reads `body`. None if it is not JSON.
+    /// Parses `body`. Returns `None` if it is not JSON.
     pub fn parse(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         // A signal has its fields where an event has its envelope.
@@ -43,7 +44,8 @@ impl Owner {
         })
     }
 
-    /// Whether a text anywhere in the body, as a whole, is one that `wanted` accepts.
+    /// Returns whether `wanted` accepts a text anywhere in the body. Texts are compared as a whole;
+    /// keys are not searched.
     pub fn contains_text(&self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut left = vec![&self.body];
         while let Some(value) = left.pop() {
@@ -84,8 +86,8 @@ fn id(reference: &Value) -> Option<&str> {
     reference.as_str().or_else(|| reference["id"].as_str())
 }
 
-/// The customer that a `customer.deleted` event is about, and the event itself. None for every other
-/// body, and for one whose ids cannot be kept.
+/// Reads a `customer.deleted` event. Returns `None` for every other body, and if the ids in it are
+/// not valid.
 pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
     memchr::memmem::find(body, b"customer.deleted")?;
     let body: Value = serde_json::from_slice(body).ok()?;
@@ -111,7 +113,7 @@ pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
 /// A customer that was deleted at Stripe.
 #[derive(Debug)]
 pub struct DeletedCustomer {
-    /// The customer: printable ASCII.
+    /// The customer's id: printable ASCII.
     pub stripe_customer_id: String,
     pub stripe_account_id: Option<String>,
     pub livemode: bool,

@@ -1,8 +1,8 @@
-//! Turning the text of a field into a value that can be kept, or into the reason why not.
+//! Turns the text of a field into a value that can be kept, or into an error.
 //!
-//! Owns what may be kept: text that is Unicode, without NUL and of bounded length; times that
-//! RFC 3339 can write; whole numbers. May not know what any field means. Invariant: an error names a
-//! field and never shows what it held.
+//! Owns which values may be kept: Unicode text of bounded length without NUL, times that RFC 3339
+//! can write, whole numbers. May not know the meaning of any field. Invariant: an error names the
+//! field and never shows its value.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use litestripe_contract::signal::Timestamp;
 use super::json::{Entries, Leaf, Nested, Object, parse, parse_borrowed};
 use super::{DecodeError, MetadataKeys, Problem};
 
-/// Where the fields being read stand; what their names in errors begin with.
+/// The place of the fields that are read: the beginning of their names in errors.
 #[derive(Clone, Copy)]
 pub(super) struct Place(pub(super) &'static str);
 
@@ -24,7 +24,7 @@ impl Place {
         }
     }
 
-    /// Unicode text of at most `bytes_max` bytes without NUL, which PostgreSQL cannot store.
+    /// Reads Unicode text of at most `bytes_max` bytes, without NUL, which PostgreSQL cannot store.
     pub(super) fn text(
         self,
         leaf: Leaf<'_>,
@@ -63,7 +63,7 @@ impl Place {
         leaf.value().map(number).transpose()
     }
 
-    /// Seconds since the Unix epoch that make a [`Timestamp`].
+    /// Reads seconds since the Unix epoch, in the range of a [`Timestamp`].
     pub(super) fn seconds(
         self,
         leaf: Leaf<'_>,
@@ -85,7 +85,7 @@ impl Place {
         leaf.value().map(flag).transpose()
     }
 
-    /// An object of which `T` reads some fields; null and absent are none.
+    /// Reads some fields of an object, those of `T`. Returns `None` if it is null or absent.
     pub(super) fn object<'a, T: Object<'a>>(
         self,
         leaf: Leaf<'a>,
@@ -98,7 +98,7 @@ impl Place {
         }
     }
 
-    /// Lays the metadata in `leaf` over `map`, key by key: a null takes its key away.
+    /// Applies the metadata in `leaf` over `map`, key by key. A null removes its key.
     pub(super) fn overlay_metadata(
         self,
         map: &mut Metadata,
@@ -126,18 +126,19 @@ impl Place {
         Ok(())
     }
 
-    /// Checks that `map`, read from `leaf`, may be kept.
+    /// Checks that `map`, which was read from `leaf`, is not too large to be kept.
     pub(super) fn check_metadata_size(
         self,
         map: &Metadata,
         leaf: Leaf<'_>,
     ) -> Result<(), DecodeError> {
-        // Written by us it may be longer than it was: a number by its quotes, and in a list `1e15`,
-        // which becomes 1000000000000000.0. Five times is beyond all of it.
-        let near = leaf
+        // Serialised by us the map may be longer than its original JSON: we put numbers in quotes,
+        // and `1e15` in a list becomes 1000000000000000.0. It is never five times as long, so a
+        // shorter original needs no check.
+        let may_be_too_long = leaf
             .value()
             .is_some_and(|json| json.len() > METADATA_BYTES_MAX / 5);
-        if near && json_bytes(map) > METADATA_BYTES_MAX {
+        if may_be_too_long && json_bytes(map) > METADATA_BYTES_MAX {
             return Err(self.fault("metadata", Problem::TooLong(METADATA_BYTES_MAX)));
         }
         Ok(())
@@ -146,8 +147,8 @@ impl Place {
 
 pub(super) type Metadata = std::collections::BTreeMap<String, String>;
 
-/// The largest metadata we keep of one object, as JSON. Stripe's own limit (50 keys of 40 characters
-/// with values of 500) stays below it whatever the characters.
+/// The largest metadata we keep of one object, in bytes of JSON. Stripe's own limit (50 keys of 40
+/// characters with values of 500) is below it, whatever the characters are.
 const METADATA_BYTES_MAX: usize = 128 * 1024;
 
 fn json_bytes(map: &Metadata) -> usize {
@@ -162,7 +163,7 @@ fn metadata_key(key: Cow<'_, [u8]>) -> Result<String, Problem> {
     }
 }
 
-/// Text as it is; anything else, which Stripe does not document, as its compact JSON.
+/// Returns text unchanged. Other values, which Stripe does not document, become compact JSON.
 fn metadata_value(json: &str) -> Result<String, Problem> {
     match json.as_bytes().first() {
         Some(b'"') => match parse::<String>(json) {
@@ -171,7 +172,8 @@ fn metadata_value(json: &str) -> Result<String, Problem> {
             None => Err(Problem::NotText),
         },
         Some(b'{' | b'[') => {
-            // serde_json bounds the depth of what it builds, and so do we.
+            // serde_json limits the nesting of a value that it builds, so deeper values are
+            // refused.
             let value: serde_json::Value = parse(json).ok_or(Problem::NotText)?;
             Ok(value.to_string())
         }

@@ -1,5 +1,5 @@
-//! What is kept of an event, and which events are refused. Whole bodies, as Stripe's API versions
-//! render them, are in `cases/`; here one field varies at a time.
+//! Which parts of an event are kept, and which events are refused. Whole bodies, as Stripe's API
+//! versions render them, are in `cases/`; here one field varies at a time.
 
 mod fuzz;
 
@@ -48,7 +48,7 @@ fn updated(object: Value, previous: Value) -> Value {
     body
 }
 
-/// `value` with what is at `pointer` replaced.
+/// Returns `value` with the part at `pointer` replaced.
 fn with(mut value: Value, pointer: &str, new: Value) -> Value {
     let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
     match value.pointer_mut(parent).expect("the parent exists") {
@@ -97,7 +97,7 @@ fn snapshot(object: Value) -> Snapshot {
     read_subscription(&body("customer.subscription.updated", object)).snapshot
 }
 
-/// The snapshot before the event, also where it is the one after it.
+/// Returns the snapshot before the event, also if it equals the one after it.
 fn before(object: Value, previous: Value) -> Snapshot {
     let event = read_subscription(&updated(object, previous));
     match event.before {
@@ -125,7 +125,7 @@ fn check_field_refused(pointer: &str, new: Value, reason: &str) {
 }
 
 #[test]
-fn a_subscription_is_read_by_its_kept_fields() {
+fn kept_fields_of_a_subscription_are_read() {
     let event = read(&body(
         "customer.subscription.trial_will_end",
         subscription(),
@@ -171,7 +171,7 @@ fn a_subscription_is_read_by_its_kept_fields() {
 }
 
 #[test]
-fn a_snapshot_survives_its_own_json() {
+fn snapshot_reads_back_from_its_json() {
     for object in [subscription(), json!({ "id": "sub_1" })] {
         let snapshot = snapshot(object);
         let json = serde_json::to_string(&snapshot).expect("it is JSON");
@@ -187,7 +187,7 @@ fn a_snapshot_survives_its_own_json() {
 }
 
 #[test]
-fn a_missing_field_reads_as_a_null_one() {
+fn missing_field_reads_as_null() {
     let names = [
         "customer",
         "status",
@@ -212,21 +212,21 @@ fn a_missing_field_reads_as_a_null_one() {
 }
 
 #[test]
-fn the_period_is_the_subscriptions_own_where_it_has_one() {
+fn period_on_the_subscription_wins_over_its_items() {
     let own = with(subscription(), "/current_period_end", json!(1_705_000_000));
     let read = snapshot(own.clone());
     assert_eq!(read.current_period_end, Some(1_705_000_000));
     assert_eq!(
         read.current_period_start,
         Some(1_699_000_000),
-        "each end is looked for by itself"
+        "start and end are read independently"
     );
     let null = snapshot(with(own, "/current_period_end", Value::Null));
     assert_eq!(null.current_period_end, Some(1_703_000_000));
 }
 
 #[test]
-fn an_expanded_object_reads_as_its_id() {
+fn expanded_object_reads_as_its_id() {
     let expanded = with(
         subscription(),
         "/customer",
@@ -267,7 +267,7 @@ fn an_items_price_may_be_an_id_or_a_plan() {
 }
 
 #[test]
-fn before_is_the_snapshot_with_the_previous_attributes_laid_over() {
+fn before_is_the_snapshot_with_previous_attributes_applied() {
     let after = snapshot(subscription());
     assert_eq!(
         before(
@@ -314,7 +314,7 @@ fn before_is_the_snapshot_with_the_previous_attributes_laid_over() {
 }
 
 #[test]
-fn before_finds_the_period_where_its_api_version_had_it() {
+fn before_reads_the_period_where_its_api_version_has_it() {
     let old = with(subscription(), "/current_period_end", json!(1_705_000_000));
     let before_old = before(old.clone(), json!({ "current_period_end": 1_702_500_000 }));
     assert_eq!(before_old.current_period_end, Some(1_702_500_000));
@@ -330,7 +330,7 @@ fn before_finds_the_period_where_its_api_version_had_it() {
 }
 
 #[test]
-fn an_event_without_a_change_we_keep_stays_where_it_is() {
+fn event_without_a_kept_change_has_the_same_state_before_and_after() {
     for previous in [
         Value::Null,
         json!({}),
@@ -363,7 +363,7 @@ fn previous_attributes_that_cannot_be_read_do_not_refuse_the_event() {
 }
 
 #[test]
-fn a_session_is_read_by_its_kept_fields() {
+fn kept_fields_of_a_session_are_read() {
     let read = read_session(session());
     assert_eq!(read.id, "cs_1");
     assert_eq!(read.mode.as_deref(), Some("subscription"));
@@ -382,7 +382,7 @@ fn a_session_is_read_by_its_kept_fields() {
 }
 
 #[test]
-fn the_email_is_the_entered_one_and_does_not_print() {
+fn email_entered_at_checkout_wins_and_is_hidden_in_debug() {
     let email = |session| {
         read_session(session)
             .customer_email
@@ -421,7 +421,7 @@ fn a_resolution_is_read() {
 }
 
 #[test]
-fn livemode_and_account_are_the_events_own() {
+fn livemode_and_account_are_the_events() {
     let mut connected = body("customer.subscription.updated", subscription());
     connected["account"] = json!("acct_1");
     assert_eq!(
@@ -435,7 +435,7 @@ fn livemode_and_account_are_the_events_own() {
 }
 
 #[test]
-fn other_types_are_not_ours_whatever_they_hold() {
+fn unhandled_types_are_ignored_whatever_they_hold() {
     for data in [json!(null), json!([1]), json!({ "object": 7 })] {
         let body = json!({ "type": "customer.subscription.renamed", "data": data, "created": "x" });
         assert_eq!(
@@ -446,7 +446,7 @@ fn other_types_are_not_ours_whatever_they_hold() {
 }
 
 #[test]
-fn what_is_not_kept_is_not_looked_at() {
+fn fields_that_are_not_kept_are_not_validated() {
     let deep = format!("{}{}", "[".repeat(NESTING_DEEP), "]".repeat(NESTING_DEEP));
     for odd in [
         r#""\ud800""#,
@@ -471,7 +471,7 @@ fn what_is_not_kept_is_not_looked_at() {
 }
 
 #[test]
-fn of_a_repeated_field_the_last_stands() {
+fn last_value_of_a_repeated_field_counts() {
     let event = body("customer.subscription.updated", subscription()).to_string();
     let event = event.replace(
         r#""status":"active""#,
@@ -488,7 +488,7 @@ fn of_a_repeated_field_the_last_stands() {
 }
 
 #[test]
-fn metadata_that_is_no_text_is_kept_as_its_json() {
+fn metadata_that_is_not_text_is_kept_as_json() {
     let metadata =
         json!({ "n": 1.50, "b": true, "z": null, "o": { "a": [1, "x"] }, "t": "\u{1F600}" });
     let read = snapshot(with(subscription(), "/metadata", metadata)).metadata;
@@ -527,7 +527,7 @@ fn metadata_keys_are_all_none_or_a_list() {
 }
 
 #[test]
-fn other_metadata_keys_leave_no_trace() {
+fn metadata_keys_that_are_not_kept_leave_no_trace() {
     let keys = "plan".parse().expect("a key");
     let mut event = updated(subscription(), json!({ "metadata": { "seats": "1" } }));
     event["data"]["object"]["metadata"]["bad"] = json!("\0");
@@ -546,7 +546,7 @@ fn other_metadata_keys_leave_no_trace() {
 }
 
 #[test]
-fn a_body_that_is_no_event_is_refused() {
+fn body_that_is_not_an_event_is_refused() {
     check_refused("", "the body is not JSON (line 1, column 0)");
     check_refused(r#"{"id": "#, "the body is not JSON (line 1, column 7)");
     check_refused("[]", "the body is not an object");
@@ -604,7 +604,7 @@ fn a_body_that_is_no_event_is_refused() {
 }
 
 #[test]
-fn a_kept_field_that_cannot_be_kept_is_refused() {
+fn invalid_kept_field_is_refused() {
     let long = |bytes: usize| json!("x".repeat(bytes));
     check_field_refused("/id", json!(null), "`data.object.id` is missing");
     check_field_refused("/id", json!("sub 1"), "`data.object.id` is not a valid id");
@@ -685,7 +685,7 @@ fn a_kept_field_that_cannot_be_kept_is_refused() {
 }
 
 #[test]
-fn kept_text_that_is_not_unicode_and_kept_nesting_too_deep_are_refused() {
+fn kept_text_that_is_not_unicode_or_nested_too_deep_is_refused() {
     let event = body("customer.subscription.updated", subscription()).to_string();
     let lone = event.replace(r#""pro","seats""#, r#""\ud800","seats""#);
     check_refused(&lone, "`data.object.metadata` is not text that can be kept");
@@ -703,7 +703,7 @@ fn kept_text_that_is_not_unicode_and_kept_nesting_too_deep_are_refused() {
 }
 
 #[test]
-fn page_of_events_keeps_each_as_it_came_and_counts_what_is_none() {
+fn page_of_events_keeps_their_json_and_counts_skipped_entries() {
     let body = br#"{"object":"list","data":[
         {"id":"evt_1", "type":"customer.subscription.created",  "data":{"object":{}}},
         {"id":"evt_2"},
@@ -735,7 +735,7 @@ fn page_of_events_keeps_each_as_it_came_and_counts_what_is_none() {
     let last =
         api::event_page(br#"{"data":[{"id":"evt_1"}],"has_more":false}"#).expect("it is a page");
     assert_eq!((last.events.len(), last.skipped, last.after), (0, 1, None));
-    // Nobody knows where the next one starts.
+    // Without an id it is unknown where the next page starts.
     assert!(api::event_page(br#"{"data":[{}],"has_more":true}"#).is_none());
     assert!(api::event_page(b"<html>").is_none());
 }

@@ -1,8 +1,8 @@
-//! What Checkout Sessions say of a subscription: who it belongs to, and which session it came from.
+//! What Checkout Sessions say about a subscription: its user, and the session it came from.
 //!
-//! Owns the client reference id and the session. Both are last-writer-wins; the first over values
-//! that are there, so that a session without one never erases it. An operator's resolution of an
-//! orphan writes the first, as a session would.
+//! Owns the client reference id and the session. Both are last-writer-wins registers. A session
+//! without a client reference id does not write that register, so it never erases the id. An
+//! operator's resolution of an orphan writes it as a session would.
 
 use litestripe_contract::event::EventId;
 use serde::{Deserialize, Serialize};
@@ -16,12 +16,12 @@ pub(super) struct Registers {
     client_reference_id: Option<Latest<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     session: Option<Latest<Session>>,
-    /// Whether any session was paid: then somebody must be found to whom it belongs.
+    /// Whether any session was paid. If so, the payment must belong to a user.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     paid: bool,
 }
 
-/// The newest session, with what stands in for a subscription's own events until one comes.
+/// The newest session. Its customer, mode and account are shown until a subscription event arrives.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Session {
     pub(super) id: String,
@@ -69,7 +69,7 @@ impl Registers {
         self.paid
     }
 
-    /// The newest event among those whose values stand.
+    /// Returns the newest of the events that the registers hold.
     pub(super) fn last_event(&self) -> Option<(i64, &EventId)> {
         let reference = self.client_reference_id.as_ref().map(Latest::stamp);
         reference.max(self.session.as_ref().map(Latest::stamp))

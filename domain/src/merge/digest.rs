@@ -1,8 +1,8 @@
-//! Which state of a subscription: a digest of the fields we keep.
+//! Identifies a state of a subscription: a digest of the fields we keep.
 //!
-//! Owns the canonical form that is digested: the snapshot's own JSON, whose fields stand in a fixed
-//! order and whose maps are sorted. Half of SHA-256 is kept: a collision among the 32 states of a
-//! second is out of reach, and the column stays short.
+//! Owns the canonical form that is digested: the snapshot's own JSON, with fields in a fixed order
+//! and sorted maps. Half of SHA-256 is kept: a collision among the 32 states of a second is out of
+//! reach, and the column stays short.
 
 use std::fmt;
 

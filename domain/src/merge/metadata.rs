@@ -1,7 +1,7 @@
-//! Metadata as the original kept it: by event type.
+//! Metadata by event type, as the original Litestripe kept it.
 //!
-//! Owns one register per event type, with the whole map of the newest event of that type, so that a
-//! key removed at Stripe goes with the next event of the type.
+//! Owns one register per event type. It holds the whole map of the newest event of that type, so
+//! that a key that was removed at Stripe disappears with the next event of the type.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ impl Registers {
         Latest::merge(register, event, || map.clone())
     }
 
-    /// The type of the event `id`, if it is the newest of its type.
+    /// Returns the type of the event `id`, if it is the newest of its type.
     pub(super) fn event_type(&self, id: &EventId) -> Option<&EventType> {
         let holds =
             |latest: &Option<Latest<_>>| latest.as_ref().is_some_and(|latest| latest.id == *id);
@@ -31,7 +31,7 @@ impl Registers {
             .map(|(event_type, _)| event_type)
     }
 
-    /// Empties all maps, under the stamps that they have. Returns whether one was not empty.
+    /// Empties all maps but keeps their stamps. Returns whether one was not empty.
     pub(super) fn erase(&mut self) -> bool {
         let maps = self
             .0
@@ -41,7 +41,7 @@ impl Registers {
         maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
     }
 
-    /// `<event type>.<key>` → value.
+    /// Returns all values by `<event type>.<key>`.
     pub(super) fn visible(&self) -> BTreeMap<String, String> {
         let mut visible = BTreeMap::new();
         for (event_type, latest) in &self.0 {

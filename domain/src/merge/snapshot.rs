@@ -1,10 +1,12 @@
-//! The snapshot register: which of a subscription's snapshots is its last.
+//! The snapshot register: which of a subscription's snapshots is the last.
 //!
-//! Owns the phases of a subscription's life, and the question that Stripe leaves open: several events
-//! carry the same second, so which came last? The previous attributes of each event say what it
-//! changed, so the events of a second are the edges of a walk from state to state, and a walk ends
-//! where it enters once more than it leaves, whatever order its edges are put in. Where no walk
-//! explains the events, the register says that it is uncertain, and never guesses in silence.
+//! Owns the phases of a subscription's life, and the order of events within a second. Stripe's
+//! `created` counts whole seconds, so several events often have the same one: which came last? The
+//! previous attributes of an event say what it changed. Each event of a second is therefore a step
+//! from one state to another, and together they are a walk over states (in a graph: events are
+//! edges, states are nodes). A walk ends at the state that it enters once more than it leaves, in
+//! whatever order its steps are listed (see `walk`). If no walk explains the events, the register
+//! reports that it is uncertain; it never guesses silently.
 
 use std::collections::BTreeMap;
 
@@ -15,15 +17,16 @@ use super::digest::Digest;
 use super::walk::{self, End};
 use crate::event::{Before, Event, Snapshot, SubscriptionEvent};
 
-/// The most events of one second that are told apart. Real seconds have one to four.
+/// How many events of one second saturate the register: from then on it keeps only the largest id.
+/// Real seconds have one to four events.
 const EVENTS_MAX: usize = 32;
 
-/// The part of its life that a subscription is in. It never goes back, whatever the times say.
+/// A phase of a subscription's life. Phases only move forward, whatever the events' times say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 enum Phase {
     #[serde(rename = "incomplete")]
     Incomplete,
-    /// In between, unknown statuses included.
+    /// Between the two. Includes statuses that we do not know.
     #[serde(rename = "live")]
     Live,
     #[serde(rename = "terminal")]
@@ -40,27 +43,29 @@ impl Phase {
     }
 }
 
-/// The events of the newest second of the furthest phase.
+/// The events of the newest second of the latest phase.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Register {
     phase: Phase,
-    /// `created` of all its events.
+    /// `created` of all the events.
     second: i64,
     events: BTreeMap<EventId, Edge>,
-    /// The snapshots after the events, each once.
+    /// The snapshots after the events, each stored once.
     snapshots: BTreeMap<Digest, Snapshot>,
-    /// More events came in this second than are told apart: only the largest id is kept.
+    /// Whether [`EVENTS_MAX`] events came in this second. If so, only the largest id is kept.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     saturated: bool,
 }
 
-/// An event as a step from one state to another. Of two renderings of one event, the larger stands.
+/// An event as a step from one state to another. Of two renderings of one event, the larger is
+/// kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct Edge {
     after: Digest,
-    /// None: from nothing.
+    /// `None` if the event created the subscription.
     before: Option<Digest>,
-    /// Where it came from cannot be read: `before` says that it stayed in place, but it may have moved.
+    /// Whether the previous attributes could not be read. If so, `before` equals `after`, although
+    /// the event may have changed the state.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     unreadable: bool,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -69,7 +74,7 @@ struct Edge {
     account: Option<String>,
 }
 
-/// The snapshot that stands, and the event that led to it.
+/// The last snapshot, and the event that led to it.
 pub(super) struct Last<'a> {
     pub(super) id: &'a EventId,
     pub(super) created: i64,
@@ -127,16 +132,16 @@ impl Register {
         {
             return false;
         }
-        self.keep(edge.after, event, &body.snapshot);
+        self.store(edge.after, event, &body.snapshot);
         self.events.insert(event.id.clone(), edge);
         self.saturated |= self.events.len() >= EVENTS_MAX;
         self.prune();
         true
     }
 
-    /// Keeps the snapshot of an event, without metadata if that was erased. Of several events that end
-    /// the same, one whose metadata was not erased tells it, whichever comes first.
-    fn keep(&mut self, digest: Digest, event: &Event, snapshot: &Snapshot) {
+    /// Stores the snapshot of an event, without metadata if that was erased. If several events end
+    /// in the same state, metadata that was not erased is kept, whichever event is merged first.
+    fn store(&mut self, digest: Digest, event: &Event, snapshot: &Snapshot) {
         let metadata = event.metadata().filter(|map| !map.is_empty());
         let held = self
             .snapshots
@@ -156,8 +161,8 @@ impl Register {
         maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
     }
 
-    /// Drops what nothing refers to: when saturated all events but the largest id, and always the
-    /// snapshots of no event.
+    /// Drops the parts that are not needed: all events except the largest id if saturated, and
+    /// snapshots without an event.
     fn prune(&mut self) {
         if self.saturated {
             self.events = self.events.pop_last().into_iter().collect();
@@ -167,13 +172,14 @@ impl Register {
             .retain(|digest, _| events.values().any(|edge| edge.after == *digest));
     }
 
-    /// Whether one of the steps of a walk cannot be read. A → B → A with the second unreadable would
-    /// otherwise look like A → B. Where all events end the same, their steps do not matter.
+    /// Returns whether an unreadable step leaves the end of the walk in doubt. Without this check,
+    /// A → B → A with an unreadable second step would look like A → B. If all events end in the
+    /// same state, their steps do not matter.
     fn has_unreadable_step(&self) -> bool {
         self.snapshots.len() > 1 && self.events.values().any(|edge| edge.unreadable)
     }
 
-    /// Which snapshot is the last, and whether that is certain.
+    /// Returns the last snapshot, and whether that is certain.
     ///
     /// `None` only for a state that this program did not write: every event has its snapshot.
     pub(super) fn last(&self) -> Option<Last<'_>> {
@@ -187,7 +193,7 @@ impl Register {
             End::Likely(end) => (Some(end), false),
             End::Unknown => (None, false),
         };
-        // The largest id among those that lead there; among all, where none is known to be last.
+        // The largest id among the events that lead to the end, or among all if the end is unknown.
         let leads_there = |edge: &Edge| end.is_none_or(|end| edge.after == end);
         let (id, edge) = self
             .events

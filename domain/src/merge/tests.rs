@@ -1,4 +1,4 @@
-//! The law of the merge, over histories as Stripe would tell them, and the cases it rests on.
+//! The law of the merge, over simulated histories of events, and single cases.
 
 mod cases;
 mod erased;

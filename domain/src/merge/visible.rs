@@ -1,7 +1,7 @@
-//! The visible columns, as a function of the state, and what changed between two of them.
+//! The visible columns as a function of the state, and the changes between two versions of them.
 //!
-//! Owns which register each column is read from. Every column has one owner: what a subscription's
-//! events say stands alone once one of them came, nulls included; until then customer, mode and
+//! Owns which register each column is read from. Every column has one source. Once a subscription
+//! event has arrived, the last snapshot alone counts, nulls included. Until then customer, mode and
 //! account are the newest Checkout Session's.
 
 use litestripe_contract::event::EventId;
@@ -12,27 +12,27 @@ use serde_json::{Map, Value};
 use super::State;
 use super::snapshot::Last;
 
-/// What a row shows of its state.
+/// The visible part of a row's state.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Visible {
     /// The columns that signals carry.
     pub subscription: Subscription,
     /// The newest Checkout Session that names the subscription.
     pub checkout_session_id: Option<String>,
-    /// The id and `created` of the event that the row stands on: the winning snapshot's, or until a
-    /// subscription event came the newest that said who it belongs to.
+    /// The id and `created` of the event that led to the row: the event of the last snapshot or,
+    /// before any subscription event, the newest event that named the session or the user.
     pub last_event: Option<(EventId, i64)>,
-    /// Whether the event of the subscription's creation was seen: only then can it be an orphan.
+    /// Whether the subscription's creation event was merged. Only then can it become an orphan.
     pub created_event_seen: bool,
     /// Whether any Checkout Session was paid.
     pub paid: bool,
-    /// The second of the newest subscription event: a fetch that settles an uncertain row starts
-    /// at least 2 s later.
+    /// The second of the newest subscription event. A fetch that settles an uncertain row starts at
+    /// least 2 s later.
     pub head_created: Option<i64>,
 }
 
 impl State {
-    /// The columns of the row.
+    /// Returns the columns of the row.
     pub fn visible(&self) -> Visible {
         let mut visible = Visible {
             checkout_session_id: self.checkout.session().map(|session| session.id.clone()),
@@ -64,7 +64,7 @@ impl State {
 
 fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
     let snapshot = last.snapshot;
-    // Decoding let only representable times in.
+    // Decoding has checked that each time fits into a `Timestamp`.
     let at = |seconds: Option<i64>| seconds.and_then(|seconds| Timestamp::from_unix(seconds).ok());
     visible.last_event = Some((last.id.clone(), last.created));
     visible.head_created = Some(last.created);
@@ -87,16 +87,16 @@ fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
     row.uncertain = last.uncertain;
 }
 
-/// What a signal says of a change.
+/// The changed fields, as a signal lists them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Changes {
     /// The names of the fields that changed, in the order of the signal's fields.
     pub changed: Vec<String>,
-    /// What they were, as a signal writes them.
+    /// Their previous values, in the format of a signal.
     pub previous: Map<String, Value>,
 }
 
-/// The fields in which `after` differs from `before`; `None` when in none.
+/// Returns the fields in which `after` differs from `before`, or `None` if they are equal.
 pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
     if before == after {
         return None;
@@ -105,7 +105,8 @@ pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
         changed: Vec::new(),
         previous: Map::new(),
     };
-    // Exhaustive: a field added to the signal does not compile until it is compared here.
+    // Destructures all fields, so that a new field of the signal does not compile until it is
+    // compared.
     macro_rules! compare {
         ($($field:ident),* $(,)?) => {
             let Subscription { $($field),* } = before;
@@ -138,7 +139,7 @@ pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
 impl Changes {
     fn compare<T: PartialEq + Serialize>(&mut self, name: &str, before: &T, after: &T) {
         if before != after {
-            // Null only if it cannot be written at all, which no field of a signal can fail to be.
+            // Every field of a signal can be serialised, so the fallback to null is never used.
             let previous = serde_json::to_value(before).unwrap_or(Value::Null);
             self.changed.push(name.to_owned());
             self.previous.insert(name.to_owned(), previous);

@@ -1,23 +1,26 @@
-//! Where a walk ended, told from its steps in no particular order.
+//! Finds where a walk ended, from its steps in no particular order.
 //!
-//! Owns the rule of DESIGN's "The last of a second". Knows nodes and steps, not what they stand for.
+//! Owns the rule of DESIGN's "The last of a second". Knows nodes and steps, not what they stand
+//! for.
 //!
-//! Why it holds: a walk that takes every step once leaves each node as often as it enters it, but for
-//! its first, left once more, and its last, entered once more. So if some walk explains the steps,
-//! all that do end in the same node. That needs each step to be a change of its own, hence none
-//! twice (Stripe may make two events of one change), and the steps to hang together, steps in place
-//! included, or one between them is missing.
+//! Why it works: a walk that takes every step once enters each node as often as it leaves it. The
+//! exceptions are its first node, which it leaves once more, and its last, which it enters once
+//! more. So if any walk explains the steps, all walks that do end at the same node. This has two
+//! conditions. Each step must be a separate change, so no step may occur twice (Stripe may create
+//! two events for one change). And the steps, including steps in place, must be connected, or a
+//! step between them is missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A step: from a node, or from nothing, to a node. From a node to itself it stays in place.
+/// A step from a node, or from nothing, to a node. A step from a node to itself stays in place.
 pub(super) type Step<N> = (Option<N>, N);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End<N> {
     /// Every walk that takes these steps ends here.
     Certain(N),
-    /// The one node entered once more than left, though no walk takes these steps once each.
+    /// The only node that is entered once more than left, but the steps do not make up a walk: one
+    /// is missing or occurs twice.
     Likely(N),
     /// Any of the nodes may be the last.
     Unknown,
@@ -32,8 +35,8 @@ pub(super) fn end<N: Copy + Ord>(steps: &[Step<N>]) -> End<N> {
         return End::Certain(first);
     }
     let balance = balance(steps);
-    let mut once_more_entered = balance.iter().filter(|(_, balance)| **balance == 1);
-    let (Some((Some(end), _)), None) = (once_more_entered.next(), once_more_entered.next()) else {
+    let mut entered_once_more = balance.iter().filter(|(_, balance)| **balance == 1);
+    let (Some((Some(end), _)), None) = (entered_once_more.next(), entered_once_more.next()) else {
         return End::Unknown;
     };
     let unbalanced = balance.values().filter(|balance| **balance != 0).count();
@@ -45,7 +48,7 @@ pub(super) fn end<N: Copy + Ord>(steps: &[Step<N>]) -> End<N> {
     }
 }
 
-/// How much more often each node is entered than left. Nothing is a node, too.
+/// Counts how much more often each node is entered than left. Nothing (`None`) is a node, too.
 fn balance<N: Copy + Ord>(steps: &[Step<N>]) -> BTreeMap<Option<N>, i32> {
     let mut balance = BTreeMap::new();
     for (from, to) in steps {
@@ -55,13 +58,14 @@ fn balance<N: Copy + Ord>(steps: &[Step<N>]) -> BTreeMap<Option<N>, i32> {
     balance
 }
 
-/// Whether two steps are the same. Steps in place may be: they lead nowhere.
+/// Returns whether a step occurs twice. Steps in place may: they lead nowhere.
 fn has_repeated_step<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     let mut seen = BTreeSet::new();
     let moves = steps.iter().filter(|(from, to)| *from != Some(*to));
     moves.copied().any(|step| !seen.insert(step))
 }
 
+/// Returns whether the steps connect all their nodes, in whatever direction.
 fn is_connected<N: Copy + Ord>(steps: &[Step<N>]) -> bool {
     let mut reached: BTreeSet<Option<N>> =
         steps.first().map(|(from, _)| *from).into_iter().collect();

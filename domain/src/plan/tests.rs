@@ -1,5 +1,5 @@
-//! The law of orphans: in whatever order and batches a subscription's events come, once every
-//! question is answered there is one row, and the same payments are open orphans.
+//! The law of orphans: whatever the order and the batches in which a subscription's events arrive,
+//! they lead to the same row, and to the same open orphans once every question is answered.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use proptest::sample::select;
 
 use super::*;
 use crate::event::{
-    Before, CheckoutSession, Event, Resolution as Word, Snapshot, SubscriptionEvent,
+    Before, CheckoutSession, Event, Resolution as ResolutionBody, Snapshot, SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
 use crate::question::Details;
@@ -25,21 +25,21 @@ const NOW: OffsetDateTime = time::macros::datetime!(2026-11-25 12:00 UTC);
 proptest! {
     #![proptest_config(cases())]
     #[test]
-    fn every_order_and_every_batch_leave_the_same_payments_open(
-        (told, order, ends) in prop::collection::vec(event(), 1..7).prop_flat_map(|told| {
-            // Some come again.
-            let again = prop::collection::vec(0..told.len(), 0..3);
-            let order = again.prop_map({
-                let all = 0..told.len();
-                move |again| all.clone().chain(again).collect::<Vec<_>>()
+    fn every_order_and_batching_leads_to_the_same_open_orphans(
+        (events, order, ends) in prop::collection::vec(event(), 1..7).prop_flat_map(|events| {
+            // Some events are delivered twice.
+            let repeated = prop::collection::vec(0..events.len(), 0..3);
+            let order = repeated.prop_map({
+                let all = 0..events.len();
+                move |repeated| all.clone().chain(repeated).collect::<Vec<_>>()
             });
-            (Just(told), order.prop_shuffle(), prop::collection::vec(any::<bool>(), 9))
+            (Just(events), order.prop_shuffle(), prop::collection::vec(any::<bool>(), 9))
         }),
         lookup in any::<bool>(),
     ) {
         let rules = Rules { lookup, without_session: true, grace: Duration::from_secs(600) };
         let policy = Policy { rules, signalling: Signalling::Now };
-        let arrivals: Vec<_> = told.into_iter().enumerate().map(|(index, told)| arrival(index, told)).collect();
+        let arrivals: Vec<_> = events.into_iter().enumerate().map(|(index, events)| arrival(index, events)).collect();
         let mut once = Table::default();
         once.apply(arrivals.iter().collect(), &policy);
 
@@ -49,7 +49,7 @@ proptest! {
             batch.push(&arrivals[index]);
             if end {
                 table.apply(std::mem::take(&mut batch), &policy);
-                table.sweep_too_early();
+                table.ask_grace_too_early();
             }
         }
         table.apply(batch, &policy);
@@ -57,7 +57,7 @@ proptest! {
     }
 }
 
-/// How many histories there are; `LITESTRIPE_LONG` says how many more.
+/// How many histories are tested. `LITESTRIPE_LONG` sets another number.
 fn cases() -> ProptestConfig {
     #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
     let long = std::env::var("LITESTRIPE_LONG")
@@ -70,7 +70,7 @@ fn cases() -> ProptestConfig {
     }
 }
 
-/// What happens, and in which second.
+/// An event's body, and its second.
 fn event() -> impl Strategy<Value = (i64, Body)> {
     let reference = || select(&[None, Some(USER), Some("stranger")][..]);
     let session = (
@@ -89,16 +89,16 @@ fn event() -> impl Strategy<Value = (i64, Body)> {
             reference,
             paid
         )),
-        // Without a subscription: a session has one client reference id for good.
+        // Without a subscription, each session keeps one client reference id, as at Stripe.
         payment.prop_map(|(reference, paid)| checkout_session(
             reference.unwrap_or("cs_once"),
             None,
             reference,
             paid
         )),
-        Just(word(SUBSCRIPTION, Some(SUBSCRIPTION))),
-        Just(word("cs_once", None)),
-        Just(word("stranger", None)),
+        Just(resolution(SUBSCRIPTION, Some(SUBSCRIPTION))),
+        Just(resolution("cs_once", None)),
+        Just(resolution("stranger", None)),
     ];
     (0..4_i64, body)
 }
@@ -141,9 +141,9 @@ fn checkout_session(
     }))
 }
 
-/// An operator's word on whose payment it is.
-fn word(orphan_id: &str, subscription: Option<&str>) -> Body {
-    Body::Resolution(Word {
+/// An operator's resolution of an orphan.
+fn resolution(orphan_id: &str, subscription: Option<&str>) -> Body {
+    Body::Resolution(ResolutionBody {
         reason: None,
         orphan_id: orphan_id.to_owned(),
         payment: PaymentIds {
@@ -177,7 +177,7 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
     }
 }
 
-/// The tables, as far as orphans go.
+/// The tables, as far as orphans need them.
 #[derive(Default)]
 struct Table {
     row: Option<Stored>,
@@ -247,8 +247,8 @@ impl Table {
             .and_modify(|open| *open = false);
     }
 
-    /// A grace period that ends in between: nothing was paid yet, so nobody need wait.
-    fn sweep_too_early(&mut self) {
+    /// Asks the grace question between batches. If nothing was paid yet, the question is dropped.
+    fn ask_grace_too_early(&mut self) {
         if !self.may_be_paid() {
             self.questions
                 .remove(&(SUBSCRIPTION.to_owned(), Kind::Grace));
@@ -266,7 +266,7 @@ impl Table {
             .unwrap_or_default()
     }
 
-    /// The row and the open orphans, once the sweep has asked everything.
+    /// Answers all questions and returns the row and the open orphans.
     fn end(mut self) -> (Visible, Vec<String>) {
         let row = self.visible();
         for ((id, _), question) in std::mem::take(&mut self.questions) {

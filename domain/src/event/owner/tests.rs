@@ -1,4 +1,4 @@
-//! Whose bodies of each kind are.
+//! The owners of bodies of each kind.
 
 use serde_json::{Value, json};
 
@@ -62,7 +62,7 @@ fn events_and_signals_name_their_customer_and_their_payment() {
 }
 
 #[test]
-fn a_text_is_found_anywhere_but_only_as_a_whole() {
+fn text_is_found_anywhere_but_only_as_a_whole() {
     let body = json!({ "a": [{ "b": "cus_1" }], "c": "cus_12", "cus_3": 1 }).to_string();
     let owner = Owner::parse(body.as_bytes()).expect("it is JSON");
     assert!(owner.contains_text(|text| text == "cus_1"));

@@ -1,12 +1,12 @@
-//! No bytes make `decode` panic, and what it accepts can be stored: properties over arbitrary bytes
-//! and over bodies of Stripe's that were cut, overwritten and mixed.
+//! Properties of `decode`: no bytes make it panic, and every event that it accepts can be stored.
+//! Tested with arbitrary bytes, and with Stripe's bodies after random mutations.
 
 use litestripe_contract::signal::Timestamp;
 use proptest::prelude::*;
 
 use super::*;
 
-/// How many bodies each property sees; `LITESTRIPE_LONG` says how many more.
+/// How many bodies each property is tested with. `LITESTRIPE_LONG` sets another number.
 fn cases() -> ProptestConfig {
     #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
     let long = std::env::var("LITESTRIPE_LONG")
@@ -35,7 +35,7 @@ fn bodies() -> Vec<Vec<u8>> {
     .into()
 }
 
-/// Pieces that JSON and its readers are sensitive to.
+/// Pieces of text to which JSON readers are sensitive.
 const PIECES: [&str; 20] = [
     "null",
     "true",
@@ -64,7 +64,7 @@ enum Mutation {
     Overwrite(usize, u8),
     Insert(usize, &'static str),
     Remove(usize, usize),
-    /// Puts a piece in the place of a whole value.
+    /// Replaces a whole value by a piece.
     Value(usize, &'static str),
 }
 
@@ -108,7 +108,7 @@ fn mutate(body: &mut Vec<u8>, mutation: &Mutation) {
     }
 }
 
-/// What `decode` accepts can be stored and signalled.
+/// Checks that an event which `decode` accepted can be stored and signalled.
 fn check_storable(event: &Event) {
     Timestamp::from_unix(event.created).expect("a time");
     if let Body::Subscription(body) = &event.body {

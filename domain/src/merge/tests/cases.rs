@@ -1,4 +1,4 @@
-//! The cases the law rests on, one by one.
+//! Single cases of the merge.
 
 use litestripe_contract::signal::{Subscription, Timestamp};
 use serde_json::{Value, json};
@@ -20,12 +20,12 @@ fn event(id: &str, event_type: &str, created: i64, data: Value) -> Event {
     event.expect("it decodes").expect("it is handled")
 }
 
-/// A subscription in `status` with `plan` in its metadata.
+/// Renders a subscription in `status` with `plan` in its metadata.
 fn subscription(status: &str, plan: &str) -> Value {
     json!({ "id": "sub_1", "customer": "cus_1", "status": status, "metadata": { "plan": plan } })
 }
 
-/// An update from the plan `from` to the plan `to`.
+/// Builds an update from the plan `from` to the plan `to`.
 fn step(id: &str, created: i64, from: &str, to: &str) -> Event {
     let previous = json!({ "metadata": { "plan": from } });
     event(
@@ -36,7 +36,8 @@ fn step(id: &str, created: i64, from: &str, to: &str) -> Event {
     )
 }
 
-fn told(id: &str, event_type: &str, created: i64, status: &str, plan: &str) -> Event {
+/// Builds an event without previous attributes.
+fn plain_event(id: &str, event_type: &str, created: i64, status: &str, plan: &str) -> Event {
     event(
         id,
         event_type,
@@ -70,7 +71,7 @@ fn row(events: &[Event]) -> Visible {
     state.visible()
 }
 
-/// Which plan stands, whether that is uncertain, and by which event.
+/// Checks the plan in the row, whether the row is uncertain, and its last event.
 #[track_caller]
 fn check(events: &[Event], plan: &str, uncertain: bool, last: &str) {
     let row = row(events);
@@ -99,7 +100,7 @@ fn a_later_second_replaces_an_earlier_one() {
 }
 
 #[test]
-fn within_a_second_the_walk_decides_whatever_the_ids() {
+fn walk_decides_within_a_second_whatever_the_ids() {
     let steps = [
         step("evt_3", 1, "a", "b"),
         step("evt_2", 1, "b", "c"),
@@ -113,26 +114,26 @@ fn within_a_second_the_walk_decides_whatever_the_ids() {
     ];
     check(&through_again, "c", false, "evt_1");
     let started_here = [
-        told("evt_2", CREATED, 1, "active", "a"),
+        plain_event("evt_2", CREATED, 1, "active", "a"),
         step("evt_1", 1, "a", "b"),
     ];
     check(&started_here, "b", false, "evt_1");
 }
 
 #[test]
-fn events_that_all_end_the_same_leave_no_question() {
+fn events_that_all_end_in_the_same_state_are_certain() {
     check(
         &[step("evt_1", 1, "a", "b"), step("evt_2", 1, "a", "b")],
         "b",
         false,
         "evt_2",
     );
-    let twin = told("evt_2", "customer.subscription.resumed", 1, "active", "b");
+    let twin = plain_event("evt_2", "customer.subscription.resumed", 1, "active", "b");
     check(&[step("evt_1", 1, "a", "b"), twin], "b", false, "evt_2");
 }
 
 #[test]
-fn an_event_that_changes_nothing_we_keep_stays_where_it_is() {
+fn event_without_a_kept_change_stays_in_place() {
     let touched = event(
         "evt_3",
         UPDATED,
@@ -154,14 +155,14 @@ fn a_walk_that_ends_where_it_began_is_uncertain() {
 }
 
 #[test]
-fn a_step_that_is_missing_is_noticed() {
+fn missing_step_makes_the_row_uncertain() {
     check(
         &[step("evt_1", 1, "a", "b"), step("evt_2", 1, "c", "d")],
         "d",
         true,
         "evt_2",
     );
-    let apart = told(
+    let apart = plain_event(
         "evt_2",
         "customer.subscription.trial_will_end",
         1,
@@ -178,12 +179,12 @@ fn a_step_that_is_missing_is_noticed() {
 }
 
 #[test]
-fn a_step_that_cannot_be_read_leaves_doubt_unless_all_ends_are_the_same() {
+fn unreadable_step_makes_the_row_uncertain_unless_all_ends_are_the_same() {
     let unreadable = |id: &str, plan: &str| {
         let data = json!({ "object": subscription("active", plan), "previous_attributes": { "status": 7 } });
         event(id, UPDATED, 1, data)
     };
-    // Back to a: without the doubt, the row would stand on b and say that it is certain.
+    // The unreadable step leads back to a. If it were ignored, the row would show b as certain.
     check(
         &[step("evt_1", 1, "a", "b"), unreadable("evt_2", "a")],
         "b",
@@ -200,7 +201,7 @@ fn a_step_that_cannot_be_read_leaves_doubt_unless_all_ends_are_the_same() {
 }
 
 #[test]
-fn two_events_of_one_change_are_uncertain_unless_all_ends_are_the_same() {
+fn two_events_for_one_change_make_the_row_uncertain_unless_all_ends_are_the_same() {
     let there_twice = [
         step("evt_1", 1, "a", "b"),
         step("evt_2", 1, "a", "b"),
@@ -210,9 +211,9 @@ fn two_events_of_one_change_are_uncertain_unless_all_ends_are_the_same() {
 }
 
 #[test]
-fn an_uncertain_row_is_settled_by_a_later_snapshot() {
+fn later_snapshot_settles_an_uncertain_row() {
     let steps = [step("evt_2", 1, "a", "b"), step("evt_1", 1, "b", "a")];
-    let fetched = told("snapshot-1", SNAPSHOT, 2, "active", "a");
+    let fetched = plain_event("snapshot-1", SNAPSHOT, 2, "active", "a");
     check(
         &[steps[0].clone(), steps[1].clone(), fetched.clone()],
         "a",
@@ -222,31 +223,37 @@ fn an_uncertain_row_is_settled_by_a_later_snapshot() {
     let row = row(&[fetched]);
     assert!(
         row.subscription.metadata.is_empty(),
-        "it has no event type of Stripe's"
+        "a snapshot has no event type of Stripe's"
     );
 }
 
 #[test]
-fn a_later_phase_stands_whatever_the_times_say() {
-    let late_incomplete = told("evt_9", CREATED, 9, "incomplete", "a");
+fn later_phase_wins_whatever_the_times_say() {
+    let late_incomplete = plain_event("evt_9", CREATED, 9, "incomplete", "a");
     check(
-        &[late_incomplete, told("evt_1", UPDATED, 1, "active", "b")],
+        &[
+            late_incomplete,
+            plain_event("evt_1", UPDATED, 1, "active", "b"),
+        ],
         "b",
         false,
         "evt_1",
     );
-    let deleted = told("evt_1", DELETED, 5, "canceled", "a");
+    let deleted = plain_event("evt_1", DELETED, 5, "canceled", "a");
     check(
-        &[deleted.clone(), told("evt_2", UPDATED, 6, "past_due", "b")],
+        &[
+            deleted.clone(),
+            plain_event("evt_2", UPDATED, 6, "past_due", "b"),
+        ],
         "a",
         false,
         "evt_1",
     );
-    let renamed = told("evt_3", UPDATED, 6, "canceled", "c");
+    let renamed = plain_event("evt_3", UPDATED, 6, "canceled", "c");
     check(&[deleted, renamed], "c", false, "evt_3");
-    let unknown = told("evt_1", UPDATED, 1, "renamed_by_stripe", "a");
+    let unknown = plain_event("evt_1", UPDATED, 1, "renamed_by_stripe", "a");
     check(
-        &[unknown, told("evt_2", UPDATED, 2, "active", "b")],
+        &[unknown, plain_event("evt_2", UPDATED, 2, "active", "b")],
         "b",
         false,
         "evt_2",
@@ -299,7 +306,7 @@ fn a_second_with_too_many_events_keeps_the_largest_id_and_stays_uncertain() {
 }
 
 #[test]
-fn of_two_renderings_of_one_event_one_stands_whichever_came_first() {
+fn two_renderings_of_one_event_lead_to_the_same_row_in_either_order() {
     let one = step("evt_1", 1, "a", "b");
     let other = step("evt_1", 1, "a", "c");
     let row = row(&[one, other]);
@@ -311,7 +318,7 @@ fn of_two_renderings_of_one_event_one_stands_whichever_came_first() {
 }
 
 #[test]
-fn the_reference_is_the_newest_sessions_that_has_one() {
+fn newest_session_with_a_client_reference_id_sets_it() {
     let events = [
         session("evt_1", COMPLETED, 1, "cs_1", Some("user-1")),
         session(
@@ -335,7 +342,7 @@ fn the_reference_is_the_newest_sessions_that_has_one() {
 }
 
 #[test]
-fn an_operators_resolution_writes_the_reference_as_a_session_would() {
+fn operators_resolution_sets_the_client_reference_id_like_a_session() {
     let object = json!({ "orphan_id": "sub_1", "stripe_subscription_id": "sub_1", "client_reference_id": "user-7" });
     let resolved = event(
         "resolution-1",
@@ -371,7 +378,7 @@ fn an_operators_resolution_writes_the_reference_as_a_session_would() {
 }
 
 #[test]
-fn until_a_subscription_event_comes_the_session_stands_in() {
+fn session_fills_the_row_until_a_subscription_event_arrives() {
     let session = session("evt_1", COMPLETED, 1, "cs_1", Some("user-1"));
     let before = row(std::slice::from_ref(&session));
     assert_eq!(before.subscription.status, None);
@@ -381,7 +388,7 @@ fn until_a_subscription_event_comes_the_session_stands_in() {
     );
     assert!(before.subscription.livemode && !before.created_event_seen);
     assert_eq!(before.head_created, None);
-    let after = row(&[session, told("evt_0", CREATED, 1, "active", "a")]);
+    let after = row(&[session, plain_event("evt_0", CREATED, 1, "active", "a")]);
     assert_eq!(
         after.subscription.stripe_customer_id.as_deref(),
         Some("cus_1")
@@ -399,7 +406,7 @@ fn until_a_subscription_event_comes_the_session_stands_in() {
 }
 
 #[test]
-fn metadata_is_kept_by_event_type_and_goes_with_the_next_event_of_the_type() {
+fn metadata_is_kept_by_event_type_and_replaced_by_the_next_event_of_the_type() {
     let cleared = event(
         "evt_3",
         UPDATED,
@@ -407,7 +414,7 @@ fn metadata_is_kept_by_event_type_and_goes_with_the_next_event_of_the_type() {
         json!({ "object": { "id": "sub_1", "status": "active" } }),
     );
     let row = row(&[
-        told("evt_1", CREATED, 1, "active", "a"),
+        plain_event("evt_1", CREATED, 1, "active", "a"),
         step("evt_2", 2, "a", "b"),
         session("evt_4", COMPLETED, 1, "cs_1", None),
         cleared,
@@ -424,7 +431,7 @@ fn metadata_is_kept_by_event_type_and_goes_with_the_next_event_of_the_type() {
 }
 
 #[test]
-fn a_state_is_compact_and_an_empty_one_reads_from_nothing() {
+fn state_is_compact_and_an_empty_one_reads_from_an_empty_object() {
     let mut state = State::default();
     assert_eq!(
         serde_json::from_str::<State>("{}").expect("it reads"),
@@ -440,7 +447,7 @@ fn a_state_is_compact_and_an_empty_one_reads_from_nothing() {
 }
 
 #[test]
-fn changes_name_the_fields_and_what_they_were() {
+fn changes_name_the_fields_and_their_previous_values() {
     let before = Subscription {
         status: Some("trialing".to_owned()),
         ..Subscription::default()
@@ -465,10 +472,10 @@ fn changes_name_the_fields_and_what_they_were() {
     );
 }
 
-/// Every walk of up to six steps over four nodes, from nothing or from anywhere, standing still
-/// included; and each of them with one step told twice.
+/// Tries every walk of up to six steps over four nodes, from nothing or from any node, including
+/// steps in place; and each of these walks with one step repeated.
 #[test]
-fn no_walk_is_ever_said_to_end_where_it_did_not() {
+fn certain_end_of_a_walk_is_always_its_real_end() {
     const NODES: u8 = 4;
     let (mut walks, mut certain) = (0, 0);
     let mut check = |steps: &[walk::Step<u8>], end: u8| {
@@ -489,8 +496,8 @@ fn no_walk_is_ever_said_to_end_where_it_did_not() {
                     .collect();
                 check(&steps, node(length));
                 for twice in &steps {
-                    let told: Vec<_> = steps.iter().chain([twice]).copied().collect();
-                    check(&told, node(length));
+                    let repeated: Vec<_> = steps.iter().chain([twice]).copied().collect();
+                    check(&repeated, node(length));
                 }
             }
         }

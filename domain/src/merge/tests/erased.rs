@@ -1,5 +1,6 @@
-//! Erasing a state's metadata, and merging events without theirs, keeps the law: wherever the erasure
-//! falls among what it covers, the row is that of the same events, and no metadata of before it is left.
+//! The law holds with erasures: at whatever point of a history a state's metadata is erased, the
+//! row is the same as without the erasure except for metadata, and none of the erased metadata is
+//! left.
 
 use std::collections::BTreeMap;
 
@@ -12,11 +13,11 @@ const HISTORIES: u64 = 200;
 const ORDERS: usize = 20;
 
 #[test]
-fn an_erasure_takes_metadata_and_nothing_else_wherever_it_falls() {
+fn erasure_removes_only_metadata_at_any_point_of_a_history() {
     for seed in 0..HISTORIES {
         let random = &mut Random::new(seed);
         let length = random.pick(&[1, 2, 3, 4, 6, 8, 12]);
-        let events = decode(&history::tell(random, length));
+        let events = decode(&history::simulate(random, length));
         let at = events[random.below(events.len())].created;
         for _ in 0..ORDERS {
             check(seed, &events, at, random);
@@ -24,8 +25,8 @@ fn an_erasure_takes_metadata_and_nothing_else_wherever_it_falls() {
     }
 }
 
-/// The events up to `at` are covered: some of them come before the erasure as they are, the others
-/// after it, as every later event.
+/// Checks an erasure that covers the events up to `at`. Some of these are merged before the
+/// erasure, unchanged; the others are merged after it, as are all later events.
 fn check(seed: u64, events: &[Event], at: i64, random: &mut Random) {
     let mut plain = State::default();
     let mut expected = State::default();
@@ -69,7 +70,7 @@ fn check(seed: u64, events: &[Event], at: i64, random: &mut Random) {
     }
     assert_eq!(state, expected, "seed {seed}, erased at {at}");
 
-    // But for metadata, the row is what it would be.
+    // Except for metadata, the row equals the row without the erasure.
     let (mut row, mut plain) = (state.visible(), plain.visible());
     for row in [&mut row, &mut plain] {
         row.subscription.metadata.clear();

@@ -1,4 +1,4 @@
-//! Histories of a subscription as Stripe would tell them: what happened, and the events of it.
+//! Simulated histories of a subscription: the changes, and the events that Stripe would send.
 
 use std::collections::BTreeMap;
 
@@ -14,48 +14,48 @@ use super::random::Random;
 const START: i64 = 1_750_000_000;
 const MONTH_S: i64 = 30 * 86_400;
 
-/// All that happened, in the order in which it did.
+/// A history: its events in the order in which they happened.
 pub(super) struct History {
-    pub(super) events: Vec<Told>,
-    /// The subscription at the end, unless no event of its own is among them.
+    pub(super) events: Vec<SimulatedEvent>,
+    /// The subscription at the end, if the history has an event of the subscription.
     pub(super) truth: Option<Model>,
     pub(super) shape: Shape,
 }
 
-/// An event, and what its merge is compared with.
-pub(super) struct Told {
+/// An event, and the values with which its merge is compared.
+pub(super) struct SimulatedEvent {
     pub(super) body: Value,
-    /// The same event as another endpoint's API version renders it; the same to us.
+    /// The same event as another endpoint's API version renders it. Must be read as equal.
     pub(super) twin: Option<Value>,
     pub(super) metadata: BTreeMap<String, String>,
-    /// The subscription after it, if it is an event of the subscription's.
+    /// The subscription after it, if it is a subscription event.
     pub(super) after: Option<Subscription>,
-    /// A second Event object for the change before it.
+    /// Whether it is a second Event object for the previous change.
     pub(super) repeats: bool,
     pub(super) session: Option<(String, Option<&'static str>)>,
 }
 
-/// Tells a history of about `length` events.
-pub(super) fn tell(random: &mut Random, length: usize) -> History {
-    let mut teller = Teller::new(random);
-    while teller.events.len() < length {
-        teller.step();
+/// Simulates a history of about `length` events.
+pub(super) fn simulate(random: &mut Random, length: usize) -> History {
+    let mut simulation = Simulation::new(random);
+    while simulation.events.len() < length {
+        simulation.step();
     }
-    teller.finish()
+    simulation.finish()
 }
 
-struct Teller<'a> {
+struct Simulation<'a> {
     random: &'a mut Random,
     now: i64,
-    /// How likely the next step is in the same second.
+    /// How likely the next step is in the same second, in percent.
     same_second_percent: usize,
     shape: Shape,
     model: Option<Model>,
-    events: Vec<Told>,
+    events: Vec<SimulatedEvent>,
     counter: u64,
 }
 
-impl<'a> Teller<'a> {
+impl<'a> Simulation<'a> {
     fn new(random: &'a mut Random) -> Self {
         let only_plan = random.percent(10);
         let shape = Shape {
@@ -135,7 +135,7 @@ impl<'a> Teller<'a> {
             pending_update: false,
         };
         let object = model.render(self.shape);
-        self.tell(
+        self.record(
             "customer.subscription.created",
             &model,
             json!({ "object": object }),
@@ -211,7 +211,7 @@ impl<'a> Teller<'a> {
         *twin = match (from, model.status) {
             (_, "paused") => Some("customer.subscription.paused"),
             ("paused", _) => Some("customer.subscription.resumed"),
-            // A trial that ends early tells so at the very moment it has ended.
+            // If a trial ends early, `trial_will_end` comes at the moment it ends.
             ("trialing", _) => self
                 .random
                 .percent(50)
@@ -279,7 +279,7 @@ impl<'a> Teller<'a> {
 
     fn trial_will_end(&mut self, model: Model) {
         let object = model.render(self.shape);
-        self.tell(
+        self.record(
             "customer.subscription.trial_will_end",
             &model,
             json!({ "object": object }),
@@ -291,7 +291,7 @@ impl<'a> Teller<'a> {
         model.ended_at = Some(self.now);
         model.canceled_at = model.canceled_at.or(Some(self.now));
         let object = model.render(self.shape);
-        self.tell(
+        self.record(
             "customer.subscription.deleted",
             &model,
             json!({ "object": object }),
@@ -299,7 +299,7 @@ impl<'a> Teller<'a> {
         self.model = Some(model);
     }
 
-    /// A change and its undoing within a second.
+    /// Makes a change and undoes it within a second.
     fn back_and_forth(&mut self, model: Model) {
         let mut changed = model.clone();
         self.change_metadata(&mut changed);
@@ -307,7 +307,7 @@ impl<'a> Teller<'a> {
         self.update(model, None);
     }
 
-    /// An update, and with it the event that names the occasion, before or after it.
+    /// Makes an update, with the more specific event `twin` for the same change before or after it.
     fn update(&mut self, model: Model, twin: Option<&'static str>) {
         let before = self
             .model
@@ -317,30 +317,33 @@ impl<'a> Teller<'a> {
         let previous = previous_attributes(&before.unwrap_or_default(), &object);
         let occasion_first = self.random.percent(50);
         if let Some(twin) = twin.filter(|_| occasion_first) {
-            self.tell(twin, &model, json!({ "object": object }));
+            self.record(twin, &model, json!({ "object": object }));
         }
         if !previous.is_empty() {
             let data = json!({ "object": object, "previous_attributes": previous });
             // Stripe: "in some cases, two separate Event objects are generated".
-            self.tell("customer.subscription.updated", &model, data.clone());
+            self.record("customer.subscription.updated", &model, data.clone());
             if self.random.percent(2) {
-                self.tell("customer.subscription.updated", &model, data);
-                self.events.last_mut().expect("it was just told").repeats = true;
+                self.record("customer.subscription.updated", &model, data);
+                self.events
+                    .last_mut()
+                    .expect("it was just recorded")
+                    .repeats = true;
             }
         }
         if let Some(twin) = twin.filter(|_| !occasion_first) {
-            self.tell(twin, &model, json!({ "object": object }));
+            self.record(twin, &model, json!({ "object": object }));
         }
     }
 
-    /// A worker fetches the subscription: what it gets is stamped 1 s before the fetch started, and
-    /// whatever happened in that second has happened by then.
+    /// Simulates a fetch by a worker. The snapshot is stamped 1 s before the fetch started, because
+    /// all changes of that second have happened by then.
     fn fetch(&mut self, model: &Model) {
         let object = model.render(self.shape);
         let event = self.event(SNAPSHOT_TYPE, self.now - 1, json!({ "object": object }));
         let after = Some(model.shown(self.shape));
         let metadata = BTreeMap::new();
-        self.events.push(Told {
+        self.events.push(SimulatedEvent {
             body: event,
             twin: None,
             metadata,
@@ -374,7 +377,7 @@ impl<'a> Teller<'a> {
         let body = self.event(event_type, self.now, json!({ "object": object }));
         let reference = reference.filter(|reference| !reference.is_empty());
         let session = Some((id, reference));
-        self.events.push(Told {
+        self.events.push(SimulatedEvent {
             body,
             twin: None,
             metadata,
@@ -384,14 +387,14 @@ impl<'a> Teller<'a> {
         });
     }
 
-    fn tell(&mut self, event_type: &str, model: &Model, data: Value) {
+    fn record(&mut self, event_type: &str, model: &Model, data: Value) {
         let body = self.event(event_type, self.now, data);
         let twin = self
             .random
             .percent(5)
-            .then(|| self.rendered_otherwise(&body, model));
+            .then(|| self.rendered_differently(&body, model));
         let after = Some(model.shown(self.shape));
-        self.events.push(Told {
+        self.events.push(SimulatedEvent {
             body,
             twin,
             metadata: model.shown_metadata(),
@@ -402,15 +405,16 @@ impl<'a> Teller<'a> {
     }
 
     fn event(&mut self, event_type: &str, created: i64, data: Value) -> Value {
-        // Ids that say nothing of the order: Stripe's do not within a second.
+        // Random ids, because Stripe's ids do not show the order within a second.
         let id = format!("evt_{:016x}", self.random.next());
         json!({ "id": id, "object": "event", "created": created, "data": data, "livemode": true,
             "account": ACCOUNT, "pending_webhooks": 1, "type": event_type })
     }
 
-    /// The same event for an endpoint with other expansions. (One with another place for the period
-    /// nests its previous attributes otherwise, which the simulation has no second telling of.)
-    fn rendered_otherwise(&mut self, body: &Value, model: &Model) -> Value {
+    /// Renders the same event for an endpoint with other expansions. (An endpoint with the period
+    /// in another place would also nest the previous attributes differently, which is not
+    /// simulated.)
+    fn rendered_differently(&mut self, body: &Value, model: &Model) -> Value {
         let mut body = body.clone();
         let shape = Shape {
             customer_expanded: !self.shape.customer_expanded,

@@ -1,5 +1,5 @@
-//! The law: whatever the order, the repetitions and the batches, a set of events leads to one row, and
-//! that row is the true last state, or says that it is uncertain.
+//! The law of the merge: whatever the order, the repetitions and the batches, a set of events leads
+//! to one row. That row shows the true last state or is marked uncertain.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -7,19 +7,19 @@ use std::time::Instant;
 use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::signal::Subscription;
 
-use super::history::{self, History, Told};
+use super::history::{self, History, SimulatedEvent};
 use super::random::Random;
 use crate::event::{self, Event, MetadataKeys};
 use crate::merge::{State, Visible};
 
-/// How many histories the short form tells. `LITESTRIPE_LONG` says how many the long one does.
+/// How many histories are tested. `LITESTRIPE_LONG` sets another number.
 const HISTORIES: u64 = 300;
-/// Up to this many events every permutation is tried.
+/// The most events of which every permutation is tried.
 const EXHAUSTIVE_EVENTS_MAX: usize = 6;
-/// Beyond, this many random ones are, with repetitions.
+/// With more events, this many random orders are tried, with repetitions.
 const RANDOM_ORDERS: usize = 40;
 
-/// What was tried and found.
+/// Counts of what was tried and found.
 #[derive(Debug, Default)]
 struct Tally {
     histories: u64,
@@ -47,8 +47,8 @@ fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
     let started = Instant::now();
     let mut tally = Tally::default();
     for number in 0..histories {
-        // Each history has a seed of its own: a failure is repeated alone by LITESTRIPE_SEED=<its
-        // seed> LITESTRIPE_LONG=1.
+        // Each history has its own seed. To repeat a failure alone, set LITESTRIPE_SEED=<its seed>
+        // LITESTRIPE_LONG=1.
         let seed = seed.wrapping_add(number);
         check(seed, &mut tally);
     }
@@ -59,7 +59,7 @@ fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
 fn check(seed: u64, tally: &mut Tally) {
     let random = &mut Random::new(seed);
     let length = random.pick(&[1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 8, 12, 20]);
-    let history = history::tell(random, length);
+    let history = history::simulate(random, length);
     let events = decode(&history);
     let (state, row) = merge_all(&events);
 
@@ -79,18 +79,18 @@ fn check(seed: u64, tally: &mut Tally) {
     }
 
     check_row(seed, &history, &events, &row);
-    check_no_needless_doubt(seed, &history, &row);
+    check_no_needless_uncertainty(seed, &history, &row);
     check_replay(seed, &events, &state);
     tally.drop_one(&history, &events, random);
     tally.count(&events, &row, orders, &state);
 }
 
-/// All events of a history, the twins of some among them.
+/// Decodes all events of a history, including twins.
 pub(super) fn decode(history: &History) -> Vec<Event> {
     let bodies = history
         .events
         .iter()
-        .flat_map(|told| [Some(&told.body), told.twin.as_ref()])
+        .flat_map(|simulated| [Some(&simulated.body), simulated.twin.as_ref()])
         .flatten();
     bodies
         .map(|body| {
@@ -129,7 +129,7 @@ fn merge_in_batches(events: &[Event], order: &[usize], random: &mut Random) -> S
     state
 }
 
-/// Every permutation of `0..n`, by Heap's algorithm.
+/// Visits every permutation of `0..n`, by Heap's algorithm.
 fn permutations(n: usize, visit: &mut impl FnMut(&[usize])) {
     fn heap(k: usize, order: &mut Vec<usize>, visit: &mut impl FnMut(&[usize])) {
         if k <= 1 {
@@ -150,7 +150,8 @@ pub(super) fn with_repetitions(n: usize, random: &mut Random) -> Vec<usize> {
     order
 }
 
-/// The true columns, or uncertain; and those columns that are nobody's guess.
+/// Checks that the columns are true or marked uncertain, and that the columns which are always
+/// certain are true.
 fn check_row(seed: u64, history: &History, events: &[Event], row: &Visible) {
     if let Some(truth) = &history.truth
         && !row.subscription.uncertain
@@ -167,14 +168,14 @@ fn check_row(seed: u64, history: &History, events: &[Event], row: &Visible) {
         "seed {seed}"
     );
     let stamp = |event: &Event| (event.created, event.id.clone());
-    let told = history
+    let simulated = history
         .events
         .iter()
-        .flat_map(|told| vec![told; 1 + usize::from(told.twin.is_some())]);
-    let told: Vec<_> = told.zip(events).collect();
-    let sessions = told
+        .flat_map(|simulated| vec![simulated; 1 + usize::from(simulated.twin.is_some())]);
+    let simulated: Vec<_> = simulated.zip(events).collect();
+    let sessions = simulated
         .iter()
-        .filter_map(|(told, event)| Some((stamp(event), told.session.clone()?)));
+        .filter_map(|(simulated, event)| Some((stamp(event), simulated.session.clone()?)));
     let newest = sessions.clone().max().map(|(_, (id, _))| id);
     assert_eq!(row.checkout_session_id, newest, "seed {seed}");
     let reference = sessions
@@ -186,11 +187,11 @@ fn check_row(seed: u64, history: &History, events: &[Event], row: &Visible) {
         "seed {seed}"
     );
     let mut by_type = BTreeMap::new();
-    for (told, event) in &told {
+    for (simulated, event) in &simulated {
         let newest = by_type
             .entry(event.event_type.clone())
-            .or_insert((stamp(event), &told.metadata));
-        *newest = (*newest).clone().max((stamp(event), &told.metadata));
+            .or_insert((stamp(event), &simulated.metadata));
+        *newest = (*newest).clone().max((stamp(event), &simulated.metadata));
     }
     let entries = by_type.iter().flat_map(|(event_type, (_, map))| {
         map.iter()
@@ -199,8 +200,8 @@ fn check_row(seed: u64, history: &History, events: &[Event], row: &Visible) {
     assert_eq!(row.subscription.metadata, entries.collect(), "seed {seed}");
 }
 
-/// Where the last second went straight, never back to a state it had left, there is no doubt.
-fn check_no_needless_doubt(seed: u64, history: &History, row: &Visible) {
+/// Checks that the row is certain if the last second never returned to a state that it had left.
+fn check_no_needless_uncertainty(seed: u64, history: &History, row: &Visible) {
     let Some(truth) = &history.truth else {
         return;
     };
@@ -211,17 +212,19 @@ fn check_no_needless_doubt(seed: u64, history: &History, row: &Visible) {
     };
     let mut path = vec![None];
     let mut straight = true;
-    // A fetch tells no step, and is stamped before what it follows.
-    let is_step = |told: &&Told| told.after.is_some() && told.body["type"] != SNAPSHOT_TYPE;
-    for told in history.events.iter().filter(is_step) {
-        let after = told.after.as_ref();
-        let last_second = told.body["created"].as_i64() == row.head_created
+    // A fetch is not a step, and is stamped before the change that it follows.
+    let is_step = |simulated: &&SimulatedEvent| {
+        simulated.after.is_some() && simulated.body["type"] != SNAPSHOT_TYPE
+    };
+    for simulated in history.events.iter().filter(is_step) {
+        let after = simulated.after.as_ref();
+        let last_second = simulated.body["created"].as_i64() == row.head_created
             && phase(after.and_then(|after| after.status.as_deref())) == phase(Some(truth.status));
         if !last_second {
             path = vec![after];
             continue;
         }
-        straight &= !told.repeats && (path.last() == Some(&after) || !path.contains(&after));
+        straight &= !simulated.repeats && (path.last() == Some(&after) || !path.contains(&after));
         path.push(after);
     }
     assert!(
@@ -230,7 +233,7 @@ fn check_no_needless_doubt(seed: u64, history: &History, row: &Visible) {
     );
 }
 
-/// The columns that a snapshot owns.
+/// Returns only the columns that a snapshot sets.
 fn snapshot_columns(row: &Subscription) -> Subscription {
     Subscription {
         client_reference_id: None,
@@ -252,7 +255,8 @@ fn check_replay(seed: u64, events: &[Event], state: &State) {
 }
 
 impl Tally {
-    /// What becomes of the row when one event never comes: for information, nothing can be promised.
+    /// Counts what happens to the row if one event never arrives. For information only: nothing is
+    /// guaranteed.
     fn drop_one(&mut self, history: &History, events: &[Event], random: &mut Random) {
         let Some(truth) = history.truth.as_ref().filter(|_| events.len() > 1) else {
             return;

@@ -1,7 +1,8 @@
-//! A subscription as Stripe has it, and as its API versions render it: what the histories are made of.
+//! A model of a subscription at Stripe, and its rendering by API versions. Histories are made of
+//! it.
 //!
-//! Owns a reading of its own of what a row must show, so that decoding and merging are compared with
-//! something that shares no code with them.
+//! Owns its own rules for what a row must show, so that decoding and merging are compared with
+//! results that share no code with them.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +25,7 @@ pub(super) struct Model {
     pub(super) trial_end: Option<i64>,
     pub(super) items: Vec<ModelItem>,
     pub(super) metadata: BTreeMap<&'static str, u64>,
-    /// Fields we do not keep, which change all the same.
+    /// Fields that change but that we do not keep.
     pub(super) latest_invoice: u64,
     pub(super) pause_collection: bool,
     pub(super) pending_update: bool,
@@ -46,12 +47,13 @@ pub(super) struct Shape {
     pub(super) customer_expanded: bool,
     pub(super) product_expanded: bool,
     pub(super) with_plan: bool,
-    /// Only for all events of a history alike: a plan has no lookup key.
+    /// The same for all events of a history, because a plan has no lookup key.
     pub(super) only_plan: bool,
     pub(super) nulls_absent: bool,
 }
 
-/// Before 2025-03-31, since, and old versions rendered since.
+/// Where API versions put the period: before 2025-03-31, since then, and old versions rendered
+/// since then.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum PeriodAt {
     Subscription,
@@ -60,7 +62,7 @@ pub(super) enum PeriodAt {
 }
 
 impl Model {
-    /// What the columns of the snapshot must show.
+    /// Returns the columns that a row must show for the snapshot.
     pub(super) fn shown(&self, shape: Shape) -> Subscription {
         let at = |seconds: i64| Timestamp::from_unix(seconds).expect("a time");
         Subscription {
@@ -98,7 +100,7 @@ impl Model {
         self.items.iter().map(|item| item.end).max()
     }
 
-    /// `data.object`.
+    /// Renders `data.object`.
     pub(super) fn render(&self, shape: Shape) -> Value {
         let customer = json!({ "id": CUSTOMER, "object": "customer", "email": "jane@example.com" });
         let mut object = json!({
@@ -140,12 +142,12 @@ impl ModelItem {
         format!("price_{}", self.price)
     }
 
-    /// Two prices of one product each.
+    /// Each product has two prices.
     fn product_id(&self) -> String {
         format!("prod_{}", self.price / 2)
     }
 
-    /// Some prices have one.
+    /// Only some prices have a lookup key.
     fn lookup_key(&self) -> Option<String> {
         self.price
             .is_multiple_of(3)
@@ -188,8 +190,8 @@ impl ModelItem {
     }
 }
 
-/// `previous_attributes` as Stripe nests them: of objects the keys that changed, null for those that
-/// were absent; arrays whole.
+/// Returns `previous_attributes` as Stripe nests them: for objects the keys that changed, with null
+/// for keys that were absent; arrays as a whole.
 pub(super) fn previous_attributes(before: &Value, after: &Value) -> Map<String, Value> {
     let empty = Map::new();
     let (before, after) = (

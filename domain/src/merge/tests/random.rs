@@ -1,6 +1,6 @@
 //! A small seeded generator, so that a failure is reproduced by its seed.
 
-/// SplitMix64.
+/// The SplitMix64 generator.
 #[derive(Clone)]
 pub(super) struct Random(u64);
 
@@ -17,7 +17,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// One of `0..n`.
+    /// Returns one of `0..n`.
     pub(super) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }

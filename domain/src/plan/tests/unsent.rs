@@ -1,6 +1,6 @@
-//! The law of what subscribers are sent: under any mix of batches a row owes a signal exactly while
-//! what was sent last differs from what it shows, and whoever applies the signals has the row once
-//! nothing is owed.
+//! The law of signals: under any mix of batches, a row has an unsent signal exactly while what was
+//! last sent differs from what it shows. A subscriber that applies all signals has the row once no
+//! signal is unsent.
 
 use litestripe_contract::signal::Timestamp;
 
@@ -9,14 +9,14 @@ use super::*;
 proptest! {
     #![proptest_config(cases())]
     #[test]
-    fn a_row_owes_a_signal_exactly_while_what_was_sent_last_differs(
+    fn row_has_an_unsent_signal_exactly_while_it_differs_from_the_last_sent_one(
         batches in prop::collection::vec((prop::collection::vec(event(), 1..4), context()), 1..8),
     ) {
         let mut subscriber = Subscriber::default();
         let mut row: Option<Stored> = None;
         for (batch, (signalling, rebuilding)) in batches {
-            // Some come again: there are fewer ids than events.
-            let arrivals: Vec<_> = batch.into_iter().map(|told| arrival(told.0 as usize, told)).collect();
+            // There are fewer ids than events, so some ids are repeated.
+            let arrivals: Vec<_> = batch.into_iter().map(|event| arrival(event.0 as usize, event)).collect();
             let policy = Policy { rules: rules(), signalling };
             let context = Context { policy: &policy, rebuilding, now: NOW };
             let Some(plan) = plan_subscription(SUBSCRIPTION, row.clone(), arrivals.iter().collect(), context) else {
@@ -26,28 +26,28 @@ proptest! {
                 prop_assert_eq!(&plan.row.last_sent, &LastSent::Current);
             }
             prop_assert!(plan.signals.is_empty() || signalling == Signalling::Now);
-            subscriber.hear(&plan.signals, row.as_ref().map_or(0, |row| row.revision));
-            let was_owed = row.as_ref().is_some_and(|row| row.last_sent.has_unsent_signal());
-            if signalling == Signalling::Never && !was_owed {
-                subscriber.miss(&plan.row);
+            subscriber.receive(&plan.signals, row.as_ref().map_or(0, |row| row.revision));
+            let had_unsent = row.as_ref().is_some_and(|row| row.last_sent.has_unsent_signal());
+            if signalling == Signalling::Never && !had_unsent {
+                subscriber.miss_silent_write(&plan.row);
             }
             subscriber.check(&plan.row);
-            row = Some(read_again(plan.row));
+            row = Some(reload(plan.row));
         }
         let Some(row) = row else { return Ok(()) };
         if row.last_sent.has_unsent_signal() {
             let revision = row.revision;
-            let owed = plan_unsent(SUBSCRIPTION, row, NOW).expect("it stands on an event");
-            prop_assert!(owed.signal.is_some());
-            subscriber.hear(owed.signal.as_slice(), revision);
-            prop_assert_eq!(&owed.row.last_sent, &LastSent::Current);
-            subscriber.check(&owed.row);
+            let unsent = plan_unsent(SUBSCRIPTION, row, NOW).expect("an event led to the row");
+            prop_assert!(unsent.signal.is_some());
+            subscriber.receive(unsent.signal.as_slice(), revision);
+            prop_assert_eq!(&unsent.row.last_sent, &LastSent::Current);
+            subscriber.check(&unsent.row);
         }
     }
 }
 
 #[test]
-fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
+fn live_event_is_held_back_only_if_the_replay_may_complete_its_row() {
     let (old, new) = (NOW - Duration::from_secs(60), NOW + Duration::from_secs(1));
     let status = |status: &str, created| {
         let mut body = subscription(status, false);
@@ -57,7 +57,7 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
         body
     };
     let session = || checkout_session("cs_1", Some(SUBSCRIPTION), None, "paid");
-    let owed = || {
+    let unsent = || {
         Some(Stored {
             version: 1,
             last_sent: LastSent::Nothing,
@@ -76,10 +76,10 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
         (Some(NOW), None, session(), false),
         (Some(NOW), None, status("active", old), false),
         (Some(NOW), None, status("active", new), true),
-        (Some(NOW), owed(), session(), false),
-        (Some(NOW), owed(), status("active", old), true),
+        (Some(NOW), unsent(), session(), false),
+        (Some(NOW), unsent(), status("active", old), true),
         (Some(NOW), known(), status("active", old), true),
-        (None, owed(), session(), true),
+        (None, unsent(), session(), true),
     ] {
         let what = format!("{rebuilding:?}, {stored:?}, {body:?}");
         let arrival = arrival(0, (0, body));
@@ -103,7 +103,7 @@ fn a_live_event_is_withheld_only_where_the_replay_may_bring_the_rest() {
 }
 
 #[test]
-fn a_replay_that_brings_back_what_was_sent_owes_nothing() {
+fn replay_back_to_the_last_sent_state_leaves_no_unsent_signal() {
     let (active, past_due) = (
         arrival(0, (0, subscription("active", true))),
         arrival(1, (1, subscription("past_due", false))),
@@ -128,14 +128,14 @@ fn a_replay_that_brings_back_what_was_sent_owes_nothing() {
         .expect("it is new")
         .row;
     let sent = LastSent::Older(Box::new(live.visible.subscription));
-    // As if an older backup had been restored.
+    // The row as after restoring an older backup.
     let halfway = apply(None, vec![&active], Signalling::Never)
         .expect("it is new")
         .row;
     let halfway = Stored {
         last_sent: sent,
         revision: live.revision,
-        ..read_again(halfway)
+        ..reload(halfway)
     };
     let back = apply(Some(halfway), vec![&past_due], Signalling::Later)
         .expect("it changes")
@@ -147,7 +147,7 @@ fn a_replay_that_brings_back_what_was_sent_owes_nothing() {
 }
 
 #[test]
-fn an_erasure_is_sent_at_the_end_of_a_replay() {
+fn erasing_metadata_keeps_an_unsent_signal_unsent() {
     let shown = Subscription {
         status: Some("active".to_owned()),
         ..Subscription::default()
@@ -178,7 +178,7 @@ fn an_erasure_is_sent_at_the_end_of_a_replay() {
 }
 
 #[test]
-fn what_was_sent_last_reads_back() {
+fn last_sent_column_reads_back() {
     for unreadable in ["", "{}", "of a later version"] {
         assert_eq!(
             LastSent::from_json(Some(unreadable)),
@@ -190,18 +190,18 @@ fn what_was_sent_last_reads_back() {
     assert_eq!(LastSent::Nothing.to_json().as_deref(), Some("null"));
 }
 
-/// What is known to whoever applies all signals.
+/// A subscriber that applies all signals.
 #[derive(Default)]
 struct Subscriber {
     known: Option<Subscription>,
     revision: i64,
-    /// A row that was written silently before anything was sent of it.
+    /// Whether the row was written silently before anything was sent about it.
     missed: bool,
 }
 
 impl Subscriber {
-    /// Applies signals of a row that was at `revision`.
-    fn hear(&mut self, signals: &[NewSignal], mut revision: i64) {
+    /// Applies the signals of a row that had `revision` before.
+    fn receive(&mut self, signals: &[NewSignal], mut revision: i64) {
         for signal in signals {
             let signal: SubscriptionChanged =
                 serde_json::from_str(&signal.body).expect("it is a signal");
@@ -224,8 +224,8 @@ impl Subscriber {
         }
     }
 
-    /// A silent replay wrote the row: that counts as sent.
-    fn miss(&mut self, row: &Row) {
+    /// Records that a silent replay wrote the row, which counts as sent.
+    fn miss_silent_write(&mut self, row: &Row) {
         assert_eq!(row.last_sent, LastSent::Current);
         match row.revision {
             0 => self.missed = true,
@@ -269,8 +269,8 @@ fn rules() -> Rules {
     }
 }
 
-/// The row as the database gives it back.
-fn read_again(row: Row) -> Stored {
+/// Returns the row as it is read back from the database.
+fn reload(row: Row) -> Stored {
     let Row {
         state,
         version,
