@@ -1,4 +1,4 @@
-//! The permissions that the README gives each program: enough for all they do, and no more than it says.
+//! The permissions that docs/permissions.md gives each program: enough for all they do, and no more.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use serde_json::json;
 
 use crate::orphans::{COMPLETED, CREATED, now};
 
-const README: &str = include_str!("../../../README.md");
+const PERMISSIONS: &str = include_str!("../../../docs/permissions.md");
 const COMMAND: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn permissions_of_the_readme_suffice_for_everything() {
-    let start = README
+async fn documented_permissions_suffice_for_everything() {
+    let start = PERMISSIONS
         .find("authorization {\n")
-        .expect("the README has the block");
-    let block = README[start..].split("```").next().expect("it ends");
+        .expect("the page has the block");
+    let block = PERMISSIONS[start..].split("```").next().expect("it ends");
     let mut block = block.to_owned();
     for user in ["INGRESS", "WORKER", "OPERATOR", "APP"] {
         block = block.replace(&format!("${user}_PASSWORD"), "secret");

@@ -10,6 +10,7 @@ use super::run;
 const INGRESS: &str = "litestripe-ingress";
 const WORKER: &str = "litestripe-worker";
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+const SETTINGS_PAGE: &str = "docs/settings.md";
 
 /// Stands for a password in every malformed value.
 const SECRET: &str = "hunter2";
@@ -215,10 +216,10 @@ async fn help_and_env_example_list_the_same_settings_and_defaults() {
     check_listed(".env.example", problems, listed);
 }
 
-/// README's table: rows of | `NAME` | program | default | meaning |.
+/// The table of docs/settings.md: rows of | `NAME` | program | default | meaning |.
 #[tokio::test]
-async fn help_and_readme_list_the_same_settings_and_defaults() {
-    let text = fs::read_to_string(format!("{ROOT}/README.md")).expect("there is a README.md");
+async fn help_and_settings_page_list_the_same_settings_and_defaults() {
+    let text = fs::read_to_string(format!("{ROOT}/{SETTINGS_PAGE}")).expect("the page exists");
     let mut listed = table(&text);
     let mut problems = Vec::new();
     for (name, setting) in helped().await {
@@ -245,7 +246,7 @@ async fn help_and_readme_list_the_same_settings_and_defaults() {
             ));
         }
     }
-    check_listed("README.md", problems, listed);
+    check_listed(SETTINGS_PAGE, problems, listed);
 }
 
 fn check_listed<T>(place: &str, mut problems: Vec<String>, rest: BTreeMap<String, T>) {
@@ -267,7 +268,7 @@ struct Told {
     default: Option<String>,
 }
 
-/// A row of README's table.
+/// A row of the table in docs/settings.md.
 struct Row {
     program: String,
     default: String,
@@ -350,7 +351,7 @@ fn table(text: &str) -> BTreeMap<String, Row> {
         let [names, program, default, _meaning, ..] = cells.as_slice() else {
             continue;
         };
-        // Streams and tables are listed in tables as well.
+        // Rows of other tables.
         if !["ingress", "worker", "both"].contains(&program.as_str()) {
             continue;
         }
@@ -366,7 +367,7 @@ fn table(text: &str) -> BTreeMap<String, Row> {
                 };
                 assert!(
                     rows.insert(name.to_owned(), row).is_none(),
-                    "{name} is in README.md's table twice"
+                    "{name} is in the table of {SETTINGS_PAGE} twice"
                 );
             }
         }
