@@ -1,12 +1,14 @@
-//! Erasures: whose personal data is not to come back.
+//! Erasures: which personal data must not come back.
 //!
-//! Owns what is remembered of an erasure (the table `litestripe_erasure`, a row for each of the person's
-//! ids) and what it covers: what happened up to its second and is of one of those ids. Live workers apply
-//! what it covers without its personal data, and reconcile compares and mends without it; backfill and
-//! replay drop it. How the data is removed is in the modules below. An erasure is never forgotten: Stripe
-//! still lists a subscription years after it was created.
+//! Owns the record of erasures (the table `litestripe_erasure`, a row for each of a person's ids)
+//! and what an erasure covers: every event of one of these ids up to the second of the erasure.
+//! Workers apply a covered event without its personal data, and reconcile compares and repairs
+//! without it. Backfill and replay drop covered events. `removal` removes the data. Records of
+//! erasures are kept for ever, because Stripe still lists a subscription years after it was
+//! created.
 //!
-//! Whoever writes personal data reads the new erasures first, in the same transaction: see `store::erasure`.
+//! Code that writes personal data first reads the new erasures, in the same transaction: see
+//! `store::erasure`.
 
 mod ids;
 mod removal;
@@ -34,19 +36,19 @@ use crate::stream::scan;
 pub use ids::Ids;
 pub use removal::{EraseError, Erasure, Receipt, Target};
 
-/// Tries to record an erasure. Each waits as long as a lock is waited for, and a transaction that hangs is
-/// ended by the server after 30 s.
-const RECORD_TRIES: usize = 10;
+/// Attempts to record an erasure. Each waits at most the lock timeout for a lock. Together they
+/// outlast a hanging transaction, which the server ends after 30 s.
+const RECORD_ATTEMPTS: usize = 10;
 const RECORD_RETRY: Duration = Duration::from_millis(200);
 
-/// All erasures, as this process knows them.
+/// The erasures that this process knows.
 #[derive(Clone)]
 pub struct Erasures {
     jetstream: jetstream::Context,
     known: Arc<RwLock<Known>>,
 }
 
-/// What was read of the table.
+/// The erasures that were read from the table.
 #[derive(Debug, Default)]
 struct Known {
     /// When each id was erased, in seconds since the Unix epoch.
@@ -66,7 +68,7 @@ impl Erasures {
         Ok(erasures)
     }
 
-    /// Reads those that are new.
+    /// Reads the erasures that are new since the last read.
     pub async fn refresh<C: ConnectionTrait>(&self, db: &C) -> Result<(), StoreError> {
         let new = store::erasure::after(db, self.sequence()).await?;
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
@@ -77,35 +79,35 @@ impl Erasures {
         Ok(())
     }
 
-    /// The highest sequence that is known.
+    /// Returns the highest sequence that was read.
     pub fn sequence(&self) -> i64 {
         self.known(|known| known.sequence)
     }
 
-    /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch. When it returns, every
-    /// transaction that did not know of it has ended.
+    /// Records that `ids` are erased as of `at`, in seconds since the Unix epoch. When it returns,
+    /// every transaction that started without knowing of the erasure has ended.
     pub async fn record(&self, store: &Store, ids: &Ids, at: i64) -> Result<(), StoreError> {
         let erased: Arc<BTreeMap<_, _>> =
             Arc::new(ids.iter().map(|id| (id.to_owned(), at)).collect());
         let once = || async {
             store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await
         };
-        let tries = ExponentialBuilder::new()
+        let attempts = ExponentialBuilder::new()
             .with_min_delay(RECORD_RETRY)
-            .with_max_times(RECORD_TRIES)
+            .with_max_times(RECORD_ATTEMPTS)
             .with_jitter();
-        once.retry(tries.with_max_delay(10 * RECORD_RETRY))
+        once.retry(attempts.with_max_delay(10 * RECORD_RETRY))
             .when(StoreError::is_temporary)
             .await?;
         self.refresh(store.connection()).await
     }
 
-    /// Whether `event` is of an erased person and not younger than the erasure.
+    /// Whether `event` belongs to an erased person and is not newer than the erasure.
     pub fn covers(&self, event: &Event) -> bool {
         self.known(|known| known.covers(event))
     }
 
-    /// `event`, without its personal data if it is covered.
+    /// Returns `event`, without its personal data if an erasure covers it.
     pub fn redacted(&self, mut event: Event) -> Event {
         if self.covers(&event) {
             event.redact();
@@ -113,13 +115,14 @@ impl Erasures {
         event
     }
 
-    /// Whether an object of these ids, which Stripe created at `created`, is covered.
+    /// Whether an erasure covers an object with one of these ids that Stripe created at `created`.
     pub fn covers_object<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
         self.known(|known| known.covers_ids(ids, created))
     }
 
-    /// Removes late messages from `STRIPE_EVENTS`, whose state is applied and whose personal data is
-    /// erased. Done in passing: what is missed, the next erasure of the person removes.
+    /// Removes late messages from `STRIPE_EVENTS`: their state is applied, and their personal data
+    /// must not stay. Runs in the background, best effort: the person's next erasure removes any
+    /// that are left.
     pub fn remove_late(&self, sequences: Vec<u64>) {
         if sequences.is_empty() {
             return;
@@ -128,7 +131,7 @@ impl Erasures {
         tokio::spawn(async move {
             if let Err(error) = scan::remove(&jetstream, EVENTS_STREAM, sequences).await {
                 debug!(
-                    "late events of erased persons stay in STRIPE_EVENTS: {}",
+                    "cannot remove late events of erased persons from STRIPE_EVENTS: {}",
                     exit::chain(&error)
                 );
             }
@@ -177,7 +180,8 @@ impl Known {
                 )
             }
         };
-        // What we fetched is dated to the fetch, and shows what is as old as the object.
+        // A fetched snapshot has the time of the fetch, but its personal data is as old as the
+        // object.
         let is_fetched = event.event_type.as_str() == SNAPSHOT_TYPE;
         let created = of_object.filter(|_| is_fetched).unwrap_or(event.created);
         self.covers_ids(ids.into_iter().flatten(), created)
@@ -189,7 +193,7 @@ impl Known {
     }
 }
 
-/// The erasure of a customer that was deleted at Stripe, as a question that waits.
+/// Makes a question of the erasure of a customer that was deleted at Stripe.
 pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Question {
     Question {
         entity_id: customer.stripe_customer_id,

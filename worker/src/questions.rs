@@ -1,8 +1,13 @@
-//! What no batch waits for: the user lookup, the end of a grace period, the fetch of an uncertain
-//! subscription, an erasure.
+//! Questions: what the worker has to find out outside a batch, stored as a row until it is
+//! answered.
 //!
-//! Owns the life of an orphan beyond its events, one file per kind of question. Any worker may ask; a
-//! question is with one of them at a time. Writes rows only where a batch would conflict with it.
+//! There are four kinds, one file each: the user lookup (`user`), the end of a grace period
+//! (`grace`), the fetch of an uncertain subscription (`uncertain`), and the erasure of a deleted
+//! customer (`erase`). An open question becomes due, a worker asks it (`asker`), and it is retried
+//! until it is answered. Any worker may ask; a lease gives each question to one of them at a time.
+//! This module also creates and resolves the orphans that follow from an answer. Where an answer
+//! depends on a row, it writes that row too, so that a batch that changes the row at the same time
+//! conflicts with it.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -36,32 +41,32 @@ pub mod lookup;
 mod uncertain;
 mod user;
 
-/// What asking needs.
+/// The task that asks open questions and records the answers.
 pub struct Questions {
     pub store: Store,
     pub jetstream: jetstream::Context,
     pub lookup: Lookup,
     pub stripe: Option<StripeApi>,
     pub orphans: OrphanSettings,
-    /// Whose personal data is not to come back.
+    /// The ids whose personal data must not come back.
     pub erasures: Erasures,
-    /// Whether a customer that is deleted at Stripe is erased here.
+    /// Whether a customer that is deleted at Stripe is erased here too.
     pub erase_on_customer_deleted: bool,
-    /// Says that there may be questions.
+    /// Notified when a batch may have stored new questions.
     pub wake: Arc<Notify>,
     pub relay: Arc<Notify>,
-    /// The kinds that wait for the database.
+    /// The kinds of questions that currently wait for the database.
     pub waiting: Arc<Waiting>,
-    /// When it was last logged that a question has no answer.
+    /// When a warning was last logged that a question has no answer.
     pub warned_at: Mutex<Option<Instant>>,
 }
 
-/// What became of a question.
+/// The outcome of asking a question once.
 enum Outcome {
     Answered,
-    /// It is to be asked again after this time.
+    /// The question is asked again after this time.
     RetryAfter(Duration),
-    /// Something else changed the row or the question meanwhile: it is asked again at once.
+    /// The row or the question changed meanwhile: the question is asked again at once.
     Conflict,
 }
 
@@ -85,6 +90,7 @@ enum QuestionError {
 }
 
 impl Questions {
+    /// Closes a question that needs no answer any more.
     async fn close(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         question::remove_answered(self.store.connection(), taken).await?;
         Ok(Outcome::Answered)
@@ -105,7 +111,8 @@ async fn commit(tx: DatabaseTransaction, relay: &Notify) -> Result<(), StoreErro
     Ok(())
 }
 
-/// Writes a row as it is over the version that was read. Returns whether nobody else wrote it since.
+/// Writes a row unchanged over the version that was read. Returns false if it was written since
+/// then.
 async fn rewrite(
     tx: &DatabaseTransaction,
     id: &str,
@@ -149,14 +156,17 @@ fn cause(question: &Question) -> Cause {
     }
 }
 
-/// `first`, doubled with each attempt, up to `max`.
+/// Returns `first`, doubled with each attempt, up to `max`.
 fn delay(first: Duration, max: Duration, attempts: i32) -> Duration {
     let doublings = u32::try_from(attempts).unwrap_or(0).min(16);
     first.saturating_mul(1 << doublings).min(max)
 }
 
-/// Whether what led to the question is covered by an erasure: then nothing personal is looked for. In a
-/// transaction that writes personal data this is the first statement: see `store::erasure`.
+/// Whether an erasure covers the event that led to the question. If so, no personal data is
+/// fetched.
+///
+/// Reads new erasures first. A transaction that writes personal data calls this as its first
+/// statement: see `store::erasure`.
 async fn is_erased<C: ConnectionTrait>(
     erasures: &Erasures,
     db: &C,

@@ -1,9 +1,9 @@
-//! What brings rows and subscribers back after an outage.
+//! Recovery of rows and subscribers after an outage.
 //!
-//! Owns the four ways: events of the stream applied again (`replay`), events that never arrived fetched
-//! from Stripe (`backfill`), rows compared with Stripe's subscriptions (`reconcile`), and rows
-//! signalled once more (`resend`). What a replay leaves to be signalled is `owed`'s. All fail while the database
-//! or the broker is away. May not know the command line.
+//! There are four ways: `replay` applies events of the stream again, `backfill` fetches events that
+//! never arrived from Stripe, `reconcile` compares rows with Stripe's subscriptions, and `resend`
+//! signals rows again. `unsent` sends the signals that a replay has held back. All fail while the
+//! database or the broker is unavailable. May not know the command line.
 
 use sha2::{Digest as _, Sha256};
 
@@ -13,7 +13,7 @@ pub(crate) mod replay;
 pub(crate) mod resend;
 pub(crate) mod unsent;
 
-/// What is remembered of an id: 16 bytes of its hash, so that a million of them take some 20 MB.
+/// Returns the first 16 bytes of the id's hash, so that a million remembered ids take some 20 MB.
 fn short_hash(id: &str) -> [u8; 16] {
     let digest: [u8; 32] = Sha256::digest(id).into();
     digest.first_chunk().copied().unwrap_or_default()

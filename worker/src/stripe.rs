@@ -1,4 +1,5 @@
-//! Stripe's API: how it is called, within which budget, and for which mode.
+//! Stripe's API: its client, the request budget that workers share, and the check of the key's
+//! mode.
 
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ pub(crate) mod budget;
 pub(crate) mod kv;
 pub(crate) mod mode;
 
-/// Pauses between tries. Each doubles, up to `longest`, with jitter: no two workers try at the same moment.
+/// Returns the pauses between attempts. Each doubles, up to `longest`, with jitter, so that workers
+/// do not retry at the same moment.
 fn pauses(first: Duration, longest: Duration) -> impl Iterator<Item = Duration> {
     backon::ExponentialBuilder::new()
         .with_min_delay(first)

@@ -109,7 +109,7 @@ async fn missed_deliveries_are_backfilled_automatically(database: DatabaseKind) 
     }
     assert_eq!(backfilled, 3);
     assert!(
-        logs.contains("a backfill failed and is tried again: Stripe answered 503"),
+        logs.contains("a backfill failed and will be retried: Stripe answered 503"),
         "{logs}"
     );
     assert!(

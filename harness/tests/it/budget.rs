@@ -210,7 +210,7 @@ async fn calls_to_stripe_wait_for_the_broker_and_a_deleted_bucket_is_created_aga
     bridge.broker.resume().await;
     until_fetched(&api, &third).await;
     bridge.workers[0]
-        .wait_for_log("calls to Stripe's API go on", DEADLINE)
+        .wait_for_log("calls to Stripe's API continue", DEADLINE)
         .await;
 }
 

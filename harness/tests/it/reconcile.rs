@@ -376,7 +376,7 @@ async fn interrupted_repair_reports_what_it_did() {
     let status = running.wait(COMMAND).await;
     assert_eq!(status.code(), Some(1), "{}", running.stderr());
     assert!(
-        running.stderr().contains("told to stop"),
+        running.stderr().contains("asked to stop"),
         "{}",
         running.stderr()
     );

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
-use crate::recover::resend::{self, Put};
+use crate::recover::resend::{self, Resent};
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::store::{self, Store};
@@ -41,7 +41,7 @@ impl Resend {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let parts = super::start(settings, "resend", Schema::Current).await?;
         let store = &parts.store;
-        let Put { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
+        let Resent { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.output.json {
             print::line(
@@ -62,7 +62,7 @@ impl Resend {
         Ok(())
     }
 
-    async fn send(&self, store: &Store) -> Result<Put, Failure> {
+    async fn send(&self, store: &Store) -> Result<Resent, Failure> {
         if !self.rows.all {
             let known =
                 store::subscription::existing(store.connection(), &self.rows.subscription).await?;
@@ -81,7 +81,7 @@ impl Resend {
         let shutdown = shutdown::token()?;
         let total = store::subscription::count(store.connection()).await?;
         let mut progress = Progress::start("resend", "rows", Some(total));
-        let mut put = Put::default();
+        let mut resent = Resent::default();
         let mut after = String::new();
         loop {
             let ids =
@@ -91,17 +91,17 @@ impl Resend {
             if shutdown.is_cancelled() {
                 return Err(Failure::new(format!(
                     "stopped after {} rows, the last one {after}; running it again begins with the first row",
-                    put.sent
+                    resent.sent
                 )));
             }
             after.clone_from(last);
             let count = ids.len() as u64;
-            let Put { sent, left } = resend::put_in_outbox(store, ids).await?;
-            put.sent += sent;
-            put.left += left;
+            let Resent { sent, left } = resend::put_in_outbox(store, ids).await?;
+            resent.sent += sent;
+            resent.left += left;
             progress.advance(count);
         }
         progress.finish();
-        Ok(put)
+        Ok(resent)
     }
 }

@@ -1,13 +1,13 @@
-//! The ids of one person: the customer, their subscriptions and Checkout Sessions.
+//! The ids of one person: the customer, the subscriptions and the Checkout Sessions.
 //!
-//! Owns what belongs to the person. Pure.
+//! Owns which messages belong to the person. Pure.
 
 use std::collections::BTreeSet;
 
 use litestripe_domain::event::owner::Owner;
 use memchr::memmem;
 
-/// Ids that all stand for one person. They only become more.
+/// The ids that stand for one person. Ids are only ever added.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ids(BTreeSet<String>);
 
@@ -19,22 +19,24 @@ impl Ids {
         self.0.len() > before
     }
 
-    /// All of them.
+    /// Iterates over the ids.
     pub fn iter(&self) -> impl Iterator<Item = &str> + Clone {
         self.0.iter().map(String::as_str)
     }
 
-    /// All of them, to ask a database.
+    /// Returns the ids as a list, for a database query.
     pub fn all(&self) -> Vec<&str> {
         self.iter().collect()
     }
 
-    /// Whether `body`, a message's, is the person's. Learns the ids that it reveals.
+    /// Returns whether a message's `body` belongs to the person. Adds the ids of its object if one
+    /// of them is the person's.
     ///
-    /// What is about another customer's object is not, whoever else it mentions. What is about
-    /// nobody's is, if it names one of the ids as a whole text anywhere.
+    /// A message about another customer's object does not, whatever else it mentions. A message
+    /// about an object without a customer does if one of its strings, anywhere, equals one of the
+    /// ids.
     pub fn add_from_message(&mut self, body: &[u8]) -> bool {
-        // Stripe writes ids without escapes, and so do we.
+        // A plain search finds every id: neither Stripe nor we escape characters in ids.
         if !self
             .0
             .iter()
@@ -57,7 +59,8 @@ impl Ids {
         owner.customer.is_none() && owner.contains_text(|text| self.0.contains(text))
     }
 
-    /// Whether one of the ids stands in `body`, which is no JSON, and not as a part of a longer one.
+    /// Whether `body`, which is not valid JSON, contains one of the ids, and not as part of a
+    /// longer id.
     fn occur_in(&self, body: &[u8]) -> bool {
         let is_part = |byte: Option<&u8>| {
             byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_')
@@ -90,29 +93,29 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_the_person_reveals_more_of_their_ids() {
-        let mut of_customer = ids(&["cus_1"]);
-        assert!(of_customer.add_from_message(session(json!("cus_1"), "user").as_bytes()));
-        assert_eq!(of_customer, ids(&["cus_1", "cs_1", "sub_1"]));
-        let mut of_guest = ids(&["sub_1"]);
-        assert!(of_guest.add_from_message(session(json!(null), "user").as_bytes()));
-        assert_eq!(of_guest, ids(&["cs_1", "sub_1"]));
+    fn message_of_the_person_adds_its_other_ids() {
+        let mut customer = ids(&["cus_1"]);
+        assert!(customer.add_from_message(session(json!("cus_1"), "user").as_bytes()));
+        assert_eq!(customer, ids(&["cus_1", "cs_1", "sub_1"]));
+        let mut guest = ids(&["sub_1"]);
+        assert!(guest.add_from_message(session(json!(null), "user").as_bytes()));
+        assert_eq!(guest, ids(&["cs_1", "sub_1"]));
     }
 
     #[test]
-    fn what_is_another_customers_is_not_taken_for_naming_the_person() {
+    fn message_of_another_customer_does_not_belong_to_a_person_it_names() {
         let mut person = ids(&["cus_1"]);
         assert!(!person.add_from_message(session(json!("cus_2"), "cus_1").as_bytes()));
         assert!(
             person.add_from_message(session(json!(null), "cus_1").as_bytes()),
-            "nobody else's, and it names them"
+            "it has no customer, and it names the person"
         );
         assert!(!person.add_from_message(session(json!("cus_12"), "user").as_bytes()));
         assert_eq!(person, ids(&["cus_1"]));
     }
 
     #[test]
-    fn what_is_no_json_is_searched_for_whole_ids() {
+    fn invalid_json_is_searched_for_whole_ids() {
         let mut person = ids(&["cus_1"]);
         assert!(person.add_from_message(b"{\"customer\":\"cus_1\",\"broken"));
         assert!(!person.add_from_message(b"{\"customer\":\"cus_12\",\"broken"));

@@ -1,9 +1,10 @@
 //! The erasure of one person.
 //!
-//! Owns its steps and their order: find what is theirs, see that it is applied, record the erasure, from
-//! when on every worker knows of it, remove. Whatever ends it half-way, the next run does the rest: nothing
-//! is removed before it is recorded, and what is gone is not missed. May not know who asked, an operator or
-//! an event.
+//! Owns the steps and their order: find the person's data, check that their events are applied,
+//! record the erasure so that every worker knows of it, and remove the data. If a run ends halfway,
+//! the next run does the rest: nothing is removed before the erasure is recorded, and data that is
+//! already gone causes no error. May not know whether an operator or an event asked for the
+//! erasure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -24,46 +25,47 @@ use crate::stream::scan::{self, ScanError, ScannedMessage};
 
 mod rows;
 
-/// How often the streams are read through because the last time brought up ids that were not known.
-/// Each brings up one more kind of them, and there are three.
+/// How often the streams are read, at most. They are read again as long as a read finds new ids.
+/// Each read finds one more kind of id, and there are three kinds.
 const SEARCHES_MAX: usize = 8;
 
-/// How long events may take to be applied, where a worker runs.
+/// How long a running worker may take to apply the person's events.
 const APPLIED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long signals may take to leave the outbox.
 const SENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Between two looks at either.
+/// The pause between two checks of either.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Whom to erase.
+/// The person to erase.
 pub enum Target {
     /// A customer, by Stripe's id.
     Customer(String),
-    /// An orphan, by its id; with its customer, if it has one.
+    /// An orphan, by its id, together with its customer if it has one.
     Orphan(String),
 }
 
-/// What an erasure needs.
+/// The erasure of one person.
 pub struct Erasure<'a> {
     pub store: &'a Store,
     pub jetstream: &'a jetstream::Context,
     pub erasures: &'a Erasures,
-    /// Also if an event of the person is not applied.
+    /// Whether to erase even if an event of the person is not applied.
     pub force: bool,
-    /// Told of every message that was looked at.
+    /// Called for every message that is read.
     pub on_message: &'a (dyn Fn() + Send + Sync),
 }
 
-/// What was removed, and when: events, dead letters and signals are messages of their streams.
+/// What an erasure removed, and when. Events, dead letters and signals are counted as messages of
+/// their streams.
 #[derive(Serialize)]
 pub struct Receipt {
     pub customer: Option<String>,
     pub orphan: Option<String>,
-    /// When it was recorded: what is not younger does not come back.
+    /// When the erasure was recorded: it covers everything up to this time.
     pub recorded_at: Timestamp,
-    /// All ids of the person that are known.
+    /// All known ids of the person.
     pub ids: Vec<String>,
     pub events: u64,
     pub dead_letters: u64,
@@ -72,11 +74,11 @@ pub struct Receipt {
     pub subscriptions: u64,
     /// Orphans whose email was removed.
     pub orphans: u64,
-    /// Events among those removed that no worker had applied.
+    /// Removed events that no worker had applied.
     pub unapplied: u64,
 }
 
-/// Why a person was not erased, or not wholly.
+/// Why a person was not erased, or not completely.
 #[derive(Debug, thiserror::Error)]
 pub enum EraseError {
     #[error(
@@ -84,17 +86,17 @@ pub enum EraseError {
     )]
     UnknownOrphan(String),
     #[error(
-        "event {0} in STRIPE_EVENTS is of this customer and no worker has applied it yet; nothing was changed. Let a worker run (`litestripe-worker run`) and try again; `--force` removes it all the same, and what it says is lost"
+        "event {0} in STRIPE_EVENTS belongs to this customer and no worker has applied it yet; nothing was changed. Start a worker (`litestripe-worker run`) and try again, or use `--force` to remove the event without applying it, which loses its change"
     )]
     Unapplied(u64),
     #[error(
-        "event {0} came meanwhile and no worker has applied it yet; the erasure is recorded: run it again"
+        "event {0} arrived meanwhile and no worker has applied it yet; the erasure is recorded: run it again"
     )]
     ArrivedMeanwhile(u64),
-    #[error("ever more ids belong to this customer; nothing was changed")]
+    #[error("every search finds more ids of this customer; nothing was changed")]
     TooManyIds,
     #[error(
-        "signals of this customer wait in the outbox; all else is erased: run it again when they are sent"
+        "signals of this customer are still in the outbox; everything else is erased: run it again when they are sent"
     )]
     SignalsWait,
     #[error(transparent)]
@@ -107,12 +109,12 @@ pub enum EraseError {
     Clock(#[from] OutOfRange),
 }
 
-/// What is the person's, by where it is.
+/// The sequences of the person's messages, by stream.
 #[derive(Default)]
 struct Found {
     events: BTreeSet<u64>,
     dead_letters: BTreeSet<u64>,
-    /// The last event that was looked at.
+    /// The last event that was read.
     last: u64,
 }
 
@@ -129,7 +131,7 @@ impl Erasure<'_> {
         let now = OffsetDateTime::now_utc().unix_timestamp();
         let recorded_at = Timestamp::from_unix(now)?;
         self.erasures.record(self.store, &ids, now).await?;
-        // What was delivered before that may have been applied as it came.
+        // An event delivered before the record may have been applied with its personal data.
         if self.find_more(&mut ids, &mut found).await? {
             self.erasures.record(self.store, &ids, now).await?;
             unapplied.extend(self.unapplied(&found.events).await?);
@@ -163,7 +165,7 @@ impl Erasure<'_> {
         })
     }
 
-    /// What is known of the person before anything was read.
+    /// Returns the ids that are known before the streams are read.
     async fn ids_of(&self, target: &Target) -> Result<Ids, EraseError> {
         let mut ids = Ids::default();
         match target {
@@ -182,7 +184,7 @@ impl Erasure<'_> {
         Ok(ids)
     }
 
-    /// Reads all there is, until no id is new.
+    /// Reads rows and streams until a read finds no new id.
     async fn find(&self, ids: &mut Ids) -> Result<Found, EraseError> {
         for _ in 0..SEARCHES_MAX {
             let before = ids.clone();
@@ -198,7 +200,7 @@ impl Erasure<'_> {
         Err(EraseError::TooManyIds)
     }
 
-    /// Adds what came since `found`. Returns whether there was anything.
+    /// Adds messages and ids that arrived since `found`. Returns whether there were any.
     async fn find_more(&self, ids: &mut Ids, found: &mut Found) -> Result<bool, EraseError> {
         let before = (ids.clone(), found.events.len(), found.dead_letters.len());
         self.learn_from_rows(ids).await?;
@@ -240,7 +242,7 @@ impl Erasure<'_> {
         scan::read(self.jetstream, stream, from, visit).await
     }
 
-    /// Which of `events` are not applied, once a running worker had time for them.
+    /// Waits for a running worker to apply `events`. Returns those that it did not apply in time.
     async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
         let deadline = Instant::now() + APPLIED_TIMEOUT;
         loop {
@@ -256,8 +258,8 @@ impl Erasure<'_> {
         }
     }
 
-    /// Takes the metadata out of the person's rows, each of which is signalled. Returns how many had some, and
-    /// by row the revision from which on its signals stay.
+    /// Removes the metadata from the person's rows, and signals each row. Returns how many rows had
+    /// metadata, and for each row the first revision whose signals are kept.
     async fn strip_rows(
         &self,
         ids: &Ids,
@@ -274,7 +276,7 @@ impl Erasure<'_> {
         Ok((had_metadata, keep_from))
     }
 
-    /// Removes the person's signals that are older than those of `strip_rows`. Returns how many.
+    /// Removes the person's signals that are older than those of `strip_rows`. Returns their count.
     async fn remove_signals(
         &self,
         ids: &Ids,
@@ -293,7 +295,7 @@ impl Erasure<'_> {
         Ok(scan::remove(self.jetstream, SIGNALS_STREAM, older).await?)
     }
 
-    /// Waits until no signal of the person is on its way.
+    /// Waits until the outbox holds no signal of the person.
     async fn wait_until_sent(&self, ids: &Ids) -> Result<(), EraseError> {
         let deadline = Instant::now() + SENT_TIMEOUT;
         while store::outbox::has_signals_of(self.store.connection(), &ids.all()).await? {
@@ -306,7 +308,7 @@ impl Erasure<'_> {
     }
 }
 
-/// The revision that a signal is of. An orphan's has none.
+/// The revision in a signal's body. An orphan's signal has none.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Revision {
@@ -314,7 +316,7 @@ struct Revision {
     revision: Option<i64>,
 }
 
-/// Whether a signal is not below the revision of its row.
+/// Whether a signal has at least its row's revision in `keep_from`.
 fn is_kept(body: &[u8], keep_from: &BTreeMap<String, i64>) -> bool {
     let signal: Revision = serde_json::from_slice(body).unwrap_or_default();
     let of_row = signal
@@ -324,7 +326,7 @@ fn is_kept(body: &[u8], keep_from: &BTreeMap<String, i64>) -> bool {
     of_row.is_some_and(|of_row| signal.revision >= Some(*of_row))
 }
 
-/// What signals say led to an erasure's changes.
+/// Returns the event that signals name as the cause of an erasure's changes.
 fn erasure_event(at: Timestamp) -> EventReference {
     EventReference {
         id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are ids"),

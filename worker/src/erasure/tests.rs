@@ -1,4 +1,4 @@
-//! What an erasure covers.
+//! Tests of what an erasure covers.
 
 use litestripe_domain::event::{self, Event, MetadataKeys};
 use serde_json::{Value, json};
@@ -31,7 +31,7 @@ fn check(event_type: &str, created: i64, object: Value, covered: bool) {
 }
 
 #[test]
-fn an_erasure_covers_what_is_not_younger() {
+fn erasure_covers_events_up_to_its_second() {
     let of_customer = || json!({ "id": "sub_2", "customer": "cus_1", "status": "active" });
     check("customer.subscription.updated", AT - 1, of_customer(), true);
     check("customer.subscription.updated", AT, of_customer(), true);
@@ -44,7 +44,7 @@ fn an_erasure_covers_what_is_not_younger() {
 }
 
 #[test]
-fn each_of_the_ids_is_enough() {
+fn one_of_the_ids_is_enough() {
     let subscription = |id: &str, customer: Option<&str>| json!({ "id": id, "customer": customer });
     check(
         "customer.subscription.created",
@@ -92,7 +92,7 @@ fn each_of_the_ids_is_enough() {
 }
 
 #[test]
-fn what_was_fetched_is_as_old_as_its_object() {
+fn fetched_snapshot_counts_as_old_as_its_object() {
     let subscription =
         |created: Option<i64>| json!({ "id": "sub_1", "customer": "cus_1", "created": created });
     check(

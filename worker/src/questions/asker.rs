@@ -1,5 +1,6 @@
-//! Which questions are asked when: takes them as they come due, several at a time, and notes when one
-//! has to be asked again.
+//! The asker: takes questions as they become due and asks several at a time.
+//!
+//! Owns when a question is asked and when it is retried.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,24 +17,25 @@ use crate::fail_point::fail_point;
 use crate::store::question::{self, Taken};
 use crate::wait::{Awaited, Wait};
 
-/// How often due questions are looked for.
+/// How often the asker checks for due questions.
 pub(super) const POLL: Duration = Duration::from_secs(1);
 
-/// How long a question is with one worker before another may take it: longer than the longest
-/// answer, which is two of Stripe's with all their tries and the waits that it asks for.
+/// How long one worker holds a question before another may take it. It is longer than the longest
+/// answer: two calls to Stripe, each with all its retries and the pauses that Stripe asks for.
 const LEASE: Duration = Duration::from_secs(12 * 60);
 
-/// Questions of one kind that are asked at a time. Few where Stripe's budget makes them queue.
+/// Questions of one kind that are asked at a time. Fewer if they call Stripe, where they queue for
+/// the request budget.
 const IN_FLIGHT_MAX: usize = 16;
 const STRIPE_IN_FLIGHT_MAX: usize = 4;
 
-/// A question without an answer is logged no more often than this.
+/// The shortest time between two warnings about questions without an answer.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// How soon a question without an answer is asked again.
+/// How soon a question is retried after a failure.
 pub(super) const RETRY: Duration = Duration::from_secs(3);
 
-/// The database, as the questions need it: that batches wait for it is another matter.
+/// The wait of the questions for the database. Batches wait for it separately.
 const QUESTIONS: Awaited = Awaited {
     begins: "questions wait for the database",
     ends: "questions are asked again",
@@ -43,7 +45,8 @@ const QUESTIONS: Awaited = Awaited {
 };
 
 impl Questions {
-    /// Asks until `shutdown`. Kinds of questions do not wait for each other.
+    /// Asks questions until `shutdown`. Each kind has its own loop, so that no kind waits for
+    /// another.
     pub async fn run(self, shutdown: CancellationToken) {
         let questions = Arc::new(self);
         let stripe_max = if questions.stripe.is_some() {
@@ -63,13 +66,13 @@ impl Questions {
         }
         loops.spawn(questions.erase_old_emails(shutdown));
         while let Some(ended) = loops.join_next().await {
-            // Questions of one kind would not be asked any more, and nobody would know.
+            // Without this panic, questions of that kind would silently never be asked again.
             ended.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
         }
     }
 
-    /// Takes questions of one kind as they come due, and asks several at a time. One that has to
-    /// wait for its answer holds up no other.
+    /// Takes questions of one kind as they become due, and asks several at a time, so that a slow
+    /// answer delays no other question.
     async fn ask_due(
         self: Arc<Self>,
         kind: Kind,
@@ -106,11 +109,12 @@ impl Questions {
                 () = shutdown.cancelled() => {}
             }
         }
-        // What was asked and is not answered within the stop's patience comes due again.
+        // Questions that are not answered before the shutdown deadline become due again after their
+        // lease.
         while in_flight.join_next().await.is_some() {}
     }
 
-    /// Asks one question, and notes when it has to be asked again.
+    /// Asks one question. Without an answer, records when the question is due again.
     async fn ask(&self, taken: Taken) {
         let question = &taken.question;
         let outcome = match question.kind() {
@@ -133,7 +137,7 @@ impl Questions {
             question::postpone(self.store.connection(), &taken, due_at, attempts).await
         {
             debug!(
-                "the question comes due by itself after its lease: {}",
+                "cannot postpone a question, it becomes due again after its lease: {}",
                 exit::chain(&error)
             );
         }
@@ -151,7 +155,7 @@ impl Questions {
         *last = Some(Instant::now());
         warn!(
             entity_id = id,
-            kind, "no answer yet about {id}, asking again: {error}"
+            kind, "no answer yet about {id}, will retry: {error}"
         );
     }
 }

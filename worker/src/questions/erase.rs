@@ -1,4 +1,4 @@
-//! Erasing: customers that were deleted at Stripe, and emails of orphans that became too old.
+//! Erases customers that were deleted at Stripe, and the emails of old orphans.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +15,11 @@ use crate::store;
 use crate::store::question::Taken;
 use crate::wait::pause;
 
-/// How often old emails are looked for, at least.
+/// The longest time between two checks for old emails.
 const ERASE_EVERY: Duration = Duration::from_secs(60 * 60);
 
 impl Questions {
-    /// Erases a customer that was deleted at Stripe, once all that came of them is applied.
+    /// Erases a customer that was deleted at Stripe, once all their events are applied.
     pub(super) async fn erase_customer(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let (store, jetstream, erasures) = (&self.store, &self.jetstream, &self.erasures);
@@ -47,7 +47,7 @@ impl Questions {
                 );
                 self.close(taken).await
             }
-            // Every try reads the whole stream.
+            // Every attempt reads the whole stream, so the pauses grow.
             Err(EraseError::Unapplied(_) | EraseError::ArrivedMeanwhile(_)) => {
                 Ok(Outcome::RetryAfter(delay(
                     UNKNOWN_RETRY_FIRST,
@@ -59,10 +59,10 @@ impl Questions {
         }
     }
 
-    /// Erases emails as they become too old, until `shutdown`.
+    /// Erases emails that are older than the setting allows, until `shutdown`.
     pub(super) async fn erase_old_emails(self: Arc<Self>, shutdown: CancellationToken) {
         let age = self.orphans.email_max_age;
-        // None is seen for longer than half again as long as it may be.
+        // So no email is kept for longer than one and a half times the allowed age.
         let every = (age / 2).clamp(POLL, ERASE_EVERY);
         let age = time::Duration::try_from(age).unwrap_or(time::Duration::MAX);
         loop {

@@ -1,4 +1,5 @@
-//! Whether a Checkout Session claims a subscription by the end of its grace period.
+//! The end of a grace period: a subscription that no Checkout Session has claimed becomes an
+//! orphan.
 
 use std::time::Duration;
 
@@ -18,12 +19,13 @@ use crate::stream::own_event::{self, Scope};
 use crate::stream::progress;
 use crate::stripe::api::StripeApi;
 
-/// How long a session that was fetched may take through the stream to its row.
+/// How long a fetched session may take through the stream to its row.
 const CLAIM_MAX: Duration = Duration::from_secs(60);
 
 impl Questions {
-    /// Ends a grace period, once every event received before its end is applied: a backlog makes
-    /// no orphans.
+    /// Ends a grace period once every event received before its end is applied, so that a backlog
+    /// makes no orphans. Creates an orphan if the subscription is still unclaimed and may have been
+    /// paid.
     pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let Some(stored) = self.load_unclaimed(question).await? else {
@@ -31,10 +33,11 @@ impl Questions {
         };
         let row = stored.state.visible();
         if !orphan::may_be_paid(row.subscription.status.as_deref()) {
-            // The batch in which it is paid asks again.
+            // The batch that applies the payment opens the question again.
             return self.close(taken).await;
         }
-        // A session that is applied from here on conflicts with the row as it was read.
+        // If a session is applied after this read, writing the row as it was read conflicts with
+        // it.
         let end = orphan::grace_period_end(
             &row,
             stored.dt_created.unwrap_or(question.due_at),
@@ -59,7 +62,7 @@ impl Questions {
         Ok(self.record_unclaimed(taken, stored, email).await?)
     }
 
-    /// The row, if still neither a Checkout Session nor anybody else says whose it is.
+    /// Loads the row. Returns `None` if it has a Checkout Session or a client reference id by now.
     async fn load_unclaimed(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
         Ok(self.load_row(&question.entity_id).await?.filter(|stored| {
             let row = stored.state.visible();
@@ -67,7 +70,8 @@ impl Questions {
         }))
     }
 
-    /// Stores the sessions that Stripe lists for the subscription, if any, as events.
+    /// Publishes the Checkout Sessions that Stripe lists for the subscription as events. Returns
+    /// whether there was one.
     async fn publish_sessions(
         &self,
         stripe: &StripeApi,
@@ -96,6 +100,7 @@ impl Questions {
         Ok(!page.objects.is_empty())
     }
 
+    /// Records the orphan and closes the question, unless the row changed since it was read.
     async fn record_unclaimed(
         &self,
         taken: &Taken,

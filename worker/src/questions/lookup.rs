@@ -1,7 +1,7 @@
-//! Whether a client reference id is a user.
+//! The user lookup: asks the application whether a client reference id is one of its users.
 //!
-//! Owns the three ways to ask. May not know orphans or rows. No answer is no answer: it is never
-//! taken for "unknown".
+//! Owns the three ways to ask. May not know orphans or rows. A failed lookup is an error, never an
+//! answer: it does not make a user unknown.
 
 use std::time::Duration;
 
@@ -18,21 +18,22 @@ use crate::store::Store;
 /// How long the application may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// A way to ask.
+/// How the application is asked.
 pub enum Lookup {
-    /// Nobody is asked: every client reference id is a user's.
+    /// Without a lookup every client reference id counts as a user's.
     None,
-    /// A query with one parameter. It knows the id when it returns a row.
+    /// A query with one parameter, the id. The user is known if it returns a row.
     Sql {
         database: DatabaseSettings,
         store: OnceCell<Store>,
         query: String,
     },
-    /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known": false}`.
+    /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known":
+    /// false}`.
     Nats { client: Client, subject: String },
 }
 
-/// Why there is no answer.
+/// Why a lookup failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LookupError {
     #[error("the user lookup's query failed")]
@@ -52,7 +53,7 @@ struct Answer {
 }
 
 impl Lookup {
-    /// The way that `settings` say. Nothing is opened before it is needed.
+    /// Creates the lookup that `settings` name. Its database is opened at the first query.
     pub fn new(settings: &LookupSettings, client: &Client) -> Self {
         match settings {
             LookupSettings::None => Self::None,
@@ -68,12 +69,15 @@ impl Lookup {
         }
     }
 
-    /// Whether anybody is asked at all.
+    /// Whether there is a lookup to ask.
     pub fn is_enabled(&self) -> bool {
         !matches!(self, Self::None)
     }
 
-    /// Whether it is a user. After an error it is to be asked again.
+    /// Returns whether the application knows the user.
+    ///
+    /// # Errors
+    /// There is no answer: the caller asks again later.
     pub async fn knows(&self, user: ClientReferenceId<'_>) -> Result<bool, LookupError> {
         match self {
             Self::None => Ok(true),
@@ -106,7 +110,7 @@ async fn query_database(
         .map_err(StoreError::doing("look a user up"))
     {
         Ok(row) => Ok(row.is_some()),
-        // A text that is not even of the type of the users' ids is no user's.
+        // A text that does not fit the type of the users' ids, such as an integer, is no user's id.
         Err(error) if error.is_unreadable_value() => Ok(false),
         Err(error) => Err(LookupError::Sql(error)),
     }

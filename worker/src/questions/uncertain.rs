@@ -1,4 +1,4 @@
-//! What Stripe says a subscription is whose events left it open.
+//! The fetch of an uncertain subscription: its events alone do not determine its state.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use crate::store::question::Taken;
 use crate::stream::own_event::{self, Scope};
 
 impl Questions {
-    /// Fetches an uncertain subscription and stores it as an event, which merges like any other.
+    /// Fetches the subscription from Stripe and publishes it as an event, which merges like any
+    /// other.
     pub(super) async fn fetch_uncertain(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let Some(stripe) = self
@@ -42,7 +43,8 @@ impl Questions {
         };
         let behind = row.head_created.unwrap_or_default() - answer.as_of()?;
         if let Ok(behind @ 0..) = u64::try_from(behind) {
-            // Our clock is ahead of Stripe's: the answer may not have the last second's events.
+            // Our clock is ahead of Stripe's, so it is too early: the answer may lack events of the
+            // row's newest second.
             return Ok(Outcome::RetryAfter(Duration::from_secs(behind + 1)));
         }
         let object =

@@ -1,4 +1,4 @@
-//! Whether a client reference id is a user's.
+//! The user lookup's questions: a paid session whose user is unknown becomes an orphan.
 
 use std::time::Duration;
 
@@ -21,11 +21,11 @@ use crate::error::StoreError;
 use crate::store;
 use crate::store::question::{self, Taken};
 
-/// How soon a user who was unknown is asked for again: doubles with each answer.
+/// How soon the lookup is asked again about an unknown user. The pause doubles with each answer.
 pub(super) const UNKNOWN_RETRY_FIRST: Duration = Duration::from_secs(15);
 pub(super) const UNKNOWN_RETRY_MAX: Duration = Duration::from_secs(60 * 60);
 
-/// The event in the stream cannot be read.
+/// Why the session's event cannot be read from the stream.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EmailError {
     #[error(transparent)]
@@ -35,10 +35,11 @@ pub(super) enum EmailError {
 }
 
 impl Questions {
-    /// Asks whether the client reference id is a user. An unknown one with a payment is an orphan.
+    /// Asks whether the client reference id is a user's. If it is unknown and the session is paid,
+    /// creates an orphan.
     pub(super) async fn look_up(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        // The row may have another client reference id by now.
+        // The row may have a different client reference id by now.
         let stored = load_row(self.store.connection(), question).await?;
         let Some(user) = client_reference_id(question, stored.as_ref()) else {
             return self.close(taken).await;
@@ -56,6 +57,8 @@ impl Questions {
         Ok(self.record_unknown(taken, user, email).await?)
     }
 
+    /// Records that the user is known: resolves the orphan, if there is one, and closes the
+    /// question.
     async fn record_known(&self, taken: &Taken, user: String) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let record = async move |tx: DatabaseTransaction| {
@@ -82,7 +85,8 @@ impl Questions {
         self.store.uncancelled(record).await
     }
 
-    /// Notes a paid session's user as unknown, and asks again for as long as that is open.
+    /// Records that the user is unknown: creates an orphan if the session is paid, and retries for
+    /// as long as the orphan is open.
     async fn record_unknown(
         &self,
         taken: &Taken,
@@ -124,8 +128,8 @@ impl Questions {
         self.store.uncancelled(record).await
     }
 
-    /// The email in the session's event, which is still in the stream, as a rule. A stream that was
-    /// made anew has another event there.
+    /// Returns the email in the session's event, which usually is still in the stream. A stream
+    /// that was created again holds another event at that sequence, so the event's id is checked.
     async fn email_of_session(&self, question: &Question) -> Result<Option<Email>, EmailError> {
         let stream = self.jetstream.get_stream_no_info(EVENTS_STREAM).await?;
         let message = match stream.get_raw_message(question.stream_sequence).await {
@@ -145,8 +149,9 @@ impl Questions {
     }
 }
 
-/// Whether the row still names this user. Writes it, so that a batch that changes it at this
-/// moment conflicts instead of crossing. A payment without a subscription has no row to cross.
+/// Writes the row unchanged if it still names this user, so that a batch that changes it at the
+/// same moment conflicts. Returns whether the answer still holds. A payment without a subscription
+/// has no row to write.
 async fn rewrite_if_same_user(
     tx: &DatabaseTransaction,
     question: &Question,
@@ -170,7 +175,7 @@ async fn load_row<C: ConnectionTrait>(
     Ok(store::subscription::load(db, &[&id]).await?.remove(&id))
 }
 
-/// The client reference id to ask about: the row's, or where there is no row the session's.
+/// Returns the client reference id to ask about: the row's, or the session's if there is no row.
 fn client_reference_id(question: &Question, stored: Option<&Stored>) -> Option<String> {
     match (stored, &question.details) {
         (Some(stored), _) => stored.state.visible().subscription.client_reference_id,

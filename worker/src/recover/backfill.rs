@@ -1,10 +1,11 @@
-//! Backfill: what never arrived, from Stripe's Events API into `STRIPE_EVENTS`.
+//! Backfill: fetches events that never arrived from Stripe's Events API, and publishes them to
+//! `STRIPE_EVENTS`.
 //!
-//! Owns which events are fetched and which of them are stored. They take the way of every delivery:
-//! same subject, same `Nats-Msg-Id`, the body as Stripe rendered it. So a backfill is idempotent: what
-//! it stores twice is dropped by its message id, or merges to nothing. May not know rows. Stripe
-//! renders an event for its API in another version than for a webhook, so ids are compared, never
-//! bodies.
+//! Owns which events are fetched and which of them are published. They are published like any
+//! delivery: same subject, same `Nats-Msg-Id`, the body as Stripe rendered it. So a backfill is
+//! idempotent: an event that it publishes twice is dropped by its message id, or its merge changes
+//! nothing. Compares ids, never bodies: Stripe renders an event for its API in a different version
+//! than for a webhook. May not know rows.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -43,10 +44,10 @@ pub(crate) const STRIPE_KEEPS: Duration = Duration::from_secs(30 * 24 * 60 * 60)
 /// How far Stripe's clock, in `created`, may be ahead of the broker's.
 const CLOCK_SKEW_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// Events on their way into the stream at a time.
+/// Events that are published at a time.
 const IN_FLIGHT_MAX: usize = 32;
 
-/// Tries to store one event, each as long as a PubAck is waited for.
+/// Attempts to publish one event. Each takes at most the timeout of a PubAck.
 const ATTEMPTS_MAX: u32 = 4;
 
 #[derive(Clone)]
@@ -58,7 +59,7 @@ pub(crate) struct Backfill {
     pub types: Vec<&'static str>,
 }
 
-/// The types of events that workers act upon.
+/// Returns the event types that workers act on.
 pub(crate) fn types(settings: &Settings) -> Vec<&'static str> {
     let deleted = settings
         .erase_on_customer_deleted
@@ -66,34 +67,36 @@ pub(crate) fn types(settings: &Settings) -> Vec<&'static str> {
     HANDLED_TYPES.into_iter().chain(deleted).collect()
 }
 
+/// Which events a backfill asks Stripe for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wanted {
     pub since: OffsetDateTime,
-    /// Only those that some endpoint has not accepted.
+    /// Only events that at least one endpoint has not accepted.
     pub undelivered_only: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Summary {
     pub listed: u64,
-    /// Of these, events that the stream held already.
+    /// Listed events that the stream already held.
     pub already_there: u64,
-    /// Of these, events that were published.
+    /// Listed events that were published.
     pub published: u64,
-    /// Of the published ones, events that arrived meanwhile: the stream has dropped the repetition.
+    /// Published events that had arrived meanwhile: the stream dropped the duplicate.
     pub duplicates: u64,
-    /// Of the listed ones, events that cannot be stored: no id, no type, too large.
+    /// Listed events that cannot be stored: they lack an id or a type, are too large, or were not
+    /// wanted.
     pub skipped: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     Complete,
-    /// It was asked to stop after a page.
+    /// Asked to stop after a page.
     Stopped,
 }
 
-/// Why a backfill ended halfway. What was published stays.
+/// Why a backfill ended halfway. Events that were published until then stay.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BackfillError {
     #[error(transparent)]
@@ -106,7 +109,7 @@ pub(crate) enum BackfillError {
     NoStream,
     #[error("cannot read which events {EVENTS_STREAM} holds")]
     Read(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// JetStream did not store an event, or did not say so.
+    /// JetStream did not store an event, or its PubAck was lost.
     #[error("cannot store {0} in {EVENTS_STREAM}")]
     Publish(EventId, #[source] PublishError),
 }
@@ -119,8 +122,8 @@ enum Published {
 }
 
 impl Backfill {
-    /// Goes through what Stripe lists, newest first, and publishes what the stream lacks. `report` is
-    /// called with every page; `summary` is right also when this fails.
+    /// Lists events from Stripe, newest first, and publishes those that the stream lacks. Calls
+    /// `report` after every page. `summary` is correct even if this fails.
     pub(crate) async fn run(
         &self,
         wanted: Wanted,
@@ -136,7 +139,7 @@ impl Backfill {
                 () = shutdown.cancelled() => return Ok(End::Stopped),
                 page = self.list(wanted, after.as_deref()) => page?,
             };
-            // With what arrived, and who was erased, since the last page.
+            // Events may have arrived, and persons may have been erased, since the last page.
             stored.catch_up().await?;
             self.erasures.refresh(self.store.connection()).await?;
             after.clone_from(&page.after);
@@ -186,15 +189,16 @@ impl Backfill {
         Ok(())
     }
 
-    /// Whether an event may enter the stream by a backfill. All do that are of the types that were
-    /// asked for, but for what an erased person did: that is not to come back.
+    /// Whether a backfill may publish the event: its type was asked for, and no erasure covers it.
+    /// Events of an erased person must not come back.
     fn is_wanted(&self, event: &ListedEvent) -> bool {
         let body = event.raw.get().as_bytes();
         let is_erased = || {
             let event = event::decode(body, &MetadataKeys::Only(BTreeSet::new()));
             event.is_ok_and(|event| event.is_some_and(|event| self.erasures.covers(&event)))
         };
-        // Its erasure has removed the event that led to it: it would be done again and again.
+        // The erasure removed its own `customer.deleted` event. Publishing that again would repeat
+        // the erasure after every backfill.
         let is_erased_deletion = || {
             let deleted = owner::deleted_customer(body);
             let is_covered = |deleted: DeletedCustomer| {
@@ -226,7 +230,8 @@ impl Backfill {
                     .publish_with_headers(subject.clone(), headers.clone(), body.clone());
             let acked = publishing.and_then(IntoFuture::into_future).await;
             match acked.map_err(|error| (error.kind(), error)) {
-                // A repetition of ours, after a PubAck that was lost, is no duplicate.
+                // After a lost PubAck our own retry is reported as a duplicate: the event counts as
+                // stored.
                 Ok(ack) if ack.duplicate && attempt == 1 => return Ok(Published::Duplicate),
                 Ok(_) => return Ok(Published::Stored),
                 Err((PublishErrorKind::MaxPayloadExceeded, _)) => {

@@ -1,13 +1,13 @@
-//! Reconcile: compares every row with what Stripe says now, and repairs it.
+//! Reconcile: compares every row with Stripe's current subscription, and repairs it.
 //!
-//! Owns the walk over Stripe's subscriptions and when a difference is reported. What Stripe says enters
-//! as an event like any other: it is stored in `STRIPE_EVENTS` and comes back through whichever worker
-//! takes it; columns that are not what their merge state says are written anew from it. May not know how
-//! a report is shown, or who applies the events.
+//! Owns the walk over Stripe's subscriptions and when a difference is reported. Stripe's objects
+//! are stored as events in `STRIPE_EVENTS`, and any worker applies them. Columns that differ from
+//! their row's merge state are written again from it. May not know how a report is shown, or which
+//! worker applies the events.
 //!
-//! Stripe goes on while we look: what is different, and not repaired at once, is looked at once more,
-//! against a new answer, before it is reported. Memory is bounded by a page, what is different, and 16
-//! bytes for each subscription.
+//! Subscriptions change at Stripe during the walk. So a difference that is not repaired at once is
+//! checked again, against a new answer, before it is reported. Memory is bounded by one page, the
+//! differences, and 16 bytes for each subscription.
 
 mod difference;
 mod report;
@@ -36,32 +36,33 @@ pub(crate) use difference::Difference;
 pub(crate) use report::{Finding, Problem, Report};
 pub(crate) use sources::Sources;
 
-/// Lists of Checkout Sessions that are asked for at a time.
+/// Lists of Checkout Sessions that are fetched at a time.
 const LOOKUPS_IN_FLIGHT_MAX: usize = 4;
 
 /// Repairs in flight at a time.
 const REPAIRS_IN_FLIGHT_MAX: usize = 16;
 
-/// How long an event may take from Stripe through the stream to its row, as a rule: a difference is
-/// looked at again after that.
+/// How long an event usually takes at most from Stripe through the stream to its row. A difference
+/// is checked again after this time.
 const RECHECK_AFTER: Duration = Duration::from_secs(5);
 
-/// Between two comparisons at how far the events are applied.
+/// The pause between two checks of how far the events are applied.
 const POLL: Duration = Duration::from_millis(50);
 
-/// How long it may be unknown how far they are.
+/// How long these checks may fail.
 const UNKNOWN_PROGRESS_MAX: Duration = Duration::from_secs(30);
 
 /// Ids read from the table at a time.
 const IDS_BATCH: u64 = 1000;
 
-/// Rows that Stripe did not list and, asked for one by one, does not know. When it comes to this
-/// many, the list's silence is taken for an answer: each costs a call.
+/// How many rows that Stripe neither lists nor knows by id are asked for one by one, because each
+/// costs a call. After these, a row that is not listed counts as unknown to Stripe.
 const UNLISTED_ASKED_MAX: usize = 100;
 
 const ALL: &str = "all";
 
-/// The lists of subscriptions that Stripe gives. Stripe: "List subscriptions", `status`.
+/// The values of `status` by which Stripe lists subscriptions. Stripe: "List subscriptions",
+/// `status`.
 pub(crate) const STATUSES: [&str; 10] = [
     ALL,
     "ended",
@@ -85,20 +86,21 @@ pub(crate) enum ReconcileError {
     OwnEvent(#[from] OwnEventError),
     #[error(transparent)]
     Progress(ProgressError),
-    #[error("it was told to stop")]
+    #[error("it was asked to stop")]
     Stopped,
 }
 
 pub(crate) struct Reconcile<'a> {
     sources: Sources<'a>,
-    /// Told how many more subscriptions are done.
+    /// Called with the number of subscriptions that were compared since the last call.
     advance: Box<dyn FnMut(u64) + Send + 'a>,
     pub report: Report,
     to_recheck: VecDeque<Finding>,
 }
 
 impl<'a> Reconcile<'a> {
-    /// A walk that tells `advance` how many more subscriptions are done.
+    /// Creates a walk that calls `advance` with the number of subscriptions compared since the last
+    /// call.
     pub(crate) fn new(sources: Sources<'a>, advance: impl FnMut(u64) + Send + 'a) -> Self {
         Self {
             sources,
@@ -108,11 +110,12 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// Walks through Stripe's subscriptions of `status`, one of [`STATUSES`]. The report says what came of it, also where it
-    /// broke off: what is repaired by then stays, and another walk does the rest.
+    /// Walks through Stripe's subscriptions of `status`, one of [`STATUSES`]. After an error the
+    /// report covers the walk up to there: the repairs stay, and another walk does the rest.
     pub(crate) async fn run(&mut self, status: &str) -> Result<(), ReconcileError> {
         let outcome = self.walk(status).await;
-        // Where it broke off, what was not looked at again is reported as it was seen first.
+        // After an error, differences that were not checked again are reported as they were first
+        // found.
         self.report.findings.extend(self.to_recheck.drain(..));
         self.report.calls = self.sources.calls.load(Ordering::Relaxed);
         outcome
@@ -137,8 +140,9 @@ impl<'a> Reconcile<'a> {
         self.recheck().await
     }
 
-    /// Looks at rows that Stripe did not list. That alone says little: it leaves subscriptions of test
-    /// clocks out of its lists (Stripe: "List subscriptions", `test_clock`).
+    /// Fetches and checks the subscriptions of rows that Stripe did not list. A subscription may
+    /// exist and still not be listed: Stripe leaves out those of test clocks (Stripe: "List
+    /// subscriptions", `test_clock`).
     async fn check_unlisted(
         &mut self,
         began: OffsetDateTime,
@@ -173,7 +177,8 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// Compares subscriptions with their rows, and repairs what is different, if that is wanted.
+    /// Compares subscriptions with their rows, and repairs the differences if a repair was asked
+    /// for.
     async fn check(&mut self, objects: Vec<api::Object>, as_of: i64) -> Result<(), ReconcileError> {
         self.report.compared += objects.len() as u64;
         let comparisons = self.compare(objects, as_of, 1).await?;
@@ -185,7 +190,8 @@ impl<'a> Reconcile<'a> {
         self.repair(jetstream, comparisons).await
     }
 
-    /// What is different. Each subscription is `step` more that are done.
+    /// Returns the comparisons that found a difference. Calls `advance` with `step` for each
+    /// subscription.
     async fn compare(
         &mut self,
         objects: Vec<api::Object>,
@@ -199,7 +205,8 @@ impl<'a> Reconcile<'a> {
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
         let mut rows = raw::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);
-        // Nothing is awaited between two comparisons: a call that waits for its turn holds up all others.
+        // All comparisons start without an await in between: otherwise a call that waits for the
+        // budget would delay all others.
         let comparisons = stream::iter(objects).map(|object| {
             let row = rows.remove(&object.id);
             sources.compare(object, as_of, row)
@@ -212,7 +219,8 @@ impl<'a> Reconcile<'a> {
         Ok(comparisons.into_iter().flatten().collect())
     }
 
-    /// Repairs rows, waits until what was stored is applied, and comparisons whether that did it.
+    /// Repairs rows, waits until the published events are applied, and checks that the differences
+    /// are gone.
     async fn repair(
         &mut self,
         jetstream: &jetstream::Context,
@@ -243,8 +251,8 @@ impl<'a> Reconcile<'a> {
         Ok(())
     }
 
-    /// Looks once more at what was different: an event may have been on its way then. What is equal now
-    /// is no difference.
+    /// Checks the differences again: an event may have been in flight at the first check. Drops
+    /// those that are gone.
     async fn recheck(&mut self) -> Result<(), ReconcileError> {
         if !self.to_recheck.is_empty() {
             self.sources.sleep(RECHECK_AFTER).await?;
@@ -257,7 +265,7 @@ impl<'a> Reconcile<'a> {
                     .await?
                     .is_empty()
             {
-                // No answer of Stripe's would change that.
+                // No new answer of Stripe could change that the row is missing.
                 self.report.findings.extend(self.to_recheck.pop_front());
                 continue;
             }

@@ -1,11 +1,12 @@
-//! Replay: events that the stream still holds, applied again.
+//! Replay: applies events that the stream still holds again.
 //!
-//! Owns its beginning and its end, and that there is one at a time. `request` knows which events those
-//! are, `apply` how they are applied. What is signalled at the end is sent by `owed`.
+//! Owns the beginning and the end of a replay, and that only one runs at a time. `request` decides
+//! which events are replayed, `apply` how they are applied, and `unsent` sends the signals at the
+//! end.
 //!
-//! A replay merges as live events do and beside them, so it can change no row that is right already.
-//! Between its beginning and its end rows may be half rebuilt: of these, subscribers hear nothing until
-//! the end, or until a live event changes one.
+//! A replay merges events as live batches do, and runs beside them, so it does not change a row
+//! that is already right. Until its end, rows may be half rebuilt. Subscribers receive no signal of
+//! such a row before the end, unless a live event changes it.
 
 use std::sync::Arc;
 
@@ -39,14 +40,15 @@ pub(crate) enum ReplayError {
     NoSuchSequence { asked: u64, first: u64, last: u64 },
     #[error("the replay would end (at event {last}) before it begins (at event {first})")]
     Backwards { first: u64, last: u64 },
-    /// Only one replay at a time may change rows, or one would signal the other's intermediate states.
-    #[error("a replay is running since {since}: wait for its end")]
+    /// Only one replay at a time may change rows, or one would signal the other's intermediate
+    /// states.
+    #[error("a replay has been running since {since}: wait for its end")]
     Running { since: OffsetDateTime },
     #[error("the signals of {} rows cannot be sent, because these cannot be read: {}", .0.len(), .0.join(", "))]
     Unreadable(Vec<String>),
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The broker is away, or refuses; or the stream is missing.
+    /// The broker is unavailable or refuses, or the stream is missing.
     #[error("cannot read {EVENTS_STREAM}")]
     Broker(#[source] ConsumerError),
     #[error("cannot read {EVENTS_STREAM}")]
@@ -59,16 +61,16 @@ pub(crate) enum ReplayError {
 pub(crate) struct Summary {
     pub first_sequence: u64,
     pub last_sequence: u64,
-    /// Events this process applied again.
+    /// Events that this process applied again.
     pub events: u64,
-    /// Events among them that can never be applied: they are dead letters.
+    /// Poisoned events among them, which are dead letters.
     pub poisoned: u64,
     pub signals: u64,
     pub finished: bool,
 }
 
 pub(crate) struct Replayer {
-    /// As for live events, under its own policy.
+    /// The same as for live events, but with the replay's own policy.
     pub applier: Applier,
     pub jetstream: jetstream::Context,
     /// Events per transaction.
@@ -76,9 +78,9 @@ pub(crate) struct Replayer {
 }
 
 impl Replayer {
-    /// Notes the replay in the database, and returns it as it is to be done: it also covers what an
-    /// unfinished one left, and goes on at its position where that was the same but for its end. None if
-    /// there is nothing to do.
+    /// Records the replay in the database and returns it. It also covers what an unfinished replay
+    /// left, and resumes from that replay's position if both differ only in their end. Returns
+    /// `None` if there is nothing to replay.
     pub(crate) async fn begin(
         &self,
         request: &Request,
@@ -110,8 +112,9 @@ impl Replayer {
         Ok(Some((replay, consumer)))
     }
 
-    /// Applies the events again, up to the end or until `shutdown`, and sends the signals that are owed
-    /// then. Run again after a failure, it goes on. `progress` hears of every batch up to which sequence it goes.
+    /// Applies the events again, up to the end or until `shutdown`. At the end, sends the unsent
+    /// signals. After a failure, the next run resumes. Calls `progress` with the last sequence of
+    /// every batch.
     pub(crate) async fn run(
         &self,
         replay: &Replay,
@@ -139,14 +142,15 @@ impl Replayer {
         if matches!(is_at_end, Ok(true)) {
             self.finish(consumer, shutdown, &mut summary).await?;
         } else {
-            // Whoever runs it again need not wait until it counts as cut off.
+            // The heartbeat is set back, so that the next run need not wait until this one counts
+            // as dead.
             let long_ago = OffsetDateTime::now_utc() - time::Duration::minutes(1);
             store::replay::record_heartbeat(store.connection(), long_ago).await?;
         }
         is_at_end.map(|_| summary)
     }
 
-    /// Notes the end, from which on whoever looks sends what is owed, and sends it.
+    /// Records the end, and sends the unsent signals. From then on every worker may send them too.
     async fn finish(
         &self,
         consumer: &ReplayConsumer,
@@ -172,14 +176,15 @@ impl Replayer {
     async fn remove(&self, consumer: &ReplayConsumer) {
         if let Err(error) = consumer.remove(&self.jetstream).await {
             warn!(
-                "the consumer {} stays until it is forgotten: {error}",
+                "cannot delete the consumer {}, the server deletes it once it is inactive: {error}",
                 consumer.name
             );
         }
     }
 }
 
-/// Up to which event all open replays have applied all again: what is above may not be purged.
+/// Returns the sequence up to which all open replays have applied their events again. Events above
+/// it must not be purged.
 pub(crate) async fn floor(
     store: &Store,
     jetstream: &jetstream::Context,
@@ -219,7 +224,7 @@ async fn send_heartbeats(store: Store, stop: CancellationToken) {
     }
 }
 
-/// The policy of a replay: the operator's rules for orphans, and nothing sent before its end.
+/// Returns the policy of a replay: the operator's rules for orphans, and no signals before its end.
 pub(crate) fn policy(policy: Policy, replay: &Replay) -> Arc<Policy> {
     let signalling = match Signals::parse(&replay.signals) {
         Signals::None => Signalling::Never,

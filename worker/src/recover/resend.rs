@@ -1,8 +1,8 @@
-//! Resend: rows as they are, signalled once more under the revision they have.
+//! Resend: signals rows again, as they are and under the revision that they have.
 //!
-//! Owns which rows, and that nothing is sent which a change made meanwhile has overtaken: each row is
-//! locked while its signal is put into the outbox. For subscribers that are new, or were away longer
-//! than signals are kept.
+//! For subscribers that are new, or that were offline for longer than signals are kept. Locks each
+//! row while its signal is put into the outbox, so that it never signals a state that a concurrent
+//! change has already replaced.
 
 use std::time::Duration;
 
@@ -16,30 +16,32 @@ use tokio_util::sync::CancellationToken;
 use crate::error::StoreError;
 use crate::store::{self, Store};
 
-/// Rows that are put into the outbox at once.
+/// Rows whose signals are put into the outbox in one transaction.
 pub(crate) const BATCH: u64 = 500;
 
-/// Signals that may wait in the outbox before more are put in: a live one has to queue behind them.
+/// Signals that may wait in the outbox before more are added: a live signal has to queue behind
+/// them.
 const BACKLOG_MAX: u64 = 2000;
 
-/// How often it is looked whether they are sent.
+/// How often the outbox is checked for room.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
-pub(crate) struct Put {
+pub(crate) struct Resent {
     pub sent: u64,
-    /// Rows that owe a signal: they are left to the end of the replay.
+    /// Rows with an unsent signal: it is sent at the end of the replay.
     pub left: u64,
 }
 
-/// Puts the rows `ids` into the outbox.
-pub(crate) async fn put_in_outbox(store: &Store, ids: Vec<String>) -> Result<Put, StoreError> {
+/// Puts signals of the rows `ids` into the outbox.
+pub(crate) async fn put_in_outbox(store: &Store, ids: Vec<String>) -> Result<Resent, StoreError> {
     store
-        .uncancelled(async move |tx| put(tx, &ids, OffsetDateTime::now_utc()).await)
+        .uncancelled(async move |tx| put_rows(tx, &ids, OffsetDateTime::now_utc()).await)
         .await
 }
 
-/// Waits until there is room in the outbox, or until `shutdown`: while NATS is away there is none.
+/// Waits until there is room in the outbox, or until `shutdown`: while NATS is unavailable the
+/// outbox stays full.
 pub(crate) async fn wait_for_room(
     store: &Store,
     shutdown: &CancellationToken,
@@ -52,11 +54,11 @@ pub(crate) async fn wait_for_room(
     Ok(())
 }
 
-async fn put(
+async fn put_rows(
     tx: DatabaseTransaction,
     ids: &[String],
     now: OffsetDateTime,
-) -> Result<Put, StoreError> {
+) -> Result<Resent, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     store::subscription::lock(&tx, &ids).await?;
     let mut rows: Vec<(String, Stored)> = store::subscription::load(&tx, &ids)
@@ -86,7 +88,7 @@ async fn put(
             ));
             continue;
         }
-        // Of a replay that told nobody: its first revision.
+        // A replay that sent no signals created the row: it gets its first revision.
         let Some(first) = plan::plan_unsent(
             &id,
             Stored {
@@ -101,7 +103,7 @@ async fn put(
         never_sent.push(first.row);
     }
     store::subscription::save(&tx, never_sent, now).await?;
-    let put = Put {
+    let resent = Resent {
         sent: signals.len() as u64,
         left,
     };
@@ -109,5 +111,5 @@ async fn put(
     tx.commit()
         .await
         .map_err(StoreError::doing("commit signals to send again"))?;
-    Ok(put)
+    Ok(resent)
 }

@@ -1,9 +1,10 @@
-//! Signals that rows and orphans owe once a replay has ended.
+//! The unsent signals of rows and orphans, which a replay has held back until its end.
 //!
-//! Owns the transaction: each is sent once, as it is then, and owes nothing any more. Whoever ends a
-//! replay sends them, and every worker looks for what is left: the replay's process may have died, and a
-//! batch that read its rows before the end may have left some. May send nothing while a replay is
-//! unfinished: rows may be half rebuilt.
+//! Owns the transaction that puts them into the outbox: each row or orphan is signalled once, in
+//! its state at that time. The process that ends a replay sends them. Every worker also checks for
+//! unsent signals: the replay's process may have died, and a batch that read its rows before the
+//! replay's end may have left some. Sends nothing while a replay is unfinished, because rows may be
+//! half rebuilt.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,20 +22,20 @@ use crate::error::{Disposition, StoreError};
 use crate::store::{self, Store};
 use crate::wait::pause;
 
-/// Rows that are sent in one transaction.
+/// Rows whose signals are sent in one transaction.
 const BATCH: u64 = 500;
 
-/// How often a worker looks.
+/// How often a worker checks for unsent signals.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
     pub signals: u64,
-    /// Rows that cannot be read, and still owe theirs.
+    /// Rows that cannot be read, so that their signals remain unsent.
     pub unreadable: Vec<String>,
 }
 
-/// Sends what is owed whenever no replay is unfinished, until `shutdown`.
+/// Sends unsent signals while no replay is unfinished, until `shutdown`.
 pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: CancellationToken) {
     let mut warned = Vec::new();
     loop {
@@ -44,20 +45,17 @@ pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: Cancellation
                 unreadable,
             }) => {
                 if signals > 0 {
-                    info!("sent {signals} signals that a replay had left");
+                    info!("sent {signals} signals that a replay had held back");
                 }
                 if !unreadable.is_empty() && unreadable != warned {
                     warn!(
-                        "these rows cannot be read and still owe a signal (`reconcile --repair` mends them): {}",
+                        "these rows cannot be read, so their signals stay unsent (`reconcile --repair` repairs them): {}",
                         unreadable.join(", ")
                     );
                 }
                 warned = unreadable;
             }
-            Err(error) => debug!(
-                "cannot look for signals that are owed: {}",
-                exit::chain(&error)
-            ),
+            Err(error) => debug!("cannot check for unsent signals: {}", exit::chain(&error)),
         }
         if pause(CHECK_EVERY, &shutdown).await.is_none() {
             return;
@@ -65,8 +63,8 @@ pub(crate) async fn run(store: Store, relay: Arc<Notify>, shutdown: Cancellation
     }
 }
 
-/// Sends what is owed, unless a replay is unfinished. Stops between two transactions when `shutdown`
-/// came.
+/// Sends unsent signals, unless a replay is unfinished. Stops between two transactions on
+/// `shutdown`.
 pub(crate) async fn send(
     store: &Store,
     relay: &Notify,
@@ -87,7 +85,7 @@ pub(crate) async fn send(
         send_readable(store, ids, &mut sent).await?;
         relay.notify_one();
     }
-    // Looking first costs no write lock.
+    // Counting first avoids a write lock if there is none.
     while !shutdown.is_cancelled() && store::orphan::count_unsent(store.connection()).await? > 0 {
         let Some(signals) = store.uncancelled(send_orphans).await? else {
             break;
@@ -103,7 +101,7 @@ pub(crate) async fn count(store: &Store) -> Result<u64, StoreError> {
     Ok(rows + store::orphan::count_unsent(store.connection()).await?)
 }
 
-/// Sends what the rows `ids` owe. One that cannot be read must not keep the others from being sent.
+/// Sends the unsent signals of the rows `ids`. If a row cannot be read, sends those of the others.
 async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Result<(), StoreError> {
     match send_together(store, ids.clone()).await {
         Err(error) if error.disposition() == Disposition::Poison => {}
@@ -127,8 +125,8 @@ async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreErro
         .await
 }
 
-/// Sends what the rows `ids` owe, and returns how many signals that are. A row that another process
-/// writes meanwhile is left to it.
+/// Sends the unsent signals of the rows `ids`, and returns their count. Skips a row that another
+/// process writes meanwhile: if its signal stays unsent, the next check sends it.
 async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, StoreError> {
     let now = OffsetDateTime::now_utc();
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
@@ -136,7 +134,7 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
         .await?
         .into_iter()
         .collect();
-    // Not before the rows are read: a replay that starts in between would change them.
+    // Checked after the rows are read: a replay that starts in between would change them.
     if !store::replay::unfinished(&tx).await?.is_empty() {
         return Ok(0);
     }
@@ -157,7 +155,8 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
     commit(tx, signals.into_iter().flatten().collect(), now).await
 }
 
-/// Sends what some orphans owe, and returns how many signals that are. None while a replay is unfinished.
+/// Sends the unsent signals of some orphans, and returns their count. `None` while a replay is
+/// unfinished.
 async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError> {
     let now = OffsetDateTime::now_utc();
     let orphans = store::orphan::take_unsent(&tx, BATCH).await?;
@@ -189,6 +188,6 @@ async fn commit(
     store::outbox::insert(&tx, signals, now).await?;
     tx.commit()
         .await
-        .map_err(StoreError::doing("commit signals that were owed"))?;
+        .map_err(StoreError::doing("commit unsent signals"))?;
     Ok(count)
 }

@@ -1,8 +1,8 @@
 //! The one client of Stripe's API.
 //!
-//! Owns requests and retries, each within the shared budget. May not know what is in an object: bodies
-//! are handed on as they came. The key is never logged, and errors name Stripe's request id, not the
-//! answer's text. Everything fails when Stripe gives no answer that can be used.
+//! Owns requests and retries, each within the shared budget. May not know what an object contains:
+//! bodies are returned as received. The key is never logged, and errors contain Stripe's request
+//! id, never the answer's text.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,32 +18,33 @@ use time::format_description::well_known::Rfc2822;
 use crate::settings::StripeSettings;
 use crate::stripe::budget::Budget;
 
-/// The API version that answers are rendered in. Reading is by presence, so a newer one would do as
-/// well; pinned, an account's upgrade changes nothing.
+/// The API version that answers are rendered in. It is pinned so that an upgrade of the account
+/// changes nothing. Decoding goes by which fields are present, so a newer version would work as
+/// well.
 const VERSION: &str = "2026-03-25.dahlia";
 
-/// How long one request may take, its answer included.
+/// The timeout of one request, including its answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Tries of one request, at most.
+/// The most attempts of one request.
 const ATTEMPTS_MAX: usize = 5;
 
-/// How long is waited before the second try, at least; doubles with each.
+/// The shortest pause before the second attempt. It doubles with each attempt.
 const FIRST_DELAY: Duration = Duration::from_millis(500);
 
-/// The longest wait between two tries that we choose.
+/// The longest pause between two attempts that we choose ourselves.
 const DELAY_MAX: Duration = Duration::from_secs(15);
 
-/// The longest wait that Stripe may ask for in `Retry-After`: after a longer one nobody waits here.
+/// The longest pause that Stripe may ask for in `Retry-After`. If it asks for more, the call fails.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
-/// Objects on a page, the most that Stripe gives. Stripe: "Pagination".
+/// Objects on a page: the most that Stripe allows. Stripe: "Pagination".
 const PAGE_SIZE: &str = "100";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
 
-/// Why Stripe gave no answer that can be used. Request ids are those by which Stripe's support finds a request.
+/// Why there is no usable answer from Stripe. Stripe's support finds a request by its request id.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error("Stripe answered {status} (request {request_id})")]
@@ -57,12 +58,13 @@ pub enum ApiError {
         after: Duration,
         request_id: String,
     },
-    /// Stripe's API redirects nobody; a proxy may, and whoever it names is not to see the key.
+    /// Stripe's API never redirects. A proxy may, and the server that it names must not receive the
+    /// key.
     #[error("the API at STRIPE_API_BASE redirects to another address, which is not followed")]
     Redirected,
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
-    #[error("Stripe's answer broke off (request {request_id})")]
+    #[error("Stripe's answer was cut off (request {request_id})")]
     CutOff {
         request_id: String,
         source: reqwest::Error,
@@ -87,7 +89,7 @@ impl ApiError {
     }
 }
 
-/// An answer, and what it can be relied on for.
+/// An answer of Stripe's API.
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub body: Bytes,
@@ -96,12 +98,13 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The second, in Stripe's clock, up to which every change is in the body: the answer's `Date`
-    /// less the time the request took, less one second.
+    /// Returns the second, by Stripe's clock, up to which the body contains every change: the
+    /// answer's `Date` less the time that the request took, less one second.
     pub fn as_of(&self) -> Result<i64, ApiError> {
         self.as_of.ok_or_else(|| self.unusable("it has no Date"))
     }
 
+    /// Makes an error of an answer whose body the caller cannot use.
     pub fn unusable(&self, problem: &'static str) -> ApiError {
         ApiError::Answer {
             problem,
@@ -110,7 +113,7 @@ impl Answer {
     }
 }
 
-/// A client of Stripe's API. Clones share its connections and its budget.
+/// The client of Stripe's API. Clones share its connections and its budget.
 #[derive(Clone)]
 pub struct StripeApi {
     http: reqwest::Client,
@@ -119,11 +122,12 @@ pub struct StripeApi {
 }
 
 impl StripeApi {
-    /// A client that keeps to `budget`.
+    /// Creates a client that keeps to `budget`.
     pub fn new(settings: StripeSettings, budget: Arc<Budget>) -> Result<Self, ApiError> {
         let http = reqwest::Client::builder()
             .timeout(REQUEST_TIMEOUT)
-            // A second request, beside the budget, to whoever.
+            // Following a redirect would be a second request, outside the budget, to an unknown
+            // server.
             .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("litestripe/", env!("CARGO_PKG_VERSION")))
             .build()
@@ -140,7 +144,7 @@ impl StripeApi {
         self.settings.is_live() == livemode
     }
 
-    /// A subscription. Stripe: "Retrieve a subscription".
+    /// Fetches a subscription. Stripe: "Retrieve a subscription".
     pub async fn subscription(
         &self,
         id: &str,
@@ -150,7 +154,7 @@ impl StripeApi {
             .await
     }
 
-    /// The Checkout Sessions that led to a subscription. Stripe: "List all Checkout Sessions".
+    /// Lists the Checkout Sessions of a subscription. Stripe: "List all Checkout Sessions".
     pub async fn checkout_sessions_of(
         &self,
         subscription: &str,
@@ -164,8 +168,8 @@ impl StripeApi {
         .await
     }
 
-    /// A page of subscriptions, newest first, from the one after `after` on. `status` is one of
-    /// Stripe's, or `all`. Stripe: "List subscriptions".
+    /// Lists a page of subscriptions, newest first, starting behind `after`. `status` is one that
+    /// Stripe accepts, such as `all`. Stripe: "List subscriptions".
     pub async fn subscriptions(
         &self,
         status: &str,
@@ -176,9 +180,9 @@ impl StripeApi {
         self.get("/v1/subscriptions", &query, None).await
     }
 
-    /// A page of events created at `since` (seconds since the Unix epoch) or later, newest first, from
-    /// the one after `after` on; `undelivered` leaves out those that every endpoint has accepted.
-    /// Stripe: "List all events".
+    /// Lists a page of events created at `since` (seconds since the Unix epoch) or later, newest
+    /// first, starting behind `after`. `undelivered` leaves out events that every endpoint has
+    /// accepted. Stripe: "List all events".
     pub async fn events(
         &self,
         types: &[&str],
@@ -194,7 +198,7 @@ impl StripeApi {
         self.get("/v1/events", &query, None).await
     }
 
-    /// A customer. Stripe: "Retrieve a customer".
+    /// Fetches a customer. Stripe: "Retrieve a customer".
     pub async fn customer(
         &self,
         id: &str,
@@ -203,7 +207,7 @@ impl StripeApi {
         self.get(&format!("/v1/customers/{id}"), &[], account).await
     }
 
-    /// One GET, tried again as Stripe asks for. Stripe: "Advanced error handling".
+    /// Sends a GET, and retries as Stripe asks. Stripe: "Advanced error handling".
     async fn get(
         &self,
         path: &str,
@@ -242,7 +246,8 @@ impl StripeApi {
                 return Err(error);
             };
             let delay = delay.min(DELAY_MAX);
-            // Never before Stripe asks for, and not all workers at the same moment then either.
+            // Never earlier than Stripe asks, and with jitter so that workers do not retry at the
+            // same moment.
             let delay = retry_after.map_or(delay, |least| least + delay / 4);
             tokio::time::sleep(delay).await;
         }
@@ -286,8 +291,8 @@ async fn answer(response: Response, started: std::time::Instant) -> Result<Answe
     }
 }
 
-/// Stripe says so in `Stripe-Should-Retry`; where it does not, conflicts, rate limits and its own
-/// faults pass.
+/// Whether the request may succeed if it is sent again. `Stripe-Should-Retry` decides; without it,
+/// conflicts, rate limits and server errors are retried.
 fn may_retry(response: &Response) -> bool {
     match header(response, SHOULD_RETRY) {
         Some("true") => true,

@@ -1,10 +1,11 @@
 //! The budget of calls to Stripe's API, which all workers share.
 //!
-//! Owns when a request may be sent. A process reserves a few requests at a time (`plan`) by compare-and-set on
-//! one key of the KV bucket, and reads back when the broker stored the reservation. Processes agree on that
-//! time alone: each measures from it with its own clock, and allows for the round trip. A leaky bucket spreads
-//! the requests of one process and limits it to the budget whatever happens to the key. Without the broker
-//! nobody gets a permit.
+//! Owns when a request may be sent. A process reserves a few requests at a time (`plan`) by
+//! compare-and-set on one key of the KV bucket, then reads back when the broker stored the
+//! reservation. That time is the only one that processes agree on: each measures from it with its
+//! own clock, and allows for the round trip. A leaky bucket spreads the requests of one process,
+//! and keeps it within the budget even if the key is damaged. Without the broker no process gets a
+//! permit.
 
 use std::time::{Duration, Instant};
 
@@ -23,35 +24,37 @@ mod plan;
 
 use plan::Plan;
 
-/// Requests to reserve even if fewer wait: calls often follow one another, and each reservation costs two
-/// round trips to the broker.
+/// The fewest requests to reserve, even if fewer calls wait: calls often follow one another, and
+/// each reservation costs two round trips to the broker.
 const RESERVED_MIN: u32 = 4;
 
-/// Calls that queue for a permit; more wait to be queued.
+/// Calls that may queue for a permit. Further calls wait until the queue has room.
 const QUEUE_MAX: usize = 1024;
 
-/// How long the broker may be away before a warning.
+/// How long reserving may fail before a warning is logged.
 const WARN_AFTER: Duration = Duration::from_secs(5);
 
-/// Pauses between tries. Their jitter keeps processes whose writes conflicted from conflicting again.
+/// Pauses between attempts. Their jitter keeps processes whose writes conflicted from conflicting
+/// again.
 const PAUSE_FIRST: Duration = Duration::from_millis(2);
 const PAUSE_LONGEST: Duration = Duration::from_secs(1);
 
-/// How often to look for our own write where a replica lags behind.
+/// Pause between two reads for our own write, which a lagging replica may not have yet.
 const READ_BACK_PAUSE: Duration = Duration::from_millis(2);
 
+/// The shared budget, which gives out permits for calls to Stripe's API.
 pub struct Budget {
     queue: mpsc::Sender<oneshot::Sender<Instant>>,
     _reserver: AbortOnDropHandle<()>,
 }
 
-/// Reserves requests and hands out permits, to whoever asked first.
+/// The task that reserves requests, and hands out permits in the order in which callers asked.
 struct Reserver {
     plan: Plan,
     rate_limiter: RateLimiter,
     bucket: Bucket,
     key: String,
-    /// What stands under the key as far as we know, and since when we know it.
+    /// The key's last known entry, and when it was read.
     last: Option<(Entry, Instant)>,
     grant: Option<Grant>,
 }
@@ -73,7 +76,8 @@ enum ReserveError {
 }
 
 impl Budget {
-    /// The budget of `settings`, shared through the broker of `jetstream`.
+    /// Starts the task that reserves requests. The budget is shared through the broker of
+    /// `jetstream`.
     pub fn new(settings: &BudgetSettings, jetstream: jetstream::Context, replicas: usize) -> Self {
         let plan = Plan::new(settings.requests, settings.window);
         let (bucket, key) = (Bucket::new(jetstream, replicas), settings.key.clone());
@@ -92,14 +96,14 @@ impl Budget {
         }
     }
 
-    /// Returns when one request may be sent, and only then: at once.
+    /// Waits until one request may be sent. The caller has to send it at once.
     ///
     /// # Cancel safety
-    /// A permit that is not waited for is lost.
+    /// If the caller stops waiting, its permit is lost.
     pub async fn acquire(&self) {
         loop {
             let (sender, permit) = oneshot::channel();
-            // The other end lives as long as `self`.
+            // Never fails: the reserver lives as long as `self`.
             if self.queue.send(sender).await.is_err() {
                 std::future::pending::<()>().await;
             }
@@ -116,13 +120,13 @@ impl Reserver {
         while let Some(asked) = queued.recv().await {
             if !asked.is_closed() {
                 let until = self.permit(queued.len()).await;
-                // Whoever asked may have gone: the permit is lost.
+                // If the caller has stopped waiting, the permit is lost.
                 let _ = asked.send(until);
             }
         }
     }
 
-    /// Waits until a request may be sent. Returns until when.
+    /// Waits until a request may be sent. Returns the end of the time in which it may be sent.
     async fn permit(&mut self, also_waiting: usize) -> Instant {
         loop {
             let grant = match self.grant.take() {
@@ -141,7 +145,7 @@ impl Reserver {
         }
     }
 
-    /// Reserves requests, however long that takes.
+    /// Reserves requests. Retries until it succeeds.
     async fn reserve(&mut self, also_waiting: usize) -> Grant {
         let waiting = u32::try_from(also_waiting)
             .unwrap_or(u32::MAX)
@@ -154,7 +158,7 @@ impl Reserver {
             match self.try_reserve(count).await {
                 Ok(grant) => {
                     if warned {
-                        info!("calls to Stripe's API go on");
+                        info!("calls to Stripe's API continue");
                     }
                     return grant;
                 }
@@ -176,7 +180,7 @@ impl Reserver {
             Some(last) => last,
             None => (self.bucket.read(&self.key).await?, Instant::now()),
         };
-        // Where nobody ever wrote the key, everything is free.
+        // If the key was never written, nothing is reserved.
         let stored = last.written.unwrap_or(OffsetDateTime::UNIX_EPOCH);
         let next = self.plan.next(
             last.value.as_deref(),
@@ -205,7 +209,7 @@ impl Reserver {
         }
     }
 
-    /// Our write of `revision`, or a later one, and when the broker stored it.
+    /// Reads our write of `revision`, or a later one, and when the broker stored it.
     async fn read_back(
         &mut self,
         revision: u64,
@@ -222,8 +226,8 @@ impl Reserver {
     }
 }
 
-/// The budget's rate, for one process. The bucket is refilled every tenth of a second at most: more often, it
-/// falls behind.
+/// Creates the limiter that keeps one process to the budget's rate. It is refilled at most ten
+/// times a second: refilled more often, it falls behind.
 fn rate_limiter(settings: &BudgetSettings) -> RateLimiter {
     let seconds = u32::try_from(settings.window.as_secs())
         .unwrap_or(u32::MAX)

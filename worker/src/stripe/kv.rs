@@ -1,7 +1,7 @@
 //! The JetStream KV bucket `litestripe`, in which workers share the API budget.
 //!
-//! Owns how it comes to exist, reading a key, and writing it by compare-and-set. May not know what
-//! stands in it. Invariant: no key is written but over the revision that was read.
+//! Owns creating the bucket, reading a key, and writing it by compare-and-set. May not know what
+//! the values mean. Invariant: a key is only written over the revision that was read.
 
 use async_nats::jetstream::kv::{Config, Operation, Store, UpdateErrorKind};
 use async_nats::jetstream::stream::StorageType;
@@ -11,7 +11,7 @@ use litestripe_contract::subject::KV_BUCKET;
 use time::OffsetDateTime;
 use tracing::info;
 
-/// Whether this can be a key. NATS: ADR-8, "JetStream based Key-Value Stores".
+/// Whether `text` is a valid key. NATS: ADR-8, "JetStream based Key-Value Stores".
 pub(crate) fn is_key(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_=.".contains(&byte);
     !text.is_empty()
@@ -26,15 +26,15 @@ pub(crate) fn is_key(text: &str) -> bool {
 pub(crate) enum KvError {
     #[error("cannot open the KV bucket {KV_BUCKET}")]
     Open(#[source] BrokerError),
-    /// The key has another revision than the one that was read.
-    #[error("{0} was written by somebody else meanwhile")]
+    /// The key's revision is not the one that was read.
+    #[error("another process wrote {0} meanwhile")]
     Conflict(String),
-    /// A write may have been done.
+    /// After this error a write may still have taken effect.
     #[error("cannot {doing} in the KV bucket {KV_BUCKET}")]
     Broker { doing: String, source: BrokerError },
 }
 
-/// What the broker said.
+/// The broker's error.
 type BrokerError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Opens the bucket, and creates it if it is missing.
@@ -56,7 +56,7 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
             info!("created the KV bucket {KV_BUCKET}");
             Ok(store)
         }
-        // Another program created it meanwhile, with other settings; or it cannot be made.
+        // Either another process created it meanwhile with other settings, or it cannot be created.
         Err(error) => jetstream
             .get_key_value(KV_BUCKET)
             .await
@@ -64,18 +64,18 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
     }
 }
 
-/// What stands under a key.
+/// A key's value, revision and time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// None where nobody wrote one, or it was deleted.
+    /// `None` if the key was never written, or was deleted.
     pub value: Option<Bytes>,
-    /// What a write has to name: it grows with each.
+    /// Grows with each write. The next write has to name it; 0 if the key was never written.
     pub revision: u64,
-    /// When it was written, on the server's clock.
+    /// When the key was written, by the server's clock.
     pub written: Option<OffsetDateTime>,
 }
 
-/// The bucket, opened when it is first needed, with `replicas` where it has to be made.
+/// The bucket. It is opened when it is first needed, and created with `replicas` if it is missing.
 pub(crate) struct Bucket {
     jetstream: jetstream::Context,
     replicas: usize,
@@ -109,7 +109,8 @@ impl Bucket {
         )
     }
 
-    /// Writes `key` if it still has the revision `over` (0 where there is none). Returns the new one.
+    /// Writes `key` if it still has `revision` (0 if it was never written). Returns the new
+    /// revision.
     pub(crate) async fn write(
         &mut self,
         key: &str,
@@ -135,7 +136,7 @@ impl Bucket {
         Ok(self.open.insert(store))
     }
 
-    /// The bucket may be gone, so that it has to be opened, or made, again.
+    /// Forgets the open bucket: it may be gone, and has to be opened or created again.
     fn failed(&mut self, doing: String, error: impl Into<BrokerError>) -> KvError {
         self.open = None;
         KvError::Broker {

@@ -1,25 +1,25 @@
-//! Whether the key and the rows are of one mode.
+//! The check that the Stripe key and the rows have the same mode, live or test.
 //!
-//! Owns the check that keeps a live key's objects out of a table of test ones, and the other way
-//! round: the keys and databases of two environments are easily mixed up, and it shows late.
+//! It keeps a live key's objects out of a table of test objects, and the reverse. The keys and
+//! databases of two environments are easily mixed up, and the mistake is noticed late.
 
 use crate::error::StoreError;
 use crate::settings::StripeSettings;
 use crate::store::{self, Store};
 
-/// All rows are of the other mode than the key.
+/// Every row has the other mode than the key.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "STRIPE_SECRET_KEY is a {key} mode key, but every row of stripe_subscription is {rows} mode: set it to the {rows} \
-     mode's key (sk_{rows}_… or rk_{rows}_…), or DATABASE_URL to the {key} mode's database; `--any-mode` goes on all the same"
+     mode's key (sk_{rows}_… or rk_{rows}_…), or DATABASE_URL to the {key} mode's database; `--any-mode` skips this check"
 )]
 pub(crate) struct Mismatch {
     key: &'static str,
     rows: &'static str,
 }
 
-/// The mismatch of key and rows, if there is one. Without rows there is none, nor with rows of both
-/// modes.
+/// Returns the mismatch of key and rows, if there is one. There is none without rows, or with rows
+/// of both modes.
 pub(crate) async fn find_mismatch(
     store: &Store,
     stripe: &StripeSettings,

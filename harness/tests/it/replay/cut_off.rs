@@ -256,7 +256,7 @@ async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
         let refused = replay(&bridge, other).await;
         assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
         assert!(
-            refused.stderr.contains("a replay is running"),
+            refused.stderr.contains("a replay has been running"),
             "{}",
             refused.stderr
         );

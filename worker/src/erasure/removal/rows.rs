@@ -1,6 +1,7 @@
-//! Taking the metadata out of a row.
+//! The removal of a row's metadata.
 //!
-//! Owns the transaction: the row, what waits in the outbox of it, and the signal of what the row is now.
+//! Owns the transaction that changes the row, deletes its older signals from the outbox, and adds a
+//! signal of its new state.
 
 use litestripe_contract::signal::EventReference;
 use litestripe_domain::plan::{self, Erased};
@@ -14,11 +15,11 @@ use crate::store::{self, Store};
 pub(super) struct Stripped {
     /// Whether there was any.
     pub(super) had_metadata: bool,
-    /// The revision of its new signal: older ones may tell what is erased.
+    /// The revision of its new signal. Older signals may contain erased data.
     pub(super) keep_from: i64,
 }
 
-/// Takes the metadata out of the row `id`, if there is one, and signals it in any case.
+/// Removes the metadata from the row `id`, if it exists, and signals the row even if it had none.
 pub(super) async fn strip(
     store: &Store,
     id: &str,
@@ -37,7 +38,7 @@ pub(super) async fn strip(
 
 enum Outcome {
     Done(Option<Stripped>),
-    /// A worker wrote the row since it was read.
+    /// A worker wrote the row after it was read.
     Conflict,
 }
 
@@ -55,9 +56,10 @@ async fn strip_once(
         signal,
         had_metadata,
     } = plan::plan_erasure(id, stored, cause.clone(), now);
-    // What waits in the outbox tells what is erased.
+    // Signals in the outbox may contain the erased data.
     store::outbox::delete_changes_of(&tx, id).await?;
-    // The signal stays; of a row that owes one, none does.
+    // The new signal is kept. Without one, because the row's signal is unsent, no earlier signal is
+    // kept.
     let keep_from = if signal.is_some() {
         row.revision
     } else {

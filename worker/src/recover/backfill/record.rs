@@ -1,7 +1,8 @@
-//! How far backfills have come: when the last complete one began, by mode.
+//! The record of backfills: when the last complete one began, for each mode (live or test).
 //!
-//! Owns the windows. A complete backfill has seen all that Stripe had listed when it began; the next
-//! one starts a while before that, because an event may be listed later than it is created.
+//! Owns the time range of a backfill. A complete backfill has seen every event that Stripe listed
+//! when it began. The next one starts somewhat earlier, because Stripe may list an event later than
+//! it is created.
 
 use std::time::Duration;
 
@@ -11,13 +12,13 @@ use super::STRIPE_KEEPS;
 use crate::error::StoreError;
 use crate::store::{self, Store};
 
-/// How much of the time before is looked at again.
+/// How far a backfill goes back before the beginning of the last one.
 const OVERLAP: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// How far the first backfill goes back: as far as Stripe tries a live delivery again.
+/// How far the first backfill goes back: as long as Stripe retries a live delivery.
 pub(crate) const FIRST: Duration = Duration::from_secs(72 * 60 * 60);
 
-/// What is known of backfills of one mode.
+/// The record of one mode.
 #[derive(Clone)]
 pub(crate) struct Record {
     store: Store,
@@ -34,8 +35,8 @@ impl Record {
         Ok(plausible(last, OffsetDateTime::now_utc()))
     }
 
-    /// Notes that all events since `since` were looked at, by a backfill that began at `began`. One
-    /// that leaves a gap after the last complete one is not noted.
+    /// Records that a backfill which began at `began` has seen all events since `since`. Does
+    /// nothing if that leaves a gap after the last complete backfill.
     pub(crate) async fn record_complete(
         &self,
         since: OffsetDateTime,
@@ -50,7 +51,7 @@ impl Record {
     }
 }
 
-/// Where the next backfill starts: a whole second, as Stripe has them.
+/// Returns where the next backfill starts, in whole seconds, as Stripe's times are.
 pub(crate) fn next_since(last: Option<OffsetDateTime>, now: OffsetDateTime) -> OffsetDateTime {
     let since = match last {
         Some(last) => (last.min(now) - OVERLAP).max(oldest(now)),
@@ -63,7 +64,8 @@ pub(crate) fn oldest(now: OffsetDateTime) -> OffsetDateTime {
     now - STRIPE_KEEPS
 }
 
-/// Hosts' clocks differ, but a time that is further ahead comes from one that was wrong.
+/// Returns `last` unless it is too far in the future: hosts' clocks differ a little, but such a
+/// time comes from a clock that was wrong.
 fn plausible(last: Option<OffsetDateTime>, now: OffsetDateTime) -> Option<OffsetDateTime> {
     last.filter(|last| *last <= now + OVERLAP)
 }
@@ -75,7 +77,7 @@ fn leaves_no_gap(
 ) -> bool {
     match last {
         Some(last) => began > last && since <= last.max(oldest(began)),
-        // As far back as the first one that a worker makes by itself.
+        // Without a record it has to go as far back as a worker's own first backfill.
         None => since <= began - FIRST,
     }
 }

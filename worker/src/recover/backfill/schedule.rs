@@ -1,8 +1,8 @@
-//! Backfills that workers make by themselves.
+//! The schedule of the backfills that workers run by themselves.
 //!
-//! Owns when: after a start, for whatever the worker was away for, and then every interval, by one
-//! worker at a time. Never in the way of a batch, and never the end of a worker: what fails is tried
-//! again.
+//! Owns when one runs: after a worker's start, for events that it missed while it was stopped, and
+//! then every interval, on one worker at a time. A backfill never delays a batch. If it fails, it
+//! is retried and the worker continues.
 
 use std::time::Duration;
 
@@ -21,30 +21,31 @@ use crate::store::lease::Lease;
 use crate::stripe::mode::{self, Mismatch};
 use crate::wait::{self, Awaited, Wait};
 
-/// How often it is looked whether one is due, at least: other workers come and go.
+/// The longest time between two checks whether a backfill is due: other workers start and stop.
 const CHECK_EVERY: Duration = Duration::from_secs(5);
 
-/// A backfill that began no longer than this before a worker was started is one after its start:
-/// workers that are started together make one. The record has whole seconds.
+/// A backfill that began up to this long before a worker's start counts as one after its start, so
+/// that workers that start together run only one. The record has whole seconds.
 const STARTED_TOGETHER: Duration = Duration::from_secs(2);
 
 const BACKFILLS: Awaited = Awaited {
-    begins: "a backfill failed and is tried again",
+    begins: "a backfill failed and will be retried",
     ends: "backfills succeed again",
     first: Duration::from_secs(2),
     longest: Duration::from_secs(10 * 60),
     gauge: None,
 };
 
-/// What makes a worker backfill by itself.
+/// The task that runs backfills when they are due.
 pub(crate) struct Schedule {
     pub backfill: Backfill,
     pub interval: Duration,
-    /// When this process was started: the first one is due unless it was made since.
+    /// When this process was started. Its first backfill is due at once, unless another worker has
+    /// run one since then.
     pub started: OffsetDateTime,
     pub record: Record,
     pub lease: Lease,
-    /// Where the rows are, whose mode must be the key's.
+    /// The database of the rows, which must have the key's mode.
     pub store: Store,
     pub stripe: StripeSettings,
 }
@@ -77,7 +78,8 @@ impl Schedule {
         }
     }
 
-    /// Backfills if one is due and nobody else is at it. Returns the time until the next is due.
+    /// Runs a backfill if one is due and no other worker runs one. Returns the time until the next
+    /// is due.
     async fn run_if_due(
         &mut self,
         shutdown: &CancellationToken,
@@ -87,7 +89,7 @@ impl Schedule {
             return Ok(left);
         }
         let work = async {
-            // Somebody may have done it just before we got the lease.
+            // Another worker may have finished one just before we got the lease.
             let left = due_in(&self.record, self.interval, self.started).await?;
             if !left.is_zero() {
                 return Ok(left);
@@ -152,7 +154,7 @@ fn log_summary(summary: &Summary, since: OffsetDateTime) {
     );
 }
 
-/// The time until a backfill is due.
+/// Returns the time until a backfill is due.
 async fn due_in(
     record: &Record,
     interval: Duration,

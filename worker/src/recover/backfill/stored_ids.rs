@@ -1,7 +1,7 @@
-//! Which events the stream holds.
+//! The ids of the events that the stream holds.
 //!
-//! Owns reading their ids: headers only, through a consumer of its own that acks nothing and is gone
-//! soon after.
+//! Owns reading them: only the headers, through its own consumer, which acks nothing and which the
+//! server deletes soon after the backfill.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -20,26 +20,26 @@ use super::BackfillError;
 use crate::recover::short_hash;
 use crate::stream::scan;
 
-/// Messages of one pull, at most: async-nats drops what it cannot buffer, at 65,536.
+/// The most messages of one pull: async-nats drops messages that it cannot buffer, above 65,536.
 const PULL_MAX: usize = 2000;
 
-/// How long the next message of a pull is waited for.
+/// The timeout of the next message of a pull.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// After which the server forgets a consumer that nobody uses: longer than a page waits for the budget,
-/// as a rule; otherwise another one goes on.
+/// When the server deletes an unused consumer. This is usually longer than a page waits for the
+/// request budget; if it is not, a new consumer continues.
 const INACTIVE_THRESHOLD: Duration = Duration::from_secs(10 * 60);
 
-/// Pulls in a row that may fail.
+/// Pulls that may fail in a row.
 const ATTEMPTS_MAX: u32 = 5;
 
 pub(super) struct StoredIds {
     jetstream: jetstream::Context,
     stream: Stream,
     consumer: Option<Consumer<pull::Config>>,
-    /// Where reading begins if there is no consumer.
+    /// Where the next consumer starts reading.
     from: DeliverPolicy,
-    /// The consumer's sequence of the last message: a gap is a message that was lost on its way.
+    /// The consumer sequence of the last message. A gap means that a message was lost in transit.
     last: u64,
     ids: HashSet<[u8; 16]>,
 }
@@ -48,7 +48,7 @@ pub(super) struct StoredIds {
 type PullError = Box<dyn std::error::Error + Send + Sync>;
 
 impl StoredIds {
-    /// The ids of what was stored at `since` or later; none are read yet.
+    /// Prepares reading the ids of events stored at `since` or later. Reads none yet.
     pub(super) async fn open(
         jetstream: &jetstream::Context,
         since: OffsetDateTime,
@@ -72,7 +72,7 @@ impl StoredIds {
         self.ids.contains(&short_hash(id.as_str()))
     }
 
-    /// Reads the ids of all that the stream holds by now.
+    /// Reads the ids of all events that the stream holds by now.
     pub(super) async fn catch_up(&mut self) -> Result<(), BackfillError> {
         let mut failures = 0;
         loop {
@@ -80,9 +80,12 @@ impl StoredIds {
                 Ok(0) => return Ok(()),
                 Ok(_) => failures = 0,
                 Err(error) if failures == ATTEMPTS_MAX => return Err(BackfillError::Read(error)),
-                // The consumer may be gone, or messages were lost: it goes on where it was certain.
+                // The consumer may be gone, or messages were lost: a new one resumes behind the
+                // last id read.
                 Err(error) => {
-                    debug!("reading what {EVENTS_STREAM} holds begins again: {error}");
+                    debug!(
+                        "reading the ids in {EVENTS_STREAM} resumes with a new consumer: {error}"
+                    );
                     failures += 1;
                     self.consumer = None;
                 }
@@ -90,7 +93,7 @@ impl StoredIds {
         }
     }
 
-    /// Reads on. Returns how many messages were to come before.
+    /// Reads the next messages. Returns how many were pending before.
     async fn pull(&mut self) -> Result<u64, PullError> {
         let mut consumer = match self.consumer.take() {
             Some(consumer) => consumer,

@@ -1,15 +1,15 @@
-//! What a row says that Stripe does not. Pure.
+//! The differences between a row and Stripe's values. Pure.
 //!
-//! Owns which columns are Stripe's and how a row as it stands is compared with them, and with the
-//! row's own merge state. Shows names and values of our own columns; of metadata, which is the
-//! operator's text, the keys alone.
+//! Owns which columns Stripe's subscription determines, and how a row is compared with them and
+//! with its own merge state. Shows names and values of our own columns, but only the keys of
+//! metadata, which is the operator's text.
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::store::raw::{Fields, RawRow};
 
-/// The columns that Stripe's subscription does not tell: they are a function of the events.
+/// The columns that Stripe's subscription does not determine: they follow from the events.
 const NOT_FROM_STRIPE: [&str; 6] = [
     "checkout_session_id",
     "client_reference_id",
@@ -19,29 +19,29 @@ const NOT_FROM_STRIPE: [&str; 6] = [
     "uncertain",
 ];
 
-/// The columns whose values are the operator's text.
+/// The columns that contain the operator's text.
 const METADATA: [&str; 2] = ["metadata", "subscription_metadata"];
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Difference {
     pub field: String,
-    /// What stands in it; of metadata the keys that differ, of `merge_state` the columns that the
-    /// next event would overwrite with something wrong.
+    /// The row's value. For metadata, the keys that differ. For `merge_state`, the columns that the
+    /// next event would overwrite with a wrong value.
     pub row: Value,
-    /// What should, as Stripe or the row's own merge state says.
+    /// The expected value, from Stripe or from the row's own merge state.
     pub stripe: Value,
 }
 
-/// Those of `columns` that Stripe's subscription tells.
+/// Returns those of `columns` that Stripe's subscription determines.
 pub(super) fn stripe_columns(mut columns: Fields) -> Fields {
     columns.retain(|field, _| !NOT_FROM_STRIPE.contains(&field.as_str()));
     columns
 }
 
-/// The columns in which `row` differs from what was told, or from what its own merge state says.
+/// Returns the columns in which `row` differs from Stripe's values or from its own merge state.
 ///
-/// Columns that are right over a merge state that is not are a difference too: the next event would
-/// write what the state says.
+/// Correct columns with a wrong merge state are a difference too: the next event would write the
+/// state's values.
 pub(super) fn differences(stripe: &Fields, row: &RawRow) -> Vec<Difference> {
     let Some(columns) = &row.columns else {
         return Vec::new();
@@ -65,7 +65,7 @@ pub(super) fn differences(stripe: &Fields, row: &RawRow) -> Vec<Difference> {
         .flatten()
         .filter(|(field, state)| !stripe.contains_key(*field) && columns[*field] != **state);
     for (field, state) in other_columns {
-        // Where the state is wrong or knows nothing, the column may be right.
+        // If the state is wrong, or has no value, the column may be right.
         if overwritten.is_empty() && !state.is_null() {
             found.push(difference(field, &columns[field], state));
         } else {
@@ -82,7 +82,8 @@ pub(super) fn differences(stripe: &Fields, row: &RawRow) -> Vec<Difference> {
     found
 }
 
-/// Whether the row's merge state says what was told, so that its columns alone are wrong.
+/// Whether the row's merge state agrees with Stripe's values, so that only its columns can be
+/// wrong.
 pub(super) fn only_columns_differ(stripe: &Fields, row: &RawRow) -> bool {
     row.expected.as_ref().is_some_and(|state| {
         stripe
@@ -91,7 +92,8 @@ pub(super) fn only_columns_differ(stripe: &Fields, row: &RawRow) -> bool {
     })
 }
 
-/// Whether only the column knows whose the subscription is: writing the row would lose it.
+/// Whether only the column has the client reference id: writing the row from its merge state would
+/// lose it.
 pub(super) fn only_the_column_knows_the_user(stripe: &Fields, row: &RawRow) -> bool {
     let knows = |fields: &Fields| {
         fields
@@ -118,7 +120,7 @@ fn difference(field: &str, row: &Value, stripe: &Value) -> Difference {
     }
 }
 
-/// The keys whose values `other` does not have.
+/// Returns the keys of `map` that `other` lacks or has with another value.
 fn keys_not_in(map: &Map<String, Value>, other: &Map<String, Value>) -> Value {
     map.iter()
         .filter(|(key, value)| other.get(*key) != Some(*value))

@@ -1,4 +1,4 @@
-//! What a walk reports: the rows that are not as Stripe has them.
+//! The report of a walk: the rows that differ from Stripe.
 //!
 //! Owns the shape of a finding, which `reconcile --json` prints. May not know how one is found.
 
@@ -14,18 +14,18 @@ pub(crate) enum Problem {
     /// Its columns or its merge state cannot be read.
     Unreadable,
     UnknownToStripe,
-    /// What Stripe says cannot be kept.
+    /// Stripe's object cannot be stored as an event.
     CannotBeKept,
 }
 
-/// A row that is not as Stripe has it.
+/// A row that differs from Stripe.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Finding {
     pub stripe_subscription_id: String,
     pub problem: Problem,
     pub repaired: bool,
     pub differences: Vec<Difference>,
-    /// What a person has to know.
+    /// An explanation for the operator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -57,10 +57,10 @@ impl Finding {
 
 #[derive(Debug, Default)]
 pub(crate) struct Report {
-    /// Subscriptions of Stripe's that were compared with their rows.
+    /// Stripe's subscriptions that were compared with their rows.
     pub compared: u64,
     pub findings: Vec<Finding>,
-    /// Requests to Stripe, retries aside.
+    /// Requests to Stripe, without retries.
     pub calls: u64,
 }
 

@@ -1,7 +1,7 @@
-//! One subscription: as Stripe has it, compared with its row, and what repairs the row.
+//! The comparison of one of Stripe's subscriptions with its row, and the row's repair.
 //!
-//! Owns whose a subscription is where its row does not say, and what is written or stored to repair
-//! it. May not know the walk, or when a difference is reported.
+//! Owns how to find a subscription's user if its row does not have one, and what is written or
+//! published to repair the row. May not know the walk, or when a difference is reported.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,38 +27,39 @@ pub(crate) struct Sources<'a> {
     pub store: &'a Store,
     pub stripe: &'a StripeApi,
     pub metadata_keys: &'a MetadataKeys,
-    /// Where repairs are stored, for somebody to apply them. None: nothing is changed.
+    /// Where repairs are published, for a worker to apply them. `None`: nothing is changed.
     pub repair: Option<&'a jetstream::Context>,
-    /// Whose personal data is not to come back.
+    /// The ids whose personal data must not come back.
     pub erasures: &'a Erasures,
     pub stop: &'a CancellationToken,
-    /// Requests to Stripe so far, retries aside.
+    /// Requests to Stripe so far, without retries.
     pub calls: AtomicU64,
 }
 
-/// A subscription whose row is not as Stripe has it.
+/// A subscription whose row differs from Stripe.
 pub(super) struct Comparison {
     pub(super) finding: Finding,
     object: api::Object,
     as_of: i64,
-    /// The Checkout Session that tells whose it is, and up to when that is known.
+    /// The Checkout Session that repairs the row, with its user if it names one, and the second up
+    /// to which it contains every change.
     session: Option<(api::Object, i64)>,
-    /// The orphan that it was, where no session names its user.
+    /// The resolved orphan of this subscription, if no session names the user.
     resolved: Option<orphaned_payment::Model>,
-    /// The columns that all of these tell, and what they should be.
+    /// The columns that these objects determine, with their expected values.
     stripe_values: Fields,
     row: Option<RawRow>,
     repair: Repair,
 }
 
-/// What repairs a row.
+/// How a row is repaired.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Repair {
-    /// Nothing, or not now: events overtook what was fetched.
+    /// Not at all, or not now: newer events than the fetched object are applied.
     None,
-    /// Its columns are written anew from its merge state, which is right.
+    /// Its columns are written again from its merge state, which is right.
     Columns,
-    /// What Stripe says, as events.
+    /// Stripe's objects are published as events.
     Events,
 }
 
@@ -69,7 +70,8 @@ impl Sources<'_> {
             .ok_or(ReconcileError::Stopped)
     }
 
-    /// The page of subscriptions after `after`, and up to when it tells every change.
+    /// Fetches the page of subscriptions after `after`, and the second up to which it contains
+    /// every change.
     pub(super) async fn page(
         &self,
         status: &str,
@@ -80,7 +82,8 @@ impl Sources<'_> {
             .await
     }
 
-    /// A subscription, and up to when it tells every change. None if Stripe does not know it.
+    /// Fetches a subscription, and the second up to which it contains every change. `None` if
+    /// Stripe does not know it.
     pub(super) async fn subscription(
         &self,
         id: &str,
@@ -92,7 +95,8 @@ impl Sources<'_> {
         )
     }
 
-    /// What Stripe answers, unless it is told to stop first: a question changes nothing.
+    /// Returns Stripe's answer, unless a stop is requested first. A request only reads, so that it
+    /// can be abandoned at any time.
     async fn ask<T>(
         &self,
         question: impl Future<Output = Result<Answer, ApiError>>,
@@ -109,8 +113,8 @@ impl Sources<'_> {
         Ok((read, answer.as_of()?))
     }
 
-    /// Compares a subscription with its row, and asks for its Checkout Sessions where the row does not
-    /// know whose it is. None if there is no difference.
+    /// Compares a subscription with its row. Fetches its Checkout Sessions if the row has no user.
+    /// Returns `None` if there is no difference.
     pub(super) async fn compare(
         &self,
         object: api::Object,
@@ -141,7 +145,8 @@ impl Sources<'_> {
         state.merge(&self.erasures.redacted(event));
         comparison.stripe_values = difference::stripe_columns(raw::columns_of(&state));
         if is_erased {
-            // What Stripe has of it is not to come back, and what the row has is younger than the erasure.
+            // Stripe's metadata must not come back, and the row's metadata is newer than the
+            // erasure.
             comparison.stripe_values.remove("subscription_metadata");
             comparison.object = comparison
                 .object
@@ -158,7 +163,7 @@ impl Sources<'_> {
         Ok(Some(comparison))
     }
 
-    /// The event that stores `object`, or why it cannot be kept.
+    /// Decodes `object` as the event that would store it. The error says why that is impossible.
     fn decode(&self, object: &api::Object, as_of: i64) -> Result<Event, String> {
         let body = own_event::snapshot(&object.id, &object.raw, as_of, scope(object.livemode));
         let body = body.map_err(|error| error.to_string())?;
@@ -166,22 +171,24 @@ impl Sources<'_> {
         event.ok_or_else(|| "it is no subscription".to_owned())
     }
 
-    /// Adds whose a subscription is, if its merge state does not say: as was found when it was an orphan,
-    /// else as its newest Checkout Session with a client reference id says.
+    /// Adds the user, if the merge state has none: the one to whom the subscription was resolved
+    /// when it was an orphan, else the one in its newest Checkout Session with a client reference
+    /// id.
     async fn add_user(&self, comparison: &mut Comparison) -> Result<(), ReconcileError> {
         let state = comparison
             .row
             .as_ref()
             .and_then(|row| row.expected.as_ref());
         let knows = |field: &str| state.is_some_and(|state| !state[field].is_null());
-        // A row that is missing is different, whosever it is: only its repair has to know.
+        // A missing row is a difference whatever its user. Only a repair needs the user.
         if knows("client_reference_id") || (comparison.row.is_none() && self.repair.is_none()) {
             return Ok(());
         }
-        // Without a user a session only makes an orphan: of a subscription that ended, nobody's to care for.
+        // A session without a user only creates an orphan, which an ended subscription does not
+        // need.
         let status = comparison.stripe_values["status"].as_str();
         let ended = matches!(status, Some("canceled" | "incomplete_expired"));
-        let wants_any = !ended && !knows("checkout_session_id");
+        let accepts_any = !ended && !knows("checkout_session_id");
         let id = comparison.id();
         let orphan = store::orphan::find(self.store.connection(), id).await?;
         let user = orphan
@@ -197,7 +204,7 @@ impl Sources<'_> {
         });
         let mut sessions = Vec::new();
         for object in objects {
-            // What cannot be kept says nothing about whose it is.
+            // A session that cannot be stored is no evidence of the user.
             if let Ok(Event {
                 body: Body::CheckoutSession(session),
                 ..
@@ -206,10 +213,11 @@ impl Sources<'_> {
                 sessions.push((object, session.client_reference_id));
             }
         }
-        // An operator may have said otherwise: a session that is stored as of now would overrule that.
+        // A session is stored as of now, so one that names another user would overrule the
+        // operator's resolution.
         sessions.retain(|(_, named)| user.is_none() || named.is_none() || *named == user);
         let named = sessions.iter().position(|(_, named)| named.is_some());
-        let chosen = named.or((wants_any && !sessions.is_empty()).then_some(0));
+        let chosen = named.or((accepts_any && !sessions.is_empty()).then_some(0));
         let (session, named) = chosen.map(|index| sessions.swap_remove(index)).unzip();
         let named = named.flatten();
         comparison.resolved = orphan.filter(|_| user.is_some() && named.is_none());
@@ -227,8 +235,8 @@ impl Sources<'_> {
         Ok(())
     }
 
-    /// Writes or stores what repairs a row. Returns the last sequence of what was stored in
-    /// `STRIPE_EVENTS`.
+    /// Repairs a row: writes its columns, or publishes events. Returns the sequence of the last
+    /// published event.
     pub(super) async fn repair(
         &self,
         jetstream: &jetstream::Context,
@@ -282,7 +290,7 @@ impl Sources<'_> {
 }
 
 impl Comparison {
-    /// What is wrong with `row`, if anything.
+    /// Returns the problem of `row`, if it has one.
     fn compared_with(&self, row: Option<&RawRow>) -> Option<Finding> {
         let finding = |problem| Finding::new(&self.object.id, problem);
         let Some(row) = row else {
@@ -298,8 +306,9 @@ impl Comparison {
             .then_some(finding)
     }
 
-    /// Where the merge state says what Stripe says, its columns need no event. An answer that is not newer
-    /// than the row says nothing about it, so that it is only looked at again.
+    /// Chooses the repair. If the merge state agrees with Stripe, the columns are written without
+    /// an event. An answer that is not newer than the row proves nothing about it, so that the row
+    /// is only checked again.
     fn choose_repair(&mut self) {
         let (stripe_values, row) = (&self.stripe_values, self.row.as_ref());
         if row.is_some_and(|row| difference::only_the_column_knows_the_user(stripe_values, row)) {
@@ -315,7 +324,7 @@ impl Comparison {
         }
     }
 
-    /// Whether it was repaired, `row` being what it is now.
+    /// Whether the repair succeeded; `row` is the current row.
     pub(super) fn is_repaired(&self, row: Option<&RawRow>) -> bool {
         self.repair != Repair::None && self.compared_with(row).is_none()
     }
@@ -325,7 +334,7 @@ impl Comparison {
     }
 }
 
-/// What Stripe answered, or None if it has no such object.
+/// Returns the answer, or `None` if Stripe has no such object.
 fn none_if_not_found<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, ReconcileError> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -334,7 +343,7 @@ fn none_if_not_found<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, 
     }
 }
 
-/// What is listed without `Stripe-Account` is the account's own.
+/// The scope of the account itself: objects are listed without `Stripe-Account`.
 fn scope(livemode: bool) -> Scope<'static> {
     Scope {
         livemode,

@@ -1,6 +1,6 @@
-//! A replay's events, applied again.
+//! Applies a replay's events.
 //!
-//! Owns which of them are wanted, how batches follow each other, and when the end is reached.
+//! Owns which events are wanted, how batches overlap, and when the end is reached.
 
 use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
@@ -18,12 +18,12 @@ use crate::store::replay::Replay;
 use crate::stream::consumer::{self as stream_consumer, Batches, ReplayConsumer};
 use crate::wait::{JETSTREAM, Wait, pause};
 
-/// How long nothing must come before it is looked whether the end is reached.
+/// How long no batch has to arrive before the replay checks whether it has reached its end.
 const IDLE: Duration = Duration::from_millis(300);
 
 impl Replayer {
-    /// Whether the replay is about the event of this sequence; None for one that cannot be read. What an
-    /// erased person did is not to come back.
+    /// Whether the replay applies the event of this sequence. `arrival` is `None` if the event
+    /// cannot be decoded. Events of an erased person must not come back.
     pub(super) fn is_wanted(
         &self,
         replay: &Replay,
@@ -42,7 +42,7 @@ impl Replayer {
         is_about && sequence <= replay.last_sequence
     }
 
-    /// Whether the end was reached.
+    /// Applies the events. Returns whether the end was reached.
     pub(super) async fn reapply(
         &self,
         replay: &Replay,
@@ -56,8 +56,8 @@ impl Replayer {
                 && first > floor.saturating_add(1)
             {
                 warn!(
-                    "events {} to {} are not in {EVENTS_STREAM} any more: what was not applied again yet comes back by \
-                     `backfill` or `reconcile` only",
+                    "events {} to {} are no longer in {EVENTS_STREAM}: use `backfill` or `reconcile` to restore those that \
+                     this replay has not applied",
                     floor + 1,
                     first - 1
                 );
@@ -82,8 +82,8 @@ impl Replayer {
         Ok(false)
     }
 
-    /// Applies a batch while the database has another one, if they concern nothing in common. Whether the
-    /// end was reached: else the consumer is gone, or `shutdown` came.
+    /// Applies batches, several at a time if they share no subscription or payment. Returns whether
+    /// the end was reached. If not, the consumer is gone, or a shutdown was requested.
     async fn apply_all(
         &self,
         batches: &mut Batches,
@@ -137,7 +137,8 @@ impl Replayer {
                 else => break,
             };
             if may_be_finished && self.is_finished(replay, consumer).await {
-                // Of messages that came twice: what they lead to belongs to this replay.
+                // The rest are redelivered messages. Their effects belong to this replay, so it
+                // waits for them.
                 while applying.next().await.is_some() {}
                 return true;
             }
@@ -148,7 +149,7 @@ impl Replayer {
         false
     }
 
-    /// Whether every event up to the end is applied.
+    /// Whether every event up to the end is applied. False if the progress is unknown.
     async fn is_finished(&self, replay: &Replay, consumer: &ReplayConsumer) -> bool {
         let progress = consumer.progress(&self.jetstream).await;
         progress.is_ok_and(|progress| {
@@ -157,8 +158,8 @@ impl Replayer {
     }
 }
 
-/// The next batch; `Some(None)` when none came for a while; nothing when the consumer is gone or
-/// `shutdown` came.
+/// Returns the next batch, or `Some(None)` if none arrives for a while. Returns `None` if the
+/// consumer is gone or on `shutdown`.
 pub(super) async fn next(
     batches: &mut Batches,
     shutdown: &CancellationToken,

@@ -1,6 +1,6 @@
-//! What a replay would change, without changing anything.
+//! The dry run of a replay: computes what it would change, without changing anything.
 //!
-//! Owns a table beside the table: rows as the events would leave them, kept in memory until the end.
+//! Owns the rows as the events would leave them, in memory until the end.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -20,9 +20,9 @@ use crate::store::replay::Replay;
 use crate::stream::consumer::{Batches, ReplayConsumer};
 
 impl Replayer {
-    /// What the replay would change, without changing anything. Keeps the rows that would change in
-    /// memory. `progress` hears of every batch up to which sequence it goes. Fails when database or broker is
-    /// away, also for a moment: half of it would look like the whole.
+    /// Computes what the replay would change. Keeps the rows that would change in memory. Calls
+    /// `progress` with the last sequence of every batch. Fails if the database or the broker is
+    /// unavailable even for a moment: a partial result would look complete.
     pub(crate) async fn dry_run(
         &self,
         replay: &Replay,
@@ -85,16 +85,16 @@ impl Replayer {
 #[derive(Debug, Default)]
 pub(crate) struct DryRun {
     pub events: u64,
-    /// Events among them that can never be applied.
+    /// Poisoned events among them.
     pub poisoned: u64,
     pub orphans: BTreeSet<String>,
     pub finished: bool,
-    /// Rows that would differ: as they are (None if there is none), and as they would be.
+    /// Rows that would change: as they are (`None` if new), and as they would be.
     rows: HashMap<String, (Option<merge::Visible>, Stored)>,
 }
 
 impl DryRun {
-    /// The rows that would change: the id, whether it is new, and the fields.
+    /// Returns the rows that would change: the id, whether the row is new, and the changed fields.
     pub(crate) fn changes(&self) -> Vec<(&str, bool, Vec<String>)> {
         let mut changes: Vec<_> = self
             .rows
@@ -157,7 +157,7 @@ impl DryRun {
                         last_sent,
                     })
                 }
-                // Only rows that were changed before are kept.
+                // These events change nothing: the row is kept only if earlier ones changed it.
                 None => {
                     now_stored.filter(|stored| before.as_ref() != Some(&stored.state.visible()))
                 }

@@ -1,4 +1,4 @@
-//! What an operator wants replayed, and which events of the stream that comes down to.
+//! The operator's request for a replay, and the range of events that it resolves to.
 
 use std::collections::BTreeSet;
 
@@ -14,16 +14,17 @@ use crate::stream::{consumer, progress};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bound {
     Sequence(u64),
-    /// At the first event that was stored at this time or later; as an end, before it.
+    /// As a start, the first event stored at this time or later. As an end, the event before it.
     Time(OffsetDateTime),
 }
 
-/// Whether subscribers are sent what a replay changes.
+/// Whether subscribers receive signals of the rows that a replay changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(crate) enum Signals {
-    /// Nothing is sent, of events that are applied; the changes of the others the workers will send.
+    /// No signals. Only events that the workers have applied are replayed; they signal the others
+    /// themselves.
     None,
-    /// Each row that changed is, once, at the end, with its final state.
+    /// One signal for each changed row, at the end, with its final state.
     Changed,
 }
 
@@ -35,7 +36,7 @@ impl Signals {
         }
     }
 
-    /// What a replay was noted with. `all`, of the version before, included what changed.
+    /// Parses a replay's column. `all`, which the version before wrote, counts as `changed`.
     pub(super) fn parse(text: &str) -> Self {
         if text == Self::None.as_str() {
             Self::None
@@ -47,18 +48,18 @@ impl Signals {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
-    /// Where it begins: without, at the stream's first event.
+    /// Where the replay begins. `None`: at the stream's first event.
     pub from: Option<Bound>,
-    /// Where it ends: without, at the stream's last event.
+    /// Where the replay ends. `None`: at the stream's last event.
     pub until: Option<Bound>,
-    /// Only events of these types; all, if none is named.
+    /// The event types to replay. Empty: all types.
     pub event_types: Vec<EventType>,
     pub stripe_subscription_id: Option<String>,
     pub signals: Signals,
 }
 
 impl Replayer {
-    /// What `request` comes down to. Nothing if the stream holds no such event.
+    /// Resolves `request` to a range of events. Returns `None` if the stream holds no such event.
     pub(crate) async fn resolve(
         &self,
         request: &Request,
@@ -81,7 +82,8 @@ impl Replayer {
             Some(bound) => self.sequence(bound, first, last).await?,
         };
         if request.signals == Signals::None {
-            // What it applied silently, a worker would merge to nothing, and it would never be sent.
+            // If it applied an event first, without a signal, the worker's merge of that event
+            // would change nothing, and the change would never be signalled.
             let applied_until = progress::applied_until(&self.jetstream).await?;
             last_sequence = last_sequence.min(applied_until.unwrap_or(0));
         }
@@ -97,7 +99,7 @@ impl Replayer {
             });
         }
         let is_empty = state.messages == 0 || first_sequence > last_sequence;
-        // Each once: JetStream refuses subjects that overlap.
+        // Without duplicates: JetStream refuses overlapping subjects.
         let event_types: BTreeSet<_> = request
             .event_types
             .iter()
@@ -126,7 +128,7 @@ impl Replayer {
     }
 }
 
-/// What covers both, and signals what either was to signal.
+/// Returns a replay that covers both, and that sends signals if either was to send them.
 pub(super) fn union(begun: Replay, asked: Replay) -> Replay {
     let signals = Signals::parse(&begun.signals).max(Signals::parse(&asked.signals));
     let same_types = begun.event_types == asked.event_types;
@@ -146,7 +148,8 @@ pub(super) fn union(begun: Replay, asked: Replay) -> Replay {
     }
 }
 
-/// Whether the position of `begun` is one of `replay` too, which covers it: it differs in its end alone.
+/// Whether `replay`, which covers `begun`, may resume from its position: they differ only in the
+/// end.
 pub(super) fn is_continuation(begun: &Replay, replay: &Replay) -> bool {
     begun.name.is_empty()
         && *replay

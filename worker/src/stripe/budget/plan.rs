@@ -1,31 +1,33 @@
 //! Reservations of the shared budget, as arithmetic on the broker's clock. Pure.
 //!
-//! A reservation starts when the broker stored it, or at its `free` if that is later. The next one starts at
-//! least its `length` after that: [`Plan::interval`] for each request. Requests are sent within
-//! [`Plan::usable`] of the start and reach Stripe within as long as half of that. So the requests that reach
-//! Stripe within one window belong to reservations that start within a span: window, usable and way. The
-//! lengths of all of these but the last one fit into the span, so with `interval = span / (requests - size_max
-//! + 1)` they have at most `requests - size_max` requests, and the last one has at most `size_max`.
+//! A reservation starts when the broker stored it, or at its `free` if that is later. The next one
+//! starts at least its `length` after that: [`Plan::interval`] for each request. Requests are sent
+//! within [`Plan::usable`] of the start, and take at most half of that to reach Stripe. So the
+//! requests that reach Stripe within one window belong to reservations that start within one span:
+//! the window, plus `usable`, plus the time to Stripe. The lengths of all these reservations except
+//! the last one fit into the span. With `interval = span / (requests - size_max + 1)` they have at
+//! most `requests - size_max` requests together, and the last one has at most `size_max`.
 
 use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
-/// A budget: at most so many requests in every window.
+/// A budget: at most `requests` in every window.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     /// The time that a reservation takes for each of its requests.
     pub(super) interval: Duration,
-    /// How long after its start a reservation may be used: a thirtieth of the window. With the way to Stripe
-    /// it costs a twentieth of the budget.
+    /// How long after its start a reservation may be used: a thirtieth of the window. Together with
+    /// the time to Stripe it costs a twentieth of the budget.
     pub(super) usable: Duration,
-    /// Requests in one reservation, at most: a hundredth of the budget. A process that dies wastes no more.
+    /// The most requests in one reservation: a hundredth of the budget. A process that dies wastes
+    /// at most these.
     pub(super) size_max: u32,
-    /// No reservation ends later than this after it was stored.
+    /// The longest time from storing a reservation to its end.
     span: Duration,
 }
 
-/// What stands under the budget's key: the last reservation.
+/// The value of the budget's key: the last reservation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reservation {
     /// When the reservations before it end.
@@ -34,7 +36,7 @@ pub(super) struct Reservation {
 }
 
 impl Plan {
-    /// `requests` is above 0.
+    /// Creates a plan. `requests` is above 0.
     pub(super) fn new(requests: u32, window: Duration) -> Self {
         let usable = window / 30;
         let size_max = (requests / 100).max(1);
@@ -52,8 +54,9 @@ impl Plan {
         }
     }
 
-    /// When a reservation starts that the broker stored at `stored`. If it would end beyond the span, somebody
-    /// wrote the key by hand or set the broker's clock back: then it starts a span after `stored`.
+    /// Returns when a reservation starts that the broker stored at `stored`. If it would end beyond
+    /// the span, the key was written by hand or the broker's clock was set back: then it starts a
+    /// span after `stored`.
     pub(super) fn start(&self, reservation: Reservation, stored: OffsetDateTime) -> OffsetDateTime {
         if reservation.free - stored <= self.span.saturating_sub(reservation.length) {
             reservation.free.max(stored)
@@ -62,8 +65,9 @@ impl Plan {
         }
     }
 
-    /// The reservation of `length` that follows the one in `value`, which was stored at `stored`. If `value` is
-    /// missing or unreadable, whatever was reserved before is over a span after `stored`.
+    /// Returns the reservation of `length` that follows the one in `value`, which was stored at
+    /// `stored`. If `value` is missing or unreadable, every earlier reservation has ended a span
+    /// after `stored`.
     pub(super) fn next(
         &self,
         value: Option<&[u8]>,
@@ -77,8 +81,9 @@ impl Plan {
         Reservation { free, length }
     }
 
-    /// When `reservation` may be used, by our clock. It was sent at `sent`, and by `received` we had read that
-    /// the broker stored it, or a later one, at `stored`: its clock showed that in between.
+    /// Returns from when until when `reservation` may be used, by our clock. It was sent at `sent`,
+    /// and at `received` we had read that the broker stored it, or a later one, at `stored`. So the
+    /// broker's clock showed `stored` at some moment between `sent` and `received`.
     pub(super) fn permitted(
         &self,
         reservation: Reservation,
@@ -90,16 +95,16 @@ impl Plan {
         (received + ahead, sent + ahead + self.usable)
     }
 
-    /// How long to wait after `stored`, when the last reservation was stored, before `next` may be stored: stored
-    /// earlier, it would end beyond the span.
+    /// Returns how long to wait after `stored`, the time of the last reservation, before `next` may
+    /// be stored: stored earlier, it would end beyond the span.
     pub(super) fn wait(&self, next: Reservation, stored: OffsetDateTime) -> Duration {
         Duration::try_from(next.free + next.length - (stored + self.span)).unwrap_or_default()
     }
 }
 
 impl Reservation {
-    /// Microseconds since the Unix epoch, a blank and microseconds. Earlier versions wrote when the next
-    /// reservation starts, without a length.
+    /// Parses `free` in microseconds since the Unix epoch, a space, and `length` in microseconds.
+    /// Earlier versions wrote only the start of the next reservation, without a length.
     fn parse(value: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(value).ok()?;
         let (free, length) = text.split_once(' ').unwrap_or((text, "0"));
@@ -111,7 +116,8 @@ impl Reservation {
         })
     }
 
-    /// What [`Reservation::parse`] reads. Rounded up, so that nothing is free too early.
+    /// Formats the reservation for [`Reservation::parse`]. Rounds up, so that the next one does not
+    /// start too early.
     pub(super) fn to_value(self) -> String {
         let free = (self.free.unix_timestamp_nanos() + 999).div_euclid(1000);
         format!("{free} {}", self.length.as_nanos().div_ceil(1000))

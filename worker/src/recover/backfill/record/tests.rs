@@ -19,7 +19,7 @@ fn next_backfill_overlaps_the_last_one() {
     assert_eq!(
         next_since(Some(now - 1000 * HOUR), now),
         now - 30 * 24 * HOUR,
-        "Stripe keeps no more"
+        "Stripe keeps no older events"
     );
     assert_eq!(
         next_since(Some(now + HOUR), now),
@@ -29,22 +29,22 @@ fn next_backfill_overlaps_the_last_one() {
 }
 
 #[test]
-fn only_a_backfill_that_leaves_no_gap_is_noted() {
+fn only_a_backfill_that_leaves_no_gap_is_recorded() {
     let began = now();
     assert!(leaves_no_gap(None, began - 72 * HOUR, began));
     assert!(!leaves_no_gap(None, began - HOUR, began));
     assert!(leaves_no_gap(Some(began - HOUR), began - 3 * HOUR, began));
     assert!(
         !leaves_no_gap(Some(began - 5 * HOUR), began - 3 * HOUR, began),
-        "two hours were not looked at"
+        "it leaves a gap of two hours"
     );
     assert!(
         !leaves_no_gap(Some(began + HOUR), began - 72 * HOUR, began),
-        "a later one was complete"
+        "a later backfill was complete"
     );
     assert!(
         leaves_no_gap(Some(began - 1000 * HOUR), began - 30 * 24 * HOUR, began),
-        "there is no more to be had"
+        "Stripe keeps no older events"
     );
 }
 

@@ -1,4 +1,4 @@
-//! Which columns differ, and what repairs them.
+//! Tests of which columns differ, and of what repairs them.
 
 use litestripe_domain::merge::State;
 
@@ -51,7 +51,8 @@ fn columns_are_compared_with_stripe_and_with_the_merge_state() {
         &["client_reference_id", "status"],
         false,
     );
-    // Only the merge state tells metadata by event type, unless it is wrong itself.
+    // Only the merge state has the expected metadata by event type, unless the state itself is
+    // wrong.
     check(MORE, Some(RIGHT), &["metadata"], true);
     check(MORE, Some(WRONG), &["merge_state"], false);
     check(MORE, None, &[], false);
@@ -59,7 +60,7 @@ fn columns_are_compared_with_stripe_and_with_the_merge_state() {
 }
 
 #[test]
-fn user_that_neither_stripe_nor_the_merge_state_knows_is_the_columns_alone() {
+fn user_that_neither_stripe_nor_the_merge_state_knows_is_only_in_the_column() {
     let check = |stripe, columns, state, expected| {
         assert_eq!(
             only_the_column_knows_the_user(&fields(stripe), &row(columns, state)),
@@ -74,7 +75,7 @@ fn user_that_neither_stripe_nor_the_merge_state_knows_is_the_columns_alone() {
 }
 
 #[test]
-fn metadata_is_shown_by_its_keys() {
+fn metadata_difference_shows_only_the_keys() {
     let found = differences(&fields(STRIPE), &row(MORE, Some(RIGHT)));
     assert_eq!(
         (&found[0].row, &found[0].stripe),

@@ -7,22 +7,24 @@ use super::{Plan, Reservation};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// One step of processes that share a key.
+/// One step of a process that shares the key with others.
 #[derive(Debug, Clone)]
 enum Step {
     Reserve {
         idle: Duration,
         count: u32,
-        /// From the write to its storing, and from there to the answer.
+        /// From the write to its storing.
         way: Duration,
+        /// From the storing to the answer.
         back: Duration,
-        /// How much of `back` had passed when the entry that is read was stored: others write as well.
-        crossed: f64,
-        /// When requests are used and how long they travel, from 0 to 1.
+        /// The part of `back` after which the entry that is read was stored: other processes write
+        /// as well.
+        read_at: f64,
+        /// When each request is sent, and how long it takes to Stripe, both from 0 to 1.
         used: Vec<(f64, f64)>,
     },
-    /// Somebody writes the key or deletes it.
-    Spoil(Option<&'static str>),
+    /// An operator writes the key by hand or deletes it.
+    Overwrite(Option<&'static str>),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -31,12 +33,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let used = prop::collection::vec((part(), part()), 12);
     let idle = prop_oneof![9 => Just(Duration::ZERO), 1 => ms(3_000)];
     let reserve = (idle, 1_u32..=12, ms(300), ms(300), part(), used).prop_map(
-        |(idle, count, way, back, crossed, used)| Step::Reserve {
+        |(idle, count, way, back, read_at, used)| Step::Reserve {
             idle,
             count,
             way,
             back,
-            crossed,
+            read_at,
             used,
         },
     );
@@ -49,14 +51,14 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         Some("99999999999999999999"),
     ];
     prop::collection::vec(
-        prop_oneof![150 => reserve, 1 => prop::sample::select(VALUES).prop_map(Step::Spoil)],
+        prop_oneof![150 => reserve, 1 => prop::sample::select(VALUES).prop_map(Step::Overwrite)],
         1..300,
     )
 }
 
 proptest! {
-    /// Processes reserve one after another, as compare-and-set has it, and use what they have at any time
-    /// within its limits.
+    /// Compare-and-set makes processes reserve one after another. Each uses its requests at any
+    /// time within the limits of its reservation.
     #[test]
     fn no_window_holds_more_than_the_budget(
         requests in prop_oneof![1_u32..10, 1_u32..1_500, 200_u32..400],
@@ -68,18 +70,18 @@ proptest! {
         let (epoch, start) = (OffsetDateTime::UNIX_EPOCH + MINUTE * 1_000_000, Instant::now());
         let mut arrivals: Vec<Duration> = Vec::new();
         let mut now = Duration::ZERO;
-        // What stands under the key, and since when.
+        // The key's value, and when it was written.
         let mut key = (None, Duration::ZERO);
         for step in steps {
             match step {
-                Step::Spoil(value) => key = (value.map(str::to_owned), now),
-                Step::Reserve { idle, count, way, back, crossed, used } => {
+                Step::Overwrite(value) => key = (value.map(str::to_owned), now),
+                Step::Reserve { idle, count, way, back, read_at, used } => {
                     let length = plan.interval * count.min(plan.size_max);
                     let next = plan.next(key.0.as_deref().map(str::as_bytes), epoch + key.1, length);
                     let sent = (now + idle).max(key.1 + plan.wait(next, epoch + key.1));
                     let stored = sent + way;
                     let received = stored + back;
-                    let read = epoch + stored + back.mul_f64(crossed);
+                    let read = epoch + stored + back.mul_f64(read_at);
                     let (from, until) = plan.permitted(next, read, start + sent, start + received);
                     for (use_at, travel) in used.into_iter().take(count.min(plan.size_max) as usize) {
                         if let Some(usable) = until.checked_duration_since(from) {
@@ -113,7 +115,7 @@ proptest! {
     }
 }
 
-/// While there is work, a reservation begins where the last one ends.
+/// While calls wait, each reservation begins where the last one ends.
 #[test]
 fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
     for (requests, window) in [
@@ -134,7 +136,7 @@ fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
                 (None, OffsetDateTime::UNIX_EPOCH, vec![began; processes]);
             let mut granted = 0;
             for turn in 0..1000 {
-                // A process comes again when it has used, evenly, what it has.
+                // A process reserves again once it has used its reservation, evenly spread.
                 let used = window / requests
                     * if turn < processes {
                         0
@@ -159,7 +161,8 @@ fn nine_tenths_of_every_budget_are_usable_by_one_process_and_by_several() {
     }
 }
 
-/// The worst case: the first reservation of many with one request is used last, and the largest comes at the end.
+/// The worst case: many reservations of one request, the first of which is used late, and then a
+/// largest one.
 #[test]
 fn largest_reservation_fits_into_a_full_window() {
     for requests in [1, 75, 199, 200, 299, 6000] {
@@ -183,7 +186,7 @@ fn reservation_is_small_and_never_empty() {
 }
 
 #[test]
-fn value_that_nobody_reserved_is_over_after_a_span() {
+fn unreadable_or_impossible_reservation_ends_after_a_span() {
     let plan = Plan::new(60, MINUTE);
     let stored = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
     let free = |value: Option<&str>| {
@@ -213,9 +216,9 @@ fn value_that_nobody_reserved_is_over_after_a_span() {
     assert_eq!(
         free(Some("1795009999000000")),
         plan.span,
-        "of an earlier version, far ahead"
+        "far ahead, as an earlier version wrote it"
     );
-    // Its owner, if there is one, waits for a span.
+    // If a process owns it, that process waits for a span.
     assert_eq!(
         free(value(stored + MINUTE * 9, second).as_deref()),
         plan.span + second
@@ -223,7 +226,7 @@ fn value_that_nobody_reserved_is_over_after_a_span() {
 }
 
 #[test]
-fn clock_that_was_set_holds_calls_up_for_a_span_at_most() {
+fn changed_broker_clock_delays_calls_by_at_most_a_span() {
     let plan = Plan::new(60, MINUTE);
     let before = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
     let last = Reservation {
@@ -248,17 +251,21 @@ fn clock_that_was_set_holds_calls_up_for_a_span_at_most() {
             start - after
         );
         let others = plan.next(Some(next.to_value().as_bytes()), after, plan.interval);
-        assert_eq!(others.free, start + plan.interval, "all see the same");
+        assert_eq!(
+            others.free,
+            start + plan.interval,
+            "every process computes the same start"
+        );
     }
     assert_eq!(
         plan.start(next, before + MINUTE * 60),
         before + MINUTE * 60,
-        "set forward"
+        "the clock was set forward"
     );
 }
 
 #[test]
-fn permit_is_certain_whatever_the_broker_took_to_answer() {
+fn permit_is_valid_wherever_in_the_round_trip_the_broker_stored_it() {
     let plan = Plan::new(60, MINUTE);
     let (sent, second) = (Instant::now(), Duration::from_secs(1));
     let received = sent + second;
@@ -277,7 +284,7 @@ fn permit_is_certain_whatever_the_broker_took_to_answer() {
     assert_eq!(
         permitted(stored - second),
         (received, sent + plan.usable),
-        "stored just now or just before the answer"
+        "stored right after the write or right before the answer"
     );
     assert_eq!(
         permitted(stored + second * 9),
@@ -286,7 +293,7 @@ fn permit_is_certain_whatever_the_broker_took_to_answer() {
 }
 
 #[test]
-fn reservation_is_read_as_it_was_written_and_never_earlier() {
+fn parsed_reservation_never_starts_earlier_than_the_written_one() {
     let free =
         OffsetDateTime::from_unix_timestamp_nanos(1_795_000_000_123_456_789).expect("a time");
     let written = Reservation {
