@@ -318,11 +318,11 @@ impl Bridge {
             .await
             .get_stream(EVENTS_STREAM)
             .await
-            .expect("the stream is there");
+            .expect("the stream exists");
         stream
             .consumer_info(WORKER_CONSUMER)
             .await
-            .expect("the consumer is there")
+            .expect("the consumer exists")
             .num_ack_pending
     }
 
@@ -412,7 +412,7 @@ impl Bridge {
             .await
             .get_stream(EVENTS_STREAM)
             .await
-            .expect("the stream is there");
+            .expect("the stream exists");
         stream.cached_info().state.messages
     }
 
@@ -429,7 +429,7 @@ impl Bridge {
             .await
             .get_stream(stream)
             .await
-            .expect("the stream is there");
+            .expect("the stream exists");
         let count = stream.cached_info().state.messages;
         let config = pull::OrderedConfig {
             deliver_policy: DeliverPolicy::All,

@@ -95,7 +95,7 @@ impl Server {
             .as_deref()
             .or(own_folder.as_ref().map(TempDir::path));
         let folder = folder
-            .expect("one is made above where none is given")
+            .expect("a temporary folder is made if none is given")
             .to_owned();
         let port = options.port.unwrap_or_else(port::free);
         std::fs::write(folder.join("nats.conf"), config(port, &folder, &options))?;

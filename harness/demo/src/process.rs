@@ -76,13 +76,13 @@ pub fn command(program: &Path, signal: Signal) -> Command {
     command
         .args(["--pdeathsig", signal.name(), "--"])
         .arg(program);
-    // A Ctrl-C in the terminal goes to its whole process group. The child's end is its owner's to
-    // decide, and it comes with the owner's in any case.
+    // Ctrl-C in a terminal sends a signal to the whole process group. In its own group the child does
+    // not receive it, so that only its owner ends it.
     command.process_group(0);
     command
 }
 
-/// The path of a `setpriv` that can set a parent-death signal: code of our own would be `unsafe`.
+/// Finds a `setpriv` that can set a parent-death signal; without that program it takes `unsafe` code.
 fn setpriv() -> Option<&'static Path> {
     static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOUND
@@ -302,6 +302,6 @@ fn read(file: &File) -> String {
     let length = file.metadata().expect("an open file has a length").len();
     let mut bytes = vec![0; usize::try_from(length).expect("a log fits into memory")];
     file.read_exact_at(&mut bytes, 0)
-        .expect("what was written can be read");
+        .expect("the log can be read");
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -160,7 +160,7 @@ impl Launch {
             .as_deref()
             .or(own_folder.as_ref().map(TempDir::path));
         let folder = folder
-            .expect("one is made above where none is given")
+            .expect("a temporary folder is made if none is given")
             .to_owned();
         let mut command = process::command(&self.path, Signal::Kill);
         command.args(&self.arguments).current_dir(&folder);

@@ -151,13 +151,13 @@ pub(super) fn check_chains(signals: &[Signal]) {
                 } else {
                     "orphan.created"
                 };
-                assert_eq!(signal.subject, expected, "of {orphan}");
+                assert_eq!(signal.subject, expected, "the subject of {orphan}'s signal");
                 orphans.insert(orphan, &signal.subject);
             }
             None => {
                 let id = signal
                     .text("stripe_subscription_id")
-                    .expect("its schema demands it");
+                    .expect("the schema requires the id");
                 let before = rows.get(id).copied();
                 match before.filter(|before| before.body["revision"] == signal.body["revision"]) {
                     Some(before) => check_resent(before, signal),
@@ -192,7 +192,7 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
     let id = &body["stripe_subscription_id"];
     assert_eq!(
         body["previous_revision"], before_body["revision"],
-        "the revision before that of {id}"
+        "`previous_revision` of {id} is the revision of the signal before"
     );
     assert!(
         body["revision"].as_i64() > before_body["revision"].as_i64(),
@@ -206,12 +206,12 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
     assert_eq!(
         changed,
         differing.keys().map(String::as_str).collect(),
-        "what changed of {id}"
+        "`changed` of {id}"
     );
     assert_eq!(
         body["previous"],
         Value::Object(differing),
-        "what it was before"
+        "`previous` of {id}"
     );
     assert!(
         before.is_none() || !changed.is_empty(),
@@ -222,7 +222,7 @@ fn check_step(before: Option<&Signal>, signal: &Signal) {
         Some("past_due") => "grace",
         _ => "revoked",
     };
-    assert_eq!(body["access"], access, "of {id}");
+    assert_eq!(body["access"], access, "`access` of {id}");
 }
 
 /// Checks that every row has signals, that the last of them agrees with the row, and that every
@@ -236,7 +236,7 @@ pub(super) fn check_rows(rows: &[stripe_subscription::Model], signals: &[Signal]
         last.insert(
             signal
                 .text("stripe_subscription_id")
-                .expect("its schema demands it"),
+                .expect("the schema requires the id"),
             signal,
         );
     }

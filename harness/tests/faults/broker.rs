@@ -279,7 +279,7 @@ async fn start_blocked_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransa
         .database
         .query(&empty)
         .await
-        .expect("it can be written");
+        .expect("the row can be written");
     let lock = rig.bridge.database.hold_lock(&lock_row_sql(id)).await;
     let replay = rig.worker().args(["replay"]).start();
     rig.bridge.database.until_a_worker_waits().await;
@@ -413,7 +413,7 @@ async fn max_payload_raised_by_a_reload_is_noticed_after_a_message_was_too_large
         .database
         .query(&insert)
         .await
-        .expect("the table is there");
+        .expect("the table exists");
     rig.running(0)
         .wait_for_log("larger than the NATS server's max_payload", DEADLINE)
         .await;
@@ -467,7 +467,7 @@ async fn signals_too_large(database: DatabaseKind) {
             .database
             .query(&insert)
             .await
-            .expect("the table is there");
+            .expect("the table exists");
     }
     rig.running(0)
         .wait_for_log("larger than the NATS server's max_payload", DEADLINE)

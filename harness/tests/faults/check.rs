@@ -100,7 +100,7 @@ async fn stored(rig: &Rig) -> Vec<Stored> {
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     let state = &stream.cached_info().state;
     let sequences = state.first_sequence..=state.last_sequence;
     let messages = futures_util::stream::iter(sequences).map(|sequence| at(&stream, sequence));
@@ -120,7 +120,7 @@ async fn at(stream: &JetStream, sequence: u64) -> Option<StreamMessage> {
     match stream.get_raw_message(sequence).await {
         Ok(message) => Some(message),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => None,
-        Err(error) => panic!("a message can be read: {error}"),
+        Err(error) => panic!("cannot read message {sequence}: {error}"),
     }
 }
 
@@ -208,12 +208,12 @@ fn check_rows(rows: &[stripe_subscription::Model], states: &BTreeMap<String, Sta
         }
         assert_eq!(
             row.checkout_session_id, visible.checkout_session_id,
-            "of {id}"
+            "`checkout_session_id` of {id}"
         );
         assert_eq!(
             row.last_event_id,
             visible.last_event.map(|(id, _)| String::from(id)),
-            "of {id}"
+            "`last_event_id` of {id}"
         );
     }
 }

@@ -296,7 +296,7 @@ async fn worker_retries_after_a_deadlock_with_another_session() {
     other
         .execute_unprepared("SET LOCAL deadlock_timeout = '10min'")
         .await
-        .expect("the tests' user may");
+        .expect("the tests' user may set it");
     rig.running(0).signal(Signal::Stop);
     rig.deliver_all(&update(&purchases, 3)).await;
     rig.running(0).signal(Signal::Cont);

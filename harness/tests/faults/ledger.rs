@@ -40,7 +40,7 @@ pub(crate) struct Figures {
     pub(crate) deliveries: usize,
     /// Answered 200, repetitions included.
     pub(crate) accepted: usize,
-    /// Answered otherwise.
+    /// Answered with another status.
     pub(crate) refused: usize,
     /// Not answered.
     pub(crate) unanswered: usize,

@@ -19,7 +19,7 @@ use crate::rig::DEADLINE;
 
 /// Concurrent senders.
 const LANES: u64 = 4;
-/// Subscriptions whose events one lane delivers.
+/// The number of subscriptions of a lane.
 const LIVES: usize = 12;
 /// How many events a lane holds back, to deliver them out of order.
 const HELD: usize = 6;

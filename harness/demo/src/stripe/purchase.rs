@@ -124,5 +124,5 @@ pub(super) fn changed(mut object: Value, changes: Value) -> Value {
 }
 
 fn template(text: &str) -> Value {
-    serde_json::from_str(text).expect("the templates beside this file are JSON")
+    serde_json::from_str(text).expect("the templates in this folder are JSON")
 }
