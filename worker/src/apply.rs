@@ -1,7 +1,8 @@
 //! One batch of events through the worker.
 //!
 //! Owns the order of effects: decode → load → merge → save → ack → wake the relay. No other code
-//! may order them. May not know SQL (the store's) or how a message is acknowledged (the consumer's).
+//! may order them. May not know SQL (only the store does) or how a message is acked (only the
+//! consumer does).
 
 use std::sync::Arc;
 
@@ -30,7 +31,8 @@ mod save;
 pub use decoded::{Decoded, count_wanted_poisoned, decode};
 use save::save;
 
-/// Batches that are applied at the same time: one is decoded and merged while the database has another.
+/// Batches that are applied at the same time: one is decoded and merged while the database works on
+/// another.
 pub const IN_FLIGHT: usize = 2;
 
 /// What applying a batch needs.
@@ -39,22 +41,22 @@ pub struct Applier {
     pub store: Store,
     pub metadata_keys: MetadataKeys,
     pub policy: Arc<Policy>,
-    /// Whose personal data is not to come back.
+    /// The ids whose personal data was erased and must not come back.
     pub erasures: Erasures,
     /// Whether a customer that is deleted at Stripe is erased here.
     pub erase_on_customer_deleted: bool,
     pub dead_letters: DeadLetters,
-    /// Wakes the relay when there may be signals to send.
+    /// Wakes up the relay when there may be signals to send.
     pub relay: Arc<Notify>,
-    /// Wakes the questions when there may be users to look up.
+    /// Wakes up the questions task when there may be users to look up.
     pub questions: Arc<Notify>,
     pub waiting: Arc<Waiting>,
 }
 
 /// Applies a batch: commit, then ack, then wake the relay.
 ///
-/// A database that is away is waited for, with the batch's messages kept alive. When `shutdown`
-/// comes while waiting, the messages are handed back.
+/// While the database is unavailable it waits, and keeps the batch's messages in progress. If
+/// `shutdown` is cancelled meanwhile, it hands the messages back.
 pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
     let Decoded {
         batch,
@@ -69,8 +71,8 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         batch.hand_back().await;
         return;
     }
-    let Some(Outcome { refused, late }) =
-        save_when_possible(applier, arrivals, &batch, shutdown).await
+    let Some(Outcome { refused, redacted }) =
+        save_with_retries(applier, arrivals, &batch, shutdown).await
     else {
         batch.hand_back().await;
         return;
@@ -85,22 +87,23 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         applier.questions.notify_one();
     }
     metrics::applied(events);
-    applier.erasures.remove_late(late);
-    applier.dead_letters.put_aside(batch, poisoned).await;
+    applier.erasures.remove_late(redacted);
+    applier.dead_letters.store(batch, poisoned).await;
 }
 
-/// What became of a batch that was applied again.
+/// The events of a reapplied batch, counted.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Reapplied {
-    /// Events that were applied.
     pub applied: u64,
     /// Events that can never be applied.
     pub poisoned: u64,
 }
 
-/// Applies those events again that are `wanted`: what [`apply`] does, but poison, which is a
-/// dead letter already, is only counted. `wanted` hears an event's sequence, and the event if it can be
-/// read. None when `shutdown` came while the database was away.
+/// Reapplies the `wanted` events of a batch. Unlike [`apply`] it only counts poisoned events, which
+/// are dead letters already.
+///
+/// `wanted` gets an event's sequence, and the event if it can be decoded. Returns `None` if
+/// `shutdown` was cancelled while the database was unavailable.
 pub async fn reapply(
     applier: &Applier,
     decoded: Decoded,
@@ -116,7 +119,7 @@ pub async fn reapply(
     let poisoned = count_wanted_poisoned(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
-    let Some(outcome) = save_when_possible(applier, arrivals, &batch, shutdown).await else {
+    let Some(outcome) = save_with_retries(applier, arrivals, &batch, shutdown).await else {
         batch.hand_back().await;
         return None;
     };
@@ -128,8 +131,9 @@ pub async fn reapply(
     })
 }
 
-/// Queues the erasure of the customers that were deleted at Stripe: before their
-/// messages are acked, however long the database is away. Nothing when `shutdown` came first.
+/// Queues the erasure of the customers that were deleted at Stripe, before their messages are
+/// acked. Retries for as long as the database is unavailable. Returns `None` if `shutdown` was
+/// cancelled before it succeeded.
 async fn queue_erasures(
     applier: &Applier,
     batch: &Batch,
@@ -164,30 +168,32 @@ async fn queue_erasures(
     Some(())
 }
 
-/// What became of the events of a batch that is saved.
+/// The result of saving a batch.
 #[derive(Default)]
 struct Outcome {
-    /// Those that the database refuses for good, and why.
+    /// The events that the database refuses permanently, by their index, each with the reason.
     refused: Vec<(usize, String)>,
-    /// The sequences of those that count without their personal data.
-    late: Vec<u64>,
+    /// The sequences of the events that were saved without their personal data, because that was
+    /// erased.
+    redacted: Vec<u64>,
 }
 
-/// Saves what the events lead to, however long the database is away. Nothing when `shutdown` came first.
-async fn save_when_possible(
+/// Saves the changes that the events cause. Retries for as long as the database is unavailable.
+/// Returns `None` if `shutdown` was cancelled before it succeeded.
+async fn save_with_retries(
     applier: &Applier,
     arrivals: Vec<Arrival>,
     batch: &Batch,
     shutdown: &CancellationToken,
 ) -> Option<Outcome> {
     let mut outcome = Outcome::default();
-    // A refused set is halved until the event that is at fault stands alone.
+    // A refused set is halved until the event at fault is alone in its set.
     let mut sets = vec![Arc::new(arrivals)];
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while let Some(set) = sets.pop() {
         match save(applier, &set).await {
-            Ok(late) => {
-                outcome.late.extend(late);
+            Ok(redacted) => {
+                outcome.redacted.extend(redacted);
                 wait.succeeded();
             }
             Err(error) if error.disposition() == Disposition::Wait => {
@@ -209,8 +215,8 @@ async fn save_when_possible(
     Some(outcome)
 }
 
-/// Applies one event outside any batch, as a batch would. Returns why the database refuses it for
-/// good, if it does.
+/// Applies one event outside of any batch, as a batch would. Returns the reason if the database
+/// refuses the event permanently.
 pub async fn apply_one(applier: &Applier, arrival: Arrival) -> Result<Option<String>, StoreError> {
     match save(applier, &Arc::new(vec![arrival])).await {
         Ok(_) => Ok(None),

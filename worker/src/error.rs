@@ -1,6 +1,6 @@
-//! What went wrong, sorted by what the worker does about it.
+//! Database errors, sorted by how the worker reacts to them.
 //!
-//! Owns the one thing a caller branches on. May not know which batch or command it was.
+//! Owns the distinction that callers branch on. May not know which batch or command failed.
 
 use std::time::Duration;
 
@@ -10,39 +10,41 @@ use sea_orm::{DbErr, RuntimeErr};
 /// What the worker does with a message whose event could not be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
-    /// Something else is down. Keep the message, wait with backoff, never count tries.
+    /// The database is unavailable. Keep the message and retry with backoff, without a limit.
     Wait,
-    /// This event can never be applied. Dead letter with the reason; the batch goes on.
+    /// This event can never be applied. It becomes a dead letter with the reason; the rest of the
+    /// batch is applied.
     Poison,
 }
 
-/// The database did not do what was asked of it.
+/// A failed database operation.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {doing}")]
 pub struct StoreError {
-    /// What was asked, to go after "cannot".
+    /// The operation, in words that follow "cannot".
     pub doing: &'static str,
-    /// Why not. Never holds a value of ours: see [`StoreError::disposition`].
+    /// Never contains a value that we store: causes are logged and become the reasons of dead
+    /// letters.
     #[source]
     pub cause: Cause,
 }
 
-/// Why the database did not do it.
+/// Why a database operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Cause {
     #[error(transparent)]
     Database(#[from] DbErr),
-    /// What is stored cannot be read as JSON, or what is to be stored cannot be written.
+    /// A stored value is not valid JSON, or a new value cannot be written as JSON.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
     #[error("no answer within {} s", .0.as_secs())]
-    Silence(Duration),
+    Timeout(Duration),
     #[error("it panicked, which is a bug")]
     Panic,
 }
 
 impl StoreError {
-    /// For `map_err`.
+    /// Returns a function for `map_err` that makes a [`StoreError`] of a cause.
     pub fn doing<E: Into<Cause>>(doing: &'static str) -> impl Fn(E) -> Self {
         move |cause| Self {
             doing,
@@ -50,9 +52,9 @@ impl StoreError {
         }
     }
 
-    /// Whether the same statement may succeed later.
+    /// Returns [`Disposition::Wait`] if the same statement may succeed later.
     ///
-    /// Only what the database says of the data itself is permanent. PostgreSQL: "Error Codes",
+    /// Only errors about the data itself are permanent. PostgreSQL: "Error Codes",
     /// classes 22 (data exception), 23 (integrity constraint) and 54 (program limit).
     /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
     pub fn disposition(&self) -> Disposition {
@@ -60,7 +62,7 @@ impl StoreError {
             Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => {
                 Disposition::Poison
             }
-            Cause::Silence(_) => Disposition::Wait,
+            Cause::Timeout(_) => Disposition::Wait,
             Cause::Database(error) => match database_error(error) {
                 Some(error) if is_about_data(error) => Disposition::Poison,
                 _ => Disposition::Wait,
@@ -68,16 +70,16 @@ impl StoreError {
         }
     }
 
-    /// Whether a start that failed for this reason may succeed later without a person's help: the
-    /// database is away, busy, restarting, full or read-only.
+    /// Whether a start that failed for this reason may succeed later without the operator's help:
+    /// the database is unreachable, busy, restarting, full or read-only.
     pub fn is_temporary(&self) -> bool {
         let Cause::Database(error) = &self.cause else {
-            return matches!(self.cause, Cause::Silence(_));
+            return matches!(self.cause, Cause::Timeout(_));
         };
         match (error, sqlx_error(error)) {
             (DbErr::ConnectionAcquire(_), _) => true,
             (_, Some(error)) => match error.as_database_error() {
-                Some(error) => is_passing(error),
+                Some(error) => is_temporary(error),
                 None => !matches!(error, sqlx::Error::Configuration(_)),
             },
             _ => false,
@@ -91,8 +93,7 @@ impl StoreError {
         matches!(self.code().as_deref(), Some("22P02" | "22003"))
     }
 
-    /// The database's own code for it, for people and metrics.
-    pub fn code(&self) -> Option<String> {
+    fn code(&self) -> Option<String> {
         let Cause::Database(error) = &self.cause else {
             return None;
         };
@@ -113,10 +114,10 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
     sqlx_error(error)?.as_database_error()
 }
 
-/// PostgreSQL: "Error Codes"; what stays is 28 (invalid authorization), 3D (no such database), 3F (no
-/// such schema), 42 (access rule, or SQL it does not know), 0A (feature), and what is about data.
-/// SQLite: "Result Codes"; what passes is BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
-fn is_passing(error: &dyn sqlx::error::DatabaseError) -> bool {
+/// PostgreSQL: "Error Codes"; permanent are 28 (invalid authorization), 3D (no such database), 3F
+/// (no such schema), 42 (access rule, or unknown SQL), 0A (unsupported feature), and errors about
+/// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
+fn is_temporary(error: &dyn sqlx::error::DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
     if error
         .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()

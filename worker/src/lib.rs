@@ -1,10 +1,11 @@
 //! The worker: applies Stripe's events to the database and signals what changed.
 //!
-//! The life of an event: `stream::consumer` fetches a batch of messages, [`apply`] applies it (the
-//! core decodes, merges and plans, [`store`] loads and saves, the consumer acks), [`relay`] sends the
-//! signals that were committed with the rows. [`questions`] asks what no batch waits for, [`recover`]
-//! brings rows and subscribers back after an outage, [`command`] is what operators call. May not know
-//! HTTP requests from Stripe: those are ingress's.
+//! The life of an event: `stream::consumer` fetches a batch of messages. [`apply`] applies it:
+//! `litestripe_domain` decodes, merges and plans, [`store`] loads and saves, and the consumer acks.
+//! [`relay`] sends the signals that were committed with the rows. [`questions`] asks Stripe and the
+//! application's user lookup, outside of any batch. [`recover`] brings rows and subscribers up to
+//! date after an outage. [`command`] holds the operators' commands. May not know HTTP requests from
+//! Stripe: ingress receives those.
 
 pub mod apply;
 pub mod command;

@@ -1,4 +1,4 @@
-//! The worker's process: arguments, log, exit code.
+//! The worker's process: sets the allocator, runs the command, returns its exit code.
 
 use std::process::ExitCode;
 

@@ -1,8 +1,8 @@
 //! The relay: the only publisher of signals.
 //!
-//! Owns their order: a signal is sent only when the one before it for the same subscription (or
-//! orphan) has its PubAck. One relay at a time works on one shard of the outbox, so that this holds
-//! over all workers. What a crashed worker left is sent by any other.
+//! Owns their order: a signal is sent only when the previous one of the same subscription (or
+//! orphan) has its PubAck. Only one relay at a time works on a shard of the outbox, so the order
+//! holds over all workers. Any worker sends the signals that a crashed one left.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -31,39 +31,42 @@ use crate::metrics;
 use crate::store::{self, Store, detached};
 use crate::wait::{Awaited, Wait};
 
-/// How often the outbox is looked at unasked: what a crashed worker left waits this long.
+/// How often the relay checks the outbox without being woken up: the signals of a crashed worker
+/// wait this long.
 const POLL: Duration = Duration::from_secs(1);
 
-/// The database or the broker, as the relay needs them.
+/// The relay waits for both the database and the broker.
 const SIGNALS: Awaited = Awaited {
     begins: "signals wait in the outbox",
-    ends: "signals are sent again",
+    ends: "the relay is sending signals again",
     first: POLL,
     longest: POLL,
     gauge: None,
 };
 
-/// How often while another relay is at it, which may end before it sees what came last. Not more often
-/// when woken: of many workers under load, all but one would ask in vain after every batch.
+/// How often the relay checks while another relay holds shards, because that one may finish without
+/// having seen the newest signals. A wake-up does not shorten this: under load, all workers but one
+/// would try to lock the shards after every batch, and fail.
 const BUSY_POLL: Duration = Duration::from_millis(20);
 
 /// How long shards are held, at most.
 const HOLD_MAX: Duration = Duration::from_secs(5);
 
-/// How long one round may take. A server that vanished without a word ends no statement.
+/// How long one round may take. A server that has vanished does not end a statement.
 const ROUND_MAX: Duration = Duration::from_secs(30);
 
-/// Signals taken out at a time.
+/// Signals read at a time.
 const TAKE_MAX: u64 = 1000;
 
-/// How long a subscription with a signal that is too large is passed over before it is tried again:
-/// the signal may be gone.
-const PASSED_OVER: Duration = Duration::from_secs(60);
+/// How long a subscription with a signal that is too large is skipped before the relay tries it
+/// again: the signal may be gone.
+const SKIP_FOR: Duration = Duration::from_secs(60);
 
-/// Subscriptions that are passed over, at most. With more of them others may wait.
-const PASSED_OVER_MAX: usize = 10_000;
+/// Subscriptions that are skipped, at most. With more of them, other subscriptions may have to
+/// wait.
+const SKIPPED_MAX: usize = 10_000;
 
-/// Subscriptions whose signals are in flight at a time.
+/// Subscriptions with a signal in flight, at a time.
 const CHAINS_IN_FLIGHT: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +74,7 @@ enum RelayError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("no answer from the database within {} s", ROUND_MAX.as_secs())]
-    Silence,
+    Timeout,
     #[error("cannot publish signals")]
     Publish(#[source] PublishError),
     #[error("cannot lock {}", path.display())]
@@ -90,32 +93,35 @@ pub struct Relay {
     blocked: Mutex<Blocked>,
 }
 
-/// Subscriptions and orphans whose next signal is larger than the server takes. They wait until it
-/// takes it, and are passed over: read again and again, enough of them would hold up all others.
+/// Subscriptions and orphans with a next signal that is larger than the server accepts. They wait
+/// until it does and are skipped meanwhile: if the relay read them every time, enough of them would
+/// hold up all others.
 #[derive(Default)]
 struct Blocked {
-    /// What the server took when they were found out.
+    /// The server's limit when they were found.
     max_payload: usize,
-    /// Since when each is passed over.
+    /// When the relay began to skip each of them.
     since: HashMap<String, Instant>,
-    complained: HashSet<i64>,
+    /// The outbox ids of the signals that were logged.
+    logged: HashSet<i64>,
 }
 
-/// What one round did.
+/// The result of one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// It sent all there is.
+    /// It sent everything.
     Idle,
-    /// It sent all there is in some shards. Another relay has the others, and may not know of what came last.
+    /// It sent everything in some shards. Another relay holds the others, and may not have seen the
+    /// newest signals.
     Shared,
-    /// Another relay has all shards.
+    /// Another relay holds all shards.
     Busy,
     /// There may be more.
     More,
 }
 
 impl Relay {
-    /// A relay that looks at the outbox when `wake` says so.
+    /// Creates a relay that checks the outbox when `wake` is notified.
     pub(crate) fn new(
         store: Store,
         jetstream: jetstream::Context,
@@ -131,7 +137,7 @@ impl Relay {
         }
     }
 
-    /// Sends signals until `shutdown`, and then those that are still there, once.
+    /// Sends signals until `shutdown`, and then those that are left, once.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
         let mut wait = Wait::new(SIGNALS);
@@ -143,10 +149,10 @@ impl Relay {
                 let relay = Arc::clone(&relay);
                 async move { relay.round(is_woken).await }
             });
-            // A round that hears no more from the database goes on by itself, with its connection.
+            // After a timeout the round continues in its own task, with its connection.
             let outcome = tokio::time::timeout(ROUND_MAX, round)
                 .await
-                .unwrap_or(Err(RelayError::Silence));
+                .unwrap_or(Err(RelayError::Timeout));
             let pause = match &outcome {
                 Ok(_) => {
                     wait.succeeded();
@@ -165,7 +171,8 @@ impl Relay {
                 )
                 .await;
             }
-            // Somebody works at signals, so there is no need to ask whether there are any.
+            // Another relay is sending signals, so the next round need not check whether there are
+            // any.
             let was_busy = matches!(outcome, Ok(Round::Busy));
             let (pause, may_wake) = match outcome {
                 Ok(Round::More) => {
@@ -186,7 +193,8 @@ impl Relay {
         }
     }
 
-    /// Whoever was woken need not look whether there is anything.
+    /// Sends the signals that are in the outbox now. A relay that was woken up does not check first
+    /// whether there are any.
     async fn round(self: Arc<Self>, is_woken: bool) -> Result<Round, RelayError> {
         if !is_woken && store::outbox::is_empty(self.store.connection()).await? {
             return Ok(Round::Idle);
@@ -202,26 +210,27 @@ impl Relay {
         }
     }
 
-    /// On PostgreSQL the shards' row locks are held by a transaction: death releases them.
+    /// On PostgreSQL a transaction holds the shards' row locks: if the process dies, they are
+    /// released.
     async fn round_under_row_locks(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
         let shards = store::outbox::lock_shards(&tx).await?;
         if shards.is_empty() {
             tx.rollback()
                 .await
-                .map_err(StoreError::doing("end a look into the outbox"))?;
+                .map_err(StoreError::doing("end a transaction on the outbox"))?;
             return Ok(Round::Busy);
         }
-        self.forget_wakes();
+        self.clear_wakes();
         let over = if shards.len() < store::outbox::SHARDS as usize {
             Round::Shared
         } else {
             Round::Idle
         };
-        let rows = store::outbox::oldest(&tx, &shards, &self.passed_over(), TAKE_MAX).await?;
+        let rows = store::outbox::oldest(&tx, &shards, &self.skipped(), TAKE_MAX).await?;
         if rows.is_empty() {
             tx.rollback()
                 .await
-                .map_err(StoreError::doing("end a look into the outbox"))?;
+                .map_err(StoreError::doing("end a transaction on the outbox"))?;
             return Ok(over);
         }
         let (sent, round) = self.send(rows).await;
@@ -229,12 +238,13 @@ impl Relay {
         store::outbox::delete(&tx, sent).await?;
         tx.commit()
             .await
-            .map_err(StoreError::doing("commit what was sent"))?;
+            .map_err(StoreError::doing("commit the removal of sent signals"))?;
         round.map(|round| if round == Round::Idle { over } else { round })
     }
 
-    /// On SQLite all processes share one host, and a file lock beside the database is held while
-    /// signals are in flight, so that the one writer is not: death releases it.
+    /// On SQLite all processes share one host. While signals are in flight, the relay holds a file
+    /// lock beside the database and not the database's only write lock. If the process dies, the
+    /// file lock is released.
     async fn round_under_file_lock(&self, path: PathBuf) -> Result<Round, RelayError> {
         let db = self.store.connection();
         let refused = |source| RelayError::Lock {
@@ -252,14 +262,10 @@ impl Relay {
             Err(std::fs::TryLockError::WouldBlock) => return Ok(Round::Busy),
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
-        self.forget_wakes();
-        let rows = store::outbox::oldest(
-            db,
-            &store::outbox::all_shards(),
-            &self.passed_over(),
-            TAKE_MAX,
-        )
-        .await?;
+        self.clear_wakes();
+        let rows =
+            store::outbox::oldest(db, &store::outbox::all_shards(), &self.skipped(), TAKE_MAX)
+                .await?;
         if rows.is_empty() {
             return Ok(Round::Idle);
         }
@@ -269,14 +275,14 @@ impl Relay {
         round
     }
 
-    /// Whoever woke the relay until now has committed its signals: they are about to be read, or are in shards of
-    /// another relay, after which this one looks again by itself.
-    fn forget_wakes(&self) {
+    /// Drops a pending wake-up. The signals that it was for are committed: this round reads them,
+    /// or they are in the shards of another relay, and then this one checks again anyway.
+    fn clear_wakes(&self) {
         let _ = self.wake.notified().now_or_never();
     }
 
-    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time. Returns which
-    /// are sent.
+    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time.
+    /// Returns the ids of those that were sent.
     async fn send(&self, rows: Vec<Model>) -> (Vec<i64>, Result<Round, RelayError>) {
         let full = rows.len() as u64 == TAKE_MAX;
         let deadline = Instant::now() + HOLD_MAX;
@@ -297,7 +303,8 @@ impl Relay {
         (ids, round)
     }
 
-    /// Publishes the signals of one subscription, up to the first that cannot be. Returns the ids of those before.
+    /// Publishes the signals of one subscription, up to the first that fails. Returns the ids of
+    /// those before it.
     async fn send_chain(
         &self,
         chain: Vec<Model>,
@@ -319,14 +326,14 @@ impl Relay {
         (sent, Ok(()))
     }
 
-    /// Passes the subscription over, with the signals behind this one, and says so once.
+    /// Skips the subscription, with all signals behind this one. Logs each signal once.
     fn block(&self, entity_id: String, id: i64) {
         let mut blocked = self.blocked();
-        if blocked.since.len() >= PASSED_OVER_MAX {
+        if blocked.since.len() >= SKIPPED_MAX {
             return;
         }
         blocked.since.insert(entity_id, Instant::now());
-        if blocked.complained.insert(id) {
+        if blocked.logged.insert(id) {
             error!(
                 outbox_id = id,
                 "signal {id} is larger than the NATS server's max_payload: raise it, the signal waits"
@@ -334,8 +341,9 @@ impl Relay {
         }
     }
 
-    /// Whose signals are not to be read now. Nobody's, once the server may take more.
-    fn passed_over(&self) -> Vec<String> {
+    /// Returns the subscriptions and orphans to skip now. Clears the list when the server's limit
+    /// has changed.
+    fn skipped(&self) -> Vec<String> {
         let mut blocked = self.blocked();
         let max_payload = self.jetstream.client().max_payload();
         if blocked.max_payload != max_payload {
@@ -344,9 +352,7 @@ impl Relay {
                 ..Blocked::default()
             };
         }
-        blocked
-            .since
-            .retain(|_, since| since.elapsed() < PASSED_OVER);
+        blocked.since.retain(|_, since| since.elapsed() < SKIP_FOR);
         blocked.since.keys().cloned().collect()
     }
 
@@ -364,7 +370,7 @@ impl Relay {
     }
 }
 
-/// The rows by subscription or orphan, each in its order.
+/// Groups the rows by subscription or orphan, each group in its order.
 fn chains(rows: Vec<Model>) -> Vec<Vec<Model>> {
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut chains: Vec<Vec<Model>> = Vec::new();

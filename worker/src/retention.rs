@@ -1,9 +1,9 @@
-//! Room in `STRIPE_EVENTS`.
+//! Keeping room in `STRIPE_EVENTS`.
 //!
-//! Owns what is purged, and when: above 80 % of the stream's size the oldest events that are
-//! applied, so that only unapplied ones can fill it. Invariant: nothing above the durable
-//! consumer's ack floor, or above that of an open replay, is ever removed. Any number of workers may
-//! do it: it is idempotent.
+//! Owns which events are purged, and when: when the stream is over 80 % full, the oldest applied
+//! events, so that only unapplied ones can fill it. Invariant: no event above the durable
+//! consumer's ack floor, or above that of an open replay, is ever removed. All workers may purge at
+//! the same time: purging is idempotent.
 
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ use crate::store::{Store, detached};
 use crate::stream::progress::Progress;
 use crate::wait::pause;
 
-/// How often the stream is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How often the stream's size is checked.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// How full the stream is, in percent of its size, when a purge begins and when it ends.
 const PURGE_ABOVE: u64 = 80;
@@ -33,38 +33,39 @@ struct Fill {
     messages: u64,
     first_sequence: u64,
     last_sequence: u64,
-    /// Every event up to this sequence is applied, and nobody still has to apply it again.
+    /// Every event up to this sequence is applied, and no open replay still has to reapply it.
     applied_until: u64,
 }
 
 /// Purges until `shutdown`.
 pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
-    // While the database is away it stays what it was: no replay begins then.
+    // While the database is unavailable the last value holds, because no replay can begin then.
     let mut replayed_until = 0;
     loop {
         replayed_until = replay_floor(&store, &jetstream)
             .await
             .unwrap_or(replayed_until);
-        if let Err(error) = look(&jetstream, replayed_until).await {
+        if let Err(error) = purge_if_full(&jetstream, replayed_until).await {
             debug!(
-                "cannot look after room in STRIPE_EVENTS: {}",
+                "cannot keep room in STRIPE_EVENTS: {}",
                 exit::chain(error.as_ref())
             );
         }
-        if pause(LOOK_EVERY, &shutdown).await.is_none() {
+        if pause(CHECK_EVERY, &shutdown).await.is_none() {
             return;
         }
     }
 }
 
-/// Up to which event all open replays are done. None when database or broker do not say.
+/// Returns the sequence up to which all open replays have reapplied the events, or `None` if the
+/// database or the broker does not answer.
 async fn replay_floor(store: &Store, jetstream: &jetstream::Context) -> Option<u64> {
     let (store, jetstream) = (store.clone(), jetstream.clone());
     let floor = detached(async move { replay::floor(&store, &jetstream).await });
-    tokio::time::timeout(LOOK_EVERY, floor).await.ok()?.ok()
+    tokio::time::timeout(CHECK_EVERY, floor).await.ok()?.ok()
 }
 
-async fn look(
+async fn purge_if_full(
     jetstream: &jetstream::Context,
     replayed_until: u64,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -101,7 +102,7 @@ async fn look(
     };
     #[expect(
         clippy::disallowed_methods,
-        reason = "up to the first event that is still needed"
+        reason = "removes only events before the first one that is still needed"
     )]
     let purged = stream.purge().sequence(keep_from).await?.purged;
     metrics::events_purged(purged);
@@ -114,7 +115,7 @@ async fn look(
     Ok(())
 }
 
-/// The first sequence to keep, if anything is to be purged.
+/// Returns the first sequence to keep, or `None` if there is nothing to purge.
 fn keep_from(fill: Fill) -> Option<u64> {
     // In 128 bits, because a size in bytes times a percentage may not fit in 64.
     let is_above =
@@ -124,7 +125,7 @@ fn keep_from(fill: Fill) -> Option<u64> {
     }
     let wanted = u128::from(fill.bytes_max) * u128::from(PURGE_DOWN_TO) / 100;
     let excess = u128::from(fill.bytes).saturating_sub(wanted);
-    // Events are of about one size over a stretch; the next look mends what is left.
+    // This assumes events of about the same size; the next check corrects the error.
     let span = u128::from(fill.last_sequence - fill.first_sequence + 1);
     let share = (excess * span).div_ceil(u128::from(fill.bytes.max(1)));
     let wanted_from = fill

@@ -1,8 +1,8 @@
 //! The database: a connection, a transaction, the schema.
 //!
 //! Owns all SQL on our tables, here and in the modules below. May not know messages or Stripe.
-//! Every write of a row is guarded by the `version` that was read. Whatever is asked of the database fails
-//! when it is away, takes too long or refuses the data: see [`StoreError::disposition`].
+//! Every write of a row is guarded by the `version` that was read. Every function fails if the
+//! database is unreachable, takes too long or refuses the data: see [`StoreError::disposition`].
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,36 +34,35 @@ pub mod replay;
 mod rows;
 pub mod subscription;
 
-/// Connections to PostgreSQL, at most: the batch, the relay, the sweep, health, and some in reserve for
-/// when one of them hangs on a link that died without a word.
+/// Connections to PostgreSQL, at most: for batches, the relay, the questions task, health, and some
+/// in reserve in case one of them hangs on a dead link.
 const POSTGRES_CONNECTIONS: u32 = 10;
 
-/// How long a connection is waited for before the database counts as away.
+/// How long to wait for a connection before the database counts as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long one statement may take. A batch of 500 takes some 10 ms.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long SQLite waits for another writer, and PostgreSQL for a row lock. Less than a connection is
-/// waited for, so that a SQLite file that is locked while it is opened is named as the reason.
+/// How long SQLite waits for another writer, and PostgreSQL for a row lock. Less than
+/// `ACQUIRE_TIMEOUT`, so that opening a locked SQLite file fails with the lock as the reason.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// SQLite's page cache in KiB, which is what a negative number means. Its default of 2 MB does not hold the
-/// upper parts of the trees of a large table.
+/// SQLite's page cache in KiB, which is what a negative number means. Its default of 2 MB does not
+/// hold the upper parts of the trees of a large table.
 const SQLITE_CACHE: &str = "-8192";
 
-/// After how many pages of 4 KiB SQLite takes its log into the database. With its default of 1,000 a batch of
-/// rows all over a large table would, each time.
+/// After how many pages of 4 KiB SQLite copies its log into the database. With its default of
+/// 1,000, every batch of rows scattered over a large table would cause that.
 const SQLITE_CHECKPOINT: &str = "10000";
 
-/// How long a connection to PostgreSQL may have been idle to be taken for alive. To ask it costs every
-/// transaction a round trip.
+/// How long a connection to PostgreSQL may be idle before it is tested. A test costs a transaction
+/// a round trip.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// Under this number one migration at a time runs on a PostgreSQL database.
+/// The advisory lock that lets one migration at a time run on a PostgreSQL database.
 const MIGRATION_LOCK: i64 = 0x6c69_7465_7374_7270;
 
-/// The database.
 #[derive(Clone)]
 pub struct Store {
     db: DatabaseConnection,
@@ -72,7 +71,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the database. A PostgreSQL server is not contacted yet.
+    /// Opens the database. Does not contact a PostgreSQL server yet.
     pub async fn open(settings: &DatabaseSettings) -> Result<Self, StoreError> {
         let mut options = options(settings);
         match settings.kind {
@@ -90,8 +89,8 @@ impl Store {
         })
     }
 
-    /// Opens a database of somebody else's, which is only read: nothing of it is changed, not even
-    /// its journal mode.
+    /// Opens another application's database for reading. Changes nothing in it, not even its
+    /// journal mode.
     pub async fn open_to_read(settings: &DatabaseSettings) -> Result<Self, StoreError> {
         let mut options = options(settings);
         match settings.kind {
@@ -116,20 +115,19 @@ impl Store {
         &self.db
     }
 
-    /// Which database it is.
     pub fn kind(&self) -> DatabaseKind {
         self.kind
     }
 
-    /// The file beside a SQLite database whose lock stands for all shards of the outbox. None on
+    /// The file beside a SQLite database that is locked in place of the outbox's shards. `None` on
     /// PostgreSQL, which has row locks.
     pub fn relay_lock_path(&self) -> Option<PathBuf> {
         self.relay_lock_path.clone()
     }
 
-    /// Does `work` in a transaction that writes, in a task that nothing cancels: a transaction that is
-    /// cancelled would leave a connection in the pool that is still inside it (sqlx #4393). `work`
-    /// commits; what it only drops is rolled back.
+    /// Runs `work` in a write transaction, in a task that is never cancelled: a cancelled
+    /// transaction would leave a connection in the pool that is still inside it (sqlx #4393).
+    /// `work` commits; a transaction that it only drops is rolled back.
     pub async fn uncancelled<T, E, F>(
         &self,
         work: impl FnOnce(DatabaseTransaction) -> F + Send + 'static,
@@ -143,13 +141,13 @@ impl Store {
         detached(async move { work(store.begin().await?).await }).await
     }
 
-    /// Starts a transaction that writes.
+    /// Begins a write transaction.
     ///
     /// On SQLite it takes the write lock at once: a transaction that reads first and writes after
-    /// another one's commit fails with `SQLITE_BUSY_SNAPSHOT`, which no busy timeout helps.
+    /// another one's commit fails with `SQLITE_BUSY_SNAPSHOT`, in spite of any busy timeout.
     ///
     /// # Cancel safety
-    /// None: see [`Store::uncancelled`].
+    /// Not cancel safe: see [`Store::uncancelled`].
     #[expect(
         clippy::disallowed_methods,
         reason = "the one place where transactions begin"
@@ -166,7 +164,6 @@ impl Store {
             .map_err(StoreError::doing("begin a transaction"))
     }
 
-    /// Asks the database whether it is there.
     pub async fn ping(&self) -> Result<(), StoreError> {
         self.db
             .execute_unprepared("SELECT 1")
@@ -175,8 +172,8 @@ impl Store {
             .map_err(StoreError::doing("reach the database"))
     }
 
-    /// Takes what was deleted out of SQLite's log, as far as nobody reads it: it would stay there until
-    /// the log comes round. PostgreSQL does the like in its own time.
+    /// Empties SQLite's log, as far as no connection still reads it: otherwise deleted data would
+    /// stay in it until it is overwritten. PostgreSQL recycles its log by itself.
     pub async fn truncate_log(&self) -> Result<(), StoreError> {
         if self.kind == DatabaseKind::Sqlite {
             let truncated = self
@@ -188,7 +185,7 @@ impl Store {
         Ok(())
     }
 
-    /// The migrations that were applied and those that wait.
+    /// Returns all known migrations, and whether each is applied.
     pub async fn migrations(&self) -> Result<Vec<Step>, StoreError> {
         let applied = litestripe_migration::applied(&self.db).await;
         let applied =
@@ -203,8 +200,8 @@ impl Store {
             .collect())
     }
 
-    /// Applies the migrations that wait. Of several workers that call it at once, one does it and
-    /// the others wait for it. A failure changes nothing.
+    /// Applies the pending migrations. If several workers call it at once, one applies them and the
+    /// others wait for it. A failure changes nothing.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::up(&transaction, None)
@@ -216,7 +213,7 @@ impl Store {
             .map_err(StoreError::doing("commit the migrations"))
     }
 
-    /// Takes `steps` migrations back. Their tables' rows are gone. A failure changes nothing.
+    /// Reverts `steps` migrations. Drops their tables with all rows. A failure changes nothing.
     pub async fn migrate_down(&self, steps: u32) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         Migrator::down(&transaction, Some(steps))
@@ -231,12 +228,13 @@ impl Store {
     async fn begin_migration(&self) -> Result<DatabaseTransaction, StoreError> {
         let transaction = self.begin().await?;
         if self.kind == DatabaseKind::Postgres {
-            // A step may take longer than a batch, and so may the step another worker is at.
-            const PATIENCE: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
+            // A migration may take longer than a batch, and so may another worker's that this one
+            // waits for.
+            const NO_TIMEOUTS: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
                 SET LOCAL idle_in_transaction_session_timeout = 0";
             let doing = StoreError::doing("wait for another migration");
             transaction
-                .execute_unprepared(PATIENCE)
+                .execute_unprepared(NO_TIMEOUTS)
                 .await
                 .map_err(&doing)?;
             let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
@@ -249,16 +247,17 @@ impl Store {
     }
 }
 
-/// Runs `work` in a task of its own: dropped, it goes on, with its connection. A query that is cancelled
-/// may leave its connection in the middle of an answer.
+/// Runs `work` in its own task, which continues if the caller is dropped: a cancelled query may
+/// leave its connection in the middle of an answer.
 pub async fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     tokio::spawn(work)
         .await
         .unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }
 
-/// Whether `column` is one of `values`. PostgreSQL gets them as one array: the text of the statement, and
-/// with it what was prepared for it, does not depend on how many there are.
+/// Returns the condition that `column` is one of `values`. PostgreSQL gets them as one array: the
+/// text of the statement does not depend on their number, so that one prepared statement serves
+/// all.
 fn among<V>(
     backend: DbBackend,
     column: impl IntoColumnRef,
@@ -274,7 +273,7 @@ where
     }
 }
 
-/// [`among`] of ids.
+/// [`among`] for ids.
 fn among_ids(backend: DbBackend, column: impl IntoColumnRef, ids: &[&str]) -> Expr {
     among(backend, column, ids.iter().copied().map(str::to_owned))
 }
@@ -282,9 +281,7 @@ fn among_ids(backend: DbBackend, column: impl IntoColumnRef, ids: &[&str]) -> Ex
 /// One migration.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Step {
-    /// Its name.
     pub name: String,
-    /// Whether the database has it.
     pub applied: bool,
 }
 
@@ -313,20 +310,21 @@ fn relay_lock_path(settings: &DatabaseSettings) -> Result<Option<PathBuf>, Store
 }
 
 fn configure_sqlite(options: &mut ConnectOptions) {
-    // One connection: SQLite has one writer, and a second one of ours would only wait for the first.
+    // One connection: SQLite has one writer, and a second one would only wait for the first.
     options.max_connections(1).map_sqlx_sqlite_opts(|sqlite| {
         sqlite
             .journal_mode(SqliteJournalMode::Wal)
-            // An acked event must survive a power cut: it is not delivered again.
+            // An acked event must survive a power cut, because it is not redelivered.
             .synchronous(SqliteSynchronous::Full)
-            // What is deleted or overwritten would stay in the file, an erased email among it.
+            // Otherwise deleted and overwritten values, such as an erased email, would stay in the
+            // file.
             .pragma("secure_delete", "ON")
             .pragma("cache_size", SQLITE_CACHE)
             .pragma("wal_autocheckpoint", SQLITE_CHECKPOINT)
             .busy_timeout(LOCK_TIMEOUT)
     });
-    // A COMMIT that failed (disk full, I/O error) ends the transaction in SQLite and not in sqlx, which
-    // from then on only nests: what it "commits" is not committed. Such a connection is closed.
+    // A COMMIT that fails (disk full, I/O error) ends the transaction in SQLite but not in sqlx,
+    // which from then on only nests: later "commits" commit nothing. Such a connection is closed.
     options.map_sqlx_sqlite_pool_opts(|pool| {
         pool.before_acquire(|connection, _| {
             Box::pin(async move { Ok(!connection.is_in_transaction()) })

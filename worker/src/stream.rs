@@ -1,4 +1,4 @@
-//! All that reads and writes the event stream and the dead letters.
+//! All code that reads and writes the event stream and the dead letters.
 //!
 //! Owns JetStream's consumers and messages. May not know what an event means to a row.
 

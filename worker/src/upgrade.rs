@@ -1,7 +1,8 @@
-//! What the version before kept in the KV bucket `litestripe`: the erasures, the backfills' record, a lease.
+//! Moving data of the previous version from the KV bucket `litestripe` into the database: the
+//! erasures, the record of backfills, a lease.
 //!
-//! Owns taking it over into the database, once. The keys are purged when it is committed, so doing it again
-//! changes nothing. To be deleted when no installation comes from that version any more.
+//! The keys are purged after the commit, so doing it again changes nothing. To be deleted when no
+//! installation upgrades from that version any more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,18 +17,18 @@ use crate::error::StoreError;
 use crate::store::{self, Store};
 use crate::stream::scan::{self, ScanError};
 
-/// The bucket, its stream, and what stands before a key.
+/// The bucket, its stream, and the prefix of its subjects.
 const BUCKET: &str = "litestripe";
 const STREAM: &str = "KV_litestripe";
 const PREFIX: &str = "$KV.litestripe.";
 
-/// What stands before an id in the key of an erasure, and the other keys.
+/// The prefix of the erasures' keys, and the other keys.
 const ERASED: &str = "erased.";
 const BACKFILL_LIVE: &str = "backfill.live";
 const BACKFILL_TEST: &str = "backfill.test";
 const LEASE: &str = "lease.backfill";
 
-/// Why it could not be taken over.
+/// Why the bucket could not be imported.
 #[derive(Debug, thiserror::Error)]
 pub enum UpgradeError {
     #[error("cannot read the KV bucket litestripe")]
@@ -42,11 +43,12 @@ pub enum UpgradeError {
     Store(#[from] StoreError),
 }
 
-/// What the bucket holds.
+/// The content of the bucket.
 #[derive(Default)]
-struct Kept {
+struct Content {
+    /// When each id was erased, in seconds since the Unix epoch.
     erased: BTreeMap<String, i64>,
-    /// By `livemode`.
+    /// When the last backfill began, by `livemode`.
     backfills: BTreeMap<bool, OffsetDateTime>,
     keys: Vec<String>,
 }
@@ -56,7 +58,8 @@ struct Erased {
     at: i64,
 }
 
-/// Moves what the bucket holds into the database, if there is anything. If it fails, another try does the rest.
+/// Moves the bucket's content into the database, if there is any. After a failure, a retry does the
+/// rest.
 pub async fn import_kv_bucket(
     store: &Store,
     jetstream: &jetstream::Context,
@@ -64,7 +67,7 @@ pub async fn import_kv_bucket(
     let Some(bucket) = scan::find(jetstream, STREAM).await? else {
         return Ok(());
     };
-    let Kept {
+    let Content {
         erased,
         backfills,
         keys,
@@ -83,38 +86,41 @@ pub async fn import_kv_bucket(
         bucket.purge(key).await.map_err(UpgradeError::Purge)?;
     }
     info!(
-        "moved {count} erasures and what is known of backfills from the KV bucket litestripe into the database"
+        "moved {count} erasures and the record of backfills from the KV bucket litestripe into the database"
     );
     Ok(())
 }
 
-async fn read(bucket: &Stream) -> Result<Kept, UpgradeError> {
+async fn read(bucket: &Stream) -> Result<Content, UpgradeError> {
     let all = format!("{PREFIX}>");
-    let (mut kept, mut last) = (Kept::default(), 0);
+    let (mut content, mut last) = (Content::default(), 0);
     loop {
         let message = match bucket
             .get_first_raw_message_by_subject(&all, last + 1)
             .await
         {
             Ok(message) => message,
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(kept),
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
+                return Ok(content);
+            }
             Err(error) => return Err(UpgradeError::Read(error)),
         };
         last = message.sequence;
-        kept.add(
+        content.add(
             message.subject.strip_prefix(PREFIX).unwrap_or_default(),
             &message.payload,
         );
     }
 }
 
-impl Kept {
+impl Content {
     fn add(&mut self, key: &str, value: &[u8]) {
-        // A key that was purged, or deleted by an operator who took an erasure back, leaves an empty message.
+        // A key that was purged, or that an operator deleted to take back an erasure, leaves an
+        // empty message.
         if value.is_empty() {
             return;
         }
-        if let Some(id) = key.strip_prefix(ERASED).and_then(id_of) {
+        if let Some(id) = key.strip_prefix(ERASED).and_then(decode_id) {
             self.erased.extend(
                 serde_json::from_slice(value)
                     .ok()
@@ -140,15 +146,15 @@ async fn save(
     backfills: BTreeMap<bool, OffsetDateTime>,
 ) -> Result<(), StoreError> {
     for (livemode, began) in backfills {
-        // Where this version has recorded one, that one is newer.
+        // Does nothing if this version has already recorded a backfill, which is newer.
         store::backfill::record(store.connection(), livemode, began, None).await?;
     }
     store::erasure::record(store, Arc::new(erased), OffsetDateTime::now_utc()).await
 }
 
-/// The id in the rest of a key. One with characters that no key may have stands there in hexadecimal digits
-/// after a `=`, which no plain one has.
-fn id_of(rest: &str) -> Option<String> {
+/// Decodes the id in the rest of a key. An id with characters that a key cannot have is written as
+/// `=` and hexadecimal digits; no plain id begins with `=`.
+fn decode_id(rest: &str) -> Option<String> {
     let Some(digits) = rest.strip_prefix('=') else {
         return Some(rest.to_owned());
     };
@@ -162,8 +168,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_key_is_read_as_it_was_written_and_others_are_left_alone() {
-        let mut kept = Kept::default();
+    fn known_keys_are_read_and_others_are_left_alone() {
+        let mut content = Content::default();
         let keys = [
             ("erased.cus_1", r#"{"at":1000}"#),
             ("erased.=612e62", r#"{"at":1001}"#),
@@ -174,16 +180,16 @@ mod tests {
             ("litestripe_stripe_api_rate_limit", "1795000000 75"),
         ];
         for (key, value) in keys {
-            kept.add(key, value.as_bytes());
+            content.add(key, value.as_bytes());
         }
         assert_eq!(
-            kept.erased,
+            content.erased,
             [("a.b".to_owned(), 1001), ("cus_1".to_owned(), 1000)].into()
         );
         let began = OffsetDateTime::from_unix_timestamp(1_795_000_000).expect("a time");
-        assert_eq!(kept.backfills, [(false, began)].into());
+        assert_eq!(content.backfills, [(false, began)].into());
         assert_eq!(
-            kept.keys,
+            content.keys,
             [
                 "erased.cus_1",
                 "erased.=612e62",

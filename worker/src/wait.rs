@@ -1,7 +1,7 @@
 //! Waiting for something that will come back: the database, the broker, an answer.
 //!
-//! Owns the pauses between tries and what is said about them: once that waiting began and why, and
-//! once that it is over. May not know what is tried.
+//! Owns the pauses between attempts and their log lines: one when waiting begins, with the reason,
+//! and one when it ends. May not know what is attempted.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use tracing::{debug, info, warn};
 
 use crate::metrics;
 
-/// Something that is waited for, and how it is said.
+/// Something that is waited for, with its log lines and pauses.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Awaited {
     /// Logged when waiting begins, in front of the reason.
     pub(crate) begins: &'static str,
     pub(crate) ends: &'static str,
-    /// The pause before the second try. It doubles with each one, with jitter.
+    /// The pause before the first retry. It doubles with each retry, with jitter.
     pub(crate) first: Duration,
     pub(crate) longest: Duration,
-    /// The gauge that is 1 meanwhile.
+    /// Sets a gauge to 1 while waiting.
     pub(crate) gauge: Option<fn(bool)>,
 }
 
@@ -45,11 +45,11 @@ pub(crate) const JETSTREAM: Awaited = Awaited {
     gauge: Some(metrics::waiting_for_broker),
 };
 
-/// How many wait for the same thing. Only the first and the last of them say so.
+/// The number of tasks that wait for the same thing. Only the first and the last of them log it.
 #[derive(Debug, Default)]
 pub struct Waiting(AtomicUsize);
 
-/// Tries of one thing.
+/// The attempts of one task at one thing.
 #[derive(Debug)]
 pub(crate) struct Wait {
     awaited: Awaited,
@@ -63,7 +63,7 @@ impl Wait {
         Self::with_others(awaited, Arc::default())
     }
 
-    /// Tries beside others of the same thing.
+    /// Creates a `Wait` that shares its log lines and gauge with the others that hold `all`.
     pub(crate) fn with_others(awaited: Awaited, all: Arc<Waiting>) -> Self {
         Self {
             awaited,
@@ -73,12 +73,12 @@ impl Wait {
         }
     }
 
-    /// Whether the last try failed.
+    /// Whether the last attempt failed.
     pub(crate) fn is_waiting(&self) -> bool {
         self.is_waiting
     }
 
-    /// A try failed. Returns how long to wait before the next one.
+    /// Records a failed attempt. Returns the pause before the retry.
     pub(crate) fn failed(&mut self, error: &(dyn Error + 'static)) -> Duration {
         let reason = exit::chain(error);
         let begins = self.awaited.begins;
@@ -87,11 +87,12 @@ impl Wait {
             warn!(error = reason, "{begins}: {reason}");
             self.show(true);
         } else {
-            debug!(error = reason, "another try failed: {reason}");
+            debug!(error = reason, "a retry failed: {reason}");
         }
         self.pauses.next().unwrap_or(self.awaited.longest)
     }
 
+    /// Records a successful attempt.
     pub(crate) fn succeeded(&mut self) {
         if !self.is_waiting {
             return;
@@ -102,7 +103,7 @@ impl Wait {
         self.pauses = pauses(self.awaited);
     }
 
-    /// Ends the waiting. Returns whether nobody waits any more.
+    /// Ends this task's waiting. Returns whether it was the last task to wait.
     fn end(&mut self) -> bool {
         let is_last =
             std::mem::take(&mut self.is_waiting) && self.all.0.fetch_sub(1, Ordering::Relaxed) == 1;
@@ -125,7 +126,7 @@ impl Drop for Wait {
     }
 }
 
-/// Tries until it succeeds.
+/// Retries `attempt` until it succeeds.
 pub(crate) async fn until_ok<T, E: Error + 'static>(
     awaited: Awaited,
     mut attempt: impl AsyncFnMut() -> Result<T, E>,
@@ -142,7 +143,7 @@ pub(crate) async fn until_ok<T, E: Error + 'static>(
     }
 }
 
-/// Sleeps, unless `shutdown` comes first: then it returns `None`.
+/// Sleeps for `duration`. Returns `None` if `shutdown` is cancelled first.
 pub(crate) async fn pause(duration: Duration, shutdown: &CancellationToken) -> Option<()> {
     tokio::select! {
         () = shutdown.cancelled() => None,
@@ -150,7 +151,8 @@ pub(crate) async fn pause(duration: Duration, shutdown: &CancellationToken) -> O
     }
 }
 
-/// With jitter, so that no two workers try at the same moment.
+/// Returns the pauses between attempts, with jitter, so that no two workers retry at the same
+/// moment.
 fn pauses(awaited: Awaited) -> backon::ExponentialBackoff {
     backon::ExponentialBuilder::new()
         .with_min_delay(awaited.first)

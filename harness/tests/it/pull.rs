@@ -16,14 +16,14 @@ const EXPIRED: Duration = Duration::from_secs(90);
 
 /// Part of the line that the worker logs when it sends a new request because the old one may be
 /// lost.
-const DOUBT: &str = "the server shows no sign";
+const DOUBT: &str = "the server has stopped sending heartbeats";
 
 #[tokio::test]
 async fn idle_worker_sends_a_new_request_when_the_old_one_has_expired() {
     let bridge = Bridge::start(verbose()).await;
     let worker = &bridge.workers[0];
     worker
-        .wait_for_log("of what was asked for: 408", EXPIRED)
+        .wait_for_log("the server ended a pull request early: 408", EXPIRED)
         .await;
 
     let purchase = purchase();
@@ -57,7 +57,7 @@ async fn events_larger_than_one_request_may_bring_are_all_applied() {
     assert_eq!(bridge.check().await.len(), EVENTS);
     let worker = &bridge.workers[0];
     assert_ne!(
-        worker.count_in_log("of what was asked for: 409"),
+        worker.count_in_log("the server ended a pull request early: 409"),
         0,
         "{}",
         worker.log()

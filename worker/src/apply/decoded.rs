@@ -1,6 +1,7 @@
-//! A batch whose events were read.
+//! A decoded batch.
 //!
-//! Owns decoding a batch's messages and what its events are about. May not know the database.
+//! Owns decoding a batch's messages, and the ids that its events are about. May not know the
+//! database.
 
 use std::collections::HashSet;
 
@@ -11,16 +12,17 @@ use litestripe_domain::plan::by_subscription;
 use crate::metrics;
 use crate::stream::consumer::Batch;
 
-/// A batch whose events were read.
+/// A batch with its decoded events.
 pub struct Decoded {
     pub(super) batch: Batch,
     pub(super) arrivals: Vec<Arrival>,
+    /// The messages that can never be applied, by their index, each with the reason.
     pub(super) poisoned: Vec<(usize, String)>,
     entity_ids: HashSet<String>,
 }
 
 impl Decoded {
-    /// Reads the events of `batch`.
+    /// Decodes the events of `batch`.
     pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
         let (arrivals, poisoned) = decode(&batch, keys);
         let (by_subscription, others) = by_subscription(arrivals.iter().collect());
@@ -36,7 +38,7 @@ impl Decoded {
         }
     }
 
-    /// Takes in what came later.
+    /// Appends a later batch.
     pub fn append(&mut self, later: Self) {
         let before = self.batch.count();
         self.batch.append(later.batch);
@@ -54,29 +56,29 @@ impl Decoded {
         self.entity_ids.extend(later.entity_ids);
     }
 
-    /// How many messages it is of.
+    /// The number of messages, decoded or not.
     pub fn count(&self) -> usize {
         self.batch.count()
     }
 
-    /// The ids of the subscriptions and payments that its events are about. Batches that have one in
-    /// common are applied one after the other, or a subscriber would not hear of states between.
+    /// The ids of the subscriptions and payments that its events are about. Batches that share an
+    /// id are applied one after the other, or subscribers would miss the states in between.
     pub fn entity_ids(&self) -> &HashSet<String> {
         &self.entity_ids
     }
 
-    /// The highest sequence in the stream.
+    /// The highest stream sequence of its messages.
     pub fn last_sequence(&self) -> u64 {
         self.batch.last_sequence()
     }
 
-    /// Gives the messages to whichever worker asks next.
+    /// Returns the messages to the server, which delivers them to any worker.
     pub async fn hand_back(self) {
         self.batch.hand_back().await;
     }
 }
 
-/// How many of the poisoned messages are `wanted`.
+/// Counts the poisoned messages that are `wanted`.
 pub fn count_wanted_poisoned(
     batch: &Batch,
     poisoned: &[(usize, String)],
@@ -90,7 +92,8 @@ pub fn count_wanted_poisoned(
         .count() as u64
 }
 
-/// Reads the events of a batch. The second list says which messages are poison, and why.
+/// Decodes the events of a batch. The second list has the index of each poisoned message, and the
+/// reason.
 pub fn decode(batch: &Batch, keys: &MetadataKeys) -> (Vec<Arrival>, Vec<(usize, String)>) {
     let mut arrivals = Vec::new();
     let mut poisoned = Vec::new();

@@ -1,7 +1,8 @@
-//! How batches of live events follow each other.
+//! Batches of live events in flight.
 //!
-//! Owns which of them are applied at the same time, and when a small one waits for more. What is done to
-//! one is `batch`'s; how those of a replay follow each other, `replay/apply`'s.
+//! Owns which batches are applied at the same time, and when a small one waits for more messages.
+//! `apply` decides what is done with one batch, and `recover::replay` when a replay's batches
+//! start.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,14 +16,15 @@ use tokio_util::sync::CancellationToken;
 use crate::apply::{self, Applier, Decoded};
 use crate::stream::consumer::Batches;
 
-/// Messages from which a batch is applied beside another one. Fewer wait for those that come meanwhile: a
-/// transaction costs as much as some twenty events.
-const WORTHWHILE: usize = 64;
+/// The smallest batch that is applied beside another one. A smaller one first gathers more
+/// messages, because a transaction costs as much as some twenty events.
+const BESIDE_ANOTHER_MIN: usize = 64;
 
-/// How long they wait, at most: the batch before them may be held up.
+/// How long a small batch gathers, at most: the batch that is being applied may be held up.
 const GATHER_MAX: Duration = Duration::from_millis(20);
 
-/// Applies a batch while the database has another one, if it is worth it and they concern nothing in common.
+/// Applies the batches until `shutdown` or until the consumer is gone. Two are applied at the same
+/// time if the second one is large enough and they have no id in common.
 pub async fn apply_all(
     mut batches: Batches,
     limit: usize,
@@ -34,19 +36,20 @@ pub async fn apply_all(
     let mut next: Option<Decoded> = None;
     let mut gathered_until = Instant::now();
     loop {
-        let is_patient = Instant::now() < gathered_until;
-        // What conflicts with a batch that is held up leaves the others to other workers.
-        let gathers = next.is_none() || is_patient;
+        let is_gathering = Instant::now() < gathered_until;
+        // Behind a batch that is held up, `next` stops growing, so that other workers get the rest.
+        let may_fetch = next.is_none() || is_gathering;
         let may_start = |next: &mut Decoded| {
-            let waits = is_patient && !busy.is_empty() && next.count() < WORTHWHILE.min(limit);
+            let waits =
+                is_gathering && !busy.is_empty() && next.count() < BESIDE_ANOTHER_MIN.min(limit);
             !waits && busy.iter().all(|busy| busy.is_disjoint(next.entity_ids()))
         };
         if let Some(decoded) = next.take_if(may_start) {
-            let concerns = Arc::new(decoded.entity_ids().clone());
-            busy.push(Arc::clone(&concerns));
+            let entity_ids = Arc::new(decoded.entity_ids().clone());
+            busy.push(Arc::clone(&entity_ids));
             applying.push(async move {
                 apply::apply(applier, decoded, shutdown).await;
-                concerns
+                entity_ids
             });
         }
         let room = limit - next.as_ref().map_or(0, Decoded::count);
@@ -54,8 +57,8 @@ pub async fn apply_all(
             biased;
             () = shutdown.cancelled() => break,
             Some(applied) = applying.next() => busy.retain(|other| !Arc::ptr_eq(other, &applied)),
-            () = tokio::time::sleep_until(gathered_until), if is_patient && next.is_some() => {}
-            batch = batches.next_at_most(room), if room > 0 && gathers && applying.len() < apply::IN_FLIGHT => {
+            () = tokio::time::sleep_until(gathered_until), if is_gathering && next.is_some() => {}
+            batch = batches.next_at_most(room), if room > 0 && may_fetch && applying.len() < apply::IN_FLIGHT => {
                 let Some(batch) = batch else { break };
                 let decoded = Decoded::new(batch, &applier.metadata_keys);
                 match &mut next {

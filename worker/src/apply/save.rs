@@ -1,7 +1,7 @@
-//! What a batch's events lead to, saved.
+//! Saving the changes that a batch's events cause.
 //!
-//! Owns the transaction: load, plan, save, with orphans, questions and signals. Rows that another worker
-//! wrote meanwhile are read and merged again. May not know messages.
+//! Owns the transaction: load, plan, save, with orphans, questions and signals. Rows that another
+//! worker wrote meanwhile are read and merged again. May not know messages.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -28,32 +28,32 @@ use crate::fail_point::fail_point;
 use crate::store;
 use crate::store::subscription::Found;
 
-/// How long a batch may take. The server ends a statement sooner, but a server that vanished without
-/// a word ends nothing, and TCP gives a connection up after a quarter of an hour.
+/// How long saving a batch may take. The server ends a statement sooner, but not if it has
+/// vanished, and TCP gives up a connection only after a quarter of an hour.
 const SAVE_MAX: Duration = Duration::from_secs(60);
 
-/// Saves what `arrivals` lead to. Returns the sequences of the events that count without their personal
-/// data.
+/// Saves the changes that `arrivals` cause. Returns the sequences of the events that were saved
+/// without their personal data, because that was erased.
 ///
 /// # Errors
-/// When the database is away or refuses the data. After a silence a transaction may still commit, and the
-/// next try finds it merged.
+/// The database is unavailable or refuses the data. After a timeout the transaction may still
+/// commit, and the retry finds the events merged.
 pub(super) async fn save(
     applier: &Applier,
     arrivals: &Arc<Vec<Arrival>>,
 ) -> Result<Vec<u64>, StoreError> {
-    // A bug that one event brings out must not stop the others: what panics is poison.
+    // A bug that one event triggers must not stop the others: an event that panics is poisoned.
     let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
     match tokio::time::timeout(SAVE_MAX, saving).await {
         Ok(Ok(saved)) => saved,
         Ok(Err(_)) => Err(StoreError::doing("merge an event")(Cause::Panic)),
-        Err(_) => Err(StoreError::doing("save a batch")(Cause::Silence(SAVE_MAX))),
+        Err(_) => Err(StoreError::doing("save a batch")(Cause::Timeout(SAVE_MAX))),
     }
 }
 
 async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
     let mut stale: Option<HashSet<usize>> = None;
-    let mut late = Vec::new();
+    let mut redacted = Vec::new();
     loop {
         let (arrivals, policy, erasures) = (
             Arc::clone(arrivals),
@@ -74,19 +74,19 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
             save_once(tx, pending, &policy, &erasures, OffsetDateTime::now_utc()).await
         };
         let saved = applier.store.uncancelled(once).await?;
-        late.extend(saved.late);
+        redacted.extend(saved.redacted);
         if saved.stale.is_empty() {
-            return Ok(late);
+            return Ok(redacted);
         }
         stale = Some(saved.stale);
     }
 }
 
-/// What one transaction came to.
+/// The result of one transaction.
 struct Saved {
-    /// The sequences of the events that count without their personal data.
-    late: Vec<u64>,
-    /// The events whose rows another worker wrote since they were read.
+    /// The sequences of the events that were saved without their personal data.
+    redacted: Vec<u64>,
+    /// The indexes of the events whose rows another worker wrote after they were read.
     stale: HashSet<usize>,
 }
 
@@ -155,16 +155,16 @@ async fn save_once(
         .flat_map(|plan| plan.arrivals)
         .map(|arrival| arrival.index)
         .collect();
-    let late = pending
+    let redacted = pending
         .iter()
         .filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
     Ok(Saved {
-        late: late.map(|arrival| arrival.stream_sequence).collect(),
+        redacted: redacted.map(|arrival| arrival.stream_sequence).collect(),
         stale,
     })
 }
 
-/// Takes the personal data out of the events of erased persons.
+/// Removes the personal data from the events of erased customers.
 fn redact(pending: &mut [Cow<'_, Arrival>], erasures: &Erasures) {
     for arrival in pending {
         if !arrival.event.redacted && erasures.covers(&arrival.event) {
@@ -173,7 +173,7 @@ fn redact(pending: &mut [Cow<'_, Arrival>], erasures: &Erasures) {
     }
 }
 
-/// Writes what follows for orphans and open questions, and returns the signals that are sent now.
+/// Saves the changes to orphans and open questions. Returns the signals that are sent now.
 async fn save_consequences(
     tx: &DatabaseTransaction,
     consequences: Vec<(&str, Consequences<'_>)>,
@@ -205,25 +205,25 @@ async fn save_consequences(
     Ok(signals)
 }
 
-/// Inserts the orphans that are not there yet, and returns a signal for each.
+/// Inserts the orphans that do not exist yet. Returns a signal for each of them.
 async fn save_orphans(
     tx: &DatabaseTransaction,
     mut orphans: Vec<(&Arrival, NewOrphan)>,
     signalling: Signalling,
     now: OffsetDateTime,
 ) -> Result<Vec<NewSignal>, StoreError> {
-    // One payment may come several times in one batch; one statement may not name a key twice.
+    // One batch may have several events of one payment; one statement may not name a key twice.
     orphans.sort_by(|(a, x), (b, y)| (&x.id, &a.event.id).cmp(&(&y.id, &b.event.id)));
     orphans.dedup_by(|(_, later), (_, earlier)| later.id == earlier.id);
     let (arrivals, orphans): (Vec<_>, Vec<_>) = orphans.into_iter().unzip();
-    let owed: Vec<_> = match signalling {
+    let unsent: Vec<_> = match signalling {
         Signalling::Later => arrivals
             .iter()
             .map(|arrival| signal::reference(&arrival.event))
             .collect(),
         Signalling::Now | Signalling::Never => Vec::new(),
     };
-    let inserted = store::orphan::insert(tx, &orphans, &owed, now).await?;
+    let inserted = store::orphan::insert(tx, &orphans, &unsent, now).await?;
     let created = arrivals
         .iter()
         .zip(&orphans)
@@ -233,7 +233,7 @@ async fn save_orphans(
         .collect())
 }
 
-/// Resolves the orphans that are open, and returns a signal for each.
+/// Resolves the orphans that are open. Returns a signal for each of them.
 async fn save_resolutions(
     tx: &DatabaseTransaction,
     resolutions: Vec<Resolution<'_>>,
@@ -249,16 +249,18 @@ async fn save_resolutions(
     let mut signals = Vec::new();
     for resolution in &resolutions {
         let user = ClientReferenceId(&resolution.client_reference_id);
-        // Told once, however many words about it came together.
+        // Only the first resolution of an orphan is signalled, even if a batch has several.
         let is_open = open.remove(&resolution.id);
-        let owed =
+        let unsent =
             (signalling == Signalling::Later).then(|| signal::reference(&resolution.arrival.event));
-        let owed = owed.as_ref();
+        let unsent = unsent.as_ref();
         let resolved = match &resolution.by_operator {
             Some((orphan, at)) => {
-                store::orphan::resolve_by_operator(tx, orphan, user, *at, owed, now).await?
+                store::orphan::resolve_by_operator(tx, orphan, user, *at, unsent, now).await?
             }
-            None if is_open => store::orphan::resolve(tx, &resolution.id, user, owed, now).await?,
+            None if is_open => {
+                store::orphan::resolve(tx, &resolution.id, user, unsent, now).await?
+            }
             None => None,
         };
         let resolved = resolved

@@ -14,11 +14,11 @@ fn check(bytes_max: u64, applied_until: u64, expected: Option<u64>) {
 }
 
 #[test]
-fn only_what_is_over_the_limit_and_applied_goes() {
+fn only_applied_events_over_the_limit_are_purged() {
     check(10_000, 1100, None);
     check(1250, 1100, None); // Exactly 80 % is not above it.
     check(1000, 1100, Some(1031)); // Down to 70 %.
-    check(1000, 1010, Some(1011)); // No further than what is applied.
+    check(1000, 1010, Some(1011)); // Only what is applied.
     check(1000, 1000, None); // Nothing is applied.
     check(1000, 0, None);
 }

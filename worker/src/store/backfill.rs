@@ -1,4 +1,4 @@
-//! `litestripe_backfill`: when the last complete backfill of a mode began.
+//! `litestripe_backfill`: the start of the last complete backfill, by mode.
 
 use litestripe_entity::backfill::{ActiveModel, Column, Entity};
 use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 
 use crate::error::StoreError;
 
-/// When the last complete backfill of this mode began, if there was one.
+/// Returns when the last complete backfill of this mode began.
 pub async fn last_complete<C: ConnectionTrait>(
     db: &C,
     livemode: bool,
@@ -19,7 +19,8 @@ pub async fn last_complete<C: ConnectionTrait>(
     Ok(row.and_then(|row| OffsetDateTime::from_unix_timestamp(row.began).ok()))
 }
 
-/// Records that a complete backfill began at `began`, unless another one was recorded since `last` was read.
+/// Records that a complete backfill began at `began`, unless another one was recorded since `last`
+/// was read.
 pub async fn record<C: ConnectionTrait>(
     db: &C,
     livemode: bool,

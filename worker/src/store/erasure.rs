@@ -1,11 +1,11 @@
-//! `litestripe_erasure`: record erasures, and read those that are new.
+//! `litestripe_erasure`: record erasures, and read the new ones.
 //!
-//! Invariant: a transaction that reads the new erasures with `newest_after` or [`after`] before anything
-//! else knows every erasure that is committed, and none is recorded until it ends. On PostgreSQL both
-//! statements lock the table in the mode ROW SHARE, which is what `FOR KEY SHARE` is for (nearly always there
-//! is no row to lock), and [`record`] takes EXCLUSIVE, which waits for those and not for plain readers such as
-//! a `pg_dump`. Neither waits with another lock in hand, so there is no deadlock. On SQLite one transaction
-//! writes at a time.
+//! Invariant: a transaction that reads the new erasures with `newest_after` or [`after`] as its
+//! first statement sees every committed erasure, and none is recorded until it ends. On PostgreSQL
+//! both statements lock the table in mode ROW SHARE; that is the purpose of their `FOR KEY SHARE`
+//! (there is nearly never a row to lock). [`record`] locks it in mode EXCLUSIVE, which waits for
+//! those transactions but not for plain readers such as a `pg_dump`. Neither waits while it holds
+//! another lock, so there is no deadlock. On SQLite one transaction writes at a time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ const INSERT: Insert<'_> = Insert {
         WHERE litestripe_erasure.erased_at < excluded.erased_at",
 };
 
-/// A subquery: the newest erasure's sequence if it is above `sequence`.
+/// Returns a subquery for the newest erasure's sequence if it is above `sequence`.
 pub(super) fn newest_after(sequence: i64) -> SelectStatement {
     let newest = Entity::find()
         .select_only()
@@ -42,7 +42,7 @@ pub(super) fn newest_after(sequence: i64) -> SelectStatement {
         .into_query()
 }
 
-/// The erasures after `sequence`.
+/// Returns the erasures after `sequence`.
 pub async fn after<C: ConnectionTrait>(db: &C, sequence: i64) -> Result<Vec<Model>, StoreError> {
     let new = Entity::find()
         .filter(Column::Sequence.gt(sequence))
@@ -52,8 +52,9 @@ pub async fn after<C: ConnectionTrait>(db: &C, sequence: i64) -> Result<Vec<Mode
         .map_err(StoreError::doing("read the erasures"))
 }
 
-/// Records when each of these ids was erased, in seconds since the Unix epoch. An erasure never moves back:
-/// clocks of two hosts may differ. Waits until every transaction has ended that does not know of them.
+/// Records when each of these ids was erased, in seconds since the Unix epoch. The time of an
+/// existing erasure never moves back, because the clocks of two hosts may differ. First waits for
+/// the end of every transaction that does not know of these erasures.
 pub async fn record(
     store: &Store,
     erased: Arc<BTreeMap<String, i64>>,
@@ -70,7 +71,7 @@ pub async fn record(
             .column_as(Column::Sequence.max(), "newest")
             .into_tuple();
         let newest: Option<Option<i64>> = newest.one(&tx).await.map_err(&doing)?;
-        // As of the clock, so that it also grows past rows that were deleted by hand.
+        // From the clock, so that it is also above the sequences of rows that were deleted by hand.
         let milliseconds =
             i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
         let first = std::cmp::max(milliseconds, newest.flatten().unwrap_or_default() + 1);

@@ -1,9 +1,10 @@
-//! `litestripe_lease`: "only one worker does this".
+//! `litestripe_lease`: work that only one worker does at a time.
 //!
-//! Owns taking, renewing, releasing and taking over. Needs no clock that two hosts agree on: a lease
-//! whose counter has not changed for as long as it lasts, watched by our own clock, has lost its
-//! holder. A holder that was stopped for that long and goes on is a second one. So a lease is for work
-//! that is idempotent, where two at a time are a waste and no harm.
+//! Owns taking, renewing and releasing a lease, and taking it over from a dead holder. Hosts need
+//! no common clock: if the counter of a lease does not change for its duration, measured by this
+//! process's clock, its holder is gone. A holder that was paused for that long and then continues
+//! is a second one. So a lease is only for idempotent work, where two holders at a time waste
+//! effort and harm nothing.
 
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,8 @@ use tracing::debug;
 use super::Store;
 use crate::error::StoreError;
 
-/// How long a lease lasts that is not renewed.
-const LASTS: Duration = Duration::from_secs(15);
+/// How long a lease lasts if it is not renewed.
+const DURATION: Duration = Duration::from_secs(15);
 
 /// How often it is renewed.
 const RENEW_EVERY: Duration = Duration::from_secs(5);
@@ -27,12 +28,11 @@ const RENEW_EVERY: Duration = Duration::from_secs(5);
 pub struct Lease {
     store: Store,
     name: &'static str,
-    /// The counter that another worker held it under, and when we first saw that.
+    /// The counter of another worker's lease, and when this process first read that value.
     seen: Option<(i64, Instant)>,
 }
 
 impl Lease {
-    /// The lease `name`.
     pub fn new(store: Store, name: &'static str) -> Self {
         Self {
             store,
@@ -41,11 +41,14 @@ impl Lease {
         }
     }
 
-    /// Does `work` while no other worker does. Returns `None` if another worker holds the lease: ask again.
-    /// An error comes before `work` has begun.
+    /// Runs `work` while holding the lease. Returns `None` if another worker holds it: call again
+    /// later.
+    ///
+    /// # Errors
+    /// The lease could not be read or taken; `work` has not begun.
     ///
     /// # Cancel safety
-    /// None: a cancelled statement may leave its connection in the middle of an answer.
+    /// Not cancel safe: a cancelled statement may leave its connection in the middle of an answer.
     pub async fn hold_during<T>(
         &mut self,
         work: impl Future<Output = T>,
@@ -56,7 +59,7 @@ impl Lease {
         let (outcome, renewed) = self.renew_during(work, renewed).await;
         if let Err(error) = write(&self.store, self.name, false, renewed).await {
             debug!(
-                "the lease {} runs out by itself: {}",
+                "cannot release the lease {}, it will expire: {}",
                 self.name,
                 exit::chain(&error)
             );
@@ -64,24 +67,25 @@ impl Lease {
         Ok(Some(outcome))
     }
 
-    /// Takes the lease, if it is free or its holder is gone. Returns its counter.
+    /// Takes the lease if it is free or its holder is gone. Returns its counter.
     async fn take(&mut self) -> Result<Option<i64>, StoreError> {
         let lease = Entity::find_by_id(self.name)
             .one(self.store.connection())
             .await;
         let lease = lease.map_err(StoreError::doing("read a lease"))?;
         let renewed = lease.as_ref().map_or(0, |lease| lease.renewed);
-        if lease.is_some_and(|lease| lease.is_held) && !self.is_given_up(renewed) {
+        if lease.is_some_and(|lease| lease.is_held) && !self.observe_expiry(renewed) {
             debug!("another worker holds the lease {}", self.name);
             return Ok(None);
         }
         write(&self.store, self.name, true, renewed).await
     }
 
-    /// Whether the holder has not renewed the lease for as long as it lasts, as far as we saw.
-    fn is_given_up(&mut self, renewed: i64) -> bool {
+    /// Records the counter of another worker's lease. Returns whether the holder has not renewed
+    /// the lease for its duration.
+    fn observe_expiry(&mut self, renewed: i64) -> bool {
         match self.seen {
-            Some((seen, since)) if seen == renewed => since.elapsed() >= LASTS,
+            Some((seen, since)) if seen == renewed => since.elapsed() >= DURATION,
             _ => {
                 self.seen = Some((renewed, Instant::now()));
                 false
@@ -104,10 +108,10 @@ impl Lease {
             {
                 match write(&self.store, self.name, true, renewed).await {
                     Ok(Some(counter)) => renewed = counter,
-                    // The work goes on: it is idempotent.
+                    // The work continues, because it is idempotent.
                     Ok(None) => debug!("another worker took the lease {}", self.name),
                     Err(error) => debug!(
-                        "the lease {} is not renewed: {}",
+                        "cannot renew the lease {}: {}",
                         self.name,
                         exit::chain(&error)
                     ),
@@ -119,21 +123,21 @@ impl Lease {
     }
 }
 
-/// Writes the lease `name` if it still has the counter `over` (0 if it does not exist). Returns the new
-/// counter, or `None` if another worker wrote it since.
+/// Writes the lease `name` if it still has the counter `previous` (0 if it does not exist). Returns
+/// the new counter, or `None` if another worker has written it since.
 async fn write(
     store: &Store,
     name: &str,
     is_held: bool,
-    over: i64,
+    previous: i64,
 ) -> Result<Option<i64>, StoreError> {
-    let renewed = over + 1;
+    let renewed = previous + 1;
     let model = ActiveModel {
         name: Set(name.to_owned()),
         is_held: Set(is_held),
         renewed: Set(renewed),
     };
-    let as_read = Expr::col((Entity, Column::Renewed)).eq(over);
+    let as_read = Expr::col((Entity, Column::Renewed)).eq(previous);
     let guarded = OnConflict::column(Column::Name)
         .update_columns([Column::IsHeld, Column::Renewed])
         .action_and_where(as_read)

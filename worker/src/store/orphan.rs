@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 
 use crate::error::StoreError;
 
-/// The columns with an id of the person's.
+/// The columns with an id of the customer or of one of their payments.
 const IDS: [Column; 4] = [
     Column::Id,
     Column::CheckoutSessionId,
@@ -24,19 +24,20 @@ const IDS: [Column; 4] = [
     Column::StripeCustomerId,
 ];
 
-/// Inserts `orphans`, unless they are there already: open, resolved or erased. Returns the ids that
-/// were inserted.
+/// Inserts those of `orphans` that do not exist yet, as open, resolved or erased ones. Returns the
+/// ids that were inserted.
 ///
-/// An orphan that no Checkout Session had claimed learns its session and email when one comes. During a
-/// replay they owe a signal, and `owed` has the event of each; else it is empty.
+/// An open orphan without a Checkout Session is given its session and email when a session claims
+/// it. During a replay the signals stay unsent, and `unsent` has the event of each; else it is
+/// empty.
 pub async fn insert(
     tx: &DatabaseTransaction,
     orphans: &[NewOrphan],
-    owed: &[EventReference],
+    unsent: &[EventReference],
     now: OffsetDateTime,
 ) -> Result<HashSet<String>, StoreError> {
     let without_session = OrphanReason::NoCheckoutSession.as_str();
-    let learns = Expr::col((Entity, Column::Reason))
+    let is_claimed = Expr::col((Entity, Column::Reason))
         .eq(without_session)
         .and(Expr::cust("excluded.reason").ne(without_session))
         .and(Expr::col((Entity, Column::ResolvedAt)).is_null());
@@ -48,13 +49,13 @@ pub async fn insert(
             Column::EventId,
             Column::DtLastUpdated,
         ])
-        .action_and_where(learns)
+        .action_and_where(is_claimed)
         .to_owned();
     let models = orphans
         .iter()
         .enumerate()
         .map(|(index, orphan)| ActiveModel {
-            owed_event: Set(owed.get(index).map(owed_event)),
+            owed_event: Set(unsent.get(index).map(write_event)),
             ..model(orphan, now)
         });
     let written = Entity::insert_many(models)
@@ -69,33 +70,36 @@ pub async fn insert(
         .collect())
 }
 
-/// Notes an operator's word, given `at`, on whose payment `orphan` is: resolves it if it is open,
-/// inserts it as resolved if it is not there yet, so that a payment that comes later is none, and
-/// takes back what an operator said before. Returns the orphan if the word counts. `owed` as of [`resolve`].
+/// Records an operator's resolution, made `at`: the user that the payment `orphan` belongs to.
+///
+/// Resolves the orphan if it is open. Inserts it as resolved if it does not exist yet, so that a
+/// payment that arrives later does not become an orphan. Replaces an earlier resolution. Returns
+/// the orphan unless a later resolution stands. `unsent` as in [`resolve`].
 pub async fn resolve_by_operator(
     tx: &DatabaseTransaction,
     orphan: &NewOrphan,
     user: ClientReferenceId<'_>,
     at: OffsetDateTime,
-    owed: Option<&EventReference>,
+    unsent: Option<&EventReference>,
     now: OffsetDateTime,
 ) -> Result<Option<Model>, StoreError> {
     let column = |column| Expr::col((Entity, column));
-    // Of two words the later one counts; of two in one second the same one in whatever order.
+    // The later resolution wins. Of two in the same second, the larger user id wins, so that the
+    // order of arrival does not matter.
     let is_later = column(Column::ResolvedAt)
         .is_null()
         .or(column(Column::ResolvedAt).lt(at))
         .or(column(Column::ResolvedAt)
             .eq(at)
             .and(column(Column::ResolvedClientReferenceId).lt(user.0)));
-    let word = OnConflict::column(Column::Id)
+    let resolve = OnConflict::column(Column::Id)
         .update_columns([
             Column::ResolvedAt,
             Column::ResolvedClientReferenceId,
             Column::CustomerEmail,
             Column::DtLastUpdated,
         ])
-        .value(Column::OwedEvent, owed_once_resolved(owed))
+        .value(Column::OwedEvent, unsent_after_resolution(unsent))
         .action_and_where(is_later)
         .to_owned();
     let resolved = ActiveModel {
@@ -105,7 +109,7 @@ pub async fn resolve_by_operator(
         ..model(orphan, now)
     };
     let written = Entity::insert_many([resolved])
-        .on_conflict(word)
+        .on_conflict(resolve)
         .exec_with_returning(tx)
         .await;
     Ok(written
@@ -135,7 +139,7 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
     }
 }
 
-/// The orphan that a row tells of. None for a reason that only a later program knows.
+/// Returns the orphan of a row. `None` if its reason was written by a later version of the program.
 pub fn to_new_orphan(row: &Model) -> Option<NewOrphan> {
     Some(NewOrphan {
         id: row.id.clone(),
@@ -147,7 +151,7 @@ pub fn to_new_orphan(row: &Model) -> Option<NewOrphan> {
     })
 }
 
-/// What it was the payment of.
+/// Returns the ids of the orphan's payment.
 pub fn payment_ids(row: &Model) -> PaymentIds {
     PaymentIds {
         checkout_session_id: row.checkout_session_id.clone(),
@@ -156,7 +160,7 @@ pub fn payment_ids(row: &Model) -> PaymentIds {
     }
 }
 
-/// Which of `ids` are open orphans.
+/// Returns those of `ids` that are open orphans.
 pub async fn open_among<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
@@ -173,12 +177,11 @@ pub async fn open_among<C: ConnectionTrait>(
         .all(db)
         .await;
     Ok(open
-        .map_err(StoreError::doing("look for open orphans"))?
+        .map_err(StoreError::doing("find open orphans"))?
         .into_iter()
         .collect())
 }
 
-/// The orphan `id`.
 pub async fn find<C: ConnectionTrait>(db: &C, id: &str) -> Result<Option<Model>, StoreError> {
     Entity::find_by_id(id)
         .one(db)
@@ -186,7 +189,7 @@ pub async fn find<C: ConnectionTrait>(db: &C, id: &str) -> Result<Option<Model>,
         .map_err(StoreError::doing("read an orphaned payment"))
 }
 
-/// The orphans, newest first; `open` leaves out those that are resolved.
+/// Returns up to `limit` orphans, newest first; only the open ones if `open`.
 pub async fn list<C: ConnectionTrait>(
     db: &C,
     open: bool,
@@ -204,7 +207,7 @@ pub async fn list<C: ConnectionTrait>(
         .map_err(StoreError::doing("list orphaned payments"))
 }
 
-/// Erases the emails of orphans that were first seen before `before`. Returns how many.
+/// Erases the emails of orphans that were created before `before`. Returns their number.
 pub async fn erase_emails<C: ConnectionTrait>(
     db: &C,
     before: OffsetDateTime,
@@ -213,10 +216,10 @@ pub async fn erase_emails<C: ConnectionTrait>(
     erased.map_err(StoreError::doing("erase emails of old orphans"))
 }
 
-/// Erases the emails of orphans that are of any of `ids`: customers, subscriptions or Checkout
-/// Sessions. Returns how many.
+/// Erases the emails of orphans that have one of `ids`: customers, subscriptions or Checkout
+/// Sessions. Returns their number.
 pub async fn erase_emails_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<u64, StoreError> {
-    erase_emails_where(db, of_any(ids))
+    erase_emails_where(db, has_any(ids))
         .await
         .map_err(StoreError::doing("erase a customer's emails"))
 }
@@ -232,7 +235,8 @@ async fn erase_emails_where<C: ConnectionTrait>(
     Ok(erased.exec(db).await?.rows_affected)
 }
 
-/// The ids that orphans of any of `ids` name: customers, subscriptions and Checkout Sessions.
+/// Returns the ids of all orphans that have one of `ids`: customers, subscriptions and Checkout
+/// Sessions.
 pub async fn related_ids<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
@@ -241,11 +245,11 @@ pub async fn related_ids<C: ConnectionTrait>(
     let rows: Result<Vec<Row>, _> = Entity::find()
         .select_only()
         .columns(IDS)
-        .filter(of_any(ids))
+        .filter(has_any(ids))
         .into_tuple()
         .all(db)
         .await;
-    let rows = rows.map_err(StoreError::doing("look for a customer's orphans"))?;
+    let rows = rows.map_err(StoreError::doing("find a customer's orphans"))?;
     let ids = rows
         .into_iter()
         .flat_map(|(id, session, subscription, customer)| {
@@ -254,26 +258,27 @@ pub async fn related_ids<C: ConnectionTrait>(
     Ok(ids.flatten().collect())
 }
 
-fn of_any(ids: &[&str]) -> Condition {
+fn has_any(ids: &[&str]) -> Condition {
     IDS.iter().fold(Condition::any(), |any, column| {
         any.add(column.is_in(ids.iter().copied()))
     })
 }
 
-/// Resolves the orphan `id` if it is there and open: notes the user and erases the email. Returns
-/// the orphan as it is then. `owed` is the event, if the signal of it is owed until a replay has ended.
+/// Resolves the orphan `id` if it exists and is open: records the user and erases the email.
+/// Returns the resolved orphan. `unsent` is the event if its signal stays unsent until a replay has
+/// ended.
 pub async fn resolve(
     tx: &DatabaseTransaction,
     id: &str,
     user: ClientReferenceId<'_>,
-    owed: Option<&EventReference>,
+    unsent: Option<&EventReference>,
     now: OffsetDateTime,
 ) -> Result<Option<Model>, StoreError> {
     let resolved = Entity::update_many()
         .col_expr(Column::ResolvedAt, Expr::value(now))
         .col_expr(Column::ResolvedClientReferenceId, Expr::value(user.0))
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
-        .col_expr(Column::OwedEvent, owed_once_resolved(owed))
+        .col_expr(Column::OwedEvent, unsent_after_resolution(unsent))
         .col_expr(Column::DtLastUpdated, Expr::value(now))
         .filter(Column::Id.eq(id))
         .filter(Column::ResolvedAt.is_null())
@@ -285,9 +290,9 @@ pub async fn resolve(
         .next())
 }
 
-/// What an orphan owes once it is resolved because of `event`, or where that is sent at once. One that
-/// came and went in the same replay owes nothing.
-fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
+/// Returns the value of `owed_event` after a resolution by `event`; `None` if its signal is sent at
+/// once. An orphan that was created and resolved in the same replay has no unsent signal.
+fn unsent_after_resolution(event: Option<&EventReference>) -> Expr {
     let column = |column| Expr::col((Entity, column));
     Expr::case(
         column(Column::ResolvedAt).is_not_null(),
@@ -297,26 +302,31 @@ fn owed_once_resolved(event: Option<&EventReference>) -> Expr {
         column(Column::OwedEvent).is_not_null(),
         Expr::value(Option::<String>::None),
     )
-    .finally(Expr::value(event.map(owed_event)))
+    .finally(Expr::value(event.map(write_event)))
     .into()
 }
 
-/// Takes up to `limit` orphans that owe a signal, each with the event that led to it: they owe none then.
+/// Takes up to `limit` orphans with an unsent signal, each with the signal's event. Their signals
+/// count as sent once `tx` commits.
 pub async fn take_unsent(
     tx: &DatabaseTransaction,
     limit: u64,
 ) -> Result<Vec<(Model, EventReference)>, StoreError> {
-    let doing = StoreError::doing("take orphans that owe a signal");
-    let owing = Entity::find()
+    let doing = StoreError::doing("take orphans with unsent signals");
+    let unsent = Entity::find()
         .filter(Column::OwedEvent.is_not_null())
         .order_by_asc(Column::Id)
         .limit(limit);
-    let taken = owing.lock(LockType::Update).all(tx).await.map_err(&doing)?;
-    let paid = Entity::update_many()
+    let taken = unsent
+        .lock(LockType::Update)
+        .all(tx)
+        .await
+        .map_err(&doing)?;
+    let sent = Entity::update_many()
         .col_expr(Column::OwedEvent, Expr::value(Option::<String>::None))
         .filter(Column::Id.is_in(taken.iter().map(|orphan| orphan.id.as_str())));
-    paid.exec(tx).await.map_err(&doing)?;
-    let with_event = |mut orphan: Model| Some((event(&orphan.owed_event.take()?)?, orphan));
+    sent.exec(tx).await.map_err(&doing)?;
+    let with_event = |mut orphan: Model| Some((parse_event(&orphan.owed_event.take()?)?, orphan));
     Ok(taken
         .into_iter()
         .filter_map(with_event)
@@ -324,21 +334,21 @@ pub async fn take_unsent(
         .collect())
 }
 
-/// How many orphans owe a signal.
+/// Counts the orphans with an unsent signal.
 pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let owing = Entity::find()
+    let unsent = Entity::find()
         .filter(Column::OwedEvent.is_not_null())
         .count(db)
         .await;
-    owing.map_err(StoreError::doing("count orphans that owe a signal"))
+    unsent.map_err(StoreError::doing("count orphans with unsent signals"))
 }
 
-fn owed_event(event: &EventReference) -> String {
+fn write_event(event: &EventReference) -> String {
     format!("{} {} {}", event.created.unix(), event.event_type, event.id)
 }
 
-fn event(owed: &str) -> Option<EventReference> {
-    let mut parts = owed.splitn(3, ' ');
+fn parse_event(text: &str) -> Option<EventReference> {
+    let mut parts = text.splitn(3, ' ');
     let created = Timestamp::from_unix(parts.next()?.parse().ok()?).ok()?;
     let event_type = EventType::parse(parts.next()?).ok()?;
     Some(EventReference {
@@ -348,7 +358,7 @@ fn event(owed: &str) -> Option<EventReference> {
     })
 }
 
-/// How many orphans are open.
+/// Counts the open orphans.
 pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let open = Entity::find()
         .filter(Column::ResolvedAt.is_null())

@@ -1,7 +1,8 @@
-//! `signal_outbox`: put signals in with the change they tell of, lock shards, take rows out.
+//! `signal_outbox`: save signals in the transaction of their change, lock shards, read and delete
+//! rows.
 //!
 //! Invariant: rows of one subscription (or orphan) get their ids in the order in which they are
-//! committed, because whoever inserts them holds that row's lock.
+//! committed, because the transaction that inserts them holds that subscription's row lock.
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
@@ -15,8 +16,8 @@ use time::OffsetDateTime;
 use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 
-/// Parts of the outbox. One relay at a time works on one of them; rows of one subscription are all
-/// in the same one. As many as the migration made.
+/// The number of the outbox's shards, as the migration created them. One relay at a time works on a
+/// shard; all rows of one subscription are in the same one.
 pub const SHARDS: u32 = 16;
 
 const INSERT: Insert<'_> = Insert {
@@ -26,7 +27,7 @@ const INSERT: Insert<'_> = Insert {
     then: "",
 };
 
-/// Puts `signals` in, in their order.
+/// Inserts `signals`, in their order.
 pub async fn insert(
     tx: &DatabaseTransaction,
     signals: Vec<NewSignal>,
@@ -50,9 +51,10 @@ pub async fn insert(
         .map_err(StoreError::doing("save signals"))
 }
 
-/// Whether no signal waits.
+/// Whether no signal is waiting.
 pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
-    // By the key, or PostgreSQL would walk through all that was sent and not vacuumed yet.
+    // Ordered by the key, or PostgreSQL would read through all deleted rows that are not vacuumed
+    // yet.
     let first = Entity::find()
         .select_only()
         .column(Column::Id)
@@ -61,14 +63,15 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
     let first: Result<Option<i64>, _> = first.into_tuple().one(db).await;
     first
         .map(|id| id.is_none())
-        .map_err(StoreError::doing("look into the outbox"))
+        .map_err(StoreError::doing("check the outbox"))
 }
 
-/// Locks the shards that no other relay works on, for this transaction. Its commit will not wait for the
-/// disk: after a crash of the server, signals that were sent and removed may be there again, and are sent
-/// again under their message ids.
+/// Locks the shards that no other relay has locked, for this transaction, and returns them.
 ///
-/// PostgreSQL only: on SQLite a file lock stands for all shards.
+/// The transaction's commit will not wait for the disk: after a crash of the server, signals that
+/// were sent and deleted may reappear. The relay then sends them again with the same message ids.
+///
+/// PostgreSQL only: on SQLite one file lock covers all shards.
 pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
     const FREE: &str = "SELECT shard FROM signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
         ORDER BY shard FOR UPDATE SKIP LOCKED";
@@ -82,7 +85,7 @@ pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreErro
         .collect()
 }
 
-/// Removes the signals of changes of the subscription `id` that wait.
+/// Deletes the waiting `subscription.changed` signals of the subscription `id`.
 pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(), StoreError> {
     let waiting = Entity::delete_many()
         .filter(Column::EntityId.eq(id))
@@ -94,7 +97,7 @@ pub async fn delete_changes_of<C: ConnectionTrait>(db: &C, id: &str) -> Result<(
         .map_err(StoreError::doing("remove a subscription's signals"))
 }
 
-/// Whether a signal of any of these subscriptions and orphans waits.
+/// Whether a signal of any of these subscriptions and orphans is waiting.
 pub async fn has_signals_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<bool, StoreError> {
     let any = Entity::find()
         .select_only()
@@ -102,10 +105,11 @@ pub async fn has_signals_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<
         .filter(Column::EntityId.is_in(ids.iter().copied()));
     let any: Result<Option<i64>, _> = any.into_tuple().one(db).await;
     any.map(|id| id.is_some())
-        .map_err(StoreError::doing("look into the outbox"))
+        .map_err(StoreError::doing("check the outbox"))
 }
 
-/// Up to `limit` signals of `shards`, oldest first, but none of the subscriptions and orphans `except`.
+/// Returns up to `limit` signals of `shards`, oldest first, without those of the subscriptions and
+/// orphans `except`.
 pub async fn oldest<C: ConnectionTrait>(
     db: &C,
     shards: &[i32],
@@ -122,12 +126,11 @@ pub async fn oldest<C: ConnectionTrait>(
     rows.map_err(StoreError::doing("read the outbox"))
 }
 
-/// All shards.
 pub fn all_shards() -> Vec<i32> {
     (0..SHARDS.cast_signed()).collect()
 }
 
-/// Removes the signals that JetStream has.
+/// Deletes signals that JetStream has stored.
 pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(), StoreError> {
     ids.sort_unstable();
     let those = super::among(db.get_database_backend(), Column::Id, ids);
@@ -137,7 +140,7 @@ pub async fn delete<C: ConnectionTrait>(db: &C, mut ids: Vec<i64>) -> Result<(),
         .map_err(StoreError::doing("remove sent signals"))
 }
 
-/// How many signals wait, and since when the oldest does.
+/// Returns the number of waiting signals, and when the oldest was created.
 pub async fn backlog<C: ConnectionTrait>(
     db: &C,
 ) -> Result<(u64, Option<OffsetDateTime>), StoreError> {
@@ -151,7 +154,8 @@ pub async fn backlog<C: ConnectionTrait>(
     Ok((count, oldest.map(|row| row.dt_created)))
 }
 
-/// The shard of a subscription or orphan: FNV-1a, which is stable over releases and machines.
+/// Returns the shard of a subscription or orphan, by FNV-1a, which is stable over releases and
+/// machines.
 fn shard_of(entity_id: &str) -> i32 {
     let hash = entity_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)

@@ -1,7 +1,7 @@
-//! `due_check`: questions to the user lookup and to Stripe's API, taken by one worker at a time.
+//! `due_check`: open questions, each taken by one worker at a time.
 //!
-//! Invariant: a question that was taken comes due again unless it is answered, so a dead worker
-//! loses none.
+//! Invariant: a question that was taken becomes due again unless it is answered, so that none is
+//! lost when a worker dies.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -30,7 +30,7 @@ const INSERT: Insert<'_> = Insert {
         UNNEST($5::text[]), UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::text[]), \
         UNNEST($10::boolean[]), UNNEST($11::boolean[]), UNNEST($12::text[]), UNNEST($13::text[]), \
         UNNEST($14::bigint[]), UNNEST($15::bigint[])",
-    // Paid stays paid, whichever of a session's events comes last.
+    // Once paid, a session stays paid, in whatever order its events arrive.
     then: "ON CONFLICT (entity_id, kind) DO UPDATE SET due_at = excluded.due_at, attempts = excluded.attempts, \
         checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
         client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
@@ -38,18 +38,18 @@ const INSERT: Insert<'_> = Insert {
         stream_sequence = excluded.stream_sequence, is_paid = due_check.is_paid OR excluded.is_paid",
 };
 
-/// A question that is with this process for a while.
+/// A question that this process has taken for a limited time.
 #[derive(Debug, Clone)]
 pub struct Taken {
-    /// The question.
     pub question: Question,
-    /// Until when. One that was put anew meanwhile has another time in the table, and is ours no more.
+    /// When the question becomes due again. If it was saved again meanwhile, the table has another
+    /// time, and the question no longer belongs to this process.
     leased_until: OffsetDateTime,
 }
 
-/// Puts `questions` in. One that is there already is asked anew.
+/// Saves `questions`. An existing question is replaced and asked again.
 pub async fn save(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
-    // One statement may not name a key twice; of several, the last one knows most.
+    // One statement may not name a key twice. The last of several has the newest values.
     let by_key = questions
         .into_iter()
         .map(|question| ((question.entity_id.clone(), question.kind()), question));
@@ -87,7 +87,7 @@ fn cells(question: Question) -> [Cell; 15] {
     ]
 }
 
-/// What a row asks. None for what only a later program can read.
+/// Returns the question of a row. `None` if a later version of the program wrote it.
 fn question(row: Model) -> Option<Question> {
     let event = EventReference {
         id: EventId::parse(row.event_id).ok()?,
@@ -122,9 +122,10 @@ fn question(row: Model) -> Option<Question> {
     })
 }
 
-/// Takes up to `limit` questions of `kind` that are due. Each comes due again after `lease`.
+/// Takes up to `limit` questions of `kind` that are due. Each becomes due again after `lease`.
 ///
-/// While a replay has not reached its end, rows may be half rebuilt: what it may still answer waits.
+/// Until a replay has reached its end, rows may be half rebuilt, so questions that it may still
+/// answer are not taken.
 pub async fn take(
     store: &Store,
     kind: Kind,
@@ -134,7 +135,7 @@ pub async fn take(
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
     let mut due = Column::Kind.eq(kind.as_str()).and(Column::DueAt.lte(now));
-    // Most of the time there is none, and a look costs no write lock.
+    // Usually none is due, and this check takes no write lock.
     let any = Entity::find()
         .filter(due.clone())
         .one(store.connection())
@@ -144,7 +145,7 @@ pub async fn take(
         return Ok(Vec::new());
     }
     if let Some(last) = super::replay::rebuilding_until(store.connection(), now).await? {
-        // A subscription's Checkout Session may be among the events that the replay has yet to reach.
+        // The replay may still have to reapply a subscription's Checkout Session, which answers it.
         let asked_at_once = Column::Kind.ne(Kind::Grace.as_str());
         due = due
             .and(Column::StreamSequence.gt(last.cast_signed()))
@@ -203,7 +204,7 @@ async fn take_due(
         .collect())
 }
 
-/// Asks the question again at `due_at`, unless it was put anew since it was taken.
+/// Sets when the question is asked again, unless it was saved again since it was taken.
 pub async fn postpone<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
@@ -221,14 +222,14 @@ pub async fn postpone<C: ConnectionTrait>(
         .map_err(StoreError::doing("postpone a question"))
 }
 
-/// Forgets the question, which is answered, unless it was put anew since it was taken. Returns whether
-/// it is forgotten.
+/// Deletes the answered question, unless it was saved again since it was taken. Returns whether it
+/// was deleted.
 pub async fn remove_answered<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
 ) -> Result<bool, StoreError> {
-    let settled = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
-    settled
+    let deleted = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
+    deleted
         .map(|done| done.rows_affected > 0)
         .map_err(StoreError::doing("remove an answered question"))
 }
@@ -241,7 +242,7 @@ fn as_taken(taken: &Taken) -> Expr {
     this.and(Column::DueAt.eq(taken.leased_until))
 }
 
-/// Forgets the questions of `kind` about `entity_ids`.
+/// Deletes the questions of `kind` about `entity_ids`.
 pub async fn remove<C: ConnectionTrait>(
     db: &C,
     kind: Kind,

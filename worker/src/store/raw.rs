@@ -1,8 +1,8 @@
-//! `stripe_subscription`: whole rows as they stand, however damaged they are.
+//! `stripe_subscription`: rows as they are stored, even if they are damaged.
 //!
-//! Owns reading and repairing what a batch never reads: the columns themselves, and which ids there
-//! are. Trusts nothing of a row but its key and its version: a person or a half-restored backup may
-//! have written it.
+//! Owns reading and repairing the columns, which a batch never reads, and listing the ids. Trusts
+//! only the key and the version of a row: a person or a half-restored backup may have written the
+//! rest.
 
 use std::collections::HashMap;
 
@@ -19,29 +19,29 @@ use time::OffsetDateTime;
 
 use crate::error::StoreError;
 
-/// Columns by name, their times as signals write them.
+/// Columns by name, with times written as in signals.
 pub type Fields = Map<String, serde_json::Value>;
 
-/// A row as it stands.
+/// A row as it is stored.
 #[derive(Debug, Clone)]
 pub struct RawRow {
     /// Grows with every write.
     pub version: i64,
-    /// Its columns. None when one of them holds what the column's type cannot be, which only SQLite
-    /// lets happen.
+    /// The columns. `None` if the value of one is not of the column's type, which only SQLite
+    /// allows.
     pub columns: Option<Fields>,
-    /// What its columns should be a function of. None when it cannot be read.
+    /// The merge state, which determines the columns. `None` if it cannot be read.
     pub state: Option<State>,
-    /// The columns that this makes.
+    /// The columns that the merge state determines.
     pub expected: Option<Fields>,
 }
 
-/// The rows that exist among `ids`.
+/// Returns the rows of `ids` that exist.
 pub async fn find<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
 ) -> Result<HashMap<String, RawRow>, StoreError> {
-    let doing = StoreError::doing("read whole subscriptions");
+    let doing = StoreError::doing("read subscriptions");
     let rows = Entity::find()
         .filter(Column::StripeSubscriptionId.is_in(ids.iter().copied()))
         .into_query();
@@ -70,7 +70,7 @@ pub async fn find<C: ConnectionTrait>(
     Ok(found)
 }
 
-/// The columns of a row with this merge state.
+/// Returns the columns of a row with this merge state.
 pub fn columns_of(state: &State) -> Fields {
     fields(&columns(state.visible()))
 }
@@ -109,26 +109,26 @@ fn fields(model: &ActiveModel) -> Fields {
     let values = Column::iter()
         .filter_map(|column| Some((column.as_str().to_owned(), model.get(column).into_value()?)));
     values
-        .map(|(column, value)| (column, shown(value)))
+        .map(|(column, value)| (column, to_json(value)))
         .collect()
 }
 
-fn shown(value: Value) -> serde_json::Value {
+fn to_json(value: Value) -> serde_json::Value {
     match value {
         Value::String(text) => json!(text),
         Value::Bool(bool) => json!(bool),
         Value::BigInt(number) => json!(number),
         Value::Json(json) => json!(json),
         Value::TimeDateTimeWithTimeZone(Some(at)) => {
-            // A year that RFC 3339 cannot write is shown all the same.
+            // RFC 3339 cannot write every year.
             serde_json::to_value(Timestamp::from(at)).unwrap_or_else(|_| json!(at.to_string()))
         }
         _ => serde_json::Value::Null,
     }
 }
 
-/// The ids of up to `limit` rows after `after`, in the order of the key: those of one mode and of no
-/// connected account that were first written before `before`.
+/// Returns the ids of up to `limit` rows after `after`, in the order of the key: rows of one mode
+/// and of no connected account that were first written before `before`.
 pub async fn ids<C: ConnectionTrait>(
     db: &C,
     livemode: bool,
@@ -151,9 +151,12 @@ pub async fn ids<C: ConnectionTrait>(
     ids.map_err(StoreError::doing("list subscriptions"))
 }
 
-/// Writes the columns of a row anew from its merge state, unless the row was written since it was read.
-/// A merge state that cannot be read is emptied, and the columns stay: the next event is merged into
-/// nothing. The revision stays, too: of what the merge state says subscribers were told.
+/// Rewrites the columns of a row from its merge state, unless the row was written since it was
+/// read.
+///
+/// A merge state that cannot be read is emptied, so that the next event is merged into an empty
+/// state; the columns stay. The revision stays in any case: subscribers got the merge state's
+/// values under it.
 pub async fn repair<C: ConnectionTrait>(db: &C, id: &str, row: &RawRow) -> Result<(), StoreError> {
     let columns = match &row.state {
         Some(state) => columns(state.visible()),

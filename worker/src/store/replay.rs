@@ -1,6 +1,6 @@
-//! `replay`: the replay that was asked for last, and whether it has reached its end.
+//! `replay`: the last replay that was started, and whether it has reached its end.
 //!
-//! There is one row, without a name. The version before had rows with one too.
+//! The table has one row, with an empty name. The previous version also wrote rows with a name.
 
 use std::time::Duration;
 
@@ -14,31 +14,31 @@ use time::OffsetDateTime;
 
 use crate::error::StoreError;
 
-/// How often the process of a replay says that it runs.
+/// How often the process of a replay records a heartbeat.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 
-/// A replay whose process did not say so for this long was cut off.
+/// A replay without a heartbeat for this long was interrupted.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// For this long after it was cut off, a replay still counts as one that somebody will finish: rows may
-/// be half rebuilt, and nothing is concluded from them.
-const CUT_OFF_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// For this long after its last heartbeat, an interrupted replay is expected to be finished by the
+/// operator. Until then rows may be half rebuilt, and nothing is concluded from them.
+const OPEN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Which events a replay applies again, and what is signalled.
+/// The events that a replay reapplies, and the signals that it sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
-    /// Empty, but for one of the version before.
+    /// Empty, except for a replay of the previous version.
     pub name: String,
-    /// What is signalled: `changed` or `none`; in the version before also `all`.
+    /// The signals to send: `changed` or `none`; in the previous version also `all`.
     pub signals: String,
     /// The first sequence of `STRIPE_EVENTS`.
     pub first_sequence: u64,
     pub last_sequence: u64,
-    /// The event types; none for all.
+    /// The event types; empty for all.
     pub event_types: Vec<String>,
     pub stripe_subscription_id: Option<String>,
     pub started: OffsetDateTime,
-    /// When its process last said that it runs.
+    /// The time of the last heartbeat.
     pub heartbeat: OffsetDateTime,
 }
 
@@ -48,13 +48,14 @@ impl Replay {
         now - self.heartbeat < HEARTBEAT_TIMEOUT
     }
 
-    /// Whether a process runs it or somebody will finish it.
+    /// Whether a process runs it, or the operator is expected to finish it.
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
-        now - self.heartbeat < CUT_OFF_MAX
+        now - self.heartbeat < OPEN_MAX
     }
 }
 
-/// What [`rebuilding`] reads: the latest unfinished replay after which rows are signalled.
+/// Returns the query whose rows [`rebuilding`] reads: the latest unfinished replay that sends
+/// signals.
 pub(super) fn latest_unfinished() -> SelectStatement {
     Entity::find()
         .select_only()
@@ -66,22 +67,23 @@ pub(super) fn latest_unfinished() -> SelectStatement {
         .into_query()
 }
 
-/// When it was started, if somebody will finish it.
+/// Returns when the replay of `row` was started, if it is open.
 pub(super) fn rebuilding(
     row: &QueryResult,
     now: OffsetDateTime,
 ) -> Result<Option<OffsetDateTime>, DbErr> {
-    let Some(beat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else {
+    let Some(heartbeat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else {
         return Ok(None);
     };
-    if now - beat < CUT_OFF_MAX {
+    if now - heartbeat < OPEN_MAX {
         row.try_get("", "dt_started")
     } else {
         Ok(None)
     }
 }
 
-/// The replay that has not reached its end; in a database of the version before there may be several.
+/// Returns the replay that has not reached its end; in a database of the previous version there may
+/// be several.
 pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, StoreError> {
     let rows = Entity::find()
         .filter(Column::DtFinished.is_null())
@@ -89,14 +91,14 @@ pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, Store
         .all(db)
         .await;
     Ok(rows
-        .map_err(StoreError::doing("look for replays"))?
+        .map_err(StoreError::doing("find replays"))?
         .into_iter()
         .map(replay)
         .collect())
 }
 
-/// The last sequence that a replay still has to reach, if there is one: until then rows may be half
-/// rebuilt, and no question about an event up to it is to be asked.
+/// Returns the last sequence of the open replay, if there is one. Until the replay has reached it,
+/// rows may be half rebuilt, and questions about events up to it must not be asked.
 pub async fn rebuilding_until<C: ConnectionTrait>(
     db: &C,
     now: OffsetDateTime,
@@ -106,7 +108,7 @@ pub async fn rebuilding_until<C: ConnectionTrait>(
     Ok(open.map(|replay| replay.last_sequence).max())
 }
 
-/// Notes `replay`, in place of all earlier ones.
+/// Records `replay`, and deletes all earlier ones.
 pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), StoreError> {
     let model = ActiveModel {
         name: Set(String::new()),
@@ -119,7 +121,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         dt_beat: Set(replay.heartbeat),
         dt_finished: Set(None),
     };
-    let anew = OnConflict::column(Column::Name)
+    let replaced = OnConflict::column(Column::Name)
         .update_columns([
             Column::Signals,
             Column::FirstSequence,
@@ -131,9 +133,9 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
             Column::DtFinished,
         ])
         .to_owned();
-    let doing = StoreError::doing("note a replay");
+    let doing = StoreError::doing("record a replay");
     Entity::insert_many([model])
-        .on_conflict(anew)
+        .on_conflict(replaced)
         .exec_without_returning(db)
         .await
         .map_err(&doing)?;
@@ -145,7 +147,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         .map_err(&doing)
 }
 
-/// Says that the process of the replay runs now, or with an older time that it does no more.
+/// Records a heartbeat of the replay's process; an old time records that the process has stopped.
 pub async fn record_heartbeat<C: ConnectionTrait>(
     db: &C,
     at: OffsetDateTime,
@@ -153,7 +155,7 @@ pub async fn record_heartbeat<C: ConnectionTrait>(
     set(db, Column::DtBeat, at).await
 }
 
-/// Says that the replay reached its end.
+/// Records that the replay has reached its end.
 pub async fn finish<C: ConnectionTrait>(db: &C, now: OffsetDateTime) -> Result<(), StoreError> {
     set(db, Column::DtFinished, now).await
 }
@@ -170,7 +172,7 @@ async fn set<C: ConnectionTrait>(
         .exec(db)
         .await
         .map(drop)
-        .map_err(StoreError::doing("note how far a replay is"))
+        .map_err(StoreError::doing("update a replay"))
 }
 
 fn replay(row: Model) -> Replay {

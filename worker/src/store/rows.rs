@@ -1,9 +1,10 @@
 //! Many rows in one statement.
 //!
-//! Owns how rows are bound. PostgreSQL gets one array per column, so that the text of a statement does not depend
-//! on the number of rows: it is parsed and planned once per connection, and not for every batch with its thousands
-//! of parameters. SQLite has no arrays and gets every value by itself, in statements of three lengths, which are
-//! prepared once too. May not know the tables.
+//! Owns how rows are bound. PostgreSQL gets one array per column, so that the text of a statement
+//! does not depend on the number of rows: it is parsed and planned once per connection, not for
+//! every batch with its thousands of parameters. SQLite has no arrays and gets every value as its
+//! own parameter, in statements of three lengths, which are also prepared once. May not know the
+//! tables.
 
 use litestripe_contract::signal::Timestamp;
 use sea_orm::{
@@ -11,17 +12,18 @@ use sea_orm::{
 };
 use time::OffsetDateTime;
 
-/// How many rows SQLite gets at a time: as many of the first as there are, then of the next.
+/// How many rows SQLite gets in one statement: as often as possible the first number, then the
+/// next.
 const SQLITE_ROWS: [usize; 3] = [64, 8, 1];
 
 /// The parts of an insert that differ between tables.
 pub(super) struct Insert<'a> {
     /// The table and its columns.
     pub into: &'static str,
-    /// What PostgreSQL selects, by column: `UNNEST($1::text[]), …`. A [`Cell::Time`] comes in seconds since the
-    /// Unix epoch: `to_timestamp(UNNEST($2::bigint[]))`.
+    /// PostgreSQL's select list, by column: `UNNEST($1::text[]), …`. A [`Cell::Time`] is bound in
+    /// seconds since the Unix epoch: `to_timestamp(UNNEST($2::bigint[]))`.
     pub select: &'static str,
-    /// What follows the rows, such as `ON CONFLICT …`.
+    /// The SQL after the rows, such as `ON CONFLICT …`.
     pub then: &'a str,
 }
 
@@ -69,7 +71,7 @@ impl From<Cell> for Value {
     }
 }
 
-/// Inserts `rows`, whose cells are in the order of the columns. Returns what the statement returns.
+/// Inserts `rows`, with their cells in the order of the columns. Returns the rows of a `RETURNING`.
 pub(super) async fn insert<const N: usize>(
     tx: &DatabaseTransaction,
     Insert { into, select, then }: Insert<'_>,
@@ -111,7 +113,7 @@ pub(super) async fn insert<const N: usize>(
     Ok(returned)
 }
 
-/// An array of each column's cells.
+/// Returns an array for each column.
 fn arrays<const N: usize>(rows: impl Iterator<Item = [Cell; N]>) -> Vec<Value> {
     let mut columns = [const { Vec::new() }; N];
     for row in rows {
@@ -133,7 +135,8 @@ fn array(column: Vec<Cell>) -> Value {
     }
 }
 
-/// An array in PostgreSQL's own notation ("Array Input and Output Syntax"): sea-orm binds no array that holds nulls.
+/// Writes an array in PostgreSQL's own notation ("Array Input and Output Syntax"), because sea-orm
+/// cannot bind an array with nulls.
 fn literal(column: &[Cell]) -> String {
     let mut literal = String::from("{");
     for cell in column {

@@ -1,6 +1,6 @@
 //! `stripe_subscription`: load merge states, save rows.
 //!
-//! Invariant: a row is written only over the `version` that was read.
+//! Invariant: a row is overwritten only if it still has the `version` that was read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,7 +24,7 @@ const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 const NEWEST_ERASURE: &str = "newest_erasure";
 
-/// The columns with an index of their own.
+/// The columns with their own index.
 const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
 
 const INSERT: Insert<'_> = Insert {
@@ -52,7 +52,7 @@ const CONFLICT: &str = "ON CONFLICT (stripe_subscription_id) DO UPDATE SET ";
 const OVERWRITE_INDEXED: &str = "stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, ";
 
-/// Overwrites the others, but only of the version that was read.
+/// Overwrites the other columns, if the row still has the version that was read.
 const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, status = excluded.status, \
     created = excluded.created, start_date = excluded.start_date, cancel_at = excluded.cancel_at, \
     canceled_at = excluded.canceled_at, cancel_at_period_end = excluded.cancel_at_period_end, \
@@ -65,7 +65,7 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
     dt_last_updated = excluded.dt_last_updated \
     WHERE stripe_subscription.version = excluded.version - 1 RETURNING stripe_subscription_id";
 
-/// The modes that rows are of: `livemode`, each value once.
+/// Returns the values of `livemode` that rows have, each once.
 pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> {
     let modes = Entity::find()
         .select_only()
@@ -74,21 +74,22 @@ pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> 
         .into_tuple()
         .all(db)
         .await;
-    modes.map_err(StoreError::doing("look at the subscriptions' mode"))
+    modes.map_err(StoreError::doing("read the subscriptions' modes"))
 }
 
-/// What a batch finds.
+/// The result of a batch's first statement.
 #[derive(Debug, Default)]
 pub struct Found {
     /// The rows that exist, by key.
     pub rows: HashMap<String, Stored>,
-    /// When the replay was started that rows may be waiting for, those that do not exist yet among them.
+    /// The start of an unfinished replay, which may still have to rebuild rows, also rows that do
+    /// not exist yet.
     pub rebuilding: Option<OffsetDateTime>,
-    /// Whether an erasure was recorded that the process does not know.
+    /// Whether there are erasures that the process has not read yet.
     pub has_new_erasures: bool,
 }
 
-/// The rows that exist among `ids`.
+/// Returns the rows of `ids` that exist.
 pub async fn load<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
@@ -103,8 +104,9 @@ pub async fn load<C: ConnectionTrait>(
         .rows)
 }
 
-/// What a batch has to know, as the first statement of its transaction: the rows that exist among `ids`,
-/// whether a replay is rebuilding others, and whether an erasure is newer than the sequence `erasures`.
+/// Reads what a batch needs, as the first statement of its transaction: the rows of `ids` that
+/// exist, whether a replay is rebuilding others, and whether an erasure is newer than the sequence
+/// `erasures`.
 pub async fn find(
     tx: &DatabaseTransaction,
     ids: &[&str],
@@ -126,8 +128,9 @@ pub async fn find(
 }
 
 fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
-    // One statement: nearly always no replay runs, and a batch shall not pay for asking. It begins with a row of
-    // its own, because none of the others need exist.
+    // One statement, because nearly always no replay runs, and a second statement would slow every
+    // batch down. It selects from one constant row, because neither replays nor subscriptions need
+    // exist.
     let mut query = Query::select();
     query.from_subquery(
         Query::select().expr_as(Expr::cust("1"), "one").take(),
@@ -186,7 +189,8 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
     Ok(Some((id, stored)))
 }
 
-/// Locks the rows `ids` for this transaction. On SQLite every transaction has the one write lock.
+/// Locks the rows `ids` for this transaction. Does nothing on SQLite, where every transaction holds
+/// the one write lock.
 pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreError> {
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());
@@ -203,7 +207,7 @@ pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreErr
         .map_err(StoreError::doing("lock subscriptions"))
 }
 
-/// Which of `ids` have a row.
+/// Returns those of `ids` that have a row.
 pub async fn existing<C: ConnectionTrait>(
     db: &C,
     ids: &[String],
@@ -215,10 +219,10 @@ pub async fn existing<C: ConnectionTrait>(
     ));
     let ids: Result<Vec<String>, _> = rows.into_tuple().all(db).await;
     ids.map(HashSet::from_iter)
-        .map_err(StoreError::doing("look for subscriptions"))
+        .map_err(StoreError::doing("find subscriptions"))
 }
 
-/// Up to `limit` keys after `after`, in their order.
+/// Returns up to `limit` keys after `after`, in their order.
 pub async fn keys_after<C: ConnectionTrait>(
     db: &C,
     after: &str,
@@ -234,7 +238,7 @@ pub async fn keys_after<C: ConnectionTrait>(
         .map_err(StoreError::doing("list subscriptions"))
 }
 
-/// Up to `limit` keys after `after`, in their order, of rows that owe a signal.
+/// Returns up to `limit` keys after `after`, in their order, of rows with an unsent signal.
 pub async fn unsent<C: ConnectionTrait>(
     db: &C,
     after: &str,
@@ -249,21 +253,19 @@ pub async fn unsent<C: ConnectionTrait>(
         .into_tuple()
         .all(db)
         .await;
-    rows.map_err(StoreError::doing(
-        "look for subscriptions that owe a signal",
-    ))
+    rows.map_err(StoreError::doing("find subscriptions with unsent signals"))
 }
 
-/// How many rows owe a signal.
+/// Counts the rows with an unsent signal.
 pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let owing = Entity::find()
+    let unsent = Entity::find()
         .filter(Column::LastSent.is_not_null())
         .count(db)
         .await;
-    owing.map_err(StoreError::doing("count subscriptions that owe a signal"))
+    unsent.map_err(StoreError::doing("count subscriptions with unsent signals"))
 }
 
-/// How many rows there are.
+/// Counts all rows.
 pub async fn count<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     Entity::find()
         .count(db)
@@ -277,8 +279,8 @@ fn keys() -> Select<Entity> {
         .column(Column::StripeSubscriptionId)
 }
 
-/// The ids of the subscriptions, and of their Checkout Sessions, that are of any of `ids`: customers,
-/// subscriptions or Checkout Sessions.
+/// Returns the ids of the subscriptions that have one of `ids` (as customer, subscription or
+/// Checkout Session), and of their Checkout Sessions.
 pub async fn related_ids<C: ConnectionTrait>(
     db: &C,
     ids: &[&str],
@@ -297,7 +299,7 @@ pub async fn related_ids<C: ConnectionTrait>(
         .into_tuple()
         .all(db)
         .await;
-    let rows = rows.map_err(StoreError::doing("look for a customer's subscriptions"))?;
+    let rows = rows.map_err(StoreError::doing("find a customer's subscriptions"))?;
     Ok(rows
         .into_iter()
         .flat_map(|(subscription, session)| [Some(subscription), session])
@@ -305,7 +307,7 @@ pub async fn related_ids<C: ConnectionTrait>(
         .collect())
 }
 
-/// A subscription that has not ended, other than `id`, and belongs to this user in that mode.
+/// Returns a subscription of this user in this mode that has not ended and is not `id`.
 pub async fn find_other_of_user<C: ConnectionTrait>(
     db: &C,
     user: ClientReferenceId<'_>,
@@ -326,12 +328,12 @@ pub async fn find_other_of_user<C: ConnectionTrait>(
         .into_tuple()
         .one(db)
         .await
-        .map_err(StoreError::doing("look for the user's subscriptions"))
+        .map_err(StoreError::doing("find the user's subscriptions"))
 }
 
-/// Writes `rows`, in the order of their keys: two writers that take locks in different orders
-/// deadlock. Returns the keys that were written: the others were written by another worker since
-/// they were read.
+/// Writes `rows`, which are in the order of their keys: two writers that take locks in different
+/// orders deadlock. Returns the keys that were written. Another worker has written the other rows
+/// since they were read.
 pub async fn save(
     tx: &DatabaseTransaction,
     rows: Vec<Row>,
@@ -339,8 +341,8 @@ pub async fn save(
 ) -> Result<HashSet<String>, StoreError> {
     debug_assert!(rows.is_sorted_by(|a, b| a.stripe_subscription_id < b.stripe_subscription_id));
     let doing = StoreError::doing(SAVE);
-    // SQLite writes the index entries of every assigned column anew, a page for each, though they stay what
-    // they were. PostgreSQL compares.
+    // SQLite rewrites the index entries of every assigned column, a page for each, even if they do
+    // not change. PostgreSQL compares first.
     let (indexed, others) = match tx.get_database_backend() {
         DbBackend::Sqlite => by_index_entries(tx, rows).await.map_err(&doing)?,
         _ => (rows, Vec::new()),
@@ -370,7 +372,7 @@ pub async fn save(
     Ok(written)
 }
 
-/// Those of `rows` whose index entries change, and those that are new or keep them.
+/// Splits `rows` into those with changed index entries, and those that are new or keep them.
 async fn by_index_entries(
     tx: &DatabaseTransaction,
     rows: Vec<Row>,
@@ -388,7 +390,7 @@ async fn by_index_entries(
     let mut entries = HashMap::new();
     for row in tx.query_all(&query).await? {
         let id: String = row.try_get("", "stripe_subscription_id")?;
-        // What a person put there may be no text.
+        // A person may have written a value that is not text.
         let entry = |column: Column| row.try_get::<Option<String>>("", column.as_str()).ok();
         entries.insert(id, INDEXED.map(entry));
     }

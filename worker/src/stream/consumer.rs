@@ -1,11 +1,11 @@
-//! The durable consumer all workers share.
+//! The durable consumer that all workers share, and the consumer of a replay.
 //!
-//! Owns fetching and what becomes of a message: the only file that names `AckKind`. May not know
-//! what is in a message.
+//! Owns fetching and acking messages: the only file that names `AckKind`. May not know what is in a
+//! message.
 //!
-//! A message is acked only after its event was committed. One that is not acked within `ACK_WAIT`
-//! is delivered again, as often as it takes: there is no last delivery. Everything fails when the broker
-//! is away or the stream is missing.
+//! A message is acked only after its event is committed. One that is not acked within `ACK_WAIT` is
+//! redelivered, without a limit. Every function fails if the broker is unreachable or the stream is
+//! missing.
 
 use std::time::Duration;
 
@@ -24,35 +24,37 @@ use tracing::{debug, info};
 use super::progress::{self, Progress, ProgressError};
 use super::pull::Pull;
 
-/// After which a message that was not acked is delivered again.
+/// The time after which a message that was not acked is redelivered.
 const ACK_WAIT: Duration = Duration::from_secs(60);
 
-/// Deliveries in flight over all workers, at most. Bounds what the server remembers.
+/// Messages in flight over all workers, at most. Bounds the server's memory for them.
 const ACK_PENDING_MAX: i64 = 20_000;
 
-/// The same of a replay: who runs it again after a crash waits this long for what was in flight.
+/// `ACK_WAIT` of a replay. Shorter, because an operator who runs it again after a crash waits this
+/// long for the messages that were in flight.
 const REPLAY_ACK_WAIT: Duration = Duration::from_secs(20);
 
-/// How long the position of a replay is kept that nobody works at.
+/// How long the server keeps the position of a replay that no process runs.
 const REPLAY_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// How soon a message that is handed back is delivered again: at once, but not in a hot loop.
+/// How soon a message that was handed back is redelivered. Short, but long enough to prevent a hot
+/// loop.
 const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
 
-/// How long a worker that ends waits for messages that are on their way to it: until all that it asked for
-/// have come, or none for so long, or those that come one by one are not worth it.
+/// A worker that shuts down waits for the messages that it has requested until all have arrived,
+/// until none has arrived for `CLOSE_QUIET`, or for `CLOSE_MAX` altogether.
 const CLOSE_QUIET: Duration = Duration::from_millis(200);
 const CLOSE_MAX: Duration = Duration::from_secs(1);
 
 /// How long it waits for the server's answer before that.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+const CLOSE_ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The consumer could not be opened. Whoever waits for the broker tries again.
+/// The consumer could not be opened. Callers retry.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open consumer {WORKER_CONSUMER} on {EVENTS_STREAM}")]
 pub(crate) struct OpenError(#[source] ConsumerError);
 
-/// Messages of the durable consumer, as they come.
+/// Messages of a durable consumer, as they arrive.
 pub struct Batches {
     consumer: Consumer<Config>,
     pull: Pull,
@@ -60,8 +62,8 @@ pub struct Batches {
     batch: usize,
 }
 
-/// Opens the durable consumer, creating it if it is missing: it then delivers everything that the
-/// stream holds, which is harmless because merging is idempotent.
+/// Opens the workers' durable consumer. Creates it if it is missing: it then delivers everything
+/// that the stream holds, which is harmless because merging is idempotent.
 pub(crate) async fn open(
     jetstream: &jetstream::Context,
     batch: usize,
@@ -72,14 +74,14 @@ pub(crate) async fn open(
         .map_err(OpenError)
 }
 
-/// A consumer beside the workers', for events that are applied again.
+/// The durable consumer of a replay, separate from the workers' consumer.
 #[derive(Debug, Clone)]
 pub(crate) struct ReplayConsumer {
-    /// Its name: whoever opens it under the same name goes on at its position.
+    /// Opening an existing consumer of this name resumes from its position.
     pub name: String,
-    /// Where it begins, when it is new.
+    /// Where a new consumer begins.
     pub first_sequence: u64,
-    /// The subjects it delivers; none for all.
+    /// The subjects to deliver; empty for all.
     pub subjects: Vec<String>,
 }
 
@@ -108,8 +110,9 @@ impl ReplayConsumer {
         progress::find(jetstream, &self.name).await
     }
 
-    /// The first event that the stream holds, and the last one up to which all are applied again: none
-    /// while the consumer does not exist.
+    /// Returns the sequence of the first event that the stream holds, and the sequence up to which
+    /// all events are reapplied. While the consumer does not exist, that is the one before its
+    /// first.
     pub(crate) async fn floor(
         &self,
         jetstream: &jetstream::Context,
@@ -130,7 +133,8 @@ impl ReplayConsumer {
     }
 }
 
-/// The sequence of the first event that was stored at `time` or later; one past the last if none was.
+/// Returns the sequence of the first event that was stored at `time` or later, or one past the last
+/// event if there is none.
 pub(crate) async fn sequence_at(
     jetstream: &jetstream::Context,
     time: OffsetDateTime,
@@ -146,11 +150,11 @@ pub(crate) async fn sequence_at(
     };
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     let consumer = stream.create_consumer(config).await?;
-    // Of a consumer that delivered nothing yet, this is where it stands.
+    // A consumer that has not delivered anything yet reports the position before its first message.
     Ok(consumer.cached_info().delivered.stream_sequence + 1)
 }
 
-/// A consumer cannot be used. Whoever waits for the broker tries again.
+/// A consumer cannot be used. Callers retry, unless it is a refusal.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConsumerError {
     #[error("cannot find {EVENTS_STREAM}")]
@@ -162,7 +166,7 @@ pub(crate) enum ConsumerError {
 }
 
 impl ConsumerError {
-    /// Whether the broker has understood what is asked for and will not do it, however often it is asked.
+    /// Whether the broker has refused the request itself, so that a retry cannot succeed.
     pub(crate) fn is_refusal(&self) -> bool {
         let Self::Consumer(error) = self else {
             return false;
@@ -183,7 +187,7 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
         ack_wait: ACK_WAIT,
         max_deliver: -1,
         max_ack_pending: ACK_PENDING_MAX,
-        // As many as the stream has, whatever LITESTRIPE_STREAM_REPLICAS says by now.
+        // 0 means as many as the stream has: LITESTRIPE_STREAM_REPLICAS may have changed since.
         num_replicas: 0,
         ..Config::default()
     }
@@ -206,21 +210,22 @@ impl Batches {
         })
     }
 
-    /// The messages that are there, at least one. None when the consumer is gone and must be opened
-    /// again.
+    /// Waits for messages and returns those that have arrived, at least one. Returns `None` if the
+    /// consumer does not exist any more and must be opened again.
     ///
-    /// Cancel safety: a cancelled wait loses no message.
+    /// # Cancel safety
+    /// A cancelled wait loses no message.
     pub async fn next(&mut self) -> Option<Batch> {
         self.next_at_most(self.batch).await
     }
 
-    /// The same, but not more than `limit` messages.
+    /// Like [`Batches::next`], but returns at most `limit` messages.
     pub async fn next_at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
-            if self.pull.is_doubted && self.is_gone().await {
+            if self.pull.needs_check && self.is_gone().await {
                 return None;
             }
-            self.pull.is_doubted = false;
+            self.pull.needs_check = false;
             let messages = self.pull.next(limit).await?;
             if !messages.is_empty() {
                 return Some(Batch { messages });
@@ -228,27 +233,29 @@ impl Batches {
         }
     }
 
-    /// Whether the server says that there is no such consumer or stream. An election, in which nobody
-    /// answers, is waited out.
+    /// Whether the server answers that the consumer or the stream does not exist. Without an
+    /// answer, as during an election, it counts as existing.
     async fn is_gone(&self) -> bool {
         let Err(error) = self.consumer.get_info().await else {
             return false;
         };
-        debug!("looking for the consumer: {error}");
+        debug!("cannot read the consumer's info: {error}");
         matches!(
             error.kind(),
             ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound
         )
     }
 
-    /// Hands back what was fetched ahead or is on its way, so that others need not wait for `ACK_WAIT`.
+    /// Hands back the messages that were fetched ahead or are in flight, so that other workers need
+    /// not wait for `ACK_WAIT`.
     pub async fn close(mut self) {
-        // Its answer comes behind what the server has sent, but for what another of its threads still has.
-        let _ = tokio::time::timeout(CLOSE_PATIENCE, self.consumer.get_info()).await;
+        // The answer arrives after the messages that the server has sent, except for those that
+        // another thread of the server is still sending.
+        let _ = tokio::time::timeout(CLOSE_ANSWER_TIMEOUT, self.consumer.get_info()).await;
         let end = Instant::now() + CLOSE_MAX;
         let mut handed_back = 0;
         while let Ok(Some(messages)) =
-            tokio::time::timeout_at(end, self.pull.rest(CLOSE_QUIET)).await
+            tokio::time::timeout_at(end, self.pull.remaining(CLOSE_QUIET)).await
         {
             let batch = Batch { messages };
             batch.hand_back().await;
@@ -268,7 +275,7 @@ pub struct Batch {
     messages: Vec<Message>,
 }
 
-/// A message, as far as the rest of the worker may know it.
+/// The parts of a message that the rest of the worker may know.
 pub struct Delivery<'a> {
     pub payload: &'a [u8],
     message: &'a Message,
@@ -282,7 +289,7 @@ impl Delivery<'_> {
             .map(|value| value.as_str().to_owned())
     }
 
-    /// Its sequence in the stream; 0 for a message that has none, which the server never sends.
+    /// The stream sequence; 0 for a message without one, which the server never sends.
     pub fn stream_sequence(&self) -> u64 {
         self.message.info().map_or(0, |info| info.stream_sequence)
     }
@@ -311,9 +318,9 @@ impl Batch {
             .unwrap_or(0)
     }
 
-    /// Says that all events but those at `except` are applied.
+    /// Acks all messages except those with the indexes `except`.
     ///
-    /// An ack that gets lost only leads to another delivery, so it is not waited for.
+    /// Does not wait for the server's confirmation: a lost ack only leads to a redelivery.
     pub async fn ack_except(&self, except: impl IntoIterator<Item = usize>) {
         let except: Vec<usize> = except.into_iter().collect();
         for (index, message) in self.messages.iter().enumerate() {
@@ -323,12 +330,12 @@ impl Batch {
         }
     }
 
-    /// Says that we are still at it: the server waits for another `ACK_WAIT`.
+    /// Reports the messages as in progress: the server waits for another `ACK_WAIT`.
     pub async fn keep_alive(&self) {
         self.settle_all(AckKind::Progress).await;
     }
 
-    /// Gives the messages to whichever worker asks next.
+    /// Naks the messages, so that the server delivers them to any worker.
     pub async fn hand_back(&self) {
         self.settle_all(AckKind::Nak(Some(HAND_BACK_DELAY))).await;
     }
@@ -339,7 +346,7 @@ impl Batch {
         }
     }
 
-    /// Takes out the messages at `indexes`, which are to be put aside.
+    /// Takes out the messages with these `indexes`, which become dead letters.
     pub fn take(self, indexes: &[usize]) -> Vec<Poisoned> {
         let wanted = |(index, message)| indexes.contains(&index).then_some(Poisoned { message });
         self.messages
@@ -350,7 +357,7 @@ impl Batch {
     }
 }
 
-/// A message that is never to be delivered again, once its event is a dead letter.
+/// A message whose event can never be applied. It is terminated once its dead letter is stored.
 pub struct Poisoned {
     message: Message,
 }
@@ -386,6 +393,6 @@ impl Poisoned {
 )]
 async fn settle(message: &Message, kind: AckKind) {
     if let Err(error) = message.ack_with(kind).await {
-        debug!("a message could not be settled and will be delivered again: {error}");
+        debug!("cannot settle a message, it will be redelivered: {error}");
     }
 }

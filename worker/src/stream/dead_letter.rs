@@ -1,7 +1,7 @@
 //! Events that can never be applied.
 //!
-//! Owns putting one aside with its reason. Invariant: a message is terminated only after the PubAck
-//! of its dead letter, and a poisoned event holds up nobody.
+//! Owns storing such an event as a dead letter with its reason. Invariants: a message is terminated
+//! only after the PubAck of its dead letter, and a poisoned event does not hold up any other.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,17 +20,17 @@ use tracing::{error, warn};
 use crate::metrics;
 use crate::stream::consumer::{Batch, Poisoned};
 
-/// Bytes that are on their way, at most: beyond it the next batch waits. One that is larger waits until
-/// no other is.
-const OUTSTANDING_BYTES_MAX: u32 = 16 << 20;
+/// Bytes of dead letters in flight, at most: beyond it the next batch waits. A single batch that is
+/// larger waits until no other is in flight.
+const IN_FLIGHT_BYTES_MAX: u32 = 16 << 20;
 
-/// Dead letters of one batch that are published at a time.
-const PUBLISHED_AT_A_TIME: usize = 16;
+/// Dead letters of one batch in flight, at most.
+const IN_FLIGHT: usize = 16;
 
-/// What stands for the event type of a message whose subject names none.
+/// The event type of a message if its subject does not have one.
 const UNKNOWN_TYPE: &str = "unknown";
 
-/// Puts events aside, in tasks of its own.
+/// Stores dead letters, in its own tasks.
 #[derive(Clone)]
 pub struct DeadLetters {
     jetstream: jetstream::Context,
@@ -40,7 +40,7 @@ pub struct DeadLetters {
 
 impl DeadLetters {
     pub fn new(jetstream: jetstream::Context) -> Self {
-        let room = Arc::new(Semaphore::new(OUTSTANDING_BYTES_MAX as usize));
+        let room = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX as usize));
         Self {
             jetstream,
             tasks: TaskTracker::new(),
@@ -48,50 +48,51 @@ impl DeadLetters {
         }
     }
 
-    /// Puts the messages of `batch` that `poisoned` names aside, each with its reason. One that
-    /// cannot be put aside is delivered again, and tried again then. Returns once they are on their way,
-    /// which takes a while only when there are many or large ones.
-    pub async fn put_aside(&self, batch: Batch, mut poisoned: Vec<(usize, String)>) {
+    /// Stores the `poisoned` messages of `batch` as dead letters, each with its reason. If that
+    /// fails, the message is redelivered, and storing it is retried then. Returns once the dead
+    /// letters are in flight, which takes a while only if they are many or large.
+    pub async fn store(&self, batch: Batch, mut poisoned: Vec<(usize, String)>) {
         if poisoned.is_empty() {
             return;
         }
         poisoned.sort_by_key(|(index, _)| *index);
         let (indexes, reasons): (Vec<_>, Vec<_>) = poisoned.into_iter().unzip();
-        let doomed = batch.take(&indexes);
-        let bytes = doomed.iter().map(Poisoned::bytes).sum::<usize>();
+        let messages = batch.take(&indexes);
+        let bytes = messages.iter().map(Poisoned::bytes).sum::<usize>();
         let bytes = u32::try_from(bytes)
             .unwrap_or(u32::MAX)
-            .min(OUTSTANDING_BYTES_MAX);
+            .min(IN_FLIGHT_BYTES_MAX);
         let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else {
             return;
         };
         let jetstream = self.jetstream.clone();
         self.tasks.spawn(async move {
-            let letters = doomed.into_iter().zip(reasons);
-            let put_aside =
-                |(message, reason): (Poisoned, String)| put_one_aside(&jetstream, message, reason);
+            let letters = messages.into_iter().zip(reasons);
+            let store =
+                |(message, reason): (Poisoned, String)| store_one(&jetstream, message, reason);
             futures_util::stream::iter(letters)
-                .for_each_concurrent(PUBLISHED_AT_A_TIME, put_aside)
+                .for_each_concurrent(IN_FLIGHT, store)
                 .await;
             drop(room);
         });
     }
 
+    /// Waits for the dead letters in flight.
     pub async fn finish(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-async fn put_one_aside(jetstream: &jetstream::Context, doomed: Poisoned, reason: String) {
-    let Some(sequence) = doomed.stream_sequence() else {
-        return error!("a message without a stream sequence cannot be put aside");
+async fn store_one(jetstream: &jetstream::Context, message: Poisoned, reason: String) {
+    let Some(sequence) = message.stream_sequence() else {
+        return error!("cannot store a message without a stream sequence as a dead letter");
     };
-    let event_type = subject::event_type(doomed.subject());
+    let event_type = subject::event_type(message.subject());
     let name = event_type
         .as_ref()
         .map_or(UNKNOWN_TYPE, |name| name.as_str());
-    let (body, headers) = doomed.content();
+    let (body, headers) = message.content();
     let headers = labelled(&headers, sequence, &reason);
     let subject = format!("{}{name}", subject::DEAD_LETTERS_PREFIX);
     let publish = || async {
@@ -100,11 +101,11 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Poisoned, reason:
             .await?
             .await
     };
-    let patience = ExponentialBuilder::new()
+    let backoff = ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
         .with_max_times(3)
         .with_jitter();
-    let passing = |error: &PublishError| {
+    let is_temporary = |error: &PublishError| {
         matches!(
             error.kind(),
             PublishErrorKind::TimedOut
@@ -112,11 +113,11 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Poisoned, reason:
                 | PublishErrorKind::BrokenPipe
         )
     };
-    match publish.retry(patience).when(passing).await {
+    match publish.retry(backoff).when(is_temporary).await {
         Ok(ack) if ack.duplicate && !is_stored(jetstream, ack.sequence, &body).await => warn!(
             stream_sequence = sequence,
-            "event {sequence} cannot be put aside yet: the dead letter of another event {sequence}, of before STRIPE_EVENTS \
-             was made anew, is in the duplicate window"
+            "cannot store event {sequence} as a dead letter yet: the duplicate window holds the dead letter of another \
+             event {sequence}, from before STRIPE_EVENTS was recreated"
         ),
         Ok(_) => {
             metrics::dead_letter();
@@ -126,18 +127,18 @@ async fn put_one_aside(jetstream: &jetstream::Context, doomed: Poisoned, reason:
                 reason,
                 "event {sequence} is now a dead letter: {reason}"
             );
-            doomed.terminate().await;
+            message.terminate().await;
         }
         Err(error) => error!(
             stream_sequence = sequence,
-            "event {sequence} cannot be put aside and will be tried again: {}",
+            "cannot store event {sequence} as a dead letter, will retry: {}",
             exit::chain(&error)
         ),
     }
 }
 
-/// Whether the dead letter at `sequence` is of this event. A duplicate is as a rule, after a PubAck or
-/// a termination that was lost.
+/// Whether the dead letter at `sequence` has this event's body. A duplicate usually does: its
+/// PubAck or the message's termination was lost.
 async fn is_stored(jetstream: &jetstream::Context, sequence: u64, body: &[u8]) -> bool {
     let Ok(stream) = jetstream.get_stream_no_info(DEAD_LETTERS_STREAM).await else {
         return false;
@@ -148,8 +149,9 @@ async fn is_stored(jetstream: &jetstream::Context, sequence: u64, body: &[u8]) -
         .is_ok_and(|letter| letter.payload == body)
 }
 
-/// The event's own headers and what a dead letter adds to them. JetStream's own spoke of the stream
-/// the event was in: `Nats-Expected-Stream` would keep it out of any other.
+/// Returns the event's headers and those that a dead letter adds. Leaves out JetStream's own, which
+/// are about the stream that the event was in: `Nats-Expected-Stream` would keep it out of any
+/// other.
 fn labelled(stored: &HeaderMap, sequence: u64, reason: &str) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, values) in stored.iter() {
@@ -162,7 +164,7 @@ fn labelled(stored: &HeaderMap, sequence: u64, reason: &str) -> HeaderMap {
     }
     headers.insert(header::MESSAGE_ID, format!("dead:{sequence}"));
     headers.insert(header::STREAM_SEQUENCE, sequence.to_string());
-    // A header is one line of printable text.
+    // A header must be one line of printable text.
     let reason: String = reason
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })

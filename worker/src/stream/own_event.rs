@@ -2,8 +2,8 @@
 //!
 //! Owns their shape and how they are stored. Everything that changes a row enters through the
 //! stream, so that a replay restores it: snapshots fetched from Stripe's API and operators'
-//! resolutions of orphans come in here and then take the way of every other event. Whatever stores one
-//! returns its sequence in the stream.
+//! resolutions of orphans are stored here and then applied like every other event. Functions that
+//! store an event return its sequence in the stream.
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
 
-/// An event of ours, in the shape of Stripe's.
+/// An event of a worker, in the shape of Stripe's events.
 #[derive(Serialize)]
 struct OwnEvent<'a> {
     id: EventId,
@@ -33,38 +33,38 @@ struct Data<'a> {
     object: &'a RawValue,
 }
 
-/// Where an object belongs.
+/// The mode and account of an object.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scope<'a> {
     pub livemode: bool,
-    /// The connected account it belongs to.
+    /// The connected account that the object belongs to, if any.
     pub account: Option<AccountId<'a>>,
 }
 
-/// What an operator says of an orphan, with what its row needs where a replay meets the resolution
-/// before the payment.
+/// An operator's resolution of an orphan, with the values that its row needs if a replay applies
+/// the resolution before the payment.
 #[derive(Debug, Serialize)]
 pub(crate) struct Resolution<'a> {
     pub orphan_id: &'a str,
     pub client_reference_id: &'a str,
     #[serde(flatten)]
     pub payment: PaymentIds,
-    /// Why it was an orphan.
+    /// The orphan's reason.
     pub reason: &'a str,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OwnEventError {
-    /// JetStream did not store it, or did not say so.
+    /// JetStream did not store the event, or its confirmation is missing.
     #[error("cannot store {0} in STRIPE_EVENTS")]
     Publish(EventId, #[source] PublishError),
-    /// What was fetched is no JSON, or its id is no id.
+    /// The fetched object is not valid JSON, or its id is not a valid id.
     #[error("cannot make an event of {0}")]
     Content(String),
 }
 
-/// Stores `object`, a subscription or a Checkout Session as Stripe's API returned it, as what it
-/// was at `as_of`.
+/// Stores `object`, a subscription or a Checkout Session as Stripe's API returned it, as the state
+/// of the second `as_of`.
 pub(crate) async fn publish_snapshot(
     jetstream: &jetstream::Context,
     id: &str,
@@ -76,8 +76,8 @@ pub(crate) async fn publish_snapshot(
     event.store(jetstream, "snapshot", event.id.as_str()).await
 }
 
-/// The body under which [`publish_snapshot`] stores `object`: what it would lead to can be seen
-/// without storing it.
+/// Returns the body that [`publish_snapshot`] stores for `object`, so that its effect can be
+/// computed without storing it.
 pub(crate) fn snapshot(
     id: &str,
     object: &RawValue,
@@ -117,8 +117,8 @@ pub(crate) async fn publish_resolution(
         .await
 }
 
-/// Stores a resolution that was made at `created` once more, `now`: it is the same event, and yet no
-/// repetition that JetStream is to drop.
+/// Stores a resolution that was made at `created` once more, at `now`: the same event with another
+/// message id, so that JetStream does not drop it as a duplicate.
 pub(crate) async fn repeat_resolution(
     jetstream: &jetstream::Context,
     resolution: &Resolution<'_>,
@@ -144,7 +144,7 @@ impl Resolution<'_> {
         created: i64,
         scope: Scope<'a>,
     ) -> Result<OwnEvent<'a>, OwnEventError> {
-        // Two operators may decide differently in one second: only the same decision is the same event.
+        // The user is part of the id, because two operators may decide differently in one second.
         let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
         let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
         let id = format!(
@@ -190,14 +190,14 @@ impl<'a> OwnEvent<'a> {
         headers.insert(header::MESSAGE_ID, message_id);
         headers.insert(header::SOURCE, source);
         let subject = subject::for_event_type(
-            &EventType::parse(self.event_type).expect("our own types are types"),
+            &EventType::parse(self.event_type).expect("our own types are valid"),
         );
         let failed = |error| OwnEventError::Publish(self.id.clone(), error);
         let ack = jetstream
             .publish_with_headers(subject, headers, self.body()?.into())
             .await
             .map_err(failed)?;
-        // Of a duplicate it is the sequence of the first.
+        // For a duplicate this is the sequence of the first message.
         ack.await.map(|ack| ack.sequence).map_err(failed)
     }
 }

@@ -1,5 +1,7 @@
-//! How far the workers have applied the event stream: the one answer, from one formula. Fails when the broker
-//! is away or the stream is missing.
+//! How far the workers have applied the event stream.
+//!
+//! Owns the one formula for it, which all other code uses. Every function fails if the broker is
+//! unreachable or the stream is missing.
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
@@ -9,18 +11,18 @@ use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use time::OffsetDateTime;
 
-/// The broker does not say how far the events are applied.
+/// The broker did not answer how far the events are applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgressError {
-    #[error("cannot see how far the events are applied")]
+    #[error("cannot read how far the events are applied")]
     Stream(#[from] GetStreamError),
-    #[error("cannot see how far the events are applied")]
+    #[error("cannot read how far the events are applied")]
     Consumer(#[from] ConsumerInfoError),
-    #[error("cannot see which event is the next to be applied")]
+    #[error("cannot read the next event to be applied")]
     Message(#[from] RawMessageError),
 }
 
-/// How far a consumer has come, as its info says.
+/// A consumer's position, from its info.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Progress {
     /// Everything up to this sequence is acked.
@@ -31,7 +33,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Everything up to this sequence is applied, and perhaps more.
+    /// Returns the sequence up to which everything is applied. More may be applied.
     pub(crate) fn floor(&self) -> u64 {
         if self.unacked == 0 {
             self.delivered
@@ -40,15 +42,15 @@ impl Progress {
         }
     }
 
-    /// Whether everything is applied that the consumer knows of: surely what was stored before the consumer
-    /// was created, but perhaps not the newest message. The server stores a message and answers the publisher
-    /// before the stream's consumers hear of it.
+    /// Whether every message that the consumer knows of is applied. That includes all messages
+    /// stored before the consumer was created, but perhaps not the newest: the server stores a
+    /// message and answers its publisher before it informs the stream's consumers.
     fn is_idle(&self) -> bool {
         (self.unacked, self.pending) == (0, 0)
     }
 
-    /// Up to this sequence everything is applied again. For a consumer that is younger than the messages that
-    /// it is there for.
+    /// Returns the sequence up to which everything is reapplied. Only right for a consumer that was
+    /// created after the messages that it is for, as that of a replay.
     pub(crate) fn reapplied_until(&self) -> u64 {
         if self.is_idle() {
             u64::MAX
@@ -69,8 +71,8 @@ impl From<&Info> for Progress {
     }
 }
 
-/// Up to this sequence the workers have applied every event that the stream holds; `u64::MAX` if nothing
-/// is left to apply. None when no worker was ever there.
+/// Returns the sequence up to which the workers have applied every event that the stream holds;
+/// `u64::MAX` if nothing is left to apply. Returns `None` if no worker has ever run.
 pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>, ProgressError> {
     let Some(progress) = find(jetstream, WORKER_CONSUMER).await? else {
         return Ok(None);
@@ -78,14 +80,14 @@ pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>
     if !progress.is_idle() {
         return Ok(Some(progress.floor()));
     }
-    // What comes next may be a message that the consumer has not heard of yet.
+    // The consumer may not know of the newest message yet, so ask the stream.
     let next = first_from(jetstream, progress.floor().saturating_add(1)).await?;
     Ok(Some(
         next.map_or(u64::MAX, |next| next.sequence.saturating_sub(1)),
     ))
 }
 
-/// How far the consumer `name` has come. None when it does not exist.
+/// Returns the position of the consumer `name`, or `None` if the consumer does not exist.
 pub(crate) async fn find(
     jetstream: &jetstream::Context,
     name: &str,
@@ -120,7 +122,7 @@ pub(crate) async fn has_applied_all_before(
     Ok(oldest.is_none_or(|oldest| oldest.time > end))
 }
 
-/// The first event that the stream holds from `sequence` on.
+/// Returns the first event that the stream holds at or after `sequence`.
 async fn first_from(
     jetstream: &jetstream::Context,
     sequence: u64,
@@ -141,17 +143,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_delivered_is_applied_once_nothing_of_it_is_unacked() {
+    fn all_delivered_messages_are_applied_if_none_is_unacked() {
         let progress = |unacked, pending| Progress {
             ack_floor: 3,
             delivered: 9,
             pending,
             unacked,
         };
-        let said = |progress: Progress| (progress.floor(), progress.reapplied_until());
-        assert_eq!(said(progress(2, 5)), (3, 3));
-        assert_eq!(said(progress(2, 0)), (3, 3));
-        assert_eq!(said(progress(0, 5)), (9, 9));
-        assert_eq!(said(progress(0, 0)), (9, u64::MAX));
+        let ends = |progress: Progress| (progress.floor(), progress.reapplied_until());
+        assert_eq!(ends(progress(2, 5)), (3, 3));
+        assert_eq!(ends(progress(2, 0)), (3, 3));
+        assert_eq!(ends(progress(0, 5)), (9, 9));
+        assert_eq!(ends(progress(0, 0)), (9, u64::MAX));
     }
 }

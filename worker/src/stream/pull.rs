@@ -1,10 +1,11 @@
-//! Messages of a pull consumer, asked for as they are used up.
+//! Messages of a pull consumer, requested as they are used up.
 //!
-//! Owns what was asked for and has not come. async-nats has a stream that does this, but it cannot be told to
-//! stop asking: under load, whoever ends could not hand back all that is on its way.
+//! Owns the pull requests and the count of messages that are still outstanding. async-nats has a
+//! stream that does this, but it cannot stop requesting: under load, a worker that shuts down could
+//! not hand back all messages in flight.
 //!
-//! Requests, and the statuses that answer them: ADR-13 of the NATS architecture and design documents, "Pull
-//! Subscribe internals".
+//! Requests, and the statuses that answer them: ADR-13 of the NATS architecture and design
+//! documents, "Pull Subscribe internals".
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,22 +18,22 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-/// Bytes of one request, at most: bounds memory when bodies are large. A message that is larger than this
-/// would never be delivered, so a server that takes larger ones raises it.
+/// Bytes of one request, at most: bounds memory when bodies are large. It is raised if the server
+/// accepts larger messages, because a message over the limit would never be delivered.
 const BYTES_MAX: usize = 8 << 20;
 
-/// How long a request stays open, and how often the server shows that it still has it.
+/// How long a request stays open, and how often the server sends a heartbeat for it.
 const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// After which a server that shows nothing has forgotten the request.
+/// The time without a heartbeat after which the server has lost the request.
 const SILENCE_MAX: Duration = HEARTBEAT.saturating_mul(2);
 
-/// How often it is looked whether the client has another connection: its server knows of no request.
-const LOOK: Duration = Duration::from_millis(250);
+/// How often the client is checked for a new connection: requests of the old one are lost.
+const CONNECTION_CHECK: Duration = Duration::from_millis(250);
 
-/// How long nothing is asked for after a request that came to nothing.
-const PAUSE: Duration = Duration::from_millis(250);
+/// The pause after a failed request.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 pub(super) struct Pull {
     consumer: Consumer<pull::Config>,
@@ -42,22 +43,22 @@ pub(super) struct Pull {
     subscriber: Subscriber,
     /// Messages of one request, at most.
     batch: usize,
-    /// Messages that were asked for and have not come.
-    open: usize,
-    /// When the server last sent anything, or was last asked.
-    heard: Instant,
-    /// Nothing is asked for until then.
+    /// Messages that were requested and have not arrived.
+    outstanding: usize,
+    /// When the server last sent anything, or was last sent a request.
+    last_activity: Instant,
+    /// No request is sent before this.
     paused_until: Instant,
-    /// Which of the client's connections was asked.
+    /// The number of the client's connection that the requests were sent on.
     connection: u64,
-    /// Whether it was told that requests are refused.
+    /// Whether the refusal of requests was logged.
     is_refused: bool,
-    /// Whether a request came to nothing, so that the consumer should be looked for.
-    pub(super) is_doubted: bool,
+    /// Whether a request failed, so that the caller should check whether the consumer exists.
+    pub(super) needs_check: bool,
 }
 
 impl Pull {
-    /// Messages of `consumer`: `batch` at a time are asked for when half as many are on their way.
+    /// Creates a `Pull` that requests `batch` messages when at most half as many are outstanding.
     pub(super) async fn new(
         consumer: Consumer<pull::Config>,
         jetstream: jetstream::Context,
@@ -75,38 +76,37 @@ impl Pull {
             inbox,
             subscriber,
             batch,
-            open: 0,
-            heard: now,
+            outstanding: 0,
+            last_activity: now,
             paused_until: now,
             connection,
             is_refused: false,
-            is_doubted: false,
+            needs_check: false,
         })
     }
 
-    /// The messages that are there, up to `limit`: none when the consumer has become doubtful. None when the
-    /// client was closed.
+    /// Waits for messages and returns those that have arrived, up to `limit`. Returns an empty list
+    /// if the consumer needs a check, and `None` if the client was closed.
     ///
     /// # Cancel safety
     /// A cancelled wait loses no message.
     pub(super) async fn next(&mut self, limit: usize) -> Option<Vec<Message>> {
         loop {
-            self.ask();
-            let silent = self.heard + SILENCE_MAX;
-            match tokio::time::timeout_at(silent.min(Instant::now() + LOOK), self.arrived(limit))
-                .await
-            {
-                Ok(arrived) => {
-                    let messages = self.sorted(arrived?);
-                    // Whoever gets these may be busy with them for a while.
-                    self.ask();
-                    if !messages.is_empty() || self.is_doubted {
+            self.request_more();
+            let deadline = self.last_activity + SILENCE_MAX;
+            let check = Instant::now() + CONNECTION_CHECK;
+            match tokio::time::timeout_at(deadline.min(check), self.receive(limit)).await {
+                Ok(received) => {
+                    let messages = self.take_messages(received?);
+                    // The caller may be busy with these messages for a while.
+                    self.request_more();
+                    if !messages.is_empty() || self.needs_check {
                         return Some(messages);
                     }
                 }
-                Err(_) if Instant::now() >= silent => {
-                    debug!("the server shows no sign of what was asked for");
-                    self.came_to_nothing();
+                Err(_) if Instant::now() >= deadline => {
+                    debug!("the server has stopped sending heartbeats for a pull request");
+                    self.fail_requests();
                     return Some(Vec::new());
                 }
                 Err(_) => {}
@@ -114,33 +114,38 @@ impl Pull {
         }
     }
 
-    /// What is there, and what still comes of what was asked for; none when all of it has come, or nothing for as
-    /// long as `quiet`.
-    pub(super) async fn rest(&mut self, quiet: Duration) -> Option<Vec<Message>> {
+    /// Waits for outstanding messages, without requesting more, and returns those that have
+    /// arrived. Returns `None` if none is outstanding, or if none arrives for `quiet`.
+    pub(super) async fn remaining(&mut self, quiet: Duration) -> Option<Vec<Message>> {
         let begin = Instant::now();
         loop {
-            // A request that was given up may have brought some all the same.
-            let end = if self.open > 0 { begin + quiet } else { begin };
-            let arrived = tokio::time::timeout_at(end, self.arrived(self.batch))
+            // Messages of a request that counts as failed may have arrived nevertheless.
+            let end = if self.outstanding > 0 {
+                begin + quiet
+            } else {
+                begin
+            };
+            let received = tokio::time::timeout_at(end, self.receive(self.batch))
                 .await
                 .ok()?;
-            let messages = self.sorted(arrived?);
+            let messages = self.take_messages(received?);
             if !messages.is_empty() {
                 return Some(messages);
             }
         }
     }
 
-    /// Asks for more when it is time to. Not without a connection: all that was asked meanwhile would be
-    /// answered at once.
-    fn ask(&mut self) {
+    /// Requests more messages if few are outstanding. Sends nothing without a connection: the
+    /// client would queue the requests, and the server would answer them all at once.
+    fn request_more(&mut self) {
         let connection = connection(&self.client);
         if self.connection != connection {
             self.connection = connection;
-            self.open = 0;
+            self.outstanding = 0;
         }
         let is_connected = self.client.connection_state() == State::Connected;
-        if self.open > self.batch / 2 || !is_connected || Instant::now() < self.paused_until {
+        if self.outstanding > self.batch / 2 || !is_connected || Instant::now() < self.paused_until
+        {
             return;
         }
         let request = pull::BatchConfig {
@@ -150,35 +155,37 @@ impl Pull {
             idle_heartbeat: HEARTBEAT,
             ..pull::BatchConfig::default()
         };
-        // Waits only where the client has much to send, and then the next look will do.
-        let asking = self.consumer.request_batch(request, self.inbox.clone());
-        match tokio::task::unconstrained(asking).now_or_never() {
+        // Would wait only if the client has much to send, and then the next call sends the request.
+        let requesting = self.consumer.request_batch(request, self.inbox.clone());
+        match tokio::task::unconstrained(requesting).now_or_never() {
             Some(Ok(())) => {
-                self.open += self.batch;
-                self.heard = Instant::now();
+                self.outstanding += self.batch;
+                self.last_activity = Instant::now();
             }
             Some(Err(error)) => {
-                debug!("asking for messages: {error}");
-                self.came_to_nothing();
+                debug!("cannot request messages: {error}");
+                self.fail_requests();
             }
             None => {}
         }
     }
 
-    async fn arrived(&mut self, limit: usize) -> Option<Vec<async_nats::Message>> {
+    async fn receive(&mut self, limit: usize) -> Option<Vec<async_nats::Message>> {
         let mut ready = self.subscriber.by_ref().ready_chunks(limit);
-        // Tokio would have us pause after some sixty messages, and a batch end there.
+        // Otherwise tokio would make the task pause after some sixty messages, and end the batch
+        // there.
         tokio::task::unconstrained(ready.next()).await
     }
 
-    /// Those of the stream among what arrived. The others are the server's words on what was asked for.
-    fn sorted(&mut self, arrived: Vec<async_nats::Message>) -> Vec<Message> {
-        self.heard = Instant::now();
-        let mut messages = Vec::with_capacity(arrived.len());
-        for message in arrived {
+    /// Returns the stream's messages among the received ones, and handles the server's status
+    /// messages about requests.
+    fn take_messages(&mut self, received: Vec<async_nats::Message>) -> Vec<Message> {
+        self.last_activity = Instant::now();
+        let mut messages = Vec::with_capacity(received.len());
+        for message in received {
             match message.status {
                 None | Some(StatusCode::OK) => {
-                    self.open = self.open.saturating_sub(1);
+                    self.outstanding = self.outstanding.saturating_sub(1);
                     self.is_refused = false;
                     messages.push(Message {
                         message,
@@ -188,17 +195,18 @@ impl Pull {
                 Some(StatusCode::IDLE_HEARTBEAT) => {}
                 Some(status) => {
                     let why = message.description.as_deref().unwrap_or_default();
-                    debug!("of what was asked for: {status} {why}");
-                    self.tell_of_refusal(why);
-                    self.ended(status, message.headers.as_ref());
+                    debug!("the server ended a pull request early: {status} {why}");
+                    self.warn_of_refusal(why);
+                    self.end_request(status, message.headers.as_ref());
                 }
             }
         }
         messages
     }
 
-    /// A consumer that somebody made with limits of its own is left as it is, and may never deliver.
-    fn tell_of_refusal(&mut self, why: &str) {
+    /// Warns once if the server refuses requests. An operator may have made the consumer with lower
+    /// limits; the worker leaves it as it is, and may never get a message.
+    fn warn_of_refusal(&mut self, why: &str) {
         if why.starts_with("Exceeded") && !std::mem::replace(&mut self.is_refused, true) {
             warn!(
                 "the consumer {} refuses requests for messages ({why}): raise that limit of the consumer, or if it is \
@@ -208,28 +216,30 @@ impl Pull {
         }
     }
 
-    /// A request has expired, has brought as many bytes as it may, or was refused.
-    fn ended(&mut self, status: StatusCode, headers: Option<&HeaderMap>) {
+    /// Handles the end of a request, which has expired, has reached its limit of bytes, or was
+    /// refused.
+    fn end_request(&mut self, status: StatusCode, headers: Option<&HeaderMap>) {
         let rest =
             headers.and_then(|headers| headers.get("Nats-Pending-Messages")?.as_str().parse().ok());
         match rest {
             Some(rest) if rest < self.batch || status == StatusCode::TIMEOUT => {
-                self.open = self.open.saturating_sub(rest);
+                self.outstanding = self.outstanding.saturating_sub(rest);
             }
-            // The consumer may be gone, have another leader, or be asked by too many.
-            _ => self.came_to_nothing(),
+            // The consumer may be gone, have a new leader, or have too many waiting requests.
+            _ => self.fail_requests(),
         }
     }
 
-    fn came_to_nothing(&mut self) {
-        self.open = 0;
-        self.heard = Instant::now();
-        self.paused_until = self.heard + PAUSE;
-        self.is_doubted = true;
+    /// Gives up all requests.
+    fn fail_requests(&mut self) {
+        self.outstanding = 0;
+        self.last_activity = Instant::now();
+        self.paused_until = self.last_activity + RETRY_PAUSE;
+        self.needs_check = true;
     }
 }
 
-/// The client's connections are counted.
+/// Returns the number of connections that the client has made so far.
 fn connection(client: &Client) -> u64 {
     client.statistics().connects.load(Ordering::Relaxed)
 }

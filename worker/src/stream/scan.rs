@@ -1,7 +1,8 @@
-//! Reading a stream once through, and removing messages from it.
+//! Reading a stream from end to end, and removing messages from it.
 //!
-//! Owns the readers: consumers without acks, which end with the work, and whose pulls are limited in
-//! bytes. May not know what is looked for. Everything fails when the broker stops answering.
+//! Owns the readers: consumers without acks, which are deleted after the work, with pulls that are
+//! limited in bytes. May not know what is searched for. Every function fails if the broker does not
+//! answer.
 
 use std::time::Duration;
 
@@ -10,24 +11,24 @@ use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use async_nats::jetstream::{self, ErrorCode, context::GetStreamErrorKind};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 
-/// Messages and bytes asked for at a time.
+/// Messages and bytes requested at a time.
 const PULL_MESSAGES: usize = 500;
 const PULL_BYTES: usize = 8 << 20;
 
-/// How long one pull request stays open, and how often the server shows that it is still there.
+/// How long one pull request stays open, and how often the server sends a heartbeat for it.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 const PULL_HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// How long a reader may hear nothing before it asks whether there is anything left.
+/// How long a reader waits for a message before it asks whether any are left.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 
-/// After which the server forgets a reader that ended without a word.
-const FORGET_AFTER: Duration = Duration::from_secs(60);
+/// The time after which the server removes a reader that was not deleted.
+const REMOVE_AFTER: Duration = Duration::from_secs(60);
 
 /// Removals in flight at a time. Each is synced to disk.
 const REMOVALS_IN_FLIGHT: usize = 16;
 
-/// A stream could not be read to its end.
+/// A stream could not be read, or a message could not be removed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {doing} {stream}")]
 pub struct ScanError {
@@ -52,13 +53,13 @@ pub(crate) struct ScannedMessage<'a> {
     pub(crate) body: &'a [u8],
 }
 
-/// Shows `see` every message of `stream` from the sequence `from` up to the last that there is now.
-/// Returns that one's sequence. A stream that does not exist holds nothing.
+/// Calls `visit` for every message of the stream from the sequence `from` up to the last one that
+/// exists now. Returns the last sequence, or 0 if the stream does not exist.
 pub(crate) async fn read(
     jetstream: &jetstream::Context,
     name: &'static str,
     from: u64,
-    mut see: impl FnMut(ScannedMessage<'_>),
+    mut visit: impl FnMut(ScannedMessage<'_>),
 ) -> Result<u64, ScanError> {
     let reading = "read";
     let Some(stream) = find(jetstream, name).await? else {
@@ -72,7 +73,7 @@ pub(crate) async fn read(
         start_sequence: from.max(1),
     };
     let config = pull::Config {
-        inactive_threshold: FORGET_AFTER,
+        inactive_threshold: REMOVE_AFTER,
         ..reader(jetstream, "erase", from)
     };
     let mut consumer = stream
@@ -86,24 +87,24 @@ pub(crate) async fn read(
     let mut messages = pull.messages().await.map_err(failed(reading, name))?;
     while left > 0 {
         let Ok(next) = tokio::time::timeout(SILENCE_MAX, messages.next()).await else {
-            // What it waits for may have been removed meanwhile.
+            // The messages that are left may have been removed meanwhile.
             left = consumer
                 .info()
                 .await
                 .map_err(failed(reading, name))?
                 .num_pending;
             if left > 0 {
-                return Err(failed(reading, name)("the NATS server is silent"));
+                return Err(failed(reading, name)("the NATS server sends no messages"));
             }
             break;
         };
         let next = next
-            .ok_or("the reader is gone")
+            .ok_or("the consumer is gone")
             .map_err(failed(reading, name))?;
         let message = next.map_err(failed(reading, name))?;
         let info = message.info().map_err(failed(reading, name))?;
         if info.stream_sequence <= last {
-            see(ScannedMessage {
+            visit(ScannedMessage {
                 sequence: info.stream_sequence,
                 body: &message.payload,
             });
@@ -115,22 +116,23 @@ pub(crate) async fn read(
         };
     }
     drop(messages);
-    // One that stays is forgotten by the server soon.
+    // If this fails, the server removes the reader soon.
     let _ = stream.delete_consumer(&consumer.cached_info().name).await;
     Ok(last)
 }
 
-/// A consumer that acks nothing. An operator who lists consumers sees `whose` it is; and without a name the
-/// request for it would have a subject of another form, which permissions would have to allow too.
+/// Returns the configuration of a consumer without acks. Its name contains `purpose`, for an
+/// operator who lists consumers; and without a name the request to create it would have a subject
+/// of another form, which the broker's permissions would have to allow too.
 pub(crate) fn reader(
     jetstream: &jetstream::Context,
-    whose: &str,
+    purpose: &str,
     from: DeliverPolicy,
 ) -> pull::Config {
     let unique = jetstream.client().new_inbox();
     pull::Config {
         name: Some(format!(
-            "litestripe-{whose}-{}",
+            "litestripe-{purpose}-{}",
             unique.rsplit('.').next().unwrap_or_default()
         )),
         deliver_policy: from,
@@ -141,8 +143,8 @@ pub(crate) fn reader(
     }
 }
 
-/// Removes messages for good: the server overwrites their bytes on disk. Returns how many were
-/// there.
+/// Removes messages permanently: the server overwrites their bytes on disk. Returns how many
+/// existed.
 pub(crate) async fn remove(
     jetstream: &jetstream::Context,
     name: &'static str,
@@ -163,7 +165,7 @@ async fn remove_one(stream: &Stream, name: &'static str, sequence: u64) -> Resul
     let Err(refused) = stream.delete_message(sequence).await else {
         return Ok(true);
     };
-    // Somebody else may have been faster, or its age.
+    // Another process or the stream's age limit may have removed it already.
     match stream.get_raw_message(sequence).await {
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(false),
         _ => Err(failed("remove a message from", name)(refused)),

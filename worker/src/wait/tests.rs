@@ -15,7 +15,7 @@ fn gone() -> io::Error {
 }
 
 #[test]
-fn pauses_grow_up_to_the_longest_and_begin_anew_after_a_success() {
+fn pauses_grow_up_to_the_longest_and_start_over_after_a_success() {
     let mut wait = Wait::new(THING);
     let pauses: Vec<_> = (0..5).map(|_| wait.failed(&gone())).collect();
     // Jitter adds up to the pause itself.
@@ -31,7 +31,7 @@ fn pauses_grow_up_to_the_longest_and_begin_anew_after_a_success() {
 }
 
 #[test]
-fn of_several_only_the_last_to_end_says_that_it_is_over() {
+fn only_the_last_of_several_waits_reports_the_end() {
     let all = Arc::new(Waiting::default());
     let (mut one, mut other) = (
         Wait::with_others(THING, Arc::clone(&all)),
@@ -42,12 +42,12 @@ fn of_several_only_the_last_to_end_says_that_it_is_over() {
     other.failed(&gone());
     assert!(!one.end());
     assert!(other.end());
-    assert!(!other.end(), "it does not wait any more");
+    assert!(!other.end(), "it has ended already");
     one.failed(&gone());
     drop(one);
     assert_eq!(
         all.0.load(Ordering::Relaxed),
         0,
-        "who gives up waits no more"
+        "a dropped wait no longer counts"
     );
 }
