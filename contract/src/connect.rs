@@ -40,7 +40,7 @@ const POLL: Duration = Duration::from_millis(50);
 /// Why these settings can never lead to a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    #[error("{setting} names {}, which cannot be used", path.display())]
+    #[error("cannot use the file {} of {setting}", path.display())]
     File {
         setting: &'static str,
         path: PathBuf,

@@ -3,7 +3,7 @@
 //!
 //! Stripe delivers events in any order and more than once. The merge makes a row depend only on the
 //! set of events that arrived, never on their order, repetition or batches. The state consists of
-//! registers, and each register keeps the largest value that it has seen, in an order of its own: a
+//! registers, and each register keeps the largest value that it has seen, in its own order: a
 //! later event, a later phase of the subscription's life, a larger set of events. Keeping the
 //! larger of two values is commutative, associative and idempotent, and so is the merge. (In
 //! mathematical terms, the state is a join-semilattice.)

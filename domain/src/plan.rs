@@ -666,8 +666,9 @@ fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
     })
 }
 
-/// Returns the revision after `revision`: the larger of `revision + 1` and the time in milliseconds.
-/// The time makes it grow also across a rebuild of the database, which loses the old revisions.
+/// Returns the revision after `revision`: the larger of `revision + 1` and the time in
+/// milliseconds. The time makes it grow also across a rebuild of the database, which loses the old
+/// revisions.
 fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
     let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
     milliseconds.max(revision + 1)

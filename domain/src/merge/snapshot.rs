@@ -115,6 +115,7 @@ impl Register {
         }
     }
 
+    /// Returns the position in the subscription's life: the phase counts first, then the second.
     fn place(&self) -> (Phase, i64) {
         (self.phase, self.second)
     }
