@@ -258,7 +258,7 @@ pub fn flag(value: &str) -> Option<bool> {
 }
 
 /// Describes what [`duration`] accepts.
-pub const DURATION: &str = "a time such as 30s, 10m, 2h or 35d";
+pub const DURATION: &str = "a duration such as 30s, 10m, 2h or 35d";
 
 /// Parses a duration with its unit: `30s`, `10m`.
 pub fn duration(value: &str) -> Option<Duration> {

@@ -121,16 +121,21 @@ async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, 
 }
 
 /// Returns the settings for Stripe's API, for a command that cannot work without.
-fn key(settings: &Settings) -> Result<&StripeSettings, Failure> {
+fn require_stripe(settings: &Settings) -> Result<&StripeSettings, Failure> {
     settings
         .stripe
         .as_ref()
         .ok_or_else(|| Failure::configuration(NO_KEY))
 }
 
-/// Returns a client of Stripe's API. Without `any_mode` it refuses a key whose mode no row has.
-async fn stripe(settings: &Settings, parts: &Parts, any_mode: bool) -> Result<StripeApi, Failure> {
-    let mismatch = mode::find_mismatch(&parts.store, key(settings)?).await?;
+/// Returns a client of Stripe's API. Without `any_mode` it refuses a live mode key if all rows are
+/// test mode, or the reverse.
+async fn stripe_api(
+    settings: &Settings,
+    parts: &Parts,
+    any_mode: bool,
+) -> Result<StripeApi, Failure> {
+    let mismatch = mode::find_mismatch(&parts.store, require_stripe(settings)?).await?;
     if let Some(mismatch) = mismatch.filter(|_| !any_mode) {
         return Err(Failure::configuration(mismatch));
     }

@@ -22,13 +22,13 @@ use crate::store::{Store, detached};
 /// How long the database may take to answer a ping before the worker is not ready.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Connections at a time: a probe and a scraper need one each. Beyond it none is accepted.
+/// Most connections at a time: a probe and a scraper need one each. Further ones are not accepted.
 const CONNECTIONS_MAX: usize = 64;
 
-/// How long a request's head may take, and how long a connection may be idle before it.
+/// How long a request's head may take, and how long a connection may be idle before a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long to wait when the system has no more sockets to give.
+/// How long to wait if a connection cannot be accepted, as when the system has no sockets left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What readiness depends on. Filled in during the start.
@@ -87,7 +87,7 @@ pub(crate) async fn serve(
         .map(Reply::into_response)
         .or(metrics)
         .unify();
-    // Not warp's own server, which has no limit and no timeout, and brings HTTP/2 along.
+    // hyper directly: warp's own server has no connection limit and no timeouts, and adds HTTP/2.
     let service = TowerToHyperService::new(warp::service(warp::get().and(routes)));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -97,7 +97,7 @@ pub(crate) async fn serve(
         let permit = Arc::clone(&connections)
             .acquire_owned()
             .await
-            .expect("nobody closes the semaphore");
+            .expect("the semaphore is never closed");
         let Ok((stream, _)) = listener.accept().await else {
             sleep(ACCEPT_PAUSE).await;
             continue;
@@ -105,7 +105,7 @@ pub(crate) async fn serve(
         let connection = http.serve_connection(TokioIo::new(stream), service.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            // A client that goes away in the middle is no error of ours.
+            // Fails if the client disconnects, which needs no action.
             let _ = connection.await;
         });
     }

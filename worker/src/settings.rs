@@ -225,9 +225,11 @@ fn read_database(reader: &mut Reader) -> DatabaseSettings {
 
 fn read_orphans(reader: &mut Reader) -> OrphanSettings {
     OrphanSettings {
-        grace: reader.defaulted(&ORPHAN_GRACE, "a time such as 10m, at most 365d", |value| {
-            settings::duration(value).filter(|grace| *grace <= GRACE_MAX)
-        }),
+        grace: reader.defaulted(
+            &ORPHAN_GRACE,
+            "a duration such as 10m, at most 365d",
+            |value| settings::duration(value).filter(|grace| *grace <= GRACE_MAX),
+        ),
         without_session: reader.defaulted(&ORPHAN_WITHOUT_SESSION, "true or false", settings::flag),
         email_max_age: reader.defaulted(&ORPHAN_EMAIL_MAX_AGE, DURATION, settings::duration),
     }
@@ -277,7 +279,7 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
         requests: reader.defaulted(&MAX_REQUESTS_PER_MINUTE, "a number above 0", |value| {
             value.parse().ok().filter(|requests| *requests > 0)
         }),
-        window: reader.defaulted(&WINDOW, "a time from 1s to 1d", |value| {
+        window: reader.defaulted(&WINDOW, "a duration from 1s to 1d", |value| {
             settings::duration(value).filter(|window| WINDOWS.contains(window))
         }),
         key: reader.defaulted(
@@ -295,7 +297,7 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
     let backfill_interval = reader
         .optional(
             &BACKFILL_INTERVAL,
-            "off, or a time such as 30m or 1h, at least 1s",
+            "off, or a duration such as 30m or 1h, at least 1s",
             interval,
         )
         .unwrap_or(Some(BACKFILL_INTERVAL_DEFAULT));

@@ -504,7 +504,7 @@ async fn wrong_settings_and_arguments_are_named() {
     check(
         &backfill(&bridge, API_KEY, &["--since", "yesterday"]).await,
         2,
-        &["--since", "must be a time"],
+        &["--since", "must be a duration"],
     );
     check(
         &backfill(&bridge, API_KEY, &[]).await,

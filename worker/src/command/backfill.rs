@@ -51,7 +51,7 @@ struct Report {
 
 /// The backfill ended before all events were compared.
 #[derive(Debug, thiserror::Error)]
-enum Halfway {
+enum Incomplete {
     #[error("the backfill failed halfway; published events stay, and running it again continues")]
     Failed(#[source] BackfillError),
     #[error(
@@ -63,9 +63,9 @@ enum Halfway {
 impl Backfill {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let shutdown = shutdown::token()?;
-        let key = super::key(settings)?;
+        let key = super::require_stripe(settings)?;
         let parts = super::start(settings, "backfill", Schema::Migrated).await?;
-        let stripe = super::stripe(settings, &parts, self.any_mode).await?;
+        let stripe = super::stripe_api(settings, &parts, self.any_mode).await?;
         let Parts {
             store,
             jetstream,
@@ -122,8 +122,8 @@ impl Backfill {
             // It left events out, so the next backfill must not start from here.
             Ok(End::Complete) if self.undelivered_only => Ok(()),
             Ok(End::Complete) => Ok(record.record_complete(since, began).await?),
-            Ok(End::Stopped) => Err(Halfway::Stopped.into()),
-            Err(error) => Err(Halfway::Failed(error).into()),
+            Ok(End::Stopped) => Err(Incomplete::Stopped.into()),
+            Err(error) => Err(Incomplete::Failed(error).into()),
         }
     }
 }

@@ -14,9 +14,10 @@ use crate::start::database::Schema;
 use crate::start::parts::Parts;
 
 const AFTER_HELP: &str = "\
-It records the erasure, then removes the customer's messages from all three streams, their orphans' emails, and the metadata \
-of their rows; ids, states and dates stay. Erase the customer at Stripe first: later events are stored again. Prints a receipt. \
-If it fails halfway, run it again; this is harmless. The workers' logs, backups and your subscribers' data are not reached.";
+It records the erasure and then removes the customer's messages from all three streams, their orphans' emails, and the metadata \
+of their rows; ids, states and dates stay. Erase the customer at Stripe first: later events are stored again. If it \
+fails halfway, run it again; this is harmless. It cannot remove what is in logs, backups and your subscribers' data. Keep the \
+printed receipt: after restoring a backup of the database, erase the customer again.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]

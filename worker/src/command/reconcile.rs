@@ -54,7 +54,7 @@ struct Incomplete {
 
 impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
-        super::key(&settings)?;
+        super::require_stripe(&settings)?;
         // A repair may be the first command on an empty database, which imports the account.
         let schema = if self.repair {
             Schema::Migrated
@@ -68,7 +68,7 @@ impl Reconcile {
             jetstream,
             erasures,
         } = &parts;
-        let stripe = super::stripe(&settings, &parts, self.any_mode).await?;
+        let stripe = super::stripe_api(&settings, &parts, self.any_mode).await?;
         if self.repair {
             broker::prepare(nats, &settings).await;
         }

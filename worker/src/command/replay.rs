@@ -19,7 +19,7 @@ use crate::recover::replay::{
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::policy;
-use crate::store::replay::Replay as Asked;
+use crate::store::replay::Replay as PlannedReplay;
 use crate::stream::dead_letter::DeadLetters;
 
 /// Most rows that a dry run lists; `--json` lists all.
@@ -85,22 +85,22 @@ impl Replay {
         // has begun.
         let shutdown = shutdown::token()?;
         if self.dry_run {
-            let asked = replayer
+            let planned = replayer
                 .resolve(&self.request(), OffsetDateTime::now_utc())
                 .await
                 .map_err(failure)?;
-            let Some(asked) = asked else {
-                return self.nothing();
+            let Some(planned) = planned else {
+                return self.print_nothing();
             };
-            replayer.applier.policy = replay::policy(policy(settings), &asked);
-            return self.try_out(&replayer, &asked, &shutdown).await;
+            replayer.applier.policy = replay::policy(policy(settings), &planned);
+            return self.dry_run(&replayer, &planned, &shutdown).await;
         }
         let begun = replayer
             .begin(&self.request(), OffsetDateTime::now_utc())
             .await
             .map_err(failure)?;
         let Some((replay, consumer)) = begun else {
-            return self.nothing();
+            return self.print_nothing();
         };
         replayer.applier.policy = replay::policy(policy(settings), &replay);
         // A resumed replay has applied a part already.
@@ -134,7 +134,7 @@ impl Replay {
         }
     }
 
-    fn nothing(&self) -> Result<(), Failure> {
+    fn print_nothing(&self) -> Result<(), Failure> {
         self.output.print(
             &Summary {
                 finished: true,
@@ -180,19 +180,19 @@ impl Replay {
         )))
     }
 
-    async fn try_out(
+    async fn dry_run(
         &self,
         replayer: &Replayer,
-        asked: &Asked,
+        planned: &PlannedReplay,
         shutdown: &CancellationToken,
     ) -> Result<(), Failure> {
         let mut progress = Progress::through(
             "replay (dry run)",
-            asked.first_sequence - 1,
-            asked.last_sequence,
+            planned.first_sequence - 1,
+            planned.last_sequence,
         );
         let dry = replayer
-            .dry_run(asked, shutdown, |sequence| progress.reached(sequence))
+            .dry_run(planned, shutdown, |sequence| progress.reached(sequence))
             .await;
         progress.finish();
         let dry = dry?;
@@ -201,11 +201,11 @@ impl Replay {
                 "stopped before the end of the dry run; no row was changed",
             ));
         }
-        self.print_dry(&dry, asked)
+        self.print_dry(&dry, planned)
     }
 
-    fn print_dry(&self, dry: &DryRun, asked: &Asked) -> Result<(), Failure> {
-        let (first, last) = (asked.first_sequence, asked.last_sequence);
+    fn print_dry(&self, dry: &DryRun, planned: &PlannedReplay) -> Result<(), Failure> {
+        let (first, last) = (planned.first_sequence, planned.last_sequence);
         let changes = dry.changes();
         let rows: Vec<_> = changes
             .iter()

@@ -119,7 +119,7 @@ async fn invalid_selections_are_refused_with_the_reason() {
             "lies in the future",
         ),
         (&["--from-time", "yesterday"], "RFC 3339"),
-        (&["--since", "soon"], "a time such as"),
+        (&["--since", "soon"], "a duration such as"),
         (&["--type", "Not A Type"], "event type"),
     ];
     for (arguments, text) in cases {

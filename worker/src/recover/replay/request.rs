@@ -21,8 +21,8 @@ pub(crate) enum Bound {
 /// Whether subscribers receive signals of the rows that a replay changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(crate) enum Signals {
-    /// No signals. Only events that the workers have applied are replayed; they signal the others
-    /// themselves.
+    /// No signals. The replay ends before the first event that the workers have not applied yet,
+    /// because they signal that one and the later ones themselves.
     None,
     /// One signal for each changed row, at the end, with its final state.
     Changed,
