@@ -39,7 +39,7 @@ litestripe_contract::settings! {
     ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
         "how long a subscription may wait for its Checkout Session before it becomes an orphan; at most 365d";
     ORPHAN_WITHOUT_SESSION = "LITESTRIPE_ORPHAN_WITHOUT_SESSION", Some("true"),
-        "whether a subscription that no Checkout Session claims becomes an orphan; set false if you create subscriptions through Stripe's API";
+        "whether a subscription that no Checkout Session claims becomes an orphan; set it to false if you create subscriptions through Stripe's API";
     ORPHAN_EMAIL_MAX_AGE = "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", Some("90d"),
         "age at which an orphan's email is erased even if the orphan is still open";
     ERASE_ON_CUSTOMER_DELETED = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", Some("false"),
