@@ -1,4 +1,4 @@
-//! What a delivery costs before it is published: the HMAC over its body, and the look into it.
+//! The cost of a delivery before it is published: the HMAC over its body, and reading its envelope.
 //!
 //!     cargo bench -p litestripe-ingress
 
@@ -16,14 +16,14 @@ use time::OffsetDateTime;
 const SECRET: &str = "whsec_onlyTheBenchesKnowThis";
 const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// Lengths of bodies, in bytes: Stripe's have 2 to 60 KiB.
+/// The lengths of the bodies, in bytes. Stripe's have 2 to 60 KiB.
 const LENGTHS: [usize; 3] = [1 << 10, 4 << 10, 64 << 10];
 
 fn main() {
     divan::main();
 }
 
-/// A subscription's event, with as much metadata as makes up the length.
+/// Makes a subscription's event that metadata fills up to `length`.
 fn body(length: usize) -> Bytes {
     let event = |filling: &str| {
         format!(

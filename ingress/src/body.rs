@@ -1,8 +1,8 @@
 //! Request bodies: read within a limit, and counted for as long as they are in memory.
 //!
-//! Owns the budget of all bodies together. Invariant: what the budget counts is what is held, by
-//! whoever holds it, because a body gives its share back when its last reference goes. The NATS
-//! client may hold one for longer than the request that brought it.
+//! Owns the budget of all bodies together. Invariant: the budget counts exactly the bodies in
+//! memory, because a body gives its share back when its last reference is dropped. The NATS client
+//! may hold a body for longer than its request lasts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,12 +19,12 @@ pub(crate) enum BodyError {
     TooLarge { limit: usize },
     #[error("too many deliveries are waiting")]
     NoRoom,
-    /// The client went away, or its chunks were malformed.
+    /// The client disconnected, or its chunks were malformed.
     #[error("the body ended early")]
     Broken,
 }
 
-/// How many bytes of bodies are in memory, and how many may be.
+/// The bytes of bodies in memory, and their limit.
 #[derive(Debug)]
 pub(crate) struct Budget {
     bytes_max: usize,
@@ -44,7 +44,7 @@ impl Budget {
     }
 }
 
-/// A share of the budget. Dropping it gives it back.
+/// A share of the budget, which is given back on drop.
 struct Share {
     budget: Arc<Budget>,
     bytes: usize,
@@ -71,10 +71,10 @@ impl Drop for Share {
     }
 }
 
-/// Reads a body of at most `limit` bytes into one buffer, which keeps its share of `budget`.
+/// Reads a body of at most `limit` bytes into one buffer, which holds a share of `budget`.
 ///
-/// `declared` is the length that the request announced, if it did. A body that comes in one chunk
-/// is not copied; the chunks of any other are copied once each.
+/// `declared` is the request's `Content-Length`, if it has one. A body of one chunk is not copied;
+/// otherwise each chunk is copied once.
 pub(crate) async fn read<B: Buf, E>(
     chunks: impl Stream<Item = Result<B, E>>,
     declared: Option<u64>,
@@ -106,8 +106,8 @@ pub(crate) async fn read<B: Buf, E>(
     }))
 }
 
-/// The chunks of a body so far. Many small chunks are not kept one by one: each would pin the
-/// buffer it was read into.
+/// The chunks of a body so far. Several chunks are copied into one buffer: a small chunk that is
+/// kept would keep the whole buffer that it was read into.
 enum Joined {
     Nothing,
     One(Bytes),

@@ -1,8 +1,8 @@
-//! Connections: how many, how slow they may be, and how they end.
+//! The HTTP server: limits on connections, their timeouts, and how they end.
 //!
-//! Owns the accept loop and the sockets. May not know what is asked or answered. warp's own server
-//! has no limit on connections and no timeout, hence this one. Invariant: every state of a
-//! connection has a deadline, so that no client can hold one for ever.
+//! Owns the accept loop and the sockets. May not know requests or answers. warp's own server has
+//! neither a limit on connections nor timeouts, so this replaces it. Invariant: every state of a
+//! connection has a deadline, so that no client can hold a connection for ever.
 
 use std::convert::Infallible;
 use std::io;
@@ -31,31 +31,32 @@ use crate::throttle::Throttle;
 
 mod threads;
 
-/// Connections at a time. Beyond it none is accepted, and clients wait in the kernel's backlog.
+/// The most open connections. Further clients wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 1024;
 
-/// How long a request's head may take, and how long a connection may idle before it.
+/// How long a request's head may take, and how long a connection may be idle before it.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
 
-/// The bytes of a request's head at most. Stripe's signature header takes a few hundred.
+/// The largest head of a request, in bytes. Stripe's signature header takes a few hundred.
 const HEAD_BYTES_MAX: usize = 32 << 10;
 
-/// The bytes that are read ahead of what is asked for, for each connection.
+/// The most bytes that are read ahead for each connection.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
 
 /// How long a client may leave an answer unread.
 const WRITE_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long the rest of a refused body is read and dropped.
+/// For how long the rest of a refused body is read and dropped.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// How long requests in flight may take once the program is asked to stop.
+/// How long requests in flight may take after the program was asked to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(20);
 
-/// How long to wait when the system has no more sockets to give.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// How long to wait after a connection could not be accepted, as when the system has no more
+/// sockets.
+const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
-/// Serves until `shutdown`, then finishes what is in flight.
+/// Serves until `shutdown`, then finishes the requests in flight.
 pub(crate) async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
@@ -89,7 +90,7 @@ where
                 if let Some(omitted) = failures.admit(std::time::Instant::now()) {
                     warn!(omitted, "cannot accept a connection: {error}");
                 }
-                sleep(ACCEPT_AGAIN_AFTER).await;
+                sleep(ACCEPT_RETRY_AFTER).await;
             }
         }
     }
@@ -98,7 +99,7 @@ where
         let open = CONNECTIONS_MAX - connections.available_permits();
         warn!(
             open,
-            "{open} connections are still open after {} s; leaving them",
+            "{open} connections are still open after {} s; exiting without waiting for them",
             STOP_WITHIN.as_secs()
         );
     }
@@ -111,7 +112,7 @@ async fn accept(
     let permit = Arc::clone(connections)
         .acquire_owned()
         .await
-        .expect("nobody closes the semaphore");
+        .expect("the semaphore is never closed");
     let (stream, _) = listener.accept().await?;
     stream.set_nodelay(true)?;
     Ok((stream.into_std()?, permit))
@@ -123,7 +124,7 @@ fn http() -> http1::Builder {
         .header_read_timeout(HEAD_WITHIN)
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX)
-        // Answers are short: copied behind their heads they go out cheaper than in pieces.
+        // Answers are short: copying one behind its head is cheaper than a vectored write.
         .writev(false);
     http
 }
@@ -138,7 +139,7 @@ async fn serve_connection<S, B>(
     B: hyper::body::Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    // Registered anew, with the thread that serves it.
+    // Registers the socket with the thread that serves it.
     let stream = match TcpStream::from_std(stream) {
         Ok(stream) => stream,
         Err(error) => return debug!("connection not served: {error}"),
@@ -167,7 +168,7 @@ async fn serve_connection<S, B>(
     }
 }
 
-/// Whether the answer ends its connection: then the request may not have been read to its end.
+/// Whether the answer closes its connection. If so, the request may not have been read to its end.
 fn closes<B>(response: &Response<B>) -> bool {
     response
         .headers()
@@ -177,9 +178,10 @@ fn closes<B>(response: &Response<B>) -> bool {
 
 /// A client's socket.
 ///
-/// Two things that hyper leaves to its transport: a deadline for writing, and an end that the
-/// client survives. Closing a socket with unread bytes resets the connection, and a client that is
-/// still sending its refused body would see the reset instead of the answer.
+/// It does two things that hyper leaves to its transport. It gives writing a deadline, and it
+/// closes so that the client still gets the answer: closing a socket with unread bytes resets the
+/// connection, and a client that is still sending its refused body would see the reset instead of
+/// the answer.
 struct Socket {
     stream: TcpStream,
     lingers: Arc<AtomicBool>,
@@ -188,7 +190,8 @@ struct Socket {
 }
 
 impl Socket {
-    fn bound<T>(
+    /// Fails a write that has been pending for [`WRITE_WITHIN`].
+    fn with_write_deadline<T>(
         &mut self,
         cx: &mut Context<'_>,
         written: Poll<io::Result<T>>,
@@ -222,7 +225,7 @@ impl AsyncWrite for Socket {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.bound(cx, written)
+        self.with_write_deadline(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

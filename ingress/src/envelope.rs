@@ -1,6 +1,6 @@
-//! What ingress reads of an event: its id, its type, and whether it is one.
+//! The fields of an event that ingress reads: its id, its type, and whether it is a thin event.
 //!
-//! Owns the look into a body. The rest of it must be JSON and is passed over without being kept.
+//! Owns parsing a body. The rest of the body must be JSON; it is skipped and not kept.
 
 use std::fmt;
 
@@ -11,32 +11,32 @@ use serde_json::value::RawValue;
 
 use crate::signature::VerifiedBody;
 
-/// `object` of a thin event. Stripe: "Thin events".
+/// The value of `object` in a thin event. Stripe: "Thin events".
 const THIN: &str = "v2.core.event";
 
-/// A signed body is no event.
+/// Why a signed body is not an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotAnEvent {
-    #[error("the body is no JSON object")]
+    #[error("the body is not a JSON object")]
     NotJson,
-    /// Its `id` is missing, or cannot be an event's.
+    /// The `id` is missing or not a valid event id.
     #[error("the event has no usable id")]
     Id,
     #[error("the event has no type")]
     Type,
 }
 
-/// The fields that decide what becomes of an event.
+/// The fields that decide whether and how an event is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
     pub id: EventId,
-    /// Its type, which need not be a valid subject.
+    /// The event's type, which may be invalid in a subject.
     pub event_type: String,
     pub is_thin: bool,
 }
 
 impl Envelope {
-    /// Looks into `body`, which must be one JSON object.
+    /// Reads the fields from `body`, which must be one JSON object.
     pub fn read(body: &VerifiedBody) -> Result<Self, NotAnEvent> {
         parse(body.bytes())
     }
@@ -62,10 +62,11 @@ fn text(value: Option<&RawValue>) -> Option<String> {
     serde_json::from_str(value?.get()).ok()
 }
 
-/// The fields that are read of an event.
+/// The names of the fields that are read.
 const NAMES: [&[u8]; 3] = [b"id", b"type", b"object"];
 
-/// Their values. Of a repeated field the last counts, as for most readers.
+/// The values of the fields in [`NAMES`]. The last one counts if a field is repeated, as in most
+/// JSON readers.
 struct Fields<'a>([Option<&'a RawValue>; NAMES.len()]);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
@@ -88,7 +89,7 @@ impl<'de> Visitor<'de> for FieldsVisitor {
         while let Some(index) = map.next_key_seed(Name)? {
             match index {
                 Some(index) => fields[index] = Some(map.next_value()?),
-                // All that is asked of it is that it is JSON: a verified body is UTF-8.
+                // It only has to be JSON. That it is UTF-8 is known, because the body is verified.
                 None => drop(map.next_value::<IgnoredAny>()?),
             }
         }
@@ -96,8 +97,8 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     }
 }
 
-/// Reads a key as its place in [`NAMES`]. From bytes: as text, serde refuses a key with a lone
-/// surrogate, which no one reads.
+/// Reads a key as its index in [`NAMES`]. It reads bytes, because serde refuses a text with a lone
+/// surrogate, and such a key must not matter.
 struct Name;
 
 impl<'de> DeserializeSeed<'de> for Name {

@@ -1,7 +1,9 @@
-//! Points at which a test ends the process: the variable `FAILPOINTS` says at which, and how. They are
-//! compiled in with the feature `failpoints` only, never in a release.
+//! Points at which a test can end the process. The environment variable `FAILPOINTS` names the
+//! point and the action. They are compiled in only with the feature `failpoints`, never in a
+//! release.
 
-/// A point of this name. What `FAILPOINTS` says of it is done: nothing, a panic, or with `return` an abort.
+/// Marks the point `$name` and does what `FAILPOINTS` says for it: nothing, a panic, or, for
+/// `return`, an abort.
 macro_rules! fail_point {
     ($name:literal) => {
         #[cfg(feature = "failpoints")]

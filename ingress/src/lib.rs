@@ -1,9 +1,9 @@
 //! Ingress: verifies Stripe's webhooks and stores them in JetStream.
 //!
-//! The life of a delivery: `connection` reads a request, `route` decides its status, `body` reads
-//! its body, `signature` verifies it, `envelope` finds its id and type, `publish` stores it.
-//! `secret` knows the signing secrets, `settings` what the operator wants, `metrics` what is
-//! counted, `throttle` how often something is logged. May not know the database.
+//! The life of a delivery: `connection` accepts it, `route` decides its status, `body` reads its
+//! body, `signature` verifies it, `envelope` finds its id and type, `publish` stores it. `secret`
+//! owns the signing secrets, `settings` the operator's settings, `metrics` the counters, `throttle`
+//! the limit on repeated log lines. May not know the database.
 
 mod body;
 mod connection;
@@ -36,26 +36,27 @@ use crate::secret::{NoSecret, SecretSource};
 use crate::settings::Settings;
 use crate::signature::SigningSecret;
 
-const FOLD_EVERY: Duration = Duration::from_secs(5);
+/// How often the metrics do their upkeep.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long NATS may take to be sent the last bytes.
+/// How long sending the last bytes to NATS may take at the end.
 const FLUSH_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why ingress cannot serve, or does not any more.
+/// Why ingress cannot serve, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
     NoSecret(#[from] NoSecret),
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// What tends the connection, the metrics or the secret panicked. Whoever supervises ingress
-    /// starts it again.
-    #[error("a part of ingress panicked, which is a bug")]
+    /// A background task panicked: the one for the connection, the metrics or the secret. A
+    /// supervisor has to restart ingress.
+    #[error("a background task of ingress panicked, which is a bug")]
     Panicked,
 }
 
-/// Serves on `listener` until `shutdown`, then finishes what is in flight. A broker that is away is
-/// waited for while serving.
+/// Serves on `listener` until `shutdown`, then finishes the requests in flight. Serves also while
+/// the broker is unreachable, and waits for it in the background.
 pub async fn run(
     settings: Settings,
     listener: TcpListener,
@@ -85,7 +86,7 @@ pub async fn run(
     let outcome = tokio::select! {
         () = &mut serving => Ok(()),
         _ = background.join_next() => {
-            error!("a part of ingress panicked, which is a bug: stopping, to be started again");
+            error!("a background task of ingress panicked, which is a bug: stopping, to be restarted");
             shutdown.cancel();
             serving.await;
             Err(RunError::Panicked)
@@ -94,14 +95,14 @@ pub async fn run(
     background.shutdown().await;
     if timeout(FLUSH_WITHIN, publisher.flush()).await.is_err() {
         warn!(
-            "NATS did not take the last bytes; they belong to deliveries that were not answered 200"
+            "cannot send the last bytes to NATS; they belong to deliveries that were not answered 200"
         );
     }
     info!("stopped");
     outcome
 }
 
-/// Everything that runs beside the connections. None of it ends by itself.
+/// Starts the tasks that run beside the connections. None of them ends by itself.
 fn background(
     publisher: &Arc<Publisher>,
     metrics: &Arc<Metrics>,
@@ -110,11 +111,11 @@ fn background(
 ) -> JoinSet<()> {
     let (publisher, metrics) = (Arc::clone(publisher), Arc::clone(metrics));
     let mut background = JoinSet::new();
-    background.spawn(async move { publisher.tend().await });
+    background.spawn(async move { publisher.run().await });
     background.spawn(async move {
         loop {
-            sleep(FOLD_EVERY).await;
-            metrics.fold();
+            sleep(UPKEEP_INTERVAL).await;
+            metrics.run_upkeep();
         }
     });
     if let SecretSource::File(path) = source {

@@ -31,7 +31,8 @@ fn main() -> ExitCode {
         Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
     };
     telemetry::init(&settings.log);
-    // One thread, with a queue that is first in, first out. See `connection::threads`, which has the others.
+    // One thread with a first-in-first-out queue. `connection::threads` says why, and starts the
+    // others.
     match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(serve(settings)),
         Err(error) => exit::fail(exit::FAILURE, format!("cannot start: {error}")),
@@ -42,7 +43,7 @@ fn command() -> Command {
     let command = Command::new(env!("CARGO_PKG_NAME"))
         .version(env!("CARGO_PKG_VERSION"))
         .about("Verifies Stripe's webhooks and stores them in JetStream")
-        .after_help("Every setting is also an environment variable, which may stand in .env.");
+        .after_help("Every setting is also an environment variable, which may be set in .env.");
     declare(declare(command, SETTINGS), SHARED)
 }
 

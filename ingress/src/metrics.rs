@@ -1,4 +1,4 @@
-//! What ingress counts: names, help texts and labels, in one place.
+//! The metrics of ingress: names, help texts and labels, in one place.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ const PUBLISH_SECONDS: &str = "litestripe_ingress_publish_seconds";
 const BODIES_IN_FLIGHT_BYTES: &str = "litestripe_ingress_bodies_in_flight_bytes";
 const BUILD_INFO: &str = "litestripe_build_info";
 
-/// From what a local disk does to the longest that an answer may take.
+/// From the latency of a local disk to the longest time that an answer may take.
 const PUBLISH_SECONDS_BUCKETS: [f64; 14] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 8.0,
 ];
 
-/// What became of a delivery.
+/// The outcome of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Stored,
@@ -29,20 +29,20 @@ pub(crate) enum Outcome {
     TooLarge,
     /// The body did not come in time, or broke off.
     Incomplete,
-    /// No signature, or one that nobody can read.
+    /// There is no signature, or a malformed one.
     Unsigned,
-    /// A signature that no secret of ours made.
+    /// No signing secret made the signature.
     Mismatch,
-    /// A good signature that is too old.
+    /// The signature is right but too old.
     Stale,
-    /// Signed, and no event, or one whose type cannot be a subject.
+    /// The signed body is not an event, or its type cannot be a subject.
     NotAnEvent,
     NoRoom,
     Unavailable,
 }
 
 impl Outcome {
-    /// All of them, in their order, with their labels.
+    /// All outcomes with their labels, in the order of the enum.
     const ALL: [(Self, &str); 13] = [
         (Self::Stored, "stored"),
         (Self::Duplicate, "duplicate"),
@@ -98,13 +98,13 @@ impl Metrics {
         })
     }
 
-    pub(crate) fn delivery(&self, outcome: Outcome) {
+    pub(crate) fn record_delivery(&self, outcome: Outcome) {
         if let Some(counter) = self.deliveries.get(outcome as usize) {
             counter.increment(1);
         }
     }
 
-    pub(crate) fn published(&self, took: Duration) {
+    pub(crate) fn record_published(&self, took: Duration) {
         self.publish_seconds.record(took);
     }
 
@@ -114,8 +114,9 @@ impl Metrics {
         self.page.render()
     }
 
-    /// Folds what was recorded since the last call. To be called every few seconds, or memory grows.
-    pub(crate) fn fold(&self) {
+    /// Summarizes the samples since the last call. Must be called every few seconds, or memory
+    /// grows.
+    pub(crate) fn run_upkeep(&self) {
         self.page.run_upkeep();
     }
 }

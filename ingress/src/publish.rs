@@ -1,12 +1,12 @@
-//! From a verified body to JetStream's PubAck, within a deadline.
+//! Stores a verified delivery in JetStream, within a deadline.
 //!
 //! Owns the retries and the state of the broker as requests see it. May not know HTTP. Invariant:
-//! `store` is `Ok` only after a PubAck, and a retry carries the same message id, so that JetStream
-//! drops what it stored before.
+//! `store` returns `Ok` only after a PubAck. A retry carries the same message id, so that JetStream
+//! drops it if an earlier attempt was stored.
 
 mod batch;
 mod choice;
-mod company;
+mod fill_wait;
 mod group;
 mod message;
 mod outcome;
@@ -39,24 +39,24 @@ use crate::settings::Settings;
 
 pub(crate) const CONNECTION_NAME: &str = env!("CARGO_PKG_NAME");
 
-/// How long an event may take to be stored: the 8 s of DESIGN less a margin for the answer itself.
+/// How long storing an event may take: DESIGN's 8 s for the answer, less a margin for sending it.
 const STORE_WITHIN: Duration = Duration::from_millis(7500);
 
-/// How long a request waits for a lost connection. A restarted broker is back sooner.
+/// How long a request waits for a lost connection. A restarted broker needs less.
 const CONNECTION_GRACE: Duration = Duration::from_secs(1);
 
-/// How often the state of the connection is looked at. async-nats has no way to wait for it.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(50);
+/// How often the state of the connection is checked. async-nats has no way to wait for it.
+const CONNECTION_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Waits between attempts to publish: a leader election is over in a few seconds.
+/// Delays between attempts to publish: a leader election is over in a few seconds.
 const RETRY_AFTER_MIN: Duration = Duration::from_millis(50);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(1);
 
-/// Waits between attempts to provide the stream.
+/// Delays between attempts to provide the stream.
 const PROVIDE_AFTER_MIN: Duration = Duration::from_millis(250);
 const PROVIDE_AFTER_MAX: Duration = Duration::from_secs(5);
 
-/// How much of the server's `max_payload` is left to headers, in bytes.
+/// How much of the server's `max_payload` is reserved for headers, in bytes.
 const HEADERS_BYTES: usize = 16 << 10;
 
 pub(crate) struct Publisher {
@@ -66,38 +66,39 @@ pub(crate) struct Publisher {
     batches: tokio::sync::Mutex<Batches>,
     nats: NatsSettings,
     events: EventsSettings,
-    /// Since when there is no connection.
+    /// When the connection was lost; `None` while there is one.
     lost_since: watch::Sender<Option<Instant>>,
-    /// How many connections broke. A broken one is replaced so soon that nobody may see it missing.
-    broken: watch::Sender<u64>,
-    /// Whether the stream was there when we looked, and nothing has spoken against it since.
+    /// Counts lost connections. async-nats may replace one before the next check of its state.
+    connections_lost: watch::Sender<u64>,
+    /// Whether the stream existed at the last check, and no attempt to publish found it missing
+    /// since.
     is_provided: watch::Sender<bool>,
-    too_large: Notify,
+    max_payload_check: Notify,
     report: Report,
 }
 
 impl Publisher {
-    /// A publisher over `client`. Nothing is published until [`Publisher::tend`] runs.
+    /// Makes a publisher. It publishes nothing until [`Publisher::run`] runs.
     pub(crate) fn new(client: Client, settings: &Settings) -> Self {
         let jetstream = connect::jetstream(client.clone());
-        let broken = watch::Sender::new(0);
+        let connections_lost = watch::Sender::new(0);
         let (group, batches) = Group::new(
             client.clone(),
             jetstream.clone(),
             settings.group_commit,
-            broken.subscribe(),
+            connections_lost.subscribe(),
         );
         Self {
             group,
             batches: tokio::sync::Mutex::new(batches),
             jetstream,
             client,
-            broken,
+            connections_lost,
             nats: settings.nats.clone(),
             events: settings.events.clone(),
             lost_since: watch::Sender::new(Some(Instant::now())),
             is_provided: watch::Sender::new(false),
-            too_large: Notify::new(),
+            max_payload_check: Notify::new(),
             report: Report::new(),
         }
     }
@@ -106,11 +107,12 @@ impl Publisher {
         self.client.max_payload().saturating_sub(HEADERS_BYTES)
     }
 
-    pub(crate) fn doubt_body_bytes_max(&self) {
-        self.too_large.notify_one();
+    /// Has the server asked whether it accepts larger messages now.
+    pub(crate) fn request_max_payload_check(&self) {
+        self.max_payload_check.notify_one();
     }
 
-    /// Whether deliveries can be stored, or why not.
+    /// Returns why deliveries cannot be stored now, if they cannot.
     pub(crate) fn readiness(&self) -> Result<(), Trouble> {
         if self.lost_since.borrow().is_some() {
             Err(Trouble::NotConnected)
@@ -121,36 +123,36 @@ impl Publisher {
         }
     }
 
-    /// Stores a delivery, or fails: at once if the connection has been lost for a second or JetStream
-    /// refuses, else after 7.5 s.
+    /// Stores a delivery. Fails at once if the connection has been lost for a second or if
+    /// JetStream refuses the event, otherwise after 7.5 s.
     pub(crate) async fn store(&self, delivery: Delivery) -> Result<Stored, StoreError> {
         let delivery = Arc::new(delivery);
         let outcome = tokio::select! {
-            () = self.connection_is_given_up() => Err(StoreError::Unavailable(Trouble::NotConnected)),
-            outcome = self.attempts(&delivery) => outcome,
+            () = self.until_connection_is_given_up() => Err(StoreError::Unavailable(Trouble::NotConnected)),
+            outcome = self.store_with_retries(&delivery) => outcome,
         };
         match &outcome {
-            Ok(_) => self.report.stored(),
+            Ok(_) => self.report.record_stored(),
             Err(StoreError::TooLarge) => {}
             Err(StoreError::Unavailable(trouble)) => {
                 debug!(event_id = %delivery.id, "cannot store {}: {trouble}", delivery.id);
-                self.report.failed(trouble);
+                self.report.record_failure(trouble);
             }
         }
         outcome
     }
 
-    async fn attempts(&self, delivery: &Arc<Delivery>) -> Result<Stored, StoreError> {
+    async fn store_with_retries(&self, delivery: &Arc<Delivery>) -> Result<Stored, StoreError> {
         let deadline = Instant::now() + STORE_WITHIN;
         let mut delays = None;
         loop {
-            self.connection().await;
+            self.until_connected().await;
             let attempt = timeout_at(deadline, self.group.publish(delivery)).await;
-            let trouble = match attempt.unwrap_or(Err(AttemptError::Again(Trouble::NoAck))) {
+            let trouble = match attempt.unwrap_or(Err(AttemptError::Retry(Trouble::NoAck))) {
                 Ok(stored) => return Ok(stored),
                 Err(AttemptError::TooLarge) => return Err(StoreError::TooLarge),
-                Err(AttemptError::Never(trouble)) => return Err(StoreError::Unavailable(trouble)),
-                Err(AttemptError::Again(trouble)) => trouble,
+                Err(AttemptError::GiveUp(trouble)) => return Err(StoreError::Unavailable(trouble)),
+                Err(AttemptError::Retry(trouble)) => trouble,
             };
             if trouble == Trouble::NoStream {
                 self.is_provided.send_if_modified(std::mem::take);
@@ -164,18 +166,18 @@ impl Publisher {
         }
     }
 
-    /// Returns once there is a connection. Without one a message would wait in the client's queue.
-    async fn connection(&self) {
+    /// Waits for a connection. Without one a message would wait in the client's queue.
+    async fn until_connected(&self) {
         if self.lost_since.borrow().is_none() {
             return;
         }
-        // The sender is ours, so the channel is open.
+        // `self` holds the sender, so the channel is open.
         let _ = self.lost_since.subscribe().wait_for(Option::is_none).await;
     }
 
-    /// Returns once the connection has been lost for too long. async-nats neither fails nor resends
-    /// what was in flight when a connection broke.
-    async fn connection_is_given_up(&self) {
+    /// Waits until the connection has been lost for too long. async-nats neither fails nor resends
+    /// the messages that were in flight when a connection broke.
+    async fn until_connection_is_given_up(&self) {
         let mut lost_since = self.lost_since.subscribe();
         loop {
             let given_up_at = lost_since
@@ -188,12 +190,12 @@ impl Publisher {
         }
     }
 
-    /// Watches the connection and provides the stream, again whenever it turns out to be missing.
-    /// Never ends.
+    /// Watches the connection, makes batches, and provides the stream whenever it is missing. Never
+    /// ends.
     ///
     /// # Cancel safety
-    /// Nothing is lost.
-    pub(crate) async fn tend(&self) {
+    /// No event is lost.
+    pub(crate) async fn run(&self) {
         let make_batches = async { self.batches.lock().await.run().await };
         tokio::join!(
             self.watch_connection(),
@@ -205,7 +207,7 @@ impl Publisher {
 
     async fn follow_max_payload(&self) {
         loop {
-            self.too_large.notified().await;
+            self.max_payload_check.notified().await;
             connect::reconnect_if_max_payload_grew(&self.client, &self.nats, CONNECTION_NAME).await;
             sleep(connect::MAX_PAYLOAD_CHECK_INTERVAL).await;
         }
@@ -215,7 +217,7 @@ impl Publisher {
         let statistics = self.client.statistics();
         let mut connects = 0;
         loop {
-            fail_point!("ingress::tending");
+            fail_point!("ingress::watching_connection");
             let is_connected = self.client.connection_state() == State::Connected;
             let changed = self.lost_since.send_if_modified(|since| {
                 let changed = since.is_none() != is_connected;
@@ -227,13 +229,13 @@ impl Publisher {
             let connects_before =
                 std::mem::replace(&mut connects, statistics.connects.load(Ordering::Relaxed));
             if (changed && !is_connected) || connects != connects_before {
-                self.broken.send_modify(|broken| *broken += 1);
+                self.connections_lost.send_modify(|count| *count += 1);
             }
             if changed && !is_connected {
-                // The broker that comes back may be another one.
+                // The next connection may be to another broker.
                 self.is_provided.send_replace(false);
             }
-            sleep(LOOK_AGAIN_AFTER).await;
+            sleep(CONNECTION_CHECK_INTERVAL).await;
         }
     }
 
@@ -251,23 +253,23 @@ impl Publisher {
     async fn provide_stream(&self) {
         let mut delays = backoff(PROVIDE_AFTER_MIN, PROVIDE_AFTER_MAX);
         let mut logged = None;
-        let takes_batches = loop {
+        let accepts_batches = loop {
             let problem = match self.try_provide_stream().await {
-                Ok(takes_batches) => break takes_batches,
+                Ok(accepts_batches) => break accepts_batches,
                 Err(problem) => problem,
             };
             if logged.as_ref() != Some(&problem) {
-                warn!("{problem}; trying again until it works");
+                warn!("{problem}; retrying until it works");
                 logged = Some(problem);
             }
             sleep(delays.next().unwrap_or(PROVIDE_AFTER_MAX)).await;
         };
-        self.group.allow(takes_batches);
-        info!("ready: stream {} is there", subject::EVENTS_STREAM);
+        self.group.allow_batches(accepts_batches);
+        info!("ready: stream {} exists", subject::EVENTS_STREAM);
     }
 
-    /// Sees that the stream is there, and returns whether it takes atomic batches as it is. A server that
-    /// knows none does not say so, whatever the stream was created with.
+    /// Creates the stream if it is missing. Returns whether it accepts atomic batches, as the
+    /// server reports it afterwards: a server before 2.12 silently ignores the setting.
     async fn try_provide_stream(&self) -> Result<bool, String> {
         let provided = stream::provide_events(&self.jetstream, &self.events).await;
         provided.map_err(|error| exit::chain(&error))?;
@@ -276,7 +278,7 @@ impl Publisher {
         Ok(stream.cached_info().config.allow_atomic_publish)
     }
 
-    /// Sends what is still in the client's buffers. Without a connection there is nobody to send to.
+    /// Sends the bytes in the client's buffers. Does nothing without a connection.
     pub(crate) async fn flush(&self) {
         if self.client.connection_state() != State::Connected {
             return;

@@ -1,8 +1,8 @@
-//! The HTTP surface: paths, methods, statuses, and the order in which a delivery is refused.
+//! The HTTP surface: paths, methods, statuses, and the order of the checks on a delivery.
 //!
 //! The only file that knows HTTP requests and answers. May not know how a signature is made or how
-//! an event is stored. Invariant: 200 is answered only for an event that is stored, or that nobody
-//! wants stored.
+//! an event is stored. Invariant: 200 is answered only for an event that is stored, or whose type
+//! the settings do not ask to store.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -39,22 +39,21 @@ use crate::throttle::Throttle;
 /// How long a body may take to arrive.
 const BODY_WITHIN: Duration = Duration::from_secs(10);
 
-/// When to come back after a 503, in seconds: a restart or an election of the broker is over.
+/// `Retry-After` of a 503, in seconds. A restart or an election of the broker is over by then.
 const RETRY_AFTER_S: u16 = 5;
 
 const SUCCESS: &[u8] = br#"{"status":"success"}"#;
 
-/// Refused signatures are logged once in a while: anybody can send them.
+/// How often a refused signature is logged at most: anyone can send them.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(crate) struct Ingress {
     settings: Settings,
-    /// The signing secrets now.
     secrets: Secrets,
     bodies: Arc<Budget>,
     publisher: Arc<Publisher>,
     metrics: Arc<Metrics>,
-    /// For log lines about refused signatures.
+    /// Limits the log lines about refused signatures.
     refused: Throttle,
 }
 
@@ -121,7 +120,8 @@ fn routes(
         .unify()
         .or(elsewhere)
         .unify();
-    // One `or` around the hook, not four: each moves and polls what it holds once more.
+    // The hook is in one `or`, not in four: each `or` moves and polls the filters inside it once
+    // more.
     hook.or(others).unify()
 }
 
@@ -134,7 +134,7 @@ async fn hook<B: Buf>(
 ) -> warp::reply::Response {
     let received = OffsetDateTime::now_utc();
     let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
-    ingress.metrics.delivery(
+    ingress.metrics.record_delivery(
         delivered
             .as_ref()
             .map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome),
@@ -144,7 +144,7 @@ async fn hook<B: Buf>(
         Err(refusal) => {
             let is_too_large = refusal.status() == StatusCode::PAYLOAD_TOO_LARGE;
             if is_too_large && ingress.publisher.body_bytes_max() < ingress.settings.body_limit {
-                ingress.publisher.doubt_body_bytes_max();
+                ingress.publisher.request_max_payload_check();
             }
             refusal.log(&ingress.refused);
             refusal.answer()
@@ -152,7 +152,7 @@ async fn hook<B: Buf>(
     }
 }
 
-/// The life of a delivery. The order of the checks is DESIGN's.
+/// Checks a delivery and stores its event. The order of the checks is DESIGN's.
 async fn deliver<B: Buf>(
     ingress: &Ingress,
     uuid: &str,
@@ -202,13 +202,13 @@ async fn deliver<B: Buf>(
         traceparent,
     };
     let stored = ingress.publisher.store(delivery).await?;
-    ingress.metrics.published(verified.elapsed());
+    ingress.metrics.record_published(verified.elapsed());
     if let Some(id) = id {
         debug!(event_id = %id, "stored {id}");
     }
     Ok(match stored {
         Stored::New => Outcome::Stored,
-        Stored::Before => Outcome::Duplicate,
+        Stored::Duplicate => Outcome::Duplicate,
     })
 }
 
@@ -236,7 +236,7 @@ enum Refusal {
 }
 
 impl Refusal {
-    /// The status of the answer, and as what the delivery is counted.
+    /// The status of the answer, and the outcome under which the delivery is counted.
     fn verdict(&self) -> (StatusCode, Outcome) {
         match self {
             Self::Method => (StatusCode::METHOD_NOT_ALLOWED, Outcome::Method),
@@ -281,7 +281,7 @@ impl Refusal {
                 .headers_mut()
                 .insert(RETRY_AFTER, RETRY_AFTER_S.into());
         }
-        // The rest of the body is on its way.
+        // The client may still be sending the rest of the body.
         if matches!(
             self,
             Self::Method | Self::UnknownHook | Self::Slow | Self::Body(_)
@@ -302,13 +302,13 @@ impl Refusal {
             SignatureError::Stale { age } => warn!(
                 omitted,
                 age_s = age.as_secs(),
-                "refused a delivery that was signed {} s ago: is the clock right? (STRIPE_WEBHOOK_TOLERANCE)",
+                "refused a delivery that was signed {} s ago: is this machine's clock right? (STRIPE_WEBHOOK_TOLERANCE)",
                 age.as_secs()
             ),
             SignatureError::NoMatch => {
                 warn!(
                     omitted,
-                    "refused a delivery: {error}; is the signing secret this endpoint's?"
+                    "refused a delivery: {error}; does the signing secret belong to this endpoint?"
                 );
             }
             SignatureError::Missing | SignatureError::Malformed | SignatureError::NotText => {
@@ -357,8 +357,8 @@ fn read_only(
     close(answer)
 }
 
-/// The header as the SDK gets it from a web framework: repeated ones joined by commas, bytes above
-/// ASCII as Latin-1.
+/// Returns the signature header as a web framework gives it to the SDK: repeated headers joined by
+/// commas, bytes above ASCII as Latin-1.
 fn signature_header(headers: &HeaderMap) -> String {
     let mut joined = String::new();
     for (index, value) in headers.get_all(header::STRIPE_SIGNATURE).iter().enumerate() {
@@ -377,7 +377,8 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The trace context of the delivery, if it is a valid one of version 00. W3C: "Trace Context".
+/// Returns the delivery's trace context if it is valid in the format of version 00 (W3C: "Trace
+/// Context").
 fn traceparent(headers: &HeaderMap) -> Option<String> {
     let text = headers.get(header::TRACEPARENT)?.to_str().ok()?;
     let parts: Vec<&str> = text.split('-').collect();
@@ -401,19 +402,19 @@ fn traceparent(headers: &HeaderMap) -> Option<String> {
 }
 
 #[derive(Serialize)]
-struct Complaint<'a> {
+struct ErrorBody<'a> {
     error: &'a str,
 }
 
 fn error(status: StatusCode, message: &str) -> warp::reply::Response {
-    json(status, &Complaint { error: message })
+    json(status, &ErrorBody { error: message })
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> warp::reply::Response {
     answer(
         status,
         serde_json::to_vec(body)
-            .expect("texts can be written")
+            .expect("strings can be written as JSON")
             .into(),
     )
 }
@@ -427,7 +428,7 @@ fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
     answer
 }
 
-/// Ends the connection after this answer.
+/// Has the connection closed after this answer.
 fn close(mut answer: warp::reply::Response) -> warp::reply::Response {
     answer
         .headers_mut()

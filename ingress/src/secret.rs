@@ -1,7 +1,7 @@
-//! The signing secrets that are in use now.
+//! The signing secrets in use.
 //!
 //! Owns where they come from: the setting, or a file that is read again when it changes. Never
-//! prints one; log lines show a fingerprint, so that a wrong secret can be told from a right one.
+//! prints a secret; log lines show its fingerprint, so that an operator can recognize a wrong one.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,12 +20,13 @@ pub(crate) const FILE_SETTING: &str = "STRIPE_WEBHOOK_SECRET_FILE";
 
 const PREFIX: &str = "whsec_";
 
-/// How often the file is looked at until it holds a secret, and how long between two looks.
+/// How many times the file is read at start until it holds a secret, and the delay between two
+/// reads.
 const TRIES: u32 = 10;
-const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 
-/// How often the file is read again to see whether its secret changed.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How often the file is read to notice a new secret.
+const REREAD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How much of the file is read. It may be the whole output of the Stripe CLI.
 const FILE_BYTES_MAX: u64 = 64 << 10;
@@ -36,7 +37,6 @@ pub(crate) enum SecretSource {
     File(PathBuf),
 }
 
-/// There is no signing secret.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "no signing secret: {SETTING} is not set, and {FILE_SETTING} names {}, {why} after {TRIES} tries",
@@ -47,10 +47,10 @@ pub struct NoSecret {
     why: String,
 }
 
-/// The secrets, and what they are later.
+/// The secrets in use, and their later changes.
 pub(crate) type Secrets = watch::Receiver<Arc<[SigningSecret]>>;
 
-/// The secrets to start with. Waits for the file, and says so once.
+/// Returns the secrets to start with. Waits for the file if it holds none yet, and logs that once.
 pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>, NoSecret> {
     let path = match source {
         SecretSource::Given(secrets) => {
@@ -66,7 +66,7 @@ pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>
                 announce(&secret, FILE_SETTING);
                 return Ok(Arc::new([secret]));
             }
-            Ok(None) => "which holds no whsec_…".to_owned(),
+            Ok(None) => "which contains no whsec_…".to_owned(),
             Err(error) => format!("which cannot be read ({error})"),
         };
         if tries == TRIES {
@@ -77,27 +77,25 @@ pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>
         }
         if tries == 1 {
             let path = path.display();
-            warn!("waiting for a signing secret in {path} ({FILE_SETTING}), {why} yet");
+            warn!("waiting for a signing secret: {FILE_SETTING} names {path}, {why}");
         }
         tries += 1;
-        tokio::time::sleep(TRY_AGAIN_AFTER).await;
+        tokio::time::sleep(RETRY_AFTER).await;
     }
 }
 
-/// Keeps `secrets` what the file says. A file that is gone or empty changes nothing.
+/// Replaces `secrets` whenever the file holds another secret. Keeps the last one while the file is
+/// missing or holds none.
 ///
-/// The file is read, not watched: a mounted volume need not tell about changes.
-///
-/// # Cancel safety
-/// Nothing is lost.
+/// The file is read again and again, not watched: a mounted volume may not report changes.
 pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) {
     let mut is_missing = false;
     loop {
-        tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+        tokio::time::sleep(REREAD_INTERVAL).await;
         let Ok(Some(secret)) = read(path).await else {
             if !is_missing {
                 warn!(
-                    "{} ({FILE_SETTING}) holds no whsec_… any more; keeping the last one",
+                    "{} ({FILE_SETTING}) no longer contains a whsec_…; keeping the last one",
                     path.display()
                 );
             }
@@ -116,7 +114,7 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
     }
 }
 
-/// The secrets in the text of `STRIPE_WEBHOOK_SECRET`: one, or several separated by commas.
+/// Parses the value of `STRIPE_WEBHOOK_SECRET`: one secret, or several separated by commas.
 pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
     let is_secret = |text: &&str| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte);
@@ -129,7 +127,7 @@ pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
         .collect()
 }
 
-/// The first `whsec_[a-zA-Z0-9]+` in what a file holds.
+/// Returns the first `whsec_[a-zA-Z0-9]+` in a file's content.
 pub fn find(file: &[u8]) -> Option<SigningSecret> {
     let starts =
         (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));

@@ -17,11 +17,11 @@ use uuid::Uuid;
 use crate::body::BUDGET_BYTES;
 use crate::secret::{self, SecretSource};
 
-/// The smallest body limit that makes sense, in bytes: below it hardly an event gets through.
+/// The smallest body limit, in bytes. Below it hardly any event would be accepted.
 const BODY_LIMIT_MIN: usize = 1 << 10;
 
 litestripe_contract::settings! {
-    /// The settings only ingress has.
+    /// The settings that only ingress has.
     pub SETTINGS;
 
     UUID = "STRIPE_WEBHOOK_UUID", None,
@@ -29,30 +29,30 @@ litestripe_contract::settings! {
     SECRET = secret::SETTING, None,
         "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]";
     SECRET_FILE = secret::FILE_SETTING, Some("/run/secrets_djstripe/djstripe_webhook_secret"),
-        "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it, waited for at start (10 tries, 2 s apart) and read again when it changes";
+        "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it; ingress waits for it at the start (10 tries, 2 s apart) and reads it again when it changes";
     TOLERANCE = "STRIPE_WEBHOOK_TOLERANCE", Some("300"),
-        "seconds that a signature's timestamp may lie before the moment of receipt; 0 accepts any";
+        "age in seconds, at receipt, up to which a signature's timestamp is accepted; 0 accepts any";
     LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),
         "HTTP address";
     EVENT_TYPES = "LITESTRIPE_EVENT_TYPES", None,
-        "event types that are stored, comma-separated, or * for all; others are answered 200 and counted [default: the types the worker handles]";
+        "event types that are stored, comma-separated, or * for all; others are answered 200 and counted, but not stored [default: the types the worker handles]";
     BODY_LIMIT = "LITESTRIPE_BODY_LIMIT", Some("1MiB"),
         "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller";
     GROUP_COMMIT = "LITESTRIPE_GROUP_COMMIT", Some("auto"),
-        "whether events that wait for each other are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic";
+        "whether events that arrive together are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic, which a new stream has";
 }
 
-/// Everything ingress needs to know.
+/// All settings of ingress.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The UUID in the hook's path. Defence in depth only; all the same it is never logged.
+    /// The UUID in the hook's path. It is only defence in depth, but still never logged.
     pub(crate) hook: HookId,
     pub(crate) secrets: SecretSource,
-    /// How far before its receipt a delivery may have been signed. Zero accepts any age.
+    /// How old a delivery's signature may be at receipt. Zero accepts any age.
     ///
-    /// 300 s is the default of Stripe's own SDKs. Larger lets a captured delivery be replayed for longer.
+    /// 300 s is the default of Stripe's own SDKs. Larger lets a captured delivery be replayed for
+    /// longer.
     pub(crate) tolerance: Duration,
-    /// The HTTP address.
     pub listen: SocketAddr,
     pub(crate) event_types: EventTypes,
     pub(crate) body_limit: usize,
@@ -60,7 +60,6 @@ pub struct Settings {
     pub(crate) nats: NatsSettings,
     /// The limits of the stream, if it has to be created.
     pub(crate) events: EventsSettings,
-    /// How to log.
     pub log: LogSettings,
 }
 
@@ -70,7 +69,7 @@ pub(crate) struct HookId(Uuid);
 
 impl HookId {
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        // 36 characters are the form with hyphens: the others that `Uuid` reads are not of that length.
+        // Only the form with hyphens has 36 characters; `Uuid` also parses other forms.
         (text.len() == 36).then(|| Uuid::try_parse(text).ok().map(Self))?
     }
 }
@@ -110,7 +109,7 @@ impl EventTypes {
     }
 }
 
-/// Whether events that wait for each other are stored in one batch, where the stream takes batches.
+/// Whether events that wait for each other are stored in one batch, if the stream accepts batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum GroupCommit {
     Auto,
@@ -120,8 +119,8 @@ pub(crate) enum GroupCommit {
 
 /// Reads the settings.
 ///
-/// `holds_secret` says whether a secret file holds a secret now. One that holds none is reported only with
-/// other problems: it may yet come.
+/// `holds_secret` says whether a secret file holds a secret now. A file without one is reported
+/// only together with other problems, because the secret may still be written later.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let hook = reader.required(
@@ -171,7 +170,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     })
 }
 
-/// Where the secrets come from, and what to say if there are none so far.
+/// Returns where the secrets come from, and the problem to report if there is no secret yet.
 fn read_secrets(
     reader: &mut Reader,
     holds_secret: impl Fn(&Path) -> bool,
@@ -183,7 +182,7 @@ fn read_secrets(
     let no_secret = has_none.then(|| {
         let (file, setting) = (file.display(), SECRET.name);
         format!(
-            "{setting} is missing, and {} names {file}, which holds none",
+            "{setting} is missing, and {} names {file}, which contains none",
             SECRET_FILE.name
         )
     });

@@ -4,9 +4,9 @@
 //! (receipt time is an argument), or anything inside the body. Only this module can make a
 //! [`VerifiedBody`], so holding one is the proof.
 //!
-//! The verdict is that of Stripe's Python SDK (`_webhook.py`, 16.1.0), also where it is odd: what it
-//! takes for an integer, what it does with an item that has no or two `=`, and that a timestamp
-//! from the future is fine.
+//! The verdict is the same as that of Stripe's Python SDK (`_webhook.py`, 16.1.0), including its
+//! oddities: which texts it accepts as an integer, how it reads an item with no `=` or with two,
+//! and that it accepts a timestamp in the future.
 
 use std::time::Duration;
 
@@ -22,19 +22,18 @@ const SCHEME: &str = "v1";
 /// The length of an HMAC-SHA256, in bytes.
 const MAC_BYTES: usize = 32;
 
-/// The most digits that Python's `int()` takes (`sys.int_info.default_max_str_digits`).
+/// The most digits that Python's `int()` accepts (`sys.int_info.default_max_str_digits`).
 const TIMESTAMP_DIGITS_MAX: usize = 4300;
 
 /// A signing secret (`whsec_…`): the whole text is the key. Never printed.
 #[derive(Clone)]
 pub struct SigningSecret {
-    /// Keyed, so that no delivery pays for it and the text itself is not kept.
+    /// The HMAC with its key set: no delivery pays for that, and the text itself is not kept.
     keyed: Hmac<Sha256>,
     fingerprint: String,
 }
 
 impl SigningSecret {
-    /// The secret of this text.
     pub fn new(text: &str) -> Self {
         let keyed = Hmac::new_from_slice(text.as_bytes()).expect("HMAC takes a key of any length");
         let digest = Sha256::digest(text.as_bytes());
@@ -46,7 +45,7 @@ impl SigningSecret {
         Self { keyed, fingerprint }
     }
 
-    /// Tells secrets apart without showing them: the first 8 hex digits of the text's SHA-256.
+    /// The first 8 hex digits of the text's SHA-256, which identify a secret without showing it.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -63,32 +62,32 @@ impl std::fmt::Debug for SigningSecret {
 pub struct VerifiedBody(Bytes);
 
 impl VerifiedBody {
-    /// As they came.
+    /// The bytes as they were received.
     pub fn bytes(&self) -> &Bytes {
         &self.0
     }
 }
 
-/// Why a delivery is not known to come from Stripe.
+/// Why a delivery cannot be trusted to come from Stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SignatureError {
     #[error("the Stripe-Signature header is missing")]
     Missing,
     #[error("the Stripe-Signature header is malformed")]
     Malformed,
-    /// The body is no UTF-8, which Stripe's always are.
+    /// Stripe's bodies are always UTF-8.
     #[error("the body is not UTF-8")]
     NotText,
     #[error("no signature matches the body")]
     NoMatch,
     #[error("the signature's timestamp is too old")]
     Stale {
-        /// How old: whole seconds, rounded down.
+        /// Rounded down to whole seconds.
         age: Duration,
     },
 }
 
-/// Checks that one of `secrets` signed `body`, and not longer than `tolerance` before `received`.
+/// Checks that one of `secrets` signed `body`, at most `tolerance` before `received`.
 ///
 /// A tolerance of zero accepts any age.
 pub fn verify(
@@ -113,7 +112,7 @@ pub fn verify(
     }
 }
 
-/// What the header says: `t=…,v1=…,v1=…,v0=…` in any order.
+/// The parsed header: `t=…,v1=…,v1=…,v0=…` in any order.
 struct SignedHeader {
     timestamp: Timestamp,
     signatures: Vec<[u8; MAC_BYTES]>,
@@ -124,7 +123,7 @@ impl SignedHeader {
         if header.is_empty() {
             return Err(SignatureError::Missing);
         }
-        // The SDK splits an item at the first two `=` and looks at the first two parts.
+        // The SDK splits an item at its first two `=` and uses the first two parts.
         let items = header.split(',').map(|item| {
             let mut parts = item.split('=');
             (parts.next().unwrap_or_default(), parts.next())
@@ -167,14 +166,14 @@ impl SignedHeader {
 }
 
 struct Timestamp {
-    /// As the signed text has it: Python's `%d`, without leading zeros, `+` or `_`.
+    /// The number as it is signed: as Python's `%d` writes it, without leading zeros, `+` or `_`.
     decimal: String,
-    /// In seconds since 1970; what does not fit is the nearest that does.
+    /// In seconds since 1970. A number that does not fit becomes the nearest one that does.
     unix_s: i64,
 }
 
 impl Timestamp {
-    /// What Python's `int()` takes, except for digits other than 0 to 9.
+    /// Parses what Python's `int()` accepts, except for digits other than 0 to 9.
     fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
         let (sign, digits) = match text.strip_prefix('-') {
@@ -192,12 +191,12 @@ impl Timestamp {
             "" => "0".to_owned(),
             significant => [sign, significant].concat(),
         };
-        let farthest = if sign == "-" { i64::MIN } else { i64::MAX };
-        let unix_s = decimal.parse().unwrap_or(farthest);
+        let nearest = if sign == "-" { i64::MIN } else { i64::MAX };
+        let unix_s = decimal.parse().unwrap_or(nearest);
         Some(Self { decimal, unix_s })
     }
 
-    /// How long before `now` this was, or nothing if it was not before.
+    /// Returns how long before `now` this is, or `None` if it is later.
     fn age(&self, now: OffsetDateTime) -> Option<Duration> {
         const NANOS_PER_S: i128 = 1_000_000_000;
         let age_ns =
@@ -207,7 +206,7 @@ impl Timestamp {
     }
 }
 
-/// The 32 bytes that 64 lower-case hexadecimal digits stand for.
+/// Parses 64 lower-case hexadecimal digits.
 fn mac(text: &str) -> Option<[u8; MAC_BYTES]> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),

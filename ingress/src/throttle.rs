@@ -1,4 +1,4 @@
-//! At most one log line in a while, with the number of those that were left out.
+//! Limits repeated log lines to one per interval, and counts the omitted ones.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,7 +23,8 @@ impl Throttle {
         }
     }
 
-    /// Whether a line may be written at `now`, and then how many were not written since the last.
+    /// Asks to write a line at `now`. Returns the number of lines omitted since the last one, or
+    /// `None` if this line has to be omitted too.
     pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state

@@ -190,9 +190,9 @@ async fn worker_panics(database: DatabaseKind, point: &str, message: &str) {
 async fn ingress_whose_broker_connection_task_panics_exits_with_failure() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 0, &[]).await;
     assert!(rig.ingress().stop().await.success());
-    rig.start_ingress(&[("FAILPOINTS", "ingress::tending=20*off->panic")]);
+    rig.start_ingress(&[("FAILPOINTS", "ingress::watching_connection=20*off->panic")]);
     rig.ingress()
-        .wait_for_log("a part of ingress panicked", DEADLINE)
+        .wait_for_log("a background task of ingress panicked", DEADLINE)
         .await;
     assert_eq!(
         rig.ingress().wait(DEADLINE).await.code(),

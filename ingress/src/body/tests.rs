@@ -75,11 +75,11 @@ async fn the_limit_includes_its_last_byte() {
     );
     assert_eq!(read_all(&["a"], Some(11), &budget).await, too_large);
     assert_eq!(read_all(&["a"], Some(u64::MAX), &budget).await, too_large);
-    assert_eq!(budget.bytes(), 0, "what is refused gives its share back");
+    assert_eq!(budget.bytes(), 0, "a refused body gives its share back");
 }
 
 #[tokio::test]
-async fn a_share_is_held_until_the_last_reference_goes() {
+async fn a_body_holds_its_share_until_its_last_reference_is_dropped() {
     let budget = Budget::new(15);
     let first = read_all(&["01234", "56789"], None, &budget)
         .await
@@ -99,7 +99,7 @@ async fn a_share_is_held_until_the_last_reference_goes() {
 }
 
 #[tokio::test]
-async fn a_body_that_breaks_off_is_told() {
+async fn a_body_that_ends_early_is_an_error() {
     let budget = Budget::new(100);
     let given = stream::iter([Ok(Bytes::from_static(b"ab")), Err("reset")]);
     assert_eq!(

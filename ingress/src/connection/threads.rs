@@ -1,9 +1,10 @@
-//! Threads that connections are served on.
+//! The threads that serve connections.
 //!
-//! Owns how many there are, and which connection is whose. The first one is the caller's own, on which all
-//! else of ingress runs too. Each has a queue that is first in, first out: what its connections publish
-//! while it is their turn goes to NATS together. tokio's scheduler for several threads would run whoever is
-//! woken at once, and move tasks from core to core.
+//! Owns how many there are, and which thread serves a connection. The first is the caller's own
+//! thread, which also runs everything else in ingress. Each thread runs its tasks first in, first
+//! out, so that the messages that its connections publish in one round are written to NATS
+//! together. tokio's multi-threaded scheduler would run a woken task at once and move tasks between
+//! cores.
 
 use std::sync::{Arc, mpsc};
 use std::{io, thread};
@@ -12,15 +13,15 @@ use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
 
-/// Threads at most. They refuse forged deliveries by the ten thousand a second; accepted ones are the
-/// broker's to bound.
+/// The most threads. These many refuse tens of thousands of forged deliveries a second; accepted
+/// ones are limited by the broker.
 const THREADS_MAX: usize = 4;
 
-/// Connections that a thread is given before the next one gets any: few are served best side by side, next
-/// to the connection to NATS.
-const TOGETHER: usize = 8;
+/// Connections that a thread gets before the next thread gets any. A few connections are served
+/// fastest on one thread, the one of the connection to NATS.
+const CONNECTIONS_TOGETHER: usize = 8;
 
-/// The threads. They end when this is dropped.
+/// The threads, which end when this is dropped.
 pub(super) struct Threads {
     all: Vec<Thread>,
     _stop: DropGuard,
@@ -28,23 +29,25 @@ pub(super) struct Threads {
 
 struct Thread {
     runtime: Handle,
-    /// Held by everything that runs on it.
+    /// Counts the connections on the thread: each holds a reference.
     load: Arc<()>,
 }
 
 impl Threads {
     pub(super) fn start() -> Self {
-        Self::of(thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX)))
+        Self::with_count(
+            thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX)),
+        )
     }
 
-    /// So many, where the system has them to give.
-    fn of(wanted: usize) -> Self {
+    /// Starts threads up to `count`, or fewer if the system refuses.
+    fn with_count(count: usize) -> Self {
         let stop = CancellationToken::new();
         let mut all = vec![Thread {
             runtime: Handle::current(),
             load: Arc::default(),
         }];
-        while all.len() < wanted {
+        while all.len() < count {
             match start(thread::Builder::new(), stop.clone()) {
                 Ok(runtime) => all.push(Thread {
                     runtime,
@@ -66,7 +69,7 @@ impl Threads {
     }
 
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let load = |thread: &&Thread| (Arc::strong_count(&thread.load) - 1) / TOGETHER;
+        let load = |thread: &&Thread| (Arc::strong_count(&thread.load) - 1) / CONNECTIONS_TOGETHER;
         let Some(thread) = self.all.iter().min_by_key(load) else {
             return;
         };
@@ -80,8 +83,8 @@ impl Threads {
 
 fn start(thread: thread::Builder, stop: CancellationToken) -> io::Result<Handle> {
     let (sender, started) = mpsc::channel();
-    // Made on the thread itself: where there is none to be had, a runtime would be dropped here, on another
-    // runtime's thread, and panic.
+    // The runtime is made on its own thread. Made here, it would be dropped here if the thread
+    // cannot be started, and dropping a runtime on another runtime's thread panics.
     let serve = move || match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => {
             let _ = sender.send(Ok(runtime.handle().clone()));
@@ -94,7 +97,7 @@ fn start(thread: thread::Builder, stop: CancellationToken) -> io::Result<Handle>
     thread.name("connections".to_owned()).spawn(serve)?;
     started
         .recv()
-        .unwrap_or_else(|_| Err(io::Error::other("it ended at once")))
+        .unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ fn an_event_is_an_object_with_an_id_and_a_type() {
 }
 
 #[test]
-fn of_a_repeated_field_the_last_counts() {
+fn the_last_one_of_a_repeated_field_counts() {
     check(
         r#"{"id":1,"type":"a","id":"evt_1","type":"b"}"#,
         Ok(("evt_1", "b", false)),
@@ -51,7 +51,7 @@ fn of_a_repeated_field_the_last_counts() {
 }
 
 #[test]
-fn what_is_no_json_object_is_no_event() {
+fn a_body_that_is_not_a_json_object_is_not_an_event() {
     for body in [
         "",
         "null",
@@ -70,7 +70,7 @@ fn what_is_no_json_object_is_no_event() {
 }
 
 #[test]
-fn an_id_or_a_type_that_cannot_be_used_is_no_event() {
+fn a_body_without_a_usable_id_and_type_is_not_an_event() {
     check("{}", Err(NotAnEvent::Id));
     for id in [
         "null",
@@ -93,7 +93,7 @@ fn an_id_or_a_type_that_cannot_be_used_is_no_event() {
 }
 
 #[test]
-fn what_nobody_reads_may_be_odd() {
+fn fields_that_are_not_read_may_be_odd() {
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     for odd in [
         deep.as_str(),

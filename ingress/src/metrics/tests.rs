@@ -13,10 +13,10 @@ fn the_page_shows_every_outcome_from_the_start() {
 }
 
 #[test]
-fn every_outcome_is_counted_as_itself() {
+fn every_outcome_has_its_own_counter() {
     for (outcome, label) in Outcome::ALL {
         let metrics = Metrics::new();
-        metrics.delivery(outcome);
+        metrics.record_delivery(outcome);
         let page = metrics.page(0);
         assert!(
             page.contains(&format!("{{outcome=\"{label}\"}} 1")),
@@ -26,9 +26,9 @@ fn every_outcome_is_counted_as_itself() {
 }
 
 #[test]
-fn the_page_has_the_histogram_and_the_bytes() {
+fn the_page_shows_the_histogram_and_the_bytes_in_flight() {
     let metrics = Metrics::new();
-    metrics.published(Duration::from_millis(3));
+    metrics.record_published(Duration::from_millis(3));
     let page = metrics.page(4096);
     for line in [
         "litestripe_ingress_publish_seconds_bucket{le=\"0.0025\"} 0",

@@ -1,14 +1,17 @@
-//! Group commit: events that arrive while others are on their way become one atomic batch (NATS:
-//! ADR-50), of which JetStream stores all or nothing and syncs its disk once.
+//! Publishes the events that wait for each other as one atomic batch (NATS: ADR-50), of which
+//! JetStream stores all or nothing, with one sync of its disk.
 //!
-//! Members are sent as they come, so that the broker has them when it gets to them, and the last one
-//! commits the batch as soon as what was on its way has arrived: it is held back for that. One that
-//! finds nothing on its way goes at once, by itself. Owns what is a batch's; `company` knows when one
-//! waits for more. May not know retries or deadlines.
+//! At most one batch is in flight, from its commit to its PubAck; the events that arrive meanwhile
+//! go into the open batch. All members of the open batch but the newest are sent at once, so that
+//! the broker already has them when it finishes the batch in flight. The newest is held back,
+//! because the last member of a batch has to commit it: that happens as soon as the batch in flight
+//! is acknowledged, or at once if there is none. A batch of one is sent as an ordinary message.
+//! Owns what a batch is; `fill_wait` decides when an open batch waits for more members. May not
+//! know retries or deadlines.
 //!
-//! Invariant: a member is told that it is stored only by a PubAck of its very batch, with the
-//! batch's id and count. A server that knows no batches would store the members one by one and
-//! acknowledge the last alone.
+//! Invariant: a member counts as stored only after the PubAck of its own batch, with the batch's id
+//! and count. A server without support for batches would store the members one by one and
+//! acknowledge the last one alone.
 
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
@@ -28,21 +31,22 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
-use super::company::Company;
+use super::fill_wait::FillWait;
 use super::message::Delivery;
 use super::outcome::{AttemptError, Stored, Trouble};
-use super::single::{acknowledged, send, stored};
+use super::single::{send, stored, wait_for_ack};
 
-/// Members of one batch. A server takes 1,000; beyond some hundred, one sync more or less is
-/// nothing to the rest of the work.
+/// The most members of a batch. A server accepts 1,000, but beyond a few hundred a sync more or less
+/// hardly matters beside the rest of the work.
 const MEMBERS_MAX: usize = 256;
 
-/// Bytes of one batch, which the server stages before it stores them.
+/// The most bytes of a batch. The server stages a batch before it stores it.
 const BYTES_MAX: usize = 4 << 20;
 
-/// Events taken out of the channel at a time.
+/// The most events taken out of the channel at a time.
 const TAKE_MAX: usize = 64;
 
+/// An event that is to be stored in a batch.
 pub(super) struct Member {
     delivery: Arc<Delivery>,
     outcome: oneshot::Sender<Outcome>,
@@ -51,8 +55,9 @@ pub(super) struct Member {
 #[derive(Clone)]
 pub(super) enum Outcome {
     Known(Result<Stored, AttemptError>),
-    /// Its batch was refused whole, which says nothing of this one: it has to go by itself.
-    Alone,
+    /// The batch was refused as a whole, which says nothing about this member: publish it by
+    /// itself.
+    PublishSingly,
 }
 
 impl Member {
@@ -67,27 +72,28 @@ impl Member {
         )
     }
 
-    fn settle(self, outcome: Outcome) {
-        // Whoever does not listen any more has been answered.
+    fn finish(self, outcome: Outcome) {
+        // A request that no longer listens has been answered 503.
         let _ = self.outcome.send(outcome);
     }
 }
 
+/// The task that makes and publishes batches.
 pub(super) struct Batches {
     client: Client,
     jetstream: jetstream::Context,
     members: mpsc::Receiver<Member>,
-    broken: watch::Receiver<u64>,
-    /// What was committed last, until it is known what became of it.
-    on_its_way: Option<OnItsWay>,
+    connections_lost: watch::Receiver<u64>,
+    /// The batch that was committed last, until its outcome is known.
+    in_flight: Option<InFlightBatch>,
     open: Option<Batch>,
-    /// Members that the open batch has no room for.
+    /// Members that do not fit into the open batch.
     waiting: VecDeque<Member>,
-    company: Company,
+    fill_wait: FillWait,
 }
 
-/// Members whose PubAck is awaited, and how to get it.
-struct OnItsWay {
+/// A batch that was committed and whose PubAck is pending.
+struct InFlightBatch {
     members: Vec<Member>,
     repeated: Vec<Member>,
     since: Instant,
@@ -96,10 +102,12 @@ struct OnItsWay {
 
 enum Next {
     Arrived(Vec<Member>),
-    Over,
-    Settled(Outcome),
-    Broken,
-    Waited,
+    /// No more members can come.
+    Closed,
+    /// The outcome of the batch in flight is known.
+    Finished(Outcome),
+    ConnectionLost,
+    FillWaitOver,
 }
 
 impl Batches {
@@ -107,96 +115,104 @@ impl Batches {
         client: Client,
         jetstream: jetstream::Context,
         members: mpsc::Receiver<Member>,
-        broken: watch::Receiver<u64>,
+        connections_lost: watch::Receiver<u64>,
     ) -> Self {
         Self {
             client,
             jetstream,
             members,
-            broken,
-            on_its_way: None,
+            connections_lost,
+            in_flight: None,
             open: None,
             waiting: VecDeque::new(),
-            company: Company::new(MEMBERS_MAX),
+            fill_wait: FillWait::new(MEMBERS_MAX),
         }
     }
 
-    /// Makes batches until nobody can bring members any more.
+    /// Makes batches until the channel of members is closed.
     pub(super) async fn run(&mut self) {
         loop {
             match self.next().await {
-                Next::Over => return,
+                Next::Closed => return,
                 Next::Arrived(members) => self.waiting.extend(members),
-                Next::Settled(outcome) => self.settle(&outcome),
-                Next::Broken => self.give_up(),
-                Next::Waited => self.company.stay_away(),
+                Next::Finished(outcome) => self.finish_in_flight(&outcome),
+                Next::ConnectionLost => self.give_up(),
+                Next::FillWaitOver => self.fill_wait.record_timeout(),
             }
             self.fill().await;
-            if self.on_its_way.is_none() && !self.waits_for_company() {
+            if self.in_flight.is_none() && !self.keep_waiting() {
                 self.commit().await;
-                // What there was no room for.
+                // The members that did not fit start the next batch.
                 self.fill().await;
             }
         }
     }
 
-    fn waits_for_company(&mut self) -> bool {
+    /// Ends the wait for more members if the open batch has enough. Returns whether it goes on.
+    fn keep_waiting(&mut self) -> bool {
+        if !self.waiting.is_empty() {
+            // The open batch is full.
+            return false;
+        }
         let members = self.open.as_ref().map_or(0, Batch::count);
-        // A full one is as good as it gets.
-        self.waiting.is_empty() && self.company.is_expected(members)
+        self.fill_wait.end_if_enough(members);
+        self.fill_wait.is_waiting()
     }
 
     async fn next(&mut self) -> Next {
         let mut arrived = Vec::new();
-        let settled = self
-            .on_its_way
+        let finished = self
+            .in_flight
             .as_mut()
-            .map(|on_its_way| on_its_way.outcome.as_mut());
-        let until = self.company.until.filter(|_| self.open.is_some());
+            .map(|in_flight| in_flight.outcome.as_mut());
+        let until = self.fill_wait.until.filter(|_| self.open.is_some());
         tokio::select! {
             biased;
-            Some(outcome) = OptionFuture::from(settled) => Next::Settled(outcome),
-            Some(()) = OptionFuture::from(until.map(sleep_until)) => Next::Waited,
-            changed = self.broken.changed() => if changed.is_ok() { Next::Broken } else { Next::Over },
+            Some(outcome) = OptionFuture::from(finished) => Next::Finished(outcome),
+            Some(()) = OptionFuture::from(until.map(sleep_until)) => Next::FillWaitOver,
+            changed = self.connections_lost.changed() => {
+                if changed.is_ok() { Next::ConnectionLost } else { Next::Closed }
+            }
             count = self.members.recv_many(&mut arrived, TAKE_MAX) => {
-                if count > 0 { Next::Arrived(arrived) } else { Next::Over }
+                if count > 0 { Next::Arrived(arrived) } else { Next::Closed }
             }
         }
     }
 
-    fn settle(&mut self, outcome: &Outcome) {
-        let Some(OnItsWay {
+    fn finish_in_flight(&mut self, outcome: &Outcome) {
+        let Some(InFlightBatch {
             members,
             repeated,
             since,
             ..
-        }) = self.on_its_way.take()
+        }) = self.in_flight.take()
         else {
             return;
         };
         let open = self.open.as_ref().map_or(0, Batch::count);
-        self.company.leave(members.len(), open, since);
+        self.fill_wait.record_answered(members.len(), open, since);
         members
             .into_iter()
-            .for_each(|member| member.settle(outcome.clone()));
+            .for_each(|member| member.finish(outcome.clone()));
         repeated
             .into_iter()
-            .for_each(|member| member.settle(Outcome::Alone));
+            .for_each(|member| member.finish(Outcome::PublishSingly));
     }
 
-    /// Nobody answers for what was sent over another connection.
+    /// Gives up the batch in flight and the open one: the broker does not answer on a new
+    /// connection for messages that were sent on the lost one.
     fn give_up(&mut self) {
-        self.settle(&Outcome::Known(Err(AttemptError::Again(Trouble::NoAck))));
+        self.finish_in_flight(&Outcome::Known(Err(AttemptError::Retry(Trouble::NoAck))));
         if let Some(batch) = self.open.take() {
             batch.dissolve();
         }
     }
 
-    /// Sends those that wait, as far as the open batch has room.
+    /// Moves waiting members into the open batch as long as it has room.
     async fn fill(&mut self) {
         while let Some(member) = self.waiting.pop_front() {
             if member.outcome.is_closed() {
-                // It was answered 503.
+                // Its request was answered 503.
                 continue;
             }
             let batch = self.open.get_or_insert_with(|| Batch::new(&self.client));
@@ -205,7 +221,10 @@ impl Batches {
                 return;
             }
             if let Err(error) = batch.add(&self.client, member).await {
-                debug!("a batch is given up: {}", exit::chain(&error));
+                debug!(
+                    "cannot send a batch, publishing its members by themselves: {}",
+                    exit::chain(&error)
+                );
                 self.open.take().into_iter().for_each(Batch::dissolve);
             }
         }
@@ -215,16 +234,16 @@ impl Batches {
         let Some(batch) = self.open.take() else {
             return;
         };
-        self.on_its_way = batch.commit(&self.jetstream).await;
+        self.in_flight = batch.commit(&self.jetstream).await;
     }
 }
 
 struct Batch {
     id: HeaderValue,
     sent: Vec<Member>,
-    /// The last one so far, which is not sent yet: it may become the one that commits.
+    /// The newest member. It is not sent yet, because it may become the last one, which commits.
     held: Option<Member>,
-    /// Those that repeat another one. A batch may not name a message id twice.
+    /// Members with the event id of another member. A batch must not contain a message id twice.
     repeated: Vec<Member>,
     ids: HashSet<EventId>,
     bytes: usize,
@@ -232,7 +251,7 @@ struct Batch {
 
 impl Batch {
     fn new(client: &Client) -> Self {
-        // Unique among all clients, as an inbox has to be.
+        // An inbox name is unique among all clients, so the batch id is too.
         let inbox = client.new_inbox();
         let id = inbox.rsplit('.').next().unwrap_or(&inbox).into();
         Self {
@@ -256,7 +275,7 @@ impl Batch {
                 && self.bytes + member.delivery.bytes() <= BYTES_MAX)
     }
 
-    /// Holds a member back, and sends the one that was.
+    /// Holds `member` back, and sends the member that was held back before.
     async fn add(
         &mut self,
         client: &Client,
@@ -279,26 +298,27 @@ impl Batch {
         Ok(())
     }
 
-    /// Sends the last member, which asks for the batch's PubAck. A single one needs no batch.
-    async fn commit(mut self, jetstream: &jetstream::Context) -> Option<OnItsWay> {
+    /// Sends the last member, which commits the batch and asks for its PubAck. A batch of one is
+    /// sent as an ordinary message.
+    async fn commit(mut self, jetstream: &jetstream::Context) -> Option<InFlightBatch> {
         let last = self.held.take()?;
         let count = self.sent.len() + 1;
         let headers = if count == 1 {
             last.delivery.headers()
         } else {
-            committing(self.headers(&last, count))
+            with_commit(self.headers(&last, count))
         };
         let ack = send(jetstream, &last.delivery, headers).await;
         let id = self.id;
         let outcome = async move {
             let ack = match ack {
-                Ok(ack) => acknowledged(ack).await,
+                Ok(ack) => wait_for_ack(ack).await,
                 Err(error) => Err(error),
             };
-            ack.map_or_else(not_stored, |ack| committed(&ack, &id, count))
+            ack.map_or_else(read_error, |ack| read_ack(&ack, &id, count))
         };
         self.sent.push(last);
-        Some(OnItsWay {
+        Some(InFlightBatch {
             members: self.sent,
             repeated: self.repeated,
             since: Instant::now(),
@@ -306,10 +326,10 @@ impl Batch {
         })
     }
 
-    /// Lets every member go by itself. What was sent of it, the server forgets.
+    /// Has every member published by itself. The server forgets the members that were sent.
     fn dissolve(self) {
         let members = self.sent.into_iter().chain(self.held).chain(self.repeated);
-        members.for_each(|member| member.settle(Outcome::Alone));
+        members.for_each(|member| member.finish(Outcome::PublishSingly));
     }
 
     fn headers(&self, member: &Member, sequence: usize) -> HeaderMap {
@@ -320,13 +340,13 @@ impl Batch {
     }
 }
 
-fn committing(mut headers: HeaderMap) -> HeaderMap {
+fn with_commit(mut headers: HeaderMap) -> HeaderMap {
     headers.insert(NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL);
     headers
 }
 
-/// What the PubAck of a batch of `count` members says of them.
-fn committed(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
+/// Returns the outcome of a batch of `count` members from its PubAck.
+fn read_ack(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
     if count == 1 {
         return Outcome::Known(Ok(stored(ack)));
     }
@@ -335,24 +355,26 @@ fn committed(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
     if is_of_this_batch {
         Outcome::Known(Ok(Stored::New))
     } else {
-        Outcome::Alone
+        Outcome::PublishSingly
     }
 }
 
-fn not_stored(error: PublishError) -> Outcome {
+/// Returns the outcome of a batch that got an error instead of a PubAck.
+fn read_error(error: PublishError) -> Outcome {
     match error.kind() {
-        // They may be stored or not.
+        // The members may or may not be stored.
         PublishErrorKind::TimedOut
         | PublishErrorKind::StreamNotFound
         | PublishErrorKind::BrokenPipe => Outcome::Known(Err(AttemptError::from(error))),
-        // They are not: most likely the stream has one of the message ids already; or there are too
-        // many batches of others, or it is full. Each member gets its own verdict.
+        // No member is stored. Most likely the stream already has one of the message ids; or other
+        // clients have too many open batches, or the stream is full. Published by itself, each
+        // member gets its own answer.
         _ => {
             debug!(
-                "a batch was refused, its members go by themselves: {}",
+                "a batch was refused, publishing its members by themselves: {}",
                 exit::chain(&error)
             );
-            Outcome::Alone
+            Outcome::PublishSingly
         }
     }
 }

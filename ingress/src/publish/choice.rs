@@ -1,42 +1,45 @@
-//! Whether messages that wait for each other go faster together or one by one.
+//! Measures whether events are stored faster in batches or one by one, and chooses the faster mode.
 //!
-//! A broker that syncs its disk for every message serves them one after the other, and grouping
-//! makes them share a sync; one that does not is faster with many single messages in flight. Which
-//! of the two it is, it does not say, and disks and networks differ: so both ways are tried, in
-//! turns and under the same load, and the faster one is kept for a while. Pure: time is an argument.
+//! A broker that syncs its disk for every message stores one message after another, and a batch
+//! makes its members share one sync. A broker that does not sync is faster with many single
+//! messages in flight. The broker does not say which of the two it is, and disks and networks
+//! differ. So a trial measures both modes in turns under the same load, and the faster one is used
+//! for a while. Pure: time is an argument.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Messages that count in one turn of a trial.
-const TURN_MESSAGES: u32 = 128;
+/// Events that are measured in one turn of a trial.
+const TURN_EVENTS: u32 = 128;
 
-/// Pairs of turns in a trial, one single and one grouped. More than half of them decide, so that a disk that
-/// is held up in one turn does not.
+/// Pairs of turns in a trial, each of one single and one grouped turn. The majority of the pairs
+/// decides, so that one turn in which the disk stalled does not.
 const PAIRS: u32 = 3;
 
-/// How long a turn may take. One that takes longer met a lull, and what comes after it is another load.
+/// How long a turn may take. A longer one met a lull, and the load after a lull is a different one.
 const TURN_MAX: Duration = Duration::from_secs(10);
 
-/// How long a choice holds. A trial takes some two tenths of a second under load.
+/// How long a choice holds until the next trial. A trial takes about 0.2 s under load.
 const HOLD: Duration = Duration::from_secs(30);
 
-/// Messages in flight at which a trial begins, and below which messages do not count in one: where
-/// little waits, there is no difference to see.
+/// Events in flight at which a trial begins.
 const LOAD: usize = 4;
+
+/// Events in flight below which an event is not measured in a trial: at such a low load the modes
+/// do not differ.
 const LOAD_MIN: usize = 2;
 
-/// How messages that find others on their way are published.
+/// How an event that finds others in flight is published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
-    /// Each by itself, at once.
+pub(super) enum Mode {
+    /// By itself, at once.
     Single,
-    /// Together with the others that wait, once what is on its way has arrived.
+    /// In a batch with the other waiting events, once the batch in flight is acknowledged.
     Grouped,
 }
 
-/// The turn of a trial for which a message counts, if it does.
+/// The turn of a trial in which an event is measured; none if it is not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Turn(Option<u32>);
 
@@ -44,12 +47,13 @@ impl Turn {
     pub(super) const NONE: Self = Self(None);
 }
 
-/// The choice, and the trial that leads to it.
+/// The chosen mode, and the trial that leads to the next choice.
 #[derive(Debug)]
 pub(super) struct Choice {
-    chosen: Way,
+    chosen: Mode,
     phase: Phase,
-    /// Counts all turns of all trials, so that what is late for one counts in none.
+    /// Numbers the turns of all trials, so that an event that is acknowledged after its turn ended
+    /// is not measured in a later one.
     turn: u32,
     turn_since: Instant,
 }
@@ -63,10 +67,11 @@ enum Phase {
 #[derive(Debug, Default)]
 struct Trial {
     turns_over: u32,
-    /// Messages of this turn that still meet those of the last on their way, and do not count.
+    /// How many more events of this turn are not measured, because events of the turn before were
+    /// still in flight beside them.
     skip: usize,
-    messages: u32,
-    /// How long the messages of this turn and the one before it took.
+    events: u32,
+    /// The summed latencies of the events in this pair of turns, by mode.
     single: Duration,
     grouped: Duration,
     /// Pairs of turns in which grouping was worth it.
@@ -76,15 +81,16 @@ struct Trial {
 impl Choice {
     pub(super) fn new(now: Instant) -> Self {
         Self {
-            chosen: Way::Single,
+            chosen: Mode::Single,
             phase: Phase::Holding { until: now },
             turn: 0,
             turn_since: now,
         }
     }
 
-    /// The way of a message that finds `in_flight` others on their way.
-    pub(super) fn way(&mut self, in_flight: usize, now: Instant) -> (Way, Turn) {
+    /// Returns the mode of an event that finds `in_flight` others, and the turn in which it is
+    /// measured. Begins a trial when one is due.
+    pub(super) fn assign_mode(&mut self, in_flight: usize, now: Instant) -> (Mode, Turn) {
         let begins = match &self.phase {
             Phase::Holding { until } => now >= *until && in_flight >= LOAD,
             Phase::Trying(_) => {
@@ -99,13 +105,14 @@ impl Choice {
             });
         }
         match &self.phase {
-            Phase::Trying(trial) if in_flight >= LOAD_MIN => (trial.way(), Turn(Some(self.turn))),
+            Phase::Trying(trial) if in_flight >= LOAD_MIN => (trial.mode(), Turn(Some(self.turn))),
             Phase::Trying(_) | Phase::Holding { .. } => (self.chosen, Turn::NONE),
         }
     }
 
-    /// A message of that turn was acknowledged after `took`; `in_flight` others are on their way.
-    pub(super) fn acknowledged(
+    /// Records that an event of `turn` was acknowledged after `took`, while `in_flight` others are
+    /// still in flight. Chooses a mode when this was the last event of a trial.
+    pub(super) fn record_ack(
         &mut self,
         turn: Turn,
         took: Duration,
@@ -121,17 +128,18 @@ impl Choice {
         trial.end_turn(in_flight);
         if trial.turns_over == 2 * PAIRS {
             self.chosen = if trial.won > PAIRS / 2 {
-                Way::Grouped
+                Mode::Grouped
             } else {
-                Way::Single
+                Mode::Single
             };
             self.phase = Phase::Holding { until: now + HOLD };
         }
         self.next_turn(now);
     }
 
-    /// A message was not acknowledged: what a trial measured says nothing, and it begins again.
-    pub(super) fn failed(&mut self) {
+    /// Records that an event was not acknowledged. A trial starts over, because its measurements
+    /// mean nothing then.
+    pub(super) fn record_failure(&mut self) {
         if let Phase::Trying(trial) = &mut self.phase {
             *trial = Trial::default();
             self.turn = self.turn.wrapping_add(1);
@@ -145,36 +153,37 @@ impl Choice {
 }
 
 impl Trial {
-    /// Records a message of this turn. Returns whether it was the last one.
+    /// Records an event of this turn. Returns whether it was the last one.
     fn record(&mut self, took: Duration) -> bool {
         if self.skip > 0 {
             self.skip -= 1;
             return false;
         }
-        match self.way() {
-            Way::Single => self.single += took,
-            Way::Grouped => self.grouped += took,
+        match self.mode() {
+            Mode::Single => self.single += took,
+            Mode::Grouped => self.grouped += took,
         }
-        self.messages += 1;
-        self.messages >= TURN_MESSAGES
+        self.events += 1;
+        self.events >= TURN_EVENTS
     }
 
     fn end_turn(&mut self, in_flight: usize) {
-        self.messages = 0;
+        self.events = 0;
         self.skip = in_flight;
         self.turns_over += 1;
-        if self.way() == Way::Single {
-            // Grouping costs the broker more work per message, so it has to be worth it.
+        if self.mode() == Mode::Single {
+            // A pair is complete. Grouping costs the broker more work per event, so it wins only if
+            // it takes less than 90 % of the time.
             self.won += u32::from(self.grouped * 10 < self.single * 9);
             (self.single, self.grouped) = (Duration::ZERO, Duration::ZERO);
         }
     }
 
-    fn way(&self) -> Way {
+    fn mode(&self) -> Mode {
         if self.turns_over.is_multiple_of(2) {
-            Way::Single
+            Mode::Single
         } else {
-            Way::Grouped
+            Mode::Grouped
         }
     }
 }

@@ -1,8 +1,8 @@
-//! One event's way into the stream: by itself, or with others that wait for the same sync of the
-//! broker's disk.
+//! Group commit: publishes an event by itself, or in a batch with others that wait for the same
+//! sync of the broker's disk.
 //!
-//! Owns which way it goes. May not know retries or deadlines. `single` owns the way by itself, `batch` the way
-//! together, `choice` which one is faster.
+//! Owns which of the two an event gets. May not know retries or deadlines. `single` publishes one
+//! event, `batch` publishes batches, `choice` measures which is faster.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,17 +15,18 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::batch::{Batches, Member, Outcome};
-use super::choice::{Choice, Turn, Way};
+use super::choice::{Choice, Mode, Turn};
 use super::message::Delivery;
 use super::outcome::{AttemptError, Stored};
-use super::single::{acknowledged, send, stored};
+use super::single::{send, stored, wait_for_ack};
 use crate::settings::GroupCommit;
 
-/// Events on their way to a batch. There are no more than connections, and those are fewer.
+/// Events that may wait for a batch. There is at most one per connection, and connections are
+/// fewer.
 const MEMBERS_MAX: usize = 2048;
 
-/// Bytes of an event that may be in a batch. A larger one goes by itself: it keeps the disk busy
-/// enough.
+/// The largest event that goes into a batch, in bytes. A larger one is published by itself: it
+/// keeps the disk busy enough.
 const MEMBER_BYTES_MAX: usize = 128 << 10;
 
 pub(super) struct Group {
@@ -36,20 +37,20 @@ pub(super) struct Group {
     members: mpsc::Sender<Member>,
 }
 
-/// The events between their arrival and their outcome.
+/// How many events are being published, and how.
 struct Load {
-    present: usize,
+    in_flight: usize,
     choice: Choice,
 }
 
 impl Group {
-    /// The ways over `client`, and what has to run for the one together. `broken` counts the
-    /// connections that broke, and whatever was on its way with them.
+    /// Returns the group, and the [`Batches`] that have to run beside it. `connections_lost` counts
+    /// the lost connections; the messages that were in flight on a lost one get no answer.
     pub(super) fn new(
         client: Client,
         jetstream: jetstream::Context,
         setting: GroupCommit,
-        broken: watch::Receiver<u64>,
+        connections_lost: watch::Receiver<u64>,
     ) -> (Self, Batches) {
         let (sender, receiver) = mpsc::channel(MEMBERS_MAX);
         let group = Self {
@@ -57,15 +58,17 @@ impl Group {
             setting,
             is_allowed: AtomicBool::new(false),
             load: Mutex::new(Load {
-                present: 0,
+                in_flight: 0,
                 choice: Choice::new(Instant::now()),
             }),
             members: sender,
         };
-        (group, Batches::new(client, jetstream, receiver, broken))
+        let batches = Batches::new(client, jetstream, receiver, connections_lost);
+        (group, batches)
     }
 
-    pub(super) fn allow(&self, is_allowed: bool) {
+    /// Records whether the stream accepts atomic batches.
+    pub(super) fn allow_batches(&self, is_allowed: bool) {
         self.is_allowed.store(is_allowed, Ordering::Relaxed);
         if !is_allowed && self.setting == GroupCommit::On {
             warn!(
@@ -75,40 +78,44 @@ impl Group {
         }
     }
 
-    /// Publishes an event, once. Where this is dropped, the event may be stored all the same.
+    /// Publishes an event, without retries.
+    ///
+    /// # Cancel safety
+    /// If this is dropped, the event may still be stored.
     pub(super) async fn publish(&self, delivery: &Arc<Delivery>) -> Result<Stored, AttemptError> {
         if self.setting == GroupCommit::Off || !self.is_allowed.load(Ordering::Relaxed) {
             return self.single(delivery).await;
         }
-        let (mut presence, way) = self.enter(delivery);
-        let outcome = match way {
-            Way::Single => self.single(delivery).await,
-            Way::Grouped => self.grouped(delivery).await,
+        let (mut in_flight, mode) = self.enter(delivery);
+        let outcome = match mode {
+            Mode::Single => self.single(delivery).await,
+            Mode::Grouped => self.grouped(delivery).await,
         };
-        presence.is_stored = Some(outcome.is_ok());
+        in_flight.is_stored = Some(outcome.is_ok());
         outcome
     }
 
-    fn enter(&self, delivery: &Delivery) -> (Presence<'_>, Way) {
+    /// Counts the event as in flight and decides how it is published.
+    fn enter(&self, delivery: &Delivery) -> (InFlightEvent<'_>, Mode) {
         let since = Instant::now();
         let mut load = self.load();
-        let others = load.present;
-        load.present += 1;
-        let (way, turn) = match self.setting {
-            GroupCommit::On => (Way::Grouped, Turn::NONE),
-            GroupCommit::Auto | GroupCommit::Off => load.choice.way(others, since),
+        let others = load.in_flight;
+        load.in_flight += 1;
+        let (mode, turn) = match self.setting {
+            GroupCommit::On => (Mode::Grouped, Turn::NONE),
+            GroupCommit::Auto | GroupCommit::Off => load.choice.assign_mode(others, since),
         };
-        // Without others there is nobody to share with.
-        let goes_alone = others == 0 || delivery.bytes() > MEMBER_BYTES_MAX;
-        let way = if goes_alone { Way::Single } else { way };
+        // Without other events there is no sync to share.
+        let is_single = others == 0 || delivery.bytes() > MEMBER_BYTES_MAX;
+        let mode = if is_single { Mode::Single } else { mode };
         (
-            Presence {
+            InFlightEvent {
                 group: self,
                 turn,
                 since,
                 is_stored: None,
             },
-            way,
+            mode,
         )
     }
 
@@ -117,15 +124,15 @@ impl Group {
         if self.members.send(member).await.is_err() {
             return self.single(delivery).await;
         }
-        match outcome.await.unwrap_or(Outcome::Alone) {
+        match outcome.await.unwrap_or(Outcome::PublishSingly) {
             Outcome::Known(outcome) => outcome,
-            Outcome::Alone => self.single(delivery).await,
+            Outcome::PublishSingly => self.single(delivery).await,
         }
     }
 
     async fn single(&self, delivery: &Delivery) -> Result<Stored, AttemptError> {
         let ack = send(&self.jetstream, delivery, delivery.headers()).await?;
-        Ok(stored(&acknowledged(ack).await?))
+        Ok(stored(&wait_for_ack(ack).await?))
     }
 
     fn load(&self) -> MutexGuard<'_, Load> {
@@ -133,26 +140,26 @@ impl Group {
     }
 }
 
-/// An event between its arrival and its outcome.
-struct Presence<'a> {
+/// An event that is being published. Dropping it ends its time in flight and records the outcome.
+struct InFlightEvent<'a> {
     group: &'a Group,
     turn: Turn,
     since: Instant,
-    /// Whether it was stored, unless it was given up before that was known.
+    /// Whether it was stored; `None` if publishing was cancelled before that was known.
     is_stored: Option<bool>,
 }
 
-impl Drop for Presence<'_> {
+impl Drop for InFlightEvent<'_> {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut load = self.group.load();
-        load.present -= 1;
-        let others = load.present;
+        load.in_flight -= 1;
+        let others = load.in_flight;
         match self.is_stored {
             Some(true) => load
                 .choice
-                .acknowledged(self.turn, now - self.since, others, now),
-            Some(false) => load.choice.failed(),
+                .record_ack(self.turn, now - self.since, others, now),
+            Some(false) => load.choice.record_failure(),
             None => {}
         }
     }

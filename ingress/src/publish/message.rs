@@ -1,6 +1,6 @@
-//! What is stored of a delivery: its subject, its headers, its bytes.
+//! A delivery as it is stored: subject, headers and body.
 //!
-//! Owns which headers an event has in the stream. May not know how it gets there.
+//! Owns which headers an event has in the stream. May not know how it is published.
 
 use std::num::NonZero;
 
@@ -14,29 +14,30 @@ use time::format_description::well_known::iso8601::{self, TimePrecision};
 
 use crate::signature::VerifiedBody;
 
-/// What the headers take besides the texts that vary, in bytes: names, line ends, the time of
-/// receipt, and what makes a message a member of a batch. In truth some 300.
+/// An upper bound for the headers without the values of varying length, in bytes: names, line ends,
+/// the time of receipt, and the batch headers. They really take about 300.
 const HEADERS_OVERHEAD_BYTES: usize = 512;
 
-/// How the time of receipt is written: RFC 3339 in UTC, always with three digits of milliseconds.
+/// The format of the time of receipt: RFC 3339 in UTC, always with three digits of milliseconds.
 const RECEIVED_AT: Iso8601<{ MILLISECONDS.encode() }> = Iso8601;
 const MILLISECONDS: iso8601::Config =
     iso8601::Config::DEFAULT.set_time_precision(TimePrecision::Second {
         decimal_digits: NonZero::new(3),
     });
 
-/// A delivery that was verified, with everything that is stored of it.
+/// A verified delivery, with everything that is stored.
 #[derive(Debug)]
 pub(crate) struct Delivery {
-    /// The event's id: the message id, so that a redelivery within the duplicate window is dropped.
+    /// The event's id. It is the message id, so that JetStream drops a redelivery within the
+    /// duplicate window.
     pub(crate) id: EventId,
-    /// Its type: the subject.
+    /// The event's type, which makes the subject.
     pub(crate) event_type: EventType,
     pub(crate) body: VerifiedBody,
-    /// The signature header as received. Like any HTTP header, it has no line break.
+    /// The signature header as received.
     pub(crate) signature: String,
     pub(crate) received: OffsetDateTime,
-    /// W3C trace context, if the delivery brought a valid one.
+    /// The W3C trace context, if the delivery has a valid one.
     pub(crate) traceparent: Option<String>,
 }
 
@@ -67,7 +68,7 @@ impl Delivery {
         headers
     }
 
-    /// No less than what it takes on its way, headers included.
+    /// An upper bound of the message's size, headers included.
     pub(super) fn bytes(&self) -> usize {
         let traceparent = self.traceparent.as_ref().map_or(0, String::len);
         let headers =

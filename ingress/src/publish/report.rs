@@ -1,4 +1,4 @@
-//! Says when events stop being stored, why, and when they are stored again; not for each of them.
+//! Logs when events stop being stored, why, and when they are stored again: once, not per event.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use super::outcome::Trouble;
 use crate::throttle::Throttle;
 
-/// The same trouble is logged no more often than this when it comes and goes.
+/// The least time between two warnings, so that trouble that comes and goes does not fill the log.
 const TROUBLE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) struct Report {
@@ -27,7 +27,7 @@ impl Report {
         }
     }
 
-    pub(super) fn failed(&self, trouble: &Trouble) {
+    pub(super) fn record_failure(&self, trouble: &Trouble) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.as_ref() == Some(trouble)
             || self.throttle.admit(std::time::Instant::now()).is_none()
@@ -39,7 +39,7 @@ impl Report {
         warn!("events are not stored, deliveries are answered 503: {trouble}");
     }
 
-    pub(super) fn stored(&self) {
+    pub(super) fn record_stored(&self) {
         if self.is_announced.load(Ordering::Relaxed)
             && self.is_announced.swap(false, Ordering::AcqRel)
         {

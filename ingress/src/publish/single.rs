@@ -1,6 +1,6 @@
-//! One message by itself: sending it, and what its PubAck means.
+//! Sends one message and reads its PubAck.
 //!
-//! Owns what a published message is. May not know that there are batches, retries or deadlines.
+//! Owns how a delivery becomes a published message. May not know batches, retries or deadlines.
 
 use async_nats::HeaderMap;
 use async_nats::jetstream;
@@ -28,7 +28,7 @@ pub(super) async fn send(
     Ok(ack)
 }
 
-pub(super) async fn acknowledged(
+pub(super) async fn wait_for_ack(
     ack: impl IntoFuture<Output = Result<PublishAck, PublishError>>,
 ) -> Result<PublishAck, PublishError> {
     let ack = ack.await?;
@@ -36,10 +36,10 @@ pub(super) async fn acknowledged(
     Ok(ack)
 }
 
-/// What the PubAck of an event that went by itself says.
+/// Reads the PubAck of an event that was published by itself.
 pub(super) fn stored(ack: &PublishAck) -> Stored {
     if ack.duplicate {
-        Stored::Before
+        Stored::Duplicate
     } else {
         Stored::New
     }

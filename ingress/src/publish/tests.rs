@@ -3,9 +3,9 @@ use std::time::Duration;
 use super::{RETRY_AFTER_MAX, RETRY_AFTER_MIN, backoff};
 
 #[test]
-fn retries_wait_longer_and_never_too_long() {
+fn retry_delays_grow_up_to_the_maximum() {
     let delays: Vec<_> = backoff(RETRY_AFTER_MIN, RETRY_AFTER_MAX).take(50).collect();
-    assert_eq!(delays.len(), 50, "it never gives up by itself");
+    assert_eq!(delays.len(), 50, "the delays never end");
     // Jitter adds up to one minimum.
     assert!(
         delays.iter().all(|delay| *delay <= RETRY_AFTER_MAX * 2),

@@ -17,7 +17,7 @@ fn headers(given: &[(&'static str, &[u8])]) -> HeaderMap {
 }
 
 #[test]
-fn a_repeated_signature_header_is_one_list() {
+fn repeated_signature_headers_are_joined() {
     let joined = signature_header(&headers(&[
         ("stripe-signature", b"t=1"),
         ("stripe-signature", b"v1=\xe9"),
@@ -27,30 +27,31 @@ fn a_repeated_signature_header_is_one_list() {
 }
 
 #[test]
-fn a_valid_traceparent_is_carried() {
+fn only_a_valid_traceparent_is_passed_on() {
     let valid = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    let carried = |text: &str| traceparent(&headers(&[("traceparent", text.as_bytes())])).is_some();
+    let passed_on =
+        |text: &str| traceparent(&headers(&[("traceparent", text.as_bytes())])).is_some();
     assert_eq!(
         traceparent(&headers(&[("traceparent", valid.as_bytes())])).as_deref(),
         Some(valid)
     );
-    assert!(!carried(""));
-    assert!(!carried(&valid.to_uppercase()));
-    assert!(!carried(&valid.replace("00-4", "ff-4")));
-    assert!(!carried(&format!("{valid}-extra")));
-    assert!(!carried(
+    assert!(!passed_on(""));
+    assert!(!passed_on(&valid.to_uppercase()));
+    assert!(!passed_on(&valid.replace("00-4", "ff-4")));
+    assert!(!passed_on(&format!("{valid}-extra")));
+    assert!(!passed_on(
         &valid.replace("4bf92f3577b34da6a3ce929d0e0e4736", &"0".repeat(32))
     ));
-    assert!(!carried(
+    assert!(!passed_on(
         &valid.replace("00f067aa0ba902b7", &"0".repeat(16))
     ));
-    assert!(!carried(
+    assert!(!passed_on(
         &valid.replace("00f067aa0ba902b7", "00f067aa0ba902b")
     ));
 }
 
 #[test]
-fn a_declared_length_is_a_number() {
+fn the_content_length_is_read_as_a_number() {
     assert_eq!(
         content_length(&headers(&[("content-length", b"12")])),
         Some(12)

@@ -1,7 +1,7 @@
 use super::{SigningSecret, find, parse_list};
 
 #[test]
-fn the_first_secret_of_a_file_is_found() {
+fn the_first_secret_in_a_file_is_found() {
     let check = |file: &[u8], expected: Option<&str>| {
         let found = find(file).map(|secret| secret.fingerprint().to_owned());
         assert_eq!(

@@ -29,7 +29,7 @@ fn problems(given: &[(&'static str, &str)]) -> Vec<String> {
 }
 
 #[test]
-fn a_uuid_is_enough() {
+fn only_the_uuid_is_required() {
     let settings = read_from(&[UUID]).expect("the defaults are valid");
     assert!(
         matches!(settings.secrets, SecretSource::File(path) if path == Path::new("/run/secrets_djstripe/djstripe_webhook_secret"))
@@ -78,7 +78,7 @@ fn every_problem_is_reported_by_name_and_without_its_value() {
 }
 
 #[test]
-fn a_missing_secret_is_reported_with_the_rest() {
+fn a_missing_secret_is_reported_with_the_other_problems() {
     let problems = problems(&[]);
     assert!(
         problems
@@ -105,7 +105,7 @@ fn a_missing_secret_is_reported_with_the_rest() {
 }
 
 #[test]
-fn a_uuid_has_hyphens_and_either_case() {
+fn a_uuid_is_accepted_with_hyphens_in_either_case() {
     let id = HookId::parse(UUID.1).expect("it is a UUID");
     assert_eq!(HookId::parse(&UUID.1.to_uppercase()), Some(id));
     for other in [
@@ -121,7 +121,7 @@ fn a_uuid_has_hyphens_and_either_case() {
 }
 
 #[test]
-fn event_types_are_a_list_or_all() {
+fn event_types_are_a_list_or_an_asterisk() {
     let check = |text: &str, expected: Option<EventTypes>| {
         assert_eq!(EventTypes::parse(text), expected, "{text}")
     };

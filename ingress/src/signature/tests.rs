@@ -47,7 +47,7 @@ fn verdict(header: &str, body: &[u8]) -> Result<(), SignatureError> {
         now(),
         TOLERANCE,
     )?;
-    assert_eq!(verified.bytes(), body, "the bytes are those that came");
+    assert_eq!(verified.bytes(), body, "the bytes are unchanged");
     Ok(())
 }
 
@@ -61,7 +61,8 @@ fn check(header: &str, expected: Result<(), SignatureError>) {
     assert_eq!(verdict(&header, BODY), expected, "{header}");
 }
 
-/// A timestamp written as `text`, signed as Python's `%d` renders it.
+/// Checks a timestamp that the header writes as `text` and that is signed as `rendered`, as
+/// Python's `%d` writes it.
 #[track_caller]
 fn check_timestamp(text: &str, rendered: &str, expected: Result<(), SignatureError>) {
     let header = format!("t={text},v1={}", sign(SECRET, rendered, BODY));
@@ -69,7 +70,7 @@ fn check_timestamp(text: &str, rendered: &str, expected: Result<(), SignatureErr
 }
 
 #[test]
-fn items_come_in_any_order_with_any_company() {
+fn items_may_come_in_any_order_and_among_others() {
     let zeros = "0".repeat(64);
     check("t={now},v1={v1}", OK);
     check("v1={v1},t={now}", OK);
@@ -82,7 +83,7 @@ fn items_come_in_any_order_with_any_company() {
 }
 
 #[test]
-fn oddities_are_those_of_the_python_sdk() {
+fn odd_headers_are_read_as_the_python_sdk_reads_them() {
     // It splits an item at the first two `=` and drops the third part.
     check("t={now}=1,v1={v1}=rest", OK);
     check("t={now},v1={v1}=", OK);
@@ -90,7 +91,7 @@ fn oddities_are_those_of_the_python_sdk() {
     check("t={now},v1={v1},v1", MALFORMED);
     check("t={now},v1={v1},t", MALFORMED);
     check("t={now},v1={v1},", OK);
-    // It strips nothing but the number.
+    // It strips white space only from the number.
     check("t={now}, v1={v1}", NO_MATCH);
     check(" t={now},v1={v1}", MALFORMED);
     check("t= {now} ,v1={v1}", OK);
@@ -106,7 +107,7 @@ fn oddities_are_those_of_the_python_sdk() {
 }
 
 #[test]
-fn what_is_no_signature_is_refused() {
+fn a_header_without_a_right_signature_is_refused() {
     check("", MISSING);
     check(" ", MALFORMED);
     check(",", MALFORMED);
@@ -122,14 +123,14 @@ fn what_is_no_signature_is_refused() {
 }
 
 #[test]
-fn signatures_are_lower_case() {
+fn an_upper_case_signature_is_refused() {
     let now = NOW_S.to_string();
     let upper = sign(SECRET, &now, BODY).to_ascii_uppercase();
     check(&format!("t={now},v1={upper}"), NO_MATCH);
 }
 
 #[test]
-fn integers_are_those_of_python() {
+fn timestamps_are_parsed_as_python_parses_integers() {
     let now = NOW_S.to_string();
     let far = |digits: usize| "9".repeat(digits);
     check_timestamp(&format!("+{now}"), &now, OK);
@@ -202,12 +203,12 @@ fn tolerance_includes_its_last_second() {
 }
 
 #[test]
-fn a_wrong_signature_is_told_before_a_stale_one() {
+fn a_wrong_signature_is_reported_before_a_stale_one() {
     check("t=1,v1={v1}", NO_MATCH);
 }
 
 #[test]
-fn a_body_that_is_no_text_is_refused() {
+fn a_body_that_is_not_utf8_is_refused() {
     let body = [b'{', 0xff, b'}'];
     let timestamp = NOW_S.to_string();
     let header = format!("t={timestamp},v1={}", sign(SECRET, &timestamp, &body));
@@ -215,7 +216,7 @@ fn a_body_that_is_no_text_is_refused() {
 }
 
 #[test]
-fn a_secret_does_not_print() {
+fn debug_output_hides_the_secret() {
     let secret = SigningSecret::new("whsec_hunter2");
     let printed = format!("{secret:?}");
     assert!(
@@ -237,7 +238,7 @@ proptest! {
     }
 
     #[test]
-    fn what_the_secret_signed_is_accepted(body in any::<String>(), age_s in -1000_i64..=300, others in "(,v[02]=[0-9a-f]{0,64}){0,3}") {
+    fn a_body_that_the_secret_signed_is_accepted(body in any::<String>(), age_s in -1000_i64..=300, others in "(,v[02]=[0-9a-f]{0,64}){0,3}") {
         let timestamp = (NOW_S - age_s).to_string();
         let header = format!("t={timestamp}{others},v1={}", sign(SECRET, &timestamp, body.as_bytes()));
         prop_assert_eq!(verdict(&header, body.as_bytes()), OK);

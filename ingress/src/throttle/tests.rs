@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use super::Throttle;
 
 #[test]
-fn one_line_per_interval_says_how_many_were_left_out() {
+fn one_line_per_interval_counts_the_omitted_lines() {
     let throttle = Throttle::new(Duration::from_secs(60));
     let start = Instant::now();
     let at = |seconds| throttle.admit(start + Duration::from_secs(seconds));

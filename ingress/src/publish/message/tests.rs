@@ -3,7 +3,7 @@ use time::macros::datetime;
 use super::received_at;
 
 #[test]
-fn the_time_of_receipt_is_utc_with_milliseconds() {
+fn the_time_of_receipt_is_written_in_utc_with_milliseconds() {
     assert_eq!(
         received_at(datetime!(2026-11-23 16:47:05.0609 UTC)),
         "2026-11-23T16:47:05.060Z"

@@ -1,14 +1,14 @@
 use super::{Report, Trouble};
 
 #[test]
-fn trouble_is_announced_when_it_begins_and_not_per_request() {
+fn trouble_is_logged_when_it_begins_and_not_per_request() {
     let report = Report::new();
-    let announced = || report.last.lock().expect("nobody panics").clone();
-    report.failed(&Trouble::NoAck);
+    let announced = || report.last.lock().expect("no thread panics").clone();
+    report.record_failure(&Trouble::NoAck);
     assert_eq!(announced(), Some(Trouble::NoAck));
-    report.stored();
+    report.record_stored();
     assert_eq!(announced(), None);
-    // Again at once: not announced yet, so that what comes and goes does not fill the log.
-    report.failed(&Trouble::NoAck);
+    // The same trouble right afterwards is not logged yet: it would fill the log.
+    report.record_failure(&Trouble::NoAck);
     assert_eq!(announced(), None);
 }
