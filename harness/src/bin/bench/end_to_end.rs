@@ -1,5 +1,5 @@
-//! From a delivery to its signal, beside the same way through JetStream alone: published, consumed,
-//! published again, received.
+//! Measures deliveries from the request to the signal, compared with the same steps in JetStream
+//! alone: publish, consume, publish again, receive.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +25,7 @@ const WORKER: &str = "litestripe's worker";
 const RAW: &str = "JetStream alone";
 const SPIKE: &str = "spike";
 
-/// Connections, and publications in flight.
+/// How many connections post deliveries, and how many messages JetStream alone has in flight.
 const CONNECTIONS: usize = 64;
 
 const FAST: Kind = Kind("fast");
@@ -36,19 +36,19 @@ pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement
     let measured_s = mode.pick(2, 6);
     let mut measured = Measurement::new(
         "end to end",
-        "deliveries posted (4 KiB, 64 connections, one worker on PostgreSQL) until the last one's signal is \
-         received, and from a delivery to its signal at half that rate, beside JetStream alone at half of its own; \
-         the spike only stores",
+        "deliveries from the first request to the last signal (4 KiB, 64 connections, one worker on PostgreSQL), and \
+         the latency from a delivery to its signal at half that rate, compared with JetStream alone, also at half its \
+         own rate; the spike only stores",
     );
     let requests = Arc::new(pool::requests(events, FAST, count));
     for contenders in in_turns(mode, &[RAW, BRIDGE, SPIKE]) {
         for contender in contenders {
             let sample = match contender {
                 BRIDGE => {
-                    let of = bridge(events, &requests, measured_s).await?;
-                    measured.add(INGRESS, of.ingress);
-                    measured.add(WORKER, of.worker);
-                    of.whole
+                    let run = bridge(events, &requests, measured_s).await?;
+                    measured.add(INGRESS, run.ingress);
+                    measured.add(WORKER, run.worker);
+                    run.whole
                 }
                 RAW => raw(events, count, measured_s).await?,
                 _ => spike(&requests).await?,
@@ -56,27 +56,27 @@ pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement
             measured.add(contender, sample);
         }
     }
-    // 6,000 a second where the spike reaches 18,000.
-    measured.ratio(
+    // That is 6,000 a second on a machine on which the spike reaches 18,000.
+    measured.add_ratio(
         "events/s",
         BRIDGE,
         SPIKE,
         |sample| sample.rate,
         Some(Target::AtLeast(0.333)),
     );
-    measured.ratio("events/s", BRIDGE, RAW, |sample| sample.rate, None);
-    measured.ratio(
+    measured.add_ratio("events/s", BRIDGE, RAW, |sample| sample.rate, None);
+    measured.add_ratio(
         "p99",
         BRIDGE,
         RAW,
         |sample| sample.p99_us,
         Some(Target::AtMost(5.0)),
     );
-    measured.ratio("p50", BRIDGE, RAW, |sample| sample.p50_us, None);
+    measured.add_ratio("p50", BRIDGE, RAW, |sample| sample.p50_us, None);
     Ok(measured)
 }
 
-/// As fast as it goes, or so many a second.
+/// Makes a load of `rate` requests per second, or as fast as they are answered.
 fn load(served: &Served, rate: Option<f64>) -> Load {
     let forever = Duration::from_secs(600);
     Load {
@@ -89,7 +89,7 @@ fn load(served: &Served, rate: Option<f64>) -> Load {
     }
 }
 
-/// One run.
+/// The samples of one run.
 struct Bridge {
     whole: Sample,
     ingress: Sample,
@@ -168,7 +168,8 @@ async fn bridge(
     })
 }
 
-/// From the moment at which each was due to its arrival, sorted. The first tenth warms up.
+/// Returns the times from when each event was due to its arrival, sorted. The first tenth is the
+/// warm-up and left out.
 fn latencies_us(begin: Instant, rate: f64, arrivals: Vec<Option<Instant>>) -> Vec<u32> {
     let due = |number: usize| begin + Duration::from_secs_f64(number as f64 / rate);
     let latency = |number: usize, arrival: Instant| {
@@ -200,8 +201,8 @@ async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample,
             .map_err(|problem| problem.to_string())?;
     }
     let _relay = rig::running("relay", &broker);
-    let mut listener = Listener::on(&broker, OUT).await?;
-    // Until the relay is at work.
+    let mut listener = Listener::subscribe(&broker, OUT).await?;
+    // Waits until the relay works.
     publish(&jetstream, events, 1, None).await?;
     rig::bounded("the relay", listener.wait_for(1)).await??;
 
@@ -237,7 +238,8 @@ async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample,
     })
 }
 
-/// Publishes as [`Load`] posts: so many at a time, each when its PubAck is there, or so many a second.
+/// Publishes as [`Load`] posts: [`CONNECTIONS`] messages in flight, at `rate` per second or as fast
+/// as PubAcks arrive.
 async fn publish(
     jetstream: &jetstream::Context,
     events: &Events,
@@ -255,7 +257,7 @@ async fn publish(
             if let Some(rate) = rate {
                 sleep_until(begin + Duration::from_secs_f64(number as f64 / rate)).await;
             }
-            // As long as the event, with the number in front.
+            // As long as an event, with the number at the front.
             let payload = format!("{number:010}{}", &body[10..]);
             let ack = jetstream
                 .publish(IN, payload.into())

@@ -1,4 +1,4 @@
-//! Does it get slower as tables and streams grow?
+//! Measures whether the programs get slower as tables and streams grow.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,18 +14,18 @@ use crate::rig::{self, Sync};
 use crate::signals::Listener;
 use crate::{Mode, in_turns};
 
-/// Subscriptions that are there already.
+/// Subscriptions that already have a row.
 const OLD: Kind = Kind("old");
 
 const SMALL: &str = "1,000 rows";
 const MEDIUM: &str = "100,000 rows";
 const LARGE: &str = "1,000,000 rows";
 
-/// A step between two subscriptions that are changed one after the other: a prime number, so that all
-/// have their turn and neighbours in the stream are none in the table.
+/// The step between two subscriptions that are changed one after the other. It is a prime number,
+/// so that every subscription is changed and neighbours in the stream are far apart in the table.
 const STRIDE: usize = 7_919;
 
-pub(crate) async fn of_tables(
+pub(crate) async fn with_large_tables(
     name: &'static str,
     kind: DatabaseKind,
     mode: Mode,
@@ -34,7 +34,7 @@ pub(crate) async fn of_tables(
     let count = mode.pick(4_000, 20_000);
     let mut measured = Measurement::new(
         name,
-        "changes of subscriptions all over a table of so many rows, applied and signalled",
+        "changes of subscriptions spread over a table of this size, applied and signalled",
     );
     let sizes: &[&'static str] = mode.pick(&[SMALL, MEDIUM], &[SMALL, MEDIUM, LARGE]);
     for contenders in in_turns(mode, sizes) {
@@ -49,7 +49,7 @@ pub(crate) async fn of_tables(
     }
     for size in sizes.iter().skip(1) {
         let target = (*size == LARGE).then_some(Target::AtLeast(0.8));
-        measured.ratio("events/s", size, SMALL, |sample| sample.rate, target);
+        measured.add_ratio("events/s", size, SMALL, |sample| sample.rate, target);
     }
     Ok(measured)
 }
@@ -63,7 +63,7 @@ async fn run(
     let broker = rig::broker(Sync::Default).await;
     let mut database = Database::prepare(kind);
     database.resume().await;
-    // One row by the worker itself, the others after its pattern.
+    // The worker makes the first row; the others are copies of it.
     let mut listener = Listener::start(&broker).await?;
     rig::fill(rig::jetstream(&broker).await, 1, |number| {
         (Some(events.id(OLD, number)), events.body(OLD, number))
@@ -83,7 +83,7 @@ async fn run(
             i64::try_from(number / rows).unwrap_or_default() + 1,
         );
         let kind = Kind("new");
-        // The event is new, its subscription old.
+        // A new event of an old subscription.
         let body = changes.body_of(kind, number, subscription, later_s);
         let body = body.replace(
             &changes.subscription(kind, subscription),
@@ -110,7 +110,7 @@ async fn run(
     })
 }
 
-/// Copies the only row until there are so many.
+/// Copies the only row until the table has `rows` rows.
 async fn grow(
     database: &Database,
     kind: DatabaseKind,
@@ -145,19 +145,19 @@ async fn grow(
     );
     let connection = database.connection().await?;
     connection.execute_unprepared(&copy).await?;
-    // As a table has been that grew by itself.
+    // A table that grew over time has been analyzed too.
     connection.execute_unprepared("ANALYZE").await.map(drop)
 }
 
-/// Full mode only: a stream of a million events.
-pub(crate) async fn of_stream(mode: Mode, events: &Events) -> Result<Measurement, String> {
+/// Measures, in full mode only, a stream of a million events.
+pub(crate) async fn with_large_stream(mode: Mode, events: &Events) -> Result<Measurement, String> {
     const EMPTY: &str = "empty stream";
     const FULL: &str = "1,000,000 events";
     const RECENT: &str = "1,000,000 events of the last five minutes";
     let mut measured = Measurement::new(
         "growth of the stream",
-        "deliveries accepted (4 KiB, 64 connections) by a stream of so many events; those of the last five minutes \
-         (the duplicate window) the broker still remembers by their ids",
+        "deliveries accepted (4 KiB, 64 connections) by a stream with this many events; the broker still remembers the \
+         ids of those of the last five minutes (the duplicate window)",
     );
     let requests = Arc::new(pool::requests(events, Kind("in"), 100_000));
     let filling = "x".repeat(1_000);
@@ -188,13 +188,13 @@ pub(crate) async fn of_stream(mode: Mode, events: &Events) -> Result<Measurement
             );
         }
     }
-    measured.ratio(
+    measured.add_ratio(
         "events/s",
         FULL,
         EMPTY,
         |sample| sample.rate,
         Some(Target::AtLeast(0.95)),
     );
-    measured.ratio("events/s", RECENT, EMPTY, |sample| sample.rate, None);
+    measured.add_ratio("events/s", RECENT, EMPTY, |sample| sample.rate, None);
     Ok(measured)
 }

@@ -1,4 +1,4 @@
-//! What the programs use with nothing to do.
+//! Measures CPU and memory of the programs with nothing to do.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
             rig::worker(&broker, &sqlite.url(), &[]).await?,
         ),
     ];
-    // Past what comes with a start.
+    // Until the work at the start is over.
     sleep(Duration::from_secs(3)).await;
     for _ in 0..mode.pick(1, 3) {
         let usages: Vec<_> = programs.iter().map(|(_, served)| served.usage()).collect();
@@ -45,13 +45,13 @@ pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
         }
     }
     for (name, _) in &programs {
-        measured.bound(
+        measured.add_bound(
             "CPU (%)",
             name,
             |sample| sample.cpu_percent,
             Target::AtMost(0.5),
         );
-        measured.bound(
+        measured.add_bound(
             "memory (MiB)",
             name,
             |sample| sample.memory_mib,

@@ -1,4 +1,5 @@
-//! Ingress: accepted and refused deliveries, beside the least that accepts and refuses them.
+//! Measures accepted and refused deliveries, compared with the simplest programs that accept and
+//! refuse them.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::{Mode, in_turns};
 
 const CONNECTIONS: usize = 64;
 
-/// A warm-up: long enough for ingress to find out how it stores events fastest.
+/// How long to warm up: long enough for ingress to find out whether group commit is faster.
 const WARMUP: Duration = Duration::from_secs(1);
 
 const INGRESS: &str = "ingress";
@@ -21,7 +22,7 @@ const SPIKE: &str = "spike";
 const VERIFY: &str = "verify only";
 const NATS: &str = "async-nats";
 
-/// How many deliveries are signed for one run. Whoever is faster ends sooner.
+/// How many deliveries are signed for one run. A faster program finishes sooner.
 fn count(mode: Mode) -> usize {
     mode.pick(60_000, 200_000)
 }
@@ -38,7 +39,7 @@ fn load(served: &Served, mode: Mode, connections: usize, status: u16) -> Load {
     }
 }
 
-/// One run of a server.
+/// Measures one run of a server.
 async fn run(
     served: Served,
     broker: Option<u32>,
@@ -52,7 +53,7 @@ async fn run(
         rate: Some(answered.rate()),
         p50_us: Some(percentile(&answered.latencies_us, 0.5)),
         p99_us: Some(percentile(&answered.latencies_us, 0.99)),
-        // The warm-up's requests cost as much as the others.
+        // Includes the warm-up's requests, which cost as much as the others.
         cpu_s: Some(usage.per_10k(answered.sent)),
         broker_cpu_s: broker.map(|broker| broker.per_10k(answered.sent)),
         memory_mib: Some(served.memory_mib()),
@@ -60,7 +61,7 @@ async fn run(
     })
 }
 
-/// One run of ingress or of a reference, with a broker of its own.
+/// Runs ingress or a reference once, with its own broker.
 async fn contender(
     name: &str,
     sync: Sync,
@@ -83,7 +84,7 @@ async fn contender(
         }
     };
     let load = load(&served, mode, connections, 200);
-    // It stores nothing, so that it may get a delivery again; and it is soon through with all of them.
+    // It stores nothing, so it may get a delivery twice; and it is fast enough to need that.
     let repeat = name == VERIFY;
     run(
         served,
@@ -98,8 +99,8 @@ async fn contender(
 pub(crate) async fn accepted(mode: Mode, events: &Events) -> Result<Measurement, String> {
     let mut measured = Measurement::new(
         "ingress",
-        "deliveries accepted (4 KiB, 64 connections, default sync), beside a server that only verifies, async-nats \
-         alone with as many PubAcks outstanding, and a spike that verifies and publishes",
+        "deliveries accepted (4 KiB, 64 connections, default sync), compared with a server that only verifies, with \
+         async-nats alone with the same number of pending PubAcks, and with a spike that verifies and publishes",
     );
     let requests = Arc::new(pool::requests(events, Kind("in"), count(mode)));
     for contenders in in_turns(mode, &[SPIKE, INGRESS, VERIFY, NATS]) {
@@ -110,24 +111,24 @@ pub(crate) async fn accepted(mode: Mode, events: &Events) -> Result<Measurement,
             );
         }
     }
-    measured.ratio(
+    measured.add_ratio(
         "events/s",
         INGRESS,
         SPIKE,
         |sample| sample.rate,
         Some(Target::AtLeast(0.95)),
     );
-    measured.ratio(
+    measured.add_ratio(
         "CPU per event",
         INGRESS,
         SPIKE,
         |sample| sample.cpu_s,
         Some(Target::AtMost(1.15)),
     );
-    measured.ratio("p99", INGRESS, SPIKE, |sample| sample.p99_us, None);
-    measured.ratio("events/s", INGRESS, VERIFY, |sample| sample.rate, None);
-    measured.ratio("events/s", INGRESS, NATS, |sample| sample.rate, None);
-    measured.bound(
+    measured.add_ratio("p99", INGRESS, SPIKE, |sample| sample.p99_us, None);
+    measured.add_ratio("events/s", INGRESS, VERIFY, |sample| sample.rate, None);
+    measured.add_ratio("events/s", INGRESS, NATS, |sample| sample.rate, None);
+    measured.add_bound(
         "memory (MiB)",
         INGRESS,
         |sample| sample.memory_mib,
@@ -139,7 +140,7 @@ pub(crate) async fn accepted(mode: Mode, events: &Events) -> Result<Measurement,
 pub(crate) async fn refused(mode: Mode, events: &Events) -> Result<Measurement, String> {
     let mut measured = Measurement::new(
         "bad signatures",
-        "deliveries refused for their signature (4 KiB, 64 connections), beside a server that only verifies",
+        "deliveries refused for their signature (4 KiB, 64 connections), compared with a server that only verifies",
     );
     let requests = Arc::new(pool::forged(events, 1_000));
     for contenders in in_turns(mode, &[VERIFY, INGRESS]) {
@@ -153,14 +154,14 @@ pub(crate) async fn refused(mode: Mode, events: &Events) -> Result<Measurement, 
             measured.add(name, run(served, None, &load, &requests, true).await?);
         }
     }
-    measured.ratio(
+    measured.add_ratio(
         "refusals/s",
         INGRESS,
         VERIFY,
         |sample| sample.rate,
         Some(Target::AtLeast(0.9)),
     );
-    measured.ratio(
+    measured.add_ratio(
         "CPU per refusal",
         INGRESS,
         VERIFY,
@@ -176,9 +177,9 @@ pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, S
     const SYNC: &str = "one sync";
     let mut measured = Measurement::new(
         "ingress, synced",
-        "deliveries accepted by a broker that syncs its disk before every PubAck (sync_interval: always), at 64 \
-         connections and at one; beside them, what a sync of 4 KiB takes: where that is next to nothing, there is \
-         nothing to share",
+        "deliveries accepted by a broker that syncs its disk before every PubAck (sync_interval: always), with 64 \
+         connections and with one, and how long a sync of 4 KiB takes: if it takes almost no time, batches save \
+         nothing",
     );
     let requests = Arc::new(pool::requests(events, Kind("sy"), count(mode)));
     for contenders in in_turns(mode, &[SYNC, SPIKE, INGRESS, SPIKE_ONE, ONE]) {
@@ -198,14 +199,14 @@ pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, S
             );
         }
     }
-    measured.ratio(
+    measured.add_ratio(
         "events/s",
         INGRESS,
         SPIKE,
         |sample| sample.rate,
         Some(Target::AtLeast(3.0)),
     );
-    measured.ratio(
+    measured.add_ratio(
         "p50",
         ONE,
         SPIKE_ONE,
@@ -215,7 +216,7 @@ pub(crate) async fn synced(mode: Mode, events: &Events) -> Result<Measurement, S
     Ok(measured)
 }
 
-/// How long it takes to write an event to the disk that the broker is on.
+/// Measures how long it takes to write and sync an event on the broker's disk.
 async fn one_sync() -> Result<Sample, String> {
     const TIMES: usize = 200;
     let write = || -> std::io::Result<Vec<u32>> {

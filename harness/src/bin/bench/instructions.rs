@@ -1,5 +1,6 @@
-//! How many instructions each pure step of an event takes, counted by valgrind where there is one: the
-//! same figures however busy the machine is, so that a step that grew shows.
+//! Counts the instructions of each pure step of processing an event, with valgrind if it is
+//! installed. The figures do not depend on the load of the machine, so a step that became slower
+//! shows.
 
 use std::hint::black_box;
 use std::process::Command;
@@ -19,11 +20,12 @@ use crate::report::{Measurement, Sample};
 
 const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// Two numbers of repetitions. What they differ by is free of what it takes to start.
+/// Two numbers of repetitions. The difference of their counts does not contain the start of the
+/// program.
 const FEW: u32 = 100;
 const MANY: u32 = 600;
 
-/// A step, as the program is asked to repeat it.
+/// A step that the program can repeat.
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Step {
     Verify,
@@ -44,7 +46,7 @@ impl Step {
         }
     }
 
-    /// Takes the step so many times.
+    /// Repeats the step `times` times.
     pub(crate) fn repeat(self, times: u32) {
         let (events, kind, now) = (Events::new(), Kind("count"), OffsetDateTime::now_utc());
         let body = Bytes::from(events.body(kind, 0));
@@ -87,7 +89,7 @@ impl Step {
     }
 }
 
-/// Whether there is a valgrind to count with.
+/// Whether valgrind is installed.
 pub(crate) fn are_countable() -> bool {
     Command::new("valgrind")
         .arg("--version")
@@ -98,11 +100,11 @@ pub(crate) fn are_countable() -> bool {
 pub(crate) async fn counted() -> Result<Measurement, String> {
     let mut measured = Measurement::new(
         "instructions",
-        "instructions for one event of 4 KiB (valgrind's processor has no SHA extensions: on most real ones a signature \
-         takes a small part of these)",
+        "instructions for one event of 4 KiB (valgrind's processor has no SHA extensions; with them, as on most real \
+         processors, a signature takes a small part of these)",
     );
     for step in Step::value_variants() {
-        let (few, many) = (collected(*step, FEW).await?, collected(*step, MANY).await?);
+        let (few, many) = (count(*step, FEW).await?, count(*step, MANY).await?);
         let each = (many - few) / f64::from(MANY - FEW);
         measured.add(
             step.what(),
@@ -115,8 +117,8 @@ pub(crate) async fn counted() -> Result<Measurement, String> {
     Ok(measured)
 }
 
-/// The instructions of a program that repeats the step so often.
-async fn collected(step: Step, times: u32) -> Result<f64, String> {
+/// Counts the instructions of a program that repeats the step `times` times.
+async fn count(step: Step, times: u32) -> Result<f64, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let name = step.to_possible_value().expect("no step is hidden");
     let mut valgrind = tokio::process::Command::new("valgrind");

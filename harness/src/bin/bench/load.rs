@@ -1,5 +1,5 @@
-//! Load: requests over keep-alive connections, as cheap for the machine as they can be, because the
-//! programs that are measured share it.
+//! Sends requests over keep-alive connections, with as little CPU as possible, because the measured
+//! programs run on the same machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,26 +18,26 @@ use crate::pool::Requests;
 pub(crate) struct Load {
     pub(crate) address: SocketAddr,
     pub(crate) connections: usize,
-    /// What is sent before this does not count: the programs get warm.
+    /// How long requests are sent before they are measured.
     pub(crate) warmup: Duration,
-    /// What is sent for this long counts.
+    /// How long requests are measured.
     pub(crate) measured: Duration,
-    /// The status that every answer has to have.
+    /// The status that every answer must have.
     pub(crate) status: u16,
-    /// Requests a second over all connections; as fast as they are answered where there is none.
+    /// Requests per second over all connections; `None` sends them as fast as they are answered.
     pub(crate) rate: Option<f64>,
 }
 
-/// What came of it.
+/// The result of sending a load.
 pub(crate) struct Answered {
-    /// Requests answered while it counted.
+    /// Requests that were answered while they were measured.
     pub(crate) count: usize,
-    /// For how long it counted.
+    /// How long they were measured.
     pub(crate) took: Duration,
-    /// From a request to its answer, in microseconds, sorted. Where requests have a rate, from the
-    /// moment at which one was due.
+    /// The times from a request to its answer, in microseconds, sorted. With a rate, from the
+    /// moment at which the request was due.
     pub(crate) latencies_us: Vec<u32>,
-    /// How many of the requests were sent.
+    /// How many requests were sent, the warm-up included.
     pub(crate) sent: usize,
 }
 
@@ -47,7 +47,7 @@ impl Answered {
     }
 }
 
-/// The value below which that share of sorted `values` lies.
+/// Returns the value below which `share` of the sorted `values` lie.
 pub(crate) fn percentile(values: &[u32], share: f64) -> f64 {
     let last = values.len().saturating_sub(1);
     values
@@ -58,7 +58,7 @@ pub(crate) fn percentile(values: &[u32], share: f64) -> f64 {
 }
 
 impl Load {
-    /// Sends `requests`, each once, until the time is over or all are sent. With `repeat`, it begins
+    /// Sends `requests`, each once, until the time is over or all are sent. With `repeat`, starts
     /// again with the first after the last.
     pub(crate) async fn send(
         &self,
@@ -103,13 +103,13 @@ impl Load {
         repeat: bool,
         next: &AtomicUsize,
         begin: Instant,
-    ) -> Result<OfOne, String> {
+    ) -> Result<OfConnection, String> {
         let (from, until) = (begin + self.warmup, begin + self.warmup + self.measured);
         let failed = |problem: std::io::Error| format!("{}: {problem}", self.address);
         let mut stream = TcpStream::connect(self.address).await.map_err(failed)?;
         stream.set_nodelay(true).map_err(failed)?;
         let mut answer = Vec::with_capacity(4096);
-        let mut one = OfOne::default();
+        let mut one = OfConnection::default();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let request = if repeat {
@@ -148,9 +148,9 @@ impl Load {
     }
 }
 
-/// What came of one connection.
+/// The result of one connection.
 #[derive(Default)]
-struct OfOne {
+struct OfConnection {
     latencies_us: Vec<u32>,
     last: Option<Instant>,
 }
@@ -170,7 +170,7 @@ async fn read_answer(stream: &mut TcpStream, answer: &mut Vec<u8>) -> std::io::R
     }
 }
 
-/// Status and length of an answer, body included, once its head is there.
+/// Returns the status and the length of an answer, body included, once its head is complete.
 fn head(answer: &[u8]) -> Option<(u16, usize)> {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
     let head = std::str::from_utf8(answer.get(..end)?).ok()?;
@@ -183,7 +183,7 @@ fn head(answer: &[u8]) -> Option<(u16, usize)> {
     Some((status, end + length.unwrap_or(0)))
 }
 
-/// Gets a page; status and body.
+/// Gets a page and returns its status and body.
 pub(crate) async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
     stream
@@ -194,7 +194,7 @@ pub(crate) async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16
     Ok((status, String::from_utf8_lossy(&answer).into_owned()))
 }
 
-/// Waits until somebody listens there.
+/// Waits until a program listens on `address`.
 pub(crate) async fn until_listening(address: SocketAddr) -> Result<(), String> {
     for _ in 0..1_000 {
         if TcpStream::connect(address).await.is_ok() {
@@ -202,5 +202,5 @@ pub(crate) async fn until_listening(address: SocketAddr) -> Result<(), String> {
         }
         sleep(Duration::from_millis(10)).await;
     }
-    Err(format!("nobody listens on {address}"))
+    Err(format!("no program listens on {address}"))
 }

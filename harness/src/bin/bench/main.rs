@@ -1,10 +1,11 @@
-//! The program behind `scripts/bench`: how fast the programs are, beside what the machine allows.
+//! The program behind `scripts/bench`. It measures how fast ingress and the worker are, compared
+//! with what the machine allows.
 //!
-//! Every measurement runs its contenders in turns, several times within the same minutes, each with
-//! a broker and a database of its own, and reports the ratio: absolute figures are the machine's.
+//! Every measurement runs its contenders in turns, several times within a few minutes, each with
+//! its own broker and database, and reports their ratio: absolute figures depend on the machine.
 #![expect(
     clippy::print_stdout,
-    reason = "a program for people: its tables are its output"
+    reason = "people read its output, which is tables"
 )]
 
 mod end_to_end;
@@ -41,17 +42,18 @@ use crate::pool::{Events, Kind};
 use crate::reference::Reference;
 use crate::report::Measurement;
 
-/// Measures ingress and worker beside the least that does the same work.
+/// Measures ingress and the worker against the simplest programs that do the same work.
 #[derive(Parser)]
 #[command(name = "bench", version)]
 struct Arguments {
-    /// A look in two minutes, not a measurement.
+    /// Run for about two minutes, for a first impression.
     #[arg(long)]
     quick: bool,
-    /// Only measurements whose name contains this.
+    /// Run only the measurements with this text in their name.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
-    /// Where the figures go as JSON [default: docs/bench.json, nowhere with --quick or --only].
+    /// Write the figures to this file, as JSON [default: docs/bench.json; none with --quick or
+    /// --only].
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     #[command(subcommand)]
@@ -60,26 +62,26 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Role {
-    /// A program to compare with; started by this program itself.
+    /// Run a program to compare with. The bench starts it itself.
     #[command(subcommand, hide = true)]
     Reference(Reference),
-    /// Load alone, for an ingress that runs already (with the harness's hook and secret) under a
-    /// profiler.
+    /// Only send load, to an ingress that already runs under a profiler, with the harness's hook
+    /// and secret.
     #[command(hide = true)]
     Load {
         address: SocketAddr,
         connections: usize,
         seconds: u64,
     },
-    /// A stream filled with that many events of new subscriptions, for a worker under a profiler.
+    /// Fill a stream with this many events of new subscriptions, for a worker under a profiler.
     #[command(hide = true)]
     Fill { nats: String, count: usize },
-    /// A step of an event's way that many times, for valgrind.
+    /// Repeat one step of processing an event this many times, for valgrind.
     #[command(hide = true)]
     Repeat { step: Step, times: u32 },
 }
 
-/// How thorough to be.
+/// How long to measure.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     Quick,
@@ -95,8 +97,8 @@ impl Mode {
     }
 }
 
-/// The contenders in the order of each round: every second one backwards, so that nobody always
-/// follows the same one.
+/// Returns the order of the contenders in each round. Every second round is reversed, so that no
+/// contender always follows the same other one.
 pub(crate) fn in_turns(mode: Mode, contenders: &[&'static str]) -> Vec<Vec<&'static str>> {
     let round = |number: usize| {
         let mut order = contenders.to_vec();
@@ -111,7 +113,7 @@ pub(crate) fn in_turns(mode: Mode, contenders: &[&'static str]) -> Vec<Vec<&'sta
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.role {
-        // Like the programs it stands beside, a reference may use all cores.
+        // A reference may use all cores, like the programs that it is compared with.
         Some(Role::Reference(reference)) => {
             let runtime = tokio::runtime::Runtime::new().expect("a runtime can be made");
             runtime.block_on(reference.run());
@@ -121,7 +123,7 @@ fn main() -> ExitCode {
             address,
             connections,
             seconds,
-        }) => on_one_thread(put_load(address, connections, seconds)),
+        }) => on_one_thread(send_load(address, connections, seconds)),
         Some(Role::Fill { nats, count }) => on_one_thread(fill(&nats, count)),
         Some(Role::Repeat { step, times }) => {
             step.repeat(times);
@@ -131,7 +133,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The load leaves the other cores to what is measured.
+/// Runs `program` on one thread, which leaves the other cores to the measured programs.
 fn on_one_thread(program: impl Future<Output = ExitCode>) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -139,7 +141,7 @@ fn on_one_thread(program: impl Future<Output = ExitCode>) -> ExitCode {
     runtime.expect("a runtime can be made").block_on(program)
 }
 
-async fn put_load(address: SocketAddr, connections: usize, seconds: u64) -> ExitCode {
+async fn send_load(address: SocketAddr, connections: usize, seconds: u64) -> ExitCode {
     let number = u64::from(std::process::id());
     let kind = Kind(Box::leak(format!("p{number}x").into_boxed_str()));
     let requests = Arc::new(pool::requests(
@@ -196,7 +198,7 @@ async fn fill(nats: &str, count: usize) -> ExitCode {
 async fn bench(arguments: &Arguments) -> ExitCode {
     tokio::select! {
         code = measure(arguments) => code,
-        // Dropping what runs ends every process of ours.
+        // Dropping the measurement ends all processes that it started.
         _ = tokio::signal::ctrl_c() => ExitCode::from(130),
     }
 }
@@ -209,7 +211,7 @@ async fn measure(arguments: &Arguments) -> ExitCode {
     };
     if cfg!(debug_assertions) {
         println!(
-            "This is a debug build: its figures mean nothing. scripts/bench makes a release build."
+            "This is a debug build: its figures mean nothing. Use scripts/bench, which makes a release build."
         );
     }
     let events = Events::new();
@@ -219,7 +221,7 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         ($($name:literal: $measurement:expr;)*) => {
             $(if arguments.only.as_deref().is_none_or(|part| $name.contains(part)) {
                 match $measurement.await {
-                    Ok(measurement) => keep(measurement, &mut measured),
+                    Ok(measurement) => print_and_keep(measurement, &mut measured),
                     Err(problem) => {
                         has_failed = true;
                         println!("\n{}: cannot be measured: {problem}", $name);
@@ -238,8 +240,8 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         "replay, SQLite": worker::replayed("replay, SQLite", Sqlite, mode, &events);
         "end to end": end_to_end::signalled(mode, &events);
         "scaling": scaling::scaled(mode, &events);
-        "growth, PostgreSQL": growth::of_tables("growth, PostgreSQL", Postgres, mode, &events);
-        "growth, SQLite": growth::of_tables("growth, SQLite", Sqlite, mode, &events);
+        "growth, PostgreSQL": growth::with_large_tables("growth, PostgreSQL", Postgres, mode, &events);
+        "growth, SQLite": growth::with_large_tables("growth, SQLite", Sqlite, mode, &events);
         "idle": idle::idle(mode);
     }
     if instructions::are_countable() {
@@ -247,7 +249,7 @@ async fn measure(arguments: &Arguments) -> ExitCode {
     }
     if mode == Mode::Full {
         measurements! {
-            "growth of the stream": growth::of_stream(mode, &events);
+            "growth of the stream": growth::with_large_stream(mode, &events);
             "outage": worker::caught_up(&events);
         }
     }
@@ -268,7 +270,7 @@ async fn measure(arguments: &Arguments) -> ExitCode {
     }
 }
 
-fn keep(measurement: Measurement, measured: &mut Vec<Value>) {
+fn print_and_keep(measurement: Measurement, measured: &mut Vec<Value>) {
     println!("{}", measurement.tables());
     measured.push(measurement.json());
 }

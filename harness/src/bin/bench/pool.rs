@@ -1,5 +1,5 @@
-//! Events in any number: bodies that differ in their ids alone, and the requests that deliver them,
-//! signed before anything is measured.
+//! Makes any number of events, whose bodies differ only in their ids, and the requests that deliver
+//! them. Requests are signed before anything is measured.
 
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -9,17 +9,18 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 use time::OffsetDateTime;
 
-/// A type whose events make a row and a signal each.
+/// An event type of which each event makes a row and a signal.
 pub(crate) const TYPE: &str = "customer.subscription.created";
 
-/// The bytes of a body. Stripe's own have 2 to 60 KiB; those of subscriptions are about this long.
+/// The length of a body in bytes. Stripe's have 2 to 60 KiB; those of subscriptions are about this
+/// long.
 pub(crate) const BODY_BYTES: usize = 4096;
 
-/// What is put into every id, so that events of one kind can be told apart.
+/// A text that is part of every id, so that events of different kinds have different ids.
 #[derive(Clone, Copy)]
 pub(crate) struct Kind(pub(crate) &'static str);
 
-/// Makes events, one like the other: each about a subscription of its own, or about one of several.
+/// Makes similar events: each about its own subscription, or about one of several.
 pub(crate) struct Events {
     purchase: Purchase,
     text: String,
@@ -27,25 +28,25 @@ pub(crate) struct Events {
     created: i64,
 }
 
-/// A number of ten digits that stands in the template alone.
+/// A number of ten digits that occurs nowhere else in the template.
 const NUMBER: &str = "7531902468";
 
 impl Events {
-    /// Of new subscriptions.
+    /// Makes events of new subscriptions.
     pub(crate) fn new() -> Self {
         let now = OffsetDateTime::now_utc().unix_timestamp();
-        Self::of(Purchase::new(now - 86_400), TYPE)
+        Self::with_type(Purchase::new(now - 86_400), TYPE)
     }
 
-    /// Of changes to the subscriptions of these: each changes its metadata.
+    /// Makes events that change the metadata of this pool's subscriptions.
     pub(crate) fn changes(&self) -> Self {
-        Self::of(self.purchase.clone(), "customer.subscription.updated")
+        Self::with_type(self.purchase.clone(), "customer.subscription.updated")
     }
 
-    fn of(purchase: Purchase, event_type: &str) -> Self {
-        // Nothing else of the purchase has this time.
+    fn with_type(purchase: Purchase, event_type: &str) -> Self {
+        // No other time in the purchase has this value.
         let created = purchase.created + 86_400 - 3_607;
-        // What makes Stripe's events long is what nobody keeps.
+        // Fills the event with fields that the worker does not keep, as Stripe's events are.
         let event = |tax_rates: usize, filling: usize| {
             let changes = json!({
                 "metadata": { "number": NUMBER },
@@ -66,27 +67,27 @@ impl Events {
         }
     }
 
-    /// The id of the event of that number.
+    /// Returns the id of event `number`.
     pub(crate) fn id(&self, kind: Kind, number: usize) -> String {
         numbered("evt_", kind, number, self.event.len())
     }
 
-    /// The number in an event's id.
+    /// Returns the number in an event's id.
     pub(crate) fn number(kind: Kind, id: &str) -> Option<usize> {
         id.strip_prefix("evt_")?.strip_prefix(kind.0)?.parse().ok()
     }
 
-    /// The id of the subscription of that number.
+    /// Returns the id of subscription `number`.
     pub(crate) fn subscription(&self, kind: Kind, number: usize) -> String {
         numbered("sub_", kind, number, self.purchase.subscription.len())
     }
 
-    /// The body of an event about a subscription of its own.
+    /// Makes the body of an event about its own subscription.
     pub(crate) fn body(&self, kind: Kind, number: usize) -> String {
         self.body_of(kind, number, number, 0)
     }
 
-    /// The body of an event about that subscription, so many seconds later.
+    /// Makes the body of an event about `subscription`, created `later_s` seconds later.
     pub(crate) fn body_of(
         &self,
         kind: Kind,
@@ -108,7 +109,7 @@ impl Events {
     }
 }
 
-/// As the API renders one, in a subscription's `default_tax_rates`.
+/// A tax rate as Stripe's API writes it in a subscription's `default_tax_rates`.
 fn tax_rate(created: i64) -> Value {
     json!({
         "id": "txr_1RnGk2JNcmPzuWtRVvq9ufxB",
@@ -140,10 +141,10 @@ fn numbered(prefix: &str, kind: Kind, number: usize, length: usize) -> String {
     )
 }
 
-/// HTTP requests, ready to be sent.
+/// Complete HTTP requests.
 pub(crate) type Requests = Vec<Bytes>;
 
-/// Deliveries of that many new events, each signed.
+/// Makes signed deliveries of `count` new events.
 pub(crate) fn requests(events: &Events, kind: Kind, count: usize) -> Requests {
     let timestamp = OffsetDateTime::now_utc().unix_timestamp();
     let request = |number| {
@@ -153,7 +154,7 @@ pub(crate) fn requests(events: &Events, kind: Kind, count: usize) -> Requests {
     (0..count).map(request).collect()
 }
 
-/// The `Stripe-Signature` of a body.
+/// Makes the `Stripe-Signature` of a body.
 pub(crate) fn signature(body: &[u8], timestamp: i64) -> String {
     let mut mac =
         Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).expect("HMAC takes a key of any length");
@@ -168,7 +169,7 @@ pub(crate) fn signature(body: &[u8], timestamp: i64) -> String {
     format!("t={timestamp},v1={signature}")
 }
 
-/// Deliveries whose signature nobody made with our secret.
+/// Makes deliveries with a signature that was not made with the secret.
 pub(crate) fn forged(events: &Events, count: usize) -> Requests {
     let timestamp = OffsetDateTime::now_utc().unix_timestamp();
     let signature = format!("t={timestamp},v1={}", "5a".repeat(32));

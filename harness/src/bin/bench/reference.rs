@@ -1,8 +1,8 @@
-//! What the programs are compared with: the least that does the same work, each in a process of its
-//! own so that its CPU and memory can be told.
+//! The reference programs: the simplest programs that do the same work as the measured ones. Each
+//! runs in its own process, so that its CPU time and memory can be measured.
 //!
-//! Nobody could run these: they have no limits, no retries, no deadlines, no metrics. They say what
-//! the machine, the broker and the libraries allow.
+//! They are not fit for use, without limits, retries, deadlines or metrics. They show what the
+//! machine, the broker and the libraries allow.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,11 +31,11 @@ use crate::pool::{Events, Kind, TYPE};
 use crate::rig::events_settings;
 use crate::usage;
 
-/// Where the relay reads, and where it writes.
+/// The subjects that the relay reads from and writes to.
 pub(crate) const IN: &str = "bench.in";
 pub(crate) const OUT: &str = "bench.out";
 
-/// Messages that are handled together, as many as a worker's.
+/// Messages that are handled together, the same number as a worker's.
 const BATCH: usize = 500;
 
 #[derive(Subcommand)]
@@ -44,15 +44,15 @@ pub(crate) enum Reference {
     Verify { listen: SocketAddr },
     /// An HTTP server that verifies, publishes, and answers after the PubAck.
     Spike { listen: SocketAddr, nats: String },
-    /// Publishes that many events with that many PubAcks outstanding.
+    /// Publishes `count` events with `in_flight` pending PubAcks.
     Publish {
         nats: String,
         count: usize,
         in_flight: usize,
     },
-    /// Consumes and acks that many events.
+    /// Consumes and acks `count` events.
     Consume { nats: String, count: usize },
-    /// Consumes messages and publishes one for each.
+    /// Consumes messages and publishes one for each of them.
     Relay { nats: String },
 }
 
@@ -91,7 +91,7 @@ async fn spike(listen: SocketAddr, nats: &str) {
     let jetstream = connect(nats).await;
     stream::provide_events(&jetstream, &events_settings())
         .await
-        .expect("the stream can be made");
+        .expect("the stream can be created");
     let hook = warp::post()
         .and(warp::path!("ls" / "hook" / String))
         .and(warp::header::<String>("stripe-signature"))
@@ -111,7 +111,7 @@ async fn spike(listen: SocketAddr, nats: &str) {
                 let ack = jetstream
                     .publish_with_headers(subject, headers, body.clone())
                     .await;
-                answer(ack.expect("the broker is there").await.is_ok())
+                answer(ack.expect("the broker is reachable").await.is_ok())
             }
         });
     warp::serve(hook).run(listen).await;
@@ -156,26 +156,26 @@ fn is_signed(header: &str, body: &[u8]) -> bool {
     signature.is_some_and(|signature| mac.verify_slice(&signature).is_ok())
 }
 
-/// Tells what was done in one line of JSON, which [`crate::rig::finished`] reads.
-fn tell(count: usize, took: Duration, latencies_us: Vec<u32>) {
+/// Prints the figures as one line of JSON, which [`crate::rig::finished`] reads.
+fn print_figures(count: usize, took: Duration, latencies_us: Vec<u32>) {
     let mut latencies_us = latencies_us;
     latencies_us.sort_unstable();
     let pid = std::process::id();
-    let told = json!({
+    let figures = json!({
         "rate": count as f64 / took.as_secs_f64(),
         "p50_us": crate::load::percentile(&latencies_us, 0.5),
         "p99_us": crate::load::percentile(&latencies_us, 0.99),
         "cpu_s": usage::cpu_s(pid) * 10_000.0 / count.max(1) as f64,
         "memory_mib": usage::memory_mib(pid),
     });
-    println!("{told}");
+    println!("{figures}");
 }
 
 async fn publish(nats: &str, count: usize, in_flight: usize) {
     let jetstream = connect(nats).await;
     stream::provide_events(&jetstream, &events_settings())
         .await
-        .expect("the stream can be made");
+        .expect("the stream can be created");
     let events = Arc::new(Events::new());
     let next = Arc::new(AtomicUsize::new(0));
     let begin = Instant::now();
@@ -195,7 +195,7 @@ async fn publish(nats: &str, count: usize, in_flight: usize) {
                 let ack = jetstream
                     .publish_with_headers(format!("{EVENTS_PREFIX}{TYPE}"), headers, body.into())
                     .await;
-                ack.expect("the broker is there")
+                ack.expect("the broker is reachable")
                     .await
                     .expect("it is stored");
                 latencies_us.push(u32::try_from(begin.elapsed().as_micros()).unwrap_or(u32::MAX));
@@ -207,16 +207,15 @@ async fn publish(nats: &str, count: usize, in_flight: usize) {
         .into_iter()
         .flat_map(|lane| lane.expect("no lane panics"))
         .collect();
-    tell(count, begin.elapsed(), latencies);
+    print_figures(count, begin.elapsed(), latencies);
 }
 
-/// The consumer is paused until everybody is ready, as the workers' is.
 async fn consume(nats: &str, count: usize) {
     let jetstream = connect(nats).await;
     let stream = jetstream
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("the stream is there");
+        .expect("the stream exists");
     let consumer: jetstream::consumer::PullConsumer = stream
         .create_consumer(pull::Config {
             max_ack_pending: 20_000,
@@ -249,15 +248,12 @@ async fn consume(nats: &str, count: usize) {
         .flush()
         .await
         .expect("the broker takes the acks");
-    tell(count, took, Vec::new());
+    print_figures(count, took, Vec::new());
 }
 
 async fn relay(nats: &str) {
     let jetstream = connect(nats).await;
-    let stream = jetstream
-        .get_stream("IN")
-        .await
-        .expect("the stream is there");
+    let stream = jetstream.get_stream("IN").await.expect("the stream exists");
     let consumer: jetstream::consumer::PullConsumer = stream
         .create_consumer(pull::Config {
             max_ack_pending: 20_000,
@@ -285,7 +281,7 @@ async fn relay(nats: &str) {
                     message.payload.slice(..message.payload.len().min(1_200)),
                 )
                 .await;
-            acks.push(sent.expect("the broker is there"));
+            acks.push(sent.expect("the broker is reachable"));
         }
         for ack in acks {
             ack.await.expect("it is stored");

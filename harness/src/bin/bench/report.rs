@@ -1,7 +1,8 @@
-//! What was measured: samples by contender, ratios by round, a table and a JSON document.
+//! The report: samples by contender, ratios by round, as tables and as JSON.
 //!
-//! A ratio is that of two contenders' samples of the same round, taken within the same minute: what
-//! the machine does besides hits both. Reported is the median of the rounds, with the extremes.
+//! A ratio compares two contenders' samples of the same round. They are taken within the same
+//! minute, so that other load on the machine affects both. The report shows the median of the
+//! rounds, with minimum and maximum.
 
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
@@ -9,21 +10,21 @@ use serde_json::{Value, json};
 /// One run of one contender.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sample {
-    /// Events a second.
+    /// Events per second.
     pub(crate) rate: Option<f64>,
     pub(crate) p50_us: Option<f64>,
     pub(crate) p99_us: Option<f64>,
-    /// CPU seconds for 10,000 events.
+    /// CPU seconds per 10,000 events.
     pub(crate) cpu_s: Option<f64>,
-    /// The broker's.
+    /// CPU seconds of the broker per 10,000 events.
     pub(crate) broker_cpu_s: Option<f64>,
-    /// PostgreSQL's. SQLite is part of the program.
+    /// CPU seconds of PostgreSQL per 10,000 events. SQLite is part of the program.
     pub(crate) database_cpu_s: Option<f64>,
-    /// The most memory it held.
+    /// Peak memory.
     pub(crate) memory_mib: Option<f64>,
     /// CPU of one core, in percent.
     pub(crate) cpu_percent: Option<f64>,
-    /// For one event.
+    /// Instructions per event.
     pub(crate) instructions: Option<f64>,
 }
 
@@ -42,7 +43,7 @@ const COLUMNS: [(&str, Column); 9] = [
     ("instructions", |sample| sample.instructions),
 ];
 
-/// What a figure ought to be.
+/// The bound that a figure has to keep.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Target {
     AtLeast(f64),
@@ -65,7 +66,7 @@ impl Target {
     }
 }
 
-/// Everything about one question.
+/// The samples and figures that answer one question.
 pub(crate) struct Measurement {
     name: &'static str,
     question: &'static str,
@@ -90,7 +91,7 @@ impl Measurement {
         }
     }
 
-    /// Keeps a run of `contender`.
+    /// Adds the sample of one run of `contender`.
     pub(crate) fn add(&mut self, contender: &str, sample: Sample) {
         match self
             .contenders
@@ -102,8 +103,8 @@ impl Measurement {
         }
     }
 
-    /// Compares two contenders, round by round, by `column`; `what` names it.
-    pub(crate) fn ratio(
+    /// Adds the figure `what`: the ratio of `column` between two contenders, by round.
+    pub(crate) fn add_ratio(
         &mut self,
         what: &str,
         of: &str,
@@ -123,8 +124,8 @@ impl Measurement {
         });
     }
 
-    /// Holds a contender's own `column` against a target.
-    pub(crate) fn bound(&mut self, what: &str, of: &str, column: Column, target: Target) {
+    /// Adds the figure `what`: a contender's `column`, compared with a target.
+    pub(crate) fn add_bound(&mut self, what: &str, of: &str, column: Column, target: Target) {
         let rounds = self.samples(of).iter().filter_map(column).collect();
         self.figures.push(Figure {
             what: format!("{what}: {of}"),
@@ -140,7 +141,7 @@ impl Measurement {
             .map_or(&[], |(_, samples)| samples)
     }
 
-    /// Two tables for people: what was measured, and how it compares.
+    /// Returns two tables: the samples, and the figures with their targets.
     pub(crate) fn tables(&self) -> String {
         let shown = |column: Column| {
             self.contenders
@@ -156,7 +157,7 @@ impl Measurement {
         for (name, samples) in &self.contenders {
             let cell = |column: Column| {
                 let values: Vec<f64> = samples.iter().filter_map(column).collect();
-                Spread::of(&values).map_or_else(String::new, |spread| spread.text())
+                Spread::from_values(&values).map_or_else(String::new, |spread| spread.text())
             };
             measured.add_row(
                 std::iter::once(name.clone())
@@ -169,7 +170,7 @@ impl Measurement {
         let mut compared = table();
         compared.set_header(["", "median (min–max)", "target", ""]);
         for figure in &self.figures {
-            let (text, mark) = match Spread::of(&figure.rounds) {
+            let (text, mark) = match Spread::from_values(&figure.rounds) {
                 Some(spread) => (spread.text(), figure.verdict(spread.median)),
                 None => ("–".to_owned(), ""),
             };
@@ -186,12 +187,12 @@ impl Measurement {
         let contender = |(name, samples): &(String, Vec<Sample>)| {
             let figures = COLUMNS.into_iter().filter_map(|(column, value)| {
                 let values: Vec<f64> = samples.iter().filter_map(value).collect();
-                Some((column.to_owned(), Spread::of(&values)?.json()))
+                Some((column.to_owned(), Spread::from_values(&values)?.json()))
             });
             (name.clone(), Value::Object(figures.collect()))
         };
         let figure = |figure: &Figure| {
-            let spread = Spread::of(&figure.rounds);
+            let spread = Spread::from_values(&figure.rounds);
             json!({
                 "what": figure.what,
                 "value": spread.map(Spread::json),
@@ -224,7 +225,7 @@ fn table() -> Table {
     table
 }
 
-/// The middle of some values, and how far they lie apart.
+/// The median of some values, with the smallest and the largest.
 #[derive(Clone, Copy)]
 struct Spread {
     median: f64,
@@ -233,7 +234,7 @@ struct Spread {
 }
 
 impl Spread {
-    fn of(values: &[f64]) -> Option<Self> {
+    fn from_values(values: &[f64]) -> Option<Self> {
         let mut values = values.to_vec();
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
@@ -264,7 +265,7 @@ impl Spread {
     }
 }
 
-/// A figure with as many digits as mean something.
+/// Writes a figure with only as many digits as are meaningful.
 fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),

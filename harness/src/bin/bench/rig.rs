@@ -1,5 +1,5 @@
-//! Brokers, databases and programs for one run, fresh each time: what one run left behind must not
-//! slow the next.
+//! Starts brokers, databases and programs for one run. They are new for each run, so that the data
+//! of one run does not slow the next.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -23,13 +23,13 @@ use crate::pool::{Events, Kind, TYPE};
 use crate::report::Sample;
 use crate::usage::Since;
 
-/// Whatever is waited for takes less, or has gone wrong.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+/// The longest wait in a measurement. A longer one means that something failed.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(300);
 
-/// Publications in flight while a stream is filled.
+/// How many published messages wait for their PubAck while a stream is filled.
 const IN_FLIGHT: usize = 512;
 
-/// How the broker syncs its disk.
+/// When the broker syncs its disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sync {
     /// Every two minutes, nats-server's default.
@@ -38,7 +38,7 @@ pub(crate) enum Sync {
     Always,
 }
 
-/// A broker with nothing in it.
+/// Starts an empty broker.
 pub(crate) async fn broker(sync: Sync) -> nats::Server {
     let jetstream = match sync {
         Sync::Default => "",
@@ -55,24 +55,24 @@ pub(crate) fn pid(broker: &nats::Server) -> u32 {
     broker.process().map(Process::id).unwrap_or_default()
 }
 
-/// CPU time of a PostgreSQL server from now on.
+/// Starts measuring the CPU time of a PostgreSQL server.
 pub(crate) fn database_usage(server: Option<&Process>) -> Option<Since> {
     server.map(|server| Since::now(server.id()))
 }
 
-/// The events stream's settings where nobody set any.
+/// Returns the default settings of the events stream.
 pub(crate) fn events_settings() -> EventsSettings {
     EventsSettings::read(&mut Reader::new(Given::default()))
 }
 
-/// A program and where it listens.
+/// A running program and its address.
 pub(crate) struct Served {
     pub(crate) program: Program,
     pub(crate) address: SocketAddr,
 }
 
 impl Served {
-    /// CPU time from now on.
+    /// Starts measuring the program's CPU time.
     pub(crate) fn usage(&self) -> Since {
         Since::now(self.program.id())
     }
@@ -95,7 +95,7 @@ impl Served {
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        timeout(PATIENCE, ready)
+        timeout(DEADLINE, ready)
             .await
             .map_err(|_| format!("not ready:\n{}", self.program.log()))?;
         Ok(self)
@@ -106,7 +106,7 @@ fn address() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port::free()))
 }
 
-/// `litestripe-ingress`, ready.
+/// Starts `litestripe-ingress` and waits until it is ready.
 pub(crate) async fn ingress(
     broker: &nats::Server,
     settings: &[(&str, &str)],
@@ -127,7 +127,7 @@ pub(crate) async fn ingress(
     .await
 }
 
-/// `litestripe-worker`, ready.
+/// Starts `litestripe-worker` and waits until it is ready.
 pub(crate) async fn worker(
     broker: &nats::Server,
     database: &str,
@@ -147,12 +147,12 @@ pub(crate) async fn worker(
     .await
 }
 
-/// Makes or completes the schema.
+/// Migrates the database.
 pub(crate) async fn migrate(database: &str) -> Result<(), String> {
     let launch = Program::named("litestripe-worker")
         .args(["migrate", "up"])
         .env("DATABASE_URL", database);
-    let finished = launch.run(PATIENCE).await;
+    let finished = launch.run(DEADLINE).await;
     if finished.status.success() {
         Ok(())
     } else {
@@ -160,26 +160,26 @@ pub(crate) async fn migrate(database: &str) -> Result<(), String> {
     }
 }
 
-/// Settings of the programs that are tried out by setting them for the bench.
-const HANDED_ON: [&str; 3] = ["LITESTRIPE_GROUP_COMMIT", "LITESTRIPE_BATCH", "RUST_LOG"];
+/// Settings that the bench passes on from its own environment, to measure other values.
+const PASSED_ON: [&str; 3] = ["LITESTRIPE_GROUP_COMMIT", "LITESTRIPE_BATCH", "RUST_LOG"];
 
 fn with(launch: Launch, settings: &[(&str, &str)]) -> Launch {
-    let handed_on = HANDED_ON
+    let passed_on = PASSED_ON
         .into_iter()
         .filter_map(|name| Some((name, std::env::var_os(name)?)));
-    let launch = handed_on.fold(launch, |launch, (name, value)| launch.env(name, value));
+    let launch = passed_on.fold(launch, |launch, (name, value)| launch.env(name, value));
     settings
         .iter()
         .fold(launch, |launch, (name, value)| launch.env(*name, *value))
 }
 
-/// This very program as a reference.
+/// Launches this program as a reference.
 fn reference(arguments: &[String]) -> Launch {
-    let path = std::env::current_exe().expect("a program knows where it lies");
+    let path = std::env::current_exe().expect("a program knows its own path");
     Program::at(path).arg("reference").args(arguments)
 }
 
-/// A reference that listens.
+/// Starts a reference that is an HTTP server, and waits until it listens.
 pub(crate) async fn server(name: &str, broker: Option<&nats::Server>) -> Result<Served, String> {
     let address = address();
     let mut arguments = vec![name.to_owned(), address.to_string()];
@@ -194,12 +194,12 @@ pub(crate) async fn server(name: &str, broker: Option<&nats::Server>) -> Result<
     Ok(served)
 }
 
-/// A reference that goes on until it is dropped.
+/// Starts a reference that runs until it is dropped.
 pub(crate) fn running(name: &str, broker: &nats::Server) -> Program {
     reference(&[name.to_owned(), broker.url()]).start()
 }
 
-/// A reference that does its work and tells of it.
+/// Runs a reference to its end and returns the figures that it printed.
 pub(crate) async fn finished(
     name: &str,
     broker: &nats::Server,
@@ -207,10 +207,10 @@ pub(crate) async fn finished(
 ) -> Result<Sample, String> {
     let mut arguments = vec![name.to_owned(), broker.url()];
     arguments.extend(numbers.iter().map(ToString::to_string));
-    let finished = reference(&arguments).run(PATIENCE).await;
-    let told: Value = serde_json::from_str(finished.stdout.trim())
+    let finished = reference(&arguments).run(DEADLINE).await;
+    let printed: Value = serde_json::from_str(finished.stdout.trim())
         .map_err(|_| format!("{name}: {finished:?}"))?;
-    let figure = |name: &str| told[name].as_f64().filter(|value| *value > 0.0);
+    let figure = |name: &str| printed[name].as_f64().filter(|value| *value > 0.0);
     Ok(Sample {
         rate: figure("rate"),
         p50_us: figure("p50_us"),
@@ -221,12 +221,11 @@ pub(crate) async fn finished(
     })
 }
 
-/// JetStream of that broker.
 pub(crate) async fn jetstream(broker: &nats::Server) -> jetstream::Context {
     jetstream::new(broker.connect().await)
 }
 
-/// Puts that many events into the events stream, which is made if need be.
+/// Publishes `count` events to the events stream, which is created if it is missing.
 pub(crate) async fn fill(
     jetstream: jetstream::Context,
     count: usize,
@@ -259,7 +258,7 @@ pub(crate) async fn fill(
     Ok(())
 }
 
-/// [`fill`] with events of that many new subscriptions.
+/// Fills the events stream with the events of `count` new subscriptions.
 pub(crate) async fn fill_with_new(
     jetstream: jetstream::Context,
     events: &Events,
@@ -274,7 +273,8 @@ pub(crate) async fn fill_with_new(
     .await
 }
 
-/// Makes the workers' consumer as they would, but paused: they can get ready with nothing to do.
+/// Creates the workers' consumer as a worker would, but paused: workers can get ready and have
+/// nothing to do yet.
 pub(crate) async fn paused_consumer(broker: &nats::Server) -> Result<(), String> {
     let stream = jetstream(broker)
         .await
@@ -298,7 +298,7 @@ pub(crate) async fn paused_consumer(broker: &nats::Server) -> Result<(), String>
         .map_err(|problem| problem.to_string())
 }
 
-/// Lets the workers begin.
+/// Resumes the workers' consumer, so that they begin.
 pub(crate) async fn resume_consumer(broker: &nats::Server) -> Result<(), String> {
     let stream = jetstream(broker)
         .await
@@ -312,9 +312,9 @@ pub(crate) async fn resume_consumer(broker: &nats::Server) -> Result<(), String>
         .map_err(|problem| problem.to_string())
 }
 
-/// Waits for `future`, but not for ever.
+/// Waits for `future` until the deadline.
 pub(crate) async fn bounded<T>(what: &str, future: impl Future<Output = T>) -> Result<T, String> {
-    timeout(PATIENCE, future)
+    timeout(DEADLINE, future)
         .await
-        .map_err(|_| format!("{what} took more than {} s", PATIENCE.as_secs()))
+        .map_err(|_| format!("{what} took more than {} s", DEADLINE.as_secs()))
 }

@@ -1,4 +1,4 @@
-//! More workers on a database whose commits take their time.
+//! Measures several workers on a database with slow commits.
 
 use std::time::Instant;
 
@@ -12,11 +12,11 @@ use crate::signals::Listener;
 use crate::usage::Since;
 use crate::{Mode, in_turns};
 
-/// How much longer a commit takes: PostgreSQL itself waits before it writes.
+/// How much longer a commit takes. PostgreSQL itself waits this long before it writes.
 const COMMIT_DELAY_US: u32 = 5_000;
 
-/// Events in one transaction. With the default a worker is busy computing while it commits,
-/// and two cores are soon all in use: what is asked here is whether workers wait for each other.
+/// Events in one transaction. With the default a worker keeps computing while it commits, and two
+/// cores are soon fully used; this measurement shows whether workers wait for each other.
 const BATCH: &str = "5";
 
 const COMMIT: &str = "one commit";
@@ -28,8 +28,8 @@ pub(crate) async fn scaled(mode: Mode, events: &Events) -> Result<Measurement, S
     let count = mode.pick(2_000, 8_000);
     let mut measured = Measurement::new(
         "scaling",
-        "events applied and signalled by 1, 2 and 4 workers, 5 events per transaction, on PostgreSQL whose commits \
-         take 5 ms more",
+        "events applied and signalled by 1, 2 and 4 workers, 5 events per transaction, on a PostgreSQL with commits that \
+         take 5 ms longer",
     );
     measured.add(COMMIT, commit().await?);
     for contenders in in_turns(mode, &[ONE, TWO, FOUR]) {
@@ -42,14 +42,14 @@ pub(crate) async fn scaled(mode: Mode, events: &Events) -> Result<Measurement, S
             measured.add(contender, run(events, count, workers).await?);
         }
     }
-    measured.bound(
+    measured.add_bound(
         "commit (µs)",
         COMMIT,
         |sample| sample.p50_us,
         Target::AtLeast(COMMIT_DELAY_US.into()),
     );
-    measured.ratio("events/s", TWO, ONE, |sample| sample.rate, None);
-    measured.ratio(
+    measured.add_ratio("events/s", TWO, ONE, |sample| sample.rate, None);
+    measured.add_ratio(
         "events/s",
         FOUR,
         ONE,
@@ -61,7 +61,7 @@ pub(crate) async fn scaled(mode: Mode, events: &Events) -> Result<Measurement, S
 
 async fn database() -> postgres::Server {
     let setting = |name: &str, value: String| (name.to_owned(), value);
-    // Without siblings asked for, every commit waits, and not only those that have company.
+    // With 0 siblings every commit waits, not only one beside other open transactions.
     let settings = vec![
         setting("commit_delay", COMMIT_DELAY_US.to_string()),
         setting("commit_siblings", "0".to_owned()),
@@ -73,7 +73,7 @@ async fn database() -> postgres::Server {
     .await
 }
 
-/// How long a commit of one row takes.
+/// Measures how long a commit of one row takes.
 async fn commit() -> Result<Sample, String> {
     let text = |problem: sea_orm::DbErr| problem.to_string();
     let server = database().await;
@@ -124,7 +124,7 @@ async fn run(events: &Events, count: usize, workers: usize) -> Result<Sample, St
         cpu_s: Some(cpu_s),
         broker_cpu_s: Some(broker_usage.per_10k(count)),
         database_cpu_s: database_usage.map(|usage| usage.per_10k(count)),
-        // The largest one's.
+        // That of the largest worker.
         memory_mib: running
             .iter()
             .map(rig::Served::memory_mib)

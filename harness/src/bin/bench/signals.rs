@@ -1,4 +1,4 @@
-//! Signals as a subscriber gets them, and when.
+//! Receives signals as a subscriber does, and records when they arrive.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use litestripe_harness::nats;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-/// Listens from its start on.
+/// A subscriber that receives every signal sent after its start.
 pub(crate) struct Listener {
     subscriber: async_nats::Subscriber,
 }
 
-/// What is read of a signal.
+/// The part of a signal that is read.
 #[derive(Deserialize)]
 struct Signal<'a> {
     #[serde(borrow)]
@@ -25,7 +25,7 @@ struct Event<'a> {
     id: &'a str,
 }
 
-/// The id of the event that a signal tells of.
+/// Returns the id of the event that led to a signal.
 pub(crate) fn event_id(payload: &[u8]) -> Option<String> {
     serde_json::from_slice::<Signal<'_>>(payload)
         .ok()
@@ -34,10 +34,13 @@ pub(crate) fn event_id(payload: &[u8]) -> Option<String> {
 
 impl Listener {
     pub(crate) async fn start(broker: &nats::Server) -> Result<Self, String> {
-        Self::on(broker, SUBSCRIPTION_CHANGED).await
+        Self::subscribe(broker, SUBSCRIPTION_CHANGED).await
     }
 
-    pub(crate) async fn on(broker: &nats::Server, subject: &'static str) -> Result<Self, String> {
+    pub(crate) async fn subscribe(
+        broker: &nats::Server,
+        subject: &'static str,
+    ) -> Result<Self, String> {
         let client = broker.connect().await;
         let subscriber = client
             .subscribe(subject)
@@ -50,22 +53,24 @@ impl Listener {
         Ok(Self { subscriber })
     }
 
-    /// Returns once so many have come: the time from the first of them to the last.
+    /// Waits for `count` signals and returns the time from the first to the last.
     ///
-    /// A consumer that was paused delivers up to one heartbeat late; that is not what is measured.
+    /// It starts with the first, because a consumer that was paused delivers up to one heartbeat
+    /// late.
     pub(crate) async fn wait_for(&mut self, count: usize) -> Result<Duration, String> {
         let mut first = None;
         for received in 0..count {
             self.subscriber
                 .next()
                 .await
-                .ok_or_else(|| format!("{received} of {count} signals came"))?;
+                .ok_or_else(|| format!("only {received} of {count} signals arrived"))?;
             first.get_or_insert_with(Instant::now);
         }
         Ok(first.map_or(Duration::ZERO, |first| first.elapsed()))
     }
 
-    /// Takes so many, and tells `number_of` each when it came.
+    /// Receives `count` signals and returns when each arrived, by the number that `number_of` reads
+    /// from it.
     pub(crate) async fn arrivals(
         &mut self,
         count: usize,
@@ -77,10 +82,10 @@ impl Listener {
                 .subscriber
                 .next()
                 .await
-                .ok_or_else(|| format!("{received} of {count} signals came"))?;
+                .ok_or_else(|| format!("only {received} of {count} signals arrived"))?;
             let now = Instant::now();
-            let number =
-                number_of(&message.payload).ok_or("a signal of an event that nobody sent")?;
+            let number = number_of(&message.payload)
+                .ok_or("received a signal for an event that was not sent")?;
             if let Some(arrival) = arrivals.get_mut(number) {
                 *arrival = Some(now);
             }

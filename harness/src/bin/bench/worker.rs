@@ -1,5 +1,5 @@
-//! The worker: a filled stream into a database, signals included, beside consuming alone and beside
-//! writing the same rows by hand.
+//! Measures a worker that applies a filled stream to a database and sends the signals, compared
+//! with only consuming and with hand-written SQL for the same rows.
 
 use std::time::Instant;
 
@@ -22,10 +22,10 @@ const WORKER: &str = "worker";
 const NATS: &str = "async-nats";
 const UPSERTS: &str = "upserts by hand";
 
-/// Events in one transaction, as many as the worker's.
+/// Events in one transaction, the same number as the worker's.
 const BATCH: usize = 500;
 
-/// Rows of one statement on SQLite. (PostgreSQL takes a whole batch.)
+/// Rows of one statement on SQLite. (On PostgreSQL a statement has a whole batch.)
 const SQLITE_ROWS: usize = 100;
 
 pub(crate) async fn applied(
@@ -37,10 +37,10 @@ pub(crate) async fn applied(
     let count = mode.pick(5_000, 40_000);
     let mut measured = Measurement::new(
         name,
-        "events of a filled stream applied (4 KiB, a new subscription each) and signalled, beside async-nats alone \
-         that consumes and acks, and beside the same rows upserted 500 at a time by hand-written SQL",
+        "events of a filled stream applied (4 KiB, a new subscription each) and signalled, compared with async-nats \
+         alone that consumes and acks, and with hand-written SQL that upserts the same rows, 500 at a time",
     );
-    // The first run is nobody's: it makes the rows that are written by hand.
+    // The first run does not count: it makes the rows for the hand-written SQL.
     let (_, rows) = run_worker(kind, events, count).await?;
     for contenders in in_turns(mode, &[UPSERTS, WORKER, NATS]) {
         for contender in contenders {
@@ -56,15 +56,15 @@ pub(crate) async fn applied(
         DatabaseKind::Postgres => 0.25,
         DatabaseKind::Sqlite => 0.15,
     };
-    measured.ratio(
+    measured.add_ratio(
         "events/s",
         WORKER,
         UPSERTS,
         |sample| sample.rate,
         Some(Target::AtLeast(target)),
     );
-    measured.ratio("events/s", WORKER, NATS, |sample| sample.rate, None);
-    measured.bound(
+    measured.add_ratio("events/s", WORKER, NATS, |sample| sample.rate, None);
+    measured.add_bound(
         "memory (MiB)",
         WORKER,
         |sample| sample.memory_mib,
@@ -73,7 +73,7 @@ pub(crate) async fn applied(
     Ok(measured)
 }
 
-/// The same events once more, after all of them were applied.
+/// Measures a replay of events that were applied before.
 pub(crate) async fn replayed(
     name: &'static str,
     kind: DatabaseKind,
@@ -86,7 +86,7 @@ pub(crate) async fn replayed(
     let mut measured = Measurement::new(
         name,
         "events of a filled stream applied by a worker (4 KiB, a new subscription each) and signalled, and then \
-         applied again by `litestripe-worker replay --from-sequence 1`, its start and end included",
+         applied again by `litestripe-worker replay --from-sequence 1`, including the program's start and end",
     );
     for _ in in_turns(mode, &[FIRST]) {
         let broker = filled(events, count).await?;
@@ -98,7 +98,7 @@ pub(crate) async fn replayed(
             .env("NATS_URL", broker.url())
             .env("DATABASE_URL", database.url());
         let begin = Instant::now();
-        let finished = replay.run(rig::PATIENCE).await;
+        let finished = replay.run(rig::DEADLINE).await;
         let rate = count as f64 / begin.elapsed().as_secs_f64();
         let expected = format!("{count} applied again, 0 poisoned, 0 signals");
         if !finished.stdout.contains(&expected) {
@@ -112,7 +112,7 @@ pub(crate) async fn replayed(
             },
         );
     }
-    measured.ratio(
+    measured.add_ratio(
         "events/s",
         REPLAY,
         FIRST,
@@ -122,12 +122,12 @@ pub(crate) async fn replayed(
     Ok(measured)
 }
 
-/// Full mode only: what came during an outage, or an hour of the heaviest load, all at once.
+/// Measures, in full mode only, a backlog as after an outage or an hour of the heaviest load.
 pub(crate) async fn caught_up(events: &Events) -> Result<Measurement, String> {
     const COUNT: usize = 1_000_000;
     let mut measured = Measurement::new(
         "outage",
-        "a million events (4 KiB, a new subscription each) that wait when a worker starts",
+        "a backlog of a million events (4 KiB, a new subscription each) when a worker starts",
     );
     for (name, kind) in [
         ("PostgreSQL", DatabaseKind::Postgres),
@@ -137,7 +137,7 @@ pub(crate) async fn caught_up(events: &Events) -> Result<Measurement, String> {
         let mut database = Database::prepare(kind);
         database.resume().await;
         measured.add(name, apply(&broker, &database, COUNT).await?);
-        measured.bound(
+        measured.add_bound(
             "memory (MiB)",
             name,
             |sample| sample.memory_mib,
@@ -168,7 +168,7 @@ async fn run_worker(
     }
 }
 
-/// A broker with that many events, which nobody gets yet.
+/// Starts a broker with `count` events and a paused consumer.
 async fn filled(events: &Events, count: usize) -> Result<nats::Server, String> {
     let broker = rig::broker(Sync::Default).await;
     rig::fill_with_new(rig::jetstream(&broker).await, events, count).await?;
@@ -176,7 +176,7 @@ async fn filled(events: &Events, count: usize) -> Result<nats::Server, String> {
     Ok(broker)
 }
 
-/// Has a worker apply them, until the last signal is received.
+/// Has a worker apply `count` events, and waits for the last signal.
 async fn apply(broker: &nats::Server, database: &Database, count: usize) -> Result<Sample, String> {
     let worker = rig::worker(broker, &database.url(), &[]).await?;
     let mut signals = signals::Listener::start(broker).await?;
@@ -207,7 +207,7 @@ async fn run_upserts(kind: DatabaseKind, rows: &[Model]) -> Result<Sample, Strin
     let text = |problem: sea_orm::DbErr| problem.to_string();
     let connection = database.connection().await.map_err(text)?;
     if kind == DatabaseKind::Sqlite {
-        // As the worker's connection is.
+        // The same settings as on the worker's connection.
         for pragma in ["PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"] {
             connection.execute_unprepared(pragma).await.map_err(text)?;
         }
@@ -233,7 +233,7 @@ fn values(row: &Model) -> Vec<Value> {
         .collect()
 }
 
-/// One transaction.
+/// Writes one batch in one transaction.
 async fn upsert(
     connection: &DatabaseConnection,
     kind: DatabaseKind,
