@@ -1,5 +1,5 @@
-//! Group commit: events that wait for each other are stored in one atomic batch, and nobody can
-//! tell from outside, neither Stripe nor whoever reads the stream.
+//! Group commit: events that wait for each other are stored in one atomic batch, with no difference
+//! to Stripe or to a reader of the stream.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -24,10 +24,10 @@ const TYPE: &str = "customer.subscription.updated";
 const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What marks a stored message as a member of a batch.
+/// The header of a stored message that was a member of a batch.
 const BATCH_ID: &str = "Nats-Batch-Id";
 
-/// A broker that syncs its disk for every message, and an ingress with that setting.
+/// Starts a broker that syncs its disk for every message, and an ingress with `group_commit`.
 async fn bridge(group_commit: &str) -> Bridge {
     let mut bridge = prepare(group_commit, "sync_interval: always").await;
     bridge.start_ingress().wait_until_ready().await;
@@ -48,13 +48,13 @@ async fn prepare(group_commit: &str, jetstream: &str) -> Bridge {
     bridge
 }
 
-/// A signed event of that id with a body of about that many bytes.
+/// Makes a signed event with this id and a body of about `bytes` bytes.
 fn delivery(id: &str, bytes: usize) -> Delivery {
     let body = json!({ "id": id, "object": "event", "type": TYPE, "filling": "x".repeat(bytes) });
     Delivery::new(body.to_string(), SECRET)
 }
 
-/// Posts all at once, each with a trace, and returns the statuses.
+/// Posts all deliveries at once, each with a trace context, and returns the statuses.
 async fn post_all(bridge: &Bridge, deliveries: Vec<Delivery>) -> Vec<u16> {
     let (client, hook) = (stripe::client(), bridge.hook());
     let mut posts = JoinSet::new();
@@ -79,14 +79,14 @@ async fn post_all(bridge: &Bridge, deliveries: Vec<Delivery>) -> Vec<u16> {
     posts.join_all().await
 }
 
-/// Everything in the stream.
+/// Returns all messages in the stream.
 async fn stored(bridge: &Bridge) -> Vec<Message> {
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("ingress made it");
+        .expect("ingress created it");
     let count = usize::try_from(stream.cached_info().state.messages)
         .expect("a test's messages fit into memory");
     let consumer = stream
@@ -116,29 +116,30 @@ fn ids(messages: &[Message]) -> BTreeSet<&str> {
         .collect()
 }
 
-fn in_batches(messages: &[Message]) -> usize {
+/// Counts the messages that were stored in a batch.
+fn count_in_batches(messages: &[Message]) -> usize {
     messages
         .iter()
         .filter(|message| value(message, BATCH_ID).is_some())
         .count()
 }
 
-/// Whether the broker knows batches at all: one before 2.12 does not, and works without.
-async fn takes_batches(bridge: &Bridge) -> bool {
+/// Whether the broker supports batches. One before 2.12 does not, and ingress works without them.
+async fn accepts_batches(bridge: &Bridge) -> bool {
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("ingress made it");
+        .expect("ingress created it");
     stream.cached_info().config.allow_atomic_publish
 }
 
 #[tokio::test]
 async fn events_in_batches_are_stored_once_and_as_they_were_signed() {
     let bridge = bridge("on").await;
-    // From a few bytes to more than a batch takes; 19 MB together, so that none is refused for the
-    // 32 MiB of bodies that may wait.
+    // From a few bytes to more than a batch accepts. Together they are 19 MB, so that none is
+    // refused for the limit of 32 MiB of waiting bodies.
     let sizes = [10, 2_000, 4_000, 20_000, 60_000, 300_000];
     let deliveries: BTreeMap<_, _> = (0..300)
         .map(|n| format!("evt_{n}"))
@@ -175,20 +176,20 @@ async fn events_in_batches_are_stored_once_and_as_they_were_signed() {
     }
     assert_eq!(ids(&messages).len(), deliveries.len());
     assert_eq!(
-        in_batches(&messages) > 0,
-        takes_batches(&bridge).await,
+        count_in_batches(&messages) > 0,
+        accepts_batches(&bridge).await,
         "no event was in a batch"
     );
 }
 
 #[tokio::test]
-async fn a_repeated_event_spoils_no_batch() {
+async fn repeated_events_in_a_batch_are_stored_once() {
     let bridge = bridge("on").await;
     let known: Vec<_> = (0..20)
         .map(|n| delivery(&format!("evt_{n}"), 1_000))
         .collect();
     assert_eq!(post_all(&bridge, known).await, [200; 20]);
-    // Each of them again, in one batch with events that are new, and those several times too.
+    // Each of them again, mixed with new events, and each of those several times.
     let repeated: Vec<_> = (0..400)
         .map(|n| delivery(&format!("evt_{}", n % 100), 1_000))
         .collect();
@@ -208,7 +209,7 @@ async fn a_repeated_event_spoils_no_batch() {
 }
 
 #[tokio::test]
-async fn a_stream_that_takes_no_batches_gets_none_and_is_left_as_it_is() {
+async fn a_stream_that_does_not_allow_batches_gets_none_and_is_not_changed() {
     let mut bridge = prepare("on", "sync_interval: always").await;
     let config = Config {
         name: EVENTS_STREAM.to_owned(),
@@ -233,13 +234,13 @@ async fn a_stream_that_takes_no_batches_gets_none_and_is_left_as_it_is() {
     assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
 
     let messages = stored(&bridge).await;
-    assert_eq!((messages.len(), in_batches(&messages)), (200, 0));
+    assert_eq!((messages.len(), count_in_batches(&messages)), (200, 0));
     let stream = bridge
         .jetstream()
         .await
         .get_stream(EVENTS_STREAM)
         .await
-        .expect("it is there");
+        .expect("the stream exists");
     assert!(!stream.cached_info().config.allow_atomic_publish);
     bridge
         .ingress()
@@ -248,7 +249,7 @@ async fn a_stream_that_takes_no_batches_gets_none_and_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn group_commit_that_is_off_sends_no_batch() {
+async fn no_batch_is_sent_when_group_commit_is_off() {
     let bridge = bridge("off").await;
     let statuses = post_all(
         &bridge,
@@ -259,12 +260,12 @@ async fn group_commit_that_is_off_sends_no_batch() {
     .await;
     assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
     let messages = stored(&bridge).await;
-    assert_eq!((messages.len(), in_batches(&messages)), (200, 0));
+    assert_eq!((messages.len(), count_in_batches(&messages)), (200, 0));
 }
 
-/// Left to itself, ingress tries both ways while this goes on.
+/// With `auto`, ingress tries both modes during this test.
 #[tokio::test]
-async fn every_event_is_stored_once_whichever_way_is_tried() {
+async fn every_event_is_stored_once_while_both_modes_are_tried() {
     for jetstream in ["", "sync_interval: always"] {
         let mut bridge = prepare("auto", jetstream).await;
         bridge.start_ingress().wait_until_ready().await;
@@ -278,16 +279,16 @@ async fn every_event_is_stored_once_whichever_way_is_tried() {
         let messages = stored(&bridge).await;
         assert_eq!((messages.len(), ids(&messages).len()), (2_000, 2_000));
         assert_eq!(
-            in_batches(&messages) > 0,
-            takes_batches(&bridge).await,
-            "nothing was tried"
+            count_in_batches(&messages) > 0,
+            accepts_batches(&bridge).await,
+            "batches were not tried"
         );
     }
 }
 
-/// A stream takes 50 unfinished batches of all its clients together.
+/// A stream accepts 50 unfinished batches from all its clients together.
 #[tokio::test]
-async fn batches_that_others_leave_unfinished_hinder_nobody() {
+async fn unfinished_batches_of_other_clients_do_not_stop_ingress() {
     let bridge = bridge("on").await;
     let client = bridge.broker.connect().await;
     for n in 0..60 {
@@ -313,7 +314,7 @@ async fn batches_that_others_leave_unfinished_hinder_nobody() {
 }
 
 #[tokio::test]
-async fn a_broker_killed_amid_batches_loses_no_accepted_event() {
+async fn no_accepted_event_is_lost_when_the_broker_is_killed_during_batches() {
     let mut bridge = bridge("on").await;
     let accepted = Arc::new(Mutex::new(BTreeSet::new()));
     let (client, hook) = (stripe::client(), bridge.hook());
@@ -328,7 +329,7 @@ async fn a_broker_killed_amid_batches_loses_no_accepted_event() {
                     .await
                     .expect("ingress answers");
                 match answer.status().as_u16() {
-                    200 => drop(accepted.lock().expect("nobody panics").insert(id)),
+                    200 => drop(accepted.lock().expect("no thread panics").insert(id)),
                     status => assert_eq!(status, 503),
                 }
             }
@@ -336,7 +337,7 @@ async fn a_broker_killed_amid_batches_loses_no_accepted_event() {
     }
     for wanted in [200, 600, 1_000] {
         eventually("events to be accepted", DEADLINE, async || {
-            match accepted.lock().expect("nobody panics").len() {
+            match accepted.lock().expect("no thread panics").len() {
                 count if count >= wanted => Ok(()),
                 count => Err(format!("{count} of {wanted}")),
             }
@@ -350,16 +351,16 @@ async fn a_broker_killed_amid_batches_loses_no_accepted_event() {
 
     let messages = stored(&bridge).await;
     let stored = ids(&messages);
-    assert_eq!(messages.len(), stored.len(), "an event is there twice");
-    let accepted = accepted.lock().expect("nobody panics").clone();
+    assert_eq!(messages.len(), stored.len(), "an event is stored twice");
+    let accepted = accepted.lock().expect("no thread panics").clone();
     let lost: Vec<_> = accepted
         .iter()
         .filter(|id| !stored.contains(id.as_str()))
         .collect();
     assert!(lost.is_empty(), "lost {lost:?}");
     assert_eq!(
-        in_batches(&messages) > 0,
-        takes_batches(&bridge).await,
+        count_in_batches(&messages) > 0,
+        accepts_batches(&bridge).await,
         "no event was in a batch"
     );
 }

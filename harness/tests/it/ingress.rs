@@ -1,4 +1,4 @@
-//! Ingress at its border: HTTP in, a stored message or nothing out.
+//! Ingress from the outside: requests go in, and a message is stored or not.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -25,13 +25,14 @@ const SECRET: &str = "whsec_integrationTests0123456789";
 const TYPE: &str = "customer.subscription.updated";
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Within this a 503 has to be answered.
+/// The deadline for answering a 503.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
-/// What waits for nothing takes milliseconds. On two cores that are busy it has taken 1.5 s.
+/// The deadline for an answer that waits for nothing. It takes milliseconds; on two busy cores it
+/// has taken 1.5 s.
 const AT_ONCE: Duration = Duration::from_secs(6);
 
-/// A broker and an ingress that is ready.
+/// A broker and an ingress that is ready to store events.
 struct Setup {
     broker: nats::Server,
     ingress: Ingress,
@@ -63,7 +64,7 @@ impl Setup {
         let stream = jetstream
             .get_stream(subject::EVENTS_STREAM)
             .await
-            .expect("ingress made the stream");
+            .expect("ingress created the stream");
         stream.cached_info().state.clone()
     }
 
@@ -72,7 +73,7 @@ impl Setup {
         let stream = jetstream
             .get_stream(subject::EVENTS_STREAM)
             .await
-            .expect("ingress made the stream");
+            .expect("ingress created the stream");
         stream
             .get_raw_message(sequence)
             .await
@@ -109,7 +110,7 @@ impl Ingress {
             .expect("ingress answers")
     }
 
-    /// Posts a fresh event and returns the status.
+    /// Posts a newly signed event and returns the status.
     async fn post_event(&self, id: &str) -> StatusCode {
         self.post(&Delivery::new(event(id, TYPE), SECRET))
             .await
@@ -141,7 +142,7 @@ impl Ingress {
         .await;
     }
 
-    /// The value of a metric's line.
+    /// Returns the value of the metric whose line begins with `line`.
     async fn metric(&self, line: &str) -> f64 {
         let page = self
             .get("/metrics")
@@ -155,7 +156,7 @@ impl Ingress {
         value.unwrap_or_else(|| panic!("no {line} in\n{page}"))
     }
 
-    /// What the program answers to these bytes until it closes the connection.
+    /// Sends `request` and returns all that ingress answers until it closes the connection.
     async fn raw(&self, request: &[u8]) -> String {
         let mut stream = TcpStream::connect(self.address)
             .await
@@ -191,8 +192,8 @@ fn event(id: &str, event_type: &str) -> String {
     json!({ "id": id, "object": "event", "type": event_type, "data": { "object": {} } }).to_string()
 }
 
-/// An event of that many bytes.
-fn event_of(id: &str, length: usize) -> String {
+/// Makes an event of `length` bytes.
+fn event_with_length(id: &str, length: usize) -> String {
     let bare = event(id, TYPE);
     format!("{bare}{}", " ".repeat(length - bare.len()))
 }
@@ -201,7 +202,7 @@ fn now() -> i64 {
     OffsetDateTime::now_utc().unix_timestamp()
 }
 
-/// The head of a delivery to the hook, without its end and without a length.
+/// Makes the head of a delivery to the hook, without its last line and without a length.
 fn head(delivery: &Delivery) -> String {
     let signature = delivery.signature().expect("it is signed");
     format!(
@@ -223,8 +224,8 @@ async fn check_error(answer: Response, status: u16, case: &str) {
     );
 }
 
-/// Returns once bodies of so many bytes are in flight.
-async fn in_flight(ingress: &Ingress, bytes: usize) {
+/// Waits until bodies of at least `bytes` bytes are in flight.
+async fn until_in_flight(ingress: &Ingress, bytes: usize) {
     eventually("bodies to be in flight", DEADLINE, async || {
         let held = ingress
             .metric("litestripe_ingress_bodies_in_flight_bytes")
@@ -288,7 +289,7 @@ async fn an_event_is_stored_as_it_was_signed() {
 }
 
 #[tokio::test]
-async fn the_hook_has_either_case_and_either_end() {
+async fn the_hook_path_allows_upper_case_a_query_and_no_trailing_slash() {
     let setup = Setup::new().await;
     for (n, path) in [
         format!("/ls/hook/{UUID}/"),
@@ -310,7 +311,7 @@ async fn the_hook_has_either_case_and_either_end() {
 }
 
 #[tokio::test]
-async fn what_is_refused_has_its_status_and_is_not_stored() {
+async fn a_refused_delivery_gets_the_right_status_and_is_not_stored() {
     let setup = Setup::with(nats::Options::default(), |launch| {
         launch.env("LITESTRIPE_EVENT_TYPES", "*")
     })
@@ -328,7 +329,7 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
             signed(&good).with_signature(Some("")),
         ),
         (
-            "nonsense for a signature",
+            "a nonsensical signature",
             400,
             signed(&good).with_signature(Some("nonsense")),
         ),
@@ -357,18 +358,18 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
             400,
             Delivery::signed_at(good.clone(), SECRET, now() - 302),
         ),
-        ("no JSON", 400, signed("hello")),
+        ("a body that is not JSON", 400, signed("hello")),
         ("an empty body", 400, signed("")),
         ("a JSON list", 400, signed("[]")),
         ("no id", 400, signed(r#"{"type":"a.b"}"#)),
         ("no type", 400, signed(r#"{"id":"evt_1"}"#)),
         (
-            "an id that is no text",
+            "an id that is not a string",
             400,
             signed(r#"{"id":1,"type":"a.b"}"#),
         ),
         (
-            "a type that is no subject",
+            "a type that cannot be a subject",
             400,
             signed(&event("evt_1", "A.*")),
         ),
@@ -380,19 +381,19 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
         (
             "a body over the limit",
             413,
-            signed(&event_of("evt_1", 1_032_193)),
+            signed(&event_with_length("evt_1", 1_032_193)),
         ),
         (
             "a body far over the limit",
             413,
-            signed(&event_of("evt_1", 8 << 20)),
+            signed(&event_with_length("evt_1", 8 << 20)),
         ),
     ];
     for (case, status, delivery) in cases {
         check_error(ingress.post(&delivery).await, status, case).await;
     }
 
-    // Not UTF-8, signed.
+    // A signed body that is not UTF-8.
     let delivery = Delivery::new(
         b"{\"id\":\"evt_1\",\"type\":\"a\",\"x\":\"\xff\"}".as_slice(),
         SECRET,
@@ -400,7 +401,7 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
     check_error(
         ingress.post(&delivery).await,
         400,
-        "a body that is no UTF-8",
+        "a body that is not UTF-8",
     )
     .await;
 
@@ -444,7 +445,7 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
     assert_eq!(
         ingress.post_event("evt_1").await,
         StatusCode::OK,
-        "and it still takes events"
+        "ingress still accepts events"
     );
     assert_eq!(setup.state().await.messages, 1);
     let log = ingress.program.log();
@@ -452,7 +453,7 @@ async fn what_is_refused_has_its_status_and_is_not_stored() {
 }
 
 #[tokio::test]
-async fn events_that_nobody_wants_are_answered_200_and_not_stored() {
+async fn events_of_types_that_are_not_stored_are_answered_200() {
     let setup = Setup::new().await;
     let thin = json!({ "id": "evt_2", "object": "v2.core.event", "type": TYPE }).to_string();
     for body in [
@@ -477,7 +478,7 @@ async fn events_that_nobody_wants_are_answered_200_and_not_stored() {
 }
 
 #[tokio::test]
-async fn a_redelivery_within_the_window_is_stored_once() {
+async fn a_redelivery_within_the_duplicate_window_is_not_stored_again() {
     let setup = Setup::new().await;
     let body = event("evt_1", TYPE);
     for age_s in [60, 0] {
@@ -492,7 +493,7 @@ async fn a_redelivery_within_the_window_is_stored_once() {
 }
 
 #[tokio::test]
-async fn bodies_come_with_or_without_a_length() {
+async fn bodies_are_accepted_with_and_without_a_length() {
     let setup = Setup::new().await;
     let ingress = &setup.ingress;
     let chunked = |delivery: &Delivery, size: usize| {
@@ -516,7 +517,7 @@ async fn bodies_come_with_or_without_a_length() {
     };
 
     let small = Delivery::new(event("evt_1", TYPE), SECRET);
-    let large = Delivery::new(event_of("evt_2", 1_032_192), SECRET);
+    let large = Delivery::new(event_with_length("evt_2", 1_032_192), SECRET);
     for (delivery, size) in [(&small, 1), (&large, 1000)] {
         let answer = ingress.raw(&closing(chunked(delivery, size))).await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
@@ -524,10 +525,10 @@ async fn bodies_come_with_or_without_a_length() {
     assert_eq!(setup.message(1).await.payload, small.body());
     assert_eq!(setup.message(2).await.payload, large.body());
 
-    let over = Delivery::new(event_of("evt_3", 1_032_193), SECRET);
+    let over = Delivery::new(event_with_length("evt_3", 1_032_193), SECRET);
     let answer = ingress.raw(&chunked(&over, 100_000)).await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
-    // Refused by its announced length: nothing of it was sent.
+    // Refused for its announced length, before any of the body is sent.
     let announced = format!("{}Content-Length: 5000000\r\n\r\n", head(&over));
     let mut stream = TcpStream::connect(ingress.address)
         .await
@@ -542,16 +543,16 @@ async fn bodies_come_with_or_without_a_length() {
 }
 
 #[tokio::test]
-async fn the_limit_is_lowered_to_what_the_broker_takes() {
+async fn the_body_limit_is_lowered_to_the_broker_s_max_payload() {
     let options = nats::Options {
         config: "max_payload: 64KB".to_owned(),
         ..Default::default()
     };
     let setup = Setup::with(options, |launch| launch).await;
     let limit = (64 - 16) << 10;
-    let fits = Delivery::new(event_of("evt_1", limit), SECRET);
+    let fits = Delivery::new(event_with_length("evt_1", limit), SECRET);
     assert_eq!(setup.ingress.post(&fits).await.status(), StatusCode::OK);
-    let over = Delivery::new(event_of("evt_2", limit + 1), SECRET);
+    let over = Delivery::new(event_with_length("evt_2", limit + 1), SECRET);
     check_error(setup.ingress.post(&over).await, 413, "one byte more").await;
     assert_eq!(setup.state().await.messages, 1);
 }
@@ -597,7 +598,7 @@ async fn slow_clients_are_cut_off() {
 }
 
 #[tokio::test]
-async fn odd_requests_hurt_nobody() {
+async fn odd_requests_are_answered_and_do_no_harm() {
     let setup = Setup::new().await;
     let headers = "Host: localhost\r\nConnection: close\r\n\r\n";
     for (line, status) in [
@@ -617,7 +618,7 @@ async fn odd_requests_hurt_nobody() {
             answer.starts_with(&format!("HTTP/1.1 {status} ")),
             "{line}: {answer}"
         );
-        // What was true a moment ago is not to be kept.
+        // A cache must not keep the state of a moment ago.
         assert!(
             status != "200" || answer.contains("cache-control: no-store"),
             "{line}: {answer}"
@@ -643,7 +644,7 @@ async fn odd_requests_hurt_nobody() {
 }
 
 #[tokio::test]
-async fn waiting_bodies_have_a_bound() {
+async fn the_memory_of_waiting_bodies_is_bounded() {
     let setup = Setup::new().await;
     let ingress = &setup.ingress;
     assert_eq!(ingress.post_event("evt_0").await, StatusCode::OK);
@@ -651,7 +652,7 @@ async fn waiting_bodies_have_a_bound() {
     broker.signal(Signal::Stop);
     let start = Instant::now();
     let posts = (1..=80).map(|n| {
-        let delivery = Delivery::new(event_of(&format!("evt_{n}"), 1_000_000), SECRET);
+        let delivery = Delivery::new(event_with_length(&format!("evt_{n}"), 1_000_000), SECRET);
         async move {
             let answer = ingress.post(&delivery).await;
             assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);

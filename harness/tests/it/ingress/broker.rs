@@ -1,4 +1,4 @@
-//! A broker that comes late, dies, or refuses.
+//! Ingress with a broker that starts late, dies, or refuses events.
 
 use std::time::Instant;
 
@@ -9,12 +9,12 @@ use litestripe_harness::stripe::Delivery;
 use reqwest::StatusCode;
 
 use super::{
-    ANSWER_WITHIN, AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, check_error, event, event_of,
-    in_flight,
+    ANSWER_WITHIN, AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, check_error, event,
+    event_with_length, until_in_flight,
 };
 
 #[tokio::test]
-async fn a_broker_may_come_later() {
+async fn ingress_waits_for_a_broker_that_starts_later() {
     let mut broker =
         nats::Server::prepare(nats::Options::default()).expect("a server can be prepared");
     let ingress = Ingress::start(&broker, |launch| {
@@ -33,7 +33,7 @@ async fn a_broker_may_come_later() {
     assert!(start.elapsed() < ANSWER_WITHIN);
     assert!(answer.headers().contains_key("retry-after"));
     check_error(answer, 503, "no broker").await;
-    // Who is not Stripe learns nothing about the broker.
+    // A sender without the secret learns nothing about the broker.
     let forged = Delivery::new(event("evt_1", TYPE), "whsec_other");
     check_error(ingress.post(&forged).await, 400, "forged").await;
 
@@ -45,7 +45,7 @@ async fn a_broker_may_come_later() {
 }
 
 #[tokio::test]
-async fn a_broker_that_dies_during_a_request_costs_a_503() {
+async fn a_broker_that_dies_during_a_request_leads_to_a_503() {
     let Setup {
         mut broker,
         ingress,
@@ -57,7 +57,7 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
     let delivery = Delivery::new(event("evt_1", TYPE), SECRET);
     let start = Instant::now();
     let (answer, ()) = tokio::join!(ingress.post(&delivery), async {
-        in_flight(&ingress, 1).await;
+        until_in_flight(&ingress, 1).await;
         broker.kill().await;
     });
     assert!(start.elapsed() < ANSWER_WITHIN, "{:?}", start.elapsed());
@@ -72,7 +72,7 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(
             start.elapsed() < AT_ONCE,
-            "at once, once the connection is given up"
+            "answered at once after the connection was given up"
         );
     }
 
@@ -87,7 +87,7 @@ async fn a_broker_that_dies_during_a_request_costs_a_503() {
 }
 
 #[tokio::test]
-async fn a_stream_that_was_deleted_is_made_again() {
+async fn a_deleted_stream_is_created_again() {
     let setup = Setup::new().await;
     let jetstream = async_nats::jetstream::new(setup.broker.connect().await);
     jetstream
@@ -110,7 +110,7 @@ async fn a_full_stream_is_answered_503_at_once_and_logged_once() {
         let answer = setup
             .ingress
             .post(&Delivery::new(
-                event_of(&format!("evt_{n}"), 20_000),
+                event_with_length(&format!("evt_{n}"), 20_000),
                 SECRET,
             ))
             .await;
@@ -121,7 +121,10 @@ async fn a_full_stream_is_answered_503_at_once_and_logged_once() {
             full += 1;
         }
     }
-    assert!((9..12).contains(&full), "three of them fit, {full} did not");
+    assert!(
+        (9..12).contains(&full),
+        "three events fit, {full} of 12 did not"
+    );
     let log = setup.ingress.program.log();
     assert_eq!(log.matches("events are not stored").count(), 1, "{log}");
 }

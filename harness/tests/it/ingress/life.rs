@@ -1,4 +1,4 @@
-//! How it starts, reads its settings and secrets, and ends.
+//! How ingress starts, reads its settings and secrets, and shuts down.
 
 use std::time::{Duration, Instant};
 
@@ -10,17 +10,20 @@ use litestripe_harness::{eventually, nats};
 use reqwest::StatusCode;
 use tokio::net::TcpStream;
 
-use super::{AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, UUID, event, event_of, in_flight};
+use super::{
+    AT_ONCE, DEADLINE, Ingress, SECRET, Setup, TYPE, UUID, event, event_with_length,
+    until_in_flight,
+};
 
 #[tokio::test]
-async fn requests_in_flight_are_finished_before_the_end() {
-    // More than are served on one thread.
+async fn requests_in_flight_are_finished_before_the_exit() {
+    // More than one thread serves.
     const REQUESTS: usize = 40;
     let setup = Setup::new().await;
     let broker = setup.broker.process().expect("the broker runs");
     broker.signal(Signal::Stop);
     let deliveries: Vec<_> = (0..REQUESTS)
-        .map(|number| Delivery::new(event_of(&format!("evt_{number}"), 1_000), SECRET))
+        .map(|number| Delivery::new(event_with_length(&format!("evt_{number}"), 1_000), SECRET))
         .collect();
     let posts = join_all(
         deliveries
@@ -28,7 +31,7 @@ async fn requests_in_flight_are_finished_before_the_end() {
             .map(|delivery| setup.ingress.post(delivery)),
     );
     let (answers, ()) = tokio::join!(posts, async {
-        in_flight(&setup.ingress, REQUESTS * 1_000).await;
+        until_in_flight(&setup.ingress, REQUESTS * 1_000).await;
         setup.ingress.program.signal(Signal::Term);
         setup
             .ingress
@@ -49,7 +52,7 @@ async fn requests_in_flight_are_finished_before_the_end() {
 }
 
 #[tokio::test]
-async fn idle_connections_do_not_hold_up_the_end() {
+async fn idle_connections_do_not_delay_the_shutdown() {
     let setup = Setup::new().await;
     let silent = TcpStream::connect(setup.ingress.address)
         .await
@@ -62,7 +65,7 @@ async fn idle_connections_do_not_hold_up_the_end() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_it_at_once() {
+async fn a_second_stop_signal_ends_ingress_at_once() {
     let setup = Setup::new().await;
     let broker = setup.broker.process().expect("the broker runs");
     broker.signal(Signal::Stop);
@@ -73,7 +76,7 @@ async fn a_second_signal_ends_it_at_once() {
             .post(&client, &url)
             .await
     });
-    in_flight(&setup.ingress, 1).await;
+    until_in_flight(&setup.ingress, 1).await;
     setup.ingress.program.signal(Signal::Term);
     setup
         .ingress
@@ -87,7 +90,7 @@ async fn a_second_signal_ends_it_at_once() {
     assert_ne!(status.code(), Some(0));
     assert!(
         post.await.expect("it does not panic").is_err(),
-        "nobody promised anything"
+        "the request must not be answered"
     );
     broker.signal(Signal::Cont);
 }
@@ -168,7 +171,7 @@ async fn help_names_every_setting_and_shows_no_value() {
 }
 
 #[tokio::test]
-async fn a_secret_file_may_come_late_and_change() {
+async fn a_secret_file_may_appear_late_and_change() {
     let broker = nats::Server::start().await;
     let folder = tempfile::tempdir().expect("a folder can be made");
     let path = folder.path().join("secret");
@@ -207,7 +210,7 @@ async fn a_secret_file_may_come_late_and_change() {
     assert_eq!(
         status_with(SECRET).await,
         StatusCode::BAD_REQUEST,
-        "the old one is out of use"
+        "the old secret is no longer accepted"
     );
 
     std::fs::remove_file(&path).expect("removed");
@@ -221,7 +224,7 @@ async fn a_secret_file_may_come_late_and_change() {
 }
 
 #[tokio::test]
-async fn without_a_secret_it_refuses_to_start() {
+async fn ingress_refuses_to_start_without_a_secret() {
     let broker = nats::Server::start().await;
     let ingress = Ingress::start(&broker, |launch| {
         launch.env("STRIPE_WEBHOOK_SECRET_FILE", "no/such/file")
@@ -230,11 +233,11 @@ async fn without_a_secret_it_refuses_to_start() {
     assert_eq!(ingress.program.wait(DEADLINE).await.code(), Some(2));
     assert!(
         start.elapsed() >= Duration::from_secs(17),
-        "ten tries, two seconds apart: {:?}",
+        "ten attempts, two seconds apart: {:?}",
         start.elapsed()
     );
     let log = ingress.program.log();
-    // Not the last line for certain: the connection to NATS ends beside it.
+    // It need not be the last line: the end of the connection to NATS is logged at the same time.
     let refusal = log
         .lines()
         .find(|line| line.starts_with("error:"))
@@ -249,7 +252,7 @@ async fn without_a_secret_it_refuses_to_start() {
 }
 
 #[tokio::test]
-async fn several_secrets_are_in_use_at_once() {
+async fn several_secrets_are_accepted_at_the_same_time() {
     let broker = nats::Server::start().await;
     let ingress = Ingress::start(&broker, |launch| {
         launch.env("STRIPE_WEBHOOK_SECRET", format!("whsec_old, {SECRET}"))
@@ -264,7 +267,7 @@ async fn several_secrets_are_in_use_at_once() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_is_a_clear_message() {
+async fn a_port_in_use_is_a_clear_error() {
     let broker = nats::Server::start().await;
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
