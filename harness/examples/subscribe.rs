@@ -12,6 +12,9 @@ use futures_util::StreamExt as _;
 use litestripe_contract::signal::{Orphan, SubscriptionChanged};
 use litestripe_contract::subject;
 
+/// The durable consumer of this application. Each application needs its own.
+const DURABLE: &str = "my-rust-app";
+
 /// The highest revision seen of each subscription. In your application this is a column of your own
 /// row, written in the same transaction as your changes.
 type Seen = HashMap<String, i64>;
@@ -29,11 +32,11 @@ async fn main() -> Result<(), async_nats::Error> {
         subject::ORPHAN_RESOLVED,
     ];
     let config = pull::Config {
-        durable_name: Some("my-app".to_owned()),
+        durable_name: Some(DURABLE.to_owned()),
         filter_subjects: subjects.map(str::to_owned).to_vec(),
         ..pull::Config::default()
     };
-    let consumer = stream.get_or_create_consumer("my-app", config).await?;
+    let consumer = stream.get_or_create_consumer(DURABLE, config).await?;
     let mut signals = consumer.messages().await?;
     let mut seen = Seen::new();
     while let Some(signal) = signals.next().await {

@@ -36,6 +36,24 @@ pub fn python() -> io::Result<&'static Path> {
     locate(&FOUND, "python", "LITESTRIPE_PYTHON")
 }
 
+/// Node.js, which runs the TypeScript programs of `docs/`.
+///
+/// # Errors
+/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+pub fn node() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "node", "LITESTRIPE_NODE")
+}
+
+/// The folder with the packages of `harness/typescript/package.json`.
+///
+/// # Errors
+/// When there is none and `scripts/tools` cannot make one; its words are on stderr.
+pub fn node_modules() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "node", "LITESTRIPE_NODE_MODULES")
+}
+
 fn locate(
     found: &'static OnceLock<PathBuf>,
     part: &str,

@@ -8,6 +8,7 @@ mod arrows;
 mod backfill;
 mod budget;
 mod demo;
+mod docs;
 mod erase;
 mod group_commit;
 mod infra;
