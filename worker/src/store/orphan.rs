@@ -24,8 +24,8 @@ const IDS: [Column; 4] = [
     Column::StripeCustomerId,
 ];
 
-/// Inserts those of `orphans` that do not exist yet, as open, resolved or erased ones. Returns the
-/// ids that were inserted.
+/// Inserts `orphans`, except those that already exist, whether open, resolved or erased. Returns
+/// the ids that were inserted.
 ///
 /// An open orphan without a Checkout Session is given its session and email when a session claims
 /// it. During a replay the signals stay unsent, and `unsent` has the event of each; else it is
