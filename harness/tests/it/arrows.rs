@@ -38,7 +38,7 @@ fn our_crates_depend_on_each_other_in_one_direction_only() {
         assert_eq!(
             ours.collect::<BTreeSet<_>>(),
             expected.iter().copied().collect(),
-            "what {name} depends on"
+            "dependencies of {name}"
         );
     };
     check("litestripe-contract", &[]);
@@ -74,7 +74,7 @@ fn ingress_cannot_reach_the_database() {
     assert_none(&below, SQL);
     assert!(
         graph.below("litestripe-worker").contains("sea-orm"),
-        "the test would see a SQL crate"
+        "the test can find a SQL crate"
     );
 }
 

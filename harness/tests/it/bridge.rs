@@ -568,7 +568,7 @@ impl Shown {
     }
 
     fn from_signal(signal: &Signal) -> Self {
-        let text = |value: &Value| value.as_str().expect("its schema demands it").to_owned();
+        let text = |value: &Value| value.as_str().expect("the schema requires it").to_owned();
         let (event, access) = (
             text(&signal.body["event"]["type"]),
             text(&signal.body["access"]),
@@ -596,7 +596,6 @@ fn now() -> i64 {
 
 /// A time as signals write it.
 fn at(unix_s: i64) -> String {
-    let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("a test's times are of our days");
-    at.format(&Rfc3339)
-        .expect("our days have four digits of a year")
+    let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("the times of tests are valid");
+    at.format(&Rfc3339).expect("RFC 3339 can write it")
 }

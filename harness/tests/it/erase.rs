@@ -142,7 +142,7 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
         assert_eq!(
             with(signal_fields(&row), json!({ "revision": before.revision })),
             cleared,
-            "but for metadata it is as before"
+            "all but the metadata is unchanged"
         );
         assert_eq!(sent.len(), 1, "older signals are removed: {sent:#?}");
         let of_orphans = signals
@@ -172,7 +172,7 @@ async fn personal_data_of_a_customer_is_erased_and_rows_stay(database: DatabaseK
     }
     assert_eq!(
         again["signals"], 2,
-        "each row is signalled again, in place of the signal before"
+        "each row is signalled again, in place of its previous signal"
     );
     assert_eq!(places(&bridge, KEPT).await, kept);
     let table = erase(&bridge, &user.customer, &[]).await;
@@ -493,7 +493,7 @@ async fn a_batch_either_begins_before_an_erasure_is_recorded_or_knows_it() {
         bridge.database.query(recording).await.is_err(),
         "the batch could not know an erasure recorded now"
     );
-    row.rollback().await.expect("it ends");
+    row.rollback().await.expect("it can be rolled back");
     bridge.wait_until_applied().await;
 
     // A batch that has not begun waits until the erasure is recorded.
@@ -533,7 +533,7 @@ async fn a_backup_that_reads_every_table_does_not_block_an_erasure() {
         .hold_lock("LOCK TABLE litestripe_erasure IN ACCESS SHARE MODE")
         .await;
     erased(&erase(&bridge, &user.customer, &["--json"]).await);
-    backup.rollback().await.expect("it ends");
+    backup.rollback().await.expect("it can be rolled back");
 }
 
 async fn a_payment_without_a_customer_is_erased_by_its_orphan(database: DatabaseKind) {

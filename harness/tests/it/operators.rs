@@ -143,7 +143,7 @@ async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
     bridge.database.resume().await;
     let port = format!("127.0.0.1:{}", litestripe_harness::port::free());
     let worker = || bridge.worker().env("LITESTRIPE_WORKER_LISTEN", &port);
-    // Off, and off by default on PostgreSQL.
+    // Off by setting, and off by default on PostgreSQL.
     for auto_migrate in ["false", ""] {
         let finished = run(worker().env("LITESTRIPE_AUTO_MIGRATE", auto_migrate)).await;
         assert_eq!(finished.status.code(), Some(1), "{finished:?}");
@@ -184,7 +184,7 @@ async fn status_shows_the_progress_of_the_workers() {
         .publish("customer.subscription.created", "no event", "poison")
         .await;
     bridge.check().await;
-    // Orphans may be found a moment after their events are applied.
+    // Orphans may be created a moment after their events are applied.
     let report = eventually("the report to be complete", DEADLINE, async || {
         let finished = run(bridge.worker().args(["status", "--json"])).await;
         assert!(finished.status.success(), "{finished:?}");

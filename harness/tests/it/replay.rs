@@ -67,7 +67,7 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
 
     assert!(
         rebuildable(bridge.rows().await) == rebuildable(rows.clone()),
-        "other rows than before"
+        "the rows differ from before"
     );
     assert_eq!(
         self::position(&bridge).await,
@@ -394,7 +394,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     assert_eq!(
         (of_known().await, count_unsent(&bridge).await),
         (0, 1),
-        "a paying customer would be revoked"
+        "a paying customer would lose access"
     );
     let signals = signals_after(&bridge, last_signal).await;
     assert_eq!(
@@ -522,7 +522,7 @@ async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
     assert_eq!(
         (&dry["rows"], &dry["orphans"]),
         (&json!([]), &json!([])),
-        "nothing to do"
+        "no changes"
     );
 
     let last_signal = last_signal(&bridge).await;

@@ -50,7 +50,7 @@ async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
     };
     assert_ne!(
         first.headers["Nats-Msg-Id"], again.headers["Nats-Msg-Id"],
-        "it would be dropped as a repeat"
+        "JetStream would drop it as a repeat"
     );
     assert_eq!(again.body["event"], first.body["event"]);
 

@@ -185,10 +185,10 @@ fn group(signals: &[litestripe_harness::bridge::Signal]) -> BTreeMap<&str, Vec<i
     {
         let id = signal.body["stripe_subscription_id"]
             .as_str()
-            .expect("its schema demands it");
+            .expect("the schema requires it");
         let revision = signal.body["revision"]
             .as_i64()
-            .expect("its schema demands it");
+            .expect("the schema requires it");
         revisions.entry(id).or_default().push(revision);
     }
     revisions

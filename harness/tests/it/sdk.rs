@@ -34,8 +34,8 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
     assert_eq!(received["subject"], "subscription.changed");
     let row = bridge.row(&purchase.subscription).await;
     let at = |unix_s: i64| {
-        let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("it is a time of our days");
-        at.format(&Rfc3339).expect("it has four digits of a year")
+        let at = OffsetDateTime::from_unix_timestamp(unix_s).expect("it is a valid time");
+        at.format(&Rfc3339).expect("RFC 3339 can write it")
     };
     assert_eq!(
         received["body"],

@@ -51,7 +51,7 @@ async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: Datab
         assert_eq!(
             row.subscription_metadata,
             json!({ "seats": "9" }),
-            "as Stripe says"
+            "the value at Stripe"
         );
         let requests = api.requests(&purchase.subscription);
         assert_eq!(requests.len(), 1, "{requests:?}");
@@ -399,7 +399,7 @@ async fn request_is_retried_as_stripe_demands() {
     assert_eq!(
         bridge.workers[0].count_in_log("no answer yet"),
         0,
-        "it was one question"
+        "the retries are part of one attempt"
     );
 }
 
@@ -563,11 +563,13 @@ async fn unanswered_stripe_request_does_not_delay_other_questions() {
 
     // Less than the 30 s after which the worker gives up the first request.
     let deadline = Duration::from_secs(20);
-    eventually("the lookup's orphan", deadline, async || {
-        match bridge.orphans().await.as_slice() {
-            [orphan] if orphan.id == unknown.subscription => Ok(()),
-            others => Err(format!("{others:?}")),
-        }
+    eventually("the orphan of the lookup", deadline, async || match bridge
+        .orphans()
+        .await
+        .as_slice()
+    {
+        [orphan] if orphan.id == unknown.subscription => Ok(()),
+        others => Err(format!("{others:?}")),
     })
     .await;
     drop(held);

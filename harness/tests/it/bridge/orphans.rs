@@ -68,7 +68,7 @@ async fn paid_session_without_a_reference_creates_an_orphan_with_an_email_and_a_
     assert_eq!(
         bridge.row(&purchase.subscription).await.status.as_deref(),
         Some("active"),
-        "the row is as any other"
+        "the row is like any other"
     );
 }
 

@@ -261,7 +261,7 @@ async fn postgres_pages_have_room_for_updates() {
         .await
         .expect("it answers");
     let options: Option<String> = row
-        .expect("there is the table")
+        .expect("the table exists")
         .try_get("", "options")
         .expect("it is text");
     assert_eq!(options.as_deref(), Some("{fillfactor=70}"));

@@ -500,19 +500,23 @@ async fn times_at_the_end_of_the_calendar_do_not_stop_the_worker(database: Datab
         ])
         .await;
 
-    eventually("the ordinary one's orphan", DEADLINE, async || {
-        let worker = &bridge.workers[0];
-        assert!(worker.is_running(), "it ended:\n{}", worker.log());
-        let orphans = bridge.orphans().await;
-        if orphans
-            .iter()
-            .any(|orphan| orphan.id == ordinary.subscription)
-        {
-            Ok(())
-        } else {
-            Err(worker.log())
-        }
-    })
+    eventually(
+        "the orphan of the ordinary purchase",
+        DEADLINE,
+        async || {
+            let worker = &bridge.workers[0];
+            assert!(worker.is_running(), "it ended:\n{}", worker.log());
+            let orphans = bridge.orphans().await;
+            if orphans
+                .iter()
+                .any(|orphan| orphan.id == ordinary.subscription)
+            {
+                Ok(())
+            } else {
+                Err(worker.log())
+            }
+        },
+    )
     .await;
     assert_eq!(
         (bridge.rows().await.len(), bridge.orphans().await.len()),

@@ -63,7 +63,7 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
     assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     assert!(
         rebuildable(bridge.rows().await) == rebuildable(rows.clone()),
-        "other rows than before"
+        "the rows differ from before"
     );
     until_all_signals_are_sent(&bridge).await;
     bridge.wait_until_applied().await;
