@@ -196,6 +196,15 @@ impl Rig {
         until_ready(self.running(index), page).await;
     }
 
+    /// How many deliveries ended with `outcome`, as ingress counts them.
+    pub(crate) async fn count_deliveries(&self, outcome: &str) -> usize {
+        let page = self.page(self.ingress_port, "/metrics").await;
+        let (_, page) = page.expect("ingress answers");
+        let name = format!("litestripe_ingress_deliveries_total{{outcome=\"{outcome}\"}} ");
+        let count = page.lines().find_map(|line| line.strip_prefix(&name));
+        count.map_or(0, |count| count.parse().expect("a counter is a number"))
+    }
+
     /// The worker's `/metrics`.
     pub(crate) async fn worker_metrics(&self, index: usize) -> String {
         self.page(self.worker_ports[index], "/metrics")
