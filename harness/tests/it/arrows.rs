@@ -105,9 +105,16 @@ struct Graph {
 impl Graph {
     fn read() -> Self {
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-        let arguments = ["metadata", "--format-version=1", "--offline", "--locked"];
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+        let version = Command::new(rustc).arg("-vV").output().expect("rustc runs");
+        let version = String::from_utf8_lossy(&version.stdout).into_owned();
+        let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+        // Crates for other platforms may never have been downloaded. What only a release has, may be
+        // downloaded here.
+        let arguments = ["metadata", "--format-version=1", "--locked"];
         let output = Command::new(cargo)
             .args(arguments)
+            .args(["--filter-platform", host.expect("rustc names its host")])
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .output();
         let output = output.expect("cargo runs");
