@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
@@ -25,8 +25,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most connections at a time: a probe and a scraper need one each. Further ones are not accepted.
 const CONNECTIONS_MAX: usize = 64;
 
-/// How long a request's head may take, and how long a connection may be idle before a request.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may last. It carries one request, so no client can hold one for longer.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long to wait if a connection cannot be accepted, as when the system has no sockets left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -87,11 +87,10 @@ pub(crate) async fn serve(
         .map(Reply::into_response)
         .or(metrics)
         .unify();
-    // hyper directly: warp's own server has no connection limit and no timeouts, and adds HTTP/2.
+    // hyper directly: warp's own server has no connection limit and no timeout, and adds HTTP/2.
     let service = TowerToHyperService::new(warp::service(warp::get().and(routes)));
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT);
+    http.keep_alive(false);
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let permit = Arc::clone(&connections)
@@ -105,8 +104,8 @@ pub(crate) async fn serve(
         let connection = http.serve_connection(TokioIo::new(stream), service.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            // Fails if the client disconnects, which needs no action.
-            let _ = connection.await;
+            // Fails if the client disconnects or is too slow, which needs no action.
+            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
         });
     }
 }
@@ -119,7 +118,7 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
         return Some("the database");
     };
     let ping = detached(async move { store.ping().await });
-    if !matches!(tokio::time::timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
+    if !matches!(timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
         return Some("the database");
     }
     (!readiness.consuming.load(Ordering::Relaxed)).then_some("the streams")

@@ -11,8 +11,33 @@ use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::{eventually, nats, stripe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// As many connections as the worker accepts for its pages.
+const CONNECTIONS_MAX: usize = 64;
+
+#[tokio::test]
+async fn clients_that_send_nothing_do_not_block_the_workers_pages() {
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    let worker = &bridge.workers[0];
+    let address = worker.url().trim_start_matches("http://");
+    let mut silent = Vec::new();
+    for _ in 0..CONNECTIONS_MAX {
+        silent.push(TcpStream::connect(address).await.expect("it listens"));
+    }
+
+    eventually("the worker's page", DEADLINE, async || {
+        let (status, page) = worker.page("/healthz").await?;
+        (status == 200).then_some(()).ok_or(page)
+    })
+    .await;
+    let mut byte = [0];
+    let read = silent[0].read(&mut byte).await;
+    assert_eq!(read.ok(), Some(0), "the worker closed it");
+}
 
 #[tokio::test]
 async fn sqlite_migrates_up_and_down() {
