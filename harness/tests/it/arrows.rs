@@ -66,6 +66,28 @@ fn domain_reaches_no_runtime_database_broker_or_http() {
     assert_none(&below, SQL);
 }
 
+/// The demo is what a newcomer waits for.
+#[test]
+fn demo_builds_nothing_that_only_tests_need() {
+    let graph = Graph::read();
+    let below = graph.below("litestripe-demo");
+    assert!(below.contains("sea-orm"), "{below:?}");
+    assert_none(&below, &["jsonschema", "divan", "insta", "proptest"]);
+}
+
+/// Tests and demo leave it out; `cargo build --release` alone must not.
+#[test]
+fn both_programs_have_their_allocator_by_default() {
+    let metadata = metadata();
+    for name in ["litestripe-ingress", "litestripe-worker"] {
+        let package = list(&metadata["packages"])
+            .iter()
+            .find(|package| package["name"] == name);
+        let default = &package.expect("it is ours")["features"]["default"];
+        assert_eq!(*default, serde_json::json!(["jemalloc"]), "{name}");
+    }
+}
+
 #[test]
 fn ingress_cannot_reach_the_database() {
     let graph = Graph::read();
@@ -102,28 +124,32 @@ struct Graph {
     with_process: BTreeSet<String>,
 }
 
+fn metadata() -> Value {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    let version = Command::new(rustc).arg("-vV").output().expect("rustc runs");
+    let version = String::from_utf8_lossy(&version.stdout).into_owned();
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    // Crates for other platforms may never have been downloaded. What only a release has, may be
+    // downloaded here.
+    let arguments = ["metadata", "--format-version=1", "--locked"];
+    let output = Command::new(cargo)
+        .args(arguments)
+        .args(["--filter-platform", host.expect("rustc names its host")])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output();
+    let output = output.expect("cargo runs");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).expect("metadata is JSON")
+}
+
 impl Graph {
     fn read() -> Self {
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
-        let version = Command::new(rustc).arg("-vV").output().expect("rustc runs");
-        let version = String::from_utf8_lossy(&version.stdout).into_owned();
-        let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-        // Crates for other platforms may never have been downloaded. What only a release has, may be
-        // downloaded here.
-        let arguments = ["metadata", "--format-version=1", "--locked"];
-        let output = Command::new(cargo)
-            .args(arguments)
-            .args(["--filter-platform", host.expect("rustc names its host")])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output();
-        let output = output.expect("cargo runs");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let metadata: Value = serde_json::from_slice(&output.stdout).expect("metadata is JSON");
+        let metadata = metadata();
         let mut graph = Self {
             edges: BTreeMap::new(),
             process: BTreeSet::new(),
