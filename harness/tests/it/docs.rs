@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::pull;
+use async_nats::jetstream::consumer::Info;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET, Signal};
 use litestripe_harness::program::{self, Launch, Program};
 use litestripe_harness::stripe::{Delivery, Purchase};
@@ -159,6 +159,7 @@ async fn subscribers_of_the_docs_receive_every_signal_and_survive_a_restart_of_t
         assert!(one.program.is_running(), "{}", one.program.log());
     }
     for one in running {
+        one.until_it_has_acked(&bridge).await;
         one.program.kill().await;
     }
 }
@@ -256,15 +257,23 @@ impl Running {
     }
 
     async fn until_it_consumes(&self, bridge: &Bridge) {
+        self.until("make its consumer", bridge, |_| true).await;
+    }
+
+    async fn until_it_has_acked(&self, bridge: &Bridge) {
+        let is_done = |info: &Info| (info.num_pending, info.num_ack_pending) == (0, 0);
+        self.until("ack every signal", bridge, is_done).await;
+    }
+
+    /// Waits until its consumer exists and `is_done` with its info.
+    async fn until(&self, what: &str, bridge: &Bridge, is_done: impl Fn(&Info) -> bool) {
         let stream = bridge.jetstream().await.get_stream(SIGNALS).await;
         let stream = stream.expect("the worker made it");
-        let what = format!("{:?} to make its consumer {}", self.language, self.durable);
+        let what = format!("{:?}, consumer {}, to {what}", self.language, self.durable);
         eventually(&what, DEADLINE, async || {
-            let consumer = stream.get_consumer::<pull::Config>(&self.durable).await;
-            let log = self.program.log();
-            consumer
-                .map(drop)
-                .map_err(|error| format!("{error}; {log}"))
+            let info = stream.consumer_info(&self.durable).await;
+            let info = info.map_err(|error| format!("{error}; {}", self.program.log()))?;
+            is_done(&info).then_some(()).ok_or(format!("{info:?}"))
         })
         .await;
     }
