@@ -86,7 +86,7 @@ pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSetti
     };
     if probe.max_payload() > before {
         info!(
-            "NATS now accepts messages of {} bytes, before {before}: reconnecting",
+            "NATS now accepts messages of up to {} bytes (before: {before}); reconnecting",
             probe.max_payload()
         );
         // Fails only if the client was closed.

@@ -16,7 +16,8 @@ use crate::event::{EventId, EventType};
 pub struct Subscription {
     /// Stripe's customer. Null if Stripe's object has none, as for customers that are accounts.
     pub stripe_customer_id: Option<String>,
-    /// The application's id of the user, taken from the Checkout Session.
+    /// The application's id of the user, taken from the Checkout Session or an
+    /// operator's resolution.
     pub client_reference_id: Option<String>,
     /// Stripe's status. A status that Litestripe does not know is passed on unchanged. Null until
     /// the first subscription event arrives.

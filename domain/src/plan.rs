@@ -135,7 +135,7 @@ pub fn plan_subscription<'a>(
         last_sent: sent_before,
     } = stored.unwrap_or_default();
     let before = state.visible();
-    let mut merged = transitions(&mut state, &arrivals);
+    let mut merged = merge_all(&mut state, &arrivals);
     let after = merged
         .last()
         .map_or(&before, |transition| &transition.shown);
@@ -202,7 +202,7 @@ struct Transition<'a> {
 }
 
 /// Merges `arrivals` into `state` and returns those that changed it.
-fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transition<'a>> {
+fn merge_all<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transition<'a>> {
     let mut merged = Vec::new();
     for &arrival in arrivals {
         if state.merge(&arrival.event) {
@@ -216,11 +216,11 @@ fn transitions<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transitio
 }
 
 /// Returns whether a row may be incomplete after a live event, because a replay has not reached all
-/// its events yet. A signal of such a row would revoke a paying customer.
+/// its events yet. A signal of such a row could revoke a paying customer.
 ///
 /// Two cases: the event creates the row although the subscription (or its session) is older than
-/// the replay; or the row, which already has an unsent signal, still has no status, and only the
-/// replay can bring one.
+/// the replay, or of unknown age; or the row, which already has an unsent signal, still has no
+/// status, and only the replay can bring one.
 fn may_be_incomplete(
     rebuilding: Option<OffsetDateTime>,
     version: i64,
@@ -286,7 +286,7 @@ pub fn plan_unsent(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Unse
 }
 
 /// Builds a signal of a row as it is, under its current revision, for subscribers that missed it.
-pub fn resend(
+pub fn resent_signal(
     id: &str,
     subscription: &Subscription,
     revision: i64,

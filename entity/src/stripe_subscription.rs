@@ -1,7 +1,7 @@
 //! `stripe_subscription`: one row per Stripe subscription. Nothing in it identifies a person.
 //!
-//! "Snapshot" is the `data.object` of the last event. A column without a comment is the snapshot's
-//! field of the same name.
+//! "Snapshot" is the `data.object` of the newest subscription event, as the merge orders them. A
+//! column without a comment is the snapshot's field of the same name.
 
 use sea_orm::entity::prelude::*;
 
@@ -57,6 +57,7 @@ pub struct Model {
     /// The event of the snapshot.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_event_id: Option<String>,
+    /// Its `created`.
     pub last_event_created: Option<TimeDateTimeWithTimeZone>,
     /// The merge state, as JSON. The columns above are computed from it.
     #[sea_orm(column_type = "Text")]
@@ -65,7 +66,9 @@ pub struct Model {
     /// (`null`: nothing yet). Usually a SQL null.
     #[sea_orm(column_type = "Text", nullable)]
     pub last_sent: Option<String>,
+    /// When the row was inserted.
     pub dt_created: TimeDateTimeWithTimeZone,
+    /// When the row was last written.
     pub dt_last_updated: TimeDateTimeWithTimeZone,
 }
 

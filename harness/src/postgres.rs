@@ -125,7 +125,8 @@ impl Server {
         self.port
     }
 
-    /// The process, for sending it signals and reading its log; `None` if it was not started.
+    /// The process, for sending it signals and reading its log; `None` before it is started and
+    /// after it was stopped or killed.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }
@@ -263,8 +264,8 @@ impl Owner {
     }
 }
 
-/// Makes `command` run in `folder` as its owner. Of the environment only `PATH` is kept, because
-/// `PG…` variables change what `initdb` and `postgres` do.
+/// Makes `command` run in `folder` as the user `owner`. Of the environment only `PATH` is kept,
+/// because `PG…` variables change what `initdb` and `postgres` do.
 fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
     command
         .current_dir(folder)

@@ -68,10 +68,11 @@ pub(crate) struct Publisher {
     events: EventsSettings,
     /// When the connection was lost; `None` while there is one.
     lost_since: watch::Sender<Option<Instant>>,
-    /// Counts lost connections. async-nats may replace one before the next check of its state.
+    /// Changes whenever a connection was lost or made: messages in flight on an older one get no
+    /// answer. async-nats may replace a connection before the next check of its state.
     connections_lost: watch::Sender<u64>,
-    /// Whether the stream existed at the last check, and no attempt to publish found it missing
-    /// since.
+    /// Whether the stream existed at the last check, and since then the connection was not lost and
+    /// no attempt to publish found the stream missing.
     is_provided: watch::Sender<bool>,
     max_payload_check: Notify,
     report: Report,
@@ -107,7 +108,7 @@ impl Publisher {
         self.client.max_payload().saturating_sub(HEADERS_BYTES)
     }
 
-    /// Has the server asked whether it accepts larger messages now.
+    /// Requests a check whether the server now accepts larger messages.
     pub(crate) fn request_max_payload_check(&self) {
         self.max_payload_check.notify_one();
     }

@@ -1,8 +1,8 @@
 //! The HTTP surface: paths, methods, statuses, and the order of the checks on a delivery.
 //!
 //! The only file that knows HTTP requests and answers. May not know how a signature is made or how
-//! an event is stored. Invariant: 200 is answered only for an event that is stored, or whose type
-//! the settings do not ask to store.
+//! an event is stored. Invariant: 200 is answered only for an event that is stored, or that is
+//! never stored: a thin event, or a type that the settings leave out.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -428,7 +428,7 @@ fn answer(status: StatusCode, body: Bytes) -> warp::reply::Response {
     answer
 }
 
-/// Has the connection closed after this answer.
+/// Closes the connection after this answer.
 fn close(mut answer: warp::reply::Response) -> warp::reply::Response {
     answer
         .headers_mut()

@@ -31,7 +31,7 @@ litestripe_contract::settings! {
     SECRET_FILE = secret::FILE_SETTING, Some("/run/secrets_djstripe/djstripe_webhook_secret"),
         "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it; ingress waits for it at the start (10 tries, 2 s apart) and reads it again when it changes";
     TOLERANCE = "STRIPE_WEBHOOK_TOLERANCE", Some("300"),
-        "age in seconds, at receipt, up to which a signature's timestamp is accepted; 0 accepts any";
+        "largest accepted age of a signature at receipt, in seconds; 0 accepts any";
     LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),
         "HTTP address";
     EVENT_TYPES = "LITESTRIPE_EVENT_TYPES", None,

@@ -27,8 +27,8 @@ const UP: [&str; 7] = [
     "DELETE FROM signal_due",
 ];
 
-/// SQL can read neither the event's type (it is inside the row's merge state) nor its time (Stripe
-/// knows it). The previous program version gets constants in their place.
+/// The event's type and time are placeholders. For a row, the previous program version takes both
+/// from the merge state, and uses these only if it finds none there. For an orphan it sends them.
 const DOWN: [&str; 6] = [
     "INSERT INTO signal_due (entity_id, subject, replay, told, unchanged, event_id, event_type, event_created, dt_created) \
      SELECT stripe_subscription_id, 'subscription.changed', '', NULLIF(last_sent, 'null'), FALSE, \

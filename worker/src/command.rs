@@ -38,9 +38,9 @@ const AFTER_HELP: &str = "\
 Every setting is a flag and an environment variable; the file .env in the working directory is read too. A flag wins \
 over the environment, the environment over .env. An empty value counts as not set.
 
-Exit codes: 0 done or stopped, 1 a failure, 2 a wrong setting or argument, 3 `reconcile` found differences, 130 a second \
-stop signal. Results go to stdout, logs and progress to stderr. All commands but `run` log only warnings unless RUST_LOG \
-is set.
+Exit codes: 0 done (`run`: stopped), 1 a failure or stopped before the end, 2 a wrong setting or argument, 3 \
+`reconcile` found differences, 130 a second stop signal. Results go to stdout, logs and progress to stderr. All \
+commands but `run` log only warnings unless RUST_LOG is set.
 
 `litestripe-worker help COMMAND` explains a command.";
 

@@ -38,7 +38,7 @@ pub use removal::{EraseError, Erasure, Receipt, Target};
 
 /// Attempts to record an erasure. Each waits at most the lock timeout for a lock. Together they
 /// outlast a hanging transaction, which the server ends after 30 s.
-const RECORD_ATTEMPTS: usize = 10;
+const RECORD_RETRIES: usize = 10;
 const RECORD_RETRY: Duration = Duration::from_millis(200);
 
 /// The erasures that this process knows.
@@ -94,7 +94,7 @@ impl Erasures {
         };
         let attempts = ExponentialBuilder::new()
             .with_min_delay(RECORD_RETRY)
-            .with_max_times(RECORD_ATTEMPTS)
+            .with_max_times(RECORD_RETRIES)
             .with_jitter();
         once.retry(attempts.with_max_delay(10 * RECORD_RETRY))
             .when(StoreError::is_temporary)

@@ -79,7 +79,7 @@ impl StoreError {
         match (error, sqlx_error(error)) {
             (DbErr::ConnectionAcquire(_), _) => true,
             (_, Some(error)) => match error.as_database_error() {
-                Some(error) => is_temporary(error),
+                Some(error) => is_temporary_code(error),
                 None => !matches!(error, sqlx::Error::Configuration(_)),
             },
             _ => false,
@@ -117,7 +117,7 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
 /// PostgreSQL: "Error Codes"; permanent are 28 (invalid authorization), 3D (no such database), 3F
 /// (no such schema), 42 (access rule, or unknown SQL), 0A (unsupported feature), and errors about
 /// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
-fn is_temporary(error: &dyn sqlx::error::DatabaseError) -> bool {
+fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
     if error
         .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()

@@ -35,7 +35,7 @@ use crate::wait::{Awaited, Wait};
 /// wait this long.
 const POLL: Duration = Duration::from_secs(1);
 
-/// The relay waits for both the database and the broker.
+/// The relay's wait, for the database or for the broker.
 const SIGNALS: Awaited = Awaited {
     begins: "signals wait in the outbox",
     ends: "the relay is sending signals again",
@@ -142,7 +142,7 @@ impl Relay {
         let relay = Arc::new(self);
         let mut wait = Wait::new(SIGNALS);
         let mut is_woken = false;
-        let mut asked = Instant::now();
+        let mut checked_at = Instant::now();
         loop {
             let last = shutdown.is_cancelled();
             let round = detached({
@@ -162,8 +162,8 @@ impl Relay {
             };
             let is_blocked = !relay.blocked().since.is_empty();
             metrics::waiting_for_signals(wait.is_waiting() || is_blocked);
-            if is_blocked && asked.elapsed() >= connect::MAX_PAYLOAD_CHECK_INTERVAL {
-                asked = Instant::now();
+            if is_blocked && checked_at.elapsed() >= connect::MAX_PAYLOAD_CHECK_INTERVAL {
+                checked_at = Instant::now();
                 connect::reconnect_if_max_payload_grew(
                     &relay.jetstream.client(),
                     &relay.nats,
@@ -226,7 +226,7 @@ impl Relay {
         } else {
             Round::Idle
         };
-        let rows = store::outbox::oldest(&tx, &shards, &self.skipped(), TAKE_MAX).await?;
+        let rows = store::outbox::oldest(&tx, &shards, &self.refresh_skipped(), TAKE_MAX).await?;
         if rows.is_empty() {
             tx.rollback()
                 .await
@@ -263,9 +263,13 @@ impl Relay {
             Err(std::fs::TryLockError::Error(source)) => return Err(refused(source)),
         }
         self.clear_wakes();
-        let rows =
-            store::outbox::oldest(db, &store::outbox::all_shards(), &self.skipped(), TAKE_MAX)
-                .await?;
+        let rows = store::outbox::oldest(
+            db,
+            &store::outbox::all_shards(),
+            &self.refresh_skipped(),
+            TAKE_MAX,
+        )
+        .await?;
         if rows.is_empty() {
             return Ok(Round::Idle);
         }
@@ -341,9 +345,9 @@ impl Relay {
         }
     }
 
-    /// Returns the subscriptions and orphans to skip now. Clears the list when the server's limit
-    /// has changed.
-    fn skipped(&self) -> Vec<String> {
+    /// Returns the subscriptions and orphans to skip now. Drops those that were skipped for
+    /// [`SKIP_FOR`], and all when the server's limit has changed.
+    fn refresh_skipped(&self) -> Vec<String> {
         let mut blocked = self.blocked();
         let max_payload = self.jetstream.client().max_payload();
         if blocked.max_payload != max_payload {

@@ -1,5 +1,5 @@
-//! Moving data of the previous version from the KV bucket `litestripe` into the database: the
-//! erasures, the record of backfills, a lease.
+//! Moves the erasures and the record of backfills of the previous version from the KV bucket
+//! `litestripe` into the database, and removes its lease.
 //!
 //! The keys are purged after the commit, so doing it again changes nothing. To be deleted when no
 //! installation upgrades from that version any more.
@@ -48,7 +48,7 @@ pub enum UpgradeError {
 struct Content {
     /// When each id was erased, in seconds since the Unix epoch.
     erased: BTreeMap<String, i64>,
-    /// When the last backfill began, by `livemode`.
+    /// When the last complete backfill began, by `livemode`.
     backfills: BTreeMap<bool, OffsetDateTime>,
     keys: Vec<String>,
 }

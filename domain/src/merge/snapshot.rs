@@ -26,7 +26,7 @@ const EVENTS_MAX: usize = 32;
 enum Phase {
     #[serde(rename = "incomplete")]
     Incomplete,
-    /// Between the two. Includes statuses that we do not know.
+    /// Neither incomplete nor terminal. Includes statuses that we do not know.
     #[serde(rename = "live")]
     Live,
     #[serde(rename = "terminal")]
@@ -176,7 +176,7 @@ impl Register {
     /// Returns whether an unreadable step leaves the end of the walk in doubt. Without this check,
     /// A → B → A with an unreadable second step would look like A → B. If all events end in the
     /// same state, their steps do not matter.
-    fn has_unreadable_step(&self) -> bool {
+    fn is_end_in_doubt(&self) -> bool {
         self.snapshots.len() > 1 && self.events.values().any(|edge| edge.unreadable)
     }
 
@@ -207,7 +207,7 @@ impl Register {
             snapshot: self.snapshots.get(&edge.after)?,
             livemode: edge.livemode,
             account: edge.account.as_deref(),
-            uncertain: self.saturated || !certain || self.has_unreadable_step(),
+            uncertain: self.saturated || !certain || self.is_end_in_doubt(),
         })
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! Why it works: a walk that takes every step once enters each node as often as it leaves it. The
 //! exceptions are its first node, which it leaves once more, and its last, which it enters once
-//! more. So all walks that explain the steps, if there are any, end at the same node. This needs
+//! more. So all walks that explain the steps, if there are any, end at the same node. (If the walk
+//! ends where it began, every node balances and the end is unknown.) This needs
 //! two conditions. Each step must be a separate change, so no step may occur twice (Stripe may
 //! create two events for one change). And the steps, including steps in place, must be connected,
 //! or a step between them is missing.

@@ -123,7 +123,8 @@ impl Server {
         &self.folder
     }
 
-    /// The process, for sending it signals and reading its log; `None` if it was not started.
+    /// The process, for sending it signals and reading its log; `None` before it is started and
+    /// after it was stopped or killed.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()
     }

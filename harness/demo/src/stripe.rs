@@ -107,7 +107,7 @@ impl Delivery {
 pub fn client() -> reqwest::Client {
     static PROVIDER: OnceLock<()> = OnceLock::new();
     PROVIDER.get_or_init(|| {
-        // Fails if the test has installed another provider already, which works as well.
+        // Fails if the process has installed another provider already, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
     reqwest::Client::builder()

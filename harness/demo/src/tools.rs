@@ -39,7 +39,7 @@ pub fn python() -> io::Result<&'static Path> {
 /// Node.js, which runs the TypeScript programs of `docs/`.
 ///
 /// # Errors
-/// When there is none and `scripts/tools` cannot install one; its words are on stderr.
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
 pub fn node() -> io::Result<&'static Path> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     locate(&FOUND, "node", "LITESTRIPE_NODE")
@@ -48,7 +48,7 @@ pub fn node() -> io::Result<&'static Path> {
 /// The folder with the packages of `harness/typescript/package.json`.
 ///
 /// # Errors
-/// When there is none and `scripts/tools` cannot make one; its words are on stderr.
+/// When they are missing and `scripts/tools` cannot install them; the script's output is on stderr.
 pub fn node_modules() -> io::Result<&'static Path> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     locate(&FOUND, "node", "LITESTRIPE_NODE_MODULES")

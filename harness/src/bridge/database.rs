@@ -180,7 +180,7 @@ impl Database {
     /// held until the transaction ends.
     ///
     /// # Panics
-    /// When another session holds the locks.
+    /// When the statement fails.
     pub async fn hold_lock(&self, lock: &str) -> DatabaseTransaction {
         let other = self
             .connection()

@@ -66,7 +66,7 @@ fn domain_reaches_no_runtime_database_broker_or_http() {
     assert_none(&below, SQL);
 }
 
-/// The demo is what a newcomer waits for.
+/// A newcomer waits for the demo to build, so it builds nothing more.
 #[test]
 fn demo_builds_nothing_that_only_tests_need() {
     let graph = Graph::read();
@@ -75,7 +75,7 @@ fn demo_builds_nothing_that_only_tests_need() {
     assert_none(&below, &["jsonschema", "divan", "insta", "proptest"]);
 }
 
-/// Tests and demo leave it out; `cargo build --release` alone must not.
+/// Tests and demo build without jemalloc; a plain `cargo build --release` must have it.
 #[test]
 fn both_programs_have_their_allocator_by_default() {
     let metadata = metadata();
@@ -130,8 +130,8 @@ fn metadata() -> Value {
     let version = Command::new(rustc).arg("-vV").output().expect("rustc runs");
     let version = String::from_utf8_lossy(&version.stdout).into_owned();
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-    // Crates for other platforms may never have been downloaded. What only a release has, may be
-    // downloaded here.
+    // Crates for other platforms may never have been downloaded. `--offline` is not used: jemalloc,
+    // which only a release needs, may have to be downloaded here.
     let arguments = ["metadata", "--format-version=1", "--locked"];
     let output = Command::new(cargo)
         .args(arguments)

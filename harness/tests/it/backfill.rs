@@ -361,7 +361,7 @@ async fn outage_halfway_keeps_published_events_and_the_next_run_publishes_the_re
     assert_eq!(first.status.code(), Some(1), "{first:?}");
     for text in [
         "failed halfway",
-        "running it again continues",
+        "running it again publishes the rest",
         "Stripe answered 500",
         "req_ofTheStub",
     ] {

@@ -36,8 +36,8 @@ use super::message::Delivery;
 use super::outcome::{AttemptError, Stored, Trouble};
 use super::single::{send, stored, wait_for_ack};
 
-/// The most members of a batch. A server accepts 1,000, but beyond a few hundred a sync more or less
-/// hardly matters beside the rest of the work.
+/// The most members of a batch. A server accepts 1,000, but beyond a few hundred a sync more or
+/// less hardly matters beside the rest of the work.
 const MEMBERS_MAX: usize = 256;
 
 /// The most bytes of a batch. The server stages a batch before it stores it.
@@ -55,8 +55,7 @@ pub(super) struct Member {
 #[derive(Clone)]
 pub(super) enum Outcome {
     Known(Result<Stored, AttemptError>),
-    /// The batch was refused as a whole, which says nothing about this member: publish it by
-    /// itself.
+    /// The batch says nothing about this member: publish it by itself.
     PublishSingly,
 }
 
@@ -73,7 +72,7 @@ impl Member {
     }
 
     fn finish(self, outcome: Outcome) {
-        // A request that no longer listens has been answered 503.
+        // A request that no longer listens was answered 503, or its client left.
         let _ = self.outcome.send(outcome);
     }
 }
@@ -148,7 +147,7 @@ impl Batches {
         }
     }
 
-    /// Ends the wait for more members if the open batch has enough. Returns whether it goes on.
+    /// Returns whether the open batch waits for more members. Ends the wait if it has enough.
     fn keep_waiting(&mut self) -> bool {
         if !self.waiting.is_empty() {
             // The open batch is full.
@@ -212,7 +211,7 @@ impl Batches {
     async fn fill(&mut self) {
         while let Some(member) = self.waiting.pop_front() {
             if member.outcome.is_closed() {
-                // Its request was answered 503.
+                // Its request was answered 503, or its client left.
                 continue;
             }
             let batch = self.open.get_or_insert_with(|| Batch::new(&self.client));
@@ -315,7 +314,7 @@ impl Batch {
                 Ok(ack) => wait_for_ack(ack).await,
                 Err(error) => Err(error),
             };
-            ack.map_or_else(read_error, |ack| read_ack(&ack, &id, count))
+            ack.map_or_else(outcome_of_error, |ack| outcome_of_ack(&ack, &id, count))
         };
         self.sent.push(last);
         Some(InFlightBatch {
@@ -326,7 +325,7 @@ impl Batch {
         })
     }
 
-    /// Has every member published by itself. The server forgets the members that were sent.
+    /// Tells every member to publish by itself. The server forgets the members that were sent.
     fn dissolve(self) {
         let members = self.sent.into_iter().chain(self.held).chain(self.repeated);
         members.for_each(|member| member.finish(Outcome::PublishSingly));
@@ -346,7 +345,7 @@ fn with_commit(mut headers: HeaderMap) -> HeaderMap {
 }
 
 /// Returns the outcome of a batch of `count` members from its PubAck.
-fn read_ack(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
+fn outcome_of_ack(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
     if count == 1 {
         return Outcome::Known(Ok(stored(ack)));
     }
@@ -360,7 +359,7 @@ fn read_ack(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
 }
 
 /// Returns the outcome of a batch that got an error instead of a PubAck.
-fn read_error(error: PublishError) -> Outcome {
+fn outcome_of_error(error: PublishError) -> Outcome {
     match error.kind() {
         // The members may or may not be stored.
         PublishErrorKind::TimedOut

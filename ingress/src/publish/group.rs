@@ -1,8 +1,8 @@
 //! Group commit: publishes an event by itself, or in a batch with others that wait for the same
 //! sync of the broker's disk.
 //!
-//! Owns which of the two an event gets. May not know retries or deadlines. `single` publishes one
-//! event, `batch` publishes batches, `choice` measures which is faster.
+//! Owns the choice between the two for each event. May not know retries or deadlines. `single`
+//! publishes one event, `batch` publishes batches, `choice` measures which is faster.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,8 +44,9 @@ struct Load {
 }
 
 impl Group {
-    /// Returns the group, and the [`Batches`] that have to run beside it. `connections_lost` counts
-    /// the lost connections; the messages that were in flight on a lost one get no answer.
+    /// Returns the group, and the [`Batches`] that have to run beside it. `connections_lost`
+    /// changes whenever a connection was lost or made; messages in flight on an older one get no
+    /// answer.
     pub(super) fn new(
         client: Client,
         jetstream: jetstream::Context,

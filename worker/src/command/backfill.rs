@@ -52,10 +52,12 @@ struct Report {
 /// The backfill ended before all events were compared.
 #[derive(Debug, thiserror::Error)]
 enum Incomplete {
-    #[error("the backfill failed halfway; published events stay, and running it again continues")]
+    #[error(
+        "the backfill failed halfway; published events stay, and running it again publishes the rest"
+    )]
     Failed(#[source] BackfillError),
     #[error(
-        "the backfill was stopped halfway; published events stay, and running it again continues"
+        "the backfill was stopped halfway; published events stay, and running it again publishes the rest"
     )]
     Stopped,
 }
@@ -151,7 +153,11 @@ fn print(report: &Report) {
             duplicates,
             "of the published events: they arrived meanwhile",
         ),
-        ("skipped", skipped, "events that cannot be stored"),
+        (
+            "skipped",
+            skipped,
+            "events that cannot or must not be stored",
+        ),
     ];
     let counts =
         counts.map(|(what, count, note)| [what.to_owned(), count.to_string(), note.to_owned()]);

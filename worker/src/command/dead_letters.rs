@@ -87,7 +87,7 @@ impl DeadLetters {
             }
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
-                let parts = Parts::read(store, nats).await?;
+                let parts = Parts::assemble(store, nats).await?;
                 retry.execute(settings, &stream, &parts).await
             }
             Self::Drop { sequence } => {

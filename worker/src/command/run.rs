@@ -80,7 +80,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         .is_err()
     {
         warn!(
-            "stopping without waiting longer than {} s: unfinished events will be delivered again",
+            "work is still unfinished after {} s: stopping, its events will be delivered again",
             STOP_MAX.as_secs()
         );
     }
@@ -99,7 +99,7 @@ async fn prepare(
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
     Ok(wait::until_ok(JETSTREAM, async || {
-        Parts::read(store.clone(), nats.clone()).await
+        Parts::assemble(store.clone(), nats.clone()).await
     })
     .await)
 }

@@ -23,7 +23,7 @@ pub(crate) struct Status {
 }
 
 /// The output of `status --json`. A null stands for a stream, consumer or table that does not exist
-/// yet. `print` explains each field.
+/// yet; in `outbox_oldest_age_s` and `replay`, that there is none. `print` explains each field.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     lag: Option<u64>,
@@ -168,7 +168,7 @@ fn print(report: &Value) {
         (
             "unsent signals",
             "signals_owed",
-            "rows whose signal waits for the end of a replay",
+            "rows and orphans whose signal waits for the end of a replay",
         ),
         (
             "dead letters",

@@ -35,7 +35,7 @@ impl Ids {
     /// A message about another customer's object does not, whatever else it mentions. A message
     /// about an object without a customer does if one of its strings, anywhere, equals one of the
     /// ids.
-    pub fn add_from_message(&mut self, body: &[u8]) -> bool {
+    pub fn learn_if_own(&mut self, body: &[u8]) -> bool {
         // A plain search finds every id: neither Stripe nor we escape characters in ids.
         if !self
             .0
@@ -95,30 +95,30 @@ mod tests {
     #[test]
     fn message_of_the_person_adds_its_other_ids() {
         let mut customer = ids(&["cus_1"]);
-        assert!(customer.add_from_message(session(json!("cus_1"), "user").as_bytes()));
+        assert!(customer.learn_if_own(session(json!("cus_1"), "user").as_bytes()));
         assert_eq!(customer, ids(&["cus_1", "cs_1", "sub_1"]));
         let mut guest = ids(&["sub_1"]);
-        assert!(guest.add_from_message(session(json!(null), "user").as_bytes()));
+        assert!(guest.learn_if_own(session(json!(null), "user").as_bytes()));
         assert_eq!(guest, ids(&["cs_1", "sub_1"]));
     }
 
     #[test]
     fn message_of_another_customer_does_not_belong_to_a_person_it_names() {
         let mut person = ids(&["cus_1"]);
-        assert!(!person.add_from_message(session(json!("cus_2"), "cus_1").as_bytes()));
+        assert!(!person.learn_if_own(session(json!("cus_2"), "cus_1").as_bytes()));
         assert!(
-            person.add_from_message(session(json!(null), "cus_1").as_bytes()),
+            person.learn_if_own(session(json!(null), "cus_1").as_bytes()),
             "it has no customer, and it names the person"
         );
-        assert!(!person.add_from_message(session(json!("cus_12"), "user").as_bytes()));
+        assert!(!person.learn_if_own(session(json!("cus_12"), "user").as_bytes()));
         assert_eq!(person, ids(&["cus_1"]));
     }
 
     #[test]
     fn invalid_json_is_searched_for_whole_ids() {
         let mut person = ids(&["cus_1"]);
-        assert!(person.add_from_message(b"{\"customer\":\"cus_1\",\"broken"));
-        assert!(!person.add_from_message(b"{\"customer\":\"cus_12\",\"broken"));
-        assert!(person.add_from_message(b"cus_1"));
+        assert!(person.learn_if_own(b"{\"customer\":\"cus_1\",\"broken"));
+        assert!(!person.learn_if_own(b"{\"customer\":\"cus_12\",\"broken"));
+        assert!(person.learn_if_own(b"cus_1"));
     }
 }

@@ -235,7 +235,7 @@ impl Erasure<'_> {
     ) -> Result<u64, ScanError> {
         let visit = |message: ScannedMessage<'_>| {
             (self.on_message)();
-            if ids.add_from_message(message.body) {
+            if ids.learn_if_own(message.body) {
                 found.insert(message.sequence);
             }
         };
@@ -287,7 +287,7 @@ impl Erasure<'_> {
         let mut older = Vec::new();
         let visit = |message: ScannedMessage<'_>| {
             (self.on_message)();
-            if known.add_from_message(message.body) && !is_kept(message.body, keep_from) {
+            if known.learn_if_own(message.body) && !is_kept(message.body, keep_from) {
                 older.push(message.sequence);
             }
         };
@@ -329,8 +329,8 @@ fn is_kept(body: &[u8], keep_from: &BTreeMap<String, i64>) -> bool {
 /// Returns the event that signals name as the cause of an erasure's changes.
 fn erasure_event(at: Timestamp) -> EventReference {
     EventReference {
-        id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are ids"),
-        event_type: EventType::parse(ERASURE_TYPE).expect("our own types are types"),
+        id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are valid"),
+        event_type: EventType::parse(ERASURE_TYPE).expect("our own types are valid"),
         created: at,
     }
 }

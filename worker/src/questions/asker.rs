@@ -61,7 +61,7 @@ impl Questions {
             (Kind::Erase, questions.erase_on_customer_deleted, 1),
         ];
         let mut loops = JoinSet::new();
-        for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, asked, _)| *asked) {
+        for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, is_enabled, _)| *is_enabled) {
             loops.spawn(Arc::clone(&questions).ask_due(kind, in_flight_max, shutdown.clone()));
         }
         loops.spawn(questions.erase_old_emails(shutdown));

@@ -47,11 +47,11 @@ impl Questions {
             return Ok(Outcome::RetryAfter(RETRY));
         }
         let mut email = None;
-        let asked = self
+        let stripe = self
             .stripe
             .as_ref()
             .filter(|stripe| stripe.sees(question.livemode));
-        if let Some(stripe) = asked
+        if let Some(stripe) = stripe
             && !is_erased(&self.erasures, self.store.connection(), question).await?
         {
             if self.publish_sessions(stripe, question).await? {

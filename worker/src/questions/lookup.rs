@@ -28,8 +28,8 @@ pub enum Lookup {
         store: OnceCell<Store>,
         query: String,
     },
-    /// A request to the application: the id is the body, the answer `{"known": true}` or `{"known":
-    /// false}`.
+    /// A request to the application with the id as its body. The answer is `{"known": true}` or
+    /// `{"known": false}`.
     Nats { client: Client, subject: String },
 }
 

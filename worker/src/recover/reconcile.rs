@@ -55,8 +55,8 @@ const UNKNOWN_PROGRESS_MAX: Duration = Duration::from_secs(30);
 /// Ids read from the table at a time.
 const IDS_BATCH: u64 = 1000;
 
-/// How many rows that Stripe neither lists nor knows by id are asked for one by one, because each
-/// costs a call. After these, a row that is not listed counts as unknown to Stripe.
+/// Rows that Stripe does not list are fetched one by one until this many are unknown to Stripe.
+/// Each fetch costs a call, so the other unlisted rows count as unknown without one.
 const UNLISTED_ASKED_MAX: usize = 100;
 
 const ALL: &str = "all";
@@ -205,8 +205,8 @@ impl<'a> Reconcile<'a> {
         let ids: Vec<&str> = objects.iter().map(|object| object.id.as_str()).collect();
         let mut rows = raw::find(self.sources.store.connection(), &ids).await?;
         let (sources, advance) = (&self.sources, &mut self.advance);
-        // All comparisons start without an await in between: otherwise a call that waits for the
-        // budget would delay all others.
+        // Nothing else is awaited between two comparisons: `buffered` makes progress only while it
+        // is polled, so a call that waits for the budget would delay all others.
         let comparisons = stream::iter(objects).map(|object| {
             let row = rows.remove(&object.id);
             sources.compare(object, as_of, row)

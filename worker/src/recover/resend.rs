@@ -79,7 +79,7 @@ async fn put_rows(
             continue;
         };
         if stored.revision > 0 {
-            signals.push(plan::resend(
+            signals.push(plan::resent_signal(
                 &id,
                 &visible.subscription,
                 stored.revision,

@@ -42,7 +42,7 @@ pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) nats: async_nats::Client,
     pub(crate) jetstream: jetstream::Context,
-    /// The customers whose personal data must not be stored again.
+    /// The ids whose personal data must not come back.
     pub(crate) erasures: Erasures,
 }
 
@@ -56,12 +56,15 @@ impl Parts {
     ) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
-        Self::read(store, nats).await
+        Self::assemble(store, nats).await
     }
 
-    /// Reads the erasures from an open database. First moves into the database what the previous
-    /// version kept in NATS.
-    pub(crate) async fn read(store: Store, nats: async_nats::Client) -> Result<Self, StartError> {
+    /// Puts the parts together and reads the erasures. First moves the data that the previous
+    /// version kept in NATS into the database.
+    pub(crate) async fn assemble(
+        store: Store,
+        nats: async_nats::Client,
+    ) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
         upgrade::import_kv_bucket(&store, &jetstream).await?;
         let erasures = Erasures::load(&store, jetstream.clone()).await?;

@@ -74,7 +74,8 @@ pub async fn insert(
 ///
 /// Resolves the orphan if it is open. Inserts it as resolved if it does not exist yet, so that a
 /// payment that arrives later does not become an orphan. Replaces an earlier resolution. Returns
-/// the orphan unless a later resolution stands. `unsent` as in [`resolve`].
+/// the orphan, or `None` if this resolution or one that wins over it is recorded already. `unsent`
+/// as in [`resolve`].
 pub async fn resolve_by_operator(
     tx: &DatabaseTransaction,
     orphan: &NewOrphan,

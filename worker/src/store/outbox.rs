@@ -2,7 +2,7 @@
 //! rows.
 //!
 //! Invariant: rows of one subscription (or orphan) get their ids in the order in which they are
-//! committed, because the transaction that inserts them holds that subscription's row lock.
+//! committed, because the transaction that inserts them holds the lock of that row.
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;

@@ -145,11 +145,12 @@ pub async fn take(
         return Ok(Vec::new());
     }
     if let Some(last) = super::replay::rebuilding_until(store.connection(), now).await? {
-        // The replay may still have to reapply a subscription's Checkout Session, which answers it.
-        let asked_at_once = Column::Kind.ne(Kind::Grace.as_str());
+        // A grace question waits for the end: the replay may still reapply the Checkout Session
+        // that answers it.
+        let is_not_grace = Column::Kind.ne(Kind::Grace.as_str());
         due = due
             .and(Column::StreamSequence.gt(last.cast_signed()))
-            .and(asked_at_once);
+            .and(is_not_grace);
     }
     store
         .uncancelled(async move |tx| {

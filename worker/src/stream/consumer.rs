@@ -154,7 +154,8 @@ pub(crate) async fn sequence_at(
     Ok(consumer.cached_info().delivered.stream_sequence + 1)
 }
 
-/// A consumer cannot be used. Callers retry, unless it is a refusal.
+/// A consumer cannot be used. A worker or a replay retries, unless it is a refusal; other callers
+/// fail.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConsumerError {
     #[error("cannot find {EVENTS_STREAM}")]

@@ -72,7 +72,7 @@ impl From<&Info> for Progress {
 }
 
 /// Returns the sequence up to which the workers have applied every event that the stream holds;
-/// `u64::MAX` if nothing is left to apply. Returns `None` if no worker has ever run.
+/// `u64::MAX` if nothing is left to apply. Returns `None` if the workers' consumer does not exist.
 pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>, ProgressError> {
     let Some(progress) = find(jetstream, WORKER_CONSUMER).await? else {
         return Ok(None);

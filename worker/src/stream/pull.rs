@@ -26,7 +26,7 @@ const BYTES_MAX: usize = 8 << 20;
 const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// The time without a heartbeat after which the server has lost the request.
+/// The time without a heartbeat after which a request counts as lost.
 const SILENCE_MAX: Duration = HEARTBEAT.saturating_mul(2);
 
 /// How often the client is checked for a new connection: requests of the old one are lost.

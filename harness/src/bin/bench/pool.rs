@@ -46,7 +46,7 @@ impl Events {
     fn with_type(purchase: Purchase, event_type: &str) -> Self {
         // No other time in the purchase has this value.
         let created = purchase.created + 86_400 - 3_607;
-        // Fills the event with fields that the worker does not keep, as Stripe's events are.
+        // Most of an event of Stripe's is fields that the worker does not keep; so is this filling.
         let event = |tax_rates: usize, filling: usize| {
             let changes = json!({
                 "metadata": { "number": NUMBER },

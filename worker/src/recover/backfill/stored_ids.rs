@@ -26,8 +26,8 @@ const PULL_MAX: usize = 2000;
 /// The timeout of the next message of a pull.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// When the server deletes an unused consumer. This is usually longer than a page waits for the
-/// request budget; if it is not, a new consumer continues.
+/// After this time unused, the server deletes the consumer. A page usually waits less than this for
+/// the request budget; otherwise a new consumer continues.
 const INACTIVE_THRESHOLD: Duration = Duration::from_secs(10 * 60);
 
 /// Pulls that may fail in a row.

@@ -41,8 +41,8 @@ pub(super) struct Comparison {
     pub(super) finding: Finding,
     object: api::Object,
     as_of: i64,
-    /// The Checkout Session that repairs the row, with its user if it names one, and the second up
-    /// to which it contains every change.
+    /// The Checkout Session to publish for the repair, and the second up to which it contains every
+    /// change.
     session: Option<(api::Object, i64)>,
     /// The resolved orphan of this subscription, if no session names the user.
     resolved: Option<orphaned_payment::Model>,
@@ -113,8 +113,8 @@ impl Sources<'_> {
         Ok((read, answer.as_of()?))
     }
 
-    /// Compares a subscription with its row. Fetches its Checkout Sessions if the row has no user.
-    /// Returns `None` if there is no difference.
+    /// Compares a subscription with its row. Fetches its Checkout Sessions if needed: see
+    /// `add_user`. Returns `None` if there is no difference.
     pub(super) async fn compare(
         &self,
         object: api::Object,
