@@ -26,7 +26,7 @@ use litestripe_entity::{orphaned_payment, stripe_subscription};
 use tokio::sync::OnceCell;
 
 use crate::program::{Launch, Program};
-use crate::stripe::{self, Delivery, Event};
+use crate::stripe::{self, Delivery, Event, Notification};
 use crate::{eventually, nats, port};
 
 pub use database::{Database, DatabaseKind, lock_row_sql, signal_fields};
@@ -222,6 +222,21 @@ impl Bridge {
     pub async fn deliver_all(&self, events: &[Event]) {
         for event in events {
             self.deliver(event).await;
+        }
+    }
+
+    /// Delivers thin events one after another as Stripe does.
+    ///
+    /// # Panics
+    /// When one is not accepted.
+    pub async fn notify_all(&self, notifications: &[Notification]) {
+        for notification in notifications {
+            let delivery = Delivery::new(notification.body(), SECRET);
+            let answer = self.post(&delivery).await;
+            let status = answer.status();
+            let body = answer.text().await.unwrap_or_default();
+            let what = notification.event_type();
+            assert_eq!(status, 200, "{what} was answered {body}");
         }
     }
 

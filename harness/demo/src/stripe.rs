@@ -6,6 +6,7 @@
 
 pub mod api;
 mod event;
+mod notification;
 mod purchase;
 mod story;
 
@@ -20,6 +21,7 @@ use sha2::Sha256;
 use time::OffsetDateTime;
 
 pub use event::Event;
+pub use notification::{Notification, Related};
 pub use purchase::{MONTH, Purchase, TRIAL};
 pub use story::story;
 

@@ -1,8 +1,8 @@
 //! A stub of Stripe's API, the only part of these tests that is not real.
 //!
-//! Owns its objects (subscriptions, events, Checkout Sessions by subscription, customers), lists in
-//! pages as Stripe documents them, the errors that a test plans, and a record of the requests. May
-//! not know what the worker does with the answers.
+//! Owns its objects (subscriptions, events of both versions, Checkout Sessions, customers) and the
+//! connected accounts they belong to, lists in pages as Stripe documents them, the errors that a
+//! test plans, and a record of the requests. May not know what the worker does with the answers.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -41,6 +41,13 @@ pub struct Request {
     pub path: String,
     /// Its headers, names in lower case.
     pub headers: BTreeMap<String, String>,
+}
+
+impl Request {
+    /// The account for which it asks: its header `Stripe-Context`.
+    pub fn context(&self) -> Option<&str> {
+        self.headers.get("stripe-context").map(String::as_str)
+    }
 }
 
 /// A planned answer in place of an object.
@@ -89,6 +96,11 @@ struct State {
     checkout_sessions: Vec<Value>,
     /// Events, each with whether every endpoint accepted it.
     events: Vec<(Value, bool)>,
+    /// Whole events of the second version, which thin events announce.
+    v2_events: BTreeMap<String, Value>,
+    /// The connected accounts of objects, by the object's id. An object that is not listed is found
+    /// whatever the request's `Stripe-Context`.
+    accounts: BTreeMap<String, String>,
     troubles: Vec<(&'static str, Trouble)>,
     held: Vec<&'static str>,
     requests: Vec<Request>,
@@ -137,14 +149,32 @@ impl Api {
         self.shared.state().customers.insert(id, object);
     }
 
-    /// Adds a Checkout Session.
+    /// Adds a Checkout Session, or replaces it.
     pub fn put_checkout_session(&self, object: Value) {
-        self.shared.state().checkout_sessions.push(object);
+        let mut state = self.shared.state();
+        let sessions = &mut state.checkout_sessions;
+        sessions.retain(|session| session["id"] != object["id"]);
+        sessions.push(object);
     }
 
     /// Adds an event. `delivered` is whether every endpoint accepted it.
     pub fn put_event(&self, object: Value, delivered: bool) {
         self.shared.state().events.push((object, delivered));
+    }
+
+    /// Adds the whole event that a thin event announces: [`Notification::whole`].
+    ///
+    /// [`Notification::whole`]: super::Notification::whole
+    pub fn put_v2_event(&self, object: Value) {
+        let id = text(&object, "id");
+        self.shared.state().v2_events.insert(id, object);
+    }
+
+    /// Makes the object with that id one of a connected account: without the account's
+    /// `Stripe-Context` it is not found.
+    pub fn assign(&self, id: &str, account: &str) {
+        let mut state = self.shared.state();
+        state.accounts.insert(id.to_owned(), account.to_owned());
     }
 
     /// Plans the answer to the next request with `path` in its path. Several calls plan several
@@ -206,7 +236,7 @@ impl Shared {
         let record = Request {
             at: Instant::now(),
             path: path.clone(),
-            headers,
+            headers: headers.clone(),
         };
         let answer = {
             let mut state = self.state();
@@ -217,7 +247,7 @@ impl Shared {
                     response(&Trouble::status(405), &Value::Null)
                 }
                 None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),
-                None => state.look_up(&path),
+                None => state.look_up(&path, &headers),
             }
         };
         while self.state().held.iter().any(|held| path.contains(held)) {
@@ -237,23 +267,29 @@ impl State {
         Some(self.troubles.remove(index).1)
     }
 
-    fn look_up(&self, path: &str) -> Response<Full<Bytes>> {
+    fn look_up(&self, path: &str, headers: &BTreeMap<String, String>) -> Response<Full<Bytes>> {
         let url = reqwest::Url::parse(&format!("http://stub{path}")).expect("a request has a path");
         let query: Vec<(String, String)> = url.query_pairs().into_owned().collect();
+        // Stripe, "API v2 overview": its requests must name a version.
+        if url.path().starts_with("/v2/") && !headers.contains_key("stripe-version") {
+            return response(&Trouble::status(400), &json!({ "error": {} }));
+        }
+        // The context of a connected account of an organisation is a path to it.
+        let context = headers.get("stripe-context");
+        let context = context.and_then(|context| context.rsplit('/').next());
+        let is_visible = |object: &&Value| {
+            let account = object["id"].as_str().and_then(|id| self.accounts.get(id));
+            account.is_none_or(|account| context == Some(account))
+        };
+        let list = |mut objects: Vec<&Value>| {
+            objects.retain(is_visible);
+            page(objects, url.path(), &query)
+        };
         let found = match url.path() {
-            "/v1/subscriptions" => page(self.subscriptions(&query), url.path(), &query),
-            "/v1/events" => page(self.events(&query), url.path(), &query),
-            "/v1/checkout/sessions" => page(self.checkout_sessions(&query), url.path(), &query),
-            path => {
-                let subscription = path
-                    .strip_prefix("/v1/subscriptions/")
-                    .map(|id| self.subscriptions.get(id));
-                let customer = || {
-                    path.strip_prefix("/v1/customers/")
-                        .map(|id| self.customers.get(id))
-                };
-                subscription.or_else(customer).flatten().cloned()
-            }
+            "/v1/subscriptions" => list(self.subscriptions(&query)),
+            "/v1/events" => list(self.events(&query)),
+            "/v1/checkout/sessions" => list(self.checkout_sessions(&query)),
+            path => self.object(path).filter(is_visible).cloned(),
         };
         match found {
             Some(object) => response(&Trouble::status(200), &object),
@@ -261,6 +297,22 @@ impl State {
                 &Trouble::status(404),
                 &json!({ "error": { "code": "resource_missing", "message": "none" } }),
             ),
+        }
+    }
+
+    fn object(&self, path: &str) -> Option<&Value> {
+        let (folder, id) = path.rsplit_once('/')?;
+        let events = || self.events.iter().map(|(event, _)| event);
+        match folder {
+            "/v1/subscriptions" => self.subscriptions.get(id),
+            "/v1/customers" => self.customers.get(id),
+            "/v1/checkout/sessions" => self
+                .checkout_sessions
+                .iter()
+                .find(|object| object["id"] == id),
+            "/v1/events" => events().find(|event| event["id"] == id),
+            "/v2/core/events" => self.v2_events.get(id),
+            _ => None,
         }
     }
 

@@ -84,9 +84,7 @@ impl Event {
 
     /// Renders the body as in Stripe's webhooks: indented by two, `id` and `object` first.
     pub fn body(&self) -> Bytes {
-        let mut text = String::new();
-        render(&self.value, 0, &mut text);
-        text.into()
+        render_body(&self.value)
     }
 
     /// Renders the body in one line, as other transports do.
@@ -100,6 +98,13 @@ impl Event {
             .and_then(Value::as_str)
             .unwrap_or_default()
     }
+}
+
+/// Renders an object as in Stripe's webhooks.
+pub(super) fn render_body(value: &Value) -> Bytes {
+    let mut text = String::new();
+    render(value, 0, &mut text);
+    text.into()
 }
 
 fn render(value: &Value, depth: usize, text: &mut String) {

@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Event, unique};
+use super::{Event, Notification, Related, unique};
 
 /// The length of a period in these events, in seconds: 30 days.
 pub const MONTH: i64 = 30 * 86_400;
@@ -96,6 +96,26 @@ impl Purchase {
             event_type,
             created,
             changed(self.checkout_session(), changes),
+        )
+    }
+
+    /// Makes a thin event about the subscription. `created_ms` is in milliseconds.
+    pub fn subscription_notification(&self, event_type: &str, created_ms: i64) -> Notification {
+        Notification::new(
+            event_type,
+            created_ms,
+            Related::Subscription,
+            &self.subscription,
+        )
+    }
+
+    /// Makes a thin event about the Checkout Session. `created_ms` is in milliseconds.
+    pub fn checkout_session_notification(&self, event_type: &str, created_ms: i64) -> Notification {
+        Notification::new(
+            event_type,
+            created_ms,
+            Related::CheckoutSession,
+            &self.checkout_session,
         )
     }
 
