@@ -136,7 +136,26 @@ pub const HANDLED_TYPES: [&str; 12] = [
     "checkout.session.expired",
 ];
 
-/// A subscription fetched from Stripe's API, published by a worker into the events stream.
+/// The value of `object` in a thin event. Stripe: "Thin events".
+pub const THIN_OBJECT: &str = "v2.core.event";
+
+/// What the type of a thin event about a v1 resource begins with. The rest is the type of the
+/// snapshot event, or a finer one that has no snapshot event.
+pub const THIN_PREFIX: &str = "v1.";
+
+/// The types of thin events that the worker handles, and that ingress therefore stores by default. A
+/// `*` at the end stands for any rest: Stripe keeps adding finer types, and all of them mean that the
+/// subscription changed.
+pub const HANDLED_THIN_TYPES: [&str; 5] = [
+    "v1.customer.subscription.*",
+    "v1.checkout.session.completed",
+    "v1.checkout.session.async_payment_succeeded",
+    "v1.checkout.session.async_payment_failed",
+    "v1.checkout.session.expired",
+];
+
+/// A subscription or a Checkout Session fetched from Stripe's API, published by a worker into the
+/// events stream.
 pub const SNAPSHOT_TYPE: &str = "litestripe.snapshot";
 
 /// The event type in the signal of a row that an erasure changed. No message has this type.

@@ -26,7 +26,7 @@ impl Arrival {
     pub(crate) fn session(&self) -> Option<&CheckoutSession> {
         match &self.event.body {
             Body::CheckoutSession(session) => Some(session),
-            Body::Subscription(_) | Body::Resolution(_) => None,
+            Body::Subscription(_) | Body::Resolution(_) | Body::Notification(_) => None,
         }
     }
 

@@ -17,9 +17,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use litestripe_contract::event::{
-    EventId, EventType, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
+    EventId, EventType, HANDLED_THIN_TYPES, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE,
+    SNAPSHOT_TYPE, THIN_OBJECT,
 };
-use litestripe_contract::signal::Item;
+use litestripe_contract::signal::{EventReference, Item};
 use serde::{Deserialize, Serialize};
 
 use json::{Leaf, Nested, objects};
@@ -40,8 +41,31 @@ pub struct Event {
     /// The connected account it came from.
     pub stripe_account_id: Option<String>,
     pub body: Body,
+    /// How its object was fetched, for our own `litestripe.snapshot`.
+    pub fetch: Option<Fetch>,
     /// Whether its personal data must not be kept: see [`Event::redact`].
     pub redacted: bool,
+}
+
+/// How a worker fetched the object of a `litestripe.snapshot` from Stripe's API.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Fetch {
+    pub stamp: FetchStamp,
+    /// The thin events that led to the fetch: of each type the one that was received last.
+    pub notifications: Vec<EventReference>,
+    /// Whether Stripe was asked for the subscription's Checkout Sessions too, and lists none.
+    pub searched: bool,
+}
+
+/// The order of the fetches of one object: of two that followed one another, the later has the
+/// larger stamp.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FetchStamp {
+    /// The `Date` of Stripe's answer: seconds since the Unix epoch.
+    pub date: i64,
+    /// The last sequence of `STRIPE_EVENTS` when the fetch began. Orders fetches of the same second:
+    /// a fetch is stored before the next one of the same object begins.
+    pub mark: u64,
 }
 
 /// What an event is about.
@@ -53,6 +77,32 @@ pub enum Body {
     CheckoutSession(Box<CheckoutSession>),
     /// Our own `litestripe.resolution`.
     Resolution(Resolution),
+    /// A thin event.
+    Notification(Notification),
+}
+
+/// A thin event: it only says that an object changed. Stripe: "Thin events".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notification {
+    pub object: NotifiedObject,
+    /// The account that has to be named to fetch the object, as in the event: a connected account,
+    /// or a path for organizations.
+    pub context: Option<String>,
+}
+
+/// The object that a thin event is about, by its id: printable ASCII.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotifiedObject {
+    Subscription(String),
+    CheckoutSession(String),
+}
+
+impl NotifiedObject {
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Subscription(id) | Self::CheckoutSession(id) => id,
+        }
+    }
 }
 
 /// A subscription after an event, and before it as far as the event says.
@@ -283,6 +333,8 @@ pub enum Problem {
     NotInteger,
     #[error("lies outside the years 0 to 9999")]
     OutOfRange,
+    #[error("is not a time of RFC 3339")]
+    NotATime,
     #[error("is neither true nor false")]
     NotBoolean,
 }
@@ -295,6 +347,21 @@ objects! {
         livemode: Leaf<'a> = "livemode",
         account: Leaf<'a> = "account",
         data: Nested<Data<'a>> = "data",
+        object: Leaf<'a> = "object",
+        context: Leaf<'a> = "context",
+        related_object: Nested<RelatedObject<'a>> = "related_object",
+        fetched: Nested<Fetched<'a>> = "fetched",
+        notifications: Leaf<'a> = "notifications",
+        searched: Leaf<'a> = "searched",
+    }
+
+    struct RelatedObject {
+        id: Leaf<'a> = "id",
+    }
+
+    struct Fetched {
+        date: Leaf<'a> = "date",
+        mark: Leaf<'a> = "mark",
     }
 
     struct Data {
@@ -304,6 +371,7 @@ objects! {
 }
 
 const ENVELOPE: Place = Place("");
+const RELATED: Place = Place("related_object.");
 
 /// Decodes an event. Returns `None` if its type is not handled.
 ///
@@ -322,6 +390,9 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
     let event_type = ENVELOPE.required_text(envelope.event_type, "type", ID_BYTES_MAX)?;
     let event_type =
         EventType::parse(event_type).map_err(|_| ENVELOPE.fault("type", Problem::NotAType))?;
+    if is_thin(&envelope) {
+        return notification(&envelope, event_type);
+    }
     let Some(kind) = Kind::from_event_type(event_type.as_str()) else {
         return Ok(None);
     };
@@ -330,6 +401,7 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
     let created = ENVELOPE.seconds(envelope.created, "created")?;
     let created = created.ok_or_else(|| ENVELOPE.fault("created", Problem::Missing))?;
     let stripe_account_id = ENVELOPE.text(envelope.account, "account", ID_BYTES_MAX)?;
+    let fetch = (event_type.as_str() == SNAPSHOT_TYPE).then(|| fetch(&envelope, created));
     let Nested::Object(data) = envelope.data else {
         return Err(ENVELOPE.fault("data", missing_or_no_object(&envelope.data)));
     };
@@ -361,8 +433,93 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
         livemode,
         stripe_account_id,
         body,
+        fetch,
         redacted: false,
     }))
+}
+
+fn is_thin(envelope: &Envelope<'_>) -> bool {
+    let object = ENVELOPE.text(envelope.object, "object", ID_BYTES_MAX);
+    matches!(object, Ok(Some(object)) if object == THIN_OBJECT)
+}
+
+/// Reads a thin event. Returns `None` if its type is not handled.
+fn notification(
+    envelope: &Envelope<'_>,
+    event_type: EventType,
+) -> Result<Option<Event>, DecodeError> {
+    let Some(wrap) = notified_object(event_type.as_str()) else {
+        return Ok(None);
+    };
+    let id = ENVELOPE.required_text(envelope.id, "id", ID_BYTES_MAX)?;
+    let id = EventId::parse(id).map_err(|_| ENVELOPE.fault("id", Problem::NotAnId))?;
+    let Nested::Object(related) = &envelope.related_object else {
+        let problem = missing_or_no_object(&envelope.related_object);
+        return Err(ENVELOPE.fault("related_object", problem));
+    };
+    let object = RELATED.required_text(related.id, "id", ID_BYTES_MAX)?;
+    if !EventId::fits(&object) {
+        return Err(RELATED.fault("id", Problem::NotAnId));
+    }
+    let context = ENVELOPE.text(envelope.context, "context", ID_BYTES_MAX)?;
+    Ok(Some(Event {
+        id,
+        event_type,
+        created: ENVELOPE.rfc3339(envelope.created, "created")?,
+        livemode: ENVELOPE
+            .flag(envelope.livemode, "livemode")?
+            .unwrap_or(false),
+        stripe_account_id: context.as_deref().and_then(account_of_context),
+        body: Body::Notification(Notification {
+            object: wrap(object),
+            context,
+        }),
+        fetch: None,
+        redacted: false,
+    }))
+}
+
+/// Returns the kind of object that thin events of a type are about. `None` if the type is not
+/// handled.
+fn notified_object(event_type: &str) -> Option<fn(String) -> NotifiedObject> {
+    let is_handled = |handled: &&str| match handled.strip_suffix('*') {
+        Some(prefix) => event_type.len() > prefix.len() && event_type.starts_with(prefix),
+        None => event_type == *handled,
+    };
+    let handled = HANDLED_THIN_TYPES.into_iter().find(is_handled)?;
+    Some(if handled.starts_with("v1.checkout.session.") {
+        NotifiedObject::CheckoutSession
+    } else {
+        NotifiedObject::Subscription
+    })
+}
+
+/// Returns the account that a context names: the last part of a path. Stripe: "Stripe-Context".
+pub(crate) fn account_of_context(context: &str) -> Option<String> {
+    let account = context.rsplit('/').next()?;
+    (!account.is_empty()).then(|| account.to_owned())
+}
+
+/// Reads how the object of a `litestripe.snapshot` was fetched. The version before wrote nothing of
+/// this: its snapshots are ordered by their `created`.
+fn fetch(envelope: &Envelope<'_>, created: i64) -> Fetch {
+    let number = |leaf: Leaf<'_>| leaf.value().and_then(json::parse);
+    let stamp = match &envelope.fetched {
+        Nested::Object(Fetched { date, mark }) => FetchStamp {
+            date: number(*date).unwrap_or(created),
+            mark: mark.value().and_then(json::parse).unwrap_or_default(),
+        },
+        _ => FetchStamp {
+            date: created,
+            mark: 0,
+        },
+    };
+    let notifications = envelope.notifications.value().and_then(json::parse);
+    Fetch {
+        stamp,
+        notifications: notifications.unwrap_or_default(),
+        searched: envelope.searched.value() == Some("true"),
+    }
 }
 
 impl Event {
@@ -372,7 +529,29 @@ impl Event {
             Body::Subscription(event) => Some(&event.stripe_subscription_id),
             Body::CheckoutSession(session) => session.stripe_subscription_id.as_deref(),
             Body::Resolution(resolution) => resolution.payment.stripe_subscription_id.as_deref(),
+            Body::Notification(_) => None,
         }
+    }
+
+    /// Returns whether the event says something about this subscription, or announces it.
+    pub fn is_about(&self, stripe_subscription_id: &str) -> bool {
+        match &self.body {
+            Body::Notification(Notification {
+                object: NotifiedObject::Subscription(id),
+                ..
+            }) => id == stripe_subscription_id,
+            _ => self.stripe_subscription_id() == Some(stripe_subscription_id),
+        }
+    }
+
+    /// Returns the id of the object that was fetched, and how, for a `litestripe.snapshot`.
+    pub fn fetched(&self) -> Option<(&str, &Fetch)> {
+        let id = match &self.body {
+            Body::Subscription(event) => &event.stripe_subscription_id,
+            Body::CheckoutSession(session) => &session.id,
+            Body::Resolution(_) | Body::Notification(_) => return None,
+        };
+        Some((id, self.fetch.as_ref()?))
     }
 
     /// Removes email and metadata. What the event says about the subscription's state still counts.
@@ -395,7 +574,7 @@ impl Event {
             Body::Subscription(_) if self.redacted => Some(&NONE),
             Body::Subscription(event) => Some(&event.snapshot.metadata),
             Body::CheckoutSession(session) => Some(&session.metadata),
-            Body::Resolution(_) => None,
+            Body::Resolution(_) | Body::Notification(_) => None,
         }
     }
 }

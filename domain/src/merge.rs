@@ -8,8 +8,8 @@
 //! larger of two values is commutative, associative and idempotent, and so is the merge. (In
 //! mathematical terms, the state is a join-semilattice.)
 //!
-//! `snapshot` decides which snapshot of the subscription is the latest, with the help of `walk` and
-//! `digest`. `checkout` keeps what Checkout Sessions say, `metadata` the metadata by event type.
+//! `snapshot` decides which snapshot of Stripe's events is the latest, with the help of `walk` and
+//! `digest`; `fetched` which fetched one is. `checkout` keeps what Checkout Sessions say, `metadata` the metadata by event type.
 //! `visible` computes the columns from the state.
 //!
 //! Owns the invariant that order and repetition do not matter. May not do I/O, read a clock, or
@@ -17,15 +17,16 @@
 
 mod checkout;
 mod digest;
+mod fetched;
 mod metadata;
 mod snapshot;
 mod visible;
 mod walk;
 
-use litestripe_contract::event::{EventId, EventType, SNAPSHOT_TYPE};
+use litestripe_contract::event::{EventId, EventType};
 use serde::{Deserialize, Serialize};
 
-use crate::event::{Before, Body, Event};
+use crate::event::{Before, Body, Event, SubscriptionEvent};
 
 pub use visible::{Changes, Visible, changes};
 
@@ -34,6 +35,8 @@ pub use visible::{Changes, Visible, changes};
 pub struct State {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     subscription: Option<snapshot::Register>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fetched: Option<fetched::Register>,
     /// Whether the subscription's creation event has been merged.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     created_seen: bool,
@@ -41,6 +44,8 @@ pub struct State {
     checkout: checkout::Registers,
     #[serde(default)]
     metadata: metadata::Registers,
+    #[serde(default, skip_serializing_if = "metadata::FetchedRegisters::is_empty")]
+    fetched_metadata: metadata::FetchedRegisters,
 }
 
 impl State {
@@ -50,9 +55,12 @@ impl State {
     pub fn merge(&mut self, event: &Event) -> bool {
         match &event.body {
             Body::Subscription(body) => {
-                let first = body.before == Before::Nothing && !self.created_seen;
+                let first = is_creation(event, body) && !self.created_seen;
                 self.created_seen |= first;
-                let moved = snapshot::merge(&mut self.subscription, event, body);
+                let moved = match &event.fetch {
+                    Some(fetch) => fetched::merge(&mut self.fetched, event, fetch, body),
+                    None => snapshot::merge(&mut self.subscription, event, body),
+                };
                 first | moved | self.merge_metadata(event)
             }
             Body::CheckoutSession(session) => {
@@ -62,16 +70,20 @@ impl State {
             Body::Resolution(resolution) => self
                 .checkout
                 .merge_reference(event, &resolution.client_reference_id),
+            Body::Notification(_) => false,
         }
     }
 
+    /// Merges the metadata under the event's type, or under those of the thin events that a fetch
+    /// answers.
     fn merge_metadata(&mut self, event: &Event) -> bool {
-        // Metadata is kept by Stripe's event types. A snapshot that a worker fetched has none of
-        // them.
-        let has_stripe_type = event.event_type.as_str() != SNAPSHOT_TYPE;
-        event
-            .metadata()
-            .is_some_and(|map| has_stripe_type && self.metadata.merge(event, map))
+        let Some(map) = event.metadata() else {
+            return false;
+        };
+        match &event.fetch {
+            Some(fetch) => self.fetched_metadata.merge(&event.id, fetch, map),
+            None => self.metadata.merge(event, map),
+        }
     }
 
     /// Empties all metadata. Returns whether there was any.
@@ -79,18 +91,40 @@ impl State {
     /// Stamps and digests stay. So the same event remains the last one, events that were merged
     /// before are still recognised, and an older event cannot bring metadata back.
     pub(crate) fn erase_metadata(&mut self) -> bool {
-        let had_by_type = self.metadata.erase();
+        let had_by_type = self.metadata.erase() | self.fetched_metadata.erase();
         let had_in_snapshots = self
             .subscription
             .as_mut()
             .is_some_and(snapshot::Register::erase_metadata);
-        had_by_type | had_in_snapshots
+        let had_in_fetched = self
+            .fetched
+            .as_mut()
+            .is_some_and(fetched::Register::erase_metadata);
+        had_by_type | had_in_snapshots | had_in_fetched
+    }
+
+    /// Returns the last snapshot: the fetched one, unless an event may be newer.
+    fn last_snapshot(&self) -> Option<snapshot::Last<'_>> {
+        match (&self.subscription, &self.fetched) {
+            (Some(events), Some(fetched)) if events.place() > fetched.place() => events.last(),
+            (_, Some(fetched)) => Some(fetched.last()),
+            (events, None) => events.as_ref()?.last(),
+        }
     }
 
     /// Returns the type of the event `id`, if a metadata register knows it.
     pub(crate) fn event_type(&self, id: &EventId) -> Option<&EventType> {
         self.metadata.event_type(id)
     }
+}
+
+/// Returns whether the event says that the subscription was just created.
+fn is_creation(event: &Event, body: &SubscriptionEvent) -> bool {
+    let notifications = event.fetch.iter().flat_map(|fetch| &fetch.notifications);
+    body.before == Before::Nothing
+        || notifications
+            .map(|notification| notification.event_type.as_str())
+            .any(|event_type| event_type == "v1.customer.subscription.created")
 }
 
 /// A register that keeps the value of the newest event. The newest event has the largest `created`,

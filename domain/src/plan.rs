@@ -18,7 +18,7 @@ use crate::arrival::Arrival;
 use crate::event::{Body, CheckoutSession};
 use crate::merge::{self, Changes, State, Visible};
 use crate::orphan::{self, NewOrphan, Rules};
-use crate::question::{Kind, Question};
+use crate::question::{self, Kind, Question};
 use crate::row::{LastSent, Row, Stored};
 use crate::signal::{self, Cause, NewSignal};
 
@@ -105,6 +105,7 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
                 others.push((session.id.as_str(), arrival))
             }
             Body::Resolution(resolution) => others.push((resolution.orphan_id.as_str(), arrival)),
+            Body::Notification(notification) => others.push((notification.object.id(), arrival)),
             Body::CheckoutSession(_) | Body::Subscription(_) => {}
         }
     }
@@ -615,7 +616,8 @@ impl<'a> RowChange<'_, 'a> {
     }
 }
 
-/// Plans what an event about a payment means for orphans and open questions, apart from any row.
+/// Plans what an event means apart from any row: a payment's for orphans and open questions, a thin
+/// event's for the question what became of its object.
 pub fn plan_payment<'a>(
     arrival: &'a Arrival,
     rules: &Rules,
@@ -623,6 +625,7 @@ pub fn plan_payment<'a>(
 ) -> Consequences<'a> {
     let mut consequences = Consequences {
         resolution: by_operator(arrival),
+        questions: question::notification(arrival, now).into_iter().collect(),
         ..Consequences::default()
     };
     consequences.orphan = missing_reference(arrival).map(|orphan| (arrival, orphan));

@@ -2,8 +2,8 @@
 //!
 //! The events of a batch do not answer everything: whether a client reference id belongs to a user
 //! (the application's user lookup knows), whether a Checkout Session arrives within the grace
-//! period (only time tells), what an uncertain subscription is now (Stripe's API knows). A batch
-//! does not wait for these answers. It stores each as a *question*, a row that stays until it is
+//! period (only time tells), what an uncertain subscription is now, or an object that a thin event
+//! names (Stripe's API knows). A batch does not wait for these answers. It stores each as a *question*, a row that stays until it is
 //! answered, and commits; a task of the worker asks later.
 //!
 //! A question is *open* until it is answered. It is *due* when `due_at` has passed, and then it is
@@ -15,10 +15,17 @@
 //! Owns the kinds of questions and the data that each needs. May not know how they are stored or
 //! asked.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use litestripe_contract::event::EventType;
 use litestripe_contract::signal::EventReference;
 use time::OffsetDateTime;
 
+use crate::arrival::Arrival;
+use crate::event::{Body, NotifiedObject};
 use crate::payment::{AccountId, PaymentIds};
+use crate::signal;
 
 /// A kind of question. There is at most one open question of a kind about the same entity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,10 +38,18 @@ pub enum Kind {
     Fetch,
     /// No information: the data of a customer that was deleted at Stripe is to be erased.
     Erase,
+    /// What became of an object of which thin events say that it changed. Asks Stripe's API.
+    Notification,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Lookup, Self::Grace, Self::Fetch, Self::Erase];
+    pub const ALL: [Self; 5] = [
+        Self::Lookup,
+        Self::Grace,
+        Self::Fetch,
+        Self::Erase,
+        Self::Notification,
+    ];
 
     /// Returns the name of the kind in the table and in metrics.
     pub fn as_str(self) -> &'static str {
@@ -43,6 +58,7 @@ impl Kind {
             Self::Grace => "grace",
             Self::Fetch => "fetch",
             Self::Erase => "erase",
+            Self::Notification => "notification",
         }
     }
 
@@ -65,6 +81,56 @@ pub enum Details {
     },
     Fetch,
     Erase,
+    Notification(Notified),
+}
+
+/// What asking about an object needs, after the thin events about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notified {
+    pub object: NotifiedObject,
+    /// The account that has to be named to fetch it: see `event::Notification`.
+    pub context: Option<String>,
+    /// The thin events, by type the one that was received last.
+    pub notifications: BTreeMap<EventType, EventReference>,
+    /// When the question is asked at the latest, however many more thin events come.
+    pub ask_by: OffsetDateTime,
+}
+
+impl Notified {
+    pub fn references(&self) -> Vec<EventReference> {
+        self.notifications.values().cloned().collect()
+    }
+}
+
+/// How long a question waits for more thin events about its object: one change at Stripe often sends
+/// several, and one call answers them all.
+const GATHER: Duration = Duration::from_millis(500);
+
+/// How long it waits if they keep coming.
+const GATHER_MAX: Duration = Duration::from_secs(5);
+
+/// Returns the question that a thin event leads to.
+pub(crate) fn notification(arrival: &Arrival, now: OffsetDateTime) -> Option<Question> {
+    let Body::Notification(notification) = &arrival.event.body else {
+        return None;
+    };
+    let event = signal::reference(&arrival.event);
+    let details = Details::Notification(Notified {
+        object: notification.object.clone(),
+        context: notification.context.clone(),
+        notifications: [(event.event_type.clone(), event.clone())].into(),
+        ask_by: now + GATHER_MAX,
+    });
+    Some(Question {
+        entity_id: notification.object.id().to_owned(),
+        details,
+        due_at: now + GATHER,
+        attempts: 0,
+        stripe_account_id: arrival.event.stripe_account_id.clone(),
+        livemode: arrival.event.livemode,
+        event,
+        stream_sequence: arrival.stream_sequence,
+    })
 }
 
 /// An open question.
@@ -86,7 +152,17 @@ pub struct Question {
 }
 
 impl Question {
+    /// Returns the account that has to be named to ask Stripe.
     pub fn account(&self) -> Option<AccountId<'_>> {
+        let context = match &self.details {
+            Details::Notification(notified) => notified.context.as_deref(),
+            _ => None,
+        };
+        context.map(AccountId).or(self.stripe_account())
+    }
+
+    /// Returns the connected account that the entity belongs to.
+    pub fn stripe_account(&self) -> Option<AccountId<'_>> {
         self.stripe_account_id.as_deref().map(AccountId)
     }
 
@@ -96,7 +172,22 @@ impl Question {
             Details::Grace { .. } => Kind::Grace,
             Details::Fetch => Kind::Fetch,
             Details::Erase => Kind::Erase,
+            Details::Notification(_) => Kind::Notification,
         }
+    }
+
+    /// Replaces the question by a later one of the same kind about the same entity. The thin events
+    /// of both are kept.
+    pub fn replace(&mut self, mut later: Self) {
+        if let (Details::Notification(held), Details::Notification(later)) =
+            (&mut self.details, &mut later.details)
+        {
+            let newer = std::mem::take(&mut later.notifications);
+            later.notifications = std::mem::take(&mut held.notifications);
+            later.notifications.extend(newer);
+            later.ask_by = later.ask_by.min(held.ask_by);
+        }
+        *self = later;
     }
 
     /// Returns the ids of the payment that it is about.
@@ -109,7 +200,14 @@ impl Question {
                 stripe_subscription_id: entity_id(),
                 ..PaymentIds::default()
             },
-            Details::Fetch => PaymentIds {
+            Details::Notification(Notified {
+                object: NotifiedObject::CheckoutSession(_),
+                ..
+            }) => PaymentIds {
+                checkout_session_id: entity_id(),
+                ..PaymentIds::default()
+            },
+            Details::Fetch | Details::Notification(_) => PaymentIds {
                 stripe_subscription_id: entity_id(),
                 ..PaymentIds::default()
             },

@@ -7,10 +7,11 @@ use sea_orm::entity::prelude::*;
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "due_check")]
 pub struct Model {
-    /// The subscription's id, else the Checkout Session's. For an erasure, the customer's.
+    /// The subscription's id, else the Checkout Session's; for thin events, the id of the object that
+    /// they name. For an erasure, the customer's.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub entity_id: String,
-    /// `lookup`, `grace`, `fetch` or `erase`.
+    /// `lookup`, `grace`, `fetch`, `erase` or `notification`.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub kind: String,
     /// When to ask. A worker that takes the question moves this time, so that another one asks if
@@ -39,6 +40,14 @@ pub struct Model {
     pub event_created: i64,
     /// Its sequence in `STRIPE_EVENTS`.
     pub stream_sequence: i64,
+    /// For thin events, the account that has to be named to fetch the object.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub context: Option<String>,
+    /// The thin events, as a JSON object: by type, `created` and id of the one received last.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub notifications: Option<String>,
+    /// For thin events, when to ask at the latest, even if more of them keep coming.
+    pub ask_by: Option<TimeDateTimeWithTimeZone>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

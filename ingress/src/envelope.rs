@@ -4,15 +4,12 @@
 
 use std::fmt;
 
-use litestripe_contract::event::EventId;
+use litestripe_contract::event::{EventId, THIN_OBJECT};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::signature::VerifiedBody;
-
-/// The value of `object` in a thin event. Stripe: "Thin events".
-const THIN: &str = "v2.core.event";
 
 /// Why a signed body is not an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -54,7 +51,7 @@ fn parse(body: &[u8]) -> Result<Envelope, NotAnEvent> {
     Ok(Envelope {
         id,
         event_type,
-        is_thin: text(object).as_deref() == Some(THIN),
+        is_thin: text(object).as_deref() == Some(THIN_OBJECT),
     })
 }
 

@@ -23,7 +23,10 @@ const PUBLISH_SECONDS_BUCKETS: [f64; 14] = [
 pub(crate) enum Outcome {
     Stored,
     Duplicate,
+    /// Not stored: the settings leave its type out.
     Ignored,
+    /// The same, for a thin event.
+    ThinIgnored,
     Method,
     UnknownHook,
     TooLarge,
@@ -43,10 +46,11 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     /// All outcomes with their labels, in the order of the enum.
-    const ALL: [(Self, &str); 13] = [
+    const ALL: [(Self, &str); 14] = [
         (Self::Stored, "stored"),
         (Self::Duplicate, "duplicate"),
         (Self::Ignored, "ignored"),
+        (Self::ThinIgnored, "thin_ignored"),
         (Self::Method, "method"),
         (Self::UnknownHook, "unknown_hook"),
         (Self::TooLarge, "too_large"),

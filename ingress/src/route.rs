@@ -2,7 +2,7 @@
 //!
 //! The only file that knows HTTP requests and answers. May not know how a signature is made or how
 //! an event is stored. Invariant: 200 is answered only for an event that is stored, or that is
-//! never stored: a thin event, or a type that the settings leave out.
+//! never stored: one of a type that the settings leave out.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ use crate::envelope::{Envelope, NotAnEvent};
 use crate::metrics::{Metrics, Outcome};
 use crate::publish::{Delivery, Publisher, StoreError, Stored};
 use crate::secret::Secrets;
-use crate::settings::{HookId, Settings};
+use crate::settings::{EventTypes, HookId, Settings};
 use crate::signature::{self, SignatureError};
 use crate::throttle::Throttle;
 
@@ -47,6 +47,9 @@ const SUCCESS: &[u8] = br#"{"status":"success"}"#;
 /// How often a refused signature is logged at most: anyone can send them.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How often a thin event that the settings leave out is logged at most.
+const LEFT_OUT_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
 pub(crate) struct Ingress {
     settings: Settings,
     secrets: Secrets,
@@ -55,6 +58,10 @@ pub(crate) struct Ingress {
     metrics: Arc<Metrics>,
     /// Limits the log lines about refused signatures.
     refused: Throttle,
+    /// The types that the worker handles.
+    handled: EventTypes,
+    /// Limits the log lines about handled thin events that the settings leave out.
+    left_out: Throttle,
 }
 
 impl Ingress {
@@ -64,18 +71,38 @@ impl Ingress {
         publisher: Arc<Publisher>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (bodies, refused) = (
-            Budget::new(body::BUDGET_BYTES),
-            Throttle::new(REFUSED_INTERVAL),
-        );
+        let bodies = Budget::new(body::BUDGET_BYTES);
         Self {
             settings,
             secrets,
             bodies,
             publisher,
             metrics,
-            refused,
+            refused: Throttle::new(REFUSED_INTERVAL),
+            handled: EventTypes::handled(),
+            left_out: Throttle::new(LEFT_OUT_INTERVAL),
         }
+    }
+
+    /// Returns the outcome of an event that is not stored. Warns if the worker would handle it and
+    /// only the settings leave it out: whoever adds a destination of thin events to a list of types
+    /// that was made for snapshot events would otherwise lose all of them unnoticed.
+    fn ignore(&self, envelope: &Envelope) -> Outcome {
+        debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
+        if !envelope.is_thin {
+            return Outcome::Ignored;
+        }
+        if self.handled.contains(&envelope.event_type)
+            && let Some(omitted) = self.left_out.admit(Instant::now())
+        {
+            warn!(
+                omitted,
+                event_type = envelope.event_type,
+                "thin events of type {} are not stored: add it to LITESTRIPE_EVENT_TYPES",
+                envelope.event_type
+            );
+        }
+        Outcome::ThinIgnored
     }
 }
 
@@ -185,9 +212,8 @@ async fn deliver<B: Buf>(
         ingress.settings.tolerance,
     )?;
     let envelope = Envelope::read(&body)?;
-    if envelope.is_thin || !ingress.settings.event_types.contains(&envelope.event_type) {
-        debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
-        return Ok(Outcome::Ignored);
+    if !ingress.settings.event_types.contains(&envelope.event_type) {
+        return Ok(ingress.ignore(&envelope));
     }
     let event_type = EventType::parse(envelope.event_type).map_err(|_| Refusal::NotASubject)?;
     let verified = Instant::now();

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use litestripe_contract::event::{EventType, HANDLED_TYPES};
+use litestripe_contract::event::{EventType, HANDLED_THIN_TYPES, HANDLED_TYPES};
 use litestripe_contract::settings::{
     ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address, bytes,
     path,
@@ -35,7 +35,7 @@ litestripe_contract::settings! {
     LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),
         "HTTP address";
     EVENT_TYPES = "LITESTRIPE_EVENT_TYPES", None,
-        "event types that are stored, comma-separated, or * for all; others are answered 200 and counted, but not stored [default: the types the worker handles]";
+        "event types that are stored, comma-separated, with * for any rest (v1.customer.subscription.*), or * for all; others are answered 200 and counted, but not stored [default: the types the worker handles, of snapshot and of thin events]";
     BODY_LIMIT = "LITESTRIPE_BODY_LIMIT", Some("1MiB"),
         "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller";
     GROUP_COMMIT = "LITESTRIPE_GROUP_COMMIT", Some("auto"),
@@ -83,29 +83,48 @@ impl std::fmt::Debug for HookId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EventTypes {
     All,
-    Some(BTreeSet<String>),
+    Some {
+        types: BTreeSet<String>,
+        /// What other accepted types begin with, each with its last dot.
+        prefixes: Vec<String>,
+    },
 }
 
 impl EventTypes {
     pub(crate) fn contains(&self, event_type: &str) -> bool {
         match self {
             Self::All => true,
-            Self::Some(types) => types.contains(event_type),
+            Self::Some { types, prefixes } => {
+                let begins = |prefix: &String| {
+                    event_type.len() > prefix.len() && event_type.starts_with(prefix.as_str())
+                };
+                types.contains(event_type) || prefixes.iter().any(begins)
+            }
         }
     }
 
-    fn handled() -> Self {
-        Self::Some(HANDLED_TYPES.map(str::to_owned).into())
+    /// Returns the types that the worker handles.
+    pub(crate) fn handled() -> Self {
+        let handled = HANDLED_TYPES.into_iter().chain(HANDLED_THIN_TYPES);
+        Self::parse_names(handled).expect("the handled types are types")
     }
 
     fn parse(text: &str) -> Option<Self> {
         if text == "*" {
             return Some(Self::All);
         }
-        let types = text
-            .split(',')
-            .map(|name| Some(EventType::parse(name.trim()).ok()?.as_str().to_owned()));
-        types.collect::<Option<_>>().map(Self::Some)
+        Self::parse_names(text.split(',').map(str::trim))
+    }
+
+    fn parse_names<'a>(names: impl Iterator<Item = &'a str>) -> Option<Self> {
+        let (mut types, mut prefixes) = (BTreeSet::new(), Vec::new());
+        for name in names {
+            match name.strip_suffix(".*") {
+                Some(prefix) => prefixes.push(format!("{}.", EventType::parse(prefix).ok()?)),
+                None => drop(types.insert(EventType::parse(name).ok()?.to_string())),
+            }
+        }
+        Some(Self::Some { types, prefixes })
     }
 }
 
@@ -134,7 +153,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     let listen = reader.defaulted(&LISTEN, ADDRESS, address);
     let event_types = reader.optional(
         &EVENT_TYPES,
-        "event types, comma-separated, or *",
+        "event types, comma-separated, each may end in .* for any rest, or *",
         EventTypes::parse,
     );
     let body_limit = reader.defaulted(&BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {

@@ -179,6 +179,9 @@ impl Known {
                     None,
                 )
             }
+            Body::Notification(notification) => {
+                ([Some(notification.object.id()), None, None], None)
+            }
         };
         // A fetched snapshot has the time of the fetch, but its personal data is as old as the
         // object.

@@ -16,6 +16,8 @@ const BACKFILLS: &str = "litestripe_worker_backfills_total";
 const STREAM_BYTES: &str = "litestripe_worker_events_stream_bytes";
 const STREAM_BYTES_MAX: &str = "litestripe_worker_events_stream_bytes_max";
 const WAITING: &str = "litestripe_worker_waiting";
+const OPEN_QUESTIONS: &str = "litestripe_worker_open_questions";
+const STRIPE_REQUESTS: &str = "litestripe_worker_stripe_requests_total";
 const BUILD: &str = "litestripe_build_info";
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -38,7 +40,11 @@ fn help(name: &str) -> &'static str {
         BACKFILLS => "Scheduled backfills of this worker, by outcome",
         STREAM_BYTES => "Size of STRIPE_EVENTS in bytes",
         STREAM_BYTES_MAX => "Size in bytes at which STRIPE_EVENTS refuses new events",
-        WAITING => "1 while the worker waits for the database, the broker, or to publish signals",
+        WAITING => {
+            "1 while the worker waits for the database, the broker, a key for Stripe, or to publish signals"
+        }
+        OPEN_QUESTIONS => "Open questions of all workers, by kind",
+        STRIPE_REQUESTS => "Requests to Stripe's API by outcome, each attempt counted",
         _ => "Always 1; the label is the version of the program",
     }
 }
@@ -53,7 +59,17 @@ pub(crate) fn install() {
         counter!(name).absolute(0);
     }
     describe_counter!(BACKFILLS, help(BACKFILLS));
-    for name in [STREAM_BYTES, STREAM_BYTES_MAX, WAITING, BUILD] {
+    describe_counter!(STRIPE_REQUESTS, help(STRIPE_REQUESTS));
+    for outcome in StripeOutcome::ALL {
+        counter!(STRIPE_REQUESTS, "outcome" => outcome.as_str()).absolute(0);
+    }
+    for name in [
+        STREAM_BYTES,
+        STREAM_BYTES_MAX,
+        WAITING,
+        OPEN_QUESTIONS,
+        BUILD,
+    ] {
         describe_gauge!(name, help(name));
     }
     for outcome in ["complete", "failed"] {
@@ -63,6 +79,7 @@ pub(crate) fn install() {
     waiting_for_database(false);
     waiting_for_signals(false);
     waiting_for_broker(false);
+    waiting_for_key(false);
     let upkeep = handle.clone();
     if HANDLE.set(handle).is_ok() {
         tokio::spawn(async move {
@@ -129,4 +146,42 @@ pub(crate) fn waiting_for_broker(waiting: bool) {
 /// Signals wait in the outbox because they cannot be published.
 pub(crate) fn waiting_for_signals(waiting: bool) {
     gauge!(WAITING, "for" => "signals").set(f64::from(waiting));
+}
+
+/// Thin events wait for a key of their mode.
+pub(crate) fn waiting_for_key(waiting: bool) {
+    gauge!(WAITING, "for" => "stripe_key").set(f64::from(waiting));
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is read by people")]
+pub(crate) fn open_questions(kind: &'static str, count: u64) {
+    gauge!(OPEN_QUESTIONS, "kind" => kind).set(count as f64);
+}
+
+/// The outcome of one request to Stripe's API.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum StripeOutcome {
+    Ok,
+    NotFound,
+    /// Another 4xx, such as a missing permission.
+    Refused,
+    /// A rate limit, a server error or no answer.
+    Failed,
+}
+
+impl StripeOutcome {
+    const ALL: [Self; 4] = [Self::Ok, Self::NotFound, Self::Refused, Self::Failed];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::NotFound => "not_found",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+pub(crate) fn stripe_request(outcome: StripeOutcome) {
+    counter!(STRIPE_REQUESTS, "outcome" => outcome.as_str()).increment(1);
 }

@@ -1,9 +1,9 @@
 //! Questions: what the worker has to find out outside a batch, stored as a row until it is
 //! answered.
 //!
-//! There are four kinds, one file each: the user lookup (`user`), the end of a grace period
-//! (`grace`), the fetch of an uncertain subscription (`uncertain`), and the erasure of a deleted
-//! customer (`erase`). An open question becomes due, a worker asks it (`asker`), and it is retried
+//! There are five kinds, one file each: the user lookup (`user`), the end of a grace period
+//! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin events
+//! name (`notification`), and the erasure of a deleted customer (`erase`). `open` counts them. An open question becomes due, a worker asks it (`asker`), and it is retried
 //! until it is answered. Any worker may ask; a lease gives each question to one of them at a time.
 //! This module also creates and resolves the orphans that follow from an answer. Where an answer
 //! depends on a row, it writes that row too, so that a batch that changes the row at the same time
@@ -38,6 +38,8 @@ mod asker;
 mod erase;
 mod grace;
 pub mod lookup;
+mod notification;
+mod open;
 mod uncertain;
 mod user;
 

@@ -14,12 +14,13 @@ pub struct Object {
     pub raw: Box<RawValue>,
 }
 
-/// The kept fields of a subscription, except metadata, which is the operator's own text. Ids,
-/// states and dates do not name a person.
-const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 15] = [
+/// The kept fields of a subscription and of a Checkout Session, except email and metadata, which is
+/// the operator's own text. Ids, states and dates do not name a person.
+const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 19] = [
     "cancel_at",
     "cancel_at_period_end",
     "canceled_at",
+    "client_reference_id",
     "created",
     "current_period_end",
     "current_period_start",
@@ -28,14 +29,17 @@ const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 15] = [
     "id",
     "items",
     "livemode",
+    "mode",
     "object",
+    "payment_status",
     "start_date",
     "status",
+    "subscription",
     "trial_end",
 ];
 
 impl Object {
-    /// Returns a subscription without fields that may hold personal data. After an erasure they
+    /// Returns the object without fields that may hold personal data. After an erasure they
     /// must not be stored again. `None` if the JSON is not an object.
     pub fn without_personal_data(&self) -> Option<Self> {
         let mut fields: serde_json::Map<String, serde_json::Value> =

@@ -23,7 +23,10 @@ impl Owner {
     pub fn parse(body: &[u8]) -> Option<Self> {
         let body: Value = serde_json::from_slice(body).ok()?;
         // A signal has its fields where an event has its envelope.
-        let object = body.pointer("/data/object").unwrap_or(&body);
+        let object = body
+            .pointer("/data/object")
+            .or_else(|| body.pointer("/related_object"))
+            .unwrap_or(&body);
         let kind = kind(&body, object);
         let own = object["id"].as_str();
         let customer = match kind {
@@ -70,7 +73,9 @@ enum Kind {
 
 fn kind(body: &Value, object: &Value) -> Kind {
     let event_type = body["type"].as_str().unwrap_or_default();
-    match object["object"].as_str() {
+    // A thin event names the kind of its object in another field.
+    let kind = object["object"].as_str();
+    match kind.or_else(|| body.pointer("/related_object/type")?.as_str()) {
         Some("customer") => Kind::Customer,
         Some("subscription" | "checkout.session") => Kind::Payment,
         None if event_type.starts_with("customer.subscription.")
@@ -86,26 +91,34 @@ fn id(reference: &Value) -> Option<&str> {
     reference.as_str().or_else(|| reference["id"].as_str())
 }
 
-/// Reads a `customer.deleted` event. Returns `None` for every other body, and if the ids in it are
-/// not valid.
+/// Reads a `customer.deleted` event, or the thin event of that. Returns `None` for every other body,
+/// and if the ids in it are not valid.
 pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
     memchr::memmem::find(body, b"customer.deleted")?;
     let body: Value = serde_json::from_slice(body).ok()?;
-    let customer = body.pointer("/data/object/id").and_then(Value::as_str)?;
-    if body["type"] != "customer.deleted" || !EventId::fits(customer) {
-        return None;
-    }
+    let event_type = body["type"].as_str()?;
+    let (customer, created) = match event_type {
+        "customer.deleted" => (
+            body.pointer("/data/object/id")?,
+            Timestamp::from_unix(body["created"].as_i64()?).ok()?,
+        ),
+        "v1.customer.deleted" => (
+            body.pointer("/related_object/id")?,
+            serde_json::from_value(body["created"].clone()).ok()?,
+        ),
+        _ => return None,
+    };
+    let customer = customer.as_str().filter(|id| EventId::fits(id))?;
+    let account = body["account"].as_str().map(str::to_owned);
+    let account = account.or_else(|| super::account_of_context(body["context"].as_str()?));
     Some(DeletedCustomer {
         stripe_customer_id: customer.to_owned(),
-        stripe_account_id: body["account"]
-            .as_str()
-            .filter(|id| EventId::fits(id))
-            .map(str::to_owned),
+        stripe_account_id: account.filter(|id| EventId::fits(id)),
         livemode: body["livemode"].as_bool().unwrap_or(false),
         event: EventReference {
             id: EventId::parse(body["id"].as_str()?).ok()?,
-            event_type: EventType::parse("customer.deleted").ok()?,
-            created: Timestamp::from_unix(body["created"].as_i64()?).ok()?,
+            event_type: EventType::parse(event_type).ok()?,
+            created,
         },
     })
 }

@@ -7,9 +7,14 @@
 use std::borrow::Cow;
 
 use litestripe_contract::signal::Timestamp;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::json::{Entries, Leaf, Nested, Object, parse, parse_borrowed};
 use super::{DecodeError, MetadataKeys, Problem};
+
+/// The longest time in RFC 3339, in bytes. With nine digits of a second it has 35.
+const TIME_BYTES_MAX: usize = 64;
 
 /// The place of the fields that are read: the beginning of their names in errors.
 #[derive(Clone, Copy)]
@@ -74,6 +79,17 @@ impl Place {
             return Err(self.fault(name, Problem::OutOfRange));
         }
         Ok(seconds)
+    }
+
+    /// Reads a required time in RFC 3339, with or without fractions of a second. Returns whole
+    /// seconds since the Unix epoch, rounded down.
+    pub(super) fn rfc3339(self, leaf: Leaf<'_>, name: &'static str) -> Result<i64, DecodeError> {
+        let text = self.required_text(leaf, name, TIME_BYTES_MAX)?;
+        let at = OffsetDateTime::parse(&text, &Rfc3339)
+            .map_err(|_| self.fault(name, Problem::NotATime))?;
+        Timestamp::from_unix(at.unix_timestamp())
+            .map(Timestamp::unix)
+            .map_err(|_| self.fault(name, Problem::OutOfRange))
     }
 
     pub(super) fn flag(

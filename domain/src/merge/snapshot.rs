@@ -1,4 +1,4 @@
-//! The snapshot register: which of a subscription's snapshots is the last.
+//! The snapshot register: which snapshot of Stripe's events is the last.
 //!
 //! Owns the phases of a subscription's life, and the order of events within a second. Stripe's
 //! `created` counts whole seconds, so several events often have the same one: which came last? The
@@ -23,7 +23,7 @@ const EVENTS_MAX: usize = 32;
 
 /// A phase of a subscription's life. Phases only move forward, whatever the events' times say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-enum Phase {
+pub(super) enum Phase {
     #[serde(rename = "incomplete")]
     Incomplete,
     /// Neither incomplete nor terminal. Includes statuses that we do not know.
@@ -34,7 +34,7 @@ enum Phase {
 }
 
 impl Phase {
-    fn from_snapshot(snapshot: &Snapshot) -> Self {
+    pub(super) fn from_snapshot(snapshot: &Snapshot) -> Self {
         match snapshot.status.as_deref() {
             Some("incomplete") => Self::Incomplete,
             Some("canceled" | "incomplete_expired") => Self::Terminal,
@@ -116,7 +116,7 @@ impl Register {
     }
 
     /// Returns the position in the subscription's life: the phase counts first, then the second.
-    fn place(&self) -> (Phase, i64) {
+    pub(super) fn place(&self) -> (Phase, i64) {
         (self.phase, self.second)
     }
 

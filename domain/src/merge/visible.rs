@@ -47,12 +47,8 @@ impl State {
         };
         let row = &mut visible.subscription;
         row.client_reference_id = self.checkout.client_reference_id().map(str::to_owned);
-        row.metadata = self.metadata.visible();
-        if let Some(last) = self
-            .subscription
-            .as_ref()
-            .and_then(super::snapshot::Register::last)
-        {
+        row.metadata = self.metadata.visible(&self.fetched_metadata);
+        if let Some(last) = self.last_snapshot() {
             show_snapshot(&mut visible, &last);
         } else if let Some(session) = self.checkout.session() {
             row.stripe_customer_id.clone_from(&session.customer);

@@ -159,6 +159,7 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
         Body::Subscription(_) => "customer.subscription.updated",
         Body::CheckoutSession(_) => "checkout.session.completed",
         Body::Resolution(_) => RESOLUTION_TYPE,
+        Body::Notification(_) => "v1.customer.subscription.updated",
     };
     let event = Event {
         id: EventId::parse(format!("evt_{index}")).expect("it is an id"),
@@ -167,6 +168,7 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
         livemode: false,
         stripe_account_id: None,
         body,
+        fetch: None,
         redacted: false,
     };
     Arrival {
@@ -289,7 +291,10 @@ impl Table {
                 Details::Grace { .. } if self.may_be_paid() => {
                     self.orphans.entry(id).or_insert(true);
                 }
-                Details::Grace { .. } | Details::Fetch | Details::Erase => {}
+                Details::Grace { .. }
+                | Details::Fetch
+                | Details::Erase
+                | Details::Notification(_) => {}
             }
         }
         let open = self

@@ -126,13 +126,14 @@ fn event_types_are_a_list_or_an_asterisk() {
         assert_eq!(EventTypes::parse(text), expected, "{text}")
     };
     let some = |names: &[&str]| {
-        Some(EventTypes::Some(
-            names
+        Some(EventTypes::Some {
+            types: names
                 .iter()
                 .copied()
                 .map(str::to_owned)
                 .collect::<BTreeSet<_>>(),
-        ))
+            prefixes: Vec::new(),
+        })
     };
     check("*", Some(EventTypes::All));
     check("invoice.paid", some(&["invoice.paid"]));
@@ -142,7 +143,10 @@ fn event_types_are_a_list_or_an_asterisk() {
     );
     for wrong in [
         "",
-        "invoice.*",
+        "*.paid",
+        "invoice.*.paid",
+        "invoice*",
+        ".*",
         "invoice.paid,",
         "*,invoice.paid",
         "Invoice.paid",
@@ -162,5 +166,38 @@ fn a_body_limit_has_bounds() {
     assert_eq!(limit("32MiB"), Some(32 << 20));
     for wrong in ["1023", "0", "33MiB", "-1", "much"] {
         assert_eq!(limit(wrong), None, "{wrong}");
+    }
+}
+
+#[test]
+fn an_asterisk_at_the_end_stands_for_any_rest() {
+    let types = EventTypes::parse("ping, invoice.*").expect("they are types");
+    for (name, is_stored) in [
+        ("ping", true),
+        ("invoice.paid", true),
+        ("invoice.payment.overpaid", true),
+        ("invoice", false),
+        ("invoice.", false),
+        ("invoiceitem.created", false),
+        ("v1.invoice.paid", false),
+    ] {
+        assert_eq!(types.contains(name), is_stored, "{name}");
+    }
+}
+
+#[test]
+fn thin_events_that_the_worker_handles_are_stored_by_default() {
+    let types = EventTypes::handled();
+    for (name, is_stored) in [
+        ("v1.customer.subscription.updated", true),
+        ("v1.customer.subscription.item_price_changed", true),
+        ("v1.customer.subscription.something_new", true),
+        ("v1.checkout.session.completed", true),
+        ("v1.checkout.session.something_new", false),
+        ("v1.customer.updated", false),
+        ("v2.core.health.api_error", false),
+        ("customer.subscription.something_new", false),
+    ] {
+        assert_eq!(types.contains(name), is_stored, "{name}");
     }
 }

@@ -144,6 +144,12 @@ async fn save_once(
             .map(|(id, arrival)| (id, plan::plan_payment(arrival, &policy.rules, now))),
     );
     signals.extend(save_consequences(&tx, consequences, policy.signalling, now).await?);
+    let fetched: Vec<_> = pending
+        .iter()
+        .filter_map(|arrival| arrival.event.fetched())
+        .map(|(id, fetch)| (id, fetch.stamp.mark))
+        .collect();
+    store::question::remove_fetched(&tx, &fetched).await?;
     store::outbox::insert(&tx, signals, now).await?;
     fail_point!("worker::before_commit");
     tx.commit()

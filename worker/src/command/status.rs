@@ -1,11 +1,14 @@
 //! `status`: how far the workers are.
 
+use std::collections::BTreeMap;
+
 use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, ErrorCode, consumer};
 use clap::Args;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_contract::{connect, exit};
+use litestripe_domain::question::Kind;
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -13,7 +16,7 @@ use time::OffsetDateTime;
 use super::Failure;
 use super::print::{self, Output};
 use crate::recover::unsent;
-use crate::settings::Settings;
+use crate::settings::{Settings, StripeSettings};
 use crate::store::{self, Store};
 
 #[derive(Debug, Args)]
@@ -38,6 +41,9 @@ struct Report {
     open_orphans: Option<u64>,
     replay: Option<ReplayReport>,
     signals_owed: Option<u64>,
+    open_questions: Option<BTreeMap<&'static str, u64>>,
+    /// Subscriptions and Checkout Sessions with thin events that `STRIPE_SECRET_KEY` cannot fetch.
+    waiting_for_key: Option<u64>,
     /// The newest applied migration.
     schema_version: Option<String>,
     schema_current: bool,
@@ -58,7 +64,8 @@ impl Status {
         let store = Store::open(&settings.database).await?;
         let mut report = Report::default();
         report.read_streams(&jetstream).await?;
-        report.read_database(&store).await?;
+        let key = settings.stripe.as_ref().map(StripeSettings::is_live);
+        report.read_database(&store, key).await?;
         let shown = serde_json::to_value(&report)?;
         self.output.print(&report, || print(&shown))
     }
@@ -82,7 +89,7 @@ impl Report {
         Ok(())
     }
 
-    async fn read_database(&mut self, store: &Store) -> Result<(), Failure> {
+    async fn read_database(&mut self, store: &Store, key: Option<bool>) -> Result<(), Failure> {
         let steps = store.migrations().await?;
         self.schema_current = steps.iter().all(|step| step.applied);
         self.schema_version = steps
@@ -99,6 +106,14 @@ impl Report {
         self.outbox_oldest_age_s = oldest.map(|at| (now - at).whole_seconds());
         self.open_orphans = Some(store::orphan::count_open(db).await?);
         self.signals_owed = Some(unsent::count(store).await?);
+        let open = store::question::count_open(db).await?;
+        let waiting = open.iter().filter(|open| open.waits_for_key(key));
+        self.waiting_for_key = Some(waiting.map(|open| open.count).sum());
+        let mut by_kind: BTreeMap<_, u64> = Kind::ALL.map(|kind| (kind.as_str(), 0)).into();
+        for open in open {
+            *by_kind.entry(open.kind.as_str()).or_default() += open.count;
+        }
+        self.open_questions = Some(by_kind);
         let replay = store::replay::unfinished(db).await?.into_iter().next();
         self.replay = replay.map(|replay| ReplayReport {
             running: replay.is_running(now),
@@ -184,6 +199,12 @@ fn print(report: &Value) {
     let row =
         |(label, field, note): (&str, &str, &str)| [label.to_owned(), cell(field), note.to_owned()];
     let mut rows: Vec<_> = rows.map(row).into();
+    if report["waiting_for_key"] != 0 && !report["waiting_for_key"].is_null() {
+        let note = "subscriptions and Checkout Sessions with thin events wait for STRIPE_SECRET_KEY, or for one of the \
+            other mode";
+        let count = cell("waiting_for_key");
+        rows.push(["thin events", &count, note].map(str::to_owned));
+    }
     let schema = report["schema_version"].as_str().unwrap_or("none");
     let current = report["schema_current"] == true;
     let current = if current {

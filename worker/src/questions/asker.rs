@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use super::{Outcome, Questions};
 use crate::fail_point::fail_point;
-use crate::store::question::{self, Taken};
+use crate::store::question::{self, Due, Taken};
 use crate::wait::{Awaited, Wait};
 
 /// How often the asker checks for due questions.
@@ -28,6 +28,7 @@ const LEASE: Duration = Duration::from_secs(12 * 60);
 /// the request budget.
 const IN_FLIGHT_MAX: usize = 16;
 const STRIPE_IN_FLIGHT_MAX: usize = 4;
+const NOTIFICATIONS_IN_FLIGHT_MAX: usize = 8;
 
 /// The shortest time between two warnings about questions without an answer.
 const WARN_EVERY: Duration = Duration::from_secs(60);
@@ -54,16 +55,19 @@ impl Questions {
         } else {
             IN_FLIGHT_MAX
         };
+        let has_key = questions.stripe.is_some();
         let kinds = [
             (Kind::Lookup, questions.lookup.is_enabled(), IN_FLIGHT_MAX),
             (Kind::Grace, questions.orphans.without_session, stripe_max),
-            (Kind::Fetch, questions.stripe.is_some(), stripe_max),
+            (Kind::Fetch, has_key, stripe_max),
             (Kind::Erase, questions.erase_on_customer_deleted, 1),
+            (Kind::Notification, has_key, NOTIFICATIONS_IN_FLIGHT_MAX),
         ];
         let mut loops = JoinSet::new();
         for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, is_enabled, _)| *is_enabled) {
             loops.spawn(Arc::clone(&questions).ask_due(kind, in_flight_max, shutdown.clone()));
         }
+        loops.spawn(Arc::clone(&questions).count_open(shutdown.clone()));
         loops.spawn(questions.erase_old_emails(shutdown));
         while let Some(ended) = loops.join_next().await {
             // Without this panic, questions of that kind would silently never be asked again.
@@ -85,14 +89,12 @@ impl Questions {
             fail_point!("worker::before_question");
             while in_flight.try_join_next().is_some() {}
             let room = in_flight_max - in_flight.len();
-            let taken = question::take(
-                &self.store,
+            let due = Due {
                 kind,
-                OffsetDateTime::now_utc(),
-                LEASE,
-                room as u64,
-            )
-            .await;
+                livemode: self.mode_to_ask(kind),
+                limit: room as u64,
+            };
+            let taken = question::take(&self.store, due, OffsetDateTime::now_utc(), LEASE).await;
             let taken = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
                 wait.failed(&error);
                 Vec::new()
@@ -105,13 +107,20 @@ impl Questions {
             tokio::select! {
                 Some(_) = in_flight.join_next(), if is_full => {}
                 () = self.wake.notified(), if kind == Kind::Lookup && !is_full && !wait.is_waiting() => {}
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(poll(kind)) => {}
                 () = shutdown.cancelled() => {}
             }
         }
         // Questions that are not answered before the shutdown deadline become due again after their
         // lease.
         while in_flight.join_next().await.is_some() {}
+    }
+
+    /// Returns the mode of the questions to ask, if only one can be asked: the key's. The others stay
+    /// due, so that they are asked at once when their key is set.
+    fn mode_to_ask(&self, kind: Kind) -> Option<bool> {
+        let stripe = self.stripe.as_ref()?;
+        (kind == Kind::Notification).then(|| stripe.sees(true))
     }
 
     /// Asks one question. Without an answer, records when the question is due again.
@@ -122,6 +131,7 @@ impl Questions {
             Kind::Grace => self.end_grace(&taken).await,
             Kind::Fetch => self.fetch_uncertain(&taken).await,
             Kind::Erase => self.erase_customer(&taken).await,
+            Kind::Notification => self.fetch_notified(&taken).await,
         };
         let (delay, attempts) = match outcome {
             Ok(Outcome::Answered) => return,
@@ -157,5 +167,15 @@ impl Questions {
             entity_id = id,
             kind, "no answer yet about {id}, will retry: {error}"
         );
+    }
+}
+
+/// Returns how often due questions of a kind are looked for. A thin event says that something has
+/// changed already, so what it leads to is asked soon.
+fn poll(kind: Kind) -> Duration {
+    if kind == Kind::Notification {
+        POLL / 4
+    } else {
+        POLL
     }
 }

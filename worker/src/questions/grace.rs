@@ -15,7 +15,7 @@ use super::asker::RETRY;
 use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased, rewrite};
 use crate::error::StoreError;
 use crate::store::question::{self, Taken};
-use crate::stream::own_event::{self, Scope};
+use crate::stream::own_event::{self, Fetched, Scope};
 use crate::stream::progress;
 use crate::stripe::api::StripeApi;
 
@@ -78,6 +78,7 @@ impl Questions {
         question: &Question,
     ) -> Result<bool, QuestionError> {
         let account = question.account();
+        let mark = progress::last_sequence(&self.jetstream).await?;
         let answer = stripe
             .checkout_sessions_of(&question.entity_id, account)
             .await?;
@@ -92,7 +93,7 @@ impl Questions {
                 &self.jetstream,
                 &session.id,
                 &session.raw,
-                answer.as_of()?,
+                Fetched::from_answer(&answer, mark)?,
                 scope,
             )
             .await?;

@@ -8,7 +8,8 @@ use tracing::warn;
 use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, QuestionError, Questions};
 use crate::store::question::Taken;
-use crate::stream::own_event::{self, Scope};
+use crate::stream::own_event::{self, Fetched, Scope};
+use crate::stream::progress;
 
 impl Questions {
     /// Fetches the subscription from Stripe and publishes it as an event, which merges like any
@@ -30,6 +31,7 @@ impl Questions {
             return self.close(taken).await;
         };
         let account = question.account();
+        let mark = progress::last_sequence(&self.jetstream).await?;
         let answer = match stripe.subscription(&question.entity_id, account).await {
             Ok(answer) => answer,
             Err(error) if error.is_not_found() => {
@@ -57,7 +59,7 @@ impl Questions {
             &self.jetstream,
             &object.id,
             &object.raw,
-            answer.as_of()?,
+            Fetched::from_answer(&answer, mark)?,
             scope,
         )
         .await?;

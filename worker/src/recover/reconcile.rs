@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::error::StoreError;
 use crate::recover::short_hash;
 use crate::store::{raw, subscription};
-use crate::stream::own_event::OwnEventError;
+use crate::stream::own_event::{Fetched, OwnEventError};
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::ApiError;
 
@@ -85,7 +85,7 @@ pub(crate) enum ReconcileError {
     #[error(transparent)]
     OwnEvent(#[from] OwnEventError),
     #[error(transparent)]
-    Progress(ProgressError),
+    Progress(#[from] ProgressError),
     #[error("it was asked to stop")]
     Stopped,
 }
@@ -126,10 +126,10 @@ impl<'a> Reconcile<'a> {
         let mut listed = HashSet::new();
         let mut after: Option<String> = None;
         loop {
-            let (page, as_of) = self.sources.page(status, after.as_deref()).await?;
+            let (page, fetched) = self.sources.page(status, after.as_deref()).await?;
             listed.extend(page.objects.iter().map(|object| short_hash(&object.id)));
             after = page.objects.last().map(|object| object.id.clone());
-            self.check(page.objects, as_of).await?;
+            self.check(page.objects, fetched).await?;
             if !page.has_more || after.is_none() {
                 break;
             }
@@ -170,7 +170,7 @@ impl<'a> Reconcile<'a> {
                 } else {
                     None
                 } {
-                    Some((object, as_of)) => self.check(vec![object], as_of).await?,
+                    Some((object, fetched)) => self.check(vec![object], fetched).await?,
                     None => self.report.findings.push(Finding::unknown_to_stripe(id)),
                 }
             }
@@ -179,9 +179,13 @@ impl<'a> Reconcile<'a> {
 
     /// Compares subscriptions with their rows, and repairs the differences if a repair was asked
     /// for.
-    async fn check(&mut self, objects: Vec<api::Object>, as_of: i64) -> Result<(), ReconcileError> {
+    async fn check(
+        &mut self,
+        objects: Vec<api::Object>,
+        fetched: Fetched<'static>,
+    ) -> Result<(), ReconcileError> {
         self.report.compared += objects.len() as u64;
-        let comparisons = self.compare(objects, as_of, 1).await?;
+        let comparisons = self.compare(objects, fetched, 1).await?;
         let Some(jetstream) = self.sources.repair else {
             self.to_recheck
                 .extend(comparisons.into_iter().map(|comparison| comparison.finding));
@@ -195,7 +199,7 @@ impl<'a> Reconcile<'a> {
     async fn compare(
         &mut self,
         objects: Vec<api::Object>,
-        as_of: i64,
+        fetched: Fetched<'static>,
         step: u64,
     ) -> Result<Vec<Comparison>, ReconcileError> {
         self.sources
@@ -209,7 +213,7 @@ impl<'a> Reconcile<'a> {
         // is polled, so a call that waits for the budget would delay all others.
         let comparisons = stream::iter(objects).map(|object| {
             let row = rows.remove(&object.id);
-            sources.compare(object, as_of, row)
+            sources.compare(object, fetched, row)
         });
         let comparisons: Vec<_> = comparisons
             .buffered(LOOKUPS_IN_FLIGHT_MAX)
@@ -271,8 +275,8 @@ impl<'a> Reconcile<'a> {
             }
             let [id] = &ids;
             let finding = match self.sources.subscription(id).await? {
-                Some((object, as_of)) => self
-                    .compare(vec![object], as_of, 0)
+                Some((object, fetched)) => self
+                    .compare(vec![object], fetched, 0)
                     .await?
                     .pop()
                     .map(|comparison| comparison.finding),

@@ -4,16 +4,18 @@
 //! lost when a worker dies.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
+use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::payment::PaymentIds;
-use litestripe_domain::question::{Details, Kind, Question};
+use litestripe_domain::question::{Details, Kind, Notified, Question};
 use litestripe_entity::due_check::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
+    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
     QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
@@ -25,18 +27,34 @@ use crate::error::StoreError;
 const INSERT: Insert<'_> = Insert {
     into: "due_check (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
         stripe_subscription_id, stripe_account_id, client_reference_id, is_paid, livemode, event_id, event_type, \
-        event_created, stream_sequence)",
+        event_created, stream_sequence, context, notifications, ask_by)",
     select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::timestamptz[]), UNNEST($4::integer[]), \
         UNNEST($5::text[]), UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::text[]), \
         UNNEST($10::boolean[]), UNNEST($11::boolean[]), UNNEST($12::text[]), UNNEST($13::text[]), \
-        UNNEST($14::bigint[]), UNNEST($15::bigint[])",
-    // Once paid, a session stays paid, in whatever order its events arrive.
-    then: "ON CONFLICT (entity_id, kind) DO UPDATE SET due_at = excluded.due_at, attempts = excluded.attempts, \
-        checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
-        client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
-        event_type = excluded.event_type, event_created = excluded.event_created, \
-        stream_sequence = excluded.stream_sequence, is_paid = due_check.is_paid OR excluded.is_paid",
+        UNNEST($14::bigint[]), UNNEST($15::bigint[]), UNNEST($16::text[]), UNNEST($17::text[]), \
+        to_timestamp(UNNEST($18::bigint[]))",
+    then: "",
 };
+
+/// Replaces an open question that is saved again. Once paid, a session stays paid, in whatever order
+/// its events arrive.
+const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = excluded.attempts, \
+    checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
+    client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
+    event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
+    stream_sequence = excluded.stream_sequence, is_paid = due_check.is_paid OR excluded.is_paid, ";
+
+/// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it is
+/// due later than the new one, it was taken or postponed, and begins anew.
+const GATHER_POSTGRES: &str = "due_at = CASE WHEN due_check.ask_by IS NOT NULL AND due_check.due_at <= excluded.due_at \
+        THEN LEAST(excluded.due_at, due_check.ask_by) ELSE excluded.due_at END, \
+    ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
+    notifications = (COALESCE(due_check.notifications, '{}')::jsonb || excluded.notifications::jsonb)::text";
+
+const GATHER_SQLITE: &str = "due_at = CASE WHEN due_check.ask_by IS NOT NULL AND due_check.due_at <= excluded.due_at \
+        THEN MIN(excluded.due_at, due_check.ask_by) ELSE excluded.due_at END, \
+    ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
+    notifications = json_patch(COALESCE(due_check.notifications, '{}'), excluded.notifications)";
 
 /// A question that this process has taken for a limited time.
 #[derive(Debug, Clone)]
@@ -50,24 +68,41 @@ pub struct Taken {
 /// Saves `questions`. An existing question is replaced and asked again.
 pub async fn save(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice. The last of several has the newest values.
-    let by_key = questions
-        .into_iter()
-        .map(|question| ((question.entity_id.clone(), question.kind()), question));
-    let by_key: BTreeMap<_, _> = by_key.collect();
-    let put = super::rows::insert(tx, INSERT, by_key.into_values().map(cells).collect()).await;
+    let mut by_key: BTreeMap<_, Question> = BTreeMap::new();
+    for question in questions {
+        match by_key.entry((question.entity_id.clone(), question.kind())) {
+            Entry::Vacant(entry) => drop(entry.insert(question)),
+            Entry::Occupied(mut entry) => entry.get_mut().replace(question),
+        }
+    }
+    let gather = match tx.get_database_backend() {
+        DbBackend::Postgres => GATHER_POSTGRES,
+        _ => GATHER_SQLITE,
+    };
+    let insert = Insert {
+        then: &[REPLACE, gather].concat(),
+        ..INSERT
+    };
+    let put = super::rows::insert(tx, insert, by_key.into_values().map(cells).collect()).await;
     put.map(drop).map_err(StoreError::doing("save questions"))
 }
 
-fn cells(question: Question) -> [Cell; 15] {
+fn cells(question: Question) -> [Cell; 18] {
     let (kind, payment) = (question.kind(), question.payment());
-    let (client_reference_id, is_paid) = match question.details {
+    let (mut client_reference_id, mut is_paid, mut notified) = (None, false, None);
+    match question.details {
         Details::Lookup {
-            client_reference_id,
-            is_paid,
+            client_reference_id: reference,
+            is_paid: paid,
             ..
-        } => (Some(client_reference_id), is_paid),
-        Details::Grace { .. } | Details::Fetch | Details::Erase => (None, false),
-    };
+        } => (client_reference_id, is_paid) = (Some(reference), paid),
+        Details::Notification(details) => notified = Some(details),
+        Details::Grace { .. } | Details::Fetch | Details::Erase => {}
+    }
+    let notifications = notified
+        .as_ref()
+        .map(|notified| write_notifications(&notified.notifications));
+    let ask_by = notified.as_ref().map(|notified| notified.ask_by.into());
     [
         question.entity_id.into(),
         kind.as_str().to_owned().into(),
@@ -84,7 +119,39 @@ fn cells(question: Question) -> [Cell; 15] {
         question.event.event_type.to_string().into(),
         question.event.created.unix().into(),
         question.stream_sequence.cast_signed().into(),
+        notified.and_then(|notified| notified.context).into(),
+        notifications.into(),
+        Cell::Time(ask_by),
     ]
+}
+
+/// Writes thin events by type, each as `created`, a space and the id: two such objects can be merged
+/// in SQL.
+fn write_notifications(notifications: &BTreeMap<EventType, EventReference>) -> String {
+    let by_type: BTreeMap<&str, String> = notifications
+        .iter()
+        .map(|(name, event)| {
+            let (created, id) = (event.created.unix(), &event.id);
+            (name.as_str(), format!("{created} {id}"))
+        })
+        .collect();
+    serde_json::to_string(&by_type).expect("a map of texts can be written as JSON")
+}
+
+fn parse_notifications(json: Option<&str>) -> BTreeMap<EventType, EventReference> {
+    let by_type: BTreeMap<EventType, String> = json
+        .and_then(|json| serde_json::from_str(json).ok())
+        .unwrap_or_default();
+    let event = |(event_type, text): (EventType, String)| {
+        let (created, id) = text.split_once(' ')?;
+        let event = EventReference {
+            id: EventId::parse(id).ok()?,
+            event_type: event_type.clone(),
+            created: Timestamp::from_unix(created.parse().ok()?).ok()?,
+        };
+        Some((event_type, event))
+    };
+    by_type.into_iter().filter_map(event).collect()
 }
 
 /// Returns the question of a row. `None` if a later version of the program wrote it.
@@ -109,6 +176,15 @@ fn question(row: Model) -> Option<Question> {
         },
         Kind::Fetch => Details::Fetch,
         Kind::Erase => Details::Erase,
+        Kind::Notification => Details::Notification(Notified {
+            object: match row.checkout_session_id {
+                Some(id) => NotifiedObject::CheckoutSession(id),
+                None => NotifiedObject::Subscription(row.entity_id.clone()),
+            },
+            context: row.context,
+            notifications: parse_notifications(row.notifications.as_deref()),
+            ask_by: row.ask_by.unwrap_or(row.due_at),
+        }),
     };
     Some(Question {
         entity_id: row.entity_id,
@@ -122,19 +198,35 @@ fn question(row: Model) -> Option<Question> {
     })
 }
 
-/// Takes up to `limit` questions of `kind` that are due. Each becomes due again after `lease`.
+/// Which questions are taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Due {
+    pub kind: Kind,
+    /// Only those of this mode, if set.
+    pub livemode: Option<bool>,
+    /// How many at most.
+    pub limit: u64,
+}
+
+/// Takes questions that are due. Each becomes due again after `lease`.
 ///
 /// Until a replay has reached its end, rows may be half rebuilt, so questions that it may still
 /// answer are not taken.
 pub async fn take(
     store: &Store,
-    kind: Kind,
+    Due {
+        kind,
+        livemode,
+        limit,
+    }: Due,
     now: OffsetDateTime,
     lease: Duration,
-    limit: u64,
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
     let mut due = Column::Kind.eq(kind.as_str()).and(Column::DueAt.lte(now));
+    if let Some(livemode) = livemode {
+        due = due.and(Column::Livemode.eq(livemode));
+    }
     // Usually none is due, and this check takes no write lock.
     let any = Entity::find()
         .filter(due.clone())
@@ -258,4 +350,71 @@ pub async fn remove<C: ConnectionTrait>(
     removed
         .map(|_| ())
         .map_err(StoreError::doing("remove questions"))
+}
+
+/// Deletes the questions about thin events that fetches answer: each entry has an object's id and the
+/// last sequence of `STRIPE_EVENTS` when its fetch began.
+///
+/// A worker that asks deletes its question itself. Here those go that a replay brought back, and
+/// those whose worker died after the fetch was stored.
+pub async fn remove_fetched<C: ConnectionTrait>(
+    db: &C,
+    fetched: &[(&str, u64)],
+) -> Result<(), StoreError> {
+    if fetched.is_empty() {
+        return Ok(());
+    }
+    let is_answered = fetched.iter().fold(Condition::any(), |any, (id, mark)| {
+        any.add(
+            Column::EntityId
+                .eq(*id)
+                .and(Column::StreamSequence.lte(mark.cast_signed())),
+        )
+    });
+    let removed = Entity::delete_many()
+        .filter(Column::Kind.eq(Kind::Notification.as_str()))
+        .filter(is_answered)
+        .exec(db)
+        .await;
+    removed
+        .map(drop)
+        .map_err(StoreError::doing("remove answered questions"))
+}
+
+/// Counts the open questions by kind and mode.
+pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<Vec<Open>, StoreError> {
+    let counts: Result<Vec<(String, bool, i64)>, _> = Entity::find()
+        .select_only()
+        .columns([Column::Kind, Column::Livemode])
+        .column_as(Column::EntityId.count(), "count")
+        .group_by(Column::Kind)
+        .group_by(Column::Livemode)
+        .into_tuple()
+        .all(db)
+        .await;
+    let counts = counts.map_err(StoreError::doing("count open questions"))?;
+    let open = |(kind, livemode, count): (String, bool, i64)| {
+        Some(Open {
+            kind: Kind::parse(&kind)?,
+            livemode,
+            count: count.cast_unsigned(),
+        })
+    };
+    Ok(counts.into_iter().filter_map(open).collect())
+}
+
+/// How many questions of a kind and mode are open.
+#[derive(Debug, Clone, Copy)]
+pub struct Open {
+    pub kind: Kind,
+    pub livemode: bool,
+    pub count: u64,
+}
+
+impl Open {
+    /// Whether these questions wait for a key: without one, thin events cannot be followed up. `key`
+    /// is the mode of the key, if there is one.
+    pub fn waits_for_key(&self, key: Option<bool>) -> bool {
+        self.kind == Kind::Notification && key != Some(self.livemode)
+    }
 }

@@ -8,11 +8,15 @@
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
 use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE, SNAPSHOT_TYPE};
+use litestripe_contract::signal::EventReference;
 use litestripe_contract::{header, subject};
+use litestripe_domain::event::FetchStamp;
 use litestripe_domain::payment::{AccountId, PaymentIds};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
+
+use crate::stripe::api::{Answer, ApiError};
 
 /// An event of a worker, in the shape of Stripe's events.
 #[derive(Serialize)]
@@ -26,6 +30,10 @@ struct OwnEvent<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     account: Option<&'a str>,
     data: Data<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fetched: Option<FetchStamp>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    notifications: &'a [EventReference],
 }
 
 #[derive(Serialize)]
@@ -63,16 +71,38 @@ pub(crate) enum OwnEventError {
     Content(String),
 }
 
-/// Stores `object`, a subscription or a Checkout Session as Stripe's API returned it, as the state
-/// of the second `as_of`.
+/// How an object was fetched from Stripe's API.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fetched<'a> {
+    /// The second up to which it holds every change, by Stripe's clock.
+    pub as_of: i64,
+    pub stamp: FetchStamp,
+    /// The thin events that led to the fetch.
+    pub notifications: &'a [EventReference],
+}
+
+impl Fetched<'_> {
+    /// Returns how the object in `answer` was fetched. `mark` is the last sequence of
+    /// `STRIPE_EVENTS` when the fetch began.
+    pub(crate) fn from_answer(answer: &Answer, mark: u64) -> Result<Self, ApiError> {
+        let date = answer.date()?;
+        Ok(Self {
+            as_of: answer.as_of()?,
+            stamp: FetchStamp { date, mark },
+            notifications: &[],
+        })
+    }
+}
+
+/// Stores `object`, a subscription or a Checkout Session as Stripe's API returned it.
 pub(crate) async fn publish_snapshot(
     jetstream: &jetstream::Context,
     id: &str,
     object: &RawValue,
-    as_of: i64,
+    fetched: Fetched<'_>,
     scope: Scope<'_>,
 ) -> Result<u64, OwnEventError> {
-    let event = snapshot_event(id, object, as_of, scope)?;
+    let event = snapshot_event(id, object, fetched, scope)?;
     event.store(jetstream, "snapshot", event.id.as_str()).await
 }
 
@@ -81,26 +111,28 @@ pub(crate) async fn publish_snapshot(
 pub(crate) fn snapshot(
     id: &str,
     object: &RawValue,
-    as_of: i64,
+    fetched: Fetched<'_>,
     scope: Scope<'_>,
 ) -> Result<Vec<u8>, OwnEventError> {
-    snapshot_event(id, object, as_of, scope)?.body()
+    snapshot_event(id, object, fetched, scope)?.body()
 }
 
-/// The same object as of the same second is the same event.
+/// Each fetch of an object is an event of its own: two that follow one another have different marks,
+/// because the first is stored before the second begins.
 fn snapshot_event<'a>(
     id: &str,
     object: &'a RawValue,
-    as_of: i64,
+    fetched: Fetched<'a>,
     scope: Scope<'a>,
 ) -> Result<OwnEvent<'a>, OwnEventError> {
-    OwnEvent::new(
-        SNAPSHOT_TYPE,
-        format!("litestripe.snapshot.{id}.{as_of}"),
-        as_of,
-        object,
-        scope,
-    )
+    let FetchStamp { date, mark } = fetched.stamp;
+    let id = format!("litestripe.snapshot.{id}.{date}.{mark}");
+    let event = OwnEvent::new(SNAPSHOT_TYPE, id, fetched.as_of, object, scope)?;
+    Ok(OwnEvent {
+        fetched: Some(fetched.stamp),
+        notifications: fetched.notifications,
+        ..event
+    })
 }
 
 /// Stores an operator's resolution, made at `created`.
@@ -173,6 +205,8 @@ impl<'a> OwnEvent<'a> {
             livemode,
             account: account.map(|account| account.0),
             data,
+            fetched: None,
+            notifications: &[],
         })
     }
 

@@ -107,6 +107,12 @@ pub(crate) async fn find(
     }
 }
 
+/// Returns the last sequence of the event stream.
+pub(crate) async fn last_sequence(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
+    let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+    Ok(stream.cached_info().state.last_sequence)
+}
+
 /// Whether every event that was stored before `end` is applied.
 pub(crate) async fn has_applied_all_before(
     jetstream: &jetstream::Context,

@@ -15,6 +15,7 @@ use secrecy::ExposeSecret as _;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
 
+use crate::metrics::{self, StripeOutcome};
 use crate::settings::StripeSettings;
 use crate::stripe::budget::Budget;
 
@@ -93,7 +94,8 @@ impl ApiError {
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub body: Bytes,
-    as_of: Option<i64>,
+    /// The second of Stripe's `Date`, and how long the request took, in seconds rounded up.
+    date: Option<(i64, i64)>,
     request_id: String,
 }
 
@@ -101,7 +103,17 @@ impl Answer {
     /// Returns the second, by Stripe's clock, up to which the body contains every change: the
     /// answer's `Date` less the time that the request took, less one second.
     pub fn as_of(&self) -> Result<i64, ApiError> {
-        self.as_of.ok_or_else(|| self.unusable("it has no Date"))
+        let (date, took) = self.dated()?;
+        Ok(date.saturating_sub(took).saturating_sub(1))
+    }
+
+    /// Returns the second in which Stripe answered, by its clock.
+    pub fn date(&self) -> Result<i64, ApiError> {
+        Ok(self.dated()?.0)
+    }
+
+    fn dated(&self) -> Result<(i64, i64), ApiError> {
+        self.date.ok_or_else(|| self.unusable("it has no Date"))
     }
 
     /// Makes an error of an answer whose body the caller cannot use.
@@ -151,6 +163,16 @@ impl StripeApi {
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
         self.get(&format!("/v1/subscriptions/{id}"), &[], account)
+            .await
+    }
+
+    /// Fetches a Checkout Session. Stripe: "Retrieve a Checkout Session".
+    pub async fn checkout_session(
+        &self,
+        id: &str,
+        account: Option<AccountId<'_>>,
+    ) -> Result<Answer, ApiError> {
+        self.get(&format!("/v1/checkout/sessions/{id}"), &[], account)
             .await
     }
 
@@ -218,7 +240,9 @@ impl StripeApi {
         loop {
             self.budget.acquire().await;
             let started = std::time::Instant::now();
-            let (error, retry_after) = match self.send(path, query, account).await {
+            let sent = self.send(path, query, account).await;
+            metrics::stripe_request(outcome(sent.as_ref().ok()));
+            let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
                     match answer(response, started).await {
                         Ok(answer) => return Ok(answer),
@@ -276,18 +300,28 @@ impl StripeApi {
 async fn answer(response: Response, started: std::time::Instant) -> Result<Answer, ApiError> {
     let date = header(&response, DATE).and_then(|date| OffsetDateTime::parse(date, &Rfc2822).ok());
     let took = i64::try_from(started.elapsed().as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
-    let as_of = date.map(|date| date.unix_timestamp().saturating_sub(took).saturating_sub(1));
+    let date = date.map(|date| (date.unix_timestamp(), took));
     let request_id = request_id(&response);
     match response.bytes().await {
         Ok(body) => Ok(Answer {
             body,
-            as_of,
+            date,
             request_id,
         }),
         Err(error) => Err(ApiError::CutOff {
             request_id,
             source: error.without_url(),
         }),
+    }
+}
+
+fn outcome(response: Option<&Response>) -> StripeOutcome {
+    match response.map(Response::status) {
+        Some(status) if status.is_success() => StripeOutcome::Ok,
+        Some(StatusCode::NOT_FOUND) => StripeOutcome::NotFound,
+        Some(StatusCode::TOO_MANY_REQUESTS) => StripeOutcome::Failed,
+        Some(status) if status.is_client_error() => StripeOutcome::Refused,
+        _ => StripeOutcome::Failed,
     }
 }
 

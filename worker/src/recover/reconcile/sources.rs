@@ -19,7 +19,8 @@ use super::report::{Finding, Problem};
 use crate::erasure::Erasures;
 use crate::store::raw::{self, Fields, RawRow};
 use crate::store::{self, Store};
-use crate::stream::own_event::{self, Resolution, Scope};
+use crate::stream::own_event::{self, Fetched, Resolution, Scope};
+use crate::stream::progress;
 use crate::stripe::api::{Answer, ApiError, StripeApi};
 use crate::wait::pause;
 
@@ -40,10 +41,9 @@ pub(crate) struct Sources<'a> {
 pub(super) struct Comparison {
     pub(super) finding: Finding,
     object: api::Object,
-    as_of: i64,
-    /// The Checkout Session to publish for the repair, and the second up to which it contains every
-    /// change.
-    session: Option<(api::Object, i64)>,
+    fetched: Fetched<'static>,
+    /// The Checkout Session to publish for the repair, and how it was fetched.
+    session: Option<(api::Object, Fetched<'static>)>,
     /// The resolved orphan of this subscription, if no session names the user.
     resolved: Option<orphaned_payment::Model>,
     /// The columns that these objects determine, with their expected values.
@@ -70,24 +70,22 @@ impl Sources<'_> {
             .ok_or(ReconcileError::Stopped)
     }
 
-    /// Fetches the page of subscriptions after `after`, and the second up to which it contains
-    /// every change.
+    /// Fetches the page of subscriptions after `after`.
     pub(super) async fn page(
         &self,
         status: &str,
         after: Option<&str>,
-    ) -> Result<(api::Page, i64), ReconcileError> {
+    ) -> Result<(api::Page, Fetched<'static>), ReconcileError> {
         let list = self.stripe.subscriptions(status, after);
         self.ask(list, api::page, "it is no list of subscriptions")
             .await
     }
 
-    /// Fetches a subscription, and the second up to which it contains every change. `None` if
-    /// Stripe does not know it.
+    /// Fetches a subscription. `None` if Stripe does not know it.
     pub(super) async fn subscription(
         &self,
         id: &str,
-    ) -> Result<Option<(api::Object, i64)>, ReconcileError> {
+    ) -> Result<Option<(api::Object, Fetched<'static>)>, ReconcileError> {
         let subscription = self.stripe.subscription(id, None);
         none_if_not_found(
             self.ask(subscription, api::object, "it is no subscription")
@@ -102,15 +100,19 @@ impl Sources<'_> {
         question: impl Future<Output = Result<Answer, ApiError>>,
         read: fn(&[u8]) -> Option<T>,
         problem: &'static str,
-    ) -> Result<(T, i64), ReconcileError> {
+    ) -> Result<(T, Fetched<'static>), ReconcileError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
+        let mark = match self.repair {
+            Some(jetstream) => progress::last_sequence(jetstream).await?,
+            None => 0,
+        };
         let answer = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(ReconcileError::Stopped),
             answer = question => answer?,
         };
         let read = read(&answer.body).ok_or_else(|| answer.unusable(problem))?;
-        Ok((read, answer.as_of()?))
+        Ok((read, Fetched::from_answer(&answer, mark)?))
     }
 
     /// Compares a subscription with its row. Fetches its Checkout Sessions if needed: see
@@ -118,7 +120,7 @@ impl Sources<'_> {
     pub(super) async fn compare(
         &self,
         object: api::Object,
-        as_of: i64,
+        fetched: Fetched<'static>,
         row: Option<RawRow>,
     ) -> Result<Option<Comparison>, ReconcileError> {
         let finding = Finding::new(&object.id, Problem::CannotBeKept);
@@ -126,14 +128,14 @@ impl Sources<'_> {
         let mut comparison = Comparison {
             finding,
             object,
-            as_of,
+            fetched,
             session,
             resolved,
             stripe_values,
             row,
             repair,
         };
-        let event = match self.decode(&comparison.object, as_of) {
+        let event = match self.decode(&comparison.object, fetched) {
             Ok(event) => event,
             Err(note) => {
                 comparison.finding.note = Some(note);
@@ -164,8 +166,8 @@ impl Sources<'_> {
     }
 
     /// Decodes `object` as the event that would store it. The error says why that is impossible.
-    fn decode(&self, object: &api::Object, as_of: i64) -> Result<Event, String> {
-        let body = own_event::snapshot(&object.id, &object.raw, as_of, scope(object.livemode));
+    fn decode(&self, object: &api::Object, fetched: Fetched<'_>) -> Result<Event, String> {
+        let body = own_event::snapshot(&object.id, &object.raw, fetched, scope(object.livemode));
         let body = body.map_err(|error| error.to_string())?;
         let event = event::decode(&body, self.metadata_keys).map_err(|error| error.to_string())?;
         event.ok_or_else(|| "it is no subscription".to_owned())
@@ -199,16 +201,17 @@ impl Sources<'_> {
             .ask(listed, api::page, "it is no list of Checkout Sessions")
             .await;
         let listed = none_if_not_found(listed)?;
-        let (objects, as_of) = listed.map_or((Vec::new(), comparison.as_of), |(page, as_of)| {
-            (page.objects, as_of)
-        });
+        let (objects, fetched) = listed
+            .map_or((Vec::new(), comparison.fetched), |(page, fetched)| {
+                (page.objects, fetched)
+            });
         let mut sessions = Vec::new();
         for object in objects {
             // A session that cannot be stored is no evidence of the user.
             if let Ok(Event {
                 body: Body::CheckoutSession(session),
                 ..
-            }) = self.decode(&object, as_of)
+            }) = self.decode(&object, fetched)
             {
                 sessions.push((object, session.client_reference_id));
             }
@@ -231,7 +234,7 @@ impl Sources<'_> {
                 .stripe_values
                 .insert("checkout_session_id".to_owned(), json!(session.id));
         }
-        comparison.session = session.map(|session| (session, as_of));
+        comparison.session = session.map(|session| (session, fetched));
         Ok(())
     }
 
@@ -257,12 +260,12 @@ impl Sources<'_> {
             jetstream,
             id,
             &comparison.object.raw,
-            comparison.as_of,
+            comparison.fetched,
             scope,
         )
         .await?;
-        if let Some((object, as_of)) = &comparison.session {
-            last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *as_of, scope)
+        if let Some((object, fetched)) = &comparison.session {
+            last = own_event::publish_snapshot(jetstream, &object.id, &object.raw, *fetched, scope)
                 .await?
                 .max(last);
         }
@@ -280,10 +283,15 @@ impl Sources<'_> {
                 .resolved_at
                 .unwrap_or(orphan.dt_last_updated)
                 .unix_timestamp();
-            last =
-                own_event::repeat_resolution(jetstream, &resolution, at, scope, comparison.as_of)
-                    .await?
-                    .max(last);
+            last = own_event::repeat_resolution(
+                jetstream,
+                &resolution,
+                at,
+                scope,
+                comparison.fetched.as_of,
+            )
+            .await?
+            .max(last);
         }
         Ok(Some(last))
     }
@@ -319,7 +327,7 @@ impl Comparison {
         let head = row.and_then(|row| row.state.as_ref()?.visible().head_created);
         if row.is_some_and(|row| difference::only_columns_differ(stripe_values, row)) {
             self.repair = Repair::Columns;
-        } else if head.is_none_or(|head| head < self.as_of) {
+        } else if head.is_none_or(|head| head < self.fetched.as_of) {
             self.repair = Repair::Events;
         }
     }

@@ -34,8 +34,7 @@ impl Replayer {
         let is_about = match arrival {
             Some(arrival) => {
                 let is_erased = self.applier.erasures.covers(&arrival.event);
-                wanted.is_none_or(|wanted| arrival.event.stripe_subscription_id() == Some(wanted))
-                    && !is_erased
+                wanted.is_none_or(|wanted| arrival.event.is_about(wanted)) && !is_erased
             }
             None => wanted.is_none(),
         };

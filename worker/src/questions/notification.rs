@@ -1,0 +1,78 @@
+//! The fetch of an object of which thin events say that it changed.
+
+use litestripe_domain::event::{NotifiedObject, api};
+use litestripe_domain::question::{Details, Notified};
+use tracing::warn;
+
+use super::{Outcome, QuestionError, Questions, is_erased};
+use crate::store::question::Taken;
+use crate::stream::own_event::{self, Fetched, Scope};
+use crate::stream::progress;
+
+impl Questions {
+    /// Fetches the object and publishes it as an event, which merges like any other. One fetch
+    /// answers all thin events about the object that were received before it began.
+    pub(super) async fn fetch_notified(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+        let question = &taken.question;
+        let (Some(stripe), Details::Notification(notified)) = (&self.stripe, &question.details)
+        else {
+            // Such questions are not taken without a key.
+            return Ok(Outcome::Conflict);
+        };
+        let (id, account) = (question.entity_id.as_str(), question.account());
+        // Read first: every event up to here was stored before the fetch began.
+        let mark = progress::last_sequence(&self.jetstream).await?;
+        let answer = match notified.object {
+            NotifiedObject::Subscription(_) => stripe.subscription(id, account).await,
+            NotifiedObject::CheckoutSession(_) => stripe.checkout_session(id, account).await,
+        };
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) if error.is_not_found() => {
+                warn!(
+                    entity_id = id,
+                    event_id = %question.event.id,
+                    "{id}, of which a thin event says that it changed, does not exist at Stripe: {error}"
+                );
+                return self.close(taken).await;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut object = api::object(&answer.body)
+            .filter(|object| object.id == id)
+            .ok_or_else(|| answer.unusable("it is not the object that was asked for"))?;
+        if is_erased(&self.erasures, self.store.connection(), question).await? {
+            object = object.without_personal_data().unwrap_or(object);
+        }
+        let fetched = Fetched {
+            notifications: &notified.references(),
+            ..Fetched::from_answer(&answer, mark)?
+        };
+        let fetched = Fetched {
+            as_of: as_of(notified, &fetched),
+            ..fetched
+        };
+        let scope = Scope {
+            livemode: question.livemode,
+            account: question.stripe_account(),
+        };
+        own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, fetched, scope)
+            .await?;
+        self.close(taken).await
+    }
+}
+
+/// Returns the time of the event that carries the fetched object.
+///
+/// Which Checkout Session of a subscription is the newest must not depend on which of them was
+/// fetched last, so a session has the time of its newest thin event, as its snapshot event would.
+fn as_of(notified: &Notified, fetched: &Fetched<'_>) -> i64 {
+    let created = notified
+        .notifications
+        .values()
+        .map(|event| event.created.unix());
+    match notified.object {
+        NotifiedObject::Subscription(_) => fetched.as_of,
+        NotifiedObject::CheckoutSession(_) => created.max().unwrap_or(fetched.as_of),
+    }
+}

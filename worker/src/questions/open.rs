@@ -1,0 +1,62 @@
+//! Counts the open questions, and says which of them wait for the key.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use litestripe_domain::question::Kind;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::Questions;
+use crate::metrics;
+use crate::store::question::{self, Open};
+use crate::wait::pause;
+
+/// How often the questions are counted.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the log says that questions wait for the key.
+const WARN_EVERY: Duration = Duration::from_secs(60 * 60);
+
+impl Questions {
+    /// Counts the open questions until `shutdown`.
+    pub(super) async fn count_open(self: Arc<Self>, shutdown: CancellationToken) {
+        let mut warned: Option<Instant> = None;
+        loop {
+            if let Ok(open) = question::count_open(self.store.connection()).await {
+                let waiting = self.record(&open);
+                metrics::waiting_for_key(waiting > 0);
+                let is_due = warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+                if waiting > 0 && is_due {
+                    warned = Some(Instant::now());
+                    self.warn_of_missing_key(waiting);
+                }
+            }
+            if pause(COUNT_EVERY, &shutdown).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Records the counts as metrics. Returns how many questions wait for a key.
+    fn record(&self, open: &[Open]) -> u64 {
+        for kind in Kind::ALL {
+            let of_kind = open.iter().filter(|open| open.kind == kind);
+            metrics::open_questions(kind.as_str(), of_kind.map(|open| open.count).sum());
+        }
+        let key = self.stripe.as_ref().map(|stripe| stripe.sees(true));
+        let waiting = open.iter().filter(|open| open.waits_for_key(key));
+        waiting.map(|open| open.count).sum()
+    }
+
+    fn warn_of_missing_key(&self, waiting: u64) {
+        let mend = match &self.stripe {
+            None => "set it to a key that may read subscriptions and Checkout Sessions",
+            Some(_) => "it is a key of the other mode, live or test",
+        };
+        warn!(
+            waiting,
+            "{waiting} subscriptions and Checkout Sessions with thin events wait for STRIPE_SECRET_KEY: {mend}"
+        );
+    }
+}
