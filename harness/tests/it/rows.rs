@@ -1,23 +1,27 @@
 //! Rows are read from both databases as the worker wrote them: every column, filled and null, new
 //! and overwritten.
 
+use std::time::Duration;
+
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Item, Subscription, Timestamp};
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::merge::{State, Visible};
 use litestripe_domain::payment::PaymentIds;
-use litestripe_domain::question::{Details, Question};
+use litestripe_domain::question::{Details, Kind, Notified, Question};
 use litestripe_domain::row::{LastSent, Row};
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::{due_check, signal_outbox, stripe_subscription};
 use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_worker::settings::{self, DatabaseSettings};
+use litestripe_worker::store::question::Due;
 use litestripe_worker::store::{Store, outbox, question, subscription};
 use sea_orm::{EntityTrait as _, QueryOrder as _, TransactionTrait as _};
 use serde_json::json;
 use time::OffsetDateTime;
 
-on_both_databases!(subscriptions, signals, questions);
+on_both_databases!(subscriptions, signals, questions, thin_events_are_gathered);
 
 /// SQLite gets them in statements of 64, 8, 1 and 1 rows.
 const ROWS: usize = 74;
@@ -267,6 +271,9 @@ async fn questions(kind: DatabaseKind) {
             event_type: question.event.event_type.to_string(),
             event_created: question.event.created.unix(),
             stream_sequence: question.stream_sequence.cast_signed(),
+            context: None,
+            notifications: None,
+            ask_by: None,
         };
     // A question that is asked again stays paid, and keeps its subscription, account and mode.
     let again = due_check::Model {
@@ -300,6 +307,108 @@ async fn questions(kind: DatabaseKind) {
             found.expect("questions are read"),
             [expected, row(other, PaymentIds::default(), "", false)]
         );
+    }
+}
+
+/// Saves a question about thin events like those that batches save, and returns the stored one.
+async fn save_notified(store: &Store, due_at: i64, ask_by: i64, name: &str) -> due_check::Model {
+    let event_type = EventType::parse(name).expect("it is a type");
+    let event = EventReference {
+        event_type: event_type.clone(),
+        ..event(due_at)
+    };
+    let details = Details::Notification(Notified {
+        object: NotifiedObject::Subscription("sub_1".to_owned()),
+        context: Some("acct_1".to_owned()),
+        notifications: [(event_type, event.clone())].into(),
+        ask_by: minute(ask_by),
+    });
+    let question = Question {
+        entity_id: "sub_1".to_owned(),
+        details,
+        due_at: minute(due_at),
+        attempts: 0,
+        stripe_account_id: Some("acct_1".to_owned()),
+        livemode: false,
+        event,
+        stream_sequence: due_at.cast_unsigned(),
+    };
+    let tx = store
+        .connection()
+        .begin()
+        .await
+        .expect("the database answers");
+    question::save(&tx, vec![question])
+        .await
+        .expect("questions are written");
+    tx.commit().await.expect("they are committed");
+    let found = due_check::Entity::find().one(store.connection()).await;
+    found.expect("questions are read").expect("there is one")
+}
+
+async fn thin_events_are_gathered(kind: DatabaseKind) {
+    const UPDATED: &str = "v1.customer.subscription.updated";
+    const ACTIVE: &str = "v1.customer.subscription.active";
+    let (_database, store) = open(kind).await;
+    let times = |model: &due_check::Model| (model.due_at, model.ask_by);
+    save_notified(&store, 10, 15, UPDATED).await;
+    let second = save_notified(&store, 12, 17, ACTIVE).await;
+    assert_eq!(
+        times(&second),
+        (minute(12), Some(minute(15))),
+        "it waits for more"
+    );
+    let third = save_notified(&store, 16, 21, UPDATED).await;
+    assert_eq!(
+        times(&third),
+        (minute(15), Some(minute(15))),
+        "but not longer"
+    );
+
+    let due = Due {
+        kind: Kind::Notification,
+        livemode: Some(false),
+        limit: 9,
+    };
+    let other_mode = Due {
+        livemode: Some(true),
+        ..due
+    };
+    let lease = Duration::from_secs(100 * 60);
+    let taken = question::take(&store, other_mode, minute(20), lease).await;
+    assert!(taken.expect("the database answers").is_empty());
+    let taken = question::take(&store, due, minute(20), lease).await;
+    let taken = taken.expect("the database answers").pop();
+    let taken = taken.expect("it is due");
+    let Details::Notification(notified) = &taken.question.details else {
+        panic!("{taken:?}");
+    };
+    let names: Vec<_> = notified
+        .notifications
+        .iter()
+        .map(|(name, event)| (name.as_str(), event.created))
+        .collect();
+    assert_eq!(names, [(ACTIVE, at(12)), (UPDATED, at(16))]);
+
+    let during = save_notified(&store, 22, 27, UPDATED).await;
+    assert_eq!(
+        times(&during),
+        (minute(22), Some(minute(27))),
+        "it is asked again"
+    );
+    let removed = question::remove_answered(store.connection(), &taken).await;
+    assert!(!removed.expect("the database answers"));
+    for (mark, open) in [(21, 1), (22, 0)] {
+        question::remove_fetched(store.connection(), &[("sub_1", mark), ("sub_2", 99)])
+            .await
+            .expect("the database answers");
+        let left = question::count_open(store.connection()).await;
+        let left: u64 = left
+            .expect("the database answers")
+            .iter()
+            .map(|open| open.count)
+            .sum();
+        assert_eq!(left, open, "a fetch that began at {mark}");
     }
 }
 
@@ -339,7 +448,11 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_unix(seconds).expect("RFC 3339 can write it")
 }
 
+fn minute(minute: i64) -> OffsetDateTime {
+    at(1_795_430_000 + 60 * minute).get()
+}
+
 /// A time with the fraction of a second that both databases keep.
 fn now(minute: i64) -> OffsetDateTime {
-    at(1_795_430_000 + 60 * minute).get() + std::time::Duration::from_millis(123)
+    at(1_795_430_000 + 60 * minute).get() + Duration::from_millis(123)
 }
