@@ -49,7 +49,7 @@ litestripe_contract::settings! {
     USER_DATABASE_URL = "LITESTRIPE_USER_DATABASE_URL", None,
         "URL of the database for the sql: lookup [default: DATABASE_URL]";
     STRIPE_SECRET_KEY = "STRIPE_SECRET_KEY", None,
-        "secret or restricted key for Stripe's API (sk_… or rk_…); without it, backfill, reconcile and lookups at Stripe are off";
+        "secret or restricted key for Stripe's API (sk_… or rk_…); without it, backfill, reconcile and lookups at Stripe are off, and thin events wait for it";
     STRIPE_API_BASE = "STRIPE_API_BASE", Some("https://api.stripe.com"),
         "base URL of Stripe's API; change it only for tests and proxies";
     BACKFILL_INTERVAL = "LITESTRIPE_BACKFILL_INTERVAL", None,

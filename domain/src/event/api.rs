@@ -1,10 +1,13 @@
 //! Reads responses of Stripe's API: lists of objects and events, and the email of a customer.
 
-use litestripe_contract::event::{EventId, EventType};
+use std::collections::BTreeSet;
+use std::fmt;
+
+use litestripe_contract::event::{EventId, EventType, THIN_PREFIX};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::Email;
+use super::{Body, Email, MetadataKeys};
 
 /// One object, with its unchanged JSON.
 #[derive(Debug)]
@@ -67,7 +70,42 @@ pub struct Page {
 pub struct ListedEvent {
     pub id: EventId,
     pub event_type: EventType,
+    /// The change that it reports. `None` if that cannot be read.
+    pub change: Option<Change>,
     pub raw: Box<RawValue>,
+}
+
+/// What a snapshot event and the thin event for the same change have in common: their ids differ.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Change {
+    /// The type of the snapshot event.
+    event_type: String,
+    object_id: String,
+    /// `created` in whole seconds.
+    pub created: i64,
+}
+
+impl Change {
+    /// Reads the change from the body of a thin event. Returns `None` if the worker does not handle
+    /// it.
+    pub fn from_thin(body: &[u8]) -> Option<Self> {
+        let event = super::decode(body, &MetadataKeys::Only(BTreeSet::new())).ok()??;
+        let Body::Notification(notification) = &event.body else {
+            return None;
+        };
+        let event_type = event.event_type.as_str().strip_prefix(THIN_PREFIX)?;
+        Some(Self {
+            event_type: event_type.to_owned(),
+            object_id: notification.object.id().to_owned(),
+            created: event.created,
+        })
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.event_type, self.object_id, self.created)
+    }
 }
 
 /// A page of events, newest first.
@@ -86,6 +124,24 @@ struct Listed {
     id: Option<String>,
     #[serde(rename = "type")]
     event_type: Option<String>,
+}
+
+/// The part of a listed event that tells the change. Read apart, because an event without it can be
+/// stored all the same.
+#[derive(Deserialize)]
+struct ListedChange {
+    created: i64,
+    data: ListedData,
+}
+
+#[derive(Deserialize)]
+struct ListedData {
+    object: ListedObject,
+}
+
+#[derive(Deserialize)]
+struct ListedObject {
+    id: String,
 }
 
 #[derive(Deserialize)]
@@ -157,9 +213,16 @@ fn listed_event(raw: Box<RawValue>) -> Option<ListedEvent> {
         EventId::parse(id?).ok()?,
         EventType::parse(event_type?).ok()?,
     );
+    let change = serde_json::from_str::<ListedChange>(raw.get()).ok();
+    let change = change.map(|change| Change {
+        event_type: event_type.to_string(),
+        object_id: change.data.object.id,
+        created: change.created,
+    });
     Some(ListedEvent {
         id,
         event_type,
+        change,
         raw,
     })
 }

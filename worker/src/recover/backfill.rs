@@ -5,9 +5,10 @@
 //! delivery: same subject, same `Nats-Msg-Id`, the body as Stripe rendered it. So a backfill is
 //! idempotent: an event that it publishes twice is dropped by its message id, or its merge changes
 //! nothing. Compares ids, never bodies: Stripe renders an event for its API in a different version
-//! than for a webhook. May not know rows.
+//! than for a webhook. An event whose change a thin event announced is not published either: the
+//! ids differ, but its object has been or will be fetched. May not know rows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -18,7 +19,7 @@ use futures_util::{StreamExt as _, TryFutureExt as _};
 use litestripe_contract::event::{EventId, HANDLED_TYPES};
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_contract::{header, subject};
-use litestripe_domain::event::api::{self, EventPage, ListedEvent};
+use litestripe_domain::event::api::{self, Change, EventPage, ListedEvent};
 use litestripe_domain::event::owner::{self, DeletedCustomer};
 use litestripe_domain::event::{self, MetadataKeys};
 use serde::Serialize;
@@ -142,8 +143,15 @@ impl Backfill {
             // Events may have arrived, and persons may have been erased, since the last page.
             stored.catch_up().await?;
             self.erasures.refresh(self.store.connection()).await?;
+            let is_first = after.is_none();
             after.clone_from(&page.after);
-            let outcome = self.publish_missing(page, &stored, summary).await;
+            let neighbours = Neighbours {
+                has_newer: !is_first,
+                has_older: after.is_some(),
+            };
+            let outcome = self
+                .publish_missing(page, neighbours, &stored, summary)
+                .await;
             report(summary);
             outcome?;
             if after.is_none() {
@@ -164,6 +172,7 @@ impl Backfill {
     async fn publish_missing(
         &self,
         page: EventPage,
+        neighbours: Neighbours,
         stored: &StoredIds,
         summary: &mut Summary,
     ) -> Result<(), BackfillError> {
@@ -174,9 +183,11 @@ impl Backfill {
         let (wanted, unwanted): (Vec<_>, Vec<_>) =
             events.into_iter().partition(|event| self.is_wanted(event));
         summary.skipped += (skipped + unwanted.len()) as u64;
-        let (already_there, missing): (Vec<_>, Vec<_>) = wanted
-            .into_iter()
-            .partition(|event| stored.contains(&event.id));
+        let announced = announced(&wanted, stored, neighbours);
+        let (already_there, missing): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|event| {
+            let change = event.change.as_ref();
+            stored.contains(&event.id) || change.is_some_and(|change| announced.contains(change))
+        });
         summary.already_there += already_there.len() as u64;
         let publishing = futures_util::stream::iter(missing).map(|event| self.publish(event));
         let mut outcomes = publishing.buffer_unordered(IN_FLIGHT_MAX);
@@ -217,6 +228,7 @@ impl Backfill {
             id,
             event_type,
             raw,
+            ..
         } = event;
         let body = Bytes::from(Box::<str>::from(raw).into_string());
         let mut headers = HeaderMap::new();
@@ -247,4 +259,41 @@ impl Backfill {
             }
         }
     }
+}
+
+/// Whether other pages come before and after a page of events.
+#[derive(Debug, Clone, Copy)]
+struct Neighbours {
+    has_newer: bool,
+    has_older: bool,
+}
+
+/// Returns the changes on a page that thin events have announced: what they lead to is fetched, so
+/// that the page's events would bring nothing new.
+///
+/// Two changes of one object may have the same type and second. If fewer of them were announced than
+/// are listed, it is unknown which one is missing, so none counts as announced. The same holds for
+/// the seconds at the ends of the page, because its neighbours may list more of them.
+fn announced(
+    events: &[ListedEvent],
+    stored: &StoredIds,
+    Neighbours {
+        has_newer,
+        has_older,
+    }: Neighbours,
+) -> HashSet<Change> {
+    let mut listed: HashMap<&Change, usize> = HashMap::new();
+    for change in events.iter().filter_map(|event| event.change.as_ref()) {
+        *listed.entry(change).or_default() += 1;
+    }
+    let seconds = || listed.keys().map(|change| change.created);
+    let oldest = seconds().min().filter(|_| has_older);
+    let newest = seconds().max().filter(|_| has_newer);
+    let is_announced = |(change, count): (&Change, usize)| {
+        let is_whole = [oldest, newest]
+            .iter()
+            .all(|end| *end != Some(change.created));
+        (is_whole && stored.thin_events(change) >= count).then(|| change.clone())
+    };
+    listed.into_iter().filter_map(is_announced).collect()
 }
