@@ -4,6 +4,7 @@
 //! A new API version is two files and no code. An expectation has the keys
 //! - `subscription` and `access`: the row, for an event that concerns one;
 //! - `session`: the Checkout Session as it is read, in addition to the row if there is one;
+//! - `notification`: what a thin event is about;
 //! - `ignored`: an event of a type that we do not handle;
 //! - `poison`: for an event that can never be applied, the field that the reason names.
 //!
@@ -17,8 +18,9 @@ use std::iter;
 use std::path::{Path, PathBuf};
 
 use litestripe_contract::signal::Access;
-use litestripe_domain::event::{self, Body, DecodeError, Event, MetadataKeys};
+use litestripe_domain::event::{self, Body, DecodeError, Event, MetadataKeys, NotifiedObject};
 use litestripe_domain::merge::State;
+use litestripe_domain::signal;
 use serde_json::{Value, json};
 
 /// The mark in a name, an address, an email, a phone number or a free text of a case's body.
@@ -81,6 +83,20 @@ fn reading(body: &[u8]) -> Result<Value, Box<dyn Error>> {
             "client_reference_id": session.client_reference_id,
             "stripe_customer_id": session.stripe_customer_id,
             "stripe_subscription_id": session.stripe_subscription_id,
+        });
+    }
+    if let Body::Notification(notification) = &event.body {
+        let kind = match notification.object {
+            NotifiedObject::Subscription(_) => "subscription",
+            NotifiedObject::CheckoutSession(_) => "checkout.session",
+        };
+        reading["notification"] = json!({
+            "object": kind,
+            "id": notification.object.id(),
+            "context": notification.context,
+            "stripe_account_id": event.stripe_account_id,
+            "created": signal::reference(&event).created,
+            "livemode": event.livemode,
         });
     }
     Ok(reading)

@@ -2,6 +2,7 @@
 
 mod cases;
 mod erased;
+mod fetched;
 mod history;
 mod law;
 mod model;
