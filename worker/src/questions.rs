@@ -68,7 +68,8 @@ enum Outcome {
     Answered,
     /// The question is asked again after this time.
     RetryAfter(Duration),
-    /// The row or the question changed meanwhile: the question is asked again at once.
+    /// The row or the question changed meanwhile, or this worker stops: the question is due again at
+    /// once.
     Conflict,
 }
 

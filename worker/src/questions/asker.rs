@@ -24,6 +24,11 @@ pub(super) const POLL: Duration = Duration::from_secs(1);
 /// answer: two calls to Stripe, each with all its retries and the pauses that Stripe asks for.
 const LEASE: Duration = Duration::from_secs(12 * 60);
 
+/// The same for the object of a thin event. Its answer rarely takes as long. If it does, another
+/// worker fetches the object too, which costs a call; after a worker died, nobody waits longer for a
+/// customer's state.
+const NOTIFICATION_LEASE: Duration = Duration::from_secs(60);
+
 /// Questions of one kind that are asked at a time. Fewer if they call Stripe, where they queue for
 /// the request budget.
 const IN_FLIGHT_MAX: usize = 16;
@@ -94,15 +99,16 @@ impl Questions {
                 livemode: self.mode_to_ask(kind),
                 limit: room as u64,
             };
-            let taken = question::take(&self.store, due, OffsetDateTime::now_utc(), LEASE).await;
+            let taken =
+                question::take(&self.store, due, OffsetDateTime::now_utc(), lease(kind)).await;
             let taken = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
                 wait.failed(&error);
                 Vec::new()
             });
             let is_full = taken.len() == room;
             for taken in taken {
-                let questions = Arc::clone(&self);
-                in_flight.spawn(async move { questions.ask(taken).await });
+                let (questions, shutdown) = (Arc::clone(&self), shutdown.clone());
+                in_flight.spawn(async move { questions.ask(taken, &shutdown).await });
             }
             tokio::select! {
                 Some(_) = in_flight.join_next(), if is_full => {}
@@ -124,14 +130,14 @@ impl Questions {
     }
 
     /// Asks one question. Without an answer, records when the question is due again.
-    async fn ask(&self, taken: Taken) {
+    async fn ask(&self, taken: Taken, shutdown: &CancellationToken) {
         let question = &taken.question;
         let outcome = match question.kind() {
             Kind::Lookup => self.look_up(&taken).await,
             Kind::Grace => self.end_grace(&taken).await,
             Kind::Fetch => self.fetch_uncertain(&taken).await,
             Kind::Erase => self.erase_customer(&taken).await,
-            Kind::Notification => self.fetch_notified(&taken).await,
+            Kind::Notification => self.fetch_notified(&taken, shutdown).await,
         };
         let (delay, attempts) = match outcome {
             Ok(Outcome::Answered) => return,
@@ -177,5 +183,13 @@ fn poll(kind: Kind) -> Duration {
         POLL / 4
     } else {
         POLL
+    }
+}
+
+fn lease(kind: Kind) -> Duration {
+    if kind == Kind::Notification {
+        NOTIFICATION_LEASE
+    } else {
+        LEASE
     }
 }

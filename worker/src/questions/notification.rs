@@ -2,6 +2,7 @@
 
 use litestripe_domain::event::{NotifiedObject, api};
 use litestripe_domain::question::{Details, Notified};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{Outcome, QuestionError, Questions, is_erased};
@@ -12,7 +13,11 @@ use crate::stream::progress;
 impl Questions {
     /// Fetches the object and publishes it as an event, which merges like any other. One fetch
     /// answers all thin events about the object that were received before it began.
-    pub(super) async fn fetch_notified(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
+    pub(super) async fn fetch_notified(
+        &self,
+        taken: &Taken,
+        shutdown: &CancellationToken,
+    ) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
         let (Some(stripe), Details::Notification(notified)) = (&self.stripe, &question.details)
         else {
@@ -22,9 +27,16 @@ impl Questions {
         let (id, account) = (question.entity_id.as_str(), question.account());
         // Read first: every event up to here was stored before the fetch began.
         let mark = progress::last_sequence(&self.jetstream).await?;
-        let answer = match notified.object {
-            NotifiedObject::Subscription(_) => stripe.subscription(id, account).await,
-            NotifiedObject::CheckoutSession(_) => stripe.checkout_session(id, account).await,
+        let fetch = async {
+            match notified.object {
+                NotifiedObject::Subscription(_) => stripe.subscription(id, account).await,
+                NotifiedObject::CheckoutSession(_) => stripe.checkout_session(id, account).await,
+            }
+        };
+        // A call may have to wait for the budget. A stopping worker hands the question back, so that
+        // another one need not wait for the end of the lease.
+        let Some(answer) = shutdown.run_until_cancelled(fetch).await else {
+            return Ok(Outcome::Conflict);
         };
         let answer = match answer {
             Ok(answer) => answer,
