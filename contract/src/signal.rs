@@ -30,8 +30,12 @@ pub struct Subscription {
     pub cancel_at: Option<Timestamp>,
     /// When its cancellation was requested.
     pub canceled_at: Option<Timestamp>,
+    /// Why it was or will be canceled: Stripe's `cancellation_details.reason`.
+    pub cancellation_reason: Option<String>,
     /// When it ended.
     pub ended_at: Option<Timestamp>,
+    /// When its trial began.
+    pub trial_start: Option<Timestamp>,
     /// When its trial ends or ended.
     pub trial_end: Option<Timestamp>,
     /// The earliest start of its items' current periods.
@@ -40,6 +44,10 @@ pub struct Subscription {
     pub current_period_end: Option<Timestamp>,
     /// Whether it is canceled at the end of the period. See also `cancel_at`: either may be set.
     pub cancel_at_period_end: bool,
+    /// How invoices are paid: `charge_automatically` or `send_invoice`.
+    pub collection_method: Option<String>,
+    /// Set while invoices are not collected. `status` and `access` do not change with it.
+    pub pause_collection: Option<PauseCollection>,
     /// The subscribed items.
     pub items: Vec<Item>,
     /// Metadata of the newest event of each type, under `<event type>.<key>`.
@@ -51,8 +59,19 @@ pub struct Subscription {
     /// The connected account that the events came from, if any.
     pub stripe_account_id: Option<String>,
     /// Whether the row may not show the latest state: Stripe created several events in the same
-    /// second, and their order cannot be determined.
+    /// second, and their order cannot be determined, or the newest event had only some of the
+    /// items.
     pub uncertain: bool,
+}
+
+/// How the collection of payments is paused.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct PauseCollection {
+    /// What happens to invoices: `keep_as_draft`, `mark_uncollectible` or `void`.
+    pub behavior: Option<String>,
+    /// When the collection resumes by itself.
+    pub resumes_at: Option<Timestamp>,
 }
 
 /// One item of a subscription.

@@ -8,6 +8,7 @@
 
 pub mod api;
 mod json;
+mod marks;
 mod object;
 pub mod owner;
 mod read;
@@ -20,10 +21,11 @@ use litestripe_contract::event::{
     EventId, EventType, HANDLED_THIN_TYPES, HANDLED_TYPES, ID_BYTES_MAX, RESOLUTION_TYPE,
     SNAPSHOT_TYPE, THIN_OBJECT,
 };
-use litestripe_contract::signal::{EventReference, Item};
+use litestripe_contract::signal::{EventReference, Item, PauseCollection};
 use serde::{Deserialize, Serialize};
 
 use json::{Leaf, Nested, objects};
+pub use marks::Marks;
 use object::Fields;
 use read::Place;
 
@@ -112,6 +114,10 @@ pub struct SubscriptionEvent {
     pub stripe_subscription_id: String,
     pub snapshot: Snapshot,
     pub before: Before,
+    /// What else the event says about the state after it.
+    pub marks: Marks,
+    /// What else it says about the state before it.
+    pub marks_before: Marks,
 }
 
 /// The state of a subscription before an event.
@@ -120,7 +126,7 @@ pub enum Before {
     /// It did not exist: the event created it.
     Nothing,
     /// The same as after it: the event has no previous attributes, or none among the fields we
-    /// keep.
+    /// keep. Marks may differ.
     Same,
     Snapshot(Box<Snapshot>),
     /// Unknown: the event has previous attributes, but they cannot be read.
@@ -160,11 +166,47 @@ pub struct Snapshot {
     pub items: Vec<Item>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Details::is_empty")]
+    pub details: Details,
+}
+
+/// The fields of a snapshot that its digest leaves out: digests that an earlier version stored keep
+/// their meaning. [`Marks`] take the digest's place.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Details {
+    /// Stripe's `cancellation_details.reason`. The comment beside it is the customer's own text and
+    /// not kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancellation_reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial_start: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub collection_method: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_collection: Option<PauseCollection>,
+    /// Whether the event had only the first page of the items.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub has_more_items: bool,
+}
+
+impl Details {
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Snapshot {
     /// Returns a copy without metadata.
     pub(crate) fn without_metadata(&self) -> Self {
+        Self {
+            details: self.details.clone(),
+            ..self.without_metadata_and_details()
+        }
+    }
+
+    /// Returns a copy of what the digest covers, without metadata.
+    pub(crate) fn without_metadata_and_details(&self) -> Self {
         let Self {
             customer,
             status,
@@ -177,6 +219,7 @@ impl Snapshot {
             status,
             items,
             metadata: BTreeMap::new(),
+            details: Details::default(),
             ..*self
         }
     }
@@ -321,8 +364,6 @@ pub enum Problem {
     NotAReference,
     #[error("is not a list of objects")]
     NotAList,
-    #[error("has more than {0} entries")]
-    TooMany(usize),
     #[error("is not text that can be kept")]
     NotText,
     #[error("holds a NUL character")]

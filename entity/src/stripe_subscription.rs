@@ -34,6 +34,15 @@ pub struct Model {
     pub current_period_end: Option<TimeDateTimeWithTimeZone>,
     pub trial_end: Option<TimeDateTimeWithTimeZone>,
     pub ended_at: Option<TimeDateTimeWithTimeZone>,
+    pub trial_start: Option<TimeDateTimeWithTimeZone>,
+    #[sea_orm(column_type = "Text", nullable)]
+    pub collection_method: Option<String>,
+    /// Snapshot `cancellation_details.reason`.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub cancellation_reason: Option<String>,
+    /// Snapshot `pause_collection`, reduced to behavior and resumes_at.
+    #[sea_orm(column_type = "JsonBinary", nullable)]
+    pub pause_collection: Option<Json>,
     /// Snapshot `items.data`, reduced to price, product, quantity and lookup key.
     #[sea_orm(column_type = "JsonBinary")]
     pub items: Json,
@@ -48,7 +57,7 @@ pub struct Model {
     #[sea_orm(column_type = "Text", nullable)]
     pub stripe_account_id: Option<String>,
     /// Whether the row may not show the latest state: the order of several events with the same
-    /// `created` second could not be determined.
+    /// `created` second could not be determined, or the snapshot had only some of the items.
     pub uncertain: bool,
     /// Grows with every signalled change, also across a rebuild of the database.
     pub revision: i64,

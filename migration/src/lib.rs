@@ -17,6 +17,7 @@ mod m20261124_000005_replay;
 mod m20261125_000006_room_to_update;
 mod m20261129_000007_coordination;
 mod m20261129_000008_last_sent;
+mod m20261129_000009_endive;
 mod m20261129_000010_notifications;
 
 /// All steps, in order.
@@ -34,6 +35,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000006_room_to_update::Migration),
             Box::new(m20261129_000007_coordination::Migration),
             Box::new(m20261129_000008_last_sent::Migration),
+            Box::new(m20261129_000009_endive::Migration),
             Box::new(m20261129_000010_notifications::Migration),
         ]
     }

@@ -9,9 +9,10 @@
 use std::collections::BTreeMap;
 
 use litestripe_contract::event::{EventId, ID_BYTES_MAX};
-use litestripe_contract::signal::Item;
+use litestripe_contract::signal::{Item, PauseCollection, Timestamp};
 
 use super::json::{self, Leaf, Nested, objects, parse_borrowed};
+use super::marks::{Mark, Marked, Marks};
 use super::read::Place;
 use super::{
     Before, CheckoutSession, DecodeError, Email, MetadataKeys, Problem, Resolution, Snapshot,
@@ -24,8 +25,6 @@ const STATUS_BYTES_MAX: usize = 64;
 /// The longest client reference id, lookup key or email, in bytes. Stripe: 200 characters for the
 /// first two, 512 for the last.
 const TEXT_BYTES_MAX: usize = 1024;
-/// The most items of one subscription. Stripe allows 20.
-const ITEMS_MAX: usize = 100;
 
 objects! {
     /// The fields of all kinds of `data.object`. An event's type usually comes after its data, so a
@@ -46,6 +45,15 @@ objects! {
         current_period_start: Leaf<'a> = "current_period_start",
         current_period_end: Leaf<'a> = "current_period_end",
         items: Leaf<'a> = "items",
+        pause_collection: Leaf<'a> = "pause_collection",
+        cancellation_details: Leaf<'a> = "cancellation_details",
+        trial_start: Leaf<'a> = "trial_start",
+        collection_method: Leaf<'a> = "collection_method",
+        latest_invoice: Leaf<'a> = "latest_invoice",
+        default_payment_method: Leaf<'a> = "default_payment_method",
+        schedule: Leaf<'a> = "schedule",
+        pending_update: Leaf<'a> = "pending_update",
+        billing_cycle_anchor: Leaf<'a> = "billing_cycle_anchor",
         mode: Leaf<'a> = "mode",
         payment_status: Leaf<'a> = "payment_status",
         client_reference_id: Leaf<'a> = "client_reference_id",
@@ -62,6 +70,16 @@ objects! {
 
     struct ItemList {
         data: Leaf<'a> = "data",
+        has_more: Leaf<'a> = "has_more",
+    }
+
+    struct PauseFields {
+        behavior: Leaf<'a> = "behavior",
+        resumes_at: Leaf<'a> = "resumes_at",
+    }
+
+    struct CancellationDetails {
+        reason: Leaf<'a> = "reason",
     }
 
     struct ItemFields {
@@ -119,9 +137,12 @@ pub(super) fn subscription(
     reading.overlay(object, OBJECT, keys)?;
     OBJECT.check_metadata_size(&reading.kept.metadata, object.metadata)?;
     let snapshot = reading.clone().snapshot();
+    let (mut marks, mut marks_before) = (reading.marks, reading.marks);
     let before = match previous {
         Nested::Absent | Nested::Null => Before::Same,
         Nested::Object(previous) if reading.overlay(previous, PREVIOUS, keys).is_ok() => {
+            marks_before = reading.marks;
+            marks = marks.after(&marks_before);
             let before = reading.snapshot();
             if before == snapshot {
                 Before::Same
@@ -137,6 +158,8 @@ pub(super) fn subscription(
         stripe_subscription_id,
         snapshot,
         before,
+        marks,
+        marks_before,
     })
 }
 
@@ -147,6 +170,7 @@ struct Reading {
     kept: Snapshot,
     own: Period,
     items: Period,
+    marks: Marks,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -196,7 +220,80 @@ impl Reading {
         }
         overlay_reference(&mut kept.customer, fields.customer, at, "customer")?;
         at.overlay_metadata(&mut kept.metadata, fields.metadata, keys)?;
+        self.overlay_details(fields, at)?;
+        self.mark_hidden(fields, at);
         self.overlay_items(fields.items, at)
+    }
+
+    /// Applies the fields that have marks and are kept.
+    fn overlay_details(&mut self, fields: &Fields<'_>, at: Place) -> Result<(), DecodeError> {
+        let details = &mut self.kept.details;
+        if fields.trial_start.is_present() {
+            details.trial_start = at.seconds(fields.trial_start, "trial_start")?;
+            let text = details.trial_start.map(|at| at.to_string());
+            self.marks
+                .set(Marked::TrialStart, Mark::from_value(text.as_deref()));
+        }
+        if fields.collection_method.is_present() {
+            let leaf = fields.collection_method;
+            details.collection_method = at.text(leaf, "collection_method", STATUS_BYTES_MAX)?;
+            let mark = Mark::from_value(details.collection_method.as_deref());
+            self.marks.set(Marked::CollectionMethod, mark);
+        }
+        if fields.cancellation_details.is_present() {
+            let leaf = fields.cancellation_details;
+            match at.object(leaf, "cancellation_details")? {
+                None => details.cancellation_reason = None,
+                Some(CancellationDetails { reason }) if reason.is_present() => {
+                    details.cancellation_reason =
+                        at.text(reason, "cancellation_details.reason", STATUS_BYTES_MAX)?;
+                }
+                Some(_) => {}
+            }
+            let mark = Mark::from_value(details.cancellation_reason.as_deref());
+            self.marks.set(Marked::CancellationReason, mark);
+        }
+        if fields.pause_collection.is_present() {
+            overlay_pause(&mut details.pause_collection, fields.pause_collection, at)?;
+            let json = details
+                .pause_collection
+                .as_ref()
+                .map(|pause| serde_json::to_string(pause).expect("a pause is two texts"));
+            self.marks
+                .set(Marked::PauseCollection, Mark::from_value(json.as_deref()));
+        }
+        Ok(())
+    }
+
+    /// Marks the fields that are not kept. They only help to order the events of a second, so one
+    /// that cannot be read counts as missing.
+    fn mark_hidden(&mut self, fields: &Fields<'_>, at: Place) {
+        for (field, leaf) in [
+            (Marked::LatestInvoice, fields.latest_invoice),
+            (Marked::DefaultPaymentMethod, fields.default_payment_method),
+            (Marked::Schedule, fields.schedule),
+        ] {
+            if let Some(mark) = reference_mark(leaf, at) {
+                self.marks.set(field, mark);
+            }
+        }
+        if fields.pending_update.is_present() {
+            // Its price and quantity are the items' once it is applied. Here counts only whether
+            // there is one.
+            let text = fields.pending_update.value().map(|_| "present");
+            self.marks
+                .set(Marked::PendingUpdate, Mark::from_value(text));
+        }
+        if fields.billing_cycle_anchor.is_present() {
+            let mark = match at.integer(fields.billing_cycle_anchor, "") {
+                Ok(seconds) => {
+                    let text = seconds.map(|seconds| seconds.to_string());
+                    Mark::from_value(text.as_deref())
+                }
+                Err(_) => Mark::Missing,
+            };
+            self.marks.set(Marked::BillingCycleAnchor, mark);
+        }
     }
 
     fn overlay_items(&mut self, leaf: Leaf<'_>, at: Place) -> Result<(), DecodeError> {
@@ -207,7 +304,12 @@ impl Reading {
             None => leaf,
             Some(json) if json.starts_with('[') => leaf,
             Some(json) => match parse_borrowed(json) {
-                Some(Nested::Object(ItemList { data })) if data.is_present() => data,
+                Some(Nested::Object(ItemList { data, has_more })) if data.is_present() => {
+                    if let Some(has_more) = at.flag(has_more, "items.has_more")? {
+                        self.kept.details.has_more_items = has_more;
+                    }
+                    data
+                }
                 Some(Nested::Object(_)) => return Ok(()),
                 _ => return Err(at.fault("items", Problem::NotAList)),
             },
@@ -232,9 +334,6 @@ fn items(list: Leaf<'_>, at: Place) -> Result<(Vec<Item>, Period), DecodeError> 
     };
     let list: Option<Vec<Nested<ItemFields<'_>>>> = parse_borrowed(json);
     let list = list.ok_or_else(|| at.fault("items.data", Problem::NotAList))?;
-    if list.len() > ITEMS_MAX {
-        return Err(at.fault("items.data", Problem::TooMany(ITEMS_MAX)));
-    }
     let mut items = Vec::with_capacity(list.len());
     let mut period = Period::default();
     for fields in list {
@@ -307,6 +406,43 @@ fn overlay_reference(
             }
         }
         Some(_) => return Err(at.fault(name, Problem::NotAReference)),
+    }
+    Ok(())
+}
+
+/// Returns the mark of a reference. `None` if `leaf` says nothing about it: it is absent, or an
+/// expanded object of which only other fields changed.
+fn reference_mark(leaf: Leaf<'_>, at: Place) -> Option<Mark> {
+    let mut id = None;
+    match overlay_reference(&mut id, leaf, at, "") {
+        Ok(()) if id.is_none() && leaf.value().is_some() => None,
+        Ok(()) if leaf.is_present() => Some(Mark::from_value(id.as_deref())),
+        Ok(()) => None,
+        Err(_) => Some(Mark::Missing),
+    }
+}
+
+/// Applies a pause over `target`, key by key, or null, which clears `target`.
+fn overlay_pause(
+    target: &mut Option<PauseCollection>,
+    leaf: Leaf<'_>,
+    at: Place,
+) -> Result<(), DecodeError> {
+    let Some(fields) = at.object(leaf, "pause_collection")? else {
+        *target = None;
+        return Ok(());
+    };
+    let PauseFields {
+        behavior,
+        resumes_at,
+    } = fields;
+    let pause = target.get_or_insert_default();
+    if behavior.is_present() {
+        pause.behavior = at.text(behavior, "pause_collection.behavior", STATUS_BYTES_MAX)?;
+    }
+    if resumes_at.is_present() {
+        let seconds = at.seconds(resumes_at, "pause_collection.resumes_at")?;
+        pause.resumes_at = seconds.and_then(|seconds| Timestamp::from_unix(seconds).ok());
     }
     Ok(())
 }

@@ -91,9 +91,10 @@ impl Register {
             id: &self.id,
             created: self.as_of,
             snapshot: &self.snapshot,
+            details: &self.snapshot.details,
             livemode: self.livemode,
             account: self.account.as_deref(),
-            uncertain: false,
+            uncertain: self.snapshot.details.has_more_items,
         }
     }
 

@@ -7,6 +7,10 @@
 //! edges, states are nodes). A walk ends at the state that it enters once more than it leaves, in
 //! whatever order its steps are listed (see `walk`). If no walk explains the events, the register
 //! reports that it is uncertain; it never guesses silently.
+//!
+//! A state is its digest and, where they tell more, its marks: fields that the digest leaves out.
+//! Any choice of fields gives a true picture of the walk, so the finest choice is tried first and
+//! the digest alone last, and the first one that determines the end counts.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::walk::{self, End};
-use crate::event::{Before, Event, Snapshot, SubscriptionEvent};
+use crate::event::{Before, Details, Event, Marks, Snapshot, SubscriptionEvent};
 
 /// How many events of one second saturate the register: from then on it keeps only the largest id.
 /// Real seconds have one to four events.
@@ -50,7 +54,7 @@ pub(super) struct Register {
     /// `created` of all the events.
     second: i64,
     events: BTreeMap<EventId, Edge>,
-    /// The snapshots after the events, each stored once.
+    /// The snapshots after the events without their details, each stored once.
     snapshots: BTreeMap<Digest, Snapshot>,
     /// Whether [`EVENTS_MAX`] events came in this second. If so, only the largest id is kept.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -72,13 +76,26 @@ struct Edge {
     livemode: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     account: Option<String>,
+    /// Empty if an earlier version stored the event.
+    #[serde(default, skip_serializing_if = "Marks::is_empty")]
+    marks: Marks,
+    /// The marks before it, if they differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    marks_before: Option<Marks>,
+    #[serde(default, skip_serializing_if = "Details::is_empty")]
+    details: Details,
 }
+
+/// A state, as far as it is told apart from others.
+type Node = (Digest, Marks);
 
 /// The last snapshot, and the event that led to it.
 pub(super) struct Last<'a> {
     pub(super) id: &'a EventId,
     pub(super) created: i64,
+    /// Without its details.
     pub(super) snapshot: &'a Snapshot,
+    pub(super) details: &'a Details,
     pub(super) livemode: bool,
     pub(super) account: Option<&'a str>,
     pub(super) uncertain: bool,
@@ -147,7 +164,7 @@ impl Register {
         let held = self
             .snapshots
             .entry(digest)
-            .or_insert_with(|| snapshot.without_metadata());
+            .or_insert_with(|| snapshot.without_metadata_and_details());
         if let Some(metadata) = metadata.filter(|_| held.metadata.is_empty()) {
             held.metadata.clone_from(metadata);
         }
@@ -173,46 +190,103 @@ impl Register {
             .retain(|digest, _| events.values().any(|edge| edge.after == *digest));
     }
 
-    /// Returns whether an unreadable step leaves the end of the walk in doubt. Without this check,
-    /// A → B → A with an unreadable second step would look like A → B. If all events end in the
-    /// same state, their steps do not matter.
-    fn is_end_in_doubt(&self) -> bool {
-        self.snapshots.len() > 1 && self.events.values().any(|edge| edge.unreadable)
-    }
-
     /// Returns the last snapshot, and whether that is certain.
     ///
     /// `None` only for a state that this program did not write: every event has its snapshot.
     pub(super) fn last(&self) -> Option<Last<'_>> {
-        let steps: Vec<_> = self
-            .events
-            .values()
-            .map(|edge| (edge.before, edge.after))
-            .collect();
-        let (end, certain) = match walk::end(&steps) {
-            End::Certain(end) => (Some(end), true),
-            End::Likely(end) => (Some(end), false),
-            End::Unknown => (None, false),
-        };
+        let (end, certain) = self.end();
+        let leads_there = |edge: &Edge| end.is_none_or(|(known, node)| edge.node(&known) == node);
         // The largest id among the events that lead to the end, or among all if the end is unknown.
-        let leads_there = |edge: &Edge| end.is_none_or(|end| edge.after == end);
+        // An event that an earlier version stored, or of a rendering that lacks fields, knows less
+        // of the end than others.
         let (id, edge) = self
             .events
             .iter()
-            .rev()
-            .find(|(_, edge)| leads_there(edge))?;
+            .filter(|(_, edge)| leads_there(edge))
+            .max_by_key(|(id, edge)| (edge.marks.shown().count(), *id))?;
         Some(Last {
             id,
             created: self.second,
             snapshot: self.snapshots.get(&edge.after)?,
+            details: &edge.details,
             livemode: edge.livemode,
             account: edge.account.as_deref(),
-            uncertain: self.saturated || !certain || self.is_end_in_doubt(),
+            uncertain: self.saturated
+                || !certain
+                || self.is_end_in_doubt()
+                || edge.details.has_more_items,
         })
+    }
+
+    /// Returns the end of the walk with the fields by which its nodes are told apart, and whether it
+    /// is certain. `None` if any event may be the last.
+    fn end(&self) -> (Option<(Marks, Node)>, bool) {
+        let mut likely = None;
+        for known in self.known() {
+            let steps: Vec<_> = self.events.values().map(|edge| edge.step(&known)).collect();
+            match walk::end(&steps) {
+                End::Certain(end) => {
+                    let last = self.events.values().filter(|edge| edge.node(&known) == end);
+                    if show_the_same(last) {
+                        return (Some((known, end)), true);
+                    }
+                    likely = likely.or(Some((known, end)));
+                }
+                End::Likely(end) => likely = likely.or(Some((known, end))),
+                End::Unknown => {}
+            }
+        }
+        (likely, false)
+    }
+
+    /// Returns the choices of fields by which states may be told apart, the finest first. Only
+    /// fields that every event has can be compared.
+    fn known(&self) -> Vec<Marks> {
+        let marks = self
+            .events
+            .values()
+            .flat_map(|edge| [edge.marks, edge.marks_before()]);
+        let all = marks.reduce(|known, marks| known.among(&marks));
+        let all = all.unwrap_or_default();
+        let mut known = vec![all, all.shown(), Marks::default()];
+        known.dedup();
+        known
+    }
+
+    /// Returns whether an unreadable step leaves the end of the walk in doubt. Without this check,
+    /// A → B → A with an unreadable second step would look like A → B. If all events end in the
+    /// same state, their steps do not matter.
+    fn is_end_in_doubt(&self) -> bool {
+        let one_state = self.snapshots.len() <= 1 && show_the_same(self.events.values());
+        !one_state && self.events.values().any(|edge| edge.unreadable)
     }
 }
 
+/// Returns whether the events, which have the same digest, show the same row. They may differ in a
+/// field that not all events of the second have.
+fn show_the_same<'a>(mut edges: impl Iterator<Item = &'a Edge>) -> bool {
+    edges
+        .try_fold(Marks::default(), |shown, edge| {
+            shown.join(&edge.marks.shown())
+        })
+        .is_some()
+}
+
 impl Edge {
+    /// Returns the state after the event, as far as the fields of `known` tell.
+    fn node(&self, known: &Marks) -> Node {
+        (self.after, self.marks.among(known))
+    }
+
+    fn step(&self, known: &Marks) -> walk::Step<Node> {
+        let before = |digest| (digest, self.marks_before().among(known));
+        (self.before.map(before), self.node(known))
+    }
+
+    fn marks_before(&self) -> Marks {
+        self.marks_before.unwrap_or(self.marks)
+    }
+
     fn from_event(event: &Event, body: &SubscriptionEvent) -> Self {
         let after = Digest::from_snapshot(&body.snapshot);
         let before = match &body.before {
@@ -227,6 +301,9 @@ impl Edge {
             unreadable,
             livemode: event.livemode,
             account: event.stripe_account_id.clone(),
+            marks: body.marks,
+            marks_before: Some(body.marks_before).filter(|before| *before != body.marks),
+            details: body.snapshot.details.clone(),
         }
     }
 }

@@ -77,6 +77,12 @@ fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
     row.current_period_start = at(snapshot.current_period_start);
     row.current_period_end = at(snapshot.current_period_end);
     row.cancel_at_period_end = snapshot.cancel_at_period_end;
+    let details = last.details;
+    row.cancellation_reason
+        .clone_from(&details.cancellation_reason);
+    row.trial_start = at(details.trial_start);
+    row.collection_method.clone_from(&details.collection_method);
+    row.pause_collection.clone_from(&details.pause_collection);
     row.items.clone_from(&snapshot.items);
     row.subscription_metadata.clone_from(&snapshot.metadata);
     row.livemode = last.livemode;
@@ -118,11 +124,15 @@ pub fn changes(before: &Subscription, after: &Subscription) -> Option<Changes> {
         start_date,
         cancel_at,
         canceled_at,
+        cancellation_reason,
         ended_at,
+        trial_start,
         trial_end,
         current_period_start,
         current_period_end,
         cancel_at_period_end,
+        collection_method,
+        pause_collection,
         items,
         metadata,
         subscription_metadata,

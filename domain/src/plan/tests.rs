@@ -10,7 +10,8 @@ use proptest::sample::select;
 
 use super::*;
 use crate::event::{
-    Before, CheckoutSession, Event, Resolution as ResolutionBody, Snapshot, SubscriptionEvent,
+    Before, CheckoutSession, Event, Marks, Resolution as ResolutionBody, Snapshot,
+    SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
 use crate::question::Details;
@@ -115,6 +116,8 @@ fn subscription(status: &str, created: bool) -> Body {
         } else {
             Before::Same
         },
+        marks: Marks::default(),
+        marks_before: Marks::default(),
     }))
 }
 

@@ -78,9 +78,20 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
         (
             CREATED,
             [
-                vec!["status", "created", "start_date", "trial_end"],
+                vec![
+                    "status",
+                    "created",
+                    "start_date",
+                    "trial_start",
+                    "trial_end",
+                ],
                 period.to_vec(),
-                vec!["items", "metadata", "subscription_metadata"],
+                vec![
+                    "collection_method",
+                    "items",
+                    "metadata",
+                    "subscription_metadata",
+                ],
             ]
             .concat(),
             json!("trialing"),
@@ -101,7 +112,12 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
         (UPDATED, period.to_vec(), json!("active"), "granted"),
         (
             UPDATED,
-            vec!["cancel_at", "canceled_at", "cancel_at_period_end"],
+            vec![
+                "cancel_at",
+                "canceled_at",
+                "cancellation_reason",
+                "cancel_at_period_end",
+            ],
             json!("active"),
             "granted",
         ),
@@ -130,11 +146,15 @@ async fn story_leads_to_the_row_and_a_chain_of_signals(database: DatabaseKind) {
         "start_date": at(started),
         "cancel_at": at(ended),
         "canceled_at": at(ended - 10 * 86_400),
+        "cancellation_reason": "cancellation_requested",
         "ended_at": at(ended),
+        "trial_start": at(started),
         "trial_end": at(started + TRIAL),
         "current_period_start": at(ended - MONTH),
         "current_period_end": at(ended),
         "cancel_at_period_end": true,
+        "collection_method": "charge_automatically",
+        "pause_collection": null,
         "items": [{
             "price": "price_1QyTpwLkdIwHu7ixT3aM0nth",
             "product": "prod_RsAIwXl5kSTEam",

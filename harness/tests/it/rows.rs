@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use litestripe_contract::event::{EventId, EventType};
-use litestripe_contract::signal::{EventReference, Item, Subscription, Timestamp};
+use litestripe_contract::signal::{EventReference, Item, PauseCollection, Subscription, Timestamp};
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::merge::{State, Visible};
@@ -106,6 +106,13 @@ fn filled(number: usize) -> Row {
         canceled_at: Some(at(4)),
         ended_at: Some(at(5)),
         trial_end: Some(at(6)),
+        trial_start: Some(at(5)),
+        cancellation_reason: Some(TEXT.to_owned()),
+        collection_method: Some("null".to_owned()),
+        pause_collection: Some(PauseCollection {
+            behavior: Some(TEXT.to_owned()),
+            resumes_at: Some(at(9)),
+        }),
         current_period_start: Some(at(7)),
         current_period_end: Some(at(253_402_300_799)),
         cancel_at_period_end: true,
@@ -163,6 +170,10 @@ fn model(
         current_period_end: time(subscription.current_period_end),
         trial_end: time(subscription.trial_end),
         ended_at: time(subscription.ended_at),
+        trial_start: time(subscription.trial_start),
+        collection_method: subscription.collection_method,
+        cancellation_reason: subscription.cancellation_reason,
+        pause_collection: subscription.pause_collection.map(|pause| json!(pause)),
         items: json!(subscription.items),
         metadata: json!(subscription.metadata),
         subscription_metadata: json!(subscription.subscription_metadata),

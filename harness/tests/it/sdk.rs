@@ -49,11 +49,15 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
             "start_date": at(purchase.created),
             "cancel_at": null,
             "canceled_at": null,
+            "cancellation_reason": null,
             "ended_at": null,
+            "trial_start": null,
             "trial_end": null,
             "current_period_start": at(purchase.created),
             "current_period_end": at(purchase.created + MONTH),
             "cancel_at_period_end": false,
+            "collection_method": "charge_automatically",
+            "pause_collection": null,
             "items": [{
                 "price": "price_1QyTpwLkdIwHu7ixT3aM0nth",
                 "product": "prod_RsAIwXl5kSTEam",
@@ -69,7 +73,7 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
             "previous_revision": null,
             "changed": [
                 "stripe_customer_id", "status", "created", "start_date", "current_period_start",
-                "current_period_end", "items", "metadata", "subscription_metadata",
+                "current_period_end", "collection_method", "items", "metadata", "subscription_metadata",
             ],
             "previous": {
                 "stripe_customer_id": null,
@@ -78,6 +82,7 @@ async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
                 "start_date": null,
                 "current_period_start": null,
                 "current_period_end": null,
+                "collection_method": null,
                 "items": [],
                 "metadata": {},
                 "subscription_metadata": {},

@@ -31,7 +31,8 @@ const INSERT: Insert<'_> = Insert {
     into: "stripe_subscription (stripe_subscription_id, stripe_customer_id, client_reference_id, checkout_session_id, \
         status, created, start_date, cancel_at, canceled_at, cancel_at_period_end, current_period_start, \
         current_period_end, trial_end, ended_at, items, metadata, subscription_metadata, livemode, stripe_account_id, \
-        uncertain, revision, version, last_event_id, last_event_created, merge_state, last_sent, dt_created, dt_last_updated)",
+        uncertain, revision, version, last_event_id, last_event_created, merge_state, last_sent, dt_created, dt_last_updated, \
+        trial_start, collection_method, cancellation_reason, pause_collection)",
     select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::text[]), \
         to_timestamp(UNNEST($6::bigint[])), to_timestamp(UNNEST($7::bigint[])), to_timestamp(UNNEST($8::bigint[])), \
         to_timestamp(UNNEST($9::bigint[])), UNNEST($10::boolean[]), to_timestamp(UNNEST($11::bigint[])), \
@@ -39,7 +40,8 @@ const INSERT: Insert<'_> = Insert {
         to_timestamp(UNNEST($14::bigint[])), UNNEST($15::text[])::jsonb, UNNEST($16::text[])::jsonb, \
         UNNEST($17::text[])::jsonb, UNNEST($18::boolean[]), UNNEST($19::text[]), UNNEST($20::boolean[]), \
         UNNEST($21::bigint[]), UNNEST($22::bigint[]), UNNEST($23::text[]), to_timestamp(UNNEST($24::bigint[])), \
-        UNNEST($25::text[]), UNNEST($26::text[]), UNNEST($27::timestamptz[]), UNNEST($28::timestamptz[])",
+        UNNEST($25::text[]), UNNEST($26::text[]), UNNEST($27::timestamptz[]), UNNEST($28::timestamptz[]), \
+        to_timestamp(UNNEST($29::bigint[])), UNNEST($30::text[]), UNNEST($31::text[]), UNNEST($32::text[])::jsonb",
     then: "",
 };
 
@@ -62,7 +64,9 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
     livemode = excluded.livemode, stripe_account_id = excluded.stripe_account_id, uncertain = excluded.uncertain, \
     revision = excluded.revision, version = excluded.version, last_event_id = excluded.last_event_id, \
     last_event_created = excluded.last_event_created, merge_state = excluded.merge_state, last_sent = excluded.last_sent, \
-    dt_last_updated = excluded.dt_last_updated \
+    dt_last_updated = excluded.dt_last_updated, trial_start = excluded.trial_start, \
+    collection_method = excluded.collection_method, cancellation_reason = excluded.cancellation_reason, \
+    pause_collection = excluded.pause_collection \
     WHERE stripe_subscription.version = excluded.version - 1 RETURNING stripe_subscription_id";
 
 /// Returns the values of `livemode` that rows have, each once.
@@ -409,7 +413,7 @@ async fn by_index_entries(
     Ok(rows.into_iter().partition(changes))
 }
 
-fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], serde_json::Error> {
+fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 32], serde_json::Error> {
     let visible = row.visible;
     let subscription = visible.subscription;
     let (last_event_id, last_event_created) = visible.last_event.unzip();
@@ -444,5 +448,13 @@ fn cells(row: Row, now: OffsetDateTime) -> Result<[Cell; 28], serde_json::Error>
         row.last_sent.to_json().into(),
         now.into(),
         now.into(),
+        subscription.trial_start.into(),
+        subscription.collection_method.into(),
+        subscription.cancellation_reason.into(),
+        subscription
+            .pause_collection
+            .map(|pause| serde_json::to_string(&pause))
+            .transpose()?
+            .into(),
     ])
 }

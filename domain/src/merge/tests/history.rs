@@ -65,6 +65,7 @@ impl<'a> Simulation<'a> {
             with_plan: random.percent(50),
             only_plan,
             nulls_absent: random.percent(10),
+            old: random.percent(10),
         };
         let same_second_percent = random.pick(&[0, 30, 60, 60, 90]);
         Self {
@@ -130,8 +131,12 @@ impl<'a> Simulation<'a> {
             trial_end: (status == "trialing").then_some(self.now + 7 * 86_400),
             items: vec![item],
             metadata: BTreeMap::new(),
+            trial_start: (status == "trialing").then_some(self.now),
+            cancellation_reason: None,
+            collection_method: "charge_automatically",
+            pause_collection: None,
             latest_invoice: 0,
-            pause_collection: false,
+            default_payment_method: None,
             pending_update: false,
         };
         let object = model.render(self.shape);
@@ -188,7 +193,7 @@ impl<'a> Simulation<'a> {
             6 => model.items[0].price = (model.items[0].price + 1) % 4,
             7..=9 => model.items[0].quantity = model.items[0].quantity.map(|n| n % 2 + 1),
             10 => self.add_or_remove_item(&mut model),
-            11 => model.pause_collection = !model.pause_collection,
+            11 => self.change_details(&mut model),
             12 => model.latest_invoice += 1,
             13 => self.pending_update(&mut model, &mut twin),
             14 => return self.delete(model),
@@ -241,10 +246,12 @@ impl<'a> Simulation<'a> {
             model.cancel_at = None;
             model.cancel_at_period_end = false;
             model.canceled_at = None;
+            model.cancellation_reason = None;
         } else {
             model.cancel_at = model.items.iter().map(|item| item.end).max();
             model.cancel_at_period_end = self.random.percent(50);
             model.canceled_at = Some(self.now);
+            model.cancellation_reason = Some("cancellation_requested");
         }
     }
 
@@ -254,6 +261,22 @@ impl<'a> Simulation<'a> {
         } else {
             let end = model.items[0].end + self.random.pick(&[0, 0, 86_400]);
             model.items.push(self.item(end));
+        }
+    }
+
+    fn change_details(&mut self, model: &mut Model) {
+        match self.random.below(6) {
+            0..=2 => {
+                let behavior = self.random.pick(&["void", "keep_as_draft"]);
+                model.pause_collection =
+                    Some(behavior).filter(|behavior| model.pause_collection != Some(behavior));
+            }
+            3 => model.pause_collection = None,
+            4 => {
+                model.collection_method =
+                    self.random.pick(&["charge_automatically", "send_invoice"])
+            }
+            _ => model.default_payment_method = Some(self.random.below(3) as u64),
         }
     }
 

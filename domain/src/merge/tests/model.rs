@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use litestripe_contract::signal::{Item, Subscription, Timestamp};
+use litestripe_contract::signal::{Item, PauseCollection, Subscription, Timestamp};
 use serde_json::{Map, Value, json};
 
 pub(super) const SUBSCRIPTION: &str = "sub_1";
@@ -25,9 +25,13 @@ pub(super) struct Model {
     pub(super) trial_end: Option<i64>,
     pub(super) items: Vec<ModelItem>,
     pub(super) metadata: BTreeMap<&'static str, u64>,
+    pub(super) trial_start: Option<i64>,
+    pub(super) cancellation_reason: Option<&'static str>,
+    pub(super) collection_method: &'static str,
+    pub(super) pause_collection: Option<&'static str>,
     /// Fields that change but that we do not keep.
     pub(super) latest_invoice: u64,
-    pub(super) pause_collection: bool,
+    pub(super) default_payment_method: Option<u64>,
     pub(super) pending_update: bool,
 }
 
@@ -50,6 +54,8 @@ pub(super) struct Shape {
     /// The same for all events of a history, because a plan has no lookup key.
     pub(super) only_plan: bool,
     pub(super) nulls_absent: bool,
+    /// Whether it has no fields that were added to Stripe's API later.
+    pub(super) old: bool,
 }
 
 /// Where API versions put the period: before 2025-03-31, since then, and old versions rendered
@@ -74,6 +80,16 @@ impl Model {
             canceled_at: self.canceled_at.map(at),
             ended_at: self.ended_at.map(at),
             trial_end: self.trial_end.map(at),
+            trial_start: self.trial_start.map(at).filter(|_| !shape.old),
+            cancellation_reason: self
+                .cancellation_reason
+                .filter(|_| !shape.old)
+                .map(str::to_owned),
+            collection_method: Some(self.collection_method.to_owned()),
+            pause_collection: self.pause_collection.map(|behavior| PauseCollection {
+                behavior: Some(behavior.to_owned()),
+                resumes_at: None,
+            }),
             current_period_start: self.start().map(at),
             current_period_end: self.end().map(at),
             cancel_at_period_end: self.cancel_at_period_end,
@@ -119,10 +135,18 @@ impl Model {
                 "data": self.items.iter().map(|item| item.render(shape)).collect::<Vec<_>>() },
             "metadata": self.shown_metadata(),
             "latest_invoice": format!("in_{}", self.latest_invoice),
-            "pause_collection": self.pause_collection.then(|| json!({ "behavior": "void" })),
+            "pause_collection": self.pause_collection.map(|behavior| json!({ "behavior": behavior, "resumes_at": null })),
             "pending_update": self.pending_update.then(|| json!({ "expires_at": 1 })),
-            "default_payment_method": null,
+            "default_payment_method": self.default_payment_method.map(|number| format!("pm_{number}")),
+            "collection_method": self.collection_method,
+            "schedule": null,
+            "billing_cycle_anchor": self.created,
         });
+        if !shape.old {
+            object["trial_start"] = json!(self.trial_start);
+            object["cancellation_details"] =
+                json!({ "comment": null, "feedback": null, "reason": self.cancellation_reason });
+        }
         if matches!(shape.period, PeriodAt::Subscription | PeriodAt::Both) {
             object["current_period_start"] = json!(self.start());
             object["current_period_end"] = json!(self.end());
