@@ -55,7 +55,8 @@ pub struct Fetch {
     pub stamp: FetchStamp,
     /// The thin events that led to the fetch: of each type the one that was received last.
     pub notifications: Vec<EventReference>,
-    /// Whether Stripe was asked for the subscription's Checkout Sessions too, and lists none.
+    /// Whether Stripe was asked for the subscription's Checkout Sessions too, and lists none that
+    /// names a user.
     pub searched: bool,
 }
 

@@ -40,6 +40,10 @@ pub struct State {
     /// Whether the subscription's creation event has been merged.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     created_seen: bool,
+    /// Whether Stripe was searched for the subscription's Checkout Session and has none that names
+    /// a user.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    searched: bool,
     #[serde(default)]
     checkout: checkout::Registers,
     #[serde(default)]
@@ -57,11 +61,14 @@ impl State {
             Body::Subscription(body) => {
                 let first = is_creation(event, body) && !self.created_seen;
                 self.created_seen |= first;
+                let searched = event.fetch.as_ref().is_some_and(|fetch| fetch.searched);
+                let first_search = searched && !self.searched;
+                self.searched |= searched;
                 let moved = match &event.fetch {
                     Some(fetch) => fetched::merge(&mut self.fetched, event, fetch, body),
                     None => snapshot::merge(&mut self.subscription, event, body),
                 };
-                first | moved | self.merge_metadata(event)
+                first | first_search | moved | self.merge_metadata(event)
             }
             Body::CheckoutSession(session) => {
                 let moved = self.checkout.merge_session(event, session);

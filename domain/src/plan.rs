@@ -22,6 +22,12 @@ use crate::question::{self, Kind, Question};
 use crate::row::{LastSent, Row, Stored};
 use crate::signal::{self, Cause, NewSignal};
 
+mod first_signal;
+
+use first_signal::{Decision, Unknown};
+
+pub use first_signal::{Rebuilt, plan_rebuilt};
+
 /// When changes are signalled to subscribers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signalling {
@@ -30,7 +36,8 @@ pub enum Signalling {
     /// Once per row, when the replay has reached its end. Until then a changed row has an unsent
     /// signal. During a rebuild, signals of the states in between would revoke paying customers.
     Later,
-    /// Never. A changed row still gets a new revision, under which it can be resent.
+    /// Never. A changed row still gets a new revision, under which it can be resent. A new row that
+    /// is not whole is withheld also after the replay.
     Never,
 }
 
@@ -45,8 +52,8 @@ pub struct Policy {
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
     pub policy: &'a Policy,
-    /// When the unfinished replay was started, if there is one. It may not have reached all events
-    /// of the row yet.
+    /// When the unfinished rebuild was started, if there is one. It may not have reached all events
+    /// of the row yet, or may have lost some.
     pub rebuilding: Option<OffsetDateTime>,
     pub now: OffsetDateTime,
 }
@@ -140,24 +147,24 @@ pub fn plan_subscription<'a>(
     let after = merged
         .last()
         .map_or(&before, |transition| &transition.shown);
+    let unknown = (revision == 0).then(|| Unknown {
+        sent_before: &sent_before,
+        is_new: version == 0,
+        after,
+        arrivals: &arrivals,
+        merged: &merged,
+        rebuilding,
+    });
+    let decision = first_signal::decide(policy.signalling, unknown);
     let mut sender = Sender::new(id, revision, &sent_before, &before.subscription, now);
-    let last_sent = match policy.signalling {
-        Signalling::Now
-            if may_be_incomplete(rebuilding, version, &sent_before, after, &arrivals) =>
-        {
-            sender.postpone(&after.subscription)
-        }
-        Signalling::Now => sender.send_now(&merged, &after.subscription, || {
-            let newest = || {
-                arrivals
-                    .last()
-                    .map(|arrival| signal::reference(&arrival.event))
-            };
-            signal::last_event(&state).or_else(newest)
-        }),
-        Signalling::Later => sender.postpone(&after.subscription),
-        Signalling::Never => sender.skip(&after.subscription),
-    };
+    let last_sent = sender.follow(decision, &merged, &after.subscription, || {
+        let newest = || {
+            arrivals
+                .last()
+                .map(|newest| signal::reference(&newest.event))
+        };
+        signal::last_event(&state).or_else(newest)
+    });
     let Sender {
         signals, revision, ..
     } = sender;
@@ -214,39 +221,6 @@ fn merge_all<'a>(state: &mut State, arrivals: &[&'a Arrival]) -> Vec<Transition<
         }
     }
     merged
-}
-
-/// Returns whether a row may be incomplete after a live event, because a replay has not reached all
-/// its events yet. A signal of such a row could revoke a paying customer.
-///
-/// Two cases: the event creates the row although the subscription (or its session) is older than
-/// the replay, or of unknown age; or the row, which already has an unsent signal, still has no
-/// status, and only the replay can bring one.
-fn may_be_incomplete(
-    rebuilding: Option<OffsetDateTime>,
-    version: i64,
-    last_sent: &LastSent,
-    after: &Visible,
-    arrivals: &[&Arrival],
-) -> bool {
-    let Some(started) = rebuilding else {
-        return false;
-    };
-    if last_sent.has_unsent_signal() {
-        return after.subscription.status.is_none();
-    }
-    let oldest_session = || {
-        arrivals
-            .iter()
-            .filter_map(|arrival| arrival.session()?.created)
-            .min()
-    };
-    let created = after
-        .subscription
-        .created
-        .map(|created| created.unix())
-        .or_else(oldest_session);
-    version == 0 && created.is_none_or(|created| created < started.unix_timestamp())
 }
 
 /// A row's unsent signal, and the row after it is sent.
@@ -307,8 +281,8 @@ pub fn resent_signal(
 #[derive(Debug)]
 pub struct Erased {
     pub row: Row,
-    /// The row without its metadata. `None` if the row has an unsent signal: that one is sent
-    /// later.
+    /// The row without its metadata. `None` if the row has an unsent or withheld signal: that one
+    /// is sent later.
     pub signal: Option<NewSignal>,
     pub had_metadata: bool,
 }
@@ -325,7 +299,7 @@ pub fn plan_erasure(
     let had_metadata = stored.state.erase_metadata();
     let shown = stored.state.visible().subscription;
     let last_sent = std::mem::take(&mut stored.last_sent);
-    if last_sent.has_unsent_signal() {
+    if last_sent != LastSent::Current {
         let row = Row {
             last_sent: last_sent.without_metadata(&shown),
             ..stored.into_row(id)
@@ -363,7 +337,7 @@ pub fn plan_erasure(
 struct Sender<'r> {
     id: &'r str,
     now: OffsetDateTime,
-    /// Whether the row had an unsent signal when it was read.
+    /// Whether the row had an unsent or withheld signal when it was read.
     had_unsent_signal: bool,
     /// What was sent last. `None` if nothing was sent yet.
     sent: Option<&'r Subscription>,
@@ -381,16 +355,36 @@ impl<'r> Sender<'r> {
     ) -> Self {
         let sent = match last_sent {
             LastSent::Current => (revision > 0).then_some(shown),
-            LastSent::Nothing => None,
+            LastSent::Nothing | LastSent::Withheld | LastSent::Silent => None,
             LastSent::Older(sent) => Some(&**sent),
         };
         Self {
             id,
             now,
-            had_unsent_signal: last_sent.has_unsent_signal(),
+            had_unsent_signal: *last_sent != LastSent::Current,
             sent,
             revision,
             signals: Vec::new(),
+        }
+    }
+
+    /// Does what was decided about the row after a batch.
+    fn follow(
+        &mut self,
+        decision: Decision,
+        merged: &'r [Transition<'_>],
+        shown: &'r Subscription,
+        cause: impl FnOnce() -> Option<EventReference>,
+    ) -> LastSent {
+        match decision {
+            Decision::TellChanges => self.send_now(merged, shown, cause),
+            Decision::TellRow => {
+                let last = merged.last().map_or(&[][..], std::slice::from_ref);
+                self.send_now(last, shown, cause)
+            }
+            Decision::Postpone => self.postpone(shown),
+            Decision::Skip => self.skip(shown),
+            Decision::Keep(last_sent) => last_sent,
         }
     }
 

@@ -54,24 +54,39 @@ impl Stored {
     }
 }
 
-/// What subscribers were last sent about a row. The row has an unsent signal exactly while this
-/// differs from what it shows. Its JSON is the column `last_sent`, which is usually null.
+/// What subscribers were last sent about a row. The row has an unsent or withheld signal exactly
+/// while this differs from what it shows. Its JSON is the column `last_sent`, which is usually null.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub enum LastSent {
     /// What the row shows. For a row without a revision nothing was sent, but nothing is unsent
     /// either: it was written silently.
     #[default]
     Current,
-    /// Nothing: the row's first signal is unsent.
+    /// Nothing: the row's first signal is unsent. It is sent at the replay's end.
     Nothing,
+    /// Nothing, and the first signal waits until the row is whole: a rebuild has not found whose
+    /// subscription it is. See [`Visible::is_whole`].
+    Withheld,
+    /// Nothing, like `Withheld`, but a replay without signals wrote the row. If such a replay makes
+    /// it whole, nothing is unsent.
+    Silent,
     /// These columns, which the row does not show any more.
     Older(Box<Subscription>),
 }
 
+/// The columns of [`LastSent::Withheld`] and [`LastSent::Silent`]: JSON texts.
+pub const WITHHELD: &str = "\"withheld\"";
+pub const SILENT: &str = "\"silent\"";
+
 impl LastSent {
-    /// Returns whether the row has an unsent signal.
+    /// Returns whether the row has an unsent signal, which is sent once no replay is unfinished.
     pub fn has_unsent_signal(&self) -> bool {
-        *self != Self::Current
+        matches!(self, Self::Nothing | Self::Older(_))
+    }
+
+    /// Returns whether the row's first signal waits until the row is whole.
+    pub fn is_withheld(&self) -> bool {
+        matches!(self, Self::Withheld | Self::Silent)
     }
 
     /// Removes the metadata, for a row that shows `shown`, which has no metadata any more either.
@@ -96,6 +111,8 @@ impl LastSent {
         match self {
             Self::Current => None,
             Self::Nothing => Some("null".to_owned()),
+            Self::Withheld => Some(WITHHELD.to_owned()),
+            Self::Silent => Some(SILENT.to_owned()),
             Self::Older(sent) => Some(
                 serde_json::to_string(sent)
                     .expect("a signal has no map with keys that are not text"),
@@ -105,10 +122,14 @@ impl LastSent {
 
     /// Reads the column's value. A value that only a later version can read counts as nothing sent.
     pub fn from_json(json: Option<&str>) -> Self {
-        match json.map(serde_json::from_str) {
+        match json {
             None => Self::Current,
-            Some(Ok(Some(sent))) => Self::Older(sent),
-            Some(_) => Self::Nothing,
+            Some(WITHHELD) => Self::Withheld,
+            Some(SILENT) => Self::Silent,
+            Some(json) => match serde_json::from_str(json) {
+                Ok(Some(sent)) => Self::Older(sent),
+                _ => Self::Nothing,
+            },
         }
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! There are four ways: `replay` applies events of the stream again, `backfill` fetches events that
 //! never arrived from Stripe, `reconcile` compares rows with Stripe's subscriptions, and `resend`
-//! signals rows again. `unsent` sends the signals that a replay has held back. All fail while the
-//! database or the broker is unavailable. May not know the command line.
+//! signals rows again. `unsent` sends the signals that a replay has held back, and `withheld` keeps
+//! those of rows that are not whole. All fail while the database or the broker is unavailable. May not know the command line.
 
 use sha2::{Digest as _, Sha256};
 
@@ -12,6 +12,7 @@ pub(crate) mod reconcile;
 pub(crate) mod replay;
 pub(crate) mod resend;
 pub(crate) mod unsent;
+pub(crate) mod withheld;
 
 /// Returns the first 16 bytes of the id's hash, so that a million remembered ids take some 20 MB.
 fn short_hash(id: &str) -> [u8; 16] {

@@ -27,9 +27,21 @@ pub struct Visible {
     pub created_event_seen: bool,
     /// Whether any Checkout Session was paid.
     pub paid: bool,
+    /// Whether Stripe was searched for a Checkout Session and has none that names a user.
+    pub searched: bool,
     /// The second of the newest subscription event. A fetch that settles an uncertain row starts at
     /// least 2 s later.
     pub head_created: Option<i64>,
+}
+
+impl Visible {
+    /// Returns whether the row says what the subscription is and whose it is. A rebuild may have
+    /// lost the event that says whose, so a null client reference id alone means "not known here".
+    pub fn is_whole(&self) -> bool {
+        let row = &self.subscription;
+        let is_claimed = row.client_reference_id.is_some() || self.checkout_session_id.is_some();
+        row.status.is_some() && (is_claimed || self.searched)
+    }
 }
 
 impl State {
@@ -43,6 +55,7 @@ impl State {
                 .map(|(created, id)| (id.clone(), created)),
             created_event_seen: self.created_seen,
             paid: self.checkout.paid(),
+            searched: self.searched,
             ..Visible::default()
         };
         let row = &mut visible.subscription;

@@ -10,12 +10,13 @@ use proptest::sample::select;
 
 use super::*;
 use crate::event::{
-    Before, CheckoutSession, Event, Marks, Resolution as ResolutionBody, Snapshot,
-    SubscriptionEvent,
+    Before, CheckoutSession, Event, Fetch, FetchStamp, Marks, Resolution as ResolutionBody,
+    Snapshot, SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
 use crate::question::Details;
 
+mod first_signal;
 mod unsent;
 
 const SUBSCRIPTION: &str = "sub_1";
@@ -84,6 +85,7 @@ fn event() -> impl Strategy<Value = (i64, Body)> {
     let body = prop_oneof![
         (select(statuses), any::<bool>())
             .prop_map(|(status, created)| subscription(status, created)),
+        select(statuses).prop_map(searched),
         session.prop_map(|(id, reference, paid)| checkout_session(
             id,
             Some(SUBSCRIPTION),
@@ -119,6 +121,32 @@ fn subscription(status: &str, created: bool) -> Body {
         marks: Marks::default(),
         marks_before: Marks::default(),
     }))
+}
+
+/// A subscription of this customer was fetched, and Stripe has no Checkout Session for it.
+const UNCLAIMED: &str = "cus_unclaimed";
+
+fn searched(status: &str) -> Body {
+    let mut body = subscription(status, false);
+    if let Body::Subscription(event) = &mut body {
+        event.snapshot.customer = Some(UNCLAIMED.to_owned());
+    }
+    body
+}
+
+fn fetch(body: &Body, created: i64, index: usize) -> Option<Fetch> {
+    let Body::Subscription(event) = body else {
+        return None;
+    };
+    let is_fetched = event.snapshot.customer.as_deref() == Some(UNCLAIMED);
+    is_fetched.then(|| Fetch {
+        stamp: FetchStamp {
+            date: created,
+            mark: index as u64,
+        },
+        searched: true,
+        ..Fetch::default()
+    })
 }
 
 fn checkout_session(
@@ -164,14 +192,15 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
         Body::Resolution(_) => RESOLUTION_TYPE,
         Body::Notification(_) => "v1.customer.subscription.updated",
     };
+    let created = NOW.unix_timestamp() - 60 + second;
     let event = Event {
         id: EventId::parse(format!("evt_{index}")).expect("it is an id"),
         event_type: EventType::parse(event_type).expect("it is a type"),
-        created: NOW.unix_timestamp() - 60 + second,
+        created,
         livemode: false,
         stripe_account_id: None,
+        fetch: fetch(&body, created, index),
         body,
-        fetch: None,
         redacted: false,
     };
     Arrival {

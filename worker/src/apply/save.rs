@@ -106,7 +106,7 @@ async fn save_once(
         rows: mut stored,
         rebuilding,
         has_new_erasures,
-    } = store::subscription::find(&tx, &ids, erasures.sequence(), now).await?;
+    } = store::subscription::find(&tx, &ids, erasures.sequence()).await?;
     if has_new_erasures {
         erasures.refresh(&tx).await?;
     }

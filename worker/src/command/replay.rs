@@ -29,7 +29,7 @@ const AFTER_HELP: &str = "\
 A replay merges old events like live ones, beside running workers: rows that are right already do not change. Run it into \
 an empty database to rebuild the rows, or after a bug was fixed. It prints its progress; if it is interrupted, run the same \
 command again to continue. Only one replay runs at a time. Until it ends, the rows that it changes send no signals, unless \
-a live event changes them.";
+a live event changes them. A row whose user the stream does not hold is not signalled: the last line names such rows.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -99,12 +99,14 @@ impl Replay {
             .begin(&self.request(), OffsetDateTime::now_utc())
             .await
             .map_err(failure)?;
-        let Some((replay, consumer)) = begun else {
+        let Some(begun) = begun else {
             return self.print_nothing();
         };
-        replayer.applier.policy = replay::policy(policy(settings), &replay);
+        let replay = &begun.replay;
+        replayer.applier.policy = replay::policy(policy(settings), replay);
         // A resumed replay has applied a part already.
-        let done = consumer
+        let done = begun
+            .consumer
             .progress(&parts.jetstream)
             .await
             .ok()
@@ -115,9 +117,7 @@ impl Replay {
             done.max(replay.first_sequence - 1),
             replay.last_sequence,
         );
-        let work = replayer.run(&replay, &consumer, &shutdown, |sequence| {
-            progress.reached(sequence)
-        });
+        let work = replayer.run(&begun, &shutdown, |sequence| progress.reached(sequence));
         let summary = parts.while_relaying(settings, work).await;
         progress.finish();
         self.report(&summary.map_err(failure)?)
@@ -160,8 +160,8 @@ impl Replay {
             events,
             poisoned,
             signals,
+            withheld,
             finished,
-            ..
         } = summary;
         let span = format!("events {first_sequence} to {last_sequence}");
         if *finished || self.output.json {
@@ -169,6 +169,7 @@ impl Replay {
                 print::line(&format!(
                     "replayed {span}: {events} applied again, {poisoned} poisoned, {signals} signals sent"
                 ));
+                withheld.advice().iter().for_each(|line| print::line(line));
             })?;
         }
         if *finished {

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
-use crate::recover::resend::{self, Resent};
+use crate::recover::resend::{self, Chosen, Resent};
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::store::{self, Store};
@@ -15,7 +15,7 @@ use crate::store::{self, Store};
 #[derive(Debug, Args)]
 #[group(id = "rows", required = true, multiple = false)]
 struct Rows {
-    /// Publish the row of this subscription; may be given several times
+    /// Publish the row of this subscription, also if it is withheld; may be given several times
     #[arg(long, value_name = "SUB")]
     subscription: Vec<String>,
     /// Publish every row
@@ -25,7 +25,7 @@ struct Rows {
 
 const AFTER_HELP: &str = "\
 For subscribers that are new or were away longer than LITESTRIPE_SIGNALS_MAX_AGE. Each signal carries the row's current \
-revision, so a subscriber that has seen it ignores it. --all keeps the number of waiting signals low, so that live ones are \
+revision, so a subscriber that has seen it ignores it. --all leaves out rows whose user nobody knows, and keeps the number of waiting signals low, so that live ones are \
 not delayed.";
 
 #[derive(Debug, Args)]
@@ -41,11 +41,17 @@ impl Resend {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let parts = super::start(settings, "resend", Schema::Current).await?;
         let store = &parts.store;
-        let Resent { sent, left } = parts.while_relaying(settings, self.send(store)).await?;
+        let sending = parts.while_relaying(settings, self.send(store));
+        let Resent {
+            sent,
+            left,
+            withheld,
+        } = sending.await?;
         let waiting = store::outbox::backlog(store.connection()).await?.0;
         if self.output.json {
             print::line(
-                &json!({ "sent": sent, "outbox": waiting, "left_to_replay": left }).to_string(),
+                &json!({ "sent": sent, "outbox": waiting, "left_to_replay": left, "withheld": withheld })
+                    .to_string(),
             );
         } else if waiting > 0 {
             print::line(&format!(
@@ -57,6 +63,12 @@ impl Resend {
         if left > 0 {
             tracing::warn!(
                 "{left} rows were not resent: their signals wait for the end of the replay; if it was interrupted, run it again"
+            );
+        }
+        if withheld > 0 {
+            tracing::warn!(
+                "{withheld} rows were not sent, because nobody knows whose they are: `reconcile --repair` finds out, `resend \
+                 --subscription ID` sends one as it is"
             );
         }
         Ok(())
@@ -76,7 +88,9 @@ impl Resend {
                     "cannot resend {unknown}: there is no row of this subscription; nothing was sent"
                 )));
             }
-            return Ok(resend::put_in_outbox(store, self.rows.subscription.clone()).await?);
+            return Ok(
+                resend::put_in_outbox(store, self.rows.subscription.clone(), Chosen::Named).await?,
+            );
         }
         let shutdown = shutdown::token()?;
         let total = store::subscription::count(store.connection()).await?;
@@ -96,9 +110,10 @@ impl Resend {
             }
             after.clone_from(last);
             let count = ids.len() as u64;
-            let Resent { sent, left } = resend::put_in_outbox(store, ids).await?;
-            resent.sent += sent;
-            resent.left += left;
+            let some = resend::put_in_outbox(store, ids, Chosen::All).await?;
+            resent.sent += some.sent;
+            resent.left += some.left;
+            resent.withheld += some.withheld;
             progress.advance(count);
         }
         progress.finish();

@@ -16,6 +16,7 @@ use time::OffsetDateTime;
 use super::Failure;
 use super::print::{self, Output};
 use crate::recover::unsent;
+use crate::recover::withheld::Withheld;
 use crate::settings::{Settings, StripeSettings};
 use crate::store::{self, Store};
 
@@ -44,6 +45,8 @@ struct Report {
     open_questions: Option<BTreeMap<&'static str, u64>>,
     /// Subscriptions and Checkout Sessions with thin events that `STRIPE_SECRET_KEY` cannot fetch.
     waiting_for_key: Option<u64>,
+    withheld: Option<u64>,
+    withheld_first: Option<Vec<String>>,
     /// The newest applied migration.
     schema_version: Option<String>,
     schema_current: bool,
@@ -114,6 +117,8 @@ impl Report {
             *by_kind.entry(open.kind.as_str()).or_default() += open.count;
         }
         self.open_questions = Some(by_kind);
+        let Withheld { count, first } = Withheld::find(store).await?;
+        (self.withheld, self.withheld_first) = (Some(count), Some(first));
         let replay = store::replay::unfinished(db).await?.into_iter().next();
         self.replay = replay.map(|replay| ReplayReport {
             running: replay.is_running(now),
@@ -154,6 +159,18 @@ async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
     }
 }
 
+/// Says what an operator does about withheld rows.
+fn withheld_note(report: &Value) -> String {
+    let first = report["withheld_first"].as_array();
+    let withheld = Withheld {
+        count: report["withheld"].as_u64().unwrap_or_default(),
+        first: first.into_iter().flatten().map(print::cell).collect(),
+    };
+    withheld.advice().unwrap_or_else(|| {
+        "rows that are not signalled, because nobody knows whose they are".to_owned()
+    })
+}
+
 /// Prints a [`Report`] for people.
 fn print(report: &Value) {
     let cell = |field: &str| print::cell(&report[field]);
@@ -166,6 +183,7 @@ fn print(report: &Value) {
         "events in flight at the workers; {} of them redelivered",
         cell("redelivered")
     );
+    let withheld = withheld_note(report);
     let rows = [
         ("events", "events", bytes.as_str()),
         (
@@ -185,6 +203,7 @@ fn print(report: &Value) {
             "signals_owed",
             "rows and orphans whose signal waits for the end of a replay",
         ),
+        ("withheld", "withheld", withheld.as_str()),
         (
             "dead letters",
             "dead_letters",

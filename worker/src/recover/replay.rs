@@ -5,14 +5,15 @@
 //! end.
 //!
 //! A replay merges events as live batches do, and runs beside them, so it does not change a row
-//! that is already right. Until its end, rows may be half rebuilt. Subscribers receive no signal of
-//! such a row before the end, unless a live event changes it.
+//! that is already right. Until its end, rows may be half rebuilt. Subscribers receive no first
+//! signal of such a row before the end, unless a live event says what it is and whose. What is not
+//! whole at the end is withheld (`recover/withheld`).
 
 use std::sync::Arc;
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{self, EVENTS_STREAM};
-use litestripe_domain::plan::{Policy, Signalling};
+use litestripe_domain::plan::{Policy, Rebuilt, Signalling};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -20,6 +21,7 @@ use tracing::warn;
 use crate::apply::Applier;
 use crate::error::StoreError;
 use crate::recover::unsent;
+use crate::recover::withheld::{self, Withheld};
 use crate::store::replay::{HEARTBEAT_EVERY, Replay};
 use crate::store::{self, Store};
 use crate::stream::consumer::{ConsumerError, ReplayConsumer};
@@ -66,7 +68,18 @@ pub(crate) struct Summary {
     /// Poisoned events among them, which are dead letters.
     pub poisoned: u64,
     pub signals: u64,
+    /// The rows that are not told, because nobody knows whose they are.
+    #[serde(flatten)]
+    pub withheld: Withheld,
     pub finished: bool,
+}
+
+/// A replay that is recorded in the database.
+pub(crate) struct Begun {
+    pub replay: Replay,
+    pub consumer: ReplayConsumer,
+    /// Whether the rebuild applies all that the stream holds, without a gap.
+    covers_stream: bool,
 }
 
 pub(crate) struct Replayer {
@@ -85,7 +98,7 @@ impl Replayer {
         &self,
         request: &Request,
         now: OffsetDateTime,
-    ) -> Result<Option<(Replay, ReplayConsumer)>, ReplayError> {
+    ) -> Result<Option<Begun>, ReplayError> {
         let db = self.applier.store.connection();
         let unfinished = store::replay::unfinished(db).await?;
         if let Some(running) = unfinished.iter().find(|other| other.is_running(now)) {
@@ -102,14 +115,24 @@ impl Replayer {
             ..replay
         };
         let consumer = replay_consumer(&replay);
-        if !matches!(&unfinished[..], [begun] if is_continuation(begun, &replay)) {
+        let is_fresh = unfinished.iter().all(Replay::is_of_lost_rows);
+        let continues = matches!(&unfinished[..], [begun] if is_continuation(begun, &replay));
+        if !continues {
             consumer
                 .remove(&self.jetstream)
                 .await
                 .map_err(ReplayError::Broker)?;
         }
+        // An interrupted replay may have applied a subscription's creation, and its session may
+        // have left the stream since.
+        let (first, floor) = consumer.floor(&self.jetstream).await?;
+        let covers_stream = request.covers_stream() && (is_fresh || first <= floor + 1);
         store::replay::start(db, &replay).await?;
-        Ok(Some((replay, consumer)))
+        Ok(Some(Begun {
+            replay,
+            consumer,
+            covers_stream,
+        }))
     }
 
     /// Applies the events again, up to the end or until `shutdown`. At the end, sends the unsent
@@ -117,11 +140,13 @@ impl Replayer {
     /// every batch.
     pub(crate) async fn run(
         &self,
-        replay: &Replay,
-        consumer: &ReplayConsumer,
+        begun: &Begun,
         shutdown: &CancellationToken,
         mut progress: impl FnMut(u64),
     ) -> Result<Summary, ReplayError> {
+        let Begun {
+            replay, consumer, ..
+        } = begun;
         let store = &self.applier.store;
         let (first_sequence, last_sequence) = (replay.first_sequence, replay.last_sequence);
         let mut summary = Summary {
@@ -140,7 +165,7 @@ impl Replayer {
         stop.cancel();
         let _ = heartbeat.await;
         if matches!(is_at_end, Ok(true)) {
-            self.finish(consumer, shutdown, &mut summary).await?;
+            self.finish(begun, shutdown, &mut summary).await?;
         } else {
             // The heartbeat is set back, so that the next run need not wait until this one counts
             // as dead.
@@ -150,18 +175,25 @@ impl Replayer {
         is_at_end.map(|_| summary)
     }
 
-    /// Records the end, and sends the unsent signals. From then on every worker may send them too.
+    /// Decides which rows are withheld, records the end, and sends the unsent signals. From then on
+    /// every worker may send them too.
     async fn finish(
         &self,
-        consumer: &ReplayConsumer,
+        begun: &Begun,
         shutdown: &CancellationToken,
         summary: &mut Summary,
     ) -> Result<(), ReplayError> {
         let store = &self.applier.store;
+        let rebuilt = Rebuilt {
+            started: begun.replay.started,
+            covers_stream: begun.covers_stream,
+        };
+        withheld::decide(store, rebuilt).await?;
+        summary.withheld = Withheld::find(store).await?;
         summary.signals = unsent::count(store).await?;
         store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;
         summary.finished = true;
-        self.remove(consumer).await;
+        self.remove(&begun.consumer).await;
         let sent = unsent::send(store, &self.applier.relay, shutdown).await?;
         if shutdown.is_cancelled() {
             warn!("stopped before all signals were sent: a running worker sends the others");

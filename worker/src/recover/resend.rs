@@ -2,7 +2,8 @@
 //!
 //! For subscribers that are new, or that were offline for longer than signals are kept. Locks each
 //! row while its signal is put into the outbox, so that it never signals a state that a concurrent
-//! change has already replaced.
+//! change has already replaced. A row that was never signalled, because nobody knows whose it is,
+//! is signalled only if the operator names it.
 
 use std::time::Duration;
 
@@ -26,17 +27,32 @@ const BACKLOG_MAX: u64 = 2000;
 /// How often the outbox is checked for room.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
 
+/// How the operator chose the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    /// All rows. Those with an unsent or withheld signal are left out.
+    All,
+    /// By name. The operator releases also what is held back.
+    Named,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Resent {
     pub sent: u64,
     /// Rows with an unsent signal: it is sent at the end of the replay.
     pub left: u64,
+    /// Rows whose first signal is withheld.
+    pub withheld: u64,
 }
 
 /// Puts signals of the rows `ids` into the outbox.
-pub(crate) async fn put_in_outbox(store: &Store, ids: Vec<String>) -> Result<Resent, StoreError> {
+pub(crate) async fn put_in_outbox(
+    store: &Store,
+    ids: Vec<String>,
+    chosen: Chosen,
+) -> Result<Resent, StoreError> {
     store
-        .uncancelled(async move |tx| put_rows(tx, &ids, OffsetDateTime::now_utc()).await)
+        .uncancelled(async move |tx| put_rows(tx, &ids, chosen, OffsetDateTime::now_utc()).await)
         .await
 }
 
@@ -57,6 +73,7 @@ pub(crate) async fn wait_for_room(
 async fn put_rows(
     tx: DatabaseTransaction,
     ids: &[String],
+    chosen: Chosen,
     now: OffsetDateTime,
 ) -> Result<Resent, StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
@@ -67,18 +84,21 @@ async fn put_rows(
         .collect();
     rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let mut signals = Vec::new();
-    let mut never_sent = Vec::new();
-    let mut left = 0;
+    let mut released = Vec::new();
+    let mut resent = Resent::default();
     for (id, stored) in rows {
-        if stored.last_sent.has_unsent_signal() {
-            left += 1;
+        let is_unsent = stored.last_sent.has_unsent_signal();
+        let is_withheld = stored.last_sent.is_withheld();
+        if chosen == Chosen::All && (is_unsent || is_withheld) {
+            resent.left += u64::from(is_unsent);
+            resent.withheld += u64::from(is_withheld);
             continue;
         }
-        let visible = stored.state.visible();
         let Some(event) = signal::last_event(&stored.state) else {
             continue;
         };
-        if stored.revision > 0 {
+        if stored.revision > 0 && !is_unsent {
+            let visible = stored.state.visible();
             signals.push(plan::resent_signal(
                 &id,
                 &visible.subscription,
@@ -88,25 +108,23 @@ async fn put_rows(
             ));
             continue;
         }
-        // A replay that sent no signals created the row: it gets its first revision.
-        let Some(first) = plan::plan_unsent(
-            &id,
-            Stored {
-                last_sent: LastSent::Nothing,
-                ..stored
-            },
-            now,
-        ) else {
+        // It gets its first revision, or the one that was due at the end of a replay.
+        let last_sent = match stored.last_sent {
+            older @ LastSent::Older(_) => older,
+            _ => LastSent::Nothing,
+        };
+        let stored = Stored {
+            last_sent,
+            ..stored
+        };
+        let Some(first) = plan::plan_unsent(&id, stored, now) else {
             continue;
         };
         signals.extend(first.signal);
-        never_sent.push(first.row);
+        released.push(first.row);
     }
-    store::subscription::save(&tx, never_sent, now).await?;
-    let resent = Resent {
-        sent: signals.len() as u64,
-        left,
-    };
+    store::subscription::save(&tx, released, now).await?;
+    resent.sent = signals.len() as u64;
     store::outbox::insert(&tx, signals, now).await?;
     tx.commit()
         .await

@@ -1,14 +1,15 @@
 //! `replay`: the last replay that was started, and whether it has reached its end.
 //!
-//! The table has one row, with an empty name. The previous version also wrote rows with a name.
+//! The table has one row: a replay's, with an empty name, or that of a table that was found empty
+//! ([`LOST_ROWS`]). The version before the previous one also wrote rows with other names.
 
 use std::time::Duration;
 
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, OnConflict, SelectStatement};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _, QueryResult, QuerySelect as _, QueryTrait as _,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
@@ -21,13 +22,18 @@ pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// For this long after its last heartbeat, an interrupted replay is expected to be finished by the
-/// operator. Until then rows may be half rebuilt, and nothing is concluded from them.
+/// operator. Until then no question about its events is asked, and none of them is purged. First
+/// signals are withheld for as long as it is unfinished.
 const OPEN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The name of the rebuild that begins when the table of subscriptions is found empty. No process
+/// runs it: the next replay does its work.
+const LOST_ROWS: &str = "lost rows";
 
 /// The events that a replay reapplies, and the signals that it sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
-    /// Empty, except for a replay of the previous version.
+    /// Empty, except for [`LOST_ROWS`] and a replay of an earlier version.
     pub name: String,
     /// The signals to send: `changed` or `none`; in the previous version also `all`.
     pub signals: String,
@@ -48,38 +54,26 @@ impl Replay {
         now - self.heartbeat < HEARTBEAT_TIMEOUT
     }
 
+    /// Whether it is not a replay, but the record of a table that was found empty.
+    pub fn is_of_lost_rows(&self) -> bool {
+        self.name == LOST_ROWS
+    }
+
     /// Whether a process runs it, or the operator is expected to finish it.
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
         now - self.heartbeat < OPEN_MAX
     }
 }
 
-/// Returns the query whose rows [`rebuilding`] reads: the latest unfinished replay that sends
-/// signals.
+/// Returns the query that selects when the unfinished replay was started, if there is one.
 pub(super) fn latest_unfinished() -> SelectStatement {
     Entity::find()
         .select_only()
-        .columns([Column::DtStarted, Column::DtBeat])
+        .column(Column::DtStarted)
         .filter(Column::DtFinished.is_null())
-        .filter(Column::Signals.ne("none"))
         .order_by_desc(Column::DtBeat)
         .limit(1)
         .into_query()
-}
-
-/// Returns when the replay of `row` was started, if it is open.
-pub(super) fn rebuilding(
-    row: &QueryResult,
-    now: OffsetDateTime,
-) -> Result<Option<OffsetDateTime>, DbErr> {
-    let Some(heartbeat): Option<OffsetDateTime> = row.try_get("", "dt_beat")? else {
-        return Ok(None);
-    };
-    if now - heartbeat < OPEN_MAX {
-        row.try_get("", "dt_started")
-    } else {
-        Ok(None)
-    }
 }
 
 /// Returns the replay that has not reached its end; in a database of the previous version there may

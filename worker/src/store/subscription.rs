@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use litestripe_contract::signal::Timestamp;
 use litestripe_domain::payment::ClientReferenceId;
-use litestripe_domain::row::{LastSent, Row, Stored};
+use litestripe_domain::row::{LastSent, Row, SILENT, Stored, WITHHELD};
 use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
 use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query, SelectStatement};
@@ -86,7 +86,7 @@ pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> 
 pub struct Found {
     /// The rows that exist, by key.
     pub rows: HashMap<String, Stored>,
-    /// The start of an unfinished replay, which may still have to rebuild rows, also rows that do
+    /// The start of an unfinished rebuild, which may still have to rebuild rows, also rows that do
     /// not exist yet.
     pub rebuilding: Option<OffsetDateTime>,
     /// Whether there are erasures that the process has not read yet.
@@ -103,9 +103,7 @@ pub async fn load<C: ConnectionTrait>(
         .query_all(&rows_among(db.get_database_backend(), ids))
         .await
         .map_err(&doing)?;
-    Ok(found(&rows, OffsetDateTime::now_utc())
-        .map_err(StoreError::doing(LOAD))?
-        .rows)
+    Ok(found(&rows).map_err(StoreError::doing(LOAD))?.rows)
 }
 
 /// Reads what a batch needs, as the first statement of its transaction: the rows of `ids` that
@@ -115,7 +113,6 @@ pub async fn find(
     tx: &DatabaseTransaction,
     ids: &[&str],
     erasures: i64,
-    now: OffsetDateTime,
 ) -> Result<Found, StoreError> {
     let doing = StoreError::doing(LOAD);
     let mut query = rows_among(tx.get_database_backend(), ids);
@@ -127,7 +124,7 @@ pub async fn find(
     };
     Ok(Found {
         has_new_erasures: newest.is_some(),
-        ..found(&rows, now).map_err(StoreError::doing(LOAD))?
+        ..found(&rows).map_err(StoreError::doing(LOAD))?
     })
 }
 
@@ -162,17 +159,15 @@ fn rows_among(backend: DbBackend, ids: &[&str]) -> SelectStatement {
     for column in own {
         query.column((Entity, column));
     }
-    for column in [replay::Column::DtStarted, replay::Column::DtBeat] {
-        query.column(("rebuilding", column));
-    }
+    query.column(("rebuilding", replay::Column::DtStarted));
     query
 }
 
-fn found(rows: &[QueryResult], now: OffsetDateTime) -> Result<Found, Cause> {
+fn found(rows: &[QueryResult]) -> Result<Found, Cause> {
     let mut found = Found::default();
     for row in rows {
         found.rows.extend(stored(row)?);
-        found.rebuilding = super::replay::rebuilding(row, now)?;
+        found.rebuilding = row.try_get("", replay::Column::DtStarted.as_str())?;
     }
     Ok(found)
 }
@@ -248,8 +243,64 @@ pub async fn unsent<C: ConnectionTrait>(
     after: &str,
     limit: u64,
 ) -> Result<Vec<String>, StoreError> {
-    let rows = keys()
-        .filter(Column::LastSent.is_not_null())
+    keys_among(db, is_unsent(), after, limit).await
+}
+
+/// Returns up to `limit` keys after `after`, in their order, of rows whose first signal is unsent
+/// or withheld and that seem not to be whole.
+pub async fn not_whole<C: ConnectionTrait>(
+    db: &C,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<String>, StoreError> {
+    let first = Column::LastSent.is_in(["null", WITHHELD, SILENT]);
+    let is_unclaimed = Column::ClientReferenceId
+        .is_null()
+        .and(Column::CheckoutSessionId.is_null());
+    let which = first.and(Column::Status.is_null().or(is_unclaimed));
+    keys_among(db, which, after, limit).await
+}
+
+/// Returns the first `limit` keys of rows whose first signal is withheld.
+pub async fn withheld<C: ConnectionTrait>(db: &C, limit: u64) -> Result<Vec<String>, StoreError> {
+    keys_among(db, is_withheld(), "", limit).await
+}
+
+/// Counts the rows with an unsent signal.
+pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    let unsent = owing().filter(is_unsent()).count(db).await;
+    unsent.map_err(StoreError::doing("count subscriptions with unsent signals"))
+}
+
+/// Counts the rows whose first signal is withheld.
+pub async fn count_withheld<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
+    let withheld = owing().filter(is_withheld()).count(db).await;
+    withheld.map_err(StoreError::doing("count subscriptions that are withheld"))
+}
+
+fn is_unsent() -> Expr {
+    Column::LastSent.is_not_in([WITHHELD, SILENT])
+}
+
+fn is_withheld() -> Expr {
+    Column::LastSent.is_in([WITHHELD, SILENT])
+}
+
+/// Rows that owe a signal. The condition is the index's.
+fn owing() -> Select<Entity> {
+    Entity::find().filter(Column::LastSent.is_not_null())
+}
+
+async fn keys_among<C: ConnectionTrait>(
+    db: &C,
+    which: Expr,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<String>, StoreError> {
+    let rows = owing()
+        .select_only()
+        .column(Column::StripeSubscriptionId)
+        .filter(which)
         .filter(Column::StripeSubscriptionId.gt(after));
     let rows = rows
         .order_by_asc(Column::StripeSubscriptionId)
@@ -258,15 +309,6 @@ pub async fn unsent<C: ConnectionTrait>(
         .all(db)
         .await;
     rows.map_err(StoreError::doing("find subscriptions with unsent signals"))
-}
-
-/// Counts the rows with an unsent signal.
-pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let unsent = Entity::find()
-        .filter(Column::LastSent.is_not_null())
-        .count(db)
-        .await;
-    unsent.map_err(StoreError::doing("count subscriptions with unsent signals"))
 }
 
 /// Counts all rows.

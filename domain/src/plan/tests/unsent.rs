@@ -1,6 +1,6 @@
 //! The law of signals: under any mix of batches, a row has an unsent signal exactly while what was
 //! last sent differs from what it shows. A subscriber that applies all signals has the row once no
-//! signal is unsent.
+//! signal is unsent. While a rebuild is open, the first signal of a row is of a whole row.
 
 use litestripe_contract::signal::Timestamp;
 
@@ -22,83 +22,43 @@ proptest! {
             let Some(plan) = plan_subscription(SUBSCRIPTION, row.clone(), arrivals.iter().collect(), context) else {
                 continue;
             };
+            let before = row.unwrap_or_default();
+            let is_whole = plan.row.visible.is_whole();
             if signalling == Signalling::Now && rebuilding.is_none() {
-                prop_assert_eq!(&plan.row.last_sent, &LastSent::Current);
+                let is_withheld = before.last_sent.is_withheld() && !is_whole;
+                prop_assert_eq!(plan.row.last_sent == LastSent::Current, !is_withheld);
             }
             prop_assert!(plan.signals.is_empty() || signalling == Signalling::Now);
-            subscriber.receive(&plan.signals, row.as_ref().map_or(0, |row| row.revision));
-            let had_unsent = row.as_ref().is_some_and(|row| row.last_sent.has_unsent_signal());
-            if signalling == Signalling::Never && !had_unsent {
+            let is_first = before.revision == 0 && !plan.signals.is_empty();
+            if is_first && (before.last_sent.is_withheld() || rebuilding.is_some()) {
+                prop_assert!(is_whole, "a half-built row was told");
+                prop_assert_eq!(plan.signals.len(), 1, "a state on the way was told");
+            }
+            prop_assert!(!plan.row.last_sent.is_withheld() || !is_whole);
+            subscriber.receive(&plan.signals, before.revision);
+            let had_unsent = before.last_sent != LastSent::Current;
+            if signalling == Signalling::Never && (!had_unsent || before.last_sent == LastSent::Silent) {
                 subscriber.miss_silent_write(&plan.row);
             }
             subscriber.check(&plan.row);
             row = Some(reload(plan.row));
         }
-        let Some(row) = row else { return Ok(()) };
+        let Some(mut row) = row else { return Ok(()) };
+        let rebuilt = Rebuilt { started: NOW, covers_stream: false };
+        if let Some(settled) = plan_rebuilt(SUBSCRIPTION, row.clone(), rebuilt) {
+            subscriber.check(&settled);
+            row = reload(settled);
+        }
         if row.last_sent.has_unsent_signal() {
             let revision = row.revision;
+            let is_whole = row.state.visible().is_whole();
+            prop_assert!(revision > 0 || is_whole, "a half-built row would be told");
             let unsent = plan_unsent(SUBSCRIPTION, row, NOW).expect("an event led to the row");
             prop_assert!(unsent.signal.is_some());
             subscriber.receive(unsent.signal.as_slice(), revision);
             prop_assert_eq!(&unsent.row.last_sent, &LastSent::Current);
             subscriber.check(&unsent.row);
         }
-    }
-}
-
-#[test]
-fn live_event_is_held_back_only_if_the_replay_may_complete_its_row() {
-    let (old, new) = (NOW - Duration::from_secs(60), NOW + Duration::from_secs(1));
-    let status = |status: &str, created| {
-        let mut body = subscription(status, false);
-        if let Body::Subscription(event) = &mut body {
-            event.snapshot.created = Some(OffsetDateTime::unix_timestamp(created));
-        }
-        body
-    };
-    let session = || checkout_session("cs_1", Some(SUBSCRIPTION), None, "paid");
-    let unsent = || {
-        Some(Stored {
-            version: 1,
-            last_sent: LastSent::Nothing,
-            ..Stored::default()
-        })
-    };
-    let known = || {
-        Some(Stored {
-            version: 1,
-            revision: 1,
-            ..Stored::default()
-        })
-    };
-    for (rebuilding, stored, body, is_sent) in [
-        (None, None, session(), true),
-        (Some(NOW), None, session(), false),
-        (Some(NOW), None, status("active", old), false),
-        (Some(NOW), None, status("active", new), true),
-        (Some(NOW), unsent(), session(), false),
-        (Some(NOW), unsent(), status("active", old), true),
-        (Some(NOW), known(), status("active", old), true),
-        (None, unsent(), session(), true),
-    ] {
-        let what = format!("{rebuilding:?}, {stored:?}, {body:?}");
-        let arrival = arrival(0, (0, body));
-        let policy = Policy {
-            rules: rules(),
-            signalling: Signalling::Now,
-        };
-        let context = Context {
-            policy: &policy,
-            rebuilding,
-            now: NOW,
-        };
-        let plan = plan_subscription(SUBSCRIPTION, stored, vec![&arrival], context)
-            .expect("it changes the row");
-        assert_eq!(
-            (plan.signals.len(), plan.row.last_sent.has_unsent_signal()),
-            (usize::from(is_sent), !is_sent),
-            "{what}"
-        );
     }
 }
 
@@ -187,6 +147,10 @@ fn last_sent_column_reads_back() {
         );
     }
     assert_eq!(LastSent::from_json(None), LastSent::Current);
+    for withheld in [LastSent::Withheld, LastSent::Silent] {
+        let json = withheld.to_json();
+        assert_eq!(LastSent::from_json(json.as_deref()), withheld);
+    }
     assert_eq!(LastSent::Nothing.to_json().as_deref(), Some("null"));
 }
 
@@ -224,8 +188,11 @@ impl Subscriber {
         }
     }
 
-    /// Records that a silent replay wrote the row, which counts as sent.
+    /// Records that a silent replay wrote the row, which counts as sent if it is whole.
     fn miss_silent_write(&mut self, row: &Row) {
+        if row.last_sent == LastSent::Silent {
+            return;
+        }
         assert_eq!(row.last_sent, LastSent::Current);
         match row.revision {
             0 => self.missed = true,
@@ -238,13 +205,15 @@ impl Subscriber {
         let shown = &row.visible.subscription;
         match &row.last_sent {
             LastSent::Current => assert!(self.missed || self.known.as_ref() == Some(shown)),
-            LastSent::Nothing => assert_eq!(self.known, None),
+            LastSent::Nothing | LastSent::Withheld | LastSent::Silent => {
+                assert_eq!(self.known, None)
+            }
             LastSent::Older(sent) => {
                 assert_eq!(self.known.as_ref(), Some(&**sent));
                 assert_ne!(&**sent, shown);
             }
         }
-        self.missed &= !row.last_sent.has_unsent_signal();
+        self.missed &= row.last_sent == LastSent::Current;
         assert_eq!(row.revision, self.revision);
     }
 }
@@ -261,7 +230,7 @@ fn context() -> impl Strategy<Value = (Signalling, Option<OffsetDateTime>)> {
     (signalling, select(&[None, Some(NOW)][..]))
 }
 
-fn rules() -> Rules {
+pub(super) fn rules() -> Rules {
     Rules {
         lookup: false,
         without_session: true,
@@ -270,7 +239,7 @@ fn rules() -> Rules {
 }
 
 /// Returns the row as it is read back from the database.
-fn reload(row: Row) -> Stored {
+pub(super) fn reload(row: Row) -> Stored {
     let Row {
         state,
         version,

@@ -58,6 +58,20 @@ pub(crate) struct Request {
     pub signals: Signals,
 }
 
+impl Request {
+    /// Whether it asks for everything that the stream holds.
+    pub(super) fn covers_stream(&self) -> bool {
+        let Self {
+            from,
+            until,
+            event_types,
+            stripe_subscription_id,
+            signals: _,
+        } = self;
+        (from, until, stripe_subscription_id) == (&None, &None, &None) && event_types.is_empty()
+    }
+}
+
 impl Replayer {
     /// Resolves `request` to a range of events. Returns `None` if the stream holds no such event.
     pub(crate) async fn resolve(

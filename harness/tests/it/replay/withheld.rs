@@ -1,0 +1,214 @@
+//! Rows of which a rebuild does not find whose they are: they are not told until somebody knows.
+
+use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, filter_by_subscription};
+use litestripe_harness::stripe::Purchase;
+use serde_json::{Value, json};
+
+use super::{DEADLINE, forget_rows, json_of, last_signal, replay, signals_after};
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
+
+on_both_databases!(
+    rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user,
+    live_events_and_late_duplicates_do_not_release_a_withheld_row,
+    late_session_releases_a_withheld_row_with_its_user,
+    operator_releases_a_withheld_row_as_it_is,
+    stream_that_holds_the_creation_and_no_session_is_told_as_it_is,
+);
+
+/// A bridge whose database was lost, after the session and the creation of a subscription had left
+/// the stream: only a later event is left.
+struct Rebuilt {
+    bridge: Bridge,
+    purchase: Purchase,
+    /// The last signal before the loss.
+    last: u64,
+}
+
+impl Rebuilt {
+    async fn start(database: DatabaseKind) -> Self {
+        let mut bridge = Bridge::start(Options::new(database)).await;
+        let purchase = Purchase::new(now() - 600);
+        let session = json!({ "client_reference_id": "user_1" });
+        let session = purchase.checkout_session_event(COMPLETED, purchase.created, session);
+        let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
+        apply(&bridge, &session).await;
+        apply(&bridge, &created).await;
+        purge(&bridge).await;
+        let update = json!({ "metadata": { "seats": "2" } });
+        let update = purchase.subscription_event(UPDATED, now() - 300, update);
+        apply(&bridge, &update).await;
+        bridge.check().await;
+        let last = last_signal(&bridge).await;
+        forget_rows(&mut bridge, database).await;
+        Self {
+            bridge,
+            purchase,
+            last,
+        }
+    }
+
+    /// The signals after the loss. All are about the subscription.
+    async fn signals(&self) -> Vec<Signal> {
+        self.bridge.wait_until_applied().await;
+        let signals = signals_after(&self.bridge, self.last).await;
+        let ours = filter_by_subscription(&signals, &self.purchase.subscription);
+        assert_eq!(ours.len(), signals.len(), "{signals:#?}");
+        signals
+    }
+
+    async fn replay(&self) -> Value {
+        json_of(&replay(&self.bridge, &["--json"]).await)
+    }
+
+    async fn status(&self) -> Value {
+        let status = self.bridge.worker().args(["status", "--json"]);
+        json_of(&status.run(DEADLINE).await)
+    }
+
+    async fn resend(&self, arguments: &[&str]) -> Value {
+        let resend = self.bridge.worker().args(["resend", "--json"]);
+        json_of(&resend.args(arguments).run(DEADLINE).await)
+    }
+}
+
+async fn rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    let named = json!([rebuilt.purchase.subscription]);
+    let summary = rebuilt.replay().await;
+    assert_eq!(
+        [
+            &summary["signals"],
+            &summary["withheld"],
+            &summary["withheld_first"]
+        ],
+        [&json!(0), &json!(1), &named]
+    );
+    let again = replay(&rebuilt.bridge, &[]).await;
+    let id = &rebuilt.purchase.subscription;
+    let said = format!("1 rows are withheld, because nobody knows whose they are ({id})");
+    assert!(again.stdout.contains(&said), "{}", again.stdout);
+    assert_eq!(rebuilt.signals().await.len(), 0);
+    let row = rebuilt.bridge.row(id).await;
+    assert_eq!((row.status.as_deref(), row.revision), (Some("active"), 0));
+
+    let status = rebuilt.status().await;
+    assert_eq!(
+        [
+            &status["withheld"],
+            &status["withheld_first"],
+            &status["signals_owed"]
+        ],
+        [&json!(1), &named, &json!(0)]
+    );
+    let status = rebuilt.bridge.worker().arg("status").run(DEADLINE).await;
+    assert!(status.stdout.contains(&said), "{}", status.stdout);
+
+    let resent = rebuilt.resend(&["--all"]).await;
+    assert_eq!(
+        [&resent["sent"], &resent["withheld"]],
+        [&json!(0), &json!(1)]
+    );
+    assert_eq!(rebuilt.signals().await.len(), 0);
+}
+
+async fn live_events_and_late_duplicates_do_not_release_a_withheld_row(database: DatabaseKind) {
+    let mut rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    rebuilt.bridge.start_worker().wait_until_ready().await;
+    let purchase = rebuilt.purchase.clone();
+    let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
+    let changed =
+        |at, status: &str| purchase.subscription_event(UPDATED, at, json!({ "status": status }));
+    for event in [
+        created,
+        changed(now() - 60, "past_due"),
+        changed(now() - 50, "active"),
+        changed(now() - 60, "past_due"),
+    ] {
+        apply(&rebuilt.bridge, &event).await;
+        assert_eq!(rebuilt.signals().await.len(), 0, "{}", event.summary());
+    }
+    let row = rebuilt.bridge.row(&purchase.subscription).await;
+    assert_eq!(row.status.as_deref(), Some("active"), "they change the row");
+    // What is newer than the rebuild is told as ever.
+    let bought = Purchase::new(now());
+    apply(
+        &rebuilt.bridge,
+        &bought.subscription_event(CREATED, bought.created, json!({})),
+    )
+    .await;
+    rebuilt.bridge.wait_until_applied().await;
+    let signals = signals_after(&rebuilt.bridge, rebuilt.last).await;
+    assert_eq!(signals.len(), 1);
+    assert_eq!(
+        signals[0].body["stripe_subscription_id"],
+        bought.subscription
+    );
+}
+
+async fn late_session_releases_a_withheld_row_with_its_user(database: DatabaseKind) {
+    let mut rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    rebuilt.bridge.start_worker().wait_until_ready().await;
+    let session = json!({ "client_reference_id": "user_1" });
+    let session = rebuilt
+        .purchase
+        .checkout_session_event(COMPLETED, now(), session);
+    apply(&rebuilt.bridge, &session).await;
+    let signals = rebuilt.signals().await;
+    let [signal] = &signals[..] else {
+        panic!("{signals:#?}")
+    };
+    assert_eq!(signal.body["client_reference_id"], "user_1");
+    assert_eq!(signal.body["access"], "granted");
+    assert_eq!(signal.body["previous_revision"], Value::Null);
+    assert_eq!(rebuilt.status().await["withheld"], 0);
+}
+
+async fn operator_releases_a_withheld_row_as_it_is(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    let id = rebuilt.purchase.subscription.as_str();
+    let resent = rebuilt.resend(&["--subscription", id]).await;
+    assert_eq!(resent["sent"], 1, "{resent:#}");
+    let signals = rebuilt.signals().await;
+    assert_eq!(signals.len(), 1);
+    assert_eq!(signals[0].body["client_reference_id"], Value::Null);
+    assert_eq!(
+        signals[0].body["revision"],
+        rebuilt.bridge.row(id).await.revision
+    );
+    assert_eq!(rebuilt.status().await["withheld"], 0);
+}
+
+async fn stream_that_holds_the_creation_and_no_session_is_told_as_it_is(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    let purchase = Purchase::new(now() - 600);
+    let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
+    apply(&bridge, &created).await;
+    bridge.check().await;
+    let last = last_signal(&bridge).await;
+    forget_rows(&mut bridge, database).await;
+    // Not everything that the stream holds: the session may be among the rest.
+    let part = json_of(&replay(&bridge, &["--type", CREATED, "--json"]).await);
+    assert_eq!(
+        [&part["signals"], &part["withheld"]],
+        [&json!(0), &json!(1)]
+    );
+    let whole = json_of(&replay(&bridge, &["--json"]).await);
+    assert_eq!(
+        [&whole["signals"], &whole["withheld"]],
+        [&json!(1), &json!(0)]
+    );
+    let signals = signals_after(&bridge, last).await;
+    assert_eq!(signals.len(), 1);
+    assert_eq!(signals[0].body["client_reference_id"], Value::Null);
+}
+
+/// Removes all events from the stream.
+async fn purge(bridge: &Bridge) {
+    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
+    let stream = stream.expect("the stream exists");
+    stream.purge().await.expect("it can be emptied");
+}
