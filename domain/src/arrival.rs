@@ -1,6 +1,6 @@
 //! An event as a worker received it. Pure.
 
-use crate::event::{Before, Body, CheckoutSession, Event};
+use crate::event::{Body, CheckoutSession, Event};
 use crate::signal::{self, Cause};
 
 /// An event of a batch, with the position of its message.
@@ -28,9 +28,5 @@ impl Arrival {
             Body::CheckoutSession(session) => Some(session),
             Body::Subscription(_) | Body::Resolution(_) | Body::Notification(_) => None,
         }
-    }
-
-    pub(crate) fn is_creation(&self) -> bool {
-        matches!(&self.event.body, Body::Subscription(body) if body.before == Before::Nothing)
     }
 }

@@ -261,6 +261,12 @@ impl CheckoutSession {
                 Some("paid" | "no_payment_required")
             )
     }
+
+    /// Returns whether the session says who uses its subscription, or that nobody is known: it has
+    /// a client reference id, or it is paid. An unpaid one without an id claims nothing.
+    pub fn is_claim(&self) -> bool {
+        self.client_reference_id.is_some() || self.is_paid()
+    }
 }
 
 /// An operator's resolution: the user of an orphan. Also carries what the orphan's row needs if a

@@ -30,6 +30,9 @@ use crate::event::{Before, Body, Event, SubscriptionEvent};
 
 pub use visible::{Changes, Visible, changes};
 
+/// The last second that a `Timestamp` can hold: the end of the year 9999.
+const TIMESTAMP_MAX: i64 = 253_402_300_799;
+
 /// A row's merge state. Its JSON is the column `merge_state`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -50,6 +53,11 @@ pub struct State {
     metadata: metadata::Registers,
     #[serde(default, skip_serializing_if = "metadata::FetchedRegisters::is_empty")]
     fetched_metadata: metadata::FetchedRegisters,
+    /// Whether the question for a user was stored since the row needs one. Not merged: it follows
+    /// from the rest and the settings whenever an event changes the row. Rows of the previous
+    /// version lack it, so their next event stores the question.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    awaits_user: bool,
 }
 
 impl State {
@@ -79,6 +87,21 @@ impl State {
                 .merge_reference(event, &resolution.client_reference_id),
             Body::Notification(_) => false,
         }
+    }
+
+    /// Returns the second from which an operator's resolution made at `now` wins over the client
+    /// reference id of the row: Stripe's clock, or another operator's, may be ahead of this one.
+    /// Both in seconds since the Unix epoch.
+    pub fn resolution_created(&self, now: i64) -> i64 {
+        let known = self.checkout.client_reference_created();
+        known.map_or(now, |created| {
+            now.max(created.saturating_add(1).min(TIMESTAMP_MAX))
+        })
+    }
+
+    /// Records whether the row awaits a user. Returns whether it did before.
+    pub(crate) fn await_user(&mut self, awaits: bool) -> bool {
+        std::mem::replace(&mut self.awaits_user, awaits)
     }
 
     /// Merges the metadata under the event's type, or under those of the thin events that a fetch

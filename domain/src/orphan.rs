@@ -22,14 +22,18 @@ use crate::signal;
 /// Two seconds for that reason, and one because the duration of a request is rounded up.
 const FETCH_AFTER: Duration = Duration::from_secs(3);
 
+/// For how long Stripe retries a delivery in live mode (Stripe: "Receive Stripe events in your
+/// webhook endpoint", "Retries").
+const DELIVERED_WITHIN: Duration = Duration::from_secs(3 * 24 * 60 * 60);
+
 /// The operator's settings for orphans.
 #[derive(Debug, Clone)]
 pub struct Rules {
     /// Whether there is a user lookup for client reference ids.
     pub lookup: bool,
-    /// Whether a subscription without a Checkout Session becomes an orphan.
+    /// Whether a subscription that no Checkout Session claims becomes an orphan.
     pub without_session: bool,
-    /// How long a subscription may wait for its Checkout Session.
+    /// How long a subscription may wait for a Checkout Session that claims it.
     pub grace: Duration,
 }
 
@@ -98,18 +102,25 @@ pub(crate) fn lookup_question(
     Some(question(details, payment_id(session), arrival, now))
 }
 
-/// Returns the question whether a new subscription's Checkout Session arrived in time. It is due at
-/// the `end` of its grace period. `None` if there is no reason to wait for a session.
+/// Returns whether a row needs a user: its subscription may have been paid, no client reference id
+/// is known, and no Checkout Session was paid. (The event of a paid session without a client
+/// reference id makes the orphan itself.) An unpaid session without a client reference id claims
+/// nothing.
+///
+/// A function of the row alone, whichever events led to it. A row that is in this state when its
+/// grace period ends is an orphan.
+pub fn needs_user(row: &Visible) -> bool {
+    let may_be_paid = row.subscription.status.as_deref().is_some_and(may_be_paid);
+    may_be_paid && row.subscription.client_reference_id.is_none() && !row.paid
+}
+
+/// Returns the question whether a subscription that needs a user finds one in time. It is due at
+/// the `end` of its grace period.
 pub(crate) fn grace_question(
     arrival: &Arrival,
     row: &Visible,
-    rules: &Rules,
     end: OffsetDateTime,
 ) -> Option<Question> {
-    let needs_session = row.created_event_seen && row.checkout_session_id.is_none();
-    if !rules.without_session || !needs_session || row.subscription.client_reference_id.is_some() {
-        return None;
-    }
     let details = Details::Grace {
         stripe_customer_id: row.subscription.stripe_customer_id.clone(),
     };
@@ -133,6 +144,35 @@ pub fn grace_period_end(
         .created
         .map_or(dt_created, |created| created.get());
     later(dt_created.max(created), grace)
+}
+
+/// Returns how long a grace period still lasts. It ends when both our clock and the broker's have
+/// reached its `end`, so that a clock that runs ahead ends none early. `None` if it has ended.
+pub fn remaining_grace(
+    end: OffsetDateTime,
+    ours: OffsetDateTime,
+    brokers: OffsetDateTime,
+) -> Option<Duration> {
+    Duration::try_from(end - ours.min(brokers))
+        .ok()
+        .filter(|remaining| !remaining.is_zero())
+}
+
+/// Returns whether the stream, which was created at `stream_created`, held every Checkout Session
+/// that could claim the row. A subscription that is older than the stream has a session that was
+/// delivered before there was anything to store it, and only Stripe knows it.
+pub fn began_in_sight(row: &Visible, stream_created: OffsetDateTime) -> bool {
+    let created = row.subscription.created.map(|created| created.get());
+    row.created_event_seen
+        || created.is_some_and(|created| later(created, DELIVERED_WITHIN) >= stream_created)
+}
+
+/// Returns whether a subscription had already ended when its row was first written, at
+/// `dt_created`. Without its beginning it is history: nobody waits for access.
+pub fn had_ended_before(row: &Visible, dt_created: OffsetDateTime) -> bool {
+    row.subscription
+        .ended_at
+        .is_some_and(|ended_at| ended_at.get() <= dt_created)
 }
 
 /// Returns the question for the current state of a subscription, if its row is uncertain.
@@ -184,6 +224,9 @@ fn payment_id(session: &CheckoutSession) -> &str {
 /// Returns whether a customer may have paid for a subscription of this status. Stripe: "The
 /// Subscription object", `status`: `incomplete` waits for its first payment, `incomplete_expired`
 /// never got it.
-pub fn may_be_paid(status: Option<&str>) -> bool {
-    !matches!(status, Some("incomplete" | "incomplete_expired"))
+fn may_be_paid(status: &str) -> bool {
+    !matches!(status, "incomplete" | "incomplete_expired")
 }
+
+#[cfg(test)]
+mod tests;

@@ -174,11 +174,14 @@ pub fn plan_subscription<'a>(
     let consequences = merged.last().map_or_else(Consequences::default, |last| {
         let dt_created = dt_created.unwrap_or(now);
         let last = last.arrival;
+        let needs_user = policy.rules.without_session && orphan::needs_user(after);
         RowChange {
             merged: &merged,
             last,
             before: &before,
             after,
+            needs_user,
+            awaited_user: state.await_user(needs_user),
             rules: &policy.rules,
             dt_created,
             now,
@@ -506,6 +509,9 @@ struct RowChange<'r, 'a> {
     last: &'a Arrival,
     before: &'r Visible,
     after: &'r Visible,
+    /// Whether the row is to have an open question for a user, and whether one was stored before.
+    needs_user: bool,
+    awaited_user: bool,
     rules: &'r Rules,
     /// When the row was first written.
     dt_created: OffsetDateTime,
@@ -516,7 +522,7 @@ impl<'a> RowChange<'_, 'a> {
     fn consequences(&self) -> Consequences<'a> {
         let mut consequences = Consequences::default();
         self.decide_on_user(&mut consequences);
-        self.decide_on_session(&mut consequences);
+        self.decide_on_grace(&mut consequences);
         if self.after.subscription.uncertain {
             consequences
                 .questions
@@ -570,34 +576,27 @@ impl<'a> RowChange<'_, 'a> {
         }
     }
 
-    /// Decides whether the row's Checkout Session has arrived, or has to be waited for.
-    fn decide_on_session(&self, consequences: &mut Consequences<'a>) {
-        let Self {
-            before,
-            after,
-            rules,
-            ..
-        } = *self;
-        let claimed = |row: &Visible| {
-            row.checkout_session_id.is_some() || row.subscription.client_reference_id.is_some()
-        };
-        let may_be_paid = |row: &Visible| orphan::may_be_paid(row.subscription.status.as_deref());
-        if claimed(after) && before.created_event_seen && !claimed(before) {
-            consequences.answered.push(Kind::Grace);
-        } else if after.created_event_seen
-            && (!before.created_event_seen || (may_be_paid(after) && !may_be_paid(before)))
-        {
-            // The questions task drops the question if nothing was paid yet. So it is stored again
-            // once the subscription may be paid.
-            let created = self
-                .arrivals()
-                .find(|arrival| arrival.is_creation())
-                .unwrap_or(self.last);
-            let end = orphan::grace_period_end(after, self.dt_created, rules.grace);
+    /// Opens the question of the grace period when the row enters the state in which it needs a
+    /// user, and closes it when the row leaves that state.
+    fn decide_on_grace(&self, consequences: &mut Consequences<'a>) {
+        if self.needs_user && !self.awaited_user {
+            let end = orphan::grace_period_end(self.after, self.dt_created, self.rules.grace);
             consequences
                 .questions
-                .extend(orphan::grace_question(created, after, rules, end));
+                .extend(orphan::grace_question(self.entrance(), self.after, end));
+        } else if !self.needs_user && (self.awaited_user || orphan::needs_user(self.before)) {
+            consequences.answered.push(Kind::Grace);
         }
+    }
+
+    /// Returns the event with which the row entered the state in which it needs a user.
+    fn entrance(&self) -> &'a Arrival {
+        self.merged
+            .iter()
+            .rev()
+            .take_while(|transition| orphan::needs_user(&transition.shown))
+            .last()
+            .map_or(self.last, |transition| transition.arrival)
     }
 
     fn arrivals(&self) -> impl Iterator<Item = &'a Arrival> {

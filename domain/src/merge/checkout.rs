@@ -61,6 +61,13 @@ impl Registers {
             .map(|latest| latest.value.as_str())
     }
 
+    /// Returns `created` of the event that the client reference id is from.
+    pub(super) fn client_reference_created(&self) -> Option<i64> {
+        self.client_reference_id
+            .as_ref()
+            .map(|latest| latest.created)
+    }
+
     pub(super) fn session(&self) -> Option<&Session> {
         self.session.as_ref().map(|latest| &latest.value)
     }

@@ -22,8 +22,7 @@ pub struct Visible {
     /// The id and `created` of the event that led to the row: the event of the last snapshot or,
     /// before any subscription event, the newest event that named the session or the user.
     pub last_event: Option<(EventId, i64)>,
-    /// Whether the subscription's creation event was merged. Only then is its Checkout Session
-    /// waited for.
+    /// Whether the subscription's creation event was merged.
     pub created_event_seen: bool,
     /// Whether any Checkout Session was paid.
     pub paid: bool,

@@ -17,6 +17,7 @@ use crate::payment::PaymentIds;
 use crate::question::Details;
 
 mod first_signal;
+mod grace;
 mod unsent;
 
 const SUBSCRIPTION: &str = "sub_1";
@@ -51,10 +52,12 @@ proptest! {
             batch.push(&arrivals[index]);
             if end {
                 table.apply(std::mem::take(&mut batch), &policy);
-                table.ask_grace_too_early();
+                prop_assert_eq!(table.is_awaited(), table.needs_user());
             }
         }
         table.apply(batch, &policy);
+        prop_assert_eq!(table.is_awaited(), table.needs_user());
+        prop_assert_eq!(once.is_awaited(), once.needs_user());
         prop_assert_eq!(table.end(), once.end());
     }
 }
@@ -281,16 +284,19 @@ impl Table {
             .and_modify(|open| *open = false);
     }
 
-    /// Asks the grace question between batches. If nothing was paid yet, the question is dropped.
-    fn ask_grace_too_early(&mut self) {
-        if !self.may_be_paid() {
-            self.questions
-                .remove(&(SUBSCRIPTION.to_owned(), Kind::Grace));
-        }
+    /// Whether a row of a subscription may have been paid and has no user.
+    fn needs_user(&self) -> bool {
+        let row = self.visible();
+        let status = row.subscription.status.as_deref();
+        status.is_some_and(|status| !status.starts_with("incomplete"))
+            && row.subscription.client_reference_id.is_none()
+            && !row.paid
     }
 
-    fn may_be_paid(&self) -> bool {
-        orphan::may_be_paid(self.visible().subscription.status.as_deref())
+    /// Whether the end of the grace period is asked for.
+    fn is_awaited(&self) -> bool {
+        let key = (SUBSCRIPTION.to_owned(), Kind::Grace);
+        self.questions.contains_key(&key)
     }
 
     fn visible(&self) -> Visible {
@@ -320,13 +326,8 @@ impl Table {
                         self.orphans.entry(id).or_insert(true);
                     }
                 }
-                Details::Grace { .. } if self.may_be_paid() => {
-                    self.orphans.entry(id).or_insert(true);
-                }
-                Details::Grace { .. }
-                | Details::Fetch
-                | Details::Erase
-                | Details::Notification(_) => {}
+                Details::Grace { .. } => drop(self.orphans.entry(id).or_insert(true)),
+                Details::Fetch | Details::Erase | Details::Notification(_) => {}
             }
         }
         let open = self

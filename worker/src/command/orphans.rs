@@ -138,7 +138,7 @@ impl Resolve {
             livemode: orphan.livemode,
             account: None,
         };
-        let created = OffsetDateTime::now_utc().unix_timestamp();
+        let created = created(store, &orphan, OffsetDateTime::now_utc()).await?;
         own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope)
             .await?;
         let Ok(resolved) =
@@ -209,6 +209,19 @@ impl Resolve {
             None => Ok(()),
         }
     }
+}
+
+/// Returns the time of a resolution made at `now`: later than what the orphan's row holds, so that
+/// a clock that is behind does not make the resolution lose.
+async fn created(store: &Store, orphan: &Model, now: OffsetDateTime) -> Result<i64, Failure> {
+    let now = now.unix_timestamp();
+    let Some(id) = orphan.stripe_subscription_id.as_deref() else {
+        return Ok(now);
+    };
+    let row = store::subscription::load(store.connection(), &[id])
+        .await?
+        .remove(id);
+    Ok(row.map_or(now, |row| row.state.resolution_created(now)))
 }
 
 /// Waits until the orphan `id` is resolved by `resolution` (its time and user) or by one that wins

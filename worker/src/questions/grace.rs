@@ -1,10 +1,15 @@
-//! The end of a grace period: a subscription that no Checkout Session has claimed becomes an
-//! orphan.
+//! The end of a grace period: a subscription that may have been paid and still has no user becomes
+//! an orphan.
+//!
+//! Owns what is asked before: both clocks, the backlog, and Stripe if there is a key for the row's
+//! mode. Without a key, a row that may have a session which this installation never received is no
+//! orphan: its question waits for a key, a session or `reconcile`.
 
 use std::time::Duration;
 
 use litestripe_contract::signal::OrphanReason;
-use litestripe_domain::event::{Email, api};
+use litestripe_domain::event::{self, Body, Email, Event, MetadataKeys, api};
+use litestripe_domain::merge::Visible;
 use litestripe_domain::orphan;
 use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
@@ -16,93 +21,121 @@ use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased,
 use crate::error::StoreError;
 use crate::store::question::{self, Taken};
 use crate::stream::own_event::{self, Fetched, Scope};
-use crate::stream::progress;
+use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::StripeApi;
 
 /// How long a fetched session may take through the stream to its row.
 const CLAIM_MAX: Duration = Duration::from_secs(60);
 
+/// How soon a question that only Stripe could answer is retried without a key for the row's mode.
+const WITHOUT_STRIPE: Duration = Duration::from_secs(60 * 60);
+
+/// The longest pause until a grace period's end is checked again: a clock may be set right.
+const CHECK_MAX: Duration = Duration::from_secs(60 * 60);
+
 impl Questions {
-    /// Ends a grace period once every event received before its end is applied, so that a backlog
-    /// makes no orphans. Creates an orphan if the subscription is still unclaimed and may have been
-    /// paid.
+    /// Ends a grace period once both clocks have reached its end and every event received before
+    /// is applied, so that neither a wrong clock nor a backlog makes orphans. Creates an orphan if
+    /// the row still needs a user.
     pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        let Some(stored) = self.load_unclaimed(question).await? else {
+        let Some(stored) = self.load_in_need(question).await? else {
+            // The batch with which the row needs a user again opens the question again.
             return self.close(taken).await;
         };
         let row = stored.state.visible();
-        if !orphan::may_be_paid(row.subscription.status.as_deref()) {
-            // The batch that applies the payment opens the question again.
-            return self.close(taken).await;
-        }
         // If a session is applied after this read, writing the row as it was read conflicts with
         // it.
-        let end = orphan::grace_period_end(
-            &row,
-            stored.dt_created.unwrap_or(question.due_at),
-            self.orphans.grace,
-        );
+        let dt_created = stored.dt_created.unwrap_or(question.due_at);
+        let end = orphan::grace_period_end(&row, dt_created, self.orphans.grace);
+        let ours = OffsetDateTime::now_utc();
+        let brokers = progress::broker_time(&self.jetstream)
+            .await?
+            .unwrap_or(ours);
+        if let Some(remaining) = orphan::remaining_grace(end, ours, brokers) {
+            return Ok(Outcome::RetryAfter(remaining.min(CHECK_MAX)));
+        }
         if !progress::has_applied_all_before(&self.jetstream, end).await? {
             return Ok(Outcome::RetryAfter(RETRY));
         }
-        let mut email = None;
-        let stripe = self
+        let began_in_sight = self.began_in_sight(&row).await?;
+        if !began_in_sight && orphan::had_ended_before(&row, dt_created) {
+            return self.close(taken).await;
+        }
+        let Some(stripe) = self
             .stripe
             .as_ref()
-            .filter(|stripe| stripe.sees(question.livemode));
-        if let Some(stripe) = stripe
-            && !is_erased(&self.erasures, self.store.connection(), question).await?
-        {
-            if self.publish_sessions(stripe, question).await? {
+            .filter(|stripe| stripe.sees(question.livemode))
+        else {
+            if !began_in_sight {
+                return Ok(Outcome::RetryAfter(WITHOUT_STRIPE));
+            }
+            return Ok(self.record_orphan(taken, stored, None).await?);
+        };
+        let mut email = None;
+        if !is_erased(&self.erasures, self.store.connection(), question).await? {
+            if self.publish_claims(stripe, question).await? {
                 return Ok(Outcome::RetryAfter(CLAIM_MAX));
             }
             email = email_of_customer(stripe, question).await?;
         }
-        Ok(self.record_unclaimed(taken, stored, email).await?)
+        Ok(self.record_orphan(taken, stored, email).await?)
     }
 
-    /// Loads the row. Returns `None` if it has a Checkout Session or a client reference id by now.
-    async fn load_unclaimed(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
-        Ok(self.load_row(&question.entity_id).await?.filter(|stored| {
-            let row = stored.state.visible();
-            row.checkout_session_id.is_none() && row.subscription.client_reference_id.is_none()
-        }))
+    /// Loads the row. Returns `None` if it needs no user by now.
+    async fn load_in_need(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
+        let stored = self.load_row(&question.entity_id).await?;
+        Ok(stored.filter(|stored| orphan::needs_user(&stored.state.visible())))
     }
 
-    /// Publishes the Checkout Sessions that Stripe lists for the subscription as events. Returns
-    /// whether there was one.
-    async fn publish_sessions(
+    /// Whether the stream held every Checkout Session that could claim the row.
+    async fn began_in_sight(&self, row: &Visible) -> Result<bool, ProgressError> {
+        // The creation event is proof enough, and nearly every row has it.
+        Ok(row.created_event_seen
+            || orphan::began_in_sight(row, progress::stream_created(&self.jetstream).await?))
+    }
+
+    /// Publishes as events the Checkout Sessions that Stripe lists for the subscription and that
+    /// claim it. Returns whether there was one.
+    ///
+    /// The others say nothing new. Published, they would only conflict with the orphan.
+    async fn publish_claims(
         &self,
         stripe: &StripeApi,
         question: &Question,
     ) -> Result<bool, QuestionError> {
         let account = question.account();
         let mark = progress::last_sequence(&self.jetstream).await?;
-        let answer = stripe
+        let answer = match stripe
             .checkout_sessions_of(&question.entity_id, account)
-            .await?;
+            .await
+        {
+            Ok(answer) => answer,
+            Err(error) if error.is_not_found() => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
         let page = api::page(&answer.body)
             .ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
+        let fetched = Fetched::from_answer(&answer, mark)?;
+        let mut is_claimed = false;
         for session in &page.objects {
             let scope = Scope {
                 livemode: session.livemode,
                 account,
             };
-            own_event::publish_snapshot(
-                &self.jetstream,
-                &session.id,
-                &session.raw,
-                Fetched::from_answer(&answer, mark)?,
-                scope,
-            )
-            .await?;
+            let body = own_event::snapshot(&session.id, &session.raw, fetched, scope)?;
+            if !claims(&body, &question.entity_id) {
+                continue;
+            }
+            own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, fetched, scope)
+                .await?;
+            is_claimed = true;
         }
-        Ok(!page.objects.is_empty())
+        Ok(is_claimed)
     }
 
     /// Records the orphan and closes the question, unless the row changed since it was read.
-    async fn record_unclaimed(
+    async fn record_orphan(
         &self,
         taken: &Taken,
         stored: Stored,
@@ -130,6 +163,19 @@ impl Questions {
             Ok(Outcome::Answered)
         };
         self.store.uncancelled(record).await
+    }
+}
+
+/// Whether the event of a Checkout Session gives the subscription `id` a user or makes it an orphan.
+/// A session that cannot be applied does neither.
+fn claims(event: &[u8], id: &str) -> bool {
+    let none = MetadataKeys::Only(Default::default());
+    match event::decode(event, &none) {
+        Ok(Some(Event {
+            body: Body::CheckoutSession(session),
+            ..
+        })) => session.stripe_subscription_id.as_deref() == Some(id) && session.is_claim(),
+        _ => false,
     }
 }
 

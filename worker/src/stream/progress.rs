@@ -5,11 +5,23 @@
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
-use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind, GetStreamError};
+use async_nats::jetstream::context::{
+    ConsumerInfoError, ConsumerInfoErrorKind, GetStreamError, RequestError,
+};
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{InfoError, RawMessageError, RawMessageErrorKind};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
+use serde::Deserialize;
 use time::OffsetDateTime;
+
+/// The broker's answer about a consumer, as far as async-nats' `Info` leaves it out.
+#[derive(Deserialize)]
+struct ConsumerTime {
+    /// When the broker answered, by its clock. Absent before nats-server 2.10.
+    #[serde(default, with = "time::serde::rfc3339::option")]
+    ts: Option<OffsetDateTime>,
+}
 
 /// The broker did not answer how far the events are applied.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +32,10 @@ pub enum ProgressError {
     Consumer(#[from] ConsumerInfoError),
     #[error("cannot read the next event to be applied")]
     Message(#[from] RawMessageError),
+    #[error("cannot read the broker's time")]
+    Time(#[source] RequestError),
+    #[error("cannot read when the stream was created")]
+    Created(#[source] InfoError),
 }
 
 /// A consumer's position, from its info.
@@ -126,6 +142,32 @@ pub(crate) async fn has_applied_all_before(
     };
     let oldest = first_from(jetstream, oldest).await?;
     Ok(oldest.is_none_or(|oldest| oldest.time > end))
+}
+
+/// Returns the time by the broker's clock. `None` if the workers' consumer does not exist, whose
+/// info is the only answer with the time that the worker may ask for, or if the broker does not
+/// say.
+pub(crate) async fn broker_time(
+    jetstream: &jetstream::Context,
+) -> Result<Option<OffsetDateTime>, ProgressError> {
+    let subject = format!("CONSUMER.INFO.{EVENTS_STREAM}.{WORKER_CONSUMER}");
+    let answer = jetstream
+        .request(subject, &())
+        .await
+        .map_err(ProgressError::Time)?;
+    Ok(match answer {
+        Response::Ok(ConsumerTime { ts }) => ts,
+        Response::Err { .. } => None,
+    })
+}
+
+/// Returns when the event stream was created.
+pub(crate) async fn stream_created(
+    jetstream: &jetstream::Context,
+) -> Result<OffsetDateTime, ProgressError> {
+    let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+    let info = stream.get_info().await.map_err(ProgressError::Created)?;
+    Ok(info.created)
 }
 
 /// Returns the first event that the stream holds at or after `sequence`.
