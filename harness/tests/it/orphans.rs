@@ -14,6 +14,7 @@ mod command;
 mod grace;
 mod lookup;
 pub(crate) mod rebuild;
+mod state;
 
 on_both_databases!(
     only_paid_sessions_without_a_user_create_orphans_in_either_order,

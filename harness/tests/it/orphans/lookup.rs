@@ -29,7 +29,7 @@ on_both_databases!(
     reference_received_during_a_lookup_is_looked_up_too,
     orphan_never_gets_the_email_of_another_customer,
     operators_resolution_overrides_the_lookup,
-    operators_resolution_resolves_the_orphan_despite_a_later_dated_session,
+    operators_resolution_wins_over_a_later_dated_session,
     payment_that_succeeds_later_is_an_orphan_in_either_order_of_its_sessions,
 );
 
@@ -506,9 +506,7 @@ async fn operators_resolution_overrides_the_lookup(database: DatabaseKind) {
     );
 }
 
-async fn operators_resolution_resolves_the_orphan_despite_a_later_dated_session(
-    database: DatabaseKind,
-) {
+async fn operators_resolution_wins_over_a_later_dated_session(database: DatabaseKind) {
     let bridge = Bridge::start(asking_the_application(database)).await;
     let application = Application::start(&bridge).await;
     application.answer("user_1", Answer::Known(false));
@@ -544,8 +542,8 @@ async fn operators_resolution_resolves_the_orphan_despite_a_later_dated_session(
     );
     assert_eq!(
         bridge.row(id).await.client_reference_id.as_deref(),
-        Some("user_1"),
-        "the row keeps the newest reference"
+        Some("user_2"),
+        "the operator's clock was behind"
     );
     assert_eq!(
         (
