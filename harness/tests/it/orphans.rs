@@ -343,6 +343,31 @@ pub(crate) fn until_all_questions_are_answered(bridge: &Bridge) -> impl Future<O
     })
 }
 
+/// Makes every question due, whatever its time.
+pub(crate) async fn make_due(bridge: &Bridge) {
+    let due = "UPDATE due_check SET due_at = '2000-01-01 00:00:00+00:00'";
+    let due = bridge.database.query(due).await;
+    due.expect("the database answers");
+}
+
+/// Waits until every open question was asked and got no answer.
+#[track_caller]
+pub(crate) fn until_retried(bridge: &Bridge) -> impl Future<Output = ()> {
+    eventually("the question to be retried", DEADLINE, async || {
+        let rows = bridge
+            .database
+            .query("SELECT 1 FROM due_check WHERE attempts = 0")
+            .await
+            .expect("the database answers");
+        let open = questions(bridge).await;
+        if rows.is_empty() && !open.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{open:?}, orphans {:?}", bridge.orphans().await))
+        }
+    })
+}
+
 /// The signals of a subject about one orphan.
 pub(crate) fn signals_about<'a>(signals: &'a [Signal], subject: &str, id: &str) -> Vec<&'a Signal> {
     signals

@@ -67,7 +67,9 @@ impl Questions {
             .as_ref()
             .filter(|stripe| stripe.sees(question.livemode))
         else {
-            if !began_in_sight {
+            // Of a withheld row, a rebuild has still to bring the session, or has lost it.
+            let may_have_session = !(began_in_sight || row.searched);
+            if may_have_session || stored.last_sent.is_withheld() {
                 return Ok(Outcome::RetryAfter(WITHOUT_STRIPE));
             }
             return Ok(self.record_orphan(taken, stored, None).await?);

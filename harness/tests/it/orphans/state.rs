@@ -2,14 +2,13 @@
 //! whatever events led to it.
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
-use litestripe_harness::eventually;
 use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::json;
 
 use super::{
-    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, count_signals, now, orphan,
-    questions, until, until_all_questions_are_answered, with,
+    COMPLETED, CREATED, DEADLINE, EMAIL, SUCCEEDED, UPDATED, apply, count_signals, make_due, now,
+    orphan, questions, until, until_all_questions_are_answered, until_retried, with,
 };
 
 on_both_databases!(
@@ -327,33 +326,6 @@ fn with_key(database: DatabaseKind, api: &Api) -> Options {
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("LITESTRIPE_BACKFILL_INTERVAL", "off")
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000")
-}
-
-/// Makes every question due, whatever its time.
-async fn make_due(bridge: &Bridge) {
-    execute(
-        bridge,
-        "UPDATE due_check SET due_at = '2000-01-01 00:00:00+00:00'",
-    )
-    .await;
-}
-
-/// Waits until every open question was asked and got no answer.
-#[track_caller]
-fn until_retried(bridge: &Bridge) -> impl Future<Output = ()> {
-    eventually("the question to be retried", DEADLINE, async || {
-        let rows = bridge
-            .database
-            .query("SELECT 1 FROM due_check WHERE attempts = 0")
-            .await
-            .expect("the database answers");
-        let open = questions(bridge).await;
-        if rows.is_empty() && !open.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{open:?}, orphans {:?}", bridge.orphans().await))
-        }
-    })
 }
 
 async fn execute(bridge: &Bridge, sql: &str) -> Vec<sea_orm::QueryResult> {

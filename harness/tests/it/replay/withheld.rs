@@ -6,13 +6,14 @@ use litestripe_harness::stripe::Purchase;
 use serde_json::{Value, json};
 
 use super::{DEADLINE, forget_rows, json_of, last_signal, replay, signals_after};
-use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, make_due, now, questions, until_retried};
 
 on_both_databases!(
     rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user,
     live_events_and_late_duplicates_do_not_release_a_withheld_row,
     late_session_releases_a_withheld_row_with_its_user,
     operator_releases_a_withheld_row_as_it_is,
+    withheld_row_makes_no_orphan_without_a_key,
     stream_that_holds_the_creation_and_no_session_is_told_as_it_is,
 );
 
@@ -211,4 +212,30 @@ async fn purge(bridge: &Bridge) {
     let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
     let stream = stream.expect("the stream exists");
     stream.purge().await.expect("it can be emptied");
+}
+
+async fn withheld_row_makes_no_orphan_without_a_key(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    let (bridge, purchase) = (&rebuilt.bridge, &rebuilt.purchase);
+    let open = [(purchase.subscription.clone(), "grace".to_owned())];
+    assert_eq!(questions(bridge).await, open);
+
+    // Its grace period is over.
+    make_due(bridge).await;
+    let worker = bridge.worker().env("LITESTRIPE_ORPHAN_GRACE", "0s");
+    let worker = worker
+        .env("LITESTRIPE_WORKER_LISTEN", "127.0.0.1:0")
+        .start();
+    until_retried(bridge).await;
+    assert_eq!(bridge.orphans().await, []);
+    assert_eq!(questions(bridge).await, open);
+
+    let user = json!({ "client_reference_id": "user_1" });
+    let session = purchase.checkout_session_event(COMPLETED, purchase.created, user);
+    bridge.publish(COMPLETED, session.body(), "again").await;
+    bridge.wait_until_applied().await;
+    assert_eq!(questions(bridge).await, []);
+    assert_eq!(bridge.orphans().await, []);
+    worker.stop().await;
 }
