@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use litestripe_contract::header;
+use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET};
 use litestripe_harness::program::{Launch, Program};
-use litestripe_harness::stripe::{Event, MONTH, Purchase};
+use litestripe_harness::stripe::api::{API_KEY, Api};
+use litestripe_harness::stripe::{Event, MONTH, Notification, Purchase};
 use litestripe_harness::tools;
 use litestripe_ingress::signature::{self, SigningSecret};
 use serde_json::{Value, json};
@@ -14,6 +17,108 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 const DEADLINE: Duration = Duration::from_secs(90);
+
+/// The types of thin events about subscriptions and Checkout Sessions in version 16.1 of the SDK,
+/// each with the class that reads it. Half of them have no twin among the snapshot events.
+const THIN_TYPES: [(&str, &str); 25] = [
+    (
+        "v1.checkout.session.async_payment_failed",
+        "V1CheckoutSessionAsyncPaymentFailed",
+    ),
+    (
+        "v1.checkout.session.async_payment_succeeded",
+        "V1CheckoutSessionAsyncPaymentSucceeded",
+    ),
+    (
+        "v1.checkout.session.completed",
+        "V1CheckoutSessionCompleted",
+    ),
+    ("v1.checkout.session.expired", "V1CheckoutSessionExpired"),
+    (
+        "v1.customer.subscription.active",
+        "V1CustomerSubscriptionActive",
+    ),
+    (
+        "v1.customer.subscription.cancel_at_changed",
+        "V1CustomerSubscriptionCancelAtChanged",
+    ),
+    (
+        "v1.customer.subscription.created",
+        "V1CustomerSubscriptionCreated",
+    ),
+    (
+        "v1.customer.subscription.default_payment_method_changed",
+        "V1CustomerSubscriptionDefaultPaymentMethodChanged",
+    ),
+    (
+        "v1.customer.subscription.deleted",
+        "V1CustomerSubscriptionDeleted",
+    ),
+    (
+        "v1.customer.subscription.incomplete",
+        "V1CustomerSubscriptionIncomplete",
+    ),
+    (
+        "v1.customer.subscription.incomplete_expired",
+        "V1CustomerSubscriptionIncompleteExpired",
+    ),
+    (
+        "v1.customer.subscription.item_added",
+        "V1CustomerSubscriptionItemAdded",
+    ),
+    (
+        "v1.customer.subscription.item_price_changed",
+        "V1CustomerSubscriptionItemPriceChanged",
+    ),
+    (
+        "v1.customer.subscription.item_quantity_changed",
+        "V1CustomerSubscriptionItemQuantityChanged",
+    ),
+    (
+        "v1.customer.subscription.item_removed",
+        "V1CustomerSubscriptionItemRemoved",
+    ),
+    (
+        "v1.customer.subscription.item_tax_rates_changed",
+        "V1CustomerSubscriptionItemTaxRatesChanged",
+    ),
+    (
+        "v1.customer.subscription.past_due",
+        "V1CustomerSubscriptionPastDue",
+    ),
+    (
+        "v1.customer.subscription.paused",
+        "V1CustomerSubscriptionPaused",
+    ),
+    (
+        "v1.customer.subscription.pending_update_applied",
+        "V1CustomerSubscriptionPendingUpdateApplied",
+    ),
+    (
+        "v1.customer.subscription.pending_update_expired",
+        "V1CustomerSubscriptionPendingUpdateExpired",
+    ),
+    (
+        "v1.customer.subscription.resumed",
+        "V1CustomerSubscriptionResumed",
+    ),
+    (
+        "v1.customer.subscription.trialing",
+        "V1CustomerSubscriptionTrialing",
+    ),
+    (
+        "v1.customer.subscription.trial_will_end",
+        "V1CustomerSubscriptionTrialWillEnd",
+    ),
+    (
+        "v1.customer.subscription.unpaid",
+        "V1CustomerSubscriptionUnpaid",
+    ),
+    (
+        "v1.customer.subscription.updated",
+        "V1CustomerSubscriptionUpdated",
+    ),
+];
 
 #[tokio::test]
 async fn stripes_sdk_signs_and_nats_py_receives_the_documented_body() {
@@ -164,6 +269,102 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
     bridge.check().await;
 }
 
+/// Each type that the SDK knows is signed by it, stored, and parsed by it from the stored bytes. Its
+/// fetches show that the stub of Stripe's API answers as the SDK expects.
+#[tokio::test]
+async fn stripes_sdk_signs_thin_events_and_parses_them_from_the_stored_bytes() {
+    const ACCOUNT: &str = "acct_1OfAnotherShop";
+    let api = Api::start().await;
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
+    bridge.broker.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    let purchase = Purchase::new(OffsetDateTime::now_utc().unix_timestamp() - 10);
+    let connected = Purchase::new(purchase.created);
+    for purchase in [&purchase, &connected] {
+        api.put_subscription(purchase.subscription());
+        api.put_checkout_session(purchase.checkout_session());
+    }
+    api.assign(&connected.subscription, ACCOUNT);
+    api.assign(&connected.checkout_session, ACCOUNT);
+    let mut notifications = thin_events(&purchase);
+    for notification in thin_events(&connected) {
+        notifications.push(notification.in_context(ACCOUNT).caused_by("req_1", "key_1"));
+    }
+    for notification in &notifications {
+        let snapshot_event = format!("evt_of_{}", notification.id());
+        api.put_v2_event(notification.whole(Value::Null, Some(&snapshot_event)));
+    }
+
+    let sent: Vec<_> = notifications.iter().map(Notification::body).collect();
+    let sent: Vec<_> = sent.iter().map(|body| text(body)).collect();
+    let file = json_file(&json!(sent));
+    let hook = bridge.hook();
+    let answers = lines(&python("notify.py").args([&hook, SECRET]).arg(file.path())).await;
+
+    assert_eq!(answers.len(), notifications.len());
+    let jetstream = bridge.jetstream().await;
+    let stream = jetstream.get_stream(EVENTS_STREAM).await;
+    let stream = stream.expect("the stream exists");
+    let mut messages = Vec::new();
+    for (sequence, (notification, answer)) in (1..).zip(notifications.iter().zip(&answers)) {
+        assert_eq!(answer["status"], 200, "{}", notification.event_type());
+        let message = stream.get_raw_message(sequence).await;
+        let message = message.unwrap_or_else(|_| panic!("{} is stored", notification.event_type()));
+        let subject = format!("{EVENTS_PREFIX}{}", notification.event_type());
+        assert_eq!(message.subject.as_str(), subject);
+        assert_eq!(
+            message.payload,
+            notification.body(),
+            "the bytes are unchanged"
+        );
+        let header = |name| message.headers.get(name).map(|value| value.as_str());
+        assert_eq!(header(header::MESSAGE_ID), Some(notification.id()));
+        assert_eq!(
+            header(header::STRIPE_SIGNATURE),
+            answer["signature"].as_str()
+        );
+        messages.push(json!({
+            "body": text(&message.payload),
+            "signature": header(header::STRIPE_SIGNATURE),
+        }));
+    }
+
+    let file = json_file(&json!(messages));
+    let parsed = lines(
+        &python("parse.py")
+            .args([SECRET, api.url(), API_KEY])
+            .arg(file.path()),
+    )
+    .await;
+    let classes = THIN_TYPES.iter().chain(&THIN_TYPES);
+    for ((parsed, notification), (_, class)) in parsed.iter().zip(&notifications).zip(classes) {
+        let value = &notification.value;
+        let related = &value["related_object"];
+        assert_eq!(
+            *parsed,
+            json!({
+                "class": format!("{class}EventNotification"),
+                "id": value["id"],
+                "type": value["type"],
+                "created": value["created"],
+                "livemode": false,
+                "context": value["context"],
+                "request": value["reason"]["request"]["id"],
+                "related": [related["id"], related["type"], related["url"]],
+                "fetched": [related["id"], related["type"]],
+                "snapshot_event": format!("evt_of_{}", notification.id()),
+            })
+        );
+    }
+    assert_eq!(parsed.len(), notifications.len());
+    let without_context = api.requests(&purchase.subscription);
+    assert!(
+        without_context
+            .iter()
+            .all(|request| request.context().is_none())
+    );
+}
+
 /// Random headers, each with the SDK's verdict. `SEED` selects the set.
 #[tokio::test]
 async fn ingress_accepts_exactly_what_stripes_sdk_accepts() {
@@ -225,6 +426,31 @@ fn purchase() -> (Purchase, Event) {
     let event =
         purchase.subscription_event("customer.subscription.created", purchase.created, changes);
     (purchase, event)
+}
+
+/// A thin event of each type about the purchase.
+fn thin_events(purchase: &Purchase) -> Vec<Notification> {
+    let created_ms = purchase.created * 1000;
+    let types = (0..).zip(THIN_TYPES);
+    types
+        .map(|(n, (event_type, _))| {
+            if event_type.starts_with("v1.checkout.session.") {
+                purchase.checkout_session_notification(event_type, created_ms + n)
+            } else {
+                purchase.subscription_notification(event_type, created_ms + n)
+            }
+        })
+        .collect()
+}
+
+fn text(bytes: &Bytes) -> &str {
+    std::str::from_utf8(bytes).expect("it is text")
+}
+
+fn json_file(value: &Value) -> NamedTempFile {
+    let file = NamedTempFile::new().expect("a file can be made");
+    std::fs::write(file.path(), value.to_string()).expect("it can be written");
+    file
 }
 
 fn file_of(event: &Event) -> NamedTempFile {
