@@ -7,3 +7,4 @@ mod history;
 mod law;
 mod model;
 mod random;
+mod thin;

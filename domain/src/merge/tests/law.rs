@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::signal::Subscription;
+use serde_json::Value;
 
 use super::history::{self, History, SimulatedEvent};
 use super::random::Random;
@@ -36,14 +37,7 @@ struct Tally {
 
 #[test]
 fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
-    #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
-    let setting = |name: &str| {
-        std::env::var(name)
-            .ok()
-            .and_then(|value| value.parse::<u64>().ok())
-    };
-    let histories = setting("LITESTRIPE_LONG").unwrap_or(HISTORIES);
-    let seed = setting("LITESTRIPE_SEED").unwrap_or(histories);
+    let (histories, seed) = histories_and_seed();
     let started = Instant::now();
     let mut tally = Tally::default();
     for number in 0..histories {
@@ -54,6 +48,19 @@ fn every_order_leads_to_one_row_that_is_true_or_uncertain() {
     }
     let seconds = started.elapsed().as_secs();
     eprintln!("seed {seed}, {seconds} s: {tally:#?}");
+}
+
+/// Returns how many histories are tested, and the seed of the first.
+pub(super) fn histories_and_seed() -> (u64, u64) {
+    #[expect(clippy::disallowed_methods, reason = "says how long a test runs")]
+    let setting = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .and_then(|value| value.parse::<u64>().ok())
+    };
+    let histories = setting("LITESTRIPE_LONG").unwrap_or(HISTORIES);
+    let seed = setting("LITESTRIPE_SEED").unwrap_or(histories);
+    (histories, seed)
 }
 
 fn check(seed: u64, tally: &mut Tally) {
@@ -92,7 +99,12 @@ pub(super) fn decode(history: &History) -> Vec<Event> {
         .iter()
         .flat_map(|simulated| [Some(&simulated.body), simulated.twin.as_ref()])
         .flatten();
+    decode_bodies(bodies)
+}
+
+pub(super) fn decode_bodies<'a>(bodies: impl IntoIterator<Item = &'a Value>) -> Vec<Event> {
     bodies
+        .into_iter()
         .map(|body| {
             let event = event::decode(body.to_string().as_bytes(), &MetadataKeys::All);
             event.expect("it decodes").expect("it is handled")
@@ -100,7 +112,7 @@ pub(super) fn decode(history: &History) -> Vec<Event> {
         .collect()
 }
 
-fn merge_all(events: &[Event]) -> (State, Visible) {
+pub(super) fn merge_all(events: &[Event]) -> (State, Visible) {
     let mut state = State::default();
     for event in events {
         state.merge(event);
@@ -110,7 +122,7 @@ fn merge_all(events: &[Event]) -> (State, Visible) {
 }
 
 /// Merges in `order`, storing and loading the state between batches of random sizes.
-fn merge_in_batches(events: &[Event], order: &[usize], random: &mut Random) -> State {
+pub(super) fn merge_in_batches(events: &[Event], order: &[usize], random: &mut Random) -> State {
     let mut state = State::default();
     let stored_at = random.below(order.len());
     for (place, index) in order.iter().enumerate() {
@@ -130,7 +142,7 @@ fn merge_in_batches(events: &[Event], order: &[usize], random: &mut Random) -> S
 }
 
 /// Visits every permutation of `0..n`, by Heap's algorithm.
-fn permutations(n: usize, visit: &mut impl FnMut(&[usize])) {
+pub(super) fn permutations(n: usize, visit: &mut impl FnMut(&[usize])) {
     fn heap(k: usize, order: &mut Vec<usize>, visit: &mut impl FnMut(&[usize])) {
         if k <= 1 {
             return visit(order);
@@ -234,7 +246,7 @@ fn check_no_needless_uncertainty(seed: u64, history: &History, row: &Visible) {
 }
 
 /// Returns only the columns that a snapshot sets.
-fn snapshot_columns(row: &Subscription) -> Subscription {
+pub(super) fn snapshot_columns(row: &Subscription) -> Subscription {
     Subscription {
         client_reference_id: None,
         metadata: BTreeMap::new(),
