@@ -179,13 +179,15 @@ impl Question {
     /// Replaces the question by a later one of the same kind about the same entity. The thin events
     /// of both are kept.
     pub fn replace(&mut self, mut later: Self) {
-        if let (Details::Notification(held), Details::Notification(later)) =
+        if let (Details::Notification(held), Details::Notification(newer)) =
             (&mut self.details, &mut later.details)
         {
-            let newer = std::mem::take(&mut later.notifications);
-            later.notifications = std::mem::take(&mut held.notifications);
-            later.notifications.extend(newer);
-            later.ask_by = later.ask_by.min(held.ask_by);
+            let notifications = std::mem::take(&mut newer.notifications);
+            newer.notifications = std::mem::take(&mut held.notifications);
+            newer.notifications.extend(notifications);
+            newer.ask_by = newer.ask_by.min(held.ask_by);
+            // A redelivered thin event is older than those that came before it.
+            later.stream_sequence = later.stream_sequence.max(self.stream_sequence);
         }
         *self = later;
     }

@@ -95,8 +95,12 @@ enum QuestionError {
 impl Questions {
     /// Closes a question that needs no answer any more.
     async fn close(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
-        question::remove_answered(self.store.connection(), taken).await?;
-        Ok(Outcome::Answered)
+        let removed = question::remove_answered(self.store.connection(), taken).await?;
+        Ok(if removed {
+            Outcome::Answered
+        } else {
+            Outcome::Conflict
+        })
     }
 
     async fn load_row(&self, id: &str) -> Result<Option<Stored>, StoreError> {

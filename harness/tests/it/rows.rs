@@ -404,9 +404,11 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
     let during = save_notified(&store, 22, 27, UPDATED).await;
     assert_eq!(
         times(&during),
-        (minute(22), Some(minute(27))),
-        "it is asked again"
+        (minute(120), Some(minute(27))),
+        "it is asked again when the fetch has ended, not beside it"
     );
+    let redelivered = save_notified(&store, 21, 26, UPDATED).await;
+    assert_eq!(redelivered.stream_sequence, 22, "the newest one is open");
     let removed = question::remove_answered(store.connection(), &taken).await;
     assert!(!removed.expect("the database answers"));
     for (mark, open) in [(21, 1), (22, 0)] {

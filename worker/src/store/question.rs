@@ -42,18 +42,24 @@ const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = ex
     checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
     event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
-    stream_sequence = excluded.stream_sequence, is_paid = due_check.is_paid OR excluded.is_paid, ";
+    is_paid = due_check.is_paid OR excluded.is_paid, ";
 
 /// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it is
-/// due later than the new one, it was taken or postponed, and begins anew.
-const GATHER_POSTGRES: &str = "due_at = CASE WHEN due_check.ask_by IS NOT NULL AND due_check.due_at <= excluded.due_at \
-        THEN LEAST(excluded.due_at, due_check.ask_by) ELSE excluded.due_at END, \
+/// due later than the new one, it is taken or postponed, and stays so: two fetches of one object must
+/// not overlap, because the later answer may hold the earlier state. Whoever has taken it sees by the
+/// sequence that it was saved again. The sequence is the newest one, also after a redelivery.
+const GATHER_POSTGRES: &str = "due_at = CASE WHEN due_check.ask_by IS NULL THEN excluded.due_at \
+        WHEN due_check.due_at <= excluded.due_at THEN LEAST(excluded.due_at, due_check.ask_by) ELSE due_check.due_at END, \
     ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
+    stream_sequence = CASE WHEN due_check.ask_by IS NULL THEN excluded.stream_sequence \
+        ELSE GREATEST(due_check.stream_sequence, excluded.stream_sequence) END, \
     notifications = (COALESCE(due_check.notifications, '{}')::jsonb || excluded.notifications::jsonb)::text";
 
-const GATHER_SQLITE: &str = "due_at = CASE WHEN due_check.ask_by IS NOT NULL AND due_check.due_at <= excluded.due_at \
-        THEN MIN(excluded.due_at, due_check.ask_by) ELSE excluded.due_at END, \
+const GATHER_SQLITE: &str = "due_at = CASE WHEN due_check.ask_by IS NULL THEN excluded.due_at \
+        WHEN due_check.due_at <= excluded.due_at THEN MIN(excluded.due_at, due_check.ask_by) ELSE due_check.due_at END, \
     ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
+    stream_sequence = CASE WHEN due_check.ask_by IS NULL THEN excluded.stream_sequence \
+        ELSE MAX(due_check.stream_sequence, excluded.stream_sequence) END, \
     notifications = json_patch(COALESCE(due_check.notifications, '{}'), excluded.notifications)";
 
 /// A question that this process has taken for a limited time.
@@ -297,7 +303,7 @@ async fn take_due(
         .collect())
 }
 
-/// Sets when the question is asked again, unless it was saved again since it was taken.
+/// Sets when the question is asked again, unless it is no longer leased.
 pub async fn postpone<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
@@ -307,7 +313,7 @@ pub async fn postpone<C: ConnectionTrait>(
     let postponed = Entity::update_many()
         .col_expr(Column::DueAt, Expr::value(due_at))
         .col_expr(Column::Attempts, Expr::value(attempts))
-        .filter(as_taken(taken))
+        .filter(as_leased(taken))
         .exec(db)
         .await;
     postponed
@@ -321,13 +327,15 @@ pub async fn remove_answered<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
 ) -> Result<bool, StoreError> {
-    let deleted = Entity::delete_many().filter(as_taken(taken)).exec(db).await;
+    let as_taken = as_leased(taken)
+        .and(Column::StreamSequence.eq(taken.question.stream_sequence.cast_signed()));
+    let deleted = Entity::delete_many().filter(as_taken).exec(db).await;
     deleted
         .map(|done| done.rows_affected > 0)
         .map_err(StoreError::doing("remove an answered question"))
 }
 
-fn as_taken(taken: &Taken) -> Expr {
+fn as_leased(taken: &Taken) -> Expr {
     let question = &taken.question;
     let this = Column::EntityId
         .eq(question.entity_id.as_str())
