@@ -53,6 +53,45 @@ async fn two_demos_at_once_show_the_story_and_leave_nothing_behind() {
 }
 
 #[tokio::test]
+async fn thin_demo_shows_what_is_fetched_and_leads_to_the_same_rows() {
+    let folder = folder();
+    let finished = demo(&folder)
+        .args(["--once", "--thin", "--pace", "0"])
+        .run(DEADLINE)
+        .await;
+
+    let Finished {
+        status,
+        stdout,
+        stderr,
+    } = finished;
+    assert!(status.success(), "{status}\n{stdout}{stderr}");
+    assert_eq!(stderr, "");
+    for shown in [
+        "→ 200 v1.checkout.session.completed ",
+        "→ 200 v1.customer.subscription.active ",
+        "→ 200 v1.customer.subscription.cancel_at_changed ",
+        "⇄ GET /v1/checkout/sessions/cs_test_",
+        "⇄ GET /v1/subscriptions/sub_1",
+        "(for 2 thin events)",
+        "trialing → active",
+        "active → canceled",
+        "user_4711",
+        "rescue-me@example.com",
+        "as expected",
+    ] {
+        assert!(stdout.contains(shown), "{shown} is missing in:\n{stdout}");
+    }
+    assert_eq!(stdout.matches("→ 200 ").count(), 10, "{stdout}");
+    assert_eq!(stdout.matches("⇄ GET ").count(), 8, "{stdout}");
+    assert_eq!(stdout.matches("← orphan.created ").count(), 1, "{stdout}");
+    for line in stdout.lines() {
+        assert!(line.chars().count() <= 100, "too long: {line}");
+    }
+    assert_clean(&folder);
+}
+
+#[tokio::test]
 async fn interrupted_demo_leaves_nothing_behind() {
     let folder = folder();
     let demo = demo(&folder).args(["--once", "--pace", "30"]).start();

@@ -1,7 +1,8 @@
 //! A broker, an ingress and a worker with their own folder and ports, so that several demos can run
 //! side by side.
 //!
-//! Owns the three processes and the folder; dropping it ends the processes and removes the folder.
+//! Owns the three processes, the folder and, for thin events, a stub of Stripe's API; dropping it
+//! ends the processes and removes the folder.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use litestripe_contract::exit;
 use litestripe_demo::process::{Process, Signal};
 use litestripe_demo::program::{self, Launch, Program};
+use litestripe_demo::stripe::api::{API_KEY, Api};
 use litestripe_demo::{nats, port, stripe, tools};
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
@@ -43,6 +45,7 @@ pub(crate) struct Instance {
     ingress: Option<Program>,
     worker: Option<Program>,
     broker: nats::Server,
+    stripe: Option<Api>,
     ingress_port: u16,
     worker_port: u16,
     uuid: Uuid,
@@ -71,12 +74,23 @@ impl Instance {
             ingress: None,
             worker: None,
             broker: broker.map_err(cannot)?,
+            stripe: None,
             ingress_port: port::free(),
             worker_port: port::free(),
             uuid: random(),
             secret: format!("whsec_{}", random().simple()),
             folder,
         })
+    }
+
+    /// Gives the worker, once started, a key for this API.
+    pub(crate) fn use_stripe(&mut self, stripe: Api) {
+        self.stripe = Some(stripe);
+    }
+
+    /// The API that the worker may call.
+    pub(crate) fn stripe(&self) -> Option<&Api> {
+        self.stripe.as_ref()
     }
 
     /// Starts broker, ingress and worker and waits until they are ready.
@@ -104,13 +118,19 @@ impl Instance {
             .env("STRIPE_WEBHOOK_SECRET", &self.secret);
         self.ingress = Some(launch(&ingress, INGRESS)?);
         let worker = self.program(WORKER)?;
-        let worker = worker
+        let mut worker = worker
             .log(log_file(self.folder.path(), "worker"))
             .env(
                 "LITESTRIPE_WORKER_LISTEN",
                 format!("127.0.0.1:{}", self.worker_port),
             )
             .env("DATABASE_URL", self.database_url("rwc"));
+        if let Some(stripe) = &self.stripe {
+            worker = worker
+                .env("STRIPE_API_BASE", stripe.url())
+                .env("STRIPE_SECRET_KEY", API_KEY)
+                .env("LITESTRIPE_BACKFILL_INTERVAL", "off");
+        }
         self.worker = Some(launch(&worker, WORKER)?);
 
         self.watch(ready("ingress", self.ingress_port)).await?;
@@ -126,7 +146,15 @@ impl Instance {
             "worker",
             &format!("http://127.0.0.1:{}", self.worker_port),
             begun,
-        )
+        )?;
+        match &self.stripe {
+            Some(stripe) => screen.line(format_args!(
+                "  {:<8} {:<26} a stub of its API",
+                "Stripe",
+                stripe.url()
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Runs `work`, and fails if one of the processes dies before it is done.

@@ -10,6 +10,7 @@ mod rows;
 mod screen;
 mod signals;
 mod story;
+mod thin;
 
 use std::future::Future;
 use std::io::{IsTerminal as _, Write as _};
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use litestripe_contract::exit;
+use litestripe_demo::stripe::api::Api;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::instance::Instance;
@@ -33,6 +35,10 @@ struct Arguments {
     /// Exit after the last webhook: with 0 if the rows and signals are as expected, else with 1.
     #[arg(long)]
     once: bool,
+    /// Send thin events, which hold no data: the worker fetches what changed from a stub of Stripe's
+    /// API, which the demo starts too.
+    #[arg(long)]
+    thin: bool,
     /// Keep the folder with the database, the streams and the logs, and print its path.
     #[arg(long)]
     keep: bool,
@@ -71,6 +77,9 @@ async fn main() -> ExitCode {
 async fn run(arguments: &Arguments, screen: &Screen) -> Result<(), End> {
     let mut stop_signals = StopSignals::new().map_err(End::Failed)?;
     let mut instance = Instance::prepare(arguments.keep).map_err(End::Failed)?;
+    if arguments.thin {
+        instance.use_stripe(Api::start().await);
+    }
     let ended = run_steps(arguments, screen, &mut instance, &mut stop_signals).await;
     // A second signal ends the children at once: dropping the instance kills what still runs.
     let stopped = tokio::select! {

@@ -1,4 +1,4 @@
-//! Sends the demo's webhooks and checks the rows and signals that they lead to.
+//! Sends the demo's webhooks, as snapshot or as thin events, and checks the rows and signals that they lead to.
 
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,10 @@ use crate::instance::Instance;
 use crate::rows::{Rows, Snapshot};
 use crate::screen::{Screen, Tone, short};
 use crate::signals::{Received, Signal, Signals};
+use crate::thin;
 
 /// How long rows and signals may take after the last delivery; they take milliseconds.
-const SETTLE_MAX: Duration = Duration::from_secs(20);
+pub(crate) const SETTLE_MAX: Duration = Duration::from_secs(20);
 /// The time between two checks of the rows.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -35,19 +36,13 @@ pub(crate) async fn run(
     let rows = Rows::open(&instance.database_url("ro")).await?;
     let client = stripe::client();
     let story = stripe::story(OffsetDateTime::now_utc());
-    let heading = screen.tint(
-        Tone::Heading,
-        "A subscription's life, then an orphaned payment",
-    );
-    screen.line(format_args!(
-        "\n{heading}\n\
-         → delivered webhook: HTTP status, event type, event's date, subscription, content\n\
-         {:4}← signal sent: subject, subscription, revision, access, change (+2: 2 more fields)\n",
-        ""
-    ))?;
+    show_heading(instance, screen)?;
 
     for event in &story {
-        deliver(event, instance, &client, screen).await?;
+        match instance.stripe() {
+            None => deliver(event, instance, &client, screen).await?,
+            Some(stripe) => thin::deliver(event, stripe, instance, screen, &mut signals).await?,
+        }
         timeout(pace, show_all(&mut signals, screen))
             .await
             .unwrap_or(Ok(()))?;
@@ -67,9 +62,15 @@ pub(crate) async fn run(
     snapshot.show(screen)?;
     if differences.is_empty() {
         let good = screen.tint(Tone::Good, "as expected");
+        let led = match instance.stripe() {
+            None => format!("{} webhooks", story.len()),
+            Some(stripe) => format!(
+                "the thin events and {} requests to Stripe's API",
+                stripe.requests("").len()
+            ),
+        };
         screen.line(format_args!(
-            "\n{good}: {} webhooks led to {} signals and the rows above",
-            story.len(),
+            "\n{good}: {led} led to {} signals and the rows above",
             signals.seen.len()
         ))?;
         return Ok((signals, Ok(())));
@@ -80,6 +81,25 @@ pub(crate) async fn run(
             "the rows or signals are not as expected:\n  {}",
             differences.join("\n  ")
         )),
+    ))
+}
+
+fn show_heading(instance: &Instance, screen: &Screen) -> Result<(), String> {
+    let (title, delivered) = match instance.stripe() {
+        None => (
+            "A subscription's life, then an orphaned payment",
+            "→ delivered webhook: HTTP status, event type, event's date, subscription, content",
+        ),
+        Some(_) => (
+            "A subscription's life as thin events, then an orphaned payment",
+            "→ delivered thin event: HTTP status, type, date, object; it holds no data\n  \
+             ⇄ the worker's request to Stripe's API: object, its state",
+        ),
+    };
+    screen.line(format_args!(
+        "\n{}\n{delivered}\n    \
+         ← signal sent: subject, subscription, revision, access, change (+2: 2 more fields)\n",
+        screen.tint(Tone::Heading, title)
     ))
 }
 
@@ -96,13 +116,7 @@ async fn deliver(
     screen: &Screen,
 ) -> Result<(), String> {
     let delivery = Delivery::new(event.body(), instance.secret());
-    let answer = delivery.post(client, &instance.hook_url()).await;
-    let answer = answer.map_err(|problem| {
-        format!(
-            "ingress does not answer: {}",
-            exit::chain(&problem.without_url())
-        )
-    })?;
+    let answer = post(&delivery, instance, client).await?;
     let status = answer.status();
     let tone = if status == 200 { Tone::Good } else { Tone::Bad };
     let object = &event.value["data"]["object"];
@@ -122,7 +136,22 @@ async fn deliver(
     Ok(())
 }
 
-fn day(created: i64) -> String {
+/// Posts a delivery to the hook.
+pub(crate) async fn post(
+    delivery: &Delivery,
+    instance: &Instance,
+    client: &reqwest::Client,
+) -> Result<reqwest::Response, String> {
+    let answer = delivery.post(client, &instance.hook_url()).await;
+    answer.map_err(|problem| {
+        format!(
+            "ingress does not answer: {}",
+            exit::chain(&problem.without_url())
+        )
+    })
+}
+
+pub(crate) fn day(created: i64) -> String {
     let at = OffsetDateTime::from_unix_timestamp(created).unwrap_or(OffsetDateTime::UNIX_EPOCH);
     at.format(format_description!(
         "[day padding:space] [month repr:short]"
@@ -139,7 +168,7 @@ fn subscription(object: &Value) -> &str {
 }
 
 /// Describes an object in a few words.
-fn summary(object: &Value) -> String {
+pub(crate) fn summary(object: &Value) -> String {
     if object["object"] == "checkout.session" {
         return match object["client_reference_id"].as_str() {
             Some(id) => format!("client reference id {id}"),
