@@ -183,6 +183,12 @@ impl Bridge {
         with(launch, &self.options.worker)
     }
 
+    /// Sets or replaces a setting of the workers that are started later.
+    pub fn set_worker(&mut self, name: &'static str, value: impl Into<String>) {
+        self.options.worker.retain(|(set, _)| *set != name);
+        self.options.worker.push((name, value.into()));
+    }
+
     /// The ingress.
     ///
     /// # Panics

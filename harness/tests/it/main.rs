@@ -27,3 +27,4 @@ mod rows;
 mod scale;
 mod sdk;
 mod stripe_api;
+mod thin;

@@ -296,7 +296,7 @@ async fn stripes_sdk_signs_thin_events_and_parses_them_from_the_stored_bytes() {
     }
 
     let sent: Vec<_> = notifications.iter().map(Notification::body).collect();
-    let sent: Vec<_> = sent.iter().map(|body| text(body)).collect();
+    let sent: Vec<_> = sent.iter().map(text).collect();
     let file = json_file(&json!(sent));
     let hook = bridge.hook();
     let answers = lines(&python("notify.py").args([&hook, SECRET]).arg(file.path())).await;

@@ -18,6 +18,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::macros::format_description;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -101,6 +103,8 @@ struct State {
     /// The connected accounts of objects, by the object's id. An object that is not listed is found
     /// whatever the request's `Stripe-Context`.
     accounts: BTreeMap<String, String>,
+    /// The `Date` of all answers, in place of the time.
+    date: Option<String>,
     troubles: Vec<(&'static str, Trouble)>,
     held: Vec<&'static str>,
     requests: Vec<Request>,
@@ -177,6 +181,18 @@ impl Api {
         state.accounts.insert(id.to_owned(), account.to_owned());
     }
 
+    /// Stops the clock that dates the answers, at this second (Unix time).
+    ///
+    /// # Panics
+    /// When it is no valid time.
+    pub fn stop_clock(&self, second: i64) {
+        let at = OffsetDateTime::from_unix_timestamp(second).expect("it is a valid time");
+        let date = at.format(format_description!(
+            "[weekday repr:short], [day] [month repr:short] [year] [hour]:[minute]:[second] GMT"
+        ));
+        self.shared.state().date = Some(date.expect("it has all these parts"));
+    }
+
     /// Plans the answer to the next request with `path` in its path. Several calls plan several
     /// requests.
     pub fn answer_next(&self, path: &'static str, trouble: Trouble) {
@@ -238,7 +254,7 @@ impl Shared {
             path: path.clone(),
             headers: headers.clone(),
         };
-        let answer = {
+        let mut answer = {
             let mut state = self.state();
             state.requests.push(record);
             match state.take_trouble(&path) {
@@ -253,6 +269,10 @@ impl Shared {
         while self.state().held.iter().any(|held| path.contains(held)) {
             // The sender lives as long as `self`.
             let _ = released.changed().await;
+        }
+        if let Some(date) = &self.state().date {
+            let date = date.parse().expect("a date is a header's value");
+            answer.headers_mut().insert("Date", date);
         }
         answer
     }
