@@ -234,7 +234,7 @@ pub struct CheckoutSession {
     pub mode: Option<String>,
     pub status: Option<String>,
     pub payment_status: Option<String>,
-    /// Never empty: an empty id counts as missing.
+    /// Never blank.
     pub client_reference_id: Option<String>,
     pub stripe_customer_id: Option<String>,
     /// Printable ASCII.
@@ -277,7 +277,7 @@ pub struct Resolution {
     pub orphan_id: String,
     /// The ids of the payment. The subscription's id is printable ASCII.
     pub payment: PaymentIds,
-    /// The user. Never empty.
+    /// The user. Never blank.
     pub client_reference_id: String,
 }
 
@@ -394,6 +394,7 @@ objects! {
         created: Leaf<'a> = "created",
         livemode: Leaf<'a> = "livemode",
         account: Leaf<'a> = "account",
+        user_id: Leaf<'a> = "user_id",
         data: Nested<Data<'a>> = "data",
         object: Leaf<'a> = "object",
         context: Leaf<'a> = "context",
@@ -448,7 +449,7 @@ pub fn decode(body: &[u8], keys: &MetadataKeys) -> Result<Option<Event>, DecodeE
     let id = EventId::parse(id).map_err(|_| ENVELOPE.fault("id", Problem::NotAnId))?;
     let created = ENVELOPE.seconds(envelope.created, "created")?;
     let created = created.ok_or_else(|| ENVELOPE.fault("created", Problem::Missing))?;
-    let stripe_account_id = ENVELOPE.text(envelope.account, "account", ID_BYTES_MAX)?;
+    let stripe_account_id = account(&envelope)?;
     let fetch = (event_type.as_str() == SNAPSHOT_TYPE).then(|| fetch(&envelope, created));
     let Nested::Object(data) = envelope.data else {
         return Err(ENVELOPE.fault("data", missing_or_no_object(&envelope.data)));
@@ -542,10 +543,24 @@ fn notified_object(event_type: &str) -> Option<fn(String) -> NotifiedObject> {
     })
 }
 
+/// Reads the connected account of an event: its `account`, else what newer events (`context`) and
+/// the oldest ones (`user_id`) have in its place.
+fn account(envelope: &Envelope<'_>) -> Result<Option<String>, DecodeError> {
+    let account = ENVELOPE.text(envelope.account, "account", ID_BYTES_MAX)?;
+    if account.is_some() {
+        return Ok(account);
+    }
+    let context = ENVELOPE.text(envelope.context, "context", ID_BYTES_MAX)?;
+    match context.as_deref().and_then(account_of_context) {
+        None => ENVELOPE.text(envelope.user_id, "user_id", ID_BYTES_MAX),
+        account => Ok(account),
+    }
+}
+
 /// Returns the account that a context names: the last part of a path. Stripe: "Stripe-Context".
 pub(crate) fn account_of_context(context: &str) -> Option<String> {
     let account = context.rsplit('/').next()?;
-    (!account.is_empty()).then(|| account.to_owned())
+    (!account.trim().is_empty()).then(|| account.to_owned())
 }
 
 /// Reads how the object of a `litestripe.snapshot` was fetched. The version before wrote nothing of

@@ -34,7 +34,7 @@ impl PaymentIds {
     }
 }
 
-/// The id of a connected account. Stripe returns its objects if the id is sent as `Stripe-Account`.
+/// The id of a connected account. Stripe returns its objects if the id is sent as `Stripe-Context`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AccountId<'a>(pub &'a str);
 

@@ -1,10 +1,13 @@
-//! Reads responses of Stripe's API: lists of objects and events, and the email of a customer.
+//! Reads responses of Stripe's API: lists of objects and events, a subscription's items beyond its
+//! first page, and the email of a customer.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use litestripe_contract::event::{EventId, EventType, THIN_PREFIX};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{Body, Email, MetadataKeys};
@@ -19,11 +22,13 @@ pub struct Object {
 
 /// The kept fields of a subscription and of a Checkout Session, except email and metadata, which is
 /// the operator's own text. Ids, states and dates do not name a person.
-const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 19] = [
+const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 23] = [
     "cancel_at",
     "cancel_at_period_end",
     "canceled_at",
+    "cancellation_details",
     "client_reference_id",
+    "collection_method",
     "created",
     "current_period_end",
     "current_period_start",
@@ -34,20 +39,27 @@ const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 19] = [
     "livemode",
     "mode",
     "object",
+    "pause_collection",
     "payment_status",
     "start_date",
     "status",
     "subscription",
     "trial_end",
+    "trial_start",
 ];
 
 impl Object {
     /// Returns the object without fields that may hold personal data. After an erasure they
     /// must not be stored again. `None` if the JSON is not an object.
     pub fn without_personal_data(&self) -> Option<Self> {
-        let mut fields: serde_json::Map<String, serde_json::Value> =
+        let mut fields: serde_json::Map<String, Value> =
             serde_json::from_str(self.raw.get()).ok()?;
         fields.retain(|name, _| FIELDS_WITHOUT_PERSONAL_DATA.contains(&name.as_str()));
+        // The comment is the customer's own text.
+        if let Some(details) = fields.get_mut("cancellation_details") {
+            let reason = details.get("reason").cloned();
+            *details = serde_json::json!({ "reason": reason });
+        }
         let raw = serde_json::value::to_raw_value(&fields).ok()?;
         Some(Self {
             id: self.id.clone(),
@@ -56,6 +68,27 @@ impl Object {
         })
     }
 }
+
+/// The items of a subscription that Stripe returned: a list like others, of which an object has only
+/// the first page. Stripe: "Pagination".
+#[derive(Debug, PartialEq, Eq)]
+pub enum Items {
+    All,
+    /// More follow after the item with this id, or from the beginning.
+    More(Option<String>),
+}
+
+/// The fields of an item that we keep.
+const ITEM_FIELDS: [&str; 5] = [
+    "price",
+    "plan",
+    "quantity",
+    "current_period_start",
+    "current_period_end",
+];
+
+/// The fields of an item's price or plan that we keep.
+const PRICE_FIELDS: [&str; 3] = ["id", "product", "lookup_key"];
 
 /// A page of a list, in Stripe's order: newest first.
 #[derive(Debug)]
@@ -151,6 +184,43 @@ struct List {
     has_more: bool,
 }
 
+/// A list of which no page is missing.
+#[derive(Serialize)]
+struct WholeList<'a, T> {
+    object: &'static str,
+    data: &'a [T],
+    has_more: bool,
+}
+
+impl<'a, T> WholeList<'a, T> {
+    fn new(data: &'a [T]) -> Self {
+        Self {
+            object: "list",
+            data,
+            has_more: false,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct WithItems {
+    #[serde(default)]
+    items: Option<ItemList>,
+}
+
+#[derive(Deserialize)]
+struct ItemList {
+    #[serde(default)]
+    data: Vec<ListedItem>,
+    #[serde(default)]
+    has_more: bool,
+}
+
+#[derive(Deserialize)]
+struct ListedItem {
+    id: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct Identified {
     id: String,
@@ -173,6 +243,60 @@ pub fn page(body: &[u8]) -> Option<Page> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
     let objects = data.into_iter().map(identified).collect::<Option<_>>()?;
     Some(Page { objects, has_more })
+}
+
+/// Returns whether the subscription in `object` has all of its items. `None` if the list of its
+/// items cannot be continued.
+pub fn items(object: &[u8]) -> Option<Items> {
+    let WithItems { items } = serde_json::from_slice(object).ok()?;
+    let Some(ItemList {
+        data,
+        has_more: true,
+    }) = items
+    else {
+        return Some(Items::All);
+    };
+    Some(Items::More(match data.last() {
+        Some(item) => Some(item.id.clone()?),
+        None => None,
+    }))
+}
+
+/// Reads the page of items in `body`. Of each item only what we keep is left: a subscription with
+/// thousands of items has to fit into one message.
+pub fn item_page(body: &[u8]) -> Option<Page> {
+    let mut page = page(body)?;
+    for item in &mut page.objects {
+        let mut fields: serde_json::Map<String, Value> =
+            serde_json::from_str(item.raw.get()).ok()?;
+        let has_price = fields.get("price").is_some_and(|price| !price.is_null());
+        fields.retain(|name, value| {
+            let is_kept = ITEM_FIELDS.contains(&name.as_str()) && !value.is_null();
+            is_kept && !(has_price && name == "plan")
+        });
+        for price in fields.values_mut().filter_map(Value::as_object_mut) {
+            price.retain(|name, value| PRICE_FIELDS.contains(&name.as_str()) && !value.is_null());
+        }
+        item.raw = serde_json::value::to_raw_value(&fields).ok()?;
+    }
+    Some(page)
+}
+
+/// Returns the subscription in `object` with `more` behind its items. `None` if it is no
+/// subscription.
+pub fn with_items(object: &[u8], more: &[Object]) -> Option<Vec<u8>> {
+    let mut fields: BTreeMap<Cow<'_, str>, Box<RawValue>> = serde_json::from_slice(object).ok()?;
+    let List { mut data, .. } = serde_json::from_str(fields.get("items")?.get()).ok()?;
+    data.extend(more.iter().map(|item| item.raw.clone()));
+    let items = serde_json::value::to_raw_value(&WholeList::new(&data)).ok()?;
+    fields.insert("items".into(), items);
+    serde_json::to_vec(&fields).ok()
+}
+
+/// Returns a list of `objects` as Stripe would, on one page.
+pub fn list(objects: &[Object]) -> Option<Vec<u8>> {
+    let data: Vec<_> = objects.iter().map(|object| &*object.raw).collect();
+    serde_json::to_vec(&WholeList::new(&data)).ok()
 }
 
 /// Reads the page of events in `body`.
@@ -198,7 +322,7 @@ pub fn customer_email(body: &[u8]) -> Option<Email> {
     let customer: Customer = serde_json::from_slice(body).ok()?;
     customer
         .email
-        .filter(|email| !email.is_empty() && !email.contains('\0'))
+        .filter(|email| !email.trim().is_empty() && !email.contains('\0'))
         .map(Email)
 }
 

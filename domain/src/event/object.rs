@@ -452,11 +452,11 @@ pub(super) fn checkout_session(
     keys: &MetadataKeys,
 ) -> Result<CheckoutSession, DecodeError> {
     let text = |leaf, name, bytes_max| OBJECT.text(leaf, name, bytes_max);
-    let reference = non_empty(text(
+    let reference = text(
         object.client_reference_id,
         "client_reference_id",
         TEXT_BYTES_MAX,
-    )?);
+    )?;
     let mut session = CheckoutSession {
         id: required_id(object.id, "id")?,
         mode: text(object.mode, "mode", STATUS_BYTES_MAX)?,
@@ -482,7 +482,7 @@ pub(super) fn checkout_session(
         OBJECT,
         "subscription",
     )?;
-    session.stripe_subscription_id = non_empty(subscription)
+    session.stripe_subscription_id = subscription
         .map(|id| checked_id(id, "subscription"))
         .transpose()?;
     OBJECT.overlay_metadata(&mut session.metadata, object.metadata, keys)?;
@@ -494,7 +494,7 @@ pub(super) fn checkout_session(
 /// unreadable email counts as missing: only an orphan needs it, and the rest of the session matters
 /// more.
 fn customer_email(object: &Fields<'_>) -> Option<Email> {
-    let email = |leaf| non_empty(OBJECT.text(leaf, "customer_email", TEXT_BYTES_MAX).ok()?);
+    let email = |leaf| OBJECT.text(leaf, "customer_email", TEXT_BYTES_MAX).ok()?;
     let details = OBJECT
         .object(object.customer_details, "customer_details")
         .ok()?;
@@ -533,16 +533,12 @@ pub(super) fn resolution(object: &Fields<'_>) -> Result<Resolution, DecodeError>
                 .map(|id| checked_id(id, "stripe_subscription_id"))
                 .transpose()?,
         },
-        client_reference_id: non_empty(reference).ok_or_else(missing)?,
+        client_reference_id: reference.ok_or_else(missing)?,
     })
 }
 
 pub(super) fn is_checkout_session(object: &Fields<'_>) -> bool {
     matches!(OBJECT.text(object.object, "object", STATUS_BYTES_MAX), Ok(Some(name)) if name == "checkout.session")
-}
-
-fn non_empty(text: Option<String>) -> Option<String> {
-    text.filter(|text| !text.is_empty())
 }
 
 fn required_id(leaf: Leaf<'_>, name: &'static str) -> Result<String, DecodeError> {

@@ -30,6 +30,8 @@ impl Place {
     }
 
     /// Reads Unicode text of at most `bytes_max` bytes, without NUL, which PostgreSQL cannot store.
+    /// Blank text, which is empty or only white space, counts as absent: no id, state or email is
+    /// blank.
     pub(super) fn text(
         self,
         leaf: Leaf<'_>,
@@ -46,7 +48,7 @@ impl Place {
         if text.contains('\0') {
             return Err(self.fault(name, Problem::Nul));
         }
-        Ok(Some(text))
+        Ok(Some(text).filter(|text| !text.trim().is_empty()))
     }
 
     pub(super) fn required_text(

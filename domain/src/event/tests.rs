@@ -3,6 +3,7 @@
 
 mod fuzz;
 
+use litestripe_contract::signal::Timestamp;
 use serde_json::{Value, json};
 
 use super::*;
@@ -435,6 +436,176 @@ fn livemode_and_account_are_the_events() {
 }
 
 #[test]
+fn account_is_read_from_where_the_rendering_has_it() {
+    let check = |fields: Value, expected: Option<&str>| {
+        let mut body = body("customer.subscription.updated", subscription());
+        for (name, value) in fields.as_object().expect("an object") {
+            body[name.as_str()] = value.clone();
+        }
+        assert_eq!(
+            read(&body).stripe_account_id.as_deref(),
+            expected,
+            "{fields}"
+        );
+    };
+    check(json!({ "account": "acct_1" }), Some("acct_1"));
+    check(json!({ "context": "acct_1" }), Some("acct_1"));
+    check(json!({ "context": "org_1/acct_1" }), Some("acct_1"));
+    check(json!({ "user_id": "acct_1" }), Some("acct_1"));
+    check(
+        json!({ "account": "acct_1", "context": "acct_2", "user_id": "acct_3" }),
+        Some("acct_1"),
+    );
+    check(
+        json!({ "account": " ", "context": null, "user_id": "acct_3" }),
+        Some("acct_3"),
+    );
+    check(
+        json!({ "account": "", "context": "org_1/ ", "user_id": "" }),
+        None,
+    );
+}
+
+#[test]
+fn blank_text_counts_as_absent() {
+    let blank = || json!(" \t");
+    let kept = snapshot(with(subscription(), "/customer", blank()));
+    assert_eq!(kept.customer, None);
+    let kept = snapshot(with(subscription(), "/status", json!("")));
+    assert_eq!(kept.status, None);
+    let kept = snapshot(with(
+        subscription(),
+        "/items/data/0/price/lookup_key",
+        blank(),
+    ));
+    assert_eq!(kept.items[0].lookup_key, None);
+    let kept = snapshot(with(subscription(), "/metadata/plan", blank()));
+    assert_eq!(
+        kept.metadata["plan"], " \t",
+        "metadata is the operator's own"
+    );
+    for name in [
+        "client_reference_id",
+        "customer",
+        "subscription",
+        "payment_status",
+    ] {
+        let session = read_session(with(session(), &format!("/{name}"), blank()));
+        let kept = [
+            session.client_reference_id,
+            session.stripe_customer_id,
+            session.stripe_subscription_id,
+            session.payment_status,
+        ];
+        assert_eq!(kept.iter().flatten().count(), 3, "{name}");
+    }
+    let session = read_session(with(session(), "/customer_details/email", blank()));
+    assert_eq!(
+        session
+            .customer_email
+            .map(|email| email.expose().to_owned()),
+        Some("given@example.com".to_owned())
+    );
+    check_field_refused("/id", blank(), "`data.object.id` is missing");
+}
+
+#[test]
+fn subscription_may_have_any_number_of_items() {
+    let item = &subscription()["items"]["data"][0];
+    let items = json!({ "data": vec![item; 2_000], "has_more": false });
+    let kept = snapshot(with(subscription(), "/items", items));
+    assert_eq!(kept.items.len(), 2_000);
+    assert!(!kept.details.has_more_items);
+}
+
+#[test]
+fn first_page_of_the_items_is_read_as_such() {
+    let object = with(subscription(), "/items/has_more", json!(true));
+    let event = read_subscription(&updated(object, json!({ "items": { "data": [] } })));
+    assert!(event.snapshot.details.has_more_items);
+    assert_eq!(event.snapshot.items.len(), 2);
+}
+
+#[test]
+fn details_are_read_and_have_marks() {
+    let mut object = subscription();
+    object["trial_start"] = json!(1_690_000_000);
+    object["collection_method"] = json!("send_invoice");
+    object["pause_collection"] = json!({ "behavior": "void", "resumes_at": 1_700_000_000 });
+    object["cancellation_details"] =
+        json!({ "comment": "PERSONAL", "feedback": "unused", "reason": "payment_failed" });
+    let event = read_subscription(&updated(
+        object,
+        json!({ "pause_collection": { "resumes_at": null }, "cancellation_details": { "reason": null } }),
+    ));
+    let pause = |resumes_at: Option<i64>| PauseCollection {
+        behavior: Some("void".to_owned()),
+        resumes_at: resumes_at.map(|at| Timestamp::from_unix(at).expect("a time")),
+    };
+    let details = Details {
+        cancellation_reason: Some("payment_failed".to_owned()),
+        trial_start: Some(1_690_000_000),
+        collection_method: Some("send_invoice".to_owned()),
+        pause_collection: Some(pause(Some(1_700_000_000))),
+        has_more_items: false,
+    };
+    assert_eq!(event.snapshot.details, details);
+    let Before::Snapshot(before) = event.before else {
+        panic!("{:?}", event.before)
+    };
+    assert_eq!(before.details.pause_collection, Some(pause(None)));
+    assert_eq!(before.details.cancellation_reason, None);
+    assert_eq!(before.details.trial_start, details.trial_start);
+    assert_ne!(event.marks, event.marks_before);
+    assert!(event.marks.join(&event.marks_before).is_none());
+}
+
+#[test]
+fn field_that_is_only_marked_is_not_validated_and_its_absence_is_no_null() {
+    let marks = |fields: Value| {
+        let mut object = subscription();
+        for (name, value) in fields.as_object().expect("an object") {
+            object[name.as_str()] = value.clone();
+        }
+        read_subscription(&body("customer.subscription.updated", object)).marks
+    };
+    let (absent, null) = (marks(json!({})), marks(json!({ "latest_invoice": null })));
+    assert_ne!(absent, null);
+    assert!(absent.join(&null).is_some(), "absent says nothing");
+    let id = marks(json!({ "latest_invoice": "in_1" }));
+    assert_eq!(
+        id,
+        marks(json!({ "latest_invoice": { "id": "in_1", "total": 5 } }))
+    );
+    assert!(id.join(&null).is_none());
+    assert_eq!(
+        marks(json!({ "latest_invoice": 5, "billing_cycle_anchor": "soon" })),
+        absent
+    );
+    let pending = marks(json!({ "pending_update": { "expires_at": 1 } }));
+    assert_eq!(
+        pending,
+        marks(json!({ "pending_update": { "expires_at": 2 } }))
+    );
+}
+
+#[test]
+fn marks_read_back_from_their_text_also_with_those_of_a_later_version() {
+    let mut object = subscription();
+    object["latest_invoice"] = json!("in_1");
+    object["schedule"] = json!(null);
+    let marks = read_subscription(&body("customer.subscription.updated", object)).marks;
+    let text = marks.to_string();
+    assert_eq!(text, "----7d1db59b-n--");
+    assert_eq!(text.parse(), Ok(marks));
+    assert_eq!(format!("{text}n0123abcd").parse(), Ok(marks));
+    assert_eq!("".parse(), Ok(Marks::default()));
+    for invalid in ["x", "----7d1db59", "----7d1db59é"] {
+        assert!(invalid.parse::<Marks>().is_err(), "{invalid}");
+    }
+}
+
+#[test]
 fn unhandled_types_are_ignored_whatever_they_hold() {
     for data in [json!(null), json!([1]), json!({ "object": 7 })] {
         let body = json!({ "type": "customer.subscription.renamed", "data": data, "created": "x" });
@@ -694,6 +865,39 @@ fn kept_text_that_is_not_unicode_or_nested_too_deep_is_refused() {
     );
     let deep = event.replace(r#""pro","seats""#, &deep);
     check_refused(&deep, "`data.object.metadata` is not text that can be kept");
+}
+
+#[test]
+fn subscription_is_completed_with_the_items_behind_its_first_page() {
+    let object = with(subscription(), "/items/has_more", json!(true));
+    let (body, whole) = (object.to_string(), subscription().to_string());
+    assert_eq!(
+        api::items(body.as_bytes()),
+        Some(api::Items::More(Some("si_2".to_owned())))
+    );
+    assert_eq!(api::items(whole.as_bytes()), Some(api::Items::All));
+    let page = json!({ "has_more": false, "data": [{
+        "id": "si_3", "metadata": { "note": "PERSONAL" }, "plan": { "id": "price_3" }, "quantity": 7,
+        "price": { "id": "price_3", "product": "prod_3", "lookup_key": null, "nickname": "PERSONAL" },
+        "current_period_start": 1_600_000_000, "current_period_end": 1_900_000_000, "discounts": [],
+    }] });
+    let page = api::item_page(page.to_string().as_bytes()).expect("a page of items");
+    let completed = api::with_items(body.as_bytes(), &page.objects).expect("a subscription");
+    assert_eq!(api::items(&completed), Some(api::Items::All));
+    let completed: Value = serde_json::from_slice(&completed).expect("it is JSON");
+    assert_eq!(
+        completed["items"]["data"][2],
+        json!({
+            "price": { "id": "price_3", "product": "prod_3" }, "quantity": 7,
+            "current_period_start": 1_600_000_000, "current_period_end": 1_900_000_000,
+        })
+    );
+    let kept = snapshot(completed);
+    assert_eq!(kept.items.len(), 3);
+    assert!(!kept.details.has_more_items);
+    assert_eq!(kept.items[2].price.as_deref(), Some("price_3"));
+    assert_eq!(kept.current_period_start, Some(1_600_000_000));
+    assert_eq!(kept.current_period_end, Some(1_900_000_000));
 }
 
 #[test]

@@ -80,7 +80,7 @@ struct Edge {
     #[serde(default, skip_serializing_if = "Marks::is_empty")]
     marks: Marks,
     /// The marks before it, if they differ.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "were", default, skip_serializing_if = "Option::is_none")]
     marks_before: Option<Marks>,
     #[serde(default, skip_serializing_if = "Details::is_empty")]
     details: Details,

@@ -5,6 +5,7 @@ mod erased;
 mod fetched;
 mod history;
 mod law;
+mod marks;
 mod model;
 mod random;
 mod thin;

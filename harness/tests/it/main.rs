@@ -21,6 +21,7 @@ mod outages;
 mod progress;
 mod pull;
 mod reconcile;
+mod renderings;
 mod replay;
 mod resend;
 mod rows;

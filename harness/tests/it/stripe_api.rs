@@ -297,20 +297,8 @@ async fn subscription_without_a_session_is_an_orphan_with_the_customers_email(
         assert!(sessions[0].at <= customers[0].at, "sessions come first");
         let account =
             (purchase.subscription == connected.subscription).then_some("acct_1Connected");
-        assert_eq!(
-            sessions[0]
-                .headers
-                .get("stripe-account")
-                .map(String::as_str),
-            account
-        );
-        assert_eq!(
-            customers[0]
-                .headers
-                .get("stripe-account")
-                .map(String::as_str),
-            account
-        );
+        assert_eq!(sessions[0].context(), account);
+        assert_eq!(customers[0].context(), account);
     }
     assert_eq!(count_signals(&signals, "orphan.created"), 3);
     let everywhere = bridge.database.dump().await.expect("the database answers");

@@ -1,7 +1,5 @@
 //! `reconcile`: compare the rows with Stripe's subscriptions, and repair them.
 
-use std::sync::atomic::AtomicU64;
-
 use clap::Args;
 use litestripe_contract::shutdown;
 use serde_json::json;
@@ -82,7 +80,6 @@ impl Reconcile {
             repair: self.repair.then_some(jetstream),
             erasures,
             stop: &stop,
-            calls: AtomicU64::new(0),
         };
         let walk = self.walk(sources);
         let (report, outcome) = if self.repair {

@@ -14,7 +14,6 @@ mod report;
 mod sources;
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::jetstream;
@@ -96,6 +95,8 @@ pub(crate) struct Reconcile<'a> {
     advance: Box<dyn FnMut(u64) + Send + 'a>,
     pub report: Report,
     to_recheck: VecDeque<Finding>,
+    /// Requests to Stripe before the walk.
+    requests_before: u64,
 }
 
 impl<'a> Reconcile<'a> {
@@ -103,6 +104,7 @@ impl<'a> Reconcile<'a> {
     /// call.
     pub(crate) fn new(sources: Sources<'a>, advance: impl FnMut(u64) + Send + 'a) -> Self {
         Self {
+            requests_before: sources.stripe.requests(),
             sources,
             advance: Box::new(advance),
             report: Report::default(),
@@ -117,7 +119,7 @@ impl<'a> Reconcile<'a> {
         // After an error, differences that were not checked again are reported as they were first
         // found.
         self.report.findings.extend(self.to_recheck.drain(..));
-        self.report.calls = self.sources.calls.load(Ordering::Relaxed);
+        self.report.calls = self.sources.stripe.requests() - self.requests_before;
         outcome
     }
 

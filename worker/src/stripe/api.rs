@@ -1,13 +1,16 @@
 //! The one client of Stripe's API.
 //!
-//! Owns requests and retries, each within the shared budget. May not know what an object contains:
-//! bodies are returned as received. The key is never logged, and errors contain Stripe's request
+//! Owns requests and retries, each within the shared budget, and fetches lists to their end. May not
+//! know what an object contains: bodies are returned as received, except that a list's later pages
+//! are added to its first. The key is never logged, and errors contain Stripe's request
 //! id, never the answer's text.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use litestripe_domain::event::api::{self, Items};
 use litestripe_domain::payment::AccountId;
 use reqwest::header::{DATE, HeaderName, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
@@ -22,7 +25,7 @@ use crate::stripe::budget::Budget;
 /// The API version that answers are rendered in. It is pinned so that an upgrade of the account
 /// changes nothing. Decoding goes by which fields are present, so a newer version would work as
 /// well.
-const VERSION: &str = "2026-03-25.dahlia";
+const VERSION: &str = "2026-10-28.endive";
 
 /// The timeout of one request, including its answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -41,6 +44,10 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// Objects on a page: the most that Stripe allows. Stripe: "Pagination".
 const PAGE_SIZE: &str = "100";
+
+/// The most entries of a list that is fetched to its end. Of a subscription with more items not even
+/// what we keep of them would fit into a message.
+const LISTED_MAX: usize = 10_000;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
@@ -70,6 +77,8 @@ pub enum ApiError {
         request_id: String,
         source: reqwest::Error,
     },
+    #[error("the subscription's items changed while they were fetched")]
+    Changed,
     #[error("Stripe's answer cannot be used: {problem} (request {request_id})")]
     Answer {
         problem: &'static str,
@@ -116,6 +125,17 @@ impl Answer {
         self.date.ok_or_else(|| self.unusable("it has no Date"))
     }
 
+    /// Returns the answer with another body, or an error if that could not be made.
+    fn with_body(self, body: Option<Vec<u8>>) -> Result<Self, ApiError> {
+        match body {
+            Some(body) => Ok(Self {
+                body: body.into(),
+                ..self
+            }),
+            None => Err(self.unusable("it cannot be completed")),
+        }
+    }
+
     /// Makes an error of an answer whose body the caller cannot use.
     pub fn unusable(&self, problem: &'static str) -> ApiError {
         ApiError::Answer {
@@ -131,6 +151,7 @@ pub struct StripeApi {
     http: reqwest::Client,
     settings: StripeSettings,
     budget: Arc<Budget>,
+    requests: Arc<AtomicU64>,
 }
 
 impl StripeApi {
@@ -148,7 +169,13 @@ impl StripeApi {
             http,
             settings,
             budget,
+            requests: Arc::default(),
         })
+    }
+
+    /// Returns how many requests were made so far, without retries.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     /// Whether the key sees objects of this mode.
@@ -156,14 +183,63 @@ impl StripeApi {
         self.settings.is_live() == livemode
     }
 
-    /// Fetches a subscription. Stripe: "Retrieve a subscription".
+    /// Fetches a subscription with all of its items, which may take several requests. The answer is
+    /// the first one with the other items added. Stripe: "Retrieve a subscription".
     pub async fn subscription(
         &self,
         id: &str,
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        self.get(&format!("/v1/subscriptions/{id}"), &[], account)
-            .await
+        let path = format!("/v1/subscriptions/{id}");
+        let answer = self.get(&path, &[], account).await?;
+        match api::items(&answer.body) {
+            Some(Items::All) => Ok(answer),
+            Some(Items::More(after)) => {
+                let more = self.items(id, after, account).await?;
+                let whole = api::with_items(&answer.body, &more);
+                answer.with_body(whole)
+            }
+            None => Err(answer.unusable("it is no subscription")),
+        }
+    }
+
+    /// Returns a listed subscription with all of its items. A list has only their first page.
+    pub async fn complete(
+        &self,
+        listed: api::Object,
+        account: Option<AccountId<'_>>,
+    ) -> Result<api::Object, ApiError> {
+        let Some(Items::More(after)) = api::items(listed.raw.get().as_bytes()) else {
+            return Ok(listed);
+        };
+        let more = self.items(&listed.id, after, account).await?;
+        let whole = api::with_items(listed.raw.get().as_bytes(), &more);
+        Ok(whole
+            .and_then(|whole| api::object(&whole))
+            .unwrap_or(listed))
+    }
+
+    /// Lists the items of a subscription after `after`. Stripe: "List all subscription items".
+    async fn items(
+        &self,
+        subscription: &str,
+        after: Option<String>,
+        account: Option<AccountId<'_>>,
+    ) -> Result<Vec<api::Object>, ApiError> {
+        let query = [("subscription", subscription)];
+        let listed = self.list(
+            "/v1/subscription_items",
+            &query,
+            api::item_page,
+            after,
+            account,
+        );
+        match listed.await {
+            Ok((items, _)) => Ok(items),
+            // The subscription exists, so its items changed since. The next attempt finds out.
+            Err(error) if error.is_not_found() => Err(ApiError::Changed),
+            Err(error) => Err(error),
+        }
     }
 
     /// Fetches a Checkout Session. Stripe: "Retrieve a Checkout Session".
@@ -176,18 +252,17 @@ impl StripeApi {
             .await
     }
 
-    /// Lists the Checkout Sessions of a subscription. Stripe: "List all Checkout Sessions".
+    /// Lists all Checkout Sessions of a subscription. Stripe: "List all Checkout Sessions".
     pub async fn checkout_sessions_of(
         &self,
         subscription: &str,
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        self.get(
-            "/v1/checkout/sessions",
-            &[("subscription", subscription), ("limit", PAGE_SIZE)],
-            account,
-        )
-        .await
+        let query = [("subscription", subscription)];
+        let path = "/v1/checkout/sessions";
+        let (sessions, first) = self.list(path, &query, api::page, None, account).await?;
+        let whole = api::list(&sessions);
+        first.with_body(whole)
     }
 
     /// Lists a page of subscriptions, newest first, starting behind `after`. `status` is one that
@@ -229,6 +304,38 @@ impl StripeApi {
         self.get(&format!("/v1/customers/{id}"), &[], account).await
     }
 
+    /// Fetches a list to its end, starting behind `after`. Also returns its first page: what the
+    /// later ones hold is not older.
+    async fn list(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        read: fn(&[u8]) -> Option<api::Page>,
+        mut after: Option<String>,
+        account: Option<AccountId<'_>>,
+    ) -> Result<(Vec<api::Object>, Answer), ApiError> {
+        let mut objects = Vec::new();
+        let mut first = None;
+        loop {
+            let mut query = query.to_vec();
+            query.push(("limit", PAGE_SIZE));
+            query.extend(after.as_deref().map(|after| ("starting_after", after)));
+            let answer = self.get(path, &query, account).await?;
+            let page = read(&answer.body).ok_or_else(|| answer.unusable("it is no list"))?;
+            let last = page.objects.last().map(|object| object.id.clone());
+            objects.extend(page.objects);
+            let first = first.get_or_insert_with(|| answer.clone());
+            match last {
+                _ if !page.has_more => return Ok((objects, first.clone())),
+                None => return Err(answer.unusable("a page without entries has no next one")),
+                Some(_) if objects.len() >= LISTED_MAX => {
+                    return Err(answer.unusable("the list has too many entries"));
+                }
+                last => after = last,
+            }
+        }
+    }
+
     /// Sends a GET, and retries as Stripe asks. Stripe: "Advanced error handling".
     async fn get(
         &self,
@@ -236,6 +343,7 @@ impl StripeApi {
         query: &[(&str, &str)],
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
         loop {
             self.budget.acquire().await;
@@ -291,7 +399,7 @@ impl StripeApi {
             .bearer_auth(self.settings.key.expose_secret())
             .header("Stripe-Version", VERSION);
         if let Some(account) = account {
-            request = request.header("Stripe-Account", account.0);
+            request = request.header("Stripe-Context", account.0);
         }
         request.send().await
     }

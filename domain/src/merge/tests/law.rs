@@ -8,6 +8,8 @@ use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::signal::Subscription;
 use serde_json::Value;
 
+use serde_json::Value;
+
 use super::history::{self, History, SimulatedEvent};
 use super::random::Random;
 use crate::event::{self, Event, MetadataKeys};
@@ -88,6 +90,7 @@ fn check(seed: u64, tally: &mut Tally) {
     check_row(seed, &history, &events, &row);
     check_no_needless_uncertainty(seed, &history, &row);
     check_replay(seed, &events, &state);
+    check_upgrade(seed, &events, &state, random);
     tally.drop_one(&history, &events, random);
     tally.count(&events, &row, orders, &state);
 }
@@ -264,6 +267,46 @@ fn check_replay(seed: u64, events: &[Event], state: &State) {
         );
     }
     assert_eq!(replayed, *state, "seed {seed}");
+}
+
+/// Checks that a replay completes a row that an earlier version wrote, at whatever event the
+/// upgrade came.
+fn check_upgrade(seed: u64, events: &[Event], state: &State, random: &mut Random) {
+    let order = with_repetitions(events.len(), random);
+    let upgraded_at = random.below(order.len() + 1);
+    let mut upgraded = State::default();
+    for index in order.iter().take(upgraded_at) {
+        upgraded.merge(&events[*index]);
+    }
+    let mut upgraded = as_an_earlier_version_stored(&upgraded);
+    for index in order.iter().skip(upgraded_at) {
+        upgraded.merge(&events[*index]);
+    }
+    for event in events {
+        upgraded.merge(event);
+    }
+    assert_eq!(
+        upgraded, *state,
+        "seed {seed}, upgraded after {upgraded_at} of {order:?}"
+    );
+}
+
+/// Returns the state as a version without marks had stored it.
+pub(super) fn as_an_earlier_version_stored(state: &State) -> State {
+    let mut json = serde_json::to_value(state).expect("a state is JSON");
+    let edges = json
+        .pointer_mut("/subscription/events")
+        .and_then(Value::as_object_mut);
+    for edge in edges
+        .into_iter()
+        .flatten()
+        .filter_map(|(_, edge)| edge.as_object_mut())
+    {
+        for added in ["marks", "were", "details"] {
+            edge.remove(added);
+        }
+    }
+    serde_json::from_value(json).expect("it reads back")
 }
 
 impl Tally {

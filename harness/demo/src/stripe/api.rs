@@ -52,6 +52,9 @@ impl Request {
     }
 }
 
+/// How many items a subscription has in an answer; the others are at `/v1/subscription_items`.
+pub const ITEMS_ON_FIRST_PAGE: usize = 10;
+
 /// A planned answer in place of an object.
 #[derive(Clone, Debug)]
 pub struct Trouble {
@@ -306,10 +309,26 @@ impl State {
             page(objects, url.path(), &query)
         };
         let found = match url.path() {
-            "/v1/subscriptions" => list(self.subscriptions(&query)),
+            "/v1/subscriptions" => list(self.subscriptions(&query)).map(|mut page| {
+                let listed = page["data"].as_array_mut();
+                listed.into_iter().flatten().for_each(cut_items);
+                page
+            }),
+            "/v1/subscription_items" => one(&query, "subscription")
+                .and_then(|id| self.subscriptions.get(id))
+                .filter(is_visible)
+                .and_then(items)
+                .and_then(|items| part(&items, url.path(), &query)),
             "/v1/events" => list(self.events(&query)),
             "/v1/checkout/sessions" => list(self.checkout_sessions(&query)),
-            path => self.object(path).filter(is_visible).cloned(),
+            path => self
+                .object(path)
+                .filter(is_visible)
+                .cloned()
+                .map(|mut object| {
+                    cut_items(&mut object);
+                    object
+                }),
         };
         match found {
             Some(object) => response(&Trouble::status(200), &object),
@@ -401,6 +420,11 @@ fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Opti
             object["id"].to_string(),
         )
     });
+    part(&objects, url, query)
+}
+
+/// Makes a page of a list whose order is known.
+fn part(objects: &[&Value], url: &str, query: &[(String, String)]) -> Option<Value> {
     let limit = one(query, "limit")
         .and_then(|limit| limit.parse().ok())
         .unwrap_or(10);
@@ -411,6 +435,24 @@ fn page(mut objects: Vec<&Value>, url: &str, query: &[(String, String)]) -> Opti
     let data: Vec<_> = objects.iter().skip(first).take(limit).collect();
     let has_more = objects.len() > first + data.len();
     Some(json!({ "object": "list", "url": url, "has_more": has_more, "data": data }))
+}
+
+/// Returns the items of a subscription, in its order. Stripe, "List all subscription items".
+fn items(subscription: &Value) -> Option<Vec<&Value>> {
+    Some(subscription["items"]["data"].as_array()?.iter().collect())
+}
+
+/// Leaves the first page of a subscription's items, as Stripe answers.
+fn cut_items(object: &mut Value) {
+    let Some(items) = object.get_mut("items") else {
+        return;
+    };
+    if let Some(data) = items["data"].as_array_mut()
+        && data.len() > ITEMS_ON_FIRST_PAGE
+    {
+        data.truncate(ITEMS_ON_FIRST_PAGE);
+        items["has_more"] = true.into();
+    }
 }
 
 /// Makes a response. Hyper adds the `Date` header, unless switched off in `serve`.

@@ -3,7 +3,6 @@
 //! Owns how to find a subscription's user if its row does not have one, and what is written or
 //! published to repair the row. May not know the walk, or when a difference is reported.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream;
@@ -33,8 +32,6 @@ pub(crate) struct Sources<'a> {
     /// The ids whose personal data must not come back.
     pub erasures: &'a Erasures,
     pub stop: &'a CancellationToken,
-    /// Requests to Stripe so far, without retries.
-    pub calls: AtomicU64,
 }
 
 /// A subscription whose row differs from Stripe.
@@ -93,6 +90,15 @@ impl Sources<'_> {
         )
     }
 
+    /// Returns a listed subscription with all of its items.
+    async fn complete(&self, object: api::Object) -> Result<api::Object, ReconcileError> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(ReconcileError::Stopped),
+            object = self.stripe.complete(object, None) => Ok(object?),
+        }
+    }
+
     /// Returns Stripe's answer, unless a stop is requested first. A request only reads, so that it
     /// can be abandoned at any time.
     async fn ask<T>(
@@ -101,7 +107,6 @@ impl Sources<'_> {
         read: fn(&[u8]) -> Option<T>,
         problem: &'static str,
     ) -> Result<(T, Fetched<'static>), ReconcileError> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
         let mark = match self.repair {
             Some(jetstream) => progress::last_sequence(jetstream).await?,
             None => 0,
@@ -123,6 +128,7 @@ impl Sources<'_> {
         fetched: Fetched<'static>,
         row: Option<RawRow>,
     ) -> Result<Option<Comparison>, ReconcileError> {
+        let object = self.complete(object).await?;
         let finding = Finding::new(&object.id, Problem::CannotBeKept);
         let (session, resolved, stripe_values, repair) = (None, None, Fields::new(), Repair::None);
         let mut comparison = Comparison {
@@ -351,7 +357,7 @@ fn none_if_not_found<T>(answer: Result<T, ReconcileError>) -> Result<Option<T>, 
     }
 }
 
-/// The scope of the account itself: objects are listed without `Stripe-Account`.
+/// The scope of the account itself: objects are listed without `Stripe-Context`.
 fn scope(livemode: bool) -> Scope<'static> {
     Scope {
         livemode,
