@@ -8,8 +8,6 @@ use litestripe_contract::event::SNAPSHOT_TYPE;
 use litestripe_contract::signal::Subscription;
 use serde_json::Value;
 
-use serde_json::Value;
-
 use super::history::{self, History, SimulatedEvent};
 use super::random::Random;
 use crate::event::{self, Event, MetadataKeys};
