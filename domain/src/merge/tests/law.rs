@@ -29,6 +29,10 @@ struct Tally {
     tied: u64,
     certain: u64,
     uncertain: u64,
+    /// How many would be uncertain if events had no marks, and how many are so only because they
+    /// have: they show a field that had no column then.
+    uncertain_by_digest: u64,
+    uncertain_by_marks: u64,
     dropped_right: u64,
     dropped_uncertain: u64,
     dropped_wrong: u64,
@@ -342,6 +346,11 @@ impl Tally {
         self.tied += u64::from(ids.len() > 1);
         self.uncertain += u64::from(row.subscription.uncertain);
         self.certain += u64::from(!row.subscription.uncertain);
+        let by_digest = as_an_earlier_version_stored(state).visible();
+        let (by_digest, is_uncertain) =
+            (by_digest.subscription.uncertain, row.subscription.uncertain);
+        self.uncertain_by_digest += u64::from(by_digest);
+        self.uncertain_by_marks += u64::from(is_uncertain && !by_digest);
         let bytes = serde_json::to_string(state).map_or(0, |json| json.len());
         self.state_bytes_max = self.state_bytes_max.max(bytes);
     }
