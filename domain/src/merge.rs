@@ -99,6 +99,15 @@ impl State {
         })
     }
 
+    /// Returns the part that is merged, which depends on nothing but the row's events.
+    #[must_use]
+    pub fn merged(self) -> Self {
+        Self {
+            awaits_user: false,
+            ..self
+        }
+    }
+
     /// Records whether the row awaits a user. Returns whether it did before.
     pub(crate) fn await_user(&mut self, awaits: bool) -> bool {
         std::mem::replace(&mut self.awaits_user, awaits)
