@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use litestripe_contract::signal::Timestamp;
 use litestripe_domain::merge::{State, Visible};
+use litestripe_domain::row::LastSent;
 use litestripe_entity::stripe_subscription::{ActiveModel, Column, Entity, Model};
 use sea_orm::{
     ActiveModelTrait as _, ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _,
@@ -34,6 +35,8 @@ pub struct RawRow {
     pub state: Option<State>,
     /// The columns that the merge state determines.
     pub expected: Option<Fields>,
+    /// Whether its first signal waits until somebody knows whose it is.
+    pub is_withheld: bool,
 }
 
 /// Returns the rows of `ids` that exist.
@@ -57,6 +60,8 @@ pub async fn find<C: ConnectionTrait>(
             .ok()
             .map(|model| fields(&model.into()));
         let expected = state.as_ref().map(columns_of);
+        let last_sent: Option<String> = row.try_get("", "last_sent").ok().flatten();
+        let is_withheld = LastSent::from_json(last_sent.as_deref()).is_withheld();
         found.insert(
             id,
             RawRow {
@@ -64,6 +69,7 @@ pub async fn find<C: ConnectionTrait>(
                 columns,
                 state,
                 expected,
+                is_withheld,
             },
         );
     }

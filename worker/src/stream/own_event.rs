@@ -34,6 +34,8 @@ struct OwnEvent<'a> {
     fetched: Option<FetchStamp>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     notifications: &'a [EventReference],
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    searched: bool,
 }
 
 #[derive(Serialize)]
@@ -79,6 +81,9 @@ pub(crate) struct Fetched<'a> {
     pub stamp: FetchStamp,
     /// The thin events that led to the fetch.
     pub notifications: &'a [EventReference],
+    /// Whether Stripe was asked for the subscription's Checkout Sessions too, and lists none that
+    /// names a user.
+    pub searched: bool,
 }
 
 impl Fetched<'_> {
@@ -90,6 +95,7 @@ impl Fetched<'_> {
             as_of: answer.as_of()?,
             stamp: FetchStamp { date, mark },
             notifications: &[],
+            searched: false,
         })
     }
 }
@@ -131,6 +137,7 @@ fn snapshot_event<'a>(
     Ok(OwnEvent {
         fetched: Some(fetched.stamp),
         notifications: fetched.notifications,
+        searched: fetched.searched,
         ..event
     })
 }
@@ -207,6 +214,7 @@ impl<'a> OwnEvent<'a> {
             data,
             fetched: None,
             notifications: &[],
+            searched: false,
         })
     }
 

@@ -2,11 +2,15 @@
 
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, filter_by_subscription};
+use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
+use litestripe_harness::stripe::api::{API_KEY, Api};
 use serde_json::{Value, json};
 
 use super::{DEADLINE, forget_rows, json_of, last_signal, replay, signals_after};
-use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, make_due, now, questions, until_retried};
+use crate::orphans::{
+    COMPLETED, CREATED, UPDATED, apply, make_due, now, questions, until_retried, with,
+};
 
 on_both_databases!(
     rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user,
@@ -15,6 +19,10 @@ on_both_databases!(
     operator_releases_a_withheld_row_as_it_is,
     withheld_row_makes_no_orphan_without_a_key,
     stream_that_holds_the_creation_and_no_session_is_told_as_it_is,
+    reconcile_releases_a_withheld_row_with_the_user_that_it_finds,
+    reconcile_that_finds_nobody_releases_a_withheld_row_for_good,
+    silent_rebuild_is_told_after_reconcile,
+    reconcile_releases_a_row_amid_an_interrupted_replay,
 );
 
 /// A bridge whose database was lost, after the session and the creation of a subscription had left
@@ -67,9 +75,38 @@ impl Rebuilt {
         json_of(&status.run(DEADLINE).await)
     }
 
+    /// Reconciles with a Stripe that has the subscription, and its session if `is_claimed`.
+    async fn reconcile(&self, is_claimed: bool, arguments: &[&str]) -> Finished {
+        let api = Api::start().await;
+        let seats = json!({ "metadata": { "seats": "2" } });
+        api.put_subscription(with(self.purchase.subscription(), seats));
+        if is_claimed {
+            let user = json!({ "client_reference_id": "user_1" });
+            api.put_checkout_session(with(self.purchase.checkout_session(), user));
+        }
+        let command = self.bridge.worker().args(["reconcile"]);
+        let command = command.args(arguments.iter().copied());
+        let command = command.env("STRIPE_SECRET_KEY", API_KEY);
+        command
+            .env("STRIPE_API_BASE", api.url())
+            .run(DEADLINE)
+            .await
+    }
+
+    /// Checks that exactly one signal was sent after the loss, of an active row of this user.
+    async fn check_is_told_once(&self, user: &Value) {
+        let signals = self.signals().await;
+        let [signal] = &signals[..] else {
+            panic!("{signals:#?}")
+        };
+        assert_eq!(signal.body["client_reference_id"], *user);
+        assert_eq!(signal.body["access"], "granted");
+        assert_eq!(self.status().await["withheld"], 0);
+    }
+
     async fn resend(&self, arguments: &[&str]) -> Value {
         let resend = self.bridge.worker().args(["resend", "--json"]);
-        json_of(&resend.args(arguments).run(DEADLINE).await)
+        json_of(&resend.args(arguments.iter().copied()).run(DEADLINE).await)
     }
 }
 
@@ -205,6 +242,70 @@ async fn stream_that_holds_the_creation_and_no_session_is_told_as_it_is(database
     let signals = signals_after(&bridge, last).await;
     assert_eq!(signals.len(), 1);
     assert_eq!(signals[0].body["client_reference_id"], Value::Null);
+}
+
+async fn reconcile_releases_a_withheld_row_with_the_user_that_it_finds(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    let found = rebuilt.reconcile(true, &[]).await;
+    assert_eq!(found.status.code(), Some(3), "{found:?}");
+    assert!(found.stdout.contains("withheld"), "{found:?}");
+    assert_eq!(rebuilt.signals().await.len(), 0);
+
+    let repaired = rebuilt.reconcile(true, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
+    rebuilt.check_is_told_once(&json!("user_1")).await;
+}
+
+async fn reconcile_that_finds_nobody_releases_a_withheld_row_for_good(database: DatabaseKind) {
+    let mut rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    let repaired = rebuilt.reconcile(false, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
+    rebuilt.check_is_told_once(&Value::Null).await;
+    let again = rebuilt.reconcile(false, &[]).await;
+    assert_eq!(again.status.code(), Some(0), "{again:?}");
+
+    // The stream holds that Stripe was searched, so the next rebuild knows it.
+    forget_rows(&mut rebuilt.bridge, database).await;
+    let summary = rebuilt.replay().await;
+    assert_eq!(
+        [&summary["signals"], &summary["withheld"]],
+        [&json!(1), &json!(0)]
+    );
+}
+
+async fn silent_rebuild_is_told_after_reconcile(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    let silent = json_of(&replay(&rebuilt.bridge, &["--signals", "none", "--json"]).await);
+    assert_eq!(
+        [&silent["signals"], &silent["withheld"]],
+        [&json!(0), &json!(1)]
+    );
+    let repaired = rebuilt.reconcile(true, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
+    rebuilt.check_is_told_once(&json!("user_1")).await;
+    let resent = rebuilt.resend(&["--all"]).await;
+    assert_eq!(
+        [&resent["sent"], &resent["withheld"]],
+        [&json!(1), &json!(0)]
+    );
+}
+
+async fn reconcile_releases_a_row_amid_an_interrupted_replay(database: DatabaseKind) {
+    let rebuilt = Rebuilt::start(database).await;
+    rebuilt.replay().await;
+    // As a replay that was killed before it decided what to withhold.
+    for killed in [
+        "UPDATE replay SET dt_finished = NULL",
+        "UPDATE stripe_subscription SET last_sent = 'null'",
+    ] {
+        let done = rebuilt.bridge.database.query(killed).await;
+        done.expect("it can be written");
+    }
+    let repaired = rebuilt.reconcile(true, &["--repair"]).await;
+    assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
+    rebuilt.check_is_told_once(&json!("user_1")).await;
 }
 
 /// Removes all events from the stream.

@@ -32,6 +32,17 @@ pub(crate) struct Difference {
     pub stripe: Value,
 }
 
+impl Difference {
+    /// The row was never signalled, because nobody knew whose it is. Stripe knows, or nobody does.
+    pub(super) fn withheld() -> Self {
+        Self {
+            field: "withheld".to_owned(),
+            row: Value::Bool(true),
+            stripe: Value::Bool(false),
+        }
+    }
+}
+
 /// Returns those of `columns` that Stripe's subscription determines.
 pub(super) fn stripe_columns(mut columns: Fields) -> Fields {
     columns.retain(|field, _| !NOT_FROM_STRIPE.contains(&field.as_str()));

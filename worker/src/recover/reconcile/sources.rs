@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::ReconcileError;
-use super::difference;
+use super::difference::{self, Difference};
 use super::report::{Finding, Problem};
 use crate::erasure::Erasures;
 use crate::store::raw::{self, Fields, RawRow};
@@ -160,6 +160,8 @@ impl Sources<'_> {
                 .object
                 .without_personal_data()
                 .unwrap_or(comparison.object);
+            // Nobody is looked for any more.
+            comparison.fetched.searched = true;
         } else {
             self.add_user(&mut comparison).await?;
         }
@@ -230,6 +232,7 @@ impl Sources<'_> {
         let (session, named) = chosen.map(|index| sessions.swap_remove(index)).unzip();
         let named = named.flatten();
         comparison.resolved = orphan.filter(|_| user.is_some() && named.is_none());
+        comparison.fetched.searched = session.is_none() && user.is_none();
         if let Some(user) = named.or(user) {
             comparison
                 .stripe_values
@@ -316,6 +319,9 @@ impl Comparison {
             _ => finding(Problem::Different),
         };
         finding.differences = difference::differences(&self.stripe_values, row);
+        if row.is_withheld {
+            finding.differences.push(Difference::withheld());
+        }
         (finding.problem == Problem::Unreadable || !finding.differences.is_empty())
             .then_some(finding)
     }
@@ -331,7 +337,9 @@ impl Comparison {
             return;
         }
         let head = row.and_then(|row| row.state.as_ref()?.visible().head_created);
-        if row.is_some_and(|row| difference::only_columns_differ(stripe_values, row)) {
+        let needs_no_event =
+            |row: &RawRow| !row.is_withheld && difference::only_columns_differ(stripe_values, row);
+        if row.is_some_and(needs_no_event) {
             self.repair = Repair::Columns;
         } else if head.is_none_or(|head| head < self.fetched.as_of) {
             self.repair = Repair::Events;

@@ -22,6 +22,7 @@ fn row(columns: &str, state: Option<&str>) -> RawRow {
         columns,
         state: expected.as_ref().map(|_| State::default()),
         expected,
+        is_withheld: false,
     }
 }
 
