@@ -28,6 +28,10 @@ pub struct Model {
     pub resolved_at: Option<TimeDateTimeWithTimeZone>,
     #[sea_orm(column_type = "Text", nullable)]
     pub resolved_client_reference_id: Option<String>,
+    /// `operator` if an operator resolved it. Null if a session or the user lookup did, or while it
+    /// is open.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub resolved_by: Option<String>,
     /// While the signal that it was created or resolved is unsent: `created`, type and id of the
     /// event that led to it. Usually null.
     #[sea_orm(column_type = "Text", nullable)]

@@ -19,6 +19,7 @@ mod m20261129_000007_coordination;
 mod m20261129_000008_last_sent;
 mod m20261129_000009_endive;
 mod m20261129_000010_notifications;
+mod m20261129_000011_resolutions;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -37,6 +38,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261129_000008_last_sent::Migration),
             Box::new(m20261129_000009_endive::Migration),
             Box::new(m20261129_000010_notifications::Migration),
+            Box::new(m20261129_000011_resolutions::Migration),
         ]
     }
 }

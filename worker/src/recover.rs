@@ -3,14 +3,17 @@
 //! There are four ways: `replay` applies events of the stream again, `backfill` fetches events that
 //! never arrived from Stripe, `reconcile` compares rows with Stripe's subscriptions, and `resend`
 //! signals rows again. `unsent` sends the signals that a replay has held back, and `withheld` keeps
-//! those of rows that are not whole. All fail while the database or the broker is unavailable. May not know the command line.
+//! those of rows that are not whole. `lost_rows` notices that the rows were lost, and `resolutions`
+//! keeps operators' resolutions in the stream. All fail while the database or the broker is unavailable. May not know the command line.
 
 use sha2::{Digest as _, Sha256};
 
 pub(crate) mod backfill;
+pub(crate) mod lost_rows;
 pub(crate) mod reconcile;
 pub(crate) mod replay;
 pub(crate) mod resend;
+pub(crate) mod resolutions;
 pub(crate) mod unsent;
 pub(crate) mod withheld;
 

@@ -119,6 +119,13 @@ impl Database {
         self.connection.get_or_try_init(connect).await
     }
 
+    /// Connects anew, because the file was deleted.
+    pub async fn reopen(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            let _ = connection.close().await;
+        }
+    }
+
     pub(super) async fn rows(&self) -> Result<Vec<stripe_subscription::Model>, DbErr> {
         let by_key = stripe_subscription::Column::StripeSubscriptionId;
         stripe_subscription::Entity::find()

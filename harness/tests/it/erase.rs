@@ -883,7 +883,7 @@ async fn run(bridge: &Bridge, arguments: &[&str]) -> Finished {
 }
 
 fn erased(finished: &Finished) -> Value {
-    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
+    assert_eq!(finished.status.code(), Some(0), "{finished:?}");
     assert!(!finished.stderr.contains(ERASED), "{}", finished.stderr);
     serde_json::from_str(&finished.stdout).expect("it prints JSON")
 }

@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 
 mod command;
 mod grace;
+mod kept;
 mod lookup;
 pub(crate) mod rebuild;
 mod state;

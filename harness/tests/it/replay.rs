@@ -23,6 +23,7 @@ use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, count_signals, now, orp
 
 mod batches;
 mod cut_off;
+mod lost_rows;
 mod selection;
 mod upgrade;
 mod withheld;

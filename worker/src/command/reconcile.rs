@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
+use crate::recover::lost_rows;
 use crate::recover::reconcile::{
     self, Finding, Problem, ReconcileError, Report, STATUSES, Sources,
 };
@@ -69,6 +70,7 @@ impl Reconcile {
         let stripe = super::stripe_api(&settings, &parts, self.any_mode).await?;
         if self.repair {
             broker::prepare(nats, &settings).await;
+            lost_rows::notice(store, jetstream).await?;
         }
         // Handled only from here on: until here there is nothing that a stop signal would have to
         // finish.

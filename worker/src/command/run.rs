@@ -18,7 +18,8 @@ use crate::questions::lookup::Lookup;
 use crate::recover::backfill::record::Record;
 use crate::recover::backfill::schedule::Schedule;
 use crate::recover::backfill::{self, Backfill};
-use crate::recover::unsent;
+use crate::recover::resolutions::Resolutions;
+use crate::recover::{lost_rows, unsent};
 use crate::retention;
 use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
@@ -98,10 +99,15 @@ async fn prepare(
     let store = database::open(&settings.database, Schema::Migrated).await?;
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
-    Ok(wait::until_ok(JETSTREAM, async || {
+    let parts = wait::until_ok(JETSTREAM, async || {
         Parts::assemble(store.clone(), nats.clone()).await
     })
-    .await)
+    .await;
+    wait::until_ok(JETSTREAM, async || {
+        lost_rows::notice(&store, &parts.jetstream).await
+    })
+    .await;
+    Ok(parts)
 }
 
 /// Watches the tasks without which the worker does only a part of its work.
@@ -207,6 +213,13 @@ impl Worker {
         );
         let unsent = unsent::run(store.clone(), wake, shutdown.clone());
         supervisor.spawn(&background, "the sender of unsent signals", unsent);
+        let resolutions = Resolutions {
+            store: store.clone(),
+            jetstream: jetstream.clone(),
+            erasures: parts.erasures.clone(),
+        };
+        let resolutions = resolutions.run(shutdown.clone());
+        supervisor.spawn(&background, "the keeper of resolutions", resolutions);
         let retention = retention::run(store, jetstream, shutdown.clone());
         supervisor.spawn(&background, "the retention", retention);
         Ok(Self {

@@ -57,6 +57,8 @@ struct Report {
 struct ReplayReport {
     /// Whether a process runs it. If not, it was interrupted, and the operator has to run it again.
     running: bool,
+    /// Whether it is not a replay yet: the rows were lost, and the operator has to rebuild them.
+    rows_lost: bool,
     first_sequence: u64,
     last_sequence: u64,
 }
@@ -122,6 +124,7 @@ impl Report {
         let replay = store::replay::unfinished(db).await?.into_iter().next();
         self.replay = replay.map(|replay| ReplayReport {
             running: replay.is_running(now),
+            rows_lost: replay.is_of_lost_rows(),
             first_sequence: replay.first_sequence,
             last_sequence: replay.last_sequence,
         });
@@ -235,6 +238,8 @@ fn print(report: &Value) {
     if let replay @ Value::Object(_) = &report["replay"] {
         let state = if replay["running"] == true {
             "running"
+        } else if replay["rows_lost"] == true {
+            "rows lost: run `replay --signals none`, `reconcile --repair`, `resend --all`"
         } else {
             "interrupted: run the same `replay` again"
         };

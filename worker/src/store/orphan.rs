@@ -24,6 +24,9 @@ const IDS: [Column; 4] = [
     Column::StripeCustomerId,
 ];
 
+/// The value of `resolved_by` for an operator's resolution.
+const OPERATOR: &str = "operator";
+
 /// Inserts `orphans`, except those that already exist, whether open, resolved or erased. Returns
 /// the ids that were inserted.
 ///
@@ -97,6 +100,7 @@ pub async fn resolve_by_operator(
         .update_columns([
             Column::ResolvedAt,
             Column::ResolvedClientReferenceId,
+            Column::ResolvedBy,
             Column::CustomerEmail,
             Column::DtLastUpdated,
         ])
@@ -107,6 +111,7 @@ pub async fn resolve_by_operator(
         customer_email: Set(None),
         resolved_at: Set(Some(at)),
         resolved_client_reference_id: Set(Some(user.0.to_owned())),
+        resolved_by: Set(Some(OPERATOR.to_owned())),
         ..model(orphan, now)
     };
     let written = Entity::insert_many([resolved])
@@ -134,6 +139,7 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
         livemode: Set(orphan.livemode),
         resolved_at: Set(None),
         resolved_client_reference_id: Set(None),
+        resolved_by: Set(None),
         owed_event: Set(None),
         dt_created: Set(now),
         dt_last_updated: Set(now),
@@ -206,6 +212,23 @@ pub async fn list<C: ConnectionTrait>(
     rows.all(db)
         .await
         .map_err(StoreError::doing("list orphaned payments"))
+}
+
+/// Returns up to `limit` orphans after `after`, in the order of the key, that an operator resolved.
+pub async fn resolved_by_operator<C: ConnectionTrait>(
+    db: &C,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<Model>, StoreError> {
+    let resolved = Entity::find()
+        .filter(Column::ResolvedBy.eq(OPERATOR))
+        .filter(Column::Id.gt(after))
+        .order_by_asc(Column::Id)
+        .limit(limit);
+    resolved
+        .all(db)
+        .await
+        .map_err(StoreError::doing("list operators' resolutions"))
 }
 
 /// Erases the emails of orphans that were created before `before`. Returns their number.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, OnConflict, SelectStatement};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, EntityTrait as _, QueryFilter as _,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _,
     QueryOrder as _, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
@@ -139,6 +139,45 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         .await
         .map(drop)
         .map_err(&doing)
+}
+
+/// Whether any replay was recorded.
+pub async fn is_any<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
+    let any = Entity::find().one(db).await;
+    any.map(|row| row.is_some())
+        .map_err(StoreError::doing("find replays"))
+}
+
+/// Records that the table of subscriptions was found empty at `now`, while events up to `floor` were
+/// applied. If none was applied, nothing is missing. Another worker may have recorded it already.
+pub async fn record_lost_rows<C: ConnectionTrait>(
+    db: &C,
+    first_sequence: u64,
+    floor: u64,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    let model = ActiveModel {
+        name: Set(LOST_ROWS.to_owned()),
+        // The next replay decides whether signals are sent. The workers send those of later events,
+        // so that it may be a silent one too.
+        signals: Set("none".to_owned()),
+        first_sequence: Set(first_sequence.min(floor).cast_signed()),
+        last_sequence: Set(floor.cast_signed()),
+        event_types: Set(String::new()),
+        stripe_subscription_id: Set(None),
+        dt_started: Set(now),
+        // No process runs it.
+        dt_beat: Set(now - 2 * HEARTBEAT_TIMEOUT),
+        dt_finished: Set((floor == 0).then_some(now)),
+    };
+    let once = OnConflict::column(Column::Name).do_nothing().to_owned();
+    let recorded = Entity::insert_many([model])
+        .on_conflict(once)
+        .exec_without_returning(db);
+    match recorded.await {
+        Ok(_) | Err(DbErr::RecordNotInserted) => Ok(()),
+        Err(error) => Err(StoreError::doing("record lost rows")(error)),
+    }
 }
 
 /// Records a heartbeat of the replay's process; an old time records that the process has stopped.

@@ -177,20 +177,24 @@ impl Resolution<'_> {
         to_raw_value(self).map_err(|_| OwnEventError::Content(self.orphan_id.to_owned()))
     }
 
+    /// Returns the id of the event that stores the resolution, made at `created`.
+    pub(crate) fn id(&self, created: i64) -> String {
+        // The user is part of the id, because two operators may decide differently in one second.
+        let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
+        let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
+        format!(
+            "litestripe.resolution.{}.{created}.{user:016x}",
+            self.orphan_id
+        )
+    }
+
     fn event<'a>(
         &self,
         object: &'a RawValue,
         created: i64,
         scope: Scope<'a>,
     ) -> Result<OwnEvent<'a>, OwnEventError> {
-        // The user is part of the id, because two operators may decide differently in one second.
-        let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
-        let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
-        let id = format!(
-            "litestripe.resolution.{}.{created}.{user:016x}",
-            self.orphan_id
-        );
-        OwnEvent::new(RESOLUTION_TYPE, id, created, object, scope)
+        OwnEvent::new(RESOLUTION_TYPE, self.id(created), created, object, scope)
     }
 }
 

@@ -3,6 +3,8 @@
 //! Owns the one formula for it, which all other code uses. Every function fails if the broker is
 //! unreachable or the stream is missing.
 
+use std::time::Duration;
+
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::context::{
@@ -170,14 +172,35 @@ pub(crate) async fn stream_created(
     Ok(info.created)
 }
 
+/// Returns the sequence of the first event that the stream holds.
+pub(crate) async fn first_sequence(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
+    let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+    Ok(stream.cached_info().state.first_sequence)
+}
+
+/// Returns how long the stream holds an event; zero if that is not limited.
+pub(crate) async fn max_age(jetstream: &jetstream::Context) -> Result<Duration, ProgressError> {
+    let stream = jetstream.get_stream(EVENTS_STREAM).await?;
+    Ok(stream.cached_info().config.max_age)
+}
+
 /// Returns the first event that the stream holds at or after `sequence`.
 async fn first_from(
     jetstream: &jetstream::Context,
     sequence: u64,
 ) -> Result<Option<StreamMessage>, ProgressError> {
+    next_of(jetstream, &format!("{EVENTS_PREFIX}>"), sequence).await
+}
+
+/// Returns the first event of `subject` that the stream holds at or after `sequence`.
+pub(crate) async fn next_of(
+    jetstream: &jetstream::Context,
+    subject: &str,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, ProgressError> {
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream
-        .get_first_raw_message_by_subject(format!("{EVENTS_PREFIX}>"), sequence)
+        .get_first_raw_message_by_subject(subject, sequence)
         .await
     {
         Ok(message) => Ok(Some(message)),

@@ -1,0 +1,54 @@
+//! An empty table beside a consumer that has applied events: the rows were lost.
+//!
+//! The SQLite file is gone, a backup was restored, or `DATABASE_URL` names another database. A live
+//! event would then make a row of an old subscription that says nothing about its user.
+//!
+//! Owns noticing it at the start of a program that applies events. The loss is recorded as a
+//! replay that nobody runs, so that everything else is as during a replay: the next one ends it. A
+//! database that begins with the stream is recorded too, so that a shop without any subscription is
+//! never taken for a loss.
+
+use async_nats::jetstream;
+use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use time::OffsetDateTime;
+use tracing::warn;
+
+use crate::error::StoreError;
+use crate::store::{self, Store};
+use crate::stream::progress::{self, ProgressError};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LostRowsError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Progress(#[from] ProgressError),
+}
+
+/// Notices that the rows were lost, and says so until they are rebuilt.
+pub(crate) async fn notice(
+    store: &Store,
+    jetstream: &jetstream::Context,
+) -> Result<(), LostRowsError> {
+    let db = store.connection();
+    let has_rows = !store::subscription::keys_after(db, "", 1).await?.is_empty();
+    if !has_rows && !store::replay::is_any(db).await? {
+        let now = OffsetDateTime::now_utc();
+        let progress = progress::find(jetstream, WORKER_CONSUMER).await?;
+        let floor = progress.map_or(0, |progress| progress.ack_floor);
+        let first = progress::first_sequence(jetstream).await?;
+        store::replay::record_lost_rows(db, first, floor, now).await?;
+    }
+    let unfinished = store::replay::unfinished(db).await?;
+    if let Some(lost) = unfinished.iter().find(|replay| replay.is_of_lost_rows()) {
+        warn!(
+            "the table stripe_subscription was found empty at {}, although {WORKER_CONSUMER} has applied {EVENTS_STREAM} \
+             up to event {}: the rows were lost, or DATABASE_URL names another database. Until they are rebuilt, a \
+             subscription from before that time is signalled only once it is known whose it is. Run `litestripe-worker \
+             replay --signals none`, then `reconcile --repair`, then `resend --all` (docs/after-an-outage.md)",
+            lost.started.truncate_to_second(),
+            lost.last_sequence
+        );
+    }
+    Ok(())
+}
