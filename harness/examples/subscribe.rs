@@ -15,9 +15,9 @@ use litestripe_contract::subject;
 /// The durable consumer of this application. Each application needs its own.
 const DURABLE: &str = "my-rust-app";
 
-/// The highest revision seen of each subscription. In your application this is a column of your own
-/// row, written in the same transaction as your changes.
-type Seen = HashMap<String, i64>;
+/// The highest revision seen of each subscription, and its user. In your application these are
+/// columns of your own row, written in the same transaction as your changes.
+type Seen = HashMap<String, (i64, Option<String>)>;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), async_nats::Error> {
@@ -65,7 +65,7 @@ async fn main() -> Result<(), async_nats::Error> {
 
 fn changed(seen: &mut Seen, signal: &SubscriptionChanged) {
     let id = &signal.stripe_subscription_id;
-    let last = seen.get(id).copied();
+    let (last, known) = seen.get(id).cloned().unzip();
     if last.is_some_and(|last| signal.revision <= last) {
         return println!("{id}: {} is not above {last:?}: ignored", signal.revision);
     }
@@ -78,9 +78,11 @@ fn changed(seen: &mut Seen, signal: &SubscriptionChanged) {
         );
     }
     let row = &signal.subscription;
+    // None: not known here, so the user that you know stays.
+    let user = row.client_reference_id.clone().or(known.flatten());
     println!(
-        "{id}: user {:?} {:?} ({:?}), changed {:?}",
-        row.client_reference_id, signal.access, row.status, signal.changed
+        "{id}: user {user:?} {:?} ({:?}), changed {:?}",
+        signal.access, row.status, signal.changed
     );
-    seen.insert(id.clone(), signal.revision);
+    seen.insert(id.clone(), (signal.revision, user));
 }

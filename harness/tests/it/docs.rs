@@ -10,7 +10,7 @@ use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET, Signal};
 use litestripe_harness::program::{self, Launch, Program};
 use litestripe_harness::stripe::{Delivery, Purchase};
 use litestripe_harness::{eventually, tools};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use time::OffsetDateTime;
 
@@ -157,6 +157,23 @@ async fn subscribers_of_the_docs_receive_every_signal_and_survive_a_restart_of_t
     for one in &running {
         one.until_it_prints(&[id, "is not above", "ignored"]).await;
         assert!(one.program.is_running(), "{}", one.program.log());
+    }
+    // A null user says "not known here": none of them forgets the user that it knows.
+    let signals = bridge.signals().await;
+    let of_user = |signal: &&Signal| signal.body["stripe_subscription_id"] == id.as_str();
+    let last = signals.iter().rfind(of_user).expect("it was signalled");
+    let mut unclaimed = last.body.clone();
+    let revision = unclaimed["revision"].as_i64().expect("it is a number");
+    unclaimed["client_reference_id"] = Value::Null;
+    unclaimed["status"] = json!("past_due");
+    (unclaimed["revision"], unclaimed["previous_revision"]) =
+        (json!(revision + 1), json!(revision));
+    let jetstream = bridge.jetstream().await;
+    let body = unclaimed.to_string().into();
+    let sent = jetstream.publish("subscription.changed", body).await;
+    sent.expect("it is sent").await.expect("it is stored");
+    for one in &running {
+        one.until_it_prints(&[id, KNOWN_USER, "past_due"]).await;
     }
     for one in running {
         one.until_it_has_acked(&bridge).await;

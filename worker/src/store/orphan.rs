@@ -95,7 +95,12 @@ pub async fn resolve_by_operator(
         .or(column(Column::ResolvedAt).lt(at))
         .or(column(Column::ResolvedAt)
             .eq(at)
-            .and(column(Column::ResolvedClientReferenceId).lt(user.0)));
+            .and(column(Column::ResolvedClientReferenceId).lt(user.0)))
+        // The previous version did not mark it: a replay does.
+        .or(column(Column::ResolvedBy)
+            .is_null()
+            .and(column(Column::ResolvedAt).eq(at))
+            .and(column(Column::ResolvedClientReferenceId).eq(user.0)));
     let resolve = OnConflict::column(Column::Id)
         .update_columns([
             Column::ResolvedAt,
