@@ -241,8 +241,10 @@ pub fn object(body: &[u8]) -> Option<Object> {
 /// Reads the page of a list in `body`.
 pub fn page(body: &[u8]) -> Option<Page> {
     let List { data, has_more } = serde_json::from_slice(body).ok()?;
-    let objects = data.into_iter().map(identified).collect::<Option<_>>()?;
-    Some(Page { objects, has_more })
+    let objects: Vec<_> = data.into_iter().map(identified).collect::<Option<_>>()?;
+    // Refuses a page without an id to continue from: the following pages would be missed.
+    let can_continue = !has_more || !objects.is_empty();
+    can_continue.then_some(Page { objects, has_more })
 }
 
 /// Returns whether the subscription in `object` has all of its items. `None` if the list of its

@@ -901,6 +901,19 @@ fn subscription_is_completed_with_the_items_behind_its_first_page() {
 }
 
 #[test]
+fn page_that_cannot_be_continued_is_refused() {
+    assert!(api::page(br#"{"data":[],"has_more":true}"#).is_none());
+    assert!(api::page(br#"{"data":[],"has_more":false}"#).is_some());
+    assert!(api::page(br#"{"data":[{"id":"sub_1"}],"has_more":true}"#).is_some());
+    assert!(api::items(br#"{"items":{"data":[{}],"has_more":true}}"#).is_none());
+    let from_the_beginning = Some(api::Items::More(None));
+    assert_eq!(
+        api::items(br#"{"items":{"data":[],"has_more":true}}"#),
+        from_the_beginning
+    );
+}
+
+#[test]
 fn page_of_events_keeps_their_json_and_counts_skipped_entries() {
     let body = br#"{"object":"list","data":[
         {"id":"evt_1", "type":"customer.subscription.created",  "data":{"object":{}}},

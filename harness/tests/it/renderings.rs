@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::eventually;
-use litestripe_harness::stripe::api::{API_KEY, Api, ITEMS_ON_FIRST_PAGE};
+use litestripe_harness::stripe::api::{API_KEY, Api, ITEMS_ON_FIRST_PAGE, Trouble};
 use litestripe_harness::stripe::{MONTH, Purchase};
 use serde_json::{Value, json};
 
@@ -64,6 +64,20 @@ fn quantities(items: &Value) -> Vec<u64> {
         .collect()
 }
 
+async fn until_all_items_are_in_the_row(bridge: &Bridge, purchase: &Purchase) {
+    eventually("the row to have all items", DEADLINE, async || {
+        bridge.wait_until_applied().await;
+        let row = bridge.row(&purchase.subscription).await;
+        let count = quantities(&row.items).len();
+        if count == MANY && !row.uncertain {
+            Ok(())
+        } else {
+            Err(format!("{count} items, uncertain: {}", row.uncertain))
+        }
+    })
+    .await;
+}
+
 async fn items_behind_the_first_page_are_fetched(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
@@ -78,17 +92,7 @@ async fn items_behind_the_first_page_are_fetched(database: DatabaseKind) {
         .deliver(&purchase.subscription_event(CREATED, purchase.created, created))
         .await;
 
-    eventually("the row to have all items", DEADLINE, async || {
-        bridge.wait_until_applied().await;
-        let row = bridge.row(&purchase.subscription).await;
-        let count = quantities(&row.items).len();
-        if count == MANY && !row.uncertain {
-            Ok(())
-        } else {
-            Err(format!("{count} items, uncertain: {}", row.uncertain))
-        }
-    })
-    .await;
+    until_all_items_are_in_the_row(&bridge, &purchase).await;
     let row = bridge.row(&purchase.subscription).await;
     assert_eq!(
         quantities(&row.items),
@@ -117,6 +121,27 @@ async fn items_behind_the_first_page_are_fetched(database: DatabaseKind) {
         })
         .collect();
     assert_eq!(signals, [(ITEMS_ON_FIRST_PAGE, true), (MANY, false)]);
+}
+
+#[tokio::test]
+async fn items_that_change_while_they_are_fetched_are_fetched_again() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
+    let purchase = Purchase::new(now() - 60);
+    let all = many_items(&purchase, MANY);
+    api.put_subscription(with(
+        purchase.subscription(),
+        json!({ "items": all.clone() }),
+    ));
+    // The item after which the next page would start is gone.
+    api.answer_next(ITEMS, Trouble::status(404));
+    let created = json!({ "items": first_page(all) });
+    bridge
+        .deliver(&purchase.subscription_event(CREATED, purchase.created, created))
+        .await;
+    until_all_items_are_in_the_row(&bridge, &purchase).await;
+    assert_eq!(api.requests(ITEMS).len(), 3);
+    bridge.check().await;
 }
 
 #[tokio::test]
@@ -187,17 +212,7 @@ async fn account_in_the_context_is_kept_and_asked_for(database: DatabaseKind) {
     created.value["context"] = json!("org_1/acct_1Connected");
     bridge.deliver(&created).await;
 
-    eventually("the row to have all items", DEADLINE, async || {
-        bridge.wait_until_applied().await;
-        let row = bridge.row(&purchase.subscription).await;
-        let count = quantities(&row.items).len();
-        if count == MANY {
-            Ok(())
-        } else {
-            Err(format!("{count} items, {:?}", api.requests("/")))
-        }
-    })
-    .await;
+    until_all_items_are_in_the_row(&bridge, &purchase).await;
     let row = bridge.row(&purchase.subscription).await;
     assert_eq!(row.stripe_account_id.as_deref(), Some("acct_1Connected"));
     for request in api.requests(&purchase.subscription) {

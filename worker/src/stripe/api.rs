@@ -325,14 +325,13 @@ impl StripeApi {
             let last = page.objects.last().map(|object| object.id.clone());
             objects.extend(page.objects);
             let first = first.get_or_insert_with(|| answer.clone());
-            match last {
-                _ if !page.has_more => return Ok((objects, first.clone())),
-                None => return Err(answer.unusable("a page without entries has no next one")),
-                Some(_) if objects.len() >= LISTED_MAX => {
-                    return Err(answer.unusable("the list has too many entries"));
-                }
-                last => after = last,
+            if !page.has_more {
+                return Ok((objects, first.clone()));
             }
+            if objects.len() >= LISTED_MAX {
+                return Err(answer.unusable("the list has too many entries"));
+            }
+            after = last;
         }
     }
 
