@@ -145,7 +145,11 @@ impl State {
     /// Returns the last snapshot: the fetched one, unless an event may be newer.
     fn last_snapshot(&self) -> Option<snapshot::Last<'_>> {
         match (&self.subscription, &self.fetched) {
-            (Some(events), Some(fetched)) if events.place() > fetched.place() => events.last(),
+            (Some(events), Some(fetched)) if events.place() > fetched.place() => {
+                let last = events.last()?;
+                let uncertain = last.uncertain || fetched.may_be_newer_than(events);
+                Some(snapshot::Last { uncertain, ..last })
+            }
             (_, Some(fetched)) => Some(fetched.last()),
             (events, None) => events.as_ref()?.last(),
         }

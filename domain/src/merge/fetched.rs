@@ -9,7 +9,7 @@
 use litestripe_contract::event::EventId;
 use serde::{Deserialize, Serialize};
 
-use super::snapshot::{Last, Phase};
+use super::snapshot::{self, Last, Phase};
 use crate::event::{Event, Fetch, FetchStamp, Snapshot, SubscriptionEvent};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,6 +84,17 @@ impl Register {
     /// Returns the position in the subscription's life, comparable to that of the events' register.
     pub(super) fn place(&self) -> (Phase, i64) {
         (self.phase, self.as_of)
+    }
+
+    /// Whether the fetched state may be newer than the state after `events`, although these are of a
+    /// later second than the one of which it surely holds every change.
+    ///
+    /// A thin event is followed up within a second, so what is fetched for it often holds a change of
+    /// a second that it cannot vouch for. If the snapshot event for that change never comes, nothing
+    /// else would tell that the row lacks it. A state that the events know came before them.
+    pub(super) fn may_be_newer_than(&self, events: &snapshot::Register) -> bool {
+        let (phase, second) = events.place();
+        self.phase == phase && self.stamp.date >= second && !events.know(&self.snapshot)
     }
 
     pub(super) fn last(&self) -> Last<'_> {

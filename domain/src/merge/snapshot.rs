@@ -137,6 +137,17 @@ impl Register {
         (self.phase, self.second)
     }
 
+    /// Returns whether an event led to this state or from it.
+    pub(super) fn know(&self, snapshot: &Snapshot) -> bool {
+        let digest = Digest::from_snapshot(snapshot);
+        self.events.values().any(|edge| {
+            let led_there = edge.after == digest && edge.details == snapshot.details;
+            // The details before an event are known only as marks.
+            let changed = edge.after != digest || edge.marks_before.is_some();
+            led_there || (edge.before == Some(digest) && changed)
+        })
+    }
+
     fn add(&mut self, event: &Event, body: &SubscriptionEvent) -> bool {
         let edge = Edge::from_event(event, body);
         if self.events.get(&event.id).is_some_and(|held| *held >= edge) {

@@ -27,6 +27,7 @@ on_both_databases!(
     of_two_fetches_in_one_second_the_later_counts,
     thin_events_wait_visibly_for_a_key_of_their_mode,
     snapshot_and_thin_destinations_lead_to_the_row_of_either,
+    change_without_its_snapshot_event_is_not_hidden_by_the_one_before,
     replay_asks_nobody,
     fetch_of_a_killed_worker_is_made_by_the_next,
     backfill_stores_nothing_that_thin_events_have_brought,
@@ -384,6 +385,39 @@ fn life(purchase: &Purchase) -> Vec<Step> {
         purchase.subscription_event(DELETED, at + 120, ended),
     ];
     events.map(|event| Step { event }).into()
+}
+
+/// The snapshot destination was switched off between two changes: what is fetched for the second holds
+/// it, but not surely every change of the first one's second.
+async fn change_without_its_snapshot_event_is_not_hidden_by_the_one_before(database: DatabaseKind) {
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(database, &api)).await;
+    let purchase = put_purchase(&api);
+    let created = now();
+    api.stop_clock(created);
+    bridge
+        .deliver(&purchase.subscription_event(CREATED, created, json!({})))
+        .await;
+    put(&api, &purchase, "past_due");
+    bridge.notify_all(&[about(&purchase, UPDATED)]).await;
+    settle(&bridge).await;
+    assert!(bridge.row(&purchase.subscription).await.uncertain);
+    assert_eq!(api.requests(SUBSCRIPTIONS).len(), 1);
+
+    api.stop_clock(created + 60);
+    eventually("the row to be certain", DEADLINE, async || {
+        bridge.wait_until_applied().await;
+        let row = bridge.row(&purchase.subscription).await;
+        if row.uncertain {
+            Err(format!("{row:?}"))
+        } else {
+            Ok(())
+        }
+    })
+    .await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.status.as_deref(), Some("past_due"));
+    bridge.check().await;
 }
 
 async fn replay_asks_nobody(database: DatabaseKind) {
