@@ -37,6 +37,7 @@ on_both_databases!(
 const DELETED: &str = "customer.subscription.deleted";
 const SUBSCRIPTIONS: &str = "/v1/subscriptions/";
 const SESSIONS: &str = "/v1/checkout/sessions/";
+const ACCOUNT: &str = "acct_1OfAnotherShop";
 /// The signing secret of a second destination.
 const THIN_SECRET: &str = "whsec_ofTheThinDestination";
 
@@ -121,13 +122,17 @@ async fn burst_costs_about_one_request_for_each_subscription(database: DatabaseK
     const COUNT: usize = 50;
     const EACH: usize = 20;
     let api = Api::start().await;
-    let bridge = Bridge::start(with_key(database, &api).workers(2)).await;
+    // Without workers at first: how fast this machine delivers the burst must not matter.
+    let mut bridge = Bridge::start(with_key(database, &api).workers(0)).await;
     let purchases: Vec<_> = (0..COUNT).map(|_| put_purchase(&api)).collect();
     let bursts: Vec<Vec<_>> = purchases
         .iter()
         .map(|purchase| (0..EACH).map(|_| about(purchase, UPDATED)).collect())
         .collect();
     join_all(bursts.iter().map(|burst| bridge.notify_all(burst))).await;
+    for _ in 0..2 {
+        bridge.start_worker();
+    }
     settle(&bridge).await;
 
     let requests = api.requests("").len();
@@ -242,6 +247,35 @@ async fn object_that_is_gone_settles_its_thin_events_and_is_said_once() {
     );
     let not_found = r#"litestripe_worker_stripe_requests_total{outcome="not_found"}"#;
     assert_eq!(metric(worker, not_found).await, Some(1.0));
+}
+
+#[tokio::test]
+async fn object_of_another_account_is_fetched_in_its_context() {
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
+    let path = format!("org_1OfMany/{ACCOUNT}");
+    for context in [ACCOUNT, &path] {
+        let purchase = put_purchase(&api);
+        api.assign(&purchase.subscription, ACCOUNT);
+        api.assign(&purchase.checkout_session, ACCOUNT);
+        bridge
+            .notify_all(&[
+                about_session(&purchase, COMPLETED).in_context(context),
+                about(&purchase, CREATED).in_context(context),
+            ])
+            .await;
+        settle(&bridge).await;
+
+        let row = bridge.row(&purchase.subscription).await;
+        assert_eq!(row.stripe_account_id.as_deref(), Some(ACCOUNT));
+        assert_eq!(row.client_reference_id.as_deref(), Some("user_1"));
+        for id in [&purchase.subscription, &purchase.checkout_session] {
+            let requests = api.requests(id);
+            assert_eq!(requests.len(), 1, "{requests:?}");
+            assert_eq!(requests[0].context(), Some(context));
+        }
+    }
+    bridge.check().await;
 }
 
 #[tokio::test]
