@@ -95,7 +95,25 @@ fn event_after_the_second_that_a_fetch_surely_holds_wins() {
         &[fetched.clone(), update("evt_1", 98, "active", "event")],
         "fetched",
     );
-    check(&[fetched, update("evt_1", 99, "active", "event")], "event");
+    check(&[fetched, update("evt_1", 101, "active", "event")], "event");
+}
+
+/// The fetch was made after the second of the event began, and says something else.
+#[test]
+fn event_is_uncertain_if_a_fetch_may_be_newer() {
+    let fetched = active(98, (100, 1), "fetched");
+    let event = update("evt_1", 99, "active", "event");
+    let row = row(&[fetched.clone(), event]).subscription;
+    assert_eq!(row.subscription_metadata["plan"], "event");
+    assert!(row.uncertain);
+
+    // Unless the event says that it followed.
+    let previous = json!({ "metadata": { "plan": "fetched" } });
+    let event = decode(&json!({
+        "id": "evt_1", "type": UPDATED, "created": 99,
+        "data": { "object": subscription("active", "event"), "previous_attributes": previous },
+    }));
+    check(&[fetched, event], "event");
 }
 
 #[test]
