@@ -107,7 +107,6 @@ impl Questions {
         question: &Question,
     ) -> Result<bool, QuestionError> {
         let account = question.account();
-        let mark = progress::last_sequence(&self.jetstream).await?;
         let answer = match stripe
             .checkout_sessions_of(&question.entity_id, account)
             .await
@@ -118,7 +117,7 @@ impl Questions {
         };
         let page = api::page(&answer.body)
             .ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
-        let fetched = Fetched::from_answer(&answer, mark)?;
+        let fetched = Fetched::from_answer(&answer)?;
         let mut is_claimed = false;
         for session in &page.objects {
             let scope = Scope {

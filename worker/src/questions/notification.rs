@@ -8,7 +8,6 @@ use tracing::warn;
 use super::{Outcome, QuestionError, Questions, is_erased};
 use crate::store::question::Taken;
 use crate::stream::own_event::{self, Fetched, Scope};
-use crate::stream::progress;
 
 impl Questions {
     /// Fetches the object and publishes it as an event, which merges like any other. One fetch
@@ -25,8 +24,6 @@ impl Questions {
             return Ok(Outcome::Conflict);
         };
         let (id, account) = (question.entity_id.as_str(), question.account());
-        // Read first: every event up to here was stored before the fetch began.
-        let mark = progress::last_sequence(&self.jetstream).await?;
         let fetch = async {
             match notified.object {
                 NotifiedObject::Subscription(_) => stripe.subscription(id, account).await,
@@ -58,7 +55,7 @@ impl Questions {
         }
         let fetched = Fetched {
             notifications: &notified.references(),
-            ..Fetched::from_answer(&answer, mark)?
+            ..Fetched::from_answer(&answer)?
         };
         let fetched = Fetched {
             as_of: as_of(notified, &fetched),

@@ -9,7 +9,6 @@ use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, QuestionError, Questions};
 use crate::store::question::Taken;
 use crate::stream::own_event::{self, Fetched, Scope};
-use crate::stream::progress;
 
 impl Questions {
     /// Fetches the subscription from Stripe and publishes it as an event, which merges like any
@@ -31,7 +30,6 @@ impl Questions {
             return self.close(taken).await;
         };
         let account = question.account();
-        let mark = progress::last_sequence(&self.jetstream).await?;
         let answer = match stripe.subscription(&question.entity_id, account).await {
             Ok(answer) => answer,
             Err(error) if error.is_not_found() => {
@@ -59,7 +57,7 @@ impl Questions {
             &self.jetstream,
             &object.id,
             &object.raw,
-            Fetched::from_answer(&answer, mark)?,
+            Fetched::from_answer(&answer)?,
             scope,
         )
         .await?;

@@ -115,7 +115,7 @@ impl Parts {
             self.jetstream.clone(),
             settings.events.replicas,
         );
-        StripeApi::new(stripe, Arc::new(budget)).map(Some)
+        StripeApi::new(stripe, Arc::new(budget), self.jetstream.clone()).map(Some)
     }
 
     /// Sends signals while `work` runs and those left at its end, so that a command also works

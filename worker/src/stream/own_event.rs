@@ -87,10 +87,9 @@ pub(crate) struct Fetched<'a> {
 }
 
 impl Fetched<'_> {
-    /// Returns how the object in `answer` was fetched. `mark` is the last sequence of
-    /// `STRIPE_EVENTS` when the fetch began.
-    pub(crate) fn from_answer(answer: &Answer, mark: u64) -> Result<Self, ApiError> {
-        let date = answer.date()?;
+    /// Returns how the object in `answer` was fetched.
+    pub(crate) fn from_answer(answer: &Answer) -> Result<Self, ApiError> {
+        let (date, mark) = (answer.date()?, answer.mark());
         Ok(Self {
             as_of: answer.as_of()?,
             stamp: FetchStamp { date, mark },

@@ -5,14 +5,14 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::context::{
-    ConsumerInfoError, ConsumerInfoErrorKind, GetStreamError, RequestError,
+    ConsumerInfoError, ConsumerInfoErrorKind, GetStreamError, GetStreamErrorKind, RequestError,
 };
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{InfoError, RawMessageError, RawMessageErrorKind};
+use async_nats::jetstream::{self, ErrorCode};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use serde::Deserialize;
 use time::OffsetDateTime;
@@ -125,10 +125,20 @@ pub(crate) async fn find(
     }
 }
 
-/// Returns the last sequence of the event stream.
+/// Returns the last sequence of the event stream; 0 if the stream does not exist yet.
 pub(crate) async fn last_sequence(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
-    let stream = jetstream.get_stream(EVENTS_STREAM).await?;
-    Ok(stream.cached_info().state.last_sequence)
+    match jetstream.get_stream(EVENTS_STREAM).await {
+        Ok(stream) => Ok(stream.cached_info().state.last_sequence),
+        Err(error) if is_missing(&error) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_missing(error: &GetStreamError) -> bool {
+    matches!(
+        error.kind(),
+        GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND
+    )
 }
 
 /// Whether every event that was stored before `end` is applied.

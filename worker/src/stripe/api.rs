@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_nats::jetstream;
 use bytes::Bytes;
 use litestripe_domain::event::api::{self, Items};
 use litestripe_domain::payment::AccountId;
@@ -20,6 +21,7 @@ use time::format_description::well_known::Rfc2822;
 
 use crate::metrics::{self, StripeOutcome};
 use crate::settings::StripeSettings;
+use crate::stream::progress::{self, ProgressError};
 use crate::stripe::budget::Budget;
 
 /// The API version that answers are rendered in. It is pinned so that an upgrade of the account
@@ -70,6 +72,8 @@ pub enum ApiError {
     /// key.
     #[error("the API at STRIPE_API_BASE redirects to another address, which is not followed")]
     Redirected,
+    #[error("cannot mark where the event stream ends before a call to Stripe's API")]
+    Mark(#[from] ProgressError),
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
     #[error("Stripe's answer was cut off (request {request_id})")]
@@ -105,6 +109,7 @@ pub struct Answer {
     pub body: Bytes,
     /// The second of Stripe's `Date`, and how long the request took, in seconds rounded up.
     date: Option<(i64, i64)>,
+    mark: u64,
     request_id: String,
 }
 
@@ -119,6 +124,12 @@ impl Answer {
     /// Returns the second in which Stripe answered, by its clock.
     pub fn date(&self) -> Result<i64, ApiError> {
         Ok(self.dated()?.0)
+    }
+
+    /// Returns the last sequence of `STRIPE_EVENTS` when the request was sent: the answer holds
+    /// every change of which an event was stored by then.
+    pub fn mark(&self) -> u64 {
+        self.mark
     }
 
     fn dated(&self) -> Result<(i64, i64), ApiError> {
@@ -151,12 +162,17 @@ pub struct StripeApi {
     http: reqwest::Client,
     settings: StripeSettings,
     budget: Arc<Budget>,
+    jetstream: jetstream::Context,
     requests: Arc<AtomicU64>,
 }
 
 impl StripeApi {
-    /// Creates a client that keeps to `budget`.
-    pub fn new(settings: StripeSettings, budget: Arc<Budget>) -> Result<Self, ApiError> {
+    /// Creates a client that keeps to `budget`, and marks its answers in the stream of `jetstream`.
+    pub fn new(
+        settings: StripeSettings,
+        budget: Arc<Budget>,
+        jetstream: jetstream::Context,
+    ) -> Result<Self, ApiError> {
         let http = reqwest::Client::builder()
             .timeout(REQUEST_TIMEOUT)
             // Following a redirect would be a second request, outside the budget, to an unknown
@@ -169,6 +185,7 @@ impl StripeApi {
             http,
             settings,
             budget,
+            jetstream,
             requests: Arc::default(),
         })
     }
@@ -346,12 +363,13 @@ impl StripeApi {
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
         loop {
             self.budget.acquire().await;
+            let mark = progress::last_sequence(&self.jetstream).await?;
             let started = std::time::Instant::now();
             let sent = self.send(path, query, account).await;
             metrics::stripe_request(outcome(sent.as_ref().ok()));
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
-                    match answer(response, started).await {
+                    match answer(response, started, mark).await {
                         Ok(answer) => return Ok(answer),
                         Err(error) => (error, None),
                     }
@@ -404,7 +422,11 @@ impl StripeApi {
     }
 }
 
-async fn answer(response: Response, started: std::time::Instant) -> Result<Answer, ApiError> {
+async fn answer(
+    response: Response,
+    started: std::time::Instant,
+    mark: u64,
+) -> Result<Answer, ApiError> {
     let date = header(&response, DATE).and_then(|date| OffsetDateTime::parse(date, &Rfc2822).ok());
     let took = i64::try_from(started.elapsed().as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
     let date = date.map(|date| (date.unix_timestamp(), took));
@@ -413,6 +435,7 @@ async fn answer(response: Response, started: std::time::Instant) -> Result<Answe
         Ok(body) => Ok(Answer {
             body,
             date,
+            mark,
             request_id,
         }),
         Err(error) => Err(ApiError::CutOff {

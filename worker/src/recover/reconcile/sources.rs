@@ -19,7 +19,6 @@ use crate::erasure::Erasures;
 use crate::store::raw::{self, Fields, RawRow};
 use crate::store::{self, Store};
 use crate::stream::own_event::{self, Fetched, Resolution, Scope};
-use crate::stream::progress;
 use crate::stripe::api::{Answer, ApiError, StripeApi};
 use crate::wait::pause;
 
@@ -107,17 +106,13 @@ impl Sources<'_> {
         read: fn(&[u8]) -> Option<T>,
         problem: &'static str,
     ) -> Result<(T, Fetched<'static>), ReconcileError> {
-        let mark = match self.repair {
-            Some(jetstream) => progress::last_sequence(jetstream).await?,
-            None => 0,
-        };
         let answer = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(ReconcileError::Stopped),
             answer = question => answer?,
         };
         let read = read(&answer.body).ok_or_else(|| answer.unusable(problem))?;
-        Ok((read, Fetched::from_answer(&answer, mark)?))
+        Ok((read, Fetched::from_answer(&answer)?))
     }
 
     /// Compares a subscription with its row. Fetches its Checkout Sessions if needed: see
