@@ -104,7 +104,7 @@ impl Notified {
 
 /// How long a question waits for more thin events about its object: one change at Stripe often sends
 /// several, and one call answers them all.
-const GATHER: Duration = Duration::from_millis(500);
+pub const GATHER: Duration = Duration::from_millis(500);
 
 /// How long it waits if they keep coming.
 const GATHER_MAX: Duration = Duration::from_secs(5);

@@ -1,7 +1,7 @@
 //! The fetch of an object of which thin events say that it changed.
 
 use litestripe_domain::event::{NotifiedObject, api};
-use litestripe_domain::question::{Details, Notified};
+use litestripe_domain::question::{Details, GATHER, Notified};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -67,7 +67,11 @@ impl Questions {
         };
         own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, fetched, scope)
             .await?;
-        self.close(taken).await
+        Ok(match self.close(taken).await? {
+            // Thin events came during the fetch, and more of them may follow.
+            Outcome::Conflict => Outcome::RetryAfter(GATHER),
+            outcome => outcome,
+        })
     }
 }
 
