@@ -143,9 +143,9 @@ pub const THIN_OBJECT: &str = "v2.core.event";
 /// snapshot event, or a finer one that has no snapshot event.
 pub const THIN_PREFIX: &str = "v1.";
 
-/// The types of thin events that the worker handles, and that ingress therefore stores by default. A
-/// `*` at the end stands for any rest: Stripe keeps adding finer types, and all of them mean that the
-/// subscription changed.
+/// The types of thin events that the worker handles, and that ingress therefore stores by default.
+/// A `*` at the end stands for any rest: Stripe keeps adding finer types, and all of them mean that
+/// the subscription changed.
 pub const HANDLED_THIN_TYPES: [&str; 5] = [
     "v1.customer.subscription.*",
     "v1.checkout.session.completed",

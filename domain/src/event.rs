@@ -60,14 +60,14 @@ pub struct Fetch {
     pub searched: bool,
 }
 
-/// The order of the fetches of one object: of two that followed one another, the later has the
-/// larger stamp.
+/// The order of the fetches of one object: of two successive fetches, the later one has the larger
+/// stamp.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FetchStamp {
     /// The `Date` of Stripe's answer: seconds since the Unix epoch.
     pub date: i64,
-    /// The last sequence of `STRIPE_EVENTS` when the fetch began. Orders fetches of the same second:
-    /// a fetch is stored before the next one of the same object begins.
+    /// The last sequence of `STRIPE_EVENTS` when the fetch began. Orders fetches of the same
+    /// second: a fetch is stored before the next one of the same object begins.
     pub mark: u64,
 }
 
@@ -262,8 +262,9 @@ impl CheckoutSession {
             )
     }
 
-    /// Returns whether the session says who uses its subscription, or that nobody is known: it has
-    /// a client reference id, or it is paid. An unpaid one without an id claims nothing.
+    /// Returns whether the session claims its subscription: it has a client reference id, or it is
+    /// paid. A paid session without an id makes an orphan; an unpaid one without an id claims
+    /// nothing.
     pub fn is_claim(&self) -> bool {
         self.client_reference_id.is_some() || self.is_paid()
     }
@@ -563,8 +564,8 @@ pub(crate) fn account_of_context(context: &str) -> Option<String> {
     (!account.trim().is_empty()).then(|| account.to_owned())
 }
 
-/// Reads how the object of a `litestripe.snapshot` was fetched. The version before wrote nothing of
-/// this: its snapshots are ordered by their `created`.
+/// Reads how the object of a `litestripe.snapshot` was fetched. The previous version wrote nothing
+/// of this: its snapshots are ordered by their `created`.
 fn fetch(envelope: &Envelope<'_>, created: i64) -> Fetch {
     let number = |leaf: Leaf<'_>| leaf.value().and_then(json::parse);
     let stamp = match &envelope.fetched {

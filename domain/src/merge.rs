@@ -9,8 +9,8 @@
 //! mathematical terms, the state is a join-semilattice.)
 //!
 //! `snapshot` decides which snapshot of Stripe's events is the latest, with the help of `walk` and
-//! `digest`; `fetched` which fetched one is. `checkout` keeps what Checkout Sessions say, `metadata` the metadata by event type.
-//! `visible` computes the columns from the state.
+//! `digest`; `fetched` decides which fetched snapshot is. `checkout` keeps what Checkout Sessions
+//! say, `metadata` the metadata by event type. `visible` computes the columns from the state.
 //!
 //! Owns the invariant that order and repetition do not matter. May not do I/O, read a clock, or
 //! know the database.
@@ -89,9 +89,9 @@ impl State {
         }
     }
 
-    /// Returns the second from which an operator's resolution made at `now` wins over the client
-    /// reference id of the row: Stripe's clock, or another operator's, may be ahead of this one.
-    /// Both in seconds since the Unix epoch.
+    /// Returns `created` for an operator's resolution made at `now`, so that it wins over the
+    /// client reference id of the row: Stripe's clock, or another operator's, may be ahead of this
+    /// one. Both in seconds since the Unix epoch.
     pub fn resolution_created(&self, now: i64) -> i64 {
         let known = self.checkout.client_reference_created();
         known.map_or(now, |created| {
@@ -109,7 +109,7 @@ impl State {
     }
 
     /// Records whether the row awaits a user. Returns whether it did before.
-    pub(crate) fn await_user(&mut self, awaits: bool) -> bool {
+    pub(crate) fn record_awaits_user(&mut self, awaits: bool) -> bool {
         std::mem::replace(&mut self.awaits_user, awaits)
     }
 

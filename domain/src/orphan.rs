@@ -107,7 +107,7 @@ pub(crate) fn lookup_question(
 /// reference id makes the orphan itself.) An unpaid session without a client reference id claims
 /// nothing.
 ///
-/// A function of the row alone, whichever events led to it. A row that is in this state when its
+/// It depends on the row alone, not on which events led to it. A row that is in this state when its
 /// grace period ends is an orphan.
 pub fn needs_user(row: &Visible) -> bool {
     let may_be_paid = row.subscription.status.as_deref().is_some_and(may_be_paid);
@@ -159,16 +159,17 @@ pub fn remaining_grace(
 }
 
 /// Returns whether the stream, which was created at `stream_created`, held every Checkout Session
-/// that could claim the row. A subscription that is older than the stream has a session that was
-/// delivered before there was anything to store it, and only Stripe knows it.
-pub fn began_in_sight(row: &Visible, stream_created: OffsetDateTime) -> bool {
+/// that could claim the row. The session of a subscription that is older than the stream was
+/// delivered before the stream could store it, and only Stripe knows it.
+pub fn stream_covers_sessions(row: &Visible, stream_created: OffsetDateTime) -> bool {
     let created = row.subscription.created.map(|created| created.get());
     row.created_event_seen
         || created.is_some_and(|created| later(created, DELIVERED_WITHIN) >= stream_created)
 }
 
 /// Returns whether a subscription had already ended when its row was first written, at
-/// `dt_created`. Without its beginning it is history: nobody waits for access.
+/// `dt_created`. If the stream did not cover its beginning either, it makes no orphan: no
+/// customer waits for access.
 pub fn had_ended_before(row: &Visible, dt_created: OffsetDateTime) -> bool {
     row.subscription
         .ended_at

@@ -181,7 +181,7 @@ pub fn plan_subscription<'a>(
             before: &before,
             after,
             needs_user,
-            awaited_user: state.await_user(needs_user),
+            awaited_user: state.record_awaits_user(needs_user),
             rules: &policy.rules,
             dt_created,
             now,
@@ -371,7 +371,8 @@ impl<'r> Sender<'r> {
         }
     }
 
-    /// Does what was decided about the row after a batch.
+    /// Sends, postpones or skips the row's signals, as decided after a batch. Returns what was sent
+    /// last.
     fn follow(
         &mut self,
         decision: Decision,
@@ -380,8 +381,8 @@ impl<'r> Sender<'r> {
         cause: impl FnOnce() -> Option<EventReference>,
     ) -> LastSent {
         match decision {
-            Decision::TellChanges => self.send_now(merged, shown, cause),
-            Decision::TellRow => {
+            Decision::SendChanges => self.send_now(merged, shown, cause),
+            Decision::SendRow => {
                 let last = merged.last().map_or(&[][..], std::slice::from_ref);
                 self.send_now(last, shown, cause)
             }
@@ -581,16 +582,18 @@ impl<'a> RowChange<'_, 'a> {
     fn decide_on_grace(&self, consequences: &mut Consequences<'a>) {
         if self.needs_user && !self.awaited_user {
             let end = orphan::grace_period_end(self.after, self.dt_created, self.rules.grace);
-            consequences
-                .questions
-                .extend(orphan::grace_question(self.entrance(), self.after, end));
+            consequences.questions.extend(orphan::grace_question(
+                self.cause_of_need(),
+                self.after,
+                end,
+            ));
         } else if !self.needs_user && (self.awaited_user || orphan::needs_user(self.before)) {
             consequences.answered.push(Kind::Grace);
         }
     }
 
     /// Returns the event with which the row entered the state in which it needs a user.
-    fn entrance(&self) -> &'a Arrival {
+    fn cause_of_need(&self) -> &'a Arrival {
         self.merged
             .iter()
             .rev()
@@ -609,8 +612,8 @@ impl<'a> RowChange<'_, 'a> {
     }
 }
 
-/// Plans what an event means apart from any row: a payment's for orphans and open questions, a thin
-/// event's for the question what became of its object.
+/// Plans the consequences of an event apart from any row: of a payment for orphans and open
+/// questions, of a thin event for the question about its object.
 pub fn plan_payment<'a>(
     arrival: &'a Arrival,
     rules: &Rules,

@@ -2,9 +2,9 @@
 //!
 //! The events of a batch do not answer everything: whether a client reference id belongs to a user
 //! (the application's user lookup knows), whether a Checkout Session arrives within the grace
-//! period (only time tells), what an uncertain subscription is now, or an object that a thin event
-//! names (Stripe's API knows). A batch does not wait for these answers. It stores each as a *question*, a row that stays until it is
-//! answered, and commits; a task of the worker asks later.
+//! period (only time shows), what an uncertain subscription is now, or an object that a thin event
+//! names (Stripe's API knows). A batch does not wait for these answers. It stores each as a
+//! *question*, a row that stays until it is answered, and commits; a task of the worker asks later.
 //!
 //! A question is *open* until it is answered. It is *due* when `due_at` has passed, and then it is
 //! *asked*. An attempt that brings no answer is *retried*: `attempts` grows and `due_at` moves.
@@ -38,7 +38,7 @@ pub enum Kind {
     Fetch,
     /// No information: the data of a customer that was deleted at Stripe is to be erased.
     Erase,
-    /// What became of an object of which thin events say that it changed. Asks Stripe's API.
+    /// The current state of an object that changed according to thin events. Asks Stripe's API.
     Notification,
 }
 
@@ -84,7 +84,7 @@ pub enum Details {
     Notification(Notified),
 }
 
-/// What asking about an object needs, after the thin events about it.
+/// What is needed to ask about the object of thin events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notified {
     pub object: NotifiedObject,
@@ -102,8 +102,8 @@ impl Notified {
     }
 }
 
-/// How long a question waits for more thin events about its object: one change at Stripe often sends
-/// several, and one call answers them all.
+/// How long a question waits for more thin events about its object: one change at Stripe often
+/// sends several, and one call answers them all.
 pub const GATHER: Duration = Duration::from_millis(500);
 
 /// How long it waits if they keep coming.

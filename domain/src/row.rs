@@ -55,7 +55,8 @@ impl Stored {
 }
 
 /// What subscribers were last sent about a row. The row has an unsent or withheld signal exactly
-/// while this differs from what it shows. Its JSON is the column `last_sent`, which is usually null.
+/// while this differs from what it shows. Its JSON is the column `last_sent`, which is usually
+/// null.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub enum LastSent {
     /// What the row shows. For a row without a revision nothing was sent, but nothing is unsent
@@ -64,8 +65,8 @@ pub enum LastSent {
     Current,
     /// Nothing: the row's first signal is unsent. It is sent at the replay's end.
     Nothing,
-    /// Nothing, and the first signal waits until the row is whole: a rebuild has not found whose
-    /// subscription it is. See [`Visible::is_whole`].
+    /// Nothing, and the first signal waits until the row is whole: a rebuild has not found its
+    /// user. See [`Visible::is_whole`].
     Withheld,
     /// Nothing, like `Withheld`, but a replay without signals wrote the row. If such a replay makes
     /// it whole, nothing is unsent.

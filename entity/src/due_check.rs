@@ -7,8 +7,8 @@ use sea_orm::entity::prelude::*;
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
 #[sea_orm(table_name = "due_check")]
 pub struct Model {
-    /// The subscription's id, else the Checkout Session's; for thin events, the id of the object that
-    /// they name. For an erasure, the customer's.
+    /// The subscription's id, else the Checkout Session's; for thin events, the id of the object
+    /// that they name. For an erasure, the customer's.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub entity_id: String,
     /// `lookup`, `grace`, `fetch`, `erase` or `notification`.

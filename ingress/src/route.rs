@@ -85,8 +85,8 @@ impl Ingress {
     }
 
     /// Returns the outcome of an event that is not stored. Warns if the worker would handle it and
-    /// only the settings leave it out: whoever adds a destination of thin events to a list of types
-    /// that was made for snapshot events would otherwise lose all of them unnoticed.
+    /// only the settings leave it out: an operator who adds a destination of thin events, but keeps
+    /// a list of types for snapshot events, would otherwise lose all thin events unnoticed.
     fn ignore(&self, envelope: &Envelope) -> Outcome {
         debug!(event_id = %envelope.id, "{} is of a type that is not stored", envelope.id);
         if !envelope.is_thin {

@@ -1,8 +1,10 @@
-//! Adds `resolved_by` to `orphaned_payment`: whether an operator resolved it, so that the resolution
-//! can be stored again when the stream has lost it. Adds an index of rows with an unsent signal that
-//! leaves out withheld rows: these may stay for long, and the index is searched every few seconds.
+//! Adds `resolved_by` to `orphaned_payment`: whether an operator resolved it, so that the
+//! resolution can be stored again when the stream has lost it. Adds an index of rows with an unsent
+//! signal that leaves out withheld rows: these may stay for long, and the index is searched every
+//! few seconds.
 //!
-//! The index of all rows that owe a signal stays, because the previous program version uses it.
+//! The index of all rows with an unsent or withheld signal stays, because the previous program
+//! version uses it.
 
 use sea_orm_migration::prelude::*;
 

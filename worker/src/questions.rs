@@ -2,12 +2,13 @@
 //! answered.
 //!
 //! There are five kinds, one file each: the user lookup (`user`), the end of a grace period
-//! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin events
-//! name (`notification`), and the erasure of a deleted customer (`erase`). `open` counts them. An open question becomes due, a worker asks it (`asker`), and it is retried
-//! until it is answered. Any worker may ask; a lease gives each question to one of them at a time.
-//! This module also creates and resolves the orphans that follow from an answer. Where an answer
-//! depends on a row, it writes that row too, so that a batch that changes the row at the same time
-//! conflicts with it.
+//! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin
+//! events name (`notification`), and the erasure of a deleted customer (`erase`). `open` counts
+//! them. An open question becomes due, a worker asks it (`asker`), and it is retried until it is
+//! answered. Any worker may ask; a lease gives each question to one of them at a time. This module
+//! also creates and resolves the orphans that follow from an answer. Where an answer depends on a
+//! row, it writes that row too, so that a batch that changes the row at the same time conflicts
+//! with it.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -68,8 +69,8 @@ enum Outcome {
     Answered,
     /// The question is asked again after this time.
     RetryAfter(Duration),
-    /// The row or the question changed meanwhile, or this worker stops: the question is due again at
-    /// once.
+    /// The row or the question changed meanwhile, or this worker stops: the question is due again
+    /// at once.
     Conflict,
 }
 

@@ -2,9 +2,10 @@
 //!
 //! There are four ways: `replay` applies events of the stream again, `backfill` fetches events that
 //! never arrived from Stripe, `reconcile` compares rows with Stripe's subscriptions, and `resend`
-//! signals rows again. `unsent` sends the signals that a replay has held back, and `withheld` keeps
-//! those of rows that are not whole. `lost_rows` notices that the rows were lost, and `resolutions`
-//! keeps operators' resolutions in the stream. All fail while the database or the broker is unavailable. May not know the command line.
+//! signals rows again. `unsent` sends the signals that a replay has held back, and `withheld`
+//! decides whether the first signals of rebuilt rows are sent. `lost_rows` detects and records that
+//! the rows were lost, and `resolutions` keeps operators' resolutions in the stream. All fail while
+//! the database or the broker is unavailable. May not know the command line.
 
 use sha2::{Digest as _, Sha256};
 

@@ -69,8 +69,8 @@ impl Object {
     }
 }
 
-/// The items of a subscription that Stripe returned: a list like others, of which an object has only
-/// the first page. Stripe: "Pagination".
+/// Whether a subscription that Stripe returned has all of its items: an object contains only the
+/// first page of a list. Stripe: "Pagination".
 #[derive(Debug, PartialEq, Eq)]
 pub enum Items {
     All,
@@ -159,8 +159,8 @@ struct Listed {
     event_type: Option<String>,
 }
 
-/// The part of a listed event that tells the change. Read apart, because an event without it can be
-/// stored all the same.
+/// The part of a listed event that identifies the change. Read separately, because an event without
+/// it can be stored anyway.
 #[derive(Deserialize)]
 struct ListedChange {
     created: i64,
@@ -264,8 +264,8 @@ pub fn items(object: &[u8]) -> Option<Items> {
     }))
 }
 
-/// Reads the page of items in `body`. Of each item only what we keep is left: a subscription with
-/// thousands of items has to fit into one message.
+/// Reads the page of items in `body`. Reduces each item to the fields that we keep, because a
+/// subscription with thousands of items has to fit into one message.
 pub fn item_page(body: &[u8]) -> Option<Page> {
     let mut page = page(body)?;
     for item in &mut page.objects {

@@ -1,10 +1,10 @@
 //! Marks: what a step of a subscription says about the fields that its digest leaves out.
 //!
 //! Owns which fields have a mark, and the form in which marks are stored. Several events of one
-//! second can agree in everything that the digest covers and differ in one of these fields, so the
-//! marks tell states apart that the digest does not. A mark is not the value: 32 bits of a hash are
-//! enough to compare the at most 32 states of a second. Fields can be missing in a rendering: these
-//! have no mark and are compared with nothing.
+//! second can agree in everything that the digest covers and differ in one of these fields, so
+//! marks distinguish states that the digest does not. A mark is not the value: 32 bits of a hash
+//! are enough to compare the at most 32 states of a second. A field that is missing in a rendering
+//! has no mark and is not compared.
 
 use std::fmt;
 use std::str::FromStr;

@@ -278,8 +278,8 @@ impl Reading {
             }
         }
         if fields.pending_update.is_present() {
-            // Its price and quantity are the items' once it is applied. Here counts only whether
-            // there is one.
+            // Its price and quantity become the items' once it is applied, so only its presence
+            // counts here.
             let text = fields.pending_update.value().map(|_| "present");
             self.marks
                 .set(Marked::PendingUpdate, Mark::from_value(text));

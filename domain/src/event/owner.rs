@@ -91,8 +91,8 @@ fn id(reference: &Value) -> Option<&str> {
     reference.as_str().or_else(|| reference["id"].as_str())
 }
 
-/// Reads a `customer.deleted` event, or the thin event of that. Returns `None` for every other body,
-/// and if the ids in it are not valid.
+/// Reads a `customer.deleted` event, or the thin event for the same change. Returns `None` for
+/// every other body, and if the ids in it are not valid.
 pub fn deleted_customer(body: &[u8]) -> Option<DeletedCustomer> {
     memchr::memmem::find(body, b"customer.deleted")?;
     let body: Value = serde_json::from_slice(body).ok()?;

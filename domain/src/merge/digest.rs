@@ -1,8 +1,9 @@
 //! Identifies a state of a subscription: a digest of the fields we keep.
 //!
 //! Owns the canonical form that is digested: JSON with fields in a fixed order and sorted maps. It
-//! never changes, because digests are stored: fields that were added later have marks instead. Half of SHA-256 is kept: a collision among the 32 states of a second is out of
-//! reach, and the column stays short.
+//! never changes, because digests are stored: fields that were added later have marks instead. Half
+//! of SHA-256 is kept: a collision among the 32 states of a second is out of reach, and the column
+//! stays short.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,10 +1,10 @@
 //! The fetch register: the newest state of the subscription that a worker fetched from Stripe.
 //!
-//! Owns the order of fetches. Stripe's `created` cannot order them: a fetched state is stamped with
-//! the last second of which it surely holds every change, and a slow answer has an earlier one than
-//! a quick answer before it. So fetches are ordered by when they were made (`FetchStamp`), after
-//! the phase of the subscription's life. Against Stripe's events the certain second counts: an event
-//! of a later one may be newer than what was fetched.
+//! Owns the order of fetches. Stripe's `created` cannot order them: that of a fetched state is the
+//! last second of which it surely holds every change, so a slow answer has an earlier `created`
+//! than a quick answer before it. So fetches are ordered by when they were made (`FetchStamp`),
+//! after the phase of the subscription's life. Between a fetched state and Stripe's events, that
+//! second counts: an event of a later second may be newer than the fetched state.
 
 use litestripe_contract::event::EventId;
 use serde::{Deserialize, Serialize};
@@ -86,15 +86,16 @@ impl Register {
         (self.phase, self.as_of)
     }
 
-    /// Whether the fetched state may be newer than the state after `events`, although these are of a
-    /// later second than the one of which it surely holds every change.
+    /// Whether the fetched state may be newer than the state after `events`, although the second of
+    /// `events` is later than `as_of`.
     ///
-    /// A thin event is followed up within a second, so what is fetched for it often holds a change of
-    /// a second that it cannot vouch for. If the snapshot event for that change never comes, nothing
-    /// else would tell that the row lacks it. A state that the events know came before them.
+    /// An object is fetched within a second after its thin event, so the fetched state often holds
+    /// a change of a later second than `as_of`. If the snapshot event for that change never
+    /// arrives, nothing else shows that the row lacks it. A fetched state that occurs in `events`
+    /// came before their end.
     pub(super) fn may_be_newer_than(&self, events: &snapshot::Register) -> bool {
         let (phase, second) = events.place();
-        self.phase == phase && self.stamp.date >= second && !events.know(&self.snapshot)
+        self.phase == phase && self.stamp.date >= second && !events.has_state(&self.snapshot)
     }
 
     pub(super) fn last(&self) -> Last<'_> {

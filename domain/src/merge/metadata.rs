@@ -1,9 +1,9 @@
 //! Metadata by event type, as the original Litestripe kept it.
 //!
 //! Owns one register per event type. It holds the whole map of the newest event of that type, so
-//! that a key that was removed at Stripe disappears with the next event of the type. What was
-//! fetched because of a thin event has a register of its own per type, because fetches are ordered
-//! among themselves by when they were made.
+//! that a key that was removed at Stripe disappears with the next event of the type. Metadata that
+//! was fetched because of a thin event has its own register per type, because fetches are ordered
+//! by when they were made.
 
 use std::collections::BTreeMap;
 
@@ -43,8 +43,8 @@ impl Registers {
         maps.fold(false, |any, map| any | !std::mem::take(map).is_empty())
     }
 
-    /// Returns all values by `<event type>.<key>`. Of an event and a fetch the newer counts; if they
-    /// are about the same second, the event, because it holds the state of that moment.
+    /// Returns all values by `<event type>.<key>`. The newer of event and fetch counts; in the same
+    /// second the event, because it holds the state of that moment.
     pub(super) fn visible(&self, fetched: &FetchedRegisters) -> BTreeMap<String, String> {
         let mut visible = BTreeMap::new();
         let mut show = |event_type: &EventType, map: &BTreeMap<String, String>| {
@@ -92,8 +92,8 @@ impl FetchedRegisters {
     }
 
     /// Merges the map of a fetch under the types of the thin events that led to it. A type without
-    /// a snapshot event is left out: it always comes with one that has a snapshot event, and snapshot
-    /// and thin events have to lead to the same metadata.
+    /// a snapshot event is left out: it always comes with one that has a snapshot event, and
+    /// snapshot and thin events have to lead to the same metadata.
     pub(super) fn merge(
         &mut self,
         id: &EventId,

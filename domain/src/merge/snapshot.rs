@@ -8,9 +8,9 @@
 //! whatever order its steps are listed (see `walk`). If no walk explains the events, the register
 //! reports that it is uncertain; it never guesses silently.
 //!
-//! A state is its digest and, where they tell more, its marks: fields that the digest leaves out.
-//! Any choice of fields gives a true picture of the walk, so the finest choice is tried first and
-//! the digest alone last, and the first one that determines the end counts.
+//! States are compared by their digests and by their marks, which cover fields that the digest
+//! leaves out. The walk can be followed with any set of these fields, so the largest set is tried
+//! first and the digest alone last, and the first set that determines the end counts.
 
 use std::collections::BTreeMap;
 
@@ -86,7 +86,7 @@ struct Edge {
     details: Details,
 }
 
-/// A state, as far as it is told apart from others.
+/// A state, reduced to its digest and the marks that are compared.
 type Node = (Digest, Marks);
 
 /// The last snapshot, and the event that led to it.
@@ -137,14 +137,14 @@ impl Register {
         (self.phase, self.second)
     }
 
-    /// Returns whether an event led to this state or from it.
-    pub(super) fn know(&self, snapshot: &Snapshot) -> bool {
+    /// Returns whether this is the state before or after one of the events.
+    pub(super) fn has_state(&self, snapshot: &Snapshot) -> bool {
         let digest = Digest::from_snapshot(snapshot);
         self.events.values().any(|edge| {
-            let led_there = edge.after == digest && edge.details == snapshot.details;
+            let is_after = edge.after == digest && edge.details == snapshot.details;
             // The details before an event are known only as marks.
             let changed = edge.after != digest || edge.marks_before.is_some();
-            led_there || (edge.before == Some(digest) && changed)
+            is_after || (edge.before == Some(digest) && changed)
         })
     }
 
@@ -206,14 +206,14 @@ impl Register {
     /// `None` only for a state that this program did not write: every event has its snapshot.
     pub(super) fn last(&self) -> Option<Last<'_>> {
         let (end, certain) = self.end();
-        let leads_there = |edge: &Edge| end.is_none_or(|(known, node)| edge.node(&known) == node);
+        let is_at_end = |edge: &Edge| end.is_none_or(|(known, node)| edge.node(&known) == node);
         // The largest id among the events that lead to the end, or among all if the end is unknown.
-        // An event that an earlier version stored, or of a rendering that lacks fields, knows less
-        // of the end than others.
+        // Those with the most marks come first: an event that an earlier version stored, or whose
+        // rendering lacks fields, has fewer details of the end.
         let (id, edge) = self
             .events
             .iter()
-            .filter(|(_, edge)| leads_there(edge))
+            .filter(|(_, edge)| is_at_end(edge))
             .max_by_key(|(id, edge)| (edge.marks.shown().count(), *id))?;
         Some(Last {
             id,
@@ -229,7 +229,7 @@ impl Register {
         })
     }
 
-    /// Returns the end of the walk with the fields by which its nodes are told apart, and whether it
+    /// Returns the end of the walk with the fields by which its nodes are compared, and whether it
     /// is certain. `None` if any event may be the last.
     fn end(&self) -> (Option<(Marks, Node)>, bool) {
         let mut likely = None;
@@ -250,7 +250,7 @@ impl Register {
         (likely, false)
     }
 
-    /// Returns the choices of fields by which states may be told apart, the finest first. Only
+    /// Returns the sets of fields by which states may be compared, the largest first. Only
     /// fields that every event has can be compared.
     fn known(&self) -> Vec<Marks> {
         let marks = self
@@ -284,7 +284,7 @@ fn show_the_same<'a>(mut edges: impl Iterator<Item = &'a Edge>) -> bool {
 }
 
 impl Edge {
-    /// Returns the state after the event, as far as the fields of `known` tell.
+    /// Returns the state after the event, reduced to the fields of `known`.
     fn node(&self, known: &Marks) -> Node {
         (self.after, self.marks.among(known))
     }

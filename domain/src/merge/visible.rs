@@ -34,8 +34,10 @@ pub struct Visible {
 }
 
 impl Visible {
-    /// Returns whether the row says what the subscription is and whose it is. A rebuild may have
-    /// lost the event that says whose, so a null client reference id alone means "not known here".
+    /// Returns whether the row is whole: it has a status, and a client reference id, a Checkout
+    /// Session or a search at Stripe shows which user it belongs to, or that the user is unknown. A
+    /// rebuild may have lost the event with the user, so a null client reference id alone means
+    /// "not known here".
     pub fn is_whole(&self) -> bool {
         let row = &self.subscription;
         let is_claimed = row.client_reference_id.is_some() || self.checkout_session_id.is_some();

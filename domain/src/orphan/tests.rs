@@ -24,7 +24,7 @@ fn grace_period_ends_when_both_clocks_have_reached_its_end() {
 }
 
 #[test]
-fn row_needs_a_user_if_it_may_be_paid_and_nobody_claims_it() {
+fn row_needs_a_user_if_it_may_be_paid_and_is_unclaimed() {
     let check = |status: Option<&str>, user: Option<&str>, paid: bool, expected: bool| {
         let mut row = Visible {
             paid,
@@ -52,14 +52,14 @@ fn row_needs_a_user_if_it_may_be_paid_and_nobody_claims_it() {
 }
 
 #[test]
-fn stream_held_the_sessions_of_what_began_in_its_time() {
+fn stream_covers_sessions_of_subscriptions_that_began_in_its_time() {
     let check = |created: Option<OffsetDateTime>, created_event_seen, expected| {
         let mut row = Visible {
             created_event_seen,
             ..Visible::default()
         };
         row.subscription.created = created.map(Into::into);
-        assert_eq!(began_in_sight(&row, NOW), expected, "{created:?}");
+        assert_eq!(stream_covers_sessions(&row, NOW), expected, "{created:?}");
     };
     check(Some(NOW), false, true);
     check(Some(NOW - 3 * DAY), false, true); // Stripe still delivers it.

@@ -1,13 +1,14 @@
-//! When subscribers are first told about a row.
+//! When the first signal of a row is sent.
 //!
-//! A rebuild may find a subscription and have lost the event that says whose it is: the stream no
-//! longer holds it. A first signal without the user would take a paying customer's access away. So
+//! A rebuild may find a subscription but not its user, because the stream no longer holds the event
+//! with the user. A first signal without the user would take a paying customer's access away. So
 //! while a rebuild is open, the first signal of a row that is older than the rebuild is withheld
-//! until the row is whole: [`Visible::is_whole`]. What is newer than the rebuild is told at once.
+//! until the row is whole: [`Visible::is_whole`]. A row that is newer than the rebuild is signalled
+//! at once.
 //!
 //! Owns this decision, at every write of a row and at the end of a replay. May not know how a
-//! signal is built or stored. Invariant: a row of which subscribers know something is not its
-//! business.
+//! signal is built or stored. Invariant: it never withholds a signal of a row that subscribers
+//! know.
 
 use time::OffsetDateTime;
 
@@ -33,9 +34,9 @@ pub(super) struct Unknown<'r, 'a> {
 #[derive(Debug, PartialEq)]
 pub(super) enum Decision {
     /// Every change is signalled.
-    TellChanges,
+    SendChanges,
     /// The row is signalled once, as it is after the batch.
-    TellRow,
+    SendRow,
     /// The row is signalled at the replay's end, unless subscribers know what it shows.
     Postpone,
     /// What the row shows counts as sent.
@@ -47,7 +48,7 @@ pub(super) enum Decision {
 /// Decides about a row's signals after a batch. `unknown` is the row if subscribers do not know it.
 pub(super) fn decide(signalling: Signalling, unknown: Option<Unknown<'_, '_>>) -> Decision {
     match (signalling, unknown) {
-        (Signalling::Now, None) => Decision::TellChanges,
+        (Signalling::Now, None) => Decision::SendChanges,
         (Signalling::Now, Some(row)) => row.after_live_events(),
         (Signalling::Later, _) => Decision::Postpone,
         (Signalling::Never, None) => Decision::Skip,
@@ -62,25 +63,26 @@ impl Unknown<'_, '_> {
         let is_old = self.is_older_than_rebuild();
         let is_current = self.brings_current_snapshot();
         match self.sent_before {
-            LastSent::Withheld if is_whole => Decision::TellRow,
+            LastSent::Withheld if is_whole => Decision::SendRow,
             LastSent::Withheld => Decision::Keep(LastSent::Withheld),
-            LastSent::Silent if is_whole && (is_current || !is_old) => Decision::TellRow,
+            LastSent::Silent if is_whole && (is_current || !is_old) => Decision::SendRow,
             // Until the silent replay ends, the row may be in any earlier state.
             LastSent::Silent if is_whole => Decision::Keep(LastSent::Nothing),
-            // A live event changed it, so it is told even if a silent replay makes it whole.
+            // A live event changed it, so its signal is sent even if a silent replay makes
+            // it whole.
             LastSent::Silent if is_current => Decision::Keep(LastSent::Withheld),
             LastSent::Silent => Decision::Keep(LastSent::Silent),
-            _ if !is_old => Decision::TellChanges,
-            _ if is_whole && (is_current || self.is_new) => Decision::TellRow,
+            _ if !is_old => Decision::SendChanges,
+            _ if is_whole && (is_current || self.is_new) => Decision::SendRow,
             _ if is_current || self.is_new => Decision::Keep(LastSent::Withheld),
             LastSent::Current if self.merged.is_empty() => Decision::Keep(LastSent::Current),
-            // The replay is amid the row's events: the event may complete it, but it does not say
-            // what the subscription is now. The replay's end tells it.
+            // The replay has applied only some of the row's events. This one may complete the row,
+            // but is not its current state. The signal is sent at the replay's end.
             _ => Decision::Keep(LastSent::Nothing),
         }
     }
 
-    /// Returns what was sent last after a batch of a replay that sends no signals.
+    /// Returns `last_sent` after a batch of a replay that sends no signals.
     fn after_silent_replay(&self) -> LastSent {
         match self.sent_before {
             LastSent::Nothing | LastSent::Withheld => LastSent::Nothing,
@@ -119,8 +121,8 @@ impl Unknown<'_, '_> {
 #[derive(Debug, Clone, Copy)]
 pub struct Rebuilt {
     pub started: OffsetDateTime,
-    /// Whether it applied everything that the stream holds. If so, the session of a subscription
-    /// whose creation it applied does not exist: it would be later in the stream.
+    /// Whether it applied everything that the stream holds. If so, a subscription whose creation it
+    /// applied without a session has none: the session would be in the stream too.
     pub covers_stream: bool,
 }
 

@@ -119,7 +119,7 @@ impl Database {
         self.connection.get_or_try_init(connect).await
     }
 
-    /// Connects anew, because the file was deleted.
+    /// Connects again, because the file was deleted.
     pub async fn reopen(&mut self) {
         if let Some(connection) = self.connection.take() {
             let _ = connection.close().await;

@@ -158,7 +158,7 @@ async fn subscribers_of_the_docs_receive_every_signal_and_survive_a_restart_of_t
         one.until_it_prints(&[id, "is not above", "ignored"]).await;
         assert!(one.program.is_running(), "{}", one.program.log());
     }
-    // A null user says "not known here": none of them forgets the user that it knows.
+    // A null user means "not known here": no subscriber forgets the user that it knows.
     let signals = bridge.signals().await;
     let of_user = |signal: &&Signal| signal.body["stripe_subscription_id"] == id.as_str();
     let last = signals.iter().rfind(of_user).expect("it was signalled");

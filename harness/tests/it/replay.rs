@@ -394,7 +394,8 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
     };
     assert_eq!(bridge.row(&known.subscription).await.status, None);
     assert_eq!(of_known().await, 0, "a paying customer would lose access");
-    // Another row: two live events, and a late duplicate of the first, say what it is, not whose.
+    // Another row: two live events, and a late duplicate of the first, bring its status, but not
+    // its user.
     let unclaimed = Purchase::new(now() - 600);
     for (at, status) in [(-60, "active"), (-50, "past_due"), (-60, "active")] {
         let change = json!({ "status": status });
@@ -402,7 +403,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
         apply(&bridge, &event).await;
         let signals = signals_after(&bridge, last_signal).await;
         let sent = filter_by_subscription(&signals, &unclaimed.subscription);
-        assert_eq!(sent.len(), 0, "{status}: nobody knows whose it is");
+        assert_eq!(sent.len(), 0, "{status}: its user is unknown");
     }
     let signals = signals_after(&bridge, last_signal).await;
     assert_eq!(

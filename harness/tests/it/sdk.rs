@@ -269,8 +269,8 @@ async fn deliveries_that_are_not_validly_signed_events_are_refused_and_not_store
     bridge.check().await;
 }
 
-/// Each type that the SDK knows is signed by it, stored, and parsed by it from the stored bytes. Its
-/// fetches show that the stub of Stripe's API answers as the SDK expects.
+/// Each type that the SDK knows is signed by it, stored, and parsed by it from the stored bytes.
+/// Its fetches show that the stub of Stripe's API answers as the SDK expects.
 #[tokio::test]
 async fn stripes_sdk_signs_thin_events_and_parses_them_from_the_stored_bytes() {
     const ACCOUNT: &str = "acct_1OfAnotherShop";

@@ -24,11 +24,11 @@ on_both_databases!(
     thin_events_lead_to_the_row_and_its_signals,
     burst_costs_about_one_request_for_each_subscription,
     change_during_a_fetch_is_fetched_after_it,
-    of_two_fetches_in_one_second_the_later_counts,
+    later_of_two_fetches_in_one_second_counts,
     thin_events_wait_visibly_for_a_key_of_their_mode,
     snapshot_and_thin_destinations_lead_to_the_row_of_either,
     change_without_its_snapshot_event_is_not_hidden_by_the_one_before,
-    replay_asks_nobody,
+    replay_makes_no_calls,
     fetch_of_a_killed_worker_is_made_by_the_next,
     backfill_stores_nothing_that_thin_events_have_brought,
     erasure_removes_the_thin_events_of_the_customer,
@@ -145,7 +145,8 @@ async fn burst_costs_about_one_request_for_each_subscription(database: DatabaseK
     bridge.check().await;
 }
 
-/// A fetch that began before a change was announced may lack it, and must not overtake the next one.
+/// A fetch that began before a change was announced may lack it, and must not overtake the next
+/// one.
 async fn change_during_a_fetch_is_fetched_after_it(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api).workers(2)).await;
@@ -158,7 +159,7 @@ async fn change_during_a_fetch_is_fetched_after_it(database: DatabaseKind) {
     put(&api, &purchase, "past_due");
     bridge.notify_all(&[about(&purchase, UPDATED)]).await;
     bridge.wait_until_applied().await;
-    // A thin event that came later is answered: this one would have been, too.
+    // A thin event that came later is answered: this one would have been as well.
     bridge.notify_all(&[about(&other, CREATED)]).await;
     until_requested(&api, &other.subscription, 1).await;
     bridge.wait_until_applied().await;
@@ -174,7 +175,7 @@ async fn change_during_a_fetch_is_fetched_after_it(database: DatabaseKind) {
     bridge.check().await;
 }
 
-async fn of_two_fetches_in_one_second_the_later_counts(database: DatabaseKind) {
+async fn later_of_two_fetches_in_one_second_counts(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
     let purchase = put_purchase(&api);
@@ -226,7 +227,7 @@ async fn thin_events_wait_visibly_for_a_key_of_their_mode(database: DatabaseKind
 }
 
 #[tokio::test]
-async fn object_that_is_gone_settles_its_thin_events_and_is_said_once() {
+async fn object_that_no_longer_exists_settles_its_thin_events_with_one_warning() {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(DatabaseKind::Sqlite, &api)).await;
     let gone = Purchase::new(now() - 60);
@@ -421,8 +422,8 @@ fn life(purchase: &Purchase) -> Vec<Step> {
     events.map(|event| Step { event }).into()
 }
 
-/// The snapshot destination was switched off between two changes: what is fetched for the second holds
-/// it, but not surely every change of the first one's second.
+/// The snapshot destination was switched off between two changes: what is fetched for the second
+/// holds it, but not surely every change of the first one's second.
 async fn change_without_its_snapshot_event_is_not_hidden_by_the_one_before(database: DatabaseKind) {
     let api = Api::start().await;
     let bridge = Bridge::start(with_key(database, &api)).await;
@@ -454,7 +455,7 @@ async fn change_without_its_snapshot_event_is_not_hidden_by_the_one_before(datab
     bridge.check().await;
 }
 
-async fn replay_asks_nobody(database: DatabaseKind) {
+async fn replay_makes_no_calls(database: DatabaseKind) {
     let api = Api::start().await;
     let mut bridge = Bridge::start(with_key(database, &api)).await;
     for purchase in [(); 3].map(|()| Purchase::new(now() - 600)) {

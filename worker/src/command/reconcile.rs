@@ -70,7 +70,7 @@ impl Reconcile {
         let stripe = super::stripe_api(&settings, &parts, self.any_mode).await?;
         if self.repair {
             broker::prepare(nats, &settings).await;
-            lost_rows::notice(store, jetstream).await?;
+            lost_rows::record_if_lost(store, jetstream).await?;
         }
         // Handled only from here on: until here there is nothing that a stop signal would have to
         // finish.

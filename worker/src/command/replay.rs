@@ -29,7 +29,7 @@ const AFTER_HELP: &str = "\
 A replay merges old events like live ones, beside running workers: rows that are right already do not change. Run it into \
 an empty database to rebuild the rows, or after a bug was fixed. It prints its progress; if it is interrupted, run the same \
 command again to continue. Only one replay runs at a time. Until it ends, the rows that it changes send no signals, unless \
-a live event changes them. A row whose user the stream does not hold is not signalled: the last line names such rows.";
+a live event changes them. A row whose user is not in the stream is not signalled; the last line names such rows.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]

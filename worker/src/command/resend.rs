@@ -25,8 +25,8 @@ struct Rows {
 
 const AFTER_HELP: &str = "\
 For subscribers that are new or were away longer than LITESTRIPE_SIGNALS_MAX_AGE. Each signal carries the row's current \
-revision, so a subscriber that has seen it ignores it. --all leaves out rows whose user nobody knows, and keeps the number of waiting signals low, so that live ones are \
-not delayed.";
+revision, so a subscriber that has seen it ignores it. --all leaves out rows whose \
+user is unknown, and keeps the number of waiting signals low, so that live ones are not delayed.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -67,7 +67,7 @@ impl Resend {
         }
         if withheld > 0 {
             tracing::warn!(
-                "{withheld} rows were not sent, because nobody knows whose they are: `reconcile --repair` finds out, `resend \
+                "{withheld} rows were not sent, because their user is unknown: `reconcile --repair` asks Stripe, `resend \
                  --subscription ID` sends one as it is"
             );
         }

@@ -104,7 +104,7 @@ async fn prepare(
     })
     .await;
     wait::until_ok(JETSTREAM, async || {
-        lost_rows::notice(&store, &parts.jetstream).await
+        lost_rows::record_if_lost(&store, &parts.jetstream).await
     })
     .await;
     Ok(parts)

@@ -124,7 +124,7 @@ impl Report {
         let replay = store::replay::unfinished(db).await?.into_iter().next();
         self.replay = replay.map(|replay| ReplayReport {
             running: replay.is_running(now),
-            rows_lost: replay.is_of_lost_rows(),
+            rows_lost: replay.is_lost_rows_record(),
             first_sequence: replay.first_sequence,
             last_sequence: replay.last_sequence,
         });
@@ -169,9 +169,9 @@ fn withheld_note(report: &Value) -> String {
         count: report["withheld"].as_u64().unwrap_or_default(),
         first: first.into_iter().flatten().map(print::cell).collect(),
     };
-    withheld.advice().unwrap_or_else(|| {
-        "rows that are not signalled, because nobody knows whose they are".to_owned()
-    })
+    withheld
+        .advice()
+        .unwrap_or_else(|| "rows that are not signalled, because their user is unknown".to_owned())
 }
 
 /// Prints a [`Report`] for people.
@@ -222,7 +222,7 @@ fn print(report: &Value) {
         |(label, field, note): (&str, &str, &str)| [label.to_owned(), cell(field), note.to_owned()];
     let mut rows: Vec<_> = rows.map(row).into();
     if report["waiting_for_key"] != 0 && !report["waiting_for_key"].is_null() {
-        let note = "subscriptions and Checkout Sessions with thin events wait for STRIPE_SECRET_KEY, or for one of the \
+        let note = "subscriptions and Checkout Sessions with thin events that wait for STRIPE_SECRET_KEY, or for a key of the \
             other mode";
         let count = cell("waiting_for_key");
         rows.push(["thin events", &count, note].map(str::to_owned));

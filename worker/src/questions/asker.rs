@@ -25,8 +25,8 @@ pub(super) const POLL: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(12 * 60);
 
 /// The same for the object of a thin event. Its answer rarely takes as long. If it does, another
-/// worker fetches the object too, which costs a call; after a worker died, nobody waits longer for a
-/// customer's state.
+/// worker fetches the object too, which costs a call. The lease is short, because after a worker
+/// died a customer's new state waits for its end.
 const NOTIFICATION_LEASE: Duration = Duration::from_secs(60);
 
 /// Questions of one kind that are asked at a time. Fewer if they call Stripe, where they queue for
@@ -122,8 +122,8 @@ impl Questions {
         while in_flight.join_next().await.is_some() {}
     }
 
-    /// Returns the mode of the questions to ask, if only one can be asked: the key's. The others stay
-    /// due, so that they are asked at once when their key is set.
+    /// Returns the mode of the questions to ask, if only one can be asked: the key's. The others
+    /// stay due, so that they are asked at once when their key is set.
     fn mode_to_ask(&self, kind: Kind) -> Option<bool> {
         let stripe = self.stripe.as_ref()?;
         (kind == Kind::Notification).then(|| stripe.sees(true))
@@ -176,8 +176,8 @@ impl Questions {
     }
 }
 
-/// Returns how often due questions of a kind are looked for. A thin event says that something has
-/// changed already, so what it leads to is asked soon.
+/// Returns how often due questions of a kind are looked for: more often for thin events, because
+/// the change that they announce has already happened.
 fn poll(kind: Kind) -> Duration {
     if kind == Kind::Notification {
         POLL / 4

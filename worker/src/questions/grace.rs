@@ -1,9 +1,9 @@
 //! The end of a grace period: a subscription that may have been paid and still has no user becomes
 //! an orphan.
 //!
-//! Owns what is asked before: both clocks, the backlog, and Stripe if there is a key for the row's
-//! mode. Without a key, a row that may have a session which this installation never received is no
-//! orphan: its question waits for a key, a session or `reconcile`.
+//! Owns the checks before that: both clocks, the backlog, and Stripe if there is a key for the
+//! row's mode. Without a key, a row that may have a session which this installation never received
+//! does not become an orphan: its question waits for a key, a session or `reconcile`.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use crate::stripe::api::StripeApi;
 const CLAIM_MAX: Duration = Duration::from_secs(60);
 
 /// How soon a question that only Stripe could answer is retried without a key for the row's mode.
-const WITHOUT_STRIPE: Duration = Duration::from_secs(60 * 60);
+const RETRY_WITHOUT_STRIPE: Duration = Duration::from_secs(60 * 60);
 
 /// The longest pause until a grace period's end is checked again: a clock may be set right.
 const CHECK_MAX: Duration = Duration::from_secs(60 * 60);
@@ -39,8 +39,8 @@ impl Questions {
     /// the row still needs a user.
     pub(super) async fn end_grace(&self, taken: &Taken) -> Result<Outcome, QuestionError> {
         let question = &taken.question;
-        let Some(stored) = self.load_in_need(question).await? else {
-            // The batch with which the row needs a user again opens the question again.
+        let Some(stored) = self.load_if_needs_user(question).await? else {
+            // If the row needs a user again, that batch opens the question again.
             return self.close(taken).await;
         };
         let row = stored.state.visible();
@@ -58,8 +58,8 @@ impl Questions {
         if !progress::has_applied_all_before(&self.jetstream, end).await? {
             return Ok(Outcome::RetryAfter(RETRY));
         }
-        let began_in_sight = self.began_in_sight(&row).await?;
-        if !began_in_sight && orphan::had_ended_before(&row, dt_created) {
+        let stream_covers_sessions = self.stream_covers_sessions(&row).await?;
+        if !stream_covers_sessions && orphan::had_ended_before(&row, dt_created) {
             return self.close(taken).await;
         }
         let Some(stripe) = self
@@ -67,10 +67,10 @@ impl Questions {
             .as_ref()
             .filter(|stripe| stripe.sees(question.livemode))
         else {
-            // Of a withheld row, a rebuild has still to bring the session, or has lost it.
-            let may_have_session = !(began_in_sight || row.searched);
+            // A rebuild has yet to bring the session of a withheld row, or has lost it.
+            let may_have_session = !(stream_covers_sessions || row.searched);
             if may_have_session || stored.last_sent.is_withheld() {
-                return Ok(Outcome::RetryAfter(WITHOUT_STRIPE));
+                return Ok(Outcome::RetryAfter(RETRY_WITHOUT_STRIPE));
             }
             return Ok(self.record_orphan(taken, stored, None).await?);
         };
@@ -84,23 +84,27 @@ impl Questions {
         Ok(self.record_orphan(taken, stored, email).await?)
     }
 
-    /// Loads the row. Returns `None` if it needs no user by now.
-    async fn load_in_need(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
+    /// Loads the row. Returns `None` if it needs no user any more.
+    async fn load_if_needs_user(&self, question: &Question) -> Result<Option<Stored>, StoreError> {
         let stored = self.load_row(&question.entity_id).await?;
         Ok(stored.filter(|stored| orphan::needs_user(&stored.state.visible())))
     }
 
     /// Whether the stream held every Checkout Session that could claim the row.
-    async fn began_in_sight(&self, row: &Visible) -> Result<bool, ProgressError> {
+    async fn stream_covers_sessions(&self, row: &Visible) -> Result<bool, ProgressError> {
         // The creation event is proof enough, and nearly every row has it.
         Ok(row.created_event_seen
-            || orphan::began_in_sight(row, progress::stream_created(&self.jetstream).await?))
+            || orphan::stream_covers_sessions(
+                row,
+                progress::stream_created(&self.jetstream).await?,
+            ))
     }
 
     /// Publishes as events the Checkout Sessions that Stripe lists for the subscription and that
     /// claim it. Returns whether there was one.
     ///
-    /// The others say nothing new. Published, they would only conflict with the orphan.
+    /// The other sessions add nothing, and publishing them would only conflict with writing the
+    /// orphan.
     async fn publish_claims(
         &self,
         stripe: &StripeApi,
@@ -167,8 +171,8 @@ impl Questions {
     }
 }
 
-/// Whether the event of a Checkout Session gives the subscription `id` a user or makes it an orphan.
-/// A session that cannot be applied does neither.
+/// Whether the event of a Checkout Session gives the subscription `id` a user or makes it an
+/// orphan. A session that cannot be applied does neither.
 fn claims(event: &[u8], id: &str) -> bool {
     let none = MetadataKeys::Only(Default::default());
     match event::decode(event, &none) {

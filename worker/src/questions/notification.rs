@@ -1,4 +1,4 @@
-//! The fetch of an object of which thin events say that it changed.
+//! The fetch of an object that changed according to thin events.
 
 use litestripe_domain::event::{NotifiedObject, api};
 use litestripe_domain::question::{Details, GATHER, Notified};
@@ -30,8 +30,8 @@ impl Questions {
                 NotifiedObject::CheckoutSession(_) => stripe.checkout_session(id, account).await,
             }
         };
-        // A call may have to wait for the budget. A stopping worker hands the question back, so that
-        // another one need not wait for the end of the lease.
+        // A call may have to wait for the budget. A stopping worker hands the question back, so
+        // that another one need not wait for the end of the lease.
         let Some(answer) = shutdown.run_until_cancelled(fetch).await else {
             return Ok(Outcome::Conflict);
         };
@@ -41,7 +41,7 @@ impl Questions {
                 warn!(
                     entity_id = id,
                     event_id = %question.event.id,
-                    "{id}, of which a thin event says that it changed, does not exist at Stripe: {error}"
+                    "{id} does not exist at Stripe, although a thin event announced a change of it: {error}"
                 );
                 return self.close(taken).await;
             }

@@ -1,4 +1,4 @@
-//! Counts the open questions, and says which of them wait for the key.
+//! Counts the open questions, and warns if some of them wait for a key.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::wait::pause;
 /// How often the questions are counted.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
-/// How often the log says that questions wait for the key.
+/// How often the log warns at most that questions wait for a key.
 const WARN_EVERY: Duration = Duration::from_secs(60 * 60);
 
 impl Questions {
@@ -50,13 +50,13 @@ impl Questions {
     }
 
     fn warn_of_missing_key(&self, waiting: u64) {
-        let mend = match &self.stripe {
+        let fix = match &self.stripe {
             None => "set it to a key that may read subscriptions and Checkout Sessions",
             Some(_) => "it is a key of the other mode, live or test",
         };
         warn!(
             waiting,
-            "{waiting} subscriptions and Checkout Sessions with thin events wait for STRIPE_SECRET_KEY: {mend}"
+            "{waiting} subscriptions and Checkout Sessions with thin events wait for STRIPE_SECRET_KEY: {fix}"
         );
     }
 }

@@ -268,12 +268,12 @@ struct Neighbours {
     has_older: bool,
 }
 
-/// Returns the changes on a page that thin events have announced: what they lead to is fetched, so
-/// that the page's events would bring nothing new.
+/// Returns the changes on a page that thin events have announced: their objects are or will be
+/// fetched, so that the page's events would add nothing.
 ///
-/// Two changes of one object may have the same type and second. If fewer of them were announced than
-/// are listed, it is unknown which one is missing, so none counts as announced. The same holds for
-/// the seconds at the ends of the page, because its neighbours may list more of them.
+/// Two changes of one object may have the same type and second. If fewer of them were announced
+/// than are listed, it is unknown which one is missing, so none counts as announced. The same holds
+/// for the seconds at the ends of the page, because its neighbours may list more of them.
 fn announced(
     events: &[ListedEvent],
     stored: &StoredIds,

@@ -1,12 +1,12 @@
-//! An empty table beside a consumer that has applied events: the rows were lost.
+//! Detects that the rows were lost: the table is empty, although events have been applied.
 //!
 //! The SQLite file is gone, a backup was restored, or `DATABASE_URL` names another database. A live
-//! event would then make a row of an old subscription that says nothing about its user.
+//! event would then create a row of an old subscription without its user.
 //!
-//! Owns noticing it at the start of a program that applies events. The loss is recorded as a
-//! replay that nobody runs, so that everything else is as during a replay: the next one ends it. A
-//! database that begins with the stream is recorded too, so that a shop without any subscription is
-//! never taken for a loss.
+//! Owns this check at the start of a program that applies events. The loss is recorded as a replay
+//! that no process runs, so that everything else works as during a replay; the next replay ends it.
+//! A new database beside a stream without applied events is recorded too, as finished, so that a
+//! shop without any subscription is never mistaken for a loss.
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
@@ -25,8 +25,8 @@ pub(crate) enum LostRowsError {
     Progress(#[from] ProgressError),
 }
 
-/// Notices that the rows were lost, and says so until they are rebuilt.
-pub(crate) async fn notice(
+/// Records a loss of the rows, if there was one, and warns until they are rebuilt.
+pub(crate) async fn record_if_lost(
     store: &Store,
     jetstream: &jetstream::Context,
 ) -> Result<(), LostRowsError> {
@@ -40,11 +40,14 @@ pub(crate) async fn notice(
         store::replay::record_lost_rows(db, first, floor, now).await?;
     }
     let unfinished = store::replay::unfinished(db).await?;
-    if let Some(lost) = unfinished.iter().find(|replay| replay.is_of_lost_rows()) {
+    if let Some(lost) = unfinished
+        .iter()
+        .find(|replay| replay.is_lost_rows_record())
+    {
         warn!(
             "the table stripe_subscription was found empty at {}, although {WORKER_CONSUMER} has applied {EVENTS_STREAM} \
              up to event {}: the rows were lost, or DATABASE_URL names another database. Until they are rebuilt, a \
-             subscription from before that time is signalled only once it is known whose it is. Run `litestripe-worker \
+             subscription from before that time is signalled only once its user is known. Run `litestripe-worker \
              replay --signals none`, then `reconcile --repair`, then `resend --all` (docs/after-an-outage.md)",
             lost.started.truncate_to_second(),
             lost.last_sequence

@@ -6,8 +6,8 @@
 //!
 //! A replay merges events as live batches do, and runs beside them, so it does not change a row
 //! that is already right. Until its end, rows may be half rebuilt. Subscribers receive no first
-//! signal of such a row before the end, unless a live event says what it is and whose. What is not
-//! whole at the end is withheld (`recover/withheld`).
+//! signal of such a row before the end, unless a live event brings the subscription's current state
+//! and the row is whole. A row that is not whole at the end is withheld (`recover/withheld`).
 
 use std::sync::Arc;
 
@@ -68,7 +68,7 @@ pub(crate) struct Summary {
     /// Poisoned events among them, which are dead letters.
     pub poisoned: u64,
     pub signals: u64,
-    /// The rows that are not told, because nobody knows whose they are.
+    /// The rows that are not signalled, because their user is unknown.
     #[serde(flatten)]
     pub withheld: Withheld,
     pub finished: bool,
@@ -115,7 +115,7 @@ impl Replayer {
             ..replay
         };
         let consumer = replay_consumer(&replay);
-        let is_fresh = unfinished.iter().all(Replay::is_of_lost_rows);
+        let is_fresh = unfinished.iter().all(Replay::is_lost_rows_record);
         let continues = matches!(&unfinished[..], [begun] if is_continuation(begun, &replay));
         if !continues {
             consumer
@@ -188,7 +188,7 @@ impl Replayer {
             started: begun.replay.started,
             covers_stream: begun.covers_stream,
         };
-        withheld::decide(store, rebuilt).await?;
+        withheld::withhold_or_release(store, rebuilt).await?;
         summary.withheld = Withheld::find(store).await?;
         summary.signals = unsent::count(store).await?;
         store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;

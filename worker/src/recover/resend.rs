@@ -2,8 +2,8 @@
 //!
 //! For subscribers that are new, or that were offline for longer than signals are kept. Locks each
 //! row while its signal is put into the outbox, so that it never signals a state that a concurrent
-//! change has already replaced. A row that was never signalled, because nobody knows whose it is,
-//! is signalled only if the operator names it.
+//! change has already replaced. A row that was never signalled, because its user is unknown, is
+//! signalled only if the operator names it.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ const CHECK_EVERY: Duration = Duration::from_millis(50);
 pub(crate) enum Chosen {
     /// All rows. Those with an unsent or withheld signal are left out.
     All,
-    /// By name. The operator releases also what is held back.
+    /// By name. Unsent and withheld signals are sent too.
     Named,
 }
 

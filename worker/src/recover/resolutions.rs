@@ -1,9 +1,9 @@
 //! Keeps operators' resolutions of orphans in the stream.
 //!
-//! Nobody but the operator knows what a resolution says. In the stream it would be lost with age, a
-//! purge or the broker's data, and in the database with the database. So one worker at a time looks
-//! for the database's resolutions in the stream, and stores again those that are missing or will
-//! expire before long.
+//! Only the operator knows what a resolution says: it cannot be fetched from Stripe. The stream
+//! loses it with age, by a purge or with the broker's data, the database with its own data. So one
+//! worker at a time looks for the database's resolutions in the stream, and stores again those that
+//! are missing or will expire soon.
 //!
 //! Owns when a resolution is stored again. May not know how it is merged: that is idempotent.
 
@@ -27,10 +27,10 @@ use crate::stream::own_event::{self, OwnEventError, Resolution, Scope};
 use crate::stream::progress::{self, ProgressError};
 use crate::wait::pause;
 
-/// How often a worker looks.
+/// How often a worker checks the stream.
 const CHECK_EVERY: Duration = Duration::from_secs(60 * 60);
 
-/// How soon it looks again after a failure, or while another worker looks.
+/// How soon it checks again after a failure, or while another worker checks.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// Orphans read at a time.
@@ -160,7 +160,7 @@ impl Resolutions {
         while let Some(message) = progress::next_of(&self.jetstream, &subject, from).await? {
             from = message.sequence + 1;
             let id = message.headers.get(header::MESSAGE_ID);
-            // A repeated one has the time of its repetition behind its id.
+            // The id of a repeated resolution is followed by the time of its repetition.
             let id = id.and_then(|id| id.as_str().split(':').next());
             if let Some(id) = id
                 && expires_late(message.time)

@@ -1,8 +1,8 @@
-//! Rows that subscribers were never told about, because nobody knows whose they are.
+//! Withheld rows: no signal of them was ever sent, because their user is unknown.
 //!
 //! Owns the decision at the end of a replay, and the list of withheld rows for operators. The
 //! decision itself is the domain's. `reconcile` and `resend` release such rows, and so does every
-//! event that says whose the subscription is.
+//! event that names the subscription's user.
 
 use litestripe_domain::plan::{self, Rebuilt};
 use sea_orm::DatabaseTransaction;
@@ -20,7 +20,7 @@ const NAMED_MAX: u64 = 10;
 
 /// What an operator does about withheld rows.
 const RELEASE: &str =
-    "`reconcile --repair` finds out, `resend --subscription ID` sends one as it is";
+    "`reconcile --repair` asks Stripe, `resend --subscription ID` sends one as it is";
 
 /// The withheld rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -42,7 +42,7 @@ impl Withheld {
         };
         (self.count > 0).then(|| {
             format!(
-                "{} rows are withheld, because nobody knows whose they are ({}{more}): {RELEASE}",
+                "{} rows are withheld, because their user is unknown ({}{more}): {RELEASE}",
                 self.count,
                 self.first.join(", ")
             )
@@ -58,11 +58,11 @@ impl Withheld {
     }
 }
 
-/// Decides for every row without a first signal whether that is sent now that a replay has applied
-/// all its events. Runs before the replay's end is recorded, because then every worker sends what
-/// is unsent; after a crash the next run of the replay decides again. Leaves rows that cannot be
-/// read as they are.
-pub(crate) async fn decide(store: &Store, rebuilt: Rebuilt) -> Result<(), StoreError> {
+/// Decides and records for every row without a first signal whether it is sent or withheld, now
+/// that a replay has applied all its events. Runs before the replay's end is recorded, because then
+/// every worker sends what is unsent; after a crash the next run of the replay decides again.
+/// Leaves rows that cannot be read as they are.
+pub(crate) async fn withhold_or_release(store: &Store, rebuilt: Rebuilt) -> Result<(), StoreError> {
     let mut after = String::new();
     loop {
         let ids = store::subscription::not_whole(store.connection(), &after, BATCH).await?;
@@ -70,10 +70,10 @@ pub(crate) async fn decide(store: &Store, rebuilt: Rebuilt) -> Result<(), StoreE
             return Ok(());
         };
         after.clone_from(last);
-        match decide_together(store, ids.clone(), rebuilt).await {
+        match write_decisions(store, ids.clone(), rebuilt).await {
             Err(error) if error.disposition() == Disposition::Poison => {
                 for id in ids {
-                    match decide_together(store, vec![id], rebuilt).await {
+                    match write_decisions(store, vec![id], rebuilt).await {
                         Err(error) if error.disposition() == Disposition::Poison => {}
                         outcome => outcome?,
                     }
@@ -84,23 +84,24 @@ pub(crate) async fn decide(store: &Store, rebuilt: Rebuilt) -> Result<(), StoreE
     }
 }
 
-async fn decide_together(
+async fn write_decisions(
     store: &Store,
     ids: Vec<String>,
     rebuilt: Rebuilt,
 ) -> Result<(), StoreError> {
     store
-        .uncancelled(async move |tx| decide_rows(tx, &ids, rebuilt).await)
+        .uncancelled(async move |tx| write_decisions_in(tx, &ids, rebuilt).await)
         .await
 }
 
-async fn decide_rows(
+async fn write_decisions_in(
     tx: DatabaseTransaction,
     ids: &[String],
     rebuilt: Rebuilt,
 ) -> Result<(), StoreError> {
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
-    // Locked, because a live event that wrote such a row in between would be decided on never.
+    // Locked, because a live event that wrote such a row in between would otherwise never be
+    // decided on.
     store::subscription::lock(&tx, &ids).await?;
     let mut stored: Vec<_> = store::subscription::load(&tx, &ids)
         .await?

@@ -36,18 +36,19 @@ const INSERT: Insert<'_> = Insert {
     then: "",
 };
 
-/// Replaces an open question that is saved again. Once paid, a session stays paid, in whatever order
-/// its events arrive.
+/// Replaces an open question that is saved again. Once paid, a session stays paid, in whatever
+/// order its events arrive.
 const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = excluded.attempts, \
     checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
     event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
     is_paid = due_check.is_paid OR excluded.is_paid, ";
 
-/// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it is
-/// due later than the new one, it is taken or postponed, and stays so: two fetches of one object must
-/// not overlap, because the later answer may hold the earlier state. Whoever has taken it sees by the
-/// sequence that it was saved again. The sequence is the newest one, also after a redelivery.
+/// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it
+/// is due later than the new one, it is taken or postponed, and stays so: two fetches of one object
+/// must not overlap, because the later answer may hold the earlier state. The worker that has taken
+/// it sees by the sequence that it was saved again. The sequence is the newest one, also after a
+/// redelivery.
 const GATHER_POSTGRES: &str = "due_at = CASE WHEN due_check.ask_by IS NULL THEN excluded.due_at \
         WHEN due_check.due_at <= excluded.due_at THEN LEAST(excluded.due_at, due_check.ask_by) ELSE due_check.due_at END, \
     ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
@@ -131,8 +132,8 @@ fn cells(question: Question) -> [Cell; 18] {
     ]
 }
 
-/// Writes thin events by type, each as `created`, a space and the id: two such objects can be merged
-/// in SQL.
+/// Writes thin events by type, each as `created`, a space and the id: two such objects can be
+/// merged in SQL.
 fn write_notifications(notifications: &BTreeMap<EventType, EventReference>) -> String {
     let by_type: BTreeMap<&str, String> = notifications
         .iter()
@@ -360,11 +361,11 @@ pub async fn remove<C: ConnectionTrait>(
         .map_err(StoreError::doing("remove questions"))
 }
 
-/// Deletes the questions about thin events that fetches answer: each entry has an object's id and the
-/// last sequence of `STRIPE_EVENTS` when its fetch began.
+/// Deletes the questions about thin events that fetches answer: each entry has an object's id and
+/// the last sequence of `STRIPE_EVENTS` when its fetch began.
 ///
-/// A worker that asks deletes its question itself. Here those go that a replay brought back, and
-/// those whose worker died after the fetch was stored.
+/// A worker that asks deletes its question itself. This deletes those that a replay stored again,
+/// and those whose worker died after the fetch was stored.
 pub async fn remove_fetched<C: ConnectionTrait>(
     db: &C,
     fetched: &[(&str, u64)],
@@ -420,8 +421,8 @@ pub struct Open {
 }
 
 impl Open {
-    /// Whether these questions wait for a key: without one, thin events cannot be followed up. `key`
-    /// is the mode of the key, if there is one.
+    /// Whether these questions wait for a key: without one, thin events cannot be followed up.
+    /// `key` is the mode of the key, if there is one.
     pub fn waits_for_key(&self, key: Option<bool>) -> bool {
         self.kind == Kind::Notification && key != Some(self.livemode)
     }

@@ -35,7 +35,7 @@ pub struct RawRow {
     pub state: Option<State>,
     /// The columns that the merge state determines.
     pub expected: Option<Fields>,
-    /// Whether its first signal waits until somebody knows whose it is.
+    /// Whether its first signal is withheld until its user is known.
     pub is_withheld: bool,
 }
 

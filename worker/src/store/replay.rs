@@ -55,7 +55,7 @@ impl Replay {
     }
 
     /// Whether it is not a replay, but the record of a table that was found empty.
-    pub fn is_of_lost_rows(&self) -> bool {
+    pub fn is_lost_rows_record(&self) -> bool {
         self.name == LOST_ROWS
     }
 
@@ -148,8 +148,9 @@ pub async fn is_any<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
         .map_err(StoreError::doing("find replays"))
 }
 
-/// Records that the table of subscriptions was found empty at `now`, while events up to `floor` were
-/// applied. If none was applied, nothing is missing. Another worker may have recorded it already.
+/// Records that the table of subscriptions was found empty at `now`, while events up to `floor`
+/// were applied. If none was applied, nothing is missing. Another worker may have recorded it
+/// already.
 pub async fn record_lost_rows<C: ConnectionTrait>(
     db: &C,
     first_sequence: u64,

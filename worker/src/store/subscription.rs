@@ -247,7 +247,7 @@ pub async fn unsent<C: ConnectionTrait>(
 }
 
 /// Returns up to `limit` keys after `after`, in their order, of rows whose first signal is unsent
-/// or withheld and that seem not to be whole.
+/// or withheld and that are not whole, as far as their columns show.
 pub async fn not_whole<C: ConnectionTrait>(
     db: &C,
     after: &str,
@@ -268,17 +268,17 @@ pub async fn withheld<C: ConnectionTrait>(db: &C, limit: u64) -> Result<Vec<Stri
 
 /// Counts the rows with an unsent signal.
 pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let unsent = owing().filter(is_unsent()).count(db).await;
+    let unsent = unsent_or_withheld().filter(is_unsent()).count(db).await;
     unsent.map_err(StoreError::doing("count subscriptions with unsent signals"))
 }
 
 /// Counts the rows whose first signal is withheld.
 pub async fn count_withheld<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
-    let withheld = owing().filter(is_withheld()).count(db).await;
+    let withheld = unsent_or_withheld().filter(is_withheld()).count(db).await;
     withheld.map_err(StoreError::doing("count subscriptions that are withheld"))
 }
 
-/// As in the index of the same rows.
+/// The condition is that of the index of these rows.
 fn is_unsent() -> Expr {
     Expr::cust(r#"last_sent NOT IN ('"withheld"', '"silent"')"#)
 }
@@ -287,8 +287,8 @@ fn is_withheld() -> Expr {
     Column::LastSent.is_in([WITHHELD, SILENT])
 }
 
-/// Rows that owe a signal. The condition is the index's.
-fn owing() -> Select<Entity> {
+/// Selects the rows with an unsent or withheld signal. The condition is that of their index.
+fn unsent_or_withheld() -> Select<Entity> {
     Entity::find().filter(Column::LastSent.is_not_null())
 }
 
@@ -298,7 +298,7 @@ async fn keys_among<C: ConnectionTrait>(
     after: &str,
     limit: u64,
 ) -> Result<Vec<String>, StoreError> {
-    let rows = owing()
+    let rows = unsent_or_withheld()
         .select_only()
         .column(Column::StripeSubscriptionId)
         .filter(which)

@@ -122,7 +122,7 @@ pub(crate) fn snapshot(
     snapshot_event(id, object, fetched, scope)?.body()
 }
 
-/// Each fetch of an object is an event of its own: two that follow one another have different marks,
+/// Each fetch of an object is its own event: two successive fetches have different marks,
 /// because the first is stored before the second begins.
 fn snapshot_event<'a>(
     id: &str,

@@ -156,9 +156,9 @@ pub(crate) async fn has_applied_all_before(
     Ok(oldest.is_none_or(|oldest| oldest.time > end))
 }
 
-/// Returns the time by the broker's clock. `None` if the workers' consumer does not exist, whose
-/// info is the only answer with the time that the worker may ask for, or if the broker does not
-/// say.
+/// Returns the time by the broker's clock. `None` if the broker's answer lacks it, or if
+/// the workers' consumer does not exist: its info is the only answer with the time that the worker
+/// may request.
 pub(crate) async fn broker_time(
     jetstream: &jetstream::Context,
 ) -> Result<Option<OffsetDateTime>, ProgressError> {

@@ -1,9 +1,9 @@
 //! The one client of Stripe's API.
 //!
-//! Owns requests and retries, each within the shared budget, and fetches lists to their end. May not
-//! know what an object contains: bodies are returned as received, except that a list's later pages
-//! are added to its first. The key is never logged, and errors contain Stripe's request
-//! id, never the answer's text.
+//! Owns requests and retries, each within the shared budget, and fetches lists to their end. May
+//! not know what an object contains: bodies are returned as received, except that a list's later
+//! pages are added to its first. The key is never logged, and errors contain Stripe's request id,
+//! never the answer's text.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,8 +47,8 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 /// Objects on a page: the most that Stripe allows. Stripe: "Pagination".
 const PAGE_SIZE: &str = "100";
 
-/// The most entries of a list that is fetched to its end. Of a subscription with more items not even
-/// what we keep of them would fit into a message.
+/// The most entries of a list that is fetched to its end. The items of a larger
+/// subscription would not fit into a message, even reduced to the fields that we keep.
 const LISTED_MAX: usize = 10_000;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
@@ -253,7 +253,8 @@ impl StripeApi {
         );
         match listed.await {
             Ok((items, _)) => Ok(items),
-            // The subscription exists, so its items changed since. The next attempt finds out.
+            // The subscription exists, so its items changed since. The next attempt fetches the new
+            // ones.
             Err(error) if error.is_not_found() => Err(ApiError::Changed),
             Err(error) => Err(error),
         }
@@ -321,8 +322,8 @@ impl StripeApi {
         self.get(&format!("/v1/customers/{id}"), &[], account).await
     }
 
-    /// Fetches a list to its end, starting behind `after`. Also returns its first page: what the
-    /// later ones hold is not older.
+    /// Fetches a list to its end, starting behind `after`. Also returns the answer with its
+    /// first page, because the later ones are not older.
     async fn list(
         &self,
         path: &str,

@@ -1,4 +1,4 @@
-//! Marks: fields that a digest leaves out tell the states of a second apart.
+//! Marks distinguish states of one second by fields that the digest leaves out.
 
 use serde_json::{Value, json};
 

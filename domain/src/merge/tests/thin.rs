@@ -110,10 +110,10 @@ fn check(seed: u64, tally: &mut Tally) {
 }
 
 impl Tally {
-    /// Some snapshot events never come, because the destination is filtered, was switched off or lost
-    /// them; thin events came for all changes. The row is true or uncertain, with one exception: the
-    /// true state is one that the events of the last second left, and the event that returned to it
-    /// never came.
+    /// Some snapshot events never come, because the destination is filtered, was switched off or
+    /// lost them; thin events came for all changes. The row is true or uncertain, with one
+    /// exception: the true state is one that the events of the last second left, and the event that
+    /// returned to it never came.
     fn drop_snapshots(
         &mut self,
         seed: u64,

@@ -137,11 +137,11 @@ fn new_row_of_a_live_event_is_withheld_only_if_it_is_older_than_the_rebuild_and_
 }
 
 #[test]
-fn withheld_row_is_released_by_whoever_makes_it_whole_and_by_nothing_else() {
+fn withheld_row_is_released_only_by_an_event_that_makes_it_whole() {
     let resolved = || resolution(SUBSCRIPTION, Some(SUBSCRIPTION));
-    let nobody = || created_at(searched("active"), old());
+    let searched_in_stripe = || created_at(searched("active"), old());
     for rebuilding in [OPEN, None] {
-        for release in [session(), resolved(), nobody()] {
+        for release in [session(), resolved(), searched_in_stripe()] {
             let mut history = History::new();
             assert_eq!(history.apply(Now, OPEN, vec![status("trialing")]), WITHHELD);
             assert_eq!(
@@ -159,7 +159,7 @@ fn withheld_row_is_released_by_whoever_makes_it_whole_and_by_nothing_else() {
                 SENT,
                 "{what}"
             );
-            // From then on it is told like every other row.
+            // From then on it is signalled like every other row.
             assert_eq!(
                 history.apply(Now, OPEN, vec![status("canceled")]),
                 SENT,
@@ -170,7 +170,7 @@ fn withheld_row_is_released_by_whoever_makes_it_whole_and_by_nothing_else() {
 }
 
 #[test]
-fn row_amid_a_replay_is_not_told_by_a_late_event_that_does_not_say_what_it_is_now() {
+fn late_event_without_the_current_state_sends_no_row_during_a_replay() {
     let mut history = History::new();
     assert_eq!(
         history.apply(Later, OPEN, vec![status("incomplete")]),
@@ -188,7 +188,7 @@ fn row_amid_a_replay_is_not_told_by_a_late_event_that_does_not_say_what_it_is_no
     let mut history = History::new();
     assert_eq!(history.apply(Later, OPEN, vec![status("trialing")]), UNSENT);
     assert_eq!(history.apply(Now, OPEN, vec![status("active")]), WITHHELD);
-    // The replay goes on and finds the session.
+    // The replay continues and finds the session.
     assert_eq!(history.apply(Later, OPEN, vec![session()]), UNSENT);
     assert_eq!(history.end(false), LastSent::Nothing, "it is sent now");
 }
@@ -226,7 +226,7 @@ fn end_of_a_replay_withholds_what_the_stream_may_have_lost() {
 }
 
 #[test]
-fn row_of_a_silent_replay_is_told_by_a_live_event_once_it_is_whole() {
+fn row_of_a_silent_replay_is_sent_with_a_live_event_once_it_is_whole() {
     let mut history = History::new();
     assert_eq!(history.apply(Never, OPEN, vec![status("active")]), SILENT);
     assert_eq!(history.end(false), LastSent::Silent);
@@ -264,7 +264,7 @@ fn silent_replay_that_makes_a_row_whole_leaves_nothing_unsent() {
     let created = created_at(subscription("active", true), old());
     assert_eq!(history.apply(Never, OPEN, vec![created]), SILENT);
     assert_eq!(history.end(true), LastSent::Current);
-    // What was withheld is owed, whatever the replay was asked for.
+    // A withheld signal becomes unsent, also if the replay sends no signals.
     let mut history = History::new();
     assert_eq!(history.apply(Now, OPEN, vec![status("active")]), WITHHELD);
     assert_eq!(history.apply(Never, OPEN, vec![session()]), UNSENT);

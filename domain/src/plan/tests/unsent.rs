@@ -31,8 +31,8 @@ proptest! {
             prop_assert!(plan.signals.is_empty() || signalling == Signalling::Now);
             let is_first = before.revision == 0 && !plan.signals.is_empty();
             if is_first && (before.last_sent.is_withheld() || rebuilding.is_some()) {
-                prop_assert!(is_whole, "a half-built row was told");
-                prop_assert_eq!(plan.signals.len(), 1, "a state on the way was told");
+                prop_assert!(is_whole, "a half-built row was sent");
+                prop_assert_eq!(plan.signals.len(), 1, "an intermediate state was sent");
             }
             prop_assert!(!plan.row.last_sent.is_withheld() || !is_whole);
             subscriber.receive(&plan.signals, before.revision);
@@ -52,7 +52,7 @@ proptest! {
         if row.last_sent.has_unsent_signal() {
             let revision = row.revision;
             let is_whole = row.state.visible().is_whole();
-            prop_assert!(revision > 0 || is_whole, "a half-built row would be told");
+            prop_assert!(revision > 0 || is_whole, "a half-built row would be sent");
             let unsent = plan_unsent(SUBSCRIPTION, row, NOW).expect("an event led to the row");
             prop_assert!(unsent.signal.is_some());
             subscriber.receive(unsent.signal.as_slice(), revision);

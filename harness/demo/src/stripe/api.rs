@@ -442,7 +442,7 @@ fn items(subscription: &Value) -> Option<Vec<&Value>> {
     Some(subscription["items"]["data"].as_array()?.iter().collect())
 }
 
-/// Leaves the first page of a subscription's items, as Stripe answers.
+/// Cuts a subscription's items to their first page, as in Stripe's answers.
 fn cut_items(object: &mut Value) {
     let Some(items) = object.get_mut("items") else {
         return;

@@ -43,7 +43,7 @@ async fn resolution_survives_a_purged_stream_and_a_recreated_one(database: Datab
     restart(&mut bridge).await;
     until_the_stream_holds_the_resolution(&bridge).await;
 
-    // Now the database is lost, too.
+    // Now the database is also lost.
     for worker in bridge.workers.drain(..) {
         worker.stop().await;
     }

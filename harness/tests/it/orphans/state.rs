@@ -16,7 +16,7 @@ on_both_databases!(
     unpaid_session_that_stripe_lists_claims_nothing,
     subscription_whose_creation_event_never_came_becomes_an_orphan,
     row_that_reconcile_imported_becomes_an_orphan_unless_it_had_ended,
-    nothing_is_asked_about_if_it_is_switched_off,
+    no_question_is_stored_if_orphans_without_session_are_switched_off,
     row_of_the_previous_version_is_asked_about_with_its_next_event,
     question_that_is_due_too_early_makes_no_orphan,
     subscription_older_than_the_stream_is_an_orphan_only_if_stripe_was_asked,
@@ -168,12 +168,16 @@ async fn row_that_reconcile_imported_becomes_an_orphan_unless_it_had_ended(datab
     assert_eq!(found.reason, "no_checkout_session");
     assert_eq!(found.customer_email.as_deref(), Some(EMAIL));
     until_all_questions_are_answered(&bridge).await;
-    assert_eq!(bridge.orphans().await.len(), 1, "nobody waits for access");
+    assert_eq!(
+        bridge.orphans().await.len(),
+        1,
+        "no customer waits for access"
+    );
     let signals = bridge.check().await;
     assert_eq!(count_signals(&signals, "orphan.created"), 1);
 }
 
-async fn nothing_is_asked_about_if_it_is_switched_off(database: DatabaseKind) {
+async fn no_question_is_stored_if_orphans_without_session_are_switched_off(database: DatabaseKind) {
     let api = Api::start().await;
     let options = with_key(database, &api)
         .worker("LITESTRIPE_ORPHAN_GRACE", "0s")

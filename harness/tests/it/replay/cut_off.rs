@@ -22,7 +22,7 @@ use crate::orphans::{COMPLETED, CREATED, UPDATED, apply};
 on_both_databases!(
     killed_replay_sends_its_signals_when_run_again,
     unsent_signals_after_the_end_are_sent_by_a_worker,
-    live_event_signals_a_row_amid_a_replay_only_if_it_says_what_the_subscription_is,
+    live_event_signals_a_row_during_a_replay_only_if_it_has_the_current_state,
     stopped_replay_resumes_from_its_position,
     second_replay_is_refused_while_the_first_runs,
     replay_finishes_although_its_events_were_purged,
@@ -138,7 +138,7 @@ async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKin
     }
 }
 
-async fn live_event_signals_a_row_amid_a_replay_only_if_it_says_what_the_subscription_is(
+async fn live_event_signals_a_row_during_a_replay_only_if_it_has_the_current_state(
     database: DatabaseKind,
 ) {
     let mut bridge = Bridge::start(Options::new(database)).await;
@@ -183,7 +183,7 @@ async fn live_event_signals_a_row_amid_a_replay_only_if_it_says_what_the_subscri
         0,
         "the row may be in any earlier state"
     );
-    // It completes the row, and does not say what the subscription is now.
+    // It completes the row, but is not the subscription's current state.
     let session = json!({ "subscription": due, "client_reference_id": "user_1" });
     let now = crate::orphans::now();
     let session = Purchase::new(now).checkout_session_event(COMPLETED, now, session);

@@ -1,5 +1,5 @@
-//! An empty table beside a consumer that has applied events: the worker takes it for a rebuild,
-//! however it came about.
+//! The table is empty although events have been applied: the worker treats it as an unfinished
+//! rebuild, whatever the cause.
 
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::stripe::Purchase;
@@ -10,12 +10,12 @@ use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
 
 on_both_databases!(
     empty_table_beside_a_used_consumer_is_a_rebuild,
-    silent_replay_ends_the_rebuild_and_resend_tells_it,
+    silent_replay_ends_the_rebuild_and_resend_sends_its_rows,
     database_that_begins_with_the_stream_is_no_rebuild,
 );
 
-/// Says at its start that the rows were lost.
-const LOUD: &str = "the table stripe_subscription was found empty";
+/// The worker's warning at its start.
+const WARNING: &str = "the table stripe_subscription was found empty";
 
 async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::new(database)).await;
@@ -23,15 +23,15 @@ async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind)
     buy(&bridge, &known).await;
     buy(&bridge, &other).await;
     bridge.check().await;
-    assert_eq!(bridge.workers[0].count_in_log(LOUD), 0);
+    assert_eq!(bridge.workers[0].count_in_log(WARNING), 0);
     let last = last_signal(&bridge).await;
     lose(&mut bridge, database).await;
 
-    // Workers of the same database say it at every start.
+    // Workers of the same database warn at every start.
     for _ in 0..2 {
         let worker = bridge.start_worker();
         worker.wait_until_ready().await;
-        assert_eq!(worker.count_in_log(LOUD), 1, "{}", worker.log());
+        assert_eq!(worker.count_in_log(WARNING), 1, "{}", worker.log());
         assert!(worker.log().contains("replay --signals none"));
     }
     let status = status(&bridge).await;
@@ -49,10 +49,10 @@ async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind)
     ] {
         apply(&bridge, &event).await;
         bridge.wait_until_applied().await;
-        let told = signals_after(&bridge, last).await;
-        assert_eq!(told.len(), 0, "{}: {told:#?}", event.summary());
+        let sent = signals_after(&bridge, last).await;
+        assert_eq!(sent.len(), 0, "{}: {sent:#?}", event.summary());
     }
-    // What is newer than the rebuild is told as ever.
+    // What is newer than the rebuild is signalled as usual.
     let bought = Purchase::new(now() + 1);
     apply(
         &bridge,
@@ -67,19 +67,19 @@ async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind)
     bridge.wait_until_applied().await;
     let signals = signals_after(&bridge, last).await;
     for purchase in [&known, &other] {
-        let [told] = filter_by_subscription(&signals, &purchase.subscription)[..] else {
+        let [sent] = filter_by_subscription(&signals, &purchase.subscription)[..] else {
             panic!("{signals:#?}")
         };
-        assert_eq!(told.body["client_reference_id"], "user_1");
-        assert_eq!(told.body["access"], "granted");
+        assert_eq!(sent.body["client_reference_id"], "user_1");
+        assert_eq!(sent.body["access"], "granted");
     }
     assert_eq!(self::status(&bridge).await["replay"], Value::Null);
     let worker = bridge.start_worker();
     worker.wait_until_ready().await;
-    assert_eq!(worker.count_in_log(LOUD), 0, "it is over");
+    assert_eq!(worker.count_in_log(WARNING), 0, "it is over");
 }
 
-async fn silent_replay_ends_the_rebuild_and_resend_tells_it(database: DatabaseKind) {
+async fn silent_replay_ends_the_rebuild_and_resend_sends_its_rows(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 600);
     buy(&bridge, &purchase).await;
@@ -116,12 +116,12 @@ async fn database_that_begins_with_the_stream_is_no_rebuild(database: DatabaseKi
     bridge.workers.pop().expect("there is one").stop().await;
     let worker = bridge.start_worker();
     worker.wait_until_ready().await;
-    assert_eq!(worker.count_in_log(LOUD), 0, "{}", worker.log());
+    assert_eq!(worker.count_in_log(WARNING), 0, "{}", worker.log());
     assert_eq!(status(&bridge).await["replay"], Value::Null);
     let old = Purchase::new(now() - 600);
     let created = old.subscription_event(CREATED, old.created, json!({}));
     apply(&bridge, &created).await;
-    assert_eq!(bridge.check().await.len(), 1, "it is told as ever");
+    assert_eq!(bridge.check().await.len(), 1, "it is signalled as usual");
 }
 
 async fn buy(bridge: &Bridge, purchase: &Purchase) {

@@ -1,4 +1,4 @@
-//! Rows of which a rebuild does not find whose they are: they are not told until somebody knows.
+//! Rows whose user a rebuild does not find: they are not signalled until the user is known.
 
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, filter_by_subscription};
@@ -13,16 +13,16 @@ use crate::orphans::{
 };
 
 on_both_databases!(
-    rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user,
+    rebuild_that_lost_the_session_sends_no_signal_without_the_user,
     live_events_and_late_duplicates_do_not_release_a_withheld_row,
     late_session_releases_a_withheld_row_with_its_user,
     operator_releases_a_withheld_row_as_it_is,
     withheld_row_makes_no_orphan_without_a_key,
-    stream_that_holds_the_creation_and_no_session_is_told_as_it_is,
+    row_without_a_session_is_sent_if_the_stream_holds_its_creation,
     reconcile_releases_a_withheld_row_with_the_user_that_it_finds,
-    reconcile_that_finds_nobody_releases_a_withheld_row_for_good,
-    silent_rebuild_is_told_after_reconcile,
-    reconcile_releases_a_row_amid_an_interrupted_replay,
+    reconcile_that_finds_no_user_releases_a_withheld_row_for_good,
+    silent_rebuild_is_sent_after_reconcile,
+    reconcile_releases_a_row_during_an_interrupted_replay,
 );
 
 /// A bridge whose database was lost, after the session and the creation of a subscription had left
@@ -94,7 +94,7 @@ impl Rebuilt {
     }
 
     /// Checks that exactly one signal was sent after the loss, of an active row of this user.
-    async fn check_is_told_once(&self, user: &Value) {
+    async fn check_is_sent_once(&self, user: &Value) {
         let signals = self.signals().await;
         let [signal] = &signals[..] else {
             panic!("{signals:#?}")
@@ -110,7 +110,7 @@ impl Rebuilt {
     }
 }
 
-async fn rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user(database: DatabaseKind) {
+async fn rebuild_that_lost_the_session_sends_no_signal_without_the_user(database: DatabaseKind) {
     let rebuilt = Rebuilt::start(database).await;
     let named = json!([rebuilt.purchase.subscription]);
     let summary = rebuilt.replay().await;
@@ -124,7 +124,7 @@ async fn rebuild_that_lost_the_session_tells_nobody_that_there_is_no_user(databa
     );
     let again = replay(&rebuilt.bridge, &[]).await;
     let id = &rebuilt.purchase.subscription;
-    let said = format!("1 rows are withheld, because nobody knows whose they are ({id})");
+    let said = format!("1 rows are withheld, because their user is unknown ({id})");
     assert!(again.stdout.contains(&said), "{}", again.stdout);
     assert_eq!(rebuilt.signals().await.len(), 0);
     let row = rebuilt.bridge.row(id).await;
@@ -169,7 +169,7 @@ async fn live_events_and_late_duplicates_do_not_release_a_withheld_row(database:
     }
     let row = rebuilt.bridge.row(&purchase.subscription).await;
     assert_eq!(row.status.as_deref(), Some("active"), "they change the row");
-    // What is newer than the rebuild is told as ever.
+    // What is newer than the rebuild is signalled as usual.
     let bought = Purchase::new(now());
     apply(
         &rebuilt.bridge,
@@ -220,7 +220,7 @@ async fn operator_releases_a_withheld_row_as_it_is(database: DatabaseKind) {
     assert_eq!(rebuilt.status().await["withheld"], 0);
 }
 
-async fn stream_that_holds_the_creation_and_no_session_is_told_as_it_is(database: DatabaseKind) {
+async fn row_without_a_session_is_sent_if_the_stream_holds_its_creation(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::new(database)).await;
     let purchase = Purchase::new(now() - 600);
     let created = purchase.subscription_event(CREATED, purchase.created, json!({}));
@@ -254,15 +254,15 @@ async fn reconcile_releases_a_withheld_row_with_the_user_that_it_finds(database:
 
     let repaired = rebuilt.reconcile(true, &["--repair"]).await;
     assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
-    rebuilt.check_is_told_once(&json!("user_1")).await;
+    rebuilt.check_is_sent_once(&json!("user_1")).await;
 }
 
-async fn reconcile_that_finds_nobody_releases_a_withheld_row_for_good(database: DatabaseKind) {
+async fn reconcile_that_finds_no_user_releases_a_withheld_row_for_good(database: DatabaseKind) {
     let mut rebuilt = Rebuilt::start(database).await;
     rebuilt.replay().await;
     let repaired = rebuilt.reconcile(false, &["--repair"]).await;
     assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
-    rebuilt.check_is_told_once(&Value::Null).await;
+    rebuilt.check_is_sent_once(&Value::Null).await;
     let again = rebuilt.reconcile(false, &[]).await;
     assert_eq!(again.status.code(), Some(0), "{again:?}");
 
@@ -275,7 +275,7 @@ async fn reconcile_that_finds_nobody_releases_a_withheld_row_for_good(database: 
     );
 }
 
-async fn silent_rebuild_is_told_after_reconcile(database: DatabaseKind) {
+async fn silent_rebuild_is_sent_after_reconcile(database: DatabaseKind) {
     let rebuilt = Rebuilt::start(database).await;
     let silent = json_of(&replay(&rebuilt.bridge, &["--signals", "none", "--json"]).await);
     assert_eq!(
@@ -284,7 +284,7 @@ async fn silent_rebuild_is_told_after_reconcile(database: DatabaseKind) {
     );
     let repaired = rebuilt.reconcile(true, &["--repair"]).await;
     assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
-    rebuilt.check_is_told_once(&json!("user_1")).await;
+    rebuilt.check_is_sent_once(&json!("user_1")).await;
     let resent = rebuilt.resend(&["--all"]).await;
     assert_eq!(
         [&resent["sent"], &resent["withheld"]],
@@ -292,10 +292,10 @@ async fn silent_rebuild_is_told_after_reconcile(database: DatabaseKind) {
     );
 }
 
-async fn reconcile_releases_a_row_amid_an_interrupted_replay(database: DatabaseKind) {
+async fn reconcile_releases_a_row_during_an_interrupted_replay(database: DatabaseKind) {
     let rebuilt = Rebuilt::start(database).await;
     rebuilt.replay().await;
-    // As a replay that was killed before it decided what to withhold.
+    // Like a replay that was killed before it decided what to withhold.
     for killed in [
         "UPDATE replay SET dt_finished = NULL",
         "UPDATE stripe_subscription SET last_sent = 'null'",
@@ -305,7 +305,7 @@ async fn reconcile_releases_a_row_amid_an_interrupted_replay(database: DatabaseK
     }
     let repaired = rebuilt.reconcile(true, &["--repair"]).await;
     assert_eq!(repaired.status.code(), Some(0), "{repaired:?}");
-    rebuilt.check_is_told_once(&json!("user_1")).await;
+    rebuilt.check_is_sent_once(&json!("user_1")).await;
 }
 
 /// Removes all events from the stream.

@@ -1,8 +1,8 @@
 //! The events that the stream holds: their ids, and the changes that thin events announced.
 //!
 //! Owns reading them, through consumers that ack nothing and that the server deletes soon after the
-//! backfill. Of most events only the headers are read; thin events are small, and what they are
-//! about is in their bodies.
+//! backfill. Only the headers are read, except of thin events, which are small and name their
+//! object in the body.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -35,7 +35,7 @@ const INACTIVE_THRESHOLD: Duration = Duration::from_secs(10 * 60);
 /// Pulls that may fail in a row.
 const ATTEMPTS_MAX: u32 = 5;
 
-/// What the stream holds of what Stripe lists.
+/// The events that the stream holds, to be compared with those that Stripe lists.
 pub(super) struct StoredIds {
     ids: HashSet<[u8; 16]>,
     all: Reader,
@@ -163,7 +163,7 @@ impl Reader {
             for _ in 0..count {
                 let message = tokio::time::timeout(MESSAGE_TIMEOUT, messages.next()).await?;
                 let message = message.ok_or("a pull ended early")??;
-                self.pass(&message)?;
+                self.advance_past(&message)?;
                 add(&message);
             }
         }
@@ -190,8 +190,8 @@ impl Reader {
         }
     }
 
-    /// Moves behind `message`. Fails if a message before it is missing.
-    fn pass(&mut self, message: &jetstream::Message) -> Result<(), PullError> {
+    /// Records that `message` was read. Fails if a message before it is missing.
+    fn advance_past(&mut self, message: &jetstream::Message) -> Result<(), PullError> {
         let place = message.info()?;
         if place.consumer_sequence != self.last + 1 {
             return Err("messages were lost".into());

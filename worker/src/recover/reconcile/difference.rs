@@ -33,7 +33,8 @@ pub(crate) struct Difference {
 }
 
 impl Difference {
-    /// The row was never signalled, because nobody knew whose it is. Stripe knows, or nobody does.
+    /// The row was never signalled, because its user is unknown. The repair releases it: with the
+    /// user that Stripe knows, or with the fact that Stripe knows none.
     pub(super) fn withheld() -> Self {
         Self {
             field: "withheld".to_owned(),

@@ -155,7 +155,7 @@ impl Sources<'_> {
                 .object
                 .without_personal_data()
                 .unwrap_or(comparison.object);
-            // Nobody is looked for any more.
+            // The user of an erased customer is not searched for.
             comparison.fetched.searched = true;
         } else {
             self.add_user(&mut comparison).await?;

@@ -35,8 +35,8 @@ struct Arguments {
     /// Exit after the last webhook: with 0 if the rows and signals are as expected, else with 1.
     #[arg(long)]
     once: bool,
-    /// Send thin events, which hold no data: the worker fetches what changed from a stub of Stripe's
-    /// API, which the demo starts too.
+    /// Send thin events, which hold no data: the worker fetches what changed from a stub of
+    /// Stripe's API, which the demo starts too.
     #[arg(long)]
     thin: bool,
     /// Keep the folder with the database, the streams and the logs, and print its path.

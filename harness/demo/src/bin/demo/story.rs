@@ -1,4 +1,5 @@
-//! Sends the demo's webhooks, as snapshot or as thin events, and checks the rows and signals that they lead to.
+//! Sends the demo's webhooks, as snapshot or as thin events, and checks the rows and signals that
+//! they lead to.
 
 use std::time::{Duration, Instant};
 

@@ -13,7 +13,7 @@ use crate::screen::{Screen, Tone, short};
 use crate::signals::Signals;
 use crate::story::{self, SETTLE_MAX, day, summary};
 
-/// The time between two looks at the stub's requests.
+/// The time between two checks of the stub's requests.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Changes the event's object at Stripe, delivers thin events about it, waits until the worker
@@ -70,8 +70,8 @@ pub(crate) async fn deliver(
     shown.unwrap_or(Ok(()))
 }
 
-/// The thin events that Stripe sends for the change that `event` reports: one with the event's type,
-/// and for some changes a finer one.
+/// The thin events that Stripe sends for the change that `event` reports: one with the event's
+/// type, and for some changes a finer one.
 fn notifications(event: &Event, id: &str) -> Vec<Notification> {
     let (name, object) = (event.event_type(), &event.value["data"]["object"]);
     let previous = &event.value["data"]["previous_attributes"];
