@@ -1,7 +1,7 @@
 //! `replay`: the last replay that was started, and whether it has reached its end.
 //!
 //! The table has one row: a replay's, with an empty name, or that of a table that was found empty
-//! ([`LOST_ROWS`]). The version before the previous one also wrote rows with other names.
+//! (`LOST_ROWS`). The version before the previous one also wrote rows with other names.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ const LOST_ROWS: &str = "lost rows";
 /// The events that a replay reapplies, and the signals that it sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
-    /// Empty, except for [`LOST_ROWS`] and a replay of an earlier version.
+    /// Empty, except for `LOST_ROWS` and a replay of an earlier version.
     pub name: String,
     /// The signals to send: `changed` or `none`; in the previous version also `all`.
     pub signals: String,
