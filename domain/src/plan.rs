@@ -9,7 +9,7 @@
 //! Owns transitions: which merged events are signalled, under which revision, and what an event
 //! means for orphans and open questions. May not know SQL, messages, or the clock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use litestripe_contract::signal::{Access, EventReference, Subscription, SubscriptionChanged};
 use time::OffsetDateTime;
@@ -118,6 +118,21 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
     }
     others.sort_by_key(|(id, _)| *id);
     (by_subscription, others)
+}
+
+/// Returns the ids of what the events write: subscriptions, payments, and the objects of thin events
+/// and of fetches. Events that share one are applied in their order, so that a fetch comes after the
+/// thin events that it answers.
+pub fn entity_ids(arrivals: &[Arrival]) -> HashSet<String> {
+    let (by_subscription, others) = by_subscription(arrivals.iter().collect());
+    let fetched = arrivals
+        .iter()
+        .filter_map(|arrival| Some(arrival.event.fetched()?.0));
+    let ids = by_subscription
+        .into_keys()
+        .chain(others.into_iter().map(|(id, _)| id))
+        .chain(fetched);
+    ids.map(str::to_owned).collect()
 }
 
 /// Merges `arrivals` into the row, one by one in the order of (`created`, id). Each event that

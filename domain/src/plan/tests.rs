@@ -10,8 +10,8 @@ use proptest::sample::select;
 
 use super::*;
 use crate::event::{
-    Before, CheckoutSession, Event, Fetch, FetchStamp, Marks, Resolution as ResolutionBody,
-    Snapshot, SubscriptionEvent,
+    Before, CheckoutSession, Event, Fetch, FetchStamp, Marks, Notification, NotifiedObject,
+    Resolution as ResolutionBody, Snapshot, SubscriptionEvent,
 };
 use crate::payment::PaymentIds;
 use crate::question::Details;
@@ -342,4 +342,22 @@ impl Table {
 
 fn asks_of_paid(question: &Question) -> bool {
     matches!(question.details, Details::Lookup { is_paid: true, .. })
+}
+
+/// A subscription's Checkout Session has no row of its own. A batch with its fetch must still not
+/// overtake one with the thin event that the fetch answers: the question would stay.
+#[test]
+fn fetch_of_a_session_shares_an_id_with_the_thin_event_that_it_answers() {
+    let object = NotifiedObject::CheckoutSession("cs_1".to_owned());
+    let notification = Notification {
+        object,
+        context: None,
+    };
+    let thin = arrival(0, (0, Body::Notification(notification)));
+    let session = checkout_session("cs_1", Some(SUBSCRIPTION), None, "paid");
+    let mut fetched = arrival(1, (1, session));
+    fetched.event.fetch = Some(Fetch::default());
+    let (thin, fetched) = (entity_ids(&[thin]), entity_ids(&[fetched]));
+    assert!(!thin.is_disjoint(&fetched), "{thin:?} {fetched:?}");
+    assert!(fetched.contains(SUBSCRIPTION));
 }

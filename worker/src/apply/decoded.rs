@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event::{self, MetadataKeys};
-use litestripe_domain::plan::by_subscription;
+use litestripe_domain::plan;
 
 use crate::metrics;
 use crate::stream::consumer::Batch;
@@ -25,11 +25,7 @@ impl Decoded {
     /// Decodes the events of `batch`.
     pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
         let (arrivals, poisoned) = decode(&batch, keys);
-        let (by_subscription, others) = by_subscription(arrivals.iter().collect());
-        let ids = by_subscription
-            .into_keys()
-            .chain(others.into_iter().map(|(id, _)| id));
-        let entity_ids = ids.map(str::to_owned).collect();
+        let entity_ids = plan::entity_ids(&arrivals);
         Self {
             batch,
             arrivals,
