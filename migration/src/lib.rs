@@ -9,6 +9,7 @@ use sea_orm_migration::sea_orm::DatabaseConnection;
 
 pub use sea_orm_migration::MigratorTrait;
 
+mod columns;
 mod m20261123_000001_stripe_subscription;
 mod m20261123_000002_orphaned_payment;
 mod m20261123_000003_signal_outbox;

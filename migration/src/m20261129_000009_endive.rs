@@ -5,6 +5,8 @@
 
 use sea_orm_migration::prelude::*;
 
+use crate::columns;
+
 const TABLE: &str = "stripe_subscription";
 
 #[derive(DeriveMigrationName)]
@@ -13,23 +15,11 @@ pub(crate) struct Migration;
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        // One column in a statement, because SQLite allows no more.
-        for mut column in columns() {
-            let add = Table::alter().table(TABLE).add_column(&mut column).take();
-            manager.alter_table(add).await?;
-        }
-        Ok(())
+        columns::add(manager, TABLE, columns()).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for column in columns() {
-            let drop = Table::alter()
-                .table(TABLE)
-                .drop_column(column.get_column_name())
-                .take();
-            manager.alter_table(drop).await?;
-        }
-        Ok(())
+        columns::drop(manager, TABLE, columns()).await
     }
 }
 

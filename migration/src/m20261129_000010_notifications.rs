@@ -4,6 +4,8 @@
 
 use sea_orm_migration::prelude::*;
 
+use crate::columns;
+
 const TABLE: &str = "due_check";
 
 #[derive(DeriveMigrationName)]
@@ -20,21 +22,10 @@ fn columns() -> [ColumnDef; 3] {
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for column in columns() {
-            let add = Table::alter().table(TABLE).add_column(column).take();
-            manager.alter_table(add).await?;
-        }
-        Ok(())
+        columns::add(manager, TABLE, columns()).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for column in columns() {
-            let drop = Table::alter()
-                .table(TABLE)
-                .drop_column(column.get_column_name())
-                .take();
-            manager.alter_table(drop).await?;
-        }
-        Ok(())
+        columns::drop(manager, TABLE, columns()).await
     }
 }
