@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
 use crate::fail_point::fail_point;
+use crate::health::Problems;
 use crate::metrics;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
@@ -51,6 +52,8 @@ pub struct Applier {
     /// Wakes up the questions task when there may be users to look up.
     pub questions: Arc<Notify>,
     pub waiting: Arc<Waiting>,
+    /// Where it is reported that batches cannot be applied.
+    pub problems: Problems,
 }
 
 /// Applies a batch: commit, then ack, then wake the relay.

@@ -1,9 +1,10 @@
 //! `/healthz`, `/readyz` and `/metrics` of a running worker. The only file of this crate that knows
 //! HTTP.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -37,6 +38,38 @@ pub(crate) struct Readiness {
     /// Set once the database has answered and its schema is current.
     pub(crate) store: OnceLock<Store>,
     pub(crate) consuming: AtomicBool,
+    pub(crate) problems: Problems,
+}
+
+/// What keeps the worker from its work although everything it needs answers. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Problems(Arc<Mutex<BTreeMap<&'static str, String>>>);
+
+impl Problems {
+    /// Records that `part` of the worker does not do its work. The worker is not ready until
+    /// [`Problems::clear`]. `reason` is shown to everybody who can reach `/readyz`: it holds no
+    /// value that is stored and no secret.
+    pub(crate) fn report(&self, part: &'static str, reason: String) {
+        self.locked().insert(part, reason);
+    }
+
+    /// Records that `part` works again.
+    pub(crate) fn clear(&self, part: &'static str) {
+        self.locked().remove(part);
+    }
+
+    /// Returns each part with its reason, in the order of their names.
+    fn list(&self) -> Vec<String> {
+        let problems = self.locked();
+        problems
+            .iter()
+            .map(|(part, reason)| format!("{part}: {reason}"))
+            .collect()
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -63,12 +96,10 @@ pub(crate) async fn serve(
     let ready = warp::path!("readyz").then(move || {
         let (nats, readiness) = (nats.clone(), Arc::clone(&readiness));
         async move {
-            match waits_for(&nats, &readiness).await {
+            let waits_for = waits_for(&nats, &readiness).await;
+            match why_not_ready(waits_for, &readiness.problems) {
                 None => answer(StatusCode::OK, "ready"),
-                Some(what) => answer(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    &format!("waiting for {what}"),
-                ),
+                Some(why) => answer(StatusCode::SERVICE_UNAVAILABLE, &why),
             }
         }
     });
@@ -124,9 +155,19 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
     (!readiness.consuming.load(Ordering::Relaxed)).then_some("the streams")
 }
 
+/// Returns all reasons, or `None` if there are none.
+fn why_not_ready(waits_for: Option<&str>, problems: &Problems) -> Option<String> {
+    let waits_for = waits_for.map(|what| format!("waiting for {what}"));
+    let reasons: Vec<String> = waits_for.into_iter().chain(problems.list()).collect();
+    (!reasons.is_empty()).then(|| reasons.join("; "))
+}
+
 fn answer(status: StatusCode, text: &str) -> WithStatus<Json> {
     warp::reply::with_status(
         warp::reply::json(&serde_json::json!({ "status": text })),
         status,
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::Failure;
+use crate::apply::Applier;
 use crate::health::{self, Readiness};
 use crate::metrics;
 use crate::questions::Questions;
@@ -70,7 +71,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         () = supervisor.shutdown.cancelled() => return supervisor.outcome(),
     };
     let parts = prepared?;
-    let worker = Worker::spawn(&settings, &parts, &supervisor, started)?;
+    let worker = Worker::spawn(&settings, &parts, &supervisor, &readiness, started)?;
     let streams = broker::recreate_streams(settings.clone(), parts.jetstream.clone());
     supervisor.spawn(&unwaited, "the task that recreates streams", streams);
     worker
@@ -152,7 +153,7 @@ impl Supervisor {
 
 /// The tasks of a running worker, grouped by when they stop.
 struct Worker {
-    applier: crate::apply::Applier,
+    applier: Applier,
     dead_letters: DeadLetters,
     /// The backfill, the questions, the unsent signals and the retention: they stop at the
     /// shutdown.
@@ -167,13 +168,17 @@ impl Worker {
         settings: &Settings,
         parts: &Parts,
         supervisor: &Supervisor,
+        readiness: &Readiness,
         started: OffsetDateTime,
     ) -> Result<Self, Failure> {
         let (background, relaying) = <(TaskTracker, TaskTracker)>::default();
         let relay_stop = CancellationToken::new();
         let wake = Arc::new(Notify::new());
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
-        let applier = parts.applier(settings, &dead_letters, &wake);
+        let applier = Applier {
+            problems: readiness.problems.clone(),
+            ..parts.applier(settings, &dead_letters, &wake)
+        };
         let stripe = parts.stripe(settings)?;
         supervisor.spawn(
             &relaying,
