@@ -5,10 +5,10 @@
 //! relations.
 
 pub mod backfill;
-pub mod due_check;
 pub mod erasure;
 pub mod lease;
 pub mod orphaned_payment;
+pub mod question;
 pub mod replay;
 pub mod signal_outbox;
 pub mod stripe_subscription;

@@ -35,7 +35,7 @@ pub struct Model {
     /// While the signal that it was created or resolved is unsent: `created`, type and id of the
     /// event that led to it. Usually null.
     #[sea_orm(column_type = "Text", nullable)]
-    pub owed_event: Option<String>,
+    pub unsent_event: Option<String>,
     pub dt_created: TimeDateTimeWithTimeZone,
     pub dt_last_updated: TimeDateTimeWithTimeZone,
 }

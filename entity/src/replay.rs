@@ -1,9 +1,9 @@
-//! `replay`: the replay that was requested last, and its progress.
+//! `litestripe_replay`: the replay that was requested last, and its progress.
 
 use sea_orm::entity::prelude::*;
 
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
-#[sea_orm(table_name = "replay")]
+#[sea_orm(table_name = "litestripe_replay")]
 pub struct Model {
     /// Empty. The previous version gave replays names.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
@@ -21,7 +21,7 @@ pub struct Model {
     pub stripe_subscription_id: Option<String>,
     pub dt_started: TimeDateTimeWithTimeZone,
     /// The last heartbeat of its process.
-    pub dt_beat: TimeDateTimeWithTimeZone,
+    pub dt_heartbeat: TimeDateTimeWithTimeZone,
     pub dt_finished: Option<TimeDateTimeWithTimeZone>,
 }
 

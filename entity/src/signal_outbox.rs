@@ -1,10 +1,10 @@
-//! `signal_outbox`: signals that were committed with their change and are not yet in JetStream.
+//! `litestripe_signal_outbox`: signals that were committed with their change and are not yet in JetStream.
 
 use sea_orm::entity::prelude::*;
 
 /// One signal that waits for its PubAck.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
-#[sea_orm(table_name = "signal_outbox")]
+#[sea_orm(table_name = "litestripe_signal_outbox")]
 pub struct Model {
     /// The order in which the signals of one subscription or orphan were committed.
     #[sea_orm(primary_key)]

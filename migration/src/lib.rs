@@ -21,6 +21,7 @@ mod m20261129_000008_last_sent;
 mod m20261129_000009_endive;
 mod m20261129_000010_notifications;
 mod m20261129_000011_resolutions;
+mod m20261130_000012_own_names;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -40,6 +41,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261129_000009_endive::Migration),
             Box::new(m20261129_000010_notifications::Migration),
             Box::new(m20261129_000011_resolutions::Migration),
+            Box::new(m20261130_000012_own_names::Migration),
         ]
     }
 }

@@ -38,25 +38,33 @@ enum SignalDue {
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager.create_table(replay()).await?;
-        manager.create_table(signal_due()).await?;
-        let by_replay = Index::create()
-            .name("signal_due_replay")
-            .table(SignalDue::Table)
-            .col(SignalDue::Replay)
-            .col(SignalDue::EntityId)
-            .if_not_exists()
-            .take();
-        manager.create_index(by_replay).await
+        create_signal_due(manager).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .drop_table(Table::drop().table(SignalDue::Table).take())
-            .await?;
+        drop_signal_due(manager).await?;
         manager
             .drop_table(Table::drop().table(Replay::Table).take())
             .await
     }
+}
+
+pub(crate) async fn create_signal_due(manager: &SchemaManager<'_>) -> Result<(), DbErr> {
+    manager.create_table(signal_due()).await?;
+    let by_replay = Index::create()
+        .name("signal_due_replay")
+        .table(SignalDue::Table)
+        .col(SignalDue::Replay)
+        .col(SignalDue::EntityId)
+        .if_not_exists()
+        .take();
+    manager.create_index(by_replay).await
+}
+
+pub(crate) async fn drop_signal_due(manager: &SchemaManager<'_>) -> Result<(), DbErr> {
+    manager
+        .drop_table(Table::drop().table(SignalDue::Table).take())
+        .await
 }
 
 fn replay() -> TableCreateStatement {

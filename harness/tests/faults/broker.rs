@@ -515,7 +515,7 @@ async fn signals_too_large(database: DatabaseKind) {
 /// subscriptions.
 fn signals_to_insert(count: usize, body: &str, prefix: &str) -> String {
     format!(
-        "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO signal_outbox \
+        "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < {count}) INSERT INTO litestripe_signal_outbox \
          (shard, entity_id, subject, message_id, event_created, body, dt_created) SELECT k % 4, 'sub_' || (k % 200), \
          'subscription.changed', '{prefix}' || k, 1700000000, '{body}', '2026-01-01 00:00:00+00:00' FROM n"
     )

@@ -377,7 +377,13 @@ async fn database_host_that_vanishes_silently_does_not_block_a_batch_for_ever() 
 async fn database_host_that_vanishes_silently_does_not_block_signals_for_ever() {
     let rig = Rig::start(DatabaseKind::Postgres, 1, &[]).await;
     let purchases = start_with(&rig, 3).await;
-    in_the_middle_of_a_statement(&rig, &purchases, "LOCK TABLE signal_shard", Mode::Strand).await;
+    in_the_middle_of_a_statement(
+        &rig,
+        &purchases,
+        "LOCK TABLE litestripe_signal_shard",
+        Mode::Strand,
+    )
+    .await;
     eventually(
         "the worker to send signals again",
         SILENCE_DEADLINE,
@@ -385,7 +391,7 @@ async fn database_host_that_vanishes_silently_does_not_block_signals_for_ever() 
             let waiting = rig
                 .bridge
                 .database
-                .query("SELECT message_id FROM signal_outbox")
+                .query("SELECT message_id FROM litestripe_signal_outbox")
                 .await;
             let waiting = waiting.map_err(|error| error.to_string())?.len();
             if waiting == 0 {

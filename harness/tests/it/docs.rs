@@ -211,7 +211,7 @@ async fn check_answerer(language: Language) {
             eventually("the lookup to be answered", DEADLINE, async || {
                 let open = bridge
                     .database
-                    .query("SELECT entity_id FROM due_check")
+                    .query("SELECT entity_id FROM litestripe_question")
                     .await;
                 let open = open.map_err(|error| error.to_string())?;
                 let log = running.program.log();

@@ -86,7 +86,11 @@ async fn migrates_up_and_down(database: DatabaseKind) {
         "{table}"
     );
     let all = tables(&bridge).await;
-    for wanted in ["orphaned_payment", "signal_outbox", "stripe_subscription"] {
+    for wanted in [
+        "orphaned_payment",
+        "litestripe_signal_outbox",
+        "stripe_subscription",
+    ] {
         assert!(
             all.iter().any(|table| table == wanted),
             "{wanted} is not among {all:?}"

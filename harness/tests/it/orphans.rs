@@ -322,7 +322,7 @@ pub(crate) fn until(
 pub(crate) async fn questions(bridge: &Bridge) -> Vec<(String, String)> {
     let rows = bridge
         .database
-        .query("SELECT entity_id, kind FROM due_check ORDER BY 1, 2")
+        .query("SELECT entity_id, kind FROM litestripe_question ORDER BY 1, 2")
         .await;
     let text = |row: &sea_orm::QueryResult, column| row.try_get("", column).expect("it is a text");
     rows.expect("the database answers")
@@ -346,7 +346,7 @@ pub(crate) fn until_all_questions_are_answered(bridge: &Bridge) -> impl Future<O
 
 /// Makes every question due, whatever its time.
 pub(crate) async fn make_due(bridge: &Bridge) {
-    let due = "UPDATE due_check SET due_at = '2000-01-01 00:00:00+00:00'";
+    let due = "UPDATE litestripe_question SET due_at = '2000-01-01 00:00:00+00:00'";
     let due = bridge.database.query(due).await;
     due.expect("the database answers");
 }
@@ -357,7 +357,7 @@ pub(crate) fn until_retried(bridge: &Bridge) -> impl Future<Output = ()> {
     eventually("the question to be retried", DEADLINE, async || {
         let rows = bridge
             .database
-            .query("SELECT 1 FROM due_check WHERE attempts = 0")
+            .query("SELECT 1 FROM litestripe_question WHERE attempts = 0")
             .await
             .expect("the database answers");
         let open = questions(bridge).await;

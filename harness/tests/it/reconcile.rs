@@ -90,7 +90,7 @@ async fn existing_account_is_imported_into_an_empty_database(database: DatabaseK
     assert_eq!(bridge.orphans().await, []);
     let questions = bridge
         .database
-        .query("SELECT 1 FROM due_check")
+        .query("SELECT 1 FROM litestripe_question")
         .await
         .expect("the database answers");
     let without_user = customers.iter().filter(|customer| customer.user.is_none());

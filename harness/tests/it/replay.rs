@@ -305,7 +305,7 @@ async fn questions_wait_for_the_end_of_a_replay(database: DatabaseKind) {
         replay(&bridge, &["--until", "1"]).await.status.code(),
         Some(0)
     );
-    let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 2";
+    let unfinished = "UPDATE litestripe_replay SET dt_finished = NULL, last_sequence = 2";
     bridge
         .database
         .query(unfinished)
@@ -361,7 +361,7 @@ async fn half_built_row_of_a_live_event_is_signalled_at_the_end_of_a_replay(
         replay(&bridge, &["--until", "1"]).await.status.code(),
         Some(0)
     );
-    let unfinished = "UPDATE replay SET dt_finished = NULL, last_sequence = 3";
+    let unfinished = "UPDATE litestripe_replay SET dt_finished = NULL, last_sequence = 3";
     bridge
         .database
         .query(unfinished)
@@ -696,7 +696,7 @@ async fn signals_after(bridge: &Bridge, sequence: u64) -> Vec<Signal> {
 
 const UNSENT: &str = "SELECT stripe_subscription_id AS id FROM stripe_subscription \
     WHERE last_sent NOT IN ('\"withheld\"', '\"silent\"') UNION ALL \
-    SELECT id FROM orphaned_payment WHERE owed_event IS NOT NULL";
+    SELECT id FROM orphaned_payment WHERE unsent_event IS NOT NULL";
 
 /// Counts the unsent signals that wait for the end of a replay.
 async fn count_unsent(bridge: &Bridge) -> usize {

@@ -12,7 +12,7 @@ use litestripe_domain::payment::PaymentIds;
 use litestripe_domain::question::{Details, Kind, Notified, Question};
 use litestripe_domain::row::{LastSent, Row};
 use litestripe_domain::signal::NewSignal;
-use litestripe_entity::{due_check, signal_outbox, stripe_subscription};
+use litestripe_entity::{question as question_entity, signal_outbox, stripe_subscription};
 use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_worker::settings::{self, DatabaseSettings};
 use litestripe_worker::store::question::Due;
@@ -265,8 +265,8 @@ async fn questions(kind: DatabaseKind) {
         stream_sequence: 7,
         ..bare.clone()
     };
-    let row =
-        |question: Question, payment: PaymentIds, reference: &str, is_paid| due_check::Model {
+    let row = |question: Question, payment: PaymentIds, reference: &str, is_paid| {
+        question_entity::Model {
             entity_id: question.entity_id,
             kind: "lookup".to_owned(),
             due_at: question.due_at,
@@ -285,9 +285,10 @@ async fn questions(kind: DatabaseKind) {
             context: None,
             notifications: None,
             ask_by: None,
-        };
+        }
+    };
     // A question that is asked again stays paid, and keeps its subscription, account and mode.
-    let again = due_check::Model {
+    let again = question_entity::Model {
         stripe_subscription_id: payment.stripe_subscription_id.clone(),
         stripe_account_id: filled.stripe_account_id.clone(),
         livemode: true,
@@ -310,8 +311,8 @@ async fn questions(kind: DatabaseKind) {
             .await
             .expect("questions are written");
         tx.commit().await.expect("they are committed");
-        let found = due_check::Entity::find()
-            .order_by_asc(due_check::Column::EntityId)
+        let found = question_entity::Entity::find()
+            .order_by_asc(question_entity::Column::EntityId)
             .all(store.connection())
             .await;
         assert_eq!(
@@ -322,7 +323,12 @@ async fn questions(kind: DatabaseKind) {
 }
 
 /// Saves a question about thin events like those that batches save, and returns the stored one.
-async fn save_notified(store: &Store, due_at: i64, ask_by: i64, name: &str) -> due_check::Model {
+async fn save_notified(
+    store: &Store,
+    due_at: i64,
+    ask_by: i64,
+    name: &str,
+) -> question_entity::Model {
     let event_type = EventType::parse(name).expect("it is a type");
     let event = EventReference {
         event_type: event_type.clone(),
@@ -353,7 +359,9 @@ async fn save_notified(store: &Store, due_at: i64, ask_by: i64, name: &str) -> d
         .await
         .expect("questions are written");
     tx.commit().await.expect("they are committed");
-    let found = due_check::Entity::find().one(store.connection()).await;
+    let found = question_entity::Entity::find()
+        .one(store.connection())
+        .await;
     found.expect("questions are read").expect("there is one")
 }
 
@@ -361,7 +369,7 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
     const UPDATED: &str = "v1.customer.subscription.updated";
     const ACTIVE: &str = "v1.customer.subscription.active";
     let (_database, store) = open(kind).await;
-    let times = |model: &due_check::Model| (model.due_at, model.ask_by);
+    let times = |model: &question_entity::Model| (model.due_at, model.ask_by);
     save_notified(&store, 10, 15, UPDATED).await;
     let second = save_notified(&store, 12, 17, ACTIVE).await;
     assert_eq!(

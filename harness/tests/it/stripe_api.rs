@@ -179,7 +179,7 @@ async fn key_of_another_mode_is_not_used() {
     eventually("the fetch to be put off", DEADLINE, async || {
         let rows = bridge
             .database
-            .query("SELECT 1 FROM due_check WHERE kind = 'fetch' AND attempts = 1")
+            .query("SELECT 1 FROM litestripe_question WHERE kind = 'fetch' AND attempts = 1")
             .await;
         if rows.is_ok_and(|rows| rows.len() == 1) {
             Ok(())

@@ -495,7 +495,7 @@ async fn fetch_of_a_killed_worker_is_made_by_the_next(database: DatabaseKind) {
     drop(held);
     assert_eq!(bridge.stored_events().await, 1, "nothing was fetched");
     // The dead worker's lease lasts for minutes.
-    let end_lease = "UPDATE due_check SET due_at = ask_by";
+    let end_lease = "UPDATE litestripe_question SET due_at = ask_by";
     let connection = bridge.database.connection().await;
     let ended = connection
         .expect("the database answers")

@@ -41,7 +41,7 @@ struct Report {
     dead_letters: Option<u64>,
     open_orphans: Option<u64>,
     replay: Option<ReplayReport>,
-    signals_owed: Option<u64>,
+    unsent_signals: Option<u64>,
     open_questions: Option<BTreeMap<&'static str, u64>>,
     /// Subscriptions and Checkout Sessions with thin events that `STRIPE_SECRET_KEY` cannot fetch.
     waiting_for_key: Option<u64>,
@@ -110,7 +110,7 @@ impl Report {
         self.outbox = Some(outbox);
         self.outbox_oldest_age_s = oldest.map(|at| (now - at).whole_seconds());
         self.open_orphans = Some(store::orphan::count_open(db).await?);
-        self.signals_owed = Some(unsent::count(store).await?);
+        self.unsent_signals = Some(unsent::count(store).await?);
         let open = store::question::count_open(db).await?;
         let waiting = open.iter().filter(|open| open.waits_for_key(key));
         self.waiting_for_key = Some(waiting.map(|open| open.count).sum());
@@ -203,7 +203,7 @@ fn print(report: &Value) {
         ("outbox", "outbox", outbox.as_str()),
         (
             "unsent signals",
-            "signals_owed",
+            "unsent_signals",
             "rows and orphans whose signal waits for the end of a replay",
         ),
         ("withheld", "withheld", withheld.as_str()),

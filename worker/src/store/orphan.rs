@@ -58,7 +58,7 @@ pub async fn insert(
         .iter()
         .enumerate()
         .map(|(index, orphan)| ActiveModel {
-            owed_event: Set(unsent.get(index).map(write_event)),
+            unsent_event: Set(unsent.get(index).map(write_event)),
             ..model(orphan, now)
         });
     let written = Entity::insert_many(models)
@@ -109,7 +109,7 @@ pub async fn resolve_by_operator(
             Column::CustomerEmail,
             Column::DtLastUpdated,
         ])
-        .value(Column::OwedEvent, unsent_after_resolution(unsent))
+        .value(Column::UnsentEvent, unsent_after_resolution(unsent))
         .action_and_where(is_later)
         .to_owned();
     let resolved = ActiveModel {
@@ -145,7 +145,7 @@ fn model(orphan: &NewOrphan, now: OffsetDateTime) -> ActiveModel {
         resolved_at: Set(None),
         resolved_client_reference_id: Set(None),
         resolved_by: Set(None),
-        owed_event: Set(None),
+        unsent_event: Set(None),
         dt_created: Set(now),
         dt_last_updated: Set(now),
     }
@@ -307,7 +307,7 @@ pub async fn resolve(
         .col_expr(Column::ResolvedAt, Expr::value(now))
         .col_expr(Column::ResolvedClientReferenceId, Expr::value(user.0))
         .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
-        .col_expr(Column::OwedEvent, unsent_after_resolution(unsent))
+        .col_expr(Column::UnsentEvent, unsent_after_resolution(unsent))
         .col_expr(Column::DtLastUpdated, Expr::value(now))
         .filter(Column::Id.eq(id))
         .filter(Column::ResolvedAt.is_null())
@@ -319,16 +319,16 @@ pub async fn resolve(
         .next())
 }
 
-/// Returns the value of `owed_event` after a resolution by `event`; `None` if its signal is sent at
+/// Returns the value of `unsent_event` after a resolution by `event`; `None` if its signal is sent at
 /// once. An orphan that was created and resolved in the same replay has no unsent signal.
 fn unsent_after_resolution(event: Option<&EventReference>) -> Expr {
     let column = |column| Expr::col((Entity, column));
     Expr::case(
         column(Column::ResolvedAt).is_not_null(),
-        column(Column::OwedEvent),
+        column(Column::UnsentEvent),
     )
     .case(
-        column(Column::OwedEvent).is_not_null(),
+        column(Column::UnsentEvent).is_not_null(),
         Expr::value(Option::<String>::None),
     )
     .finally(Expr::value(event.map(write_event)))
@@ -343,7 +343,7 @@ pub async fn take_unsent(
 ) -> Result<Vec<(Model, EventReference)>, StoreError> {
     let doing = StoreError::doing("take orphans with unsent signals");
     let unsent = Entity::find()
-        .filter(Column::OwedEvent.is_not_null())
+        .filter(Column::UnsentEvent.is_not_null())
         .order_by_asc(Column::Id)
         .limit(limit);
     let taken = unsent
@@ -352,10 +352,10 @@ pub async fn take_unsent(
         .await
         .map_err(&doing)?;
     let sent = Entity::update_many()
-        .col_expr(Column::OwedEvent, Expr::value(Option::<String>::None))
+        .col_expr(Column::UnsentEvent, Expr::value(Option::<String>::None))
         .filter(Column::Id.is_in(taken.iter().map(|orphan| orphan.id.as_str())));
     sent.exec(tx).await.map_err(&doing)?;
-    let with_event = |mut orphan: Model| Some((parse_event(&orphan.owed_event.take()?)?, orphan));
+    let with_event = |mut orphan: Model| Some((parse_event(&orphan.unsent_event.take()?)?, orphan));
     Ok(taken
         .into_iter()
         .filter_map(with_event)
@@ -366,7 +366,7 @@ pub async fn take_unsent(
 /// Counts the orphans with an unsent signal.
 pub async fn count_unsent<C: ConnectionTrait>(db: &C) -> Result<u64, StoreError> {
     let unsent = Entity::find()
-        .filter(Column::OwedEvent.is_not_null())
+        .filter(Column::UnsentEvent.is_not_null())
         .count(db)
         .await;
     unsent.map_err(StoreError::doing("count orphans with unsent signals"))

@@ -1,4 +1,4 @@
-//! `signal_outbox`: save signals in the transaction of their change, lock shards, read and delete
+//! `litestripe_signal_outbox`: save signals in the transaction of their change, lock shards, read and delete
 //! rows.
 //!
 //! Invariant: rows of one subscription (or orphan) get their ids in the order in which they are
@@ -21,7 +21,7 @@ use crate::error::StoreError;
 pub const SHARDS: u32 = 16;
 
 const INSERT: Insert<'_> = Insert {
-    into: "signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created)",
+    into: "litestripe_signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created)",
     select: "UNNEST($1::integer[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::bigint[]), \
         UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::timestamptz[])",
     then: "",
@@ -73,7 +73,7 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
 ///
 /// PostgreSQL only: on SQLite one file lock covers all shards.
 pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
-    const FREE: &str = "SELECT shard FROM signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
+    const FREE: &str = "SELECT shard FROM litestripe_signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
         ORDER BY shard FOR UPDATE SKIP LOCKED";
     let doing = StoreError::doing("lock shards of the outbox");
     let rows = tx

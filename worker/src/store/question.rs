@@ -1,4 +1,4 @@
-//! `due_check`: open questions, each taken by one worker at a time.
+//! `litestripe_question`: open questions, each taken by one worker at a time.
 //!
 //! Invariant: a question that was taken becomes due again unless it is answered, so that none is
 //! lost when a worker dies.
@@ -12,7 +12,7 @@ use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::payment::PaymentIds;
 use litestripe_domain::question::{Details, Kind, Notified, Question};
-use litestripe_entity::due_check::{Column, Entity, Model};
+use litestripe_entity::question::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
     ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
@@ -25,7 +25,7 @@ use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 
 const INSERT: Insert<'_> = Insert {
-    into: "due_check (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
+    into: "litestripe_question (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
         stripe_subscription_id, stripe_account_id, client_reference_id, is_paid, livemode, event_id, event_type, \
         event_created, stream_sequence, context, notifications, ask_by)",
     select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::timestamptz[]), UNNEST($4::integer[]), \
@@ -42,26 +42,26 @@ const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = ex
     checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
     event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
-    is_paid = due_check.is_paid OR excluded.is_paid, ";
+    is_paid = litestripe_question.is_paid OR excluded.is_paid, ";
 
 /// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it
 /// is due later than the new one, it is taken or postponed, and stays so: two fetches of one object
 /// must not overlap, because the later answer may hold the earlier state. The worker that has taken
 /// it sees by the sequence that it was saved again. The sequence is the newest one, also after a
 /// redelivery.
-const GATHER_POSTGRES: &str = "due_at = CASE WHEN due_check.ask_by IS NULL THEN excluded.due_at \
-        WHEN due_check.due_at <= excluded.due_at THEN LEAST(excluded.due_at, due_check.ask_by) ELSE due_check.due_at END, \
-    ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
-    stream_sequence = CASE WHEN due_check.ask_by IS NULL THEN excluded.stream_sequence \
-        ELSE GREATEST(due_check.stream_sequence, excluded.stream_sequence) END, \
-    notifications = (COALESCE(due_check.notifications, '{}')::jsonb || excluded.notifications::jsonb)::text";
+const GATHER_POSTGRES: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.due_at \
+        WHEN litestripe_question.due_at <= excluded.due_at THEN LEAST(excluded.due_at, litestripe_question.ask_by) ELSE litestripe_question.due_at END, \
+    ask_by = CASE WHEN litestripe_question.due_at <= excluded.due_at THEN litestripe_question.ask_by ELSE excluded.ask_by END, \
+    stream_sequence = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.stream_sequence \
+        ELSE GREATEST(litestripe_question.stream_sequence, excluded.stream_sequence) END, \
+    notifications = (COALESCE(litestripe_question.notifications, '{}')::jsonb || excluded.notifications::jsonb)::text";
 
-const GATHER_SQLITE: &str = "due_at = CASE WHEN due_check.ask_by IS NULL THEN excluded.due_at \
-        WHEN due_check.due_at <= excluded.due_at THEN MIN(excluded.due_at, due_check.ask_by) ELSE due_check.due_at END, \
-    ask_by = CASE WHEN due_check.due_at <= excluded.due_at THEN due_check.ask_by ELSE excluded.ask_by END, \
-    stream_sequence = CASE WHEN due_check.ask_by IS NULL THEN excluded.stream_sequence \
-        ELSE MAX(due_check.stream_sequence, excluded.stream_sequence) END, \
-    notifications = json_patch(COALESCE(due_check.notifications, '{}'), excluded.notifications)";
+const GATHER_SQLITE: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.due_at \
+        WHEN litestripe_question.due_at <= excluded.due_at THEN MIN(excluded.due_at, litestripe_question.ask_by) ELSE litestripe_question.due_at END, \
+    ask_by = CASE WHEN litestripe_question.due_at <= excluded.due_at THEN litestripe_question.ask_by ELSE excluded.ask_by END, \
+    stream_sequence = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.stream_sequence \
+        ELSE MAX(litestripe_question.stream_sequence, excluded.stream_sequence) END, \
+    notifications = json_patch(COALESCE(litestripe_question.notifications, '{}'), excluded.notifications)";
 
 /// A question that this process has taken for a limited time.
 #[derive(Debug, Clone)]

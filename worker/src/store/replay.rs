@@ -1,4 +1,4 @@
-//! `replay`: the last replay that was started, and whether it has reached its end.
+//! `litestripe_replay`: the last replay that was started, and whether it has reached its end.
 //!
 //! The table has one row: a replay's, with an empty name, or that of a table that was found empty
 //! (`LOST_ROWS`). The version before the previous one also wrote rows with other names.
@@ -71,7 +71,7 @@ pub(super) fn latest_unfinished() -> SelectStatement {
         .select_only()
         .column(Column::DtStarted)
         .filter(Column::DtFinished.is_null())
-        .order_by_desc(Column::DtBeat)
+        .order_by_desc(Column::DtHeartbeat)
         .limit(1)
         .into_query()
 }
@@ -112,7 +112,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         event_types: Set(replay.event_types.join(",")),
         stripe_subscription_id: Set(replay.stripe_subscription_id.clone()),
         dt_started: Set(replay.started),
-        dt_beat: Set(replay.heartbeat),
+        dt_heartbeat: Set(replay.heartbeat),
         dt_finished: Set(None),
     };
     let replaced = OnConflict::column(Column::Name)
@@ -123,7 +123,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
             Column::EventTypes,
             Column::StripeSubscriptionId,
             Column::DtStarted,
-            Column::DtBeat,
+            Column::DtHeartbeat,
             Column::DtFinished,
         ])
         .to_owned();
@@ -168,7 +168,7 @@ pub async fn record_lost_rows<C: ConnectionTrait>(
         stripe_subscription_id: Set(None),
         dt_started: Set(now),
         // No process runs it.
-        dt_beat: Set(now - 2 * HEARTBEAT_TIMEOUT),
+        dt_heartbeat: Set(now - 2 * HEARTBEAT_TIMEOUT),
         dt_finished: Set((floor == 0).then_some(now)),
     };
     let once = OnConflict::column(Column::Name).do_nothing().to_owned();
@@ -186,7 +186,7 @@ pub async fn record_heartbeat<C: ConnectionTrait>(
     db: &C,
     at: OffsetDateTime,
 ) -> Result<(), StoreError> {
-    set(db, Column::DtBeat, at).await
+    set(db, Column::DtHeartbeat, at).await
 }
 
 /// Records that the replay has reached its end.
@@ -223,6 +223,6 @@ fn replay(row: Model) -> Replay {
             .collect(),
         stripe_subscription_id: row.stripe_subscription_id,
         started: row.dt_started,
-        heartbeat: row.dt_beat,
+        heartbeat: row.dt_heartbeat,
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use litestripe_entity::{
-    backfill, due_check, erasure, lease, orphaned_payment, replay, signal_outbox,
+    backfill, erasure, lease, orphaned_payment, question, replay, signal_outbox,
     stripe_subscription,
 };
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
@@ -209,7 +209,7 @@ async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     create(&wanted, stripe_subscription::Entity).await;
     create(&wanted, orphaned_payment::Entity).await;
     create(&wanted, signal_outbox::Entity).await;
-    create(&wanted, due_check::Entity).await;
+    create(&wanted, question::Entity).await;
     create(&wanted, replay::Entity).await;
     create(&wanted, lease::Entity).await;
     create(&wanted, backfill::Entity).await;

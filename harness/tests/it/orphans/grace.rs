@@ -264,7 +264,7 @@ async fn old_account_makes_no_orphans(database: DatabaseKind) {
 
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 10);
-    let waiting = "SELECT 1 FROM due_check WHERE attempts > 0";
+    let waiting = "SELECT 1 FROM litestripe_question WHERE attempts > 0";
     eventually("the open questions to wait", DEADLINE, async || {
         let waiting = bridge.database.query(waiting).await;
         let waiting = waiting.expect("the database answers").len();
@@ -391,7 +391,7 @@ async fn grace_period_does_not_wait_for_events_received_after_its_end() {
         "the question about the grace period to be asked",
         DEADLINE,
         async || {
-            let asked = "SELECT 1 FROM due_check WHERE kind = 'grace' AND attempts > 0";
+            let asked = "SELECT 1 FROM litestripe_question WHERE kind = 'grace' AND attempts > 0";
             let asked = bridge
                 .database
                 .query(asked)

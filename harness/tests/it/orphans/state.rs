@@ -231,7 +231,7 @@ async fn row_of_the_previous_version_is_asked_about_with_its_next_event(database
     .await;
     assert_eq!(questions(&bridge).await, open);
     // The previous version did not ask about it, and its row says nothing about that.
-    execute(&bridge, "DELETE FROM due_check").await;
+    execute(&bridge, "DELETE FROM litestripe_question").await;
     let before = "UPDATE stripe_subscription SET \
         merge_state = replace(merge_state, ',\"awaits_user\":true', '')";
     execute(&bridge, before).await;
@@ -247,7 +247,7 @@ async fn row_of_the_previous_version_is_asked_about_with_its_next_event(database
     assert_eq!(questions(&bridge).await, open);
 
     // Once answered, it is not opened again by every event.
-    execute(&bridge, "DELETE FROM due_check").await;
+    execute(&bridge, "DELETE FROM litestripe_question").await;
     apply(
         &bridge,
         &purchase.subscription_event(UPDATED, purchase.created + 2, json!({})),
@@ -271,7 +271,7 @@ async fn question_that_is_due_too_early_makes_no_orphan(database: DatabaseKind) 
 
     until_retried(&bridge).await;
     assert_eq!(bridge.orphans().await, []);
-    let due = "SELECT 1 FROM due_check WHERE due_at > (SELECT dt_created FROM stripe_subscription)";
+    let due = "SELECT 1 FROM litestripe_question WHERE due_at > (SELECT dt_created FROM stripe_subscription)";
     let due = bridge.database.query(due).await;
     assert_eq!(
         due.expect("the database answers").len(),

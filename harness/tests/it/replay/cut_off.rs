@@ -53,7 +53,7 @@ async fn killed_replay_sends_its_signals_when_run_again(database: DatabaseKind) 
         .await;
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
     assert!(
-        status["signals_owed"].as_u64() >= Some(10) && status["replay"].is_object(),
+        status["unsent_signals"].as_u64() >= Some(10) && status["replay"].is_object(),
         "{status:#}"
     );
 
@@ -100,9 +100,9 @@ async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKin
     let (rows, last) = (bridge.rows().await, last_signal(&bridge).await);
     assert_eq!(replay(&bridge, &[]).await.status.code(), Some(0));
     for statement in [
-        "UPDATE replay SET dt_finished = NULL",
+        "UPDATE litestripe_replay SET dt_finished = NULL",
         "UPDATE stripe_subscription SET last_sent = 'null'",
-        "UPDATE orphaned_payment SET owed_event = '1795430000 checkout.session.completed evt_1' WHERE id LIKE 'sub_%'",
+        "UPDATE orphaned_payment SET unsent_event = '1795430000 checkout.session.completed evt_1' WHERE id LIKE 'sub_%'",
     ] {
         bridge
             .database
@@ -122,7 +122,7 @@ async fn unsent_signals_after_the_end_are_sent_by_a_worker(database: DatabaseKin
 
     bridge
         .database
-        .query("UPDATE replay SET dt_finished = dt_beat")
+        .query("UPDATE litestripe_replay SET dt_finished = dt_heartbeat")
         .await
         .expect("it can be written");
     until_all_signals_are_sent(&bridge).await;
@@ -258,7 +258,7 @@ async fn second_replay_is_refused_while_the_first_runs(database: DatabaseKind) {
     // As if the first were still running.
     bridge
         .database
-        .query("UPDATE replay SET dt_finished = NULL")
+        .query("UPDATE litestripe_replay SET dt_finished = NULL")
         .await
         .expect("it can be written");
     for other in [&[][..], &["--type", UPDATED]] {
@@ -397,7 +397,7 @@ async fn unreadable_row_is_named_and_does_not_delay_other_signals(database: Data
 pub(super) async fn set_last_heartbeat(bridge: &Bridge, seconds: i64) {
     let at = OffsetDateTime::now_utc() - time::Duration::seconds(seconds);
     let at = at.format(&Rfc3339).expect("it can be written");
-    let set = format!("UPDATE replay SET dt_beat = '{at}'");
+    let set = format!("UPDATE litestripe_replay SET dt_heartbeat = '{at}'");
     bridge
         .database
         .query(&set)

@@ -135,7 +135,7 @@ async fn rebuild_that_lost_the_session_sends_no_signal_without_the_user(database
         [
             &status["withheld"],
             &status["withheld_first"],
-            &status["signals_owed"]
+            &status["unsent_signals"]
         ],
         [&json!(1), &named, &json!(0)]
     );
@@ -297,7 +297,7 @@ async fn reconcile_releases_a_row_during_an_interrupted_replay(database: Databas
     rebuilt.replay().await;
     // Like a replay that was killed before it decided what to withhold.
     for killed in [
-        "UPDATE replay SET dt_finished = NULL",
+        "UPDATE litestripe_replay SET dt_finished = NULL",
         "UPDATE stripe_subscription SET last_sent = 'null'",
     ] {
         let done = rebuilt.bridge.database.query(killed).await;

@@ -1,11 +1,11 @@
-//! `due_check`: the open questions, each with the time at which it is due. No personal data: an
+//! `litestripe_question`: the open questions, each with the time at which it is due. No personal data: an
 //! email that is needed later is read from the event in the stream.
 
 use sea_orm::entity::prelude::*;
 
 /// One open question.
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
-#[sea_orm(table_name = "due_check")]
+#[sea_orm(table_name = "litestripe_question")]
 pub struct Model {
     /// The subscription's id, else the Checkout Session's; for thin events, the id of the object
     /// that they name. For an erasure, the customer's.
