@@ -10,7 +10,6 @@ use litestripe_contract::exit;
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event::{MetadataKeys, owner};
 use litestripe_domain::plan::Policy;
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +19,7 @@ use crate::error::{Disposition, StoreError};
 use crate::fail_point::fail_point;
 use crate::health::Problems;
 use crate::metrics;
+use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
 use crate::stream::dead_letter::DeadLetters;
@@ -151,7 +151,7 @@ async fn queue_erasures(
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while !questions.is_empty() {
         let questions = questions.clone();
-        let queue = async move |tx: DatabaseTransaction| {
+        let queue = async move |tx: Transaction| {
             store::question::save(&tx, questions).await?;
             tx.commit()
                 .await

@@ -20,13 +20,14 @@ use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::question::Question;
 use litestripe_domain::row::Stored;
 use litestripe_domain::signal::{self, Cause};
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 
 use crate::erasure::{EraseError, Erasures};
 use crate::error::StoreError;
 use crate::settings::OrphanSettings;
+use crate::store::Transaction;
 use crate::store::question::{self, Taken};
 use crate::store::{self, Store};
 use crate::stream::own_event::OwnEventError;
@@ -111,7 +112,7 @@ impl Questions {
     }
 }
 
-async fn commit(tx: DatabaseTransaction, relay: &Notify) -> Result<(), StoreError> {
+async fn commit(tx: Transaction, relay: &Notify) -> Result<(), StoreError> {
     tx.commit()
         .await
         .map_err(StoreError::doing("commit an answer"))?;
@@ -122,7 +123,7 @@ async fn commit(tx: DatabaseTransaction, relay: &Notify) -> Result<(), StoreErro
 /// Writes a row unchanged over the version that was read. Returns false if it was written since
 /// then.
 async fn rewrite(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     id: &str,
     stored: Stored,
     now: OffsetDateTime,
@@ -135,7 +136,7 @@ async fn rewrite(
 }
 
 async fn insert_orphan(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     question: &Question,
     reason: OrphanReason,
     customer_email: Option<Email>,

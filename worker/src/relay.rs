@@ -19,7 +19,6 @@ use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
 use litestripe_contract::{connect, signal::Timestamp};
 use litestripe_entity::signal_outbox::Model;
-use sea_orm::DatabaseTransaction;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +27,7 @@ use tracing::error;
 use crate::error::StoreError;
 use crate::fail_point::fail_point;
 use crate::metrics;
+use crate::store::Transaction;
 use crate::store::{self, Store, detached};
 use crate::wait::{Awaited, Wait};
 
@@ -212,7 +212,7 @@ impl Relay {
 
     /// On PostgreSQL a transaction holds the shards' row locks: if the process dies, they are
     /// released.
-    async fn round_under_row_locks(&self, tx: DatabaseTransaction) -> Result<Round, RelayError> {
+    async fn round_under_row_locks(&self, tx: Transaction) -> Result<Round, RelayError> {
         let shards = store::outbox::lock_shards(&tx).await?;
         if shards.is_empty() {
             tx.rollback()

@@ -14,9 +14,8 @@ use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
 use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DatabaseTransaction,
-    DbBackend, DbErr, RuntimeErr, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
-    Value,
+    ConnectOptions, ConnectionTrait as _, Database, DbBackend, DbErr, RuntimeErr,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -63,9 +62,15 @@ const FRESH: Duration = Duration::from_secs(1);
 /// The advisory lock that lets one migration at a time run on a PostgreSQL database.
 const MIGRATION_LOCK: i64 = 0x6c69_7465_7374_7270;
 
+/// Runs single statements.
+pub type Connection = sea_orm::DatabaseConnection;
+
+/// Runs the statements of one transaction.
+pub type Transaction = sea_orm::DatabaseTransaction;
+
 #[derive(Clone)]
 pub struct Store {
-    db: DatabaseConnection,
+    db: Connection,
     kind: DatabaseKind,
     relay_lock_path: Option<PathBuf>,
 }
@@ -111,7 +116,7 @@ impl Store {
     }
 
     /// The connection, for single statements.
-    pub fn connection(&self) -> &DatabaseConnection {
+    pub fn connection(&self) -> &Connection {
         &self.db
     }
 
@@ -130,7 +135,7 @@ impl Store {
     /// `work` commits; a transaction that it only drops is rolled back.
     pub async fn uncancelled<T, E, F>(
         &self,
-        work: impl FnOnce(DatabaseTransaction) -> F + Send + 'static,
+        work: impl FnOnce(Transaction) -> F + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
@@ -152,7 +157,7 @@ impl Store {
         clippy::disallowed_methods,
         reason = "the one place where transactions begin"
     )]
-    async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
+    async fn begin(&self) -> Result<Transaction, StoreError> {
         let options = TransactionOptions {
             sqlite_transaction_mode: (self.kind == DatabaseKind::Sqlite)
                 .then_some(SqliteTransactionMode::Immediate),
@@ -225,7 +230,7 @@ impl Store {
             .map_err(StoreError::doing("commit the migrations"))
     }
 
-    async fn begin_migration(&self) -> Result<DatabaseTransaction, StoreError> {
+    async fn begin_migration(&self) -> Result<Transaction, StoreError> {
         let transaction = self.begin().await?;
         if self.kind == DatabaseKind::Postgres {
             // A migration may take longer than a batch, and so may another worker's that this one

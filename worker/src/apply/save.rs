@@ -18,7 +18,6 @@ use litestripe_domain::plan::{
 };
 use litestripe_domain::question::Kind;
 use litestripe_domain::signal::{self, NewSignal};
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use super::Applier;
@@ -26,6 +25,7 @@ use crate::erasure::Erasures;
 use crate::error::{Cause, StoreError};
 use crate::fail_point::fail_point;
 use crate::store;
+use crate::store::Transaction;
 use crate::store::subscription::Found;
 
 /// How long saving a batch may take. The server ends a statement sooner, but not if it has
@@ -60,7 +60,7 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
             Arc::clone(&applier.policy),
             applier.erasures.clone(),
         );
-        let once = async move |tx: DatabaseTransaction| {
+        let once = async move |tx: Transaction| {
             let is_pending = |arrival: &&Arrival| {
                 stale
                     .as_ref()
@@ -91,7 +91,7 @@ struct Saved {
 }
 
 async fn save_once(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     mut pending: Vec<Cow<'_, Arrival>>,
     policy: &Policy,
     erasures: &Erasures,
@@ -181,7 +181,7 @@ fn redact(pending: &mut [Cow<'_, Arrival>], erasures: &Erasures) {
 
 /// Saves the changes to orphans and open questions. Returns the signals that are sent now.
 async fn save_consequences(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     consequences: Vec<(&str, Consequences<'_>)>,
     signalling: Signalling,
     now: OffsetDateTime,
@@ -213,7 +213,7 @@ async fn save_consequences(
 
 /// Inserts the orphans that do not exist yet. Returns a signal for each of them.
 async fn save_orphans(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     mut orphans: Vec<(&Arrival, NewOrphan)>,
     signalling: Signalling,
     now: OffsetDateTime,
@@ -241,7 +241,7 @@ async fn save_orphans(
 
 /// Resolves the orphans that are open. Returns a signal for each of them.
 async fn save_resolutions(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     resolutions: Vec<Resolution<'_>>,
     signalling: Signalling,
     now: OffsetDateTime,

@@ -13,12 +13,12 @@ use litestripe_domain::merge::Visible;
 use litestripe_domain::orphan;
 use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use super::asker::RETRY;
 use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased, rewrite};
 use crate::error::StoreError;
+use crate::store::Transaction;
 use crate::store::question::{self, Taken};
 use crate::stream::own_event::{self, Fetched, Scope};
 use crate::stream::progress::{self, ProgressError};
@@ -148,7 +148,7 @@ impl Questions {
     ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
-        let record = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: Transaction| {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             if !rewrite(&tx, &question.entity_id, stored, now).await?

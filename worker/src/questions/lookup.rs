@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use async_nats::Client;
 use litestripe_domain::payment::ClientReferenceId;
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait as _, Statement};
 use serde::Deserialize;
 use tokio::sync::OnceCell;
 
 use crate::error::StoreError;
 use crate::settings::{DatabaseSettings, LookupSettings};
+use crate::store::Connection;
 use crate::store::Store;
 
 /// How long the application may take to answer.
@@ -98,7 +99,7 @@ impl Lookup {
 }
 
 async fn query_database(
-    db: &DatabaseConnection,
+    db: &Connection,
     query: &str,
     user: ClientReferenceId<'_>,
 ) -> Result<bool, LookupError> {

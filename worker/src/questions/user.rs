@@ -11,7 +11,7 @@ use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
 use litestripe_domain::signal;
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
 
 use super::{
@@ -19,6 +19,7 @@ use super::{
 };
 use crate::error::StoreError;
 use crate::store;
+use crate::store::Transaction;
 use crate::store::question::{self, Taken};
 
 /// How soon the lookup is asked again about an unknown user. The pause doubles with each answer.
@@ -61,7 +62,7 @@ impl Questions {
     /// question.
     async fn record_known(&self, taken: &Taken, user: String) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
-        let record = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: Transaction| {
             let question = &taken.question;
             if !rewrite_if_same_user(&tx, question, ClientReferenceId(&user), now).await?
                 || !question::remove_answered(&tx, &taken).await?
@@ -95,7 +96,7 @@ impl Questions {
     ) -> Result<Outcome, StoreError> {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let erasures = self.erasures.clone();
-        let record = async move |tx: DatabaseTransaction| {
+        let record = async move |tx: Transaction| {
             let question = &taken.question;
             let is_erased = is_erased(&erasures, &tx, question).await?;
             let email = email.filter(|_| !is_erased);
@@ -153,7 +154,7 @@ impl Questions {
 /// same moment conflicts. Returns whether the answer still holds. A payment without a subscription
 /// has no row to write.
 async fn rewrite_if_same_user(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     question: &Question,
     user: ClientReferenceId<'_>,
     now: OffsetDateTime,

@@ -10,11 +10,11 @@ use std::time::Duration;
 use litestripe_domain::plan;
 use litestripe_domain::row::{LastSent, Stored};
 use litestripe_domain::signal;
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::StoreError;
+use crate::store::Transaction;
 use crate::store::{self, Store};
 
 /// Rows whose signals are put into the outbox in one transaction.
@@ -71,7 +71,7 @@ pub(crate) async fn wait_for_room(
 }
 
 async fn put_rows(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     ids: &[String],
     chosen: Chosen,
     now: OffsetDateTime,

@@ -12,13 +12,13 @@ use std::time::Duration;
 use litestripe_contract::exit;
 use litestripe_domain::plan;
 use litestripe_domain::signal::{self, Cause, NewSignal};
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::error::{Disposition, StoreError};
+use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::wait::pause;
 
@@ -127,7 +127,7 @@ async fn send_together(store: &Store, ids: Vec<String>) -> Result<u64, StoreErro
 
 /// Sends the unsent signals of the rows `ids`, and returns their count. Skips a row that another
 /// process writes meanwhile: if its signal stays unsent, the next check sends it.
-async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, StoreError> {
+async fn send_rows(tx: Transaction, ids: &[String]) -> Result<u64, StoreError> {
     let now = OffsetDateTime::now_utc();
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     let mut stored: Vec<_> = store::subscription::load(&tx, &ids)
@@ -157,7 +157,7 @@ async fn send_rows(tx: DatabaseTransaction, ids: &[String]) -> Result<u64, Store
 
 /// Sends the unsent signals of some orphans, and returns their count. `None` while a replay is
 /// unfinished.
-async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError> {
+async fn send_orphans(tx: Transaction) -> Result<Option<u64>, StoreError> {
     let now = OffsetDateTime::now_utc();
     let orphans = store::orphan::take_unsent(&tx, BATCH).await?;
     if !store::replay::unfinished(&tx).await?.is_empty() {
@@ -180,7 +180,7 @@ async fn send_orphans(tx: DatabaseTransaction) -> Result<Option<u64>, StoreError
 }
 
 async fn commit(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     signals: Vec<NewSignal>,
     now: OffsetDateTime,
 ) -> Result<u64, StoreError> {

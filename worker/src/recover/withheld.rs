@@ -5,11 +5,11 @@
 //! event that names the subscription's user.
 
 use litestripe_domain::plan::{self, Rebuilt};
-use sea_orm::DatabaseTransaction;
 use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::error::{Disposition, StoreError};
+use crate::store::Transaction;
 use crate::store::{self, Store};
 
 /// Rows that are decided on in one transaction.
@@ -95,7 +95,7 @@ async fn write_decisions(
 }
 
 async fn write_decisions_in(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     ids: &[String],
     rebuilt: Rebuilt,
 ) -> Result<(), StoreError> {

@@ -13,14 +13,15 @@ use std::sync::Arc;
 use litestripe_entity::erasure::{Column, Entity, Model};
 use sea_orm::sea_query::{LockType, SelectStatement};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
-    QueryFilter as _, QueryOrder as _, QuerySelect as _, QueryTrait as _,
+    ColumnTrait as _, ConnectionTrait, DbBackend, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
 use super::Store;
 use super::rows::{Cell, Insert};
 use crate::error::StoreError;
+use crate::store::Transaction;
 
 const INSERT: Insert<'_> = Insert {
     into: "litestripe_erasure (stripe_id, erased_at, sequence)",
@@ -61,7 +62,7 @@ pub async fn record(
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
     const LOCK: &str = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE";
-    let record = async move |tx: DatabaseTransaction| {
+    let record = async move |tx: Transaction| {
         let doing = StoreError::doing("record an erasure");
         if tx.get_database_backend() == DbBackend::Postgres {
             tx.execute_unprepared(LOCK).await.map_err(&doing)?;

@@ -9,12 +9,13 @@ use litestripe_domain::payment::{ClientReferenceId, PaymentIds};
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoCondition, LockType, OnConflict};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbErr,
-    EntityTrait as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DbErr, EntityTrait as _,
+    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
+use crate::store::Transaction;
 
 /// The columns with an id of the customer or of one of their payments.
 const IDS: [Column; 4] = [
@@ -34,7 +35,7 @@ const OPERATOR: &str = "operator";
 /// it. During a replay the signals stay unsent, and `unsent` has the event of each; else it is
 /// empty.
 pub async fn insert(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     orphans: &[NewOrphan],
     unsent: &[EventReference],
     now: OffsetDateTime,
@@ -80,7 +81,7 @@ pub async fn insert(
 /// the orphan, or `None` if this resolution or one that wins over it is recorded already. `unsent`
 /// as in [`resolve`].
 pub async fn resolve_by_operator(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     orphan: &NewOrphan,
     user: ClientReferenceId<'_>,
     at: OffsetDateTime,
@@ -297,7 +298,7 @@ fn has_any(ids: &[&str]) -> Condition {
 /// Returns the resolved orphan. `unsent` is the event if its signal stays unsent until a replay has
 /// ended.
 pub async fn resolve(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     id: &str,
     user: ClientReferenceId<'_>,
     unsent: Option<&EventReference>,
@@ -338,7 +339,7 @@ fn unsent_after_resolution(event: Option<&EventReference>) -> Expr {
 /// Takes up to `limit` orphans with an unsent signal, each with the signal's event. Their signals
 /// count as sent once `tx` commits.
 pub async fn take_unsent(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     limit: u64,
 ) -> Result<Vec<(Model, EventReference)>, StoreError> {
     let doing = StoreError::doing("take orphans with unsent signals");

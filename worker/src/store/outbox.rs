@@ -8,13 +8,14 @@ use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::signal_outbox::{Column, Entity, Model};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _,
-    QueryFilter as _, QueryOrder as _, QuerySelect as _, Statement,
+    ColumnTrait as _, ConnectionTrait, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, Statement,
 };
 use time::OffsetDateTime;
 
 use super::rows::{Cell, Insert};
 use crate::error::StoreError;
+use crate::store::Transaction;
 
 /// The number of the outbox's shards, as the migration created them. One relay at a time works on a
 /// shard; all rows of one subscription are in the same one.
@@ -29,7 +30,7 @@ const INSERT: Insert<'_> = Insert {
 
 /// Inserts `signals`, in their order.
 pub async fn insert(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     signals: Vec<NewSignal>,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
@@ -72,7 +73,7 @@ pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
 /// were sent and deleted may reappear. The relay then sends them again with the same message ids.
 ///
 /// PostgreSQL only: on SQLite one file lock covers all shards.
-pub async fn lock_shards(tx: &DatabaseTransaction) -> Result<Vec<i32>, StoreError> {
+pub async fn lock_shards(tx: &Transaction) -> Result<Vec<i32>, StoreError> {
     const FREE: &str = "SELECT shard FROM litestripe_signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
         ORDER BY shard FOR UPDATE SKIP LOCKED";
     let doing = StoreError::doing("lock shards of the outbox");

@@ -15,14 +15,15 @@ use litestripe_domain::question::{Details, Kind, Notified, Question};
 use litestripe_entity::question::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
-    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait as _,
-    QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ColumnTrait as _, Condition, ConnectionTrait, DbBackend, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 
 use super::Store;
 use super::rows::{Cell, Insert};
 use crate::error::StoreError;
+use crate::store::Transaction;
 
 const INSERT: Insert<'_> = Insert {
     into: "litestripe_question (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
@@ -73,7 +74,7 @@ pub struct Taken {
 }
 
 /// Saves `questions`. An existing question is replaced and asked again.
-pub async fn save(tx: &DatabaseTransaction, questions: Vec<Question>) -> Result<(), StoreError> {
+pub async fn save(tx: &Transaction, questions: Vec<Question>) -> Result<(), StoreError> {
     // One statement may not name a key twice. The last of several has the newest values.
     let mut by_key: BTreeMap<_, Question> = BTreeMap::new();
     for question in questions {
@@ -266,7 +267,7 @@ pub async fn take(
 }
 
 async fn take_due(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     kind: Kind,
     due: Expr,
     // PostgreSQL keeps microseconds, and this is compared later.

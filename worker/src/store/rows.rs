@@ -6,10 +6,9 @@
 //! own parameter, in statements of three lengths, which are also prepared once. May not know the
 //! tables.
 
+use crate::store::Transaction;
 use litestripe_contract::signal::Timestamp;
-use sea_orm::{
-    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, QueryResult, Statement, Value,
-};
+use sea_orm::{ConnectionTrait as _, DbBackend, DbErr, QueryResult, Statement, Value};
 use time::OffsetDateTime;
 
 /// How many rows SQLite gets in one statement: as often as possible the first number, then the
@@ -73,7 +72,7 @@ impl From<Cell> for Value {
 
 /// Inserts `rows`, with their cells in the order of the columns. Returns the rows of a `RETURNING`.
 pub(super) async fn insert<const N: usize>(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     Insert { into, select, then }: Insert<'_>,
     rows: Vec<[Cell; N]>,
 ) -> Result<Vec<QueryResult>, DbErr> {

@@ -11,14 +11,15 @@ use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
 use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query, SelectStatement};
 use sea_orm::{
-    ColumnTrait as _, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, DbErr,
-    EntityTrait as _, IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _,
-    QueryResult, QuerySelect as _, QueryTrait as _, Select,
+    ColumnTrait as _, Condition, ConnectionTrait, DbBackend, DbErr, EntityTrait as _,
+    IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QueryResult,
+    QuerySelect as _, QueryTrait as _, Select,
 };
 use time::OffsetDateTime;
 
 use super::rows::{Cell, Insert};
 use crate::error::{Cause, StoreError};
+use crate::store::Transaction;
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
@@ -109,11 +110,7 @@ pub async fn load<C: ConnectionTrait>(
 /// Reads what a batch needs, as the first statement of its transaction: the rows of `ids` that
 /// exist, whether a replay is rebuilding others, and whether an erasure is newer than the sequence
 /// `erasures`.
-pub async fn find(
-    tx: &DatabaseTransaction,
-    ids: &[&str],
-    erasures: i64,
-) -> Result<Found, StoreError> {
+pub async fn find(tx: &Transaction, ids: &[&str], erasures: i64) -> Result<Found, StoreError> {
     let doing = StoreError::doing(LOAD);
     let mut query = rows_among(tx.get_database_backend(), ids);
     query.expr_as(super::erasure::newest_after(erasures), NEWEST_ERASURE);
@@ -190,7 +187,7 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
 
 /// Locks the rows `ids` for this transaction. Does nothing on SQLite, where every transaction holds
 /// the one write lock.
-pub async fn lock(tx: &DatabaseTransaction, ids: &[&str]) -> Result<(), StoreError> {
+pub async fn lock(tx: &Transaction, ids: &[&str]) -> Result<(), StoreError> {
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());
     }
@@ -382,7 +379,7 @@ pub async fn find_other_of_user<C: ConnectionTrait>(
 /// orders deadlock. Returns the keys that were written. Another worker has written the other rows
 /// since they were read.
 pub async fn save(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     rows: Vec<Row>,
     now: OffsetDateTime,
 ) -> Result<HashSet<String>, StoreError> {
@@ -420,10 +417,7 @@ pub async fn save(
 }
 
 /// Splits `rows` into those with changed index entries, and those that are new or keep them.
-async fn by_index_entries(
-    tx: &DatabaseTransaction,
-    rows: Vec<Row>,
-) -> Result<(Vec<Row>, Vec<Row>), DbErr> {
+async fn by_index_entries(tx: &Transaction, rows: Vec<Row>) -> Result<(Vec<Row>, Vec<Row>), DbErr> {
     let known: Vec<&str> = rows
         .iter()
         .filter(|row| row.version > 1)

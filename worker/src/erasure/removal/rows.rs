@@ -5,10 +5,10 @@
 
 use litestripe_contract::signal::EventReference;
 use litestripe_domain::plan::{self, Erased};
-use sea_orm::DatabaseTransaction;
 use time::OffsetDateTime;
 
 use crate::error::StoreError;
+use crate::store::Transaction;
 use crate::store::{self, Store};
 
 /// A row whose metadata is gone.
@@ -27,7 +27,7 @@ pub(super) async fn strip(
 ) -> Result<Option<Stripped>, StoreError> {
     loop {
         let (id, cause) = (id.to_owned(), cause.clone());
-        let once = async move |tx: DatabaseTransaction| {
+        let once = async move |tx: Transaction| {
             strip_once(tx, &id, &cause, OffsetDateTime::now_utc()).await
         };
         if let Outcome::Done(stripped) = store.uncancelled(once).await? {
@@ -43,7 +43,7 @@ enum Outcome {
 }
 
 async fn strip_once(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     id: &str,
     cause: &EventReference,
     now: OffsetDateTime,
