@@ -7,6 +7,8 @@
 //! error.
 
 pub mod bridge;
+pub mod pgbouncer;
 pub mod postgres;
+pub mod proxy;
 
 pub use litestripe_demo::{eventually, nats, port, process, program, stripe, tools};

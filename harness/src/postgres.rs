@@ -3,8 +3,8 @@
 //!
 //! `initdb` takes a second, so its result is kept in the build's folder and copied. `initdb` and
 //! `postgres` refuse to run as root; then both run as an unprivileged user that owns the temporary
-//! folder. Durability is PostgreSQL's default (`fsync` on) unless a test changes it. May not know
-//! our schema.
+//! folder. Durability is PostgreSQL's default (`fsync` on) unless a test changes it. Two servers can
+//! be a primary and its standby, and change roles. May not know our schema.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,7 +15,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use sea_orm::{ConnectOptions, ConnectionTrait, Database};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, QueryResult, Statement,
+};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -107,17 +109,104 @@ impl Server {
             "litestripe_{}",
             self.databases.fetch_add(1, Ordering::Relaxed) + 1
         );
+        self.run(&format!("CREATE DATABASE {name}")).await;
+        self.url(&name)
+    }
+
+    /// Makes this server a standby that follows `primary` by streaming replication. Its own data is
+    /// replaced by a copy of the primary's; its port stays. Ends when it answers queries.
+    ///
+    /// Made without `pg_basebackup` and `pg_rewind`, which not every package of PostgreSQL contains.
+    ///
+    /// # Panics
+    /// When `primary` does not run, or this server does not start.
+    pub async fn follow(&mut self, primary: &Self) {
+        self.stop().await;
+        let data = self.data();
+        fs::remove_dir_all(&data).expect("the folder is ours");
+        // One session, because the backup ends when its session does.
+        let session = primary.session().await;
+        // Of the write-ahead log so much is kept for a standby that is away.
+        query(&session, "ALTER SYSTEM SET wal_keep_size = '256MB'").await;
+        query(&session, "SELECT pg_reload_conf()").await;
+        query(&session, "SELECT pg_backup_start('standby', true)").await;
+        copy(&primary.data(), &data, self.owner.as_ref()).expect("the data can be copied");
+        let label = query(&session, "SELECT labelfile FROM pg_backup_stop(false)").await;
+        let label: String = label
+            .first()
+            .and_then(|row| row.try_get("", "labelfile").ok())
+            .expect("a backup has a label");
+        session.close().await.expect("a connection can be closed");
+        let follow = format!(
+            "primary_conninfo = 'host=127.0.0.1 port={} user=postgres'\n",
+            primary.port
+        );
+        let automatic = data.join("postgresql.auto.conf");
+        let settings = fs::read_to_string(&automatic).expect("every server has this file");
+        // The write-ahead log was written to while it was copied. It comes by replication instead.
+        for entry in fs::read_dir(data.join("pg_wal")).expect("every server has this folder") {
+            // Fails for the folder in it, which stays.
+            let _ = fs::remove_file(entry.expect("a folder can be read").path());
+        }
+        let _ = fs::remove_file(data.join("postmaster.pid"));
+        for (name, text) in [
+            ("backup_label", label),
+            ("standby.signal", String::new()),
+            ("postgresql.auto.conf", settings + &follow),
+        ] {
+            self.write(name, &text);
+        }
+        self.resume().await;
+    }
+
+    /// Makes a standby the primary. Ends when it accepts writes.
+    ///
+    /// # Panics
+    /// When it does not run or is no standby.
+    pub async fn promote(&self) {
+        self.run("SELECT pg_promote()").await;
+    }
+
+    /// Whether a commit waits until a standby has it too, as long as this is the primary. Without a
+    /// standby that follows, a commit then waits until there is one.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub async fn set_synchronous(&self, is_synchronous: bool) {
+        let names = if is_synchronous { "*" } else { "" };
+        self.run(&format!(
+            "ALTER SYSTEM SET synchronous_standby_names = '{names}'"
+        ))
+        .await;
+        self.run("SELECT pg_reload_conf()").await;
+    }
+
+    /// Runs a statement in a session of its own.
+    async fn run(&self, sql: &str) {
+        let session = self.session().await;
+        query(&session, sql).await;
+        session.close().await.expect("a connection can be closed");
+    }
+
+    async fn session(&self) -> DatabaseConnection {
         let mut options = ConnectOptions::new(self.url("postgres"));
         options.max_connections(1).sqlx_logging(false);
-        let server = Database::connect(options)
+        Database::connect(options)
             .await
-            .expect("a running server accepts a client");
-        server
-            .execute_unprepared(&format!("CREATE DATABASE {name}"))
-            .await
-            .expect("a database can be made");
-        server.close().await.expect("a connection can be closed");
-        self.url(&name)
+            .expect("a running server accepts a client")
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// Writes a file of the data folder.
+    fn write(&self, name: &str, text: &str) {
+        let path = self.data().join(name);
+        fs::write(&path, text).expect("the folder is ours");
+        if let Some(owner) = &self.owner {
+            owner.take(&path).expect("root may give files away");
+        }
     }
 
     /// The port on which it listens when it runs.
@@ -195,7 +284,7 @@ impl Server {
         let postgres = tools::postgres_bin()?.join("postgres");
         let folder = self.folder.path();
         let mut command = process::command(&postgres, Signal::Quit);
-        command.arg("-D").arg(folder.join("data"));
+        command.arg("-D").arg(self.data());
         command
             .arg("-k")
             .arg(folder)
@@ -226,16 +315,24 @@ impl Drop for Server {
     }
 }
 
-/// The user as which PostgreSQL runs if this process runs as root.
+async fn query(session: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
+    let statement = Statement::from_string(session.get_database_backend(), sql);
+    session
+        .query_all_raw(statement)
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error}"))
+}
+
+/// The user as which PostgreSQL and PgBouncer run if this process runs as root.
 #[derive(Debug)]
-struct Owner {
+pub(crate) struct Owner {
     user: u32,
     group: u32,
 }
 
 impl Owner {
     /// Finds the user; `None` if this process is not root, which the owner of a new folder shows.
-    fn find(new_folder: &Path) -> io::Result<Option<Self>> {
+    pub(crate) fn find(new_folder: &Path) -> io::Result<Option<Self>> {
         if fs::metadata(new_folder)?.uid() != 0 {
             return Ok(None);
         }
@@ -259,14 +356,14 @@ impl Owner {
         Some(Self { user, group })
     }
 
-    fn take(&self, path: &Path) -> io::Result<()> {
+    pub(crate) fn take(&self, path: &Path) -> io::Result<()> {
         chown(path, Some(self.user), Some(self.group))
     }
 }
 
 /// Makes `command` run in `folder` as the user `owner`. Of the environment only `PATH` is kept,
 /// because `PG…` variables change what `initdb` and `postgres` do.
-fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
+pub(crate) fn in_folder(command: &mut Command, folder: &Path, owner: Option<&Owner>) {
     command
         .current_dir(folder)
         .env_clear()
@@ -334,7 +431,8 @@ fn init(initdb: &Path, folder: &Path, data: &Path, owner: Option<&Owner>) -> io:
     Ok(())
 }
 
-/// Copies a folder with its permissions and gives the copy to `owner`.
+/// Copies a folder with its permissions and gives the copy to `owner`. The folder may be that of a
+/// running server in a backup: files may vanish.
 fn copy(from: &Path, to: &Path, owner: Option<&Owner>) -> io::Result<()> {
     fs::create_dir(to)?;
     // PostgreSQL refuses a data folder that other users may enter.
@@ -349,7 +447,10 @@ fn copy(from: &Path, to: &Path, owner: Option<&Owner>) -> io::Result<()> {
             copy(&entry.path(), &target, owner)?;
             continue;
         }
-        fs::copy(entry.path(), &target)?;
+        match fs::copy(entry.path(), &target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            copied => copied?,
+        };
         if let Some(owner) = owner {
             owner.take(&target)?;
         }

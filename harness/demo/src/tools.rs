@@ -27,6 +27,24 @@ pub fn postgres_bin() -> io::Result<&'static Path> {
     locate(&FOUND, "postgres", "LITESTRIPE_POSTGRES_BIN")
 }
 
+/// The `pgbouncer` program.
+///
+/// # Errors
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
+pub fn pgbouncer() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "pgbouncer", "LITESTRIPE_PGBOUNCER")
+}
+
+/// libfaketime's library for `LD_PRELOAD`, which gives a program another clock.
+///
+/// # Errors
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
+pub fn faketime() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "faketime", "LITESTRIPE_FAKETIME")
+}
+
 /// The Python with the packages of `harness/python/requirements.txt`.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use litestripe_contract::subject::{
 use litestripe_harness::bridge::{DatabaseKind, filter_by_subscription, lock_row_sql};
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Program;
+use litestripe_harness::proxy::Mode;
 use litestripe_harness::stripe::{Event, Purchase};
 use litestripe_harness::{eventually, nats};
 use sea_orm::DatabaseTransaction;
@@ -18,7 +19,6 @@ use time::OffsetDateTime;
 use crate::check::{Stream, check, check_rows_are_merged};
 use crate::ledger::Answer;
 use crate::load::Load;
-use crate::proxy::Mode;
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use litestripe_harness::bridge::{DatabaseKind, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
+use litestripe_harness::proxy::Mode;
 use litestripe_harness::stripe::{Event, Purchase};
 use sea_orm::{
     ConnectionTrait as _, SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
@@ -17,7 +18,6 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::check::{Stream, check};
-use crate::proxy::Mode;
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
 const WAITING: &str = "litestripe_worker_waiting{for=\"database\"} 1";

@@ -23,7 +23,6 @@ mod kill_points;
 mod ledger;
 mod load;
 mod overload;
-mod proxy;
 mod random;
 mod rig;
 mod tampering;

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::Program;
+use litestripe_harness::proxy::{Mode, Proxy};
 
 use crate::check::{Found, Stream, check};
 use crate::dice::Dice;
 use crate::ledger::Figures;
 use crate::load::Load;
-use crate::proxy::{Mode, Proxy};
 use crate::rig::{DEADLINE, Rig, count_in_log};
 
 /// How long faults are injected in the short form.

@@ -11,10 +11,10 @@ use async_nats::jetstream::consumer::{AckPolicy, pull};
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
 use litestripe_harness::program::{Launch, Program};
+use litestripe_harness::proxy::Proxy;
 use litestripe_harness::{eventually, nats, port, stripe};
 
 use crate::ledger::Ledger;
-use crate::proxy::Proxy;
 
 /// The deadline of most conditions that tests wait for, enough for two busy cores.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);

@@ -1,6 +1,8 @@
 //! The harness itself: servers that start, keep their data and leave nothing behind, programs that
 //! end with their owner, events that look like Stripe's.
 
+mod between;
+
 use std::path::PathBuf;
 use std::time::Duration;
 

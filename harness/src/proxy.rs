@@ -2,25 +2,27 @@
 //!
 //! Owns the faults of a connection between two healthy programs. May not know their protocol. After
 //! it has dropped bytes, it passes no later bytes of that connection: when the fault ends, it
-//! resets the connection.
+//! resets the connection, or leaves it silent for good ([`Mode::Blackhole`]).
 
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use litestripe_harness::port;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::port;
+
 /// The most bytes that are passed on at a time.
 const CHUNK_BYTES: usize = 16 << 10;
 
 /// How a proxy treats its existing and new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// Passes everything on.
     Pass,
     /// Delays every chunk.
@@ -32,6 +34,10 @@ pub(crate) enum Mode {
     /// Leaves existing connections half-open for good and passes new ones, like a host that
     /// vanished silently and was replaced.
     Strand,
+    /// Drops everything in both directions and closes nothing, also after this mode has ended: the
+    /// connections of that time stay silent until [`Self::Cut`]. Like a host or a firewall that
+    /// swallows every packet.
+    Blackhole,
     /// Passes requests on and drops the server's replies.
     DropReplies,
     /// Resets each connection after that many bytes, even in the middle of a message.
@@ -40,31 +46,43 @@ pub(crate) enum Mode {
 
 /// A listening proxy. Dropping it closes it and its connections.
 #[derive(Debug)]
-pub(crate) struct Proxy {
+pub struct Proxy {
     port: u16,
+    target: Arc<AtomicU16>,
     mode: watch::Sender<Mode>,
     task: JoinHandle<()>,
 }
 
 impl Proxy {
     /// Starts a proxy to that port of 127.0.0.1, which passes everything on.
-    pub(crate) async fn start(target: u16) -> Self {
+    pub async fn start(target: u16) -> Self {
         let port = port::free();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
             .await
             .expect("the port is ours");
         let mode = watch::Sender::new(Mode::Pass);
-        let task = tokio::spawn(accept(listener, target, mode.subscribe()));
-        Self { port, mode, task }
+        let target = Arc::new(AtomicU16::new(target));
+        let task = tokio::spawn(accept(listener, Arc::clone(&target), mode.subscribe()));
+        Self {
+            port,
+            target,
+            mode,
+            task,
+        }
     }
 
     /// The port for clients.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
+    /// Leads new connections to another port. Existing ones keep theirs, as after a change in DNS.
+    pub fn point_to(&self, target: u16) {
+        self.target.store(target, Ordering::Relaxed);
+    }
+
     /// Changes how connections are treated from now on.
-    pub(crate) fn set(&self, mode: Mode) {
+    pub fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
 }
@@ -75,13 +93,14 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: u16, mode: watch::Receiver<Mode>) {
+async fn accept(listener: TcpListener, target: Arc<AtomicU16>, mode: watch::Receiver<Mode>) {
     // Dropping it with this task closes the connections.
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { continue };
+                let target = target.load(Ordering::Relaxed);
                 connections.spawn(connection(client, target, mode.clone()));
             }
             Some(_) = connections.join_next() => {}
@@ -96,8 +115,13 @@ enum End {
     Reset,
 }
 
-async fn connection(mut client: TcpStream, target: u16, mode: watch::Receiver<Mode>) {
-    if *mode.borrow() == Mode::Cut {
+async fn connection(mut client: TcpStream, target: u16, mut mode: watch::Receiver<Mode>) {
+    let first = *mode.borrow_and_update();
+    if first == Mode::Blackhole {
+        // Not even the server notices this client.
+        let _ = mode.wait_for(|mode| *mode == Mode::Cut).await;
+    }
+    if matches!(first, Mode::Blackhole | Mode::Cut) {
         let _ = client.set_zero_linger();
         return;
     }
@@ -106,7 +130,7 @@ async fn connection(mut client: TcpStream, target: u16, mode: watch::Receiver<Mo
     };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let passed = AtomicUsize::new(0);
-    let is_new = *mode.borrow() == Mode::Strand;
+    let is_new = first == Mode::Strand;
     let end = {
         let (from_client, to_client) = client.split();
         let (from_server, to_server) = server.split();
@@ -139,9 +163,10 @@ async fn pass(
     passed: &AtomicUsize,
 ) -> End {
     let mut chunk = vec![0; CHUNK_BYTES];
-    let mut has_dropped = false;
+    let (mut has_dropped, mut is_lost) = (false, false);
     loop {
         let now = *mode.borrow_and_update();
+        is_lost |= now == Mode::Blackhole;
         if now == Mode::Cut || (has_dropped && now != Mode::DropReplies) {
             return End::Reset;
         }
@@ -153,6 +178,9 @@ async fn pass(
         let Ok(count @ 1..) = count else {
             return End::Closed;
         };
+        if is_lost {
+            continue;
+        }
         let mut part = &chunk[..count];
         match now {
             Mode::DropReplies if is_reply => {
