@@ -55,7 +55,6 @@ impl MigrationTrait for Migration {
         let number = |column| ColumnDef::new(column).big_integer().not_null().take();
         let table = Table::create()
             .table(Column::Table)
-            .if_not_exists()
             .col(text(Column::StripeSubscriptionId).not_null().primary_key())
             .col(text(Column::StripeCustomerId))
             .col(text(Column::ClientReferenceId))
@@ -94,7 +93,6 @@ impl MigrationTrait for Migration {
                 .name(name)
                 .table(Column::Table)
                 .col(column)
-                .if_not_exists()
                 .take();
             manager.create_index(index).await?;
         }

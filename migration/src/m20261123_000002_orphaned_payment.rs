@@ -30,7 +30,6 @@ impl MigrationTrait for Migration {
         let time = |column| ColumnDef::new(column).timestamp_with_time_zone().take();
         let table = Table::create()
             .table(Column::Table)
-            .if_not_exists()
             .col(text(Column::Id).not_null().primary_key())
             .col(text(Column::CheckoutSessionId))
             .col(text(Column::StripeCustomerId))

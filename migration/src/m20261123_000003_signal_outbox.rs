@@ -1,4 +1,4 @@
-//! Creates `signal_outbox` and `signal_shard`. Relays lock a row of the latter, so that only one
+//! Creates `litestripe_signal_outbox` and `litestripe_signal_shard`. Relays lock a row of the latter, so that only one
 //! relay at a time works on a shard of the outbox (on PostgreSQL; on SQLite they lock a file
 //! instead).
 
@@ -12,6 +12,7 @@ pub(crate) struct Migration;
 
 #[derive(DeriveIden)]
 enum SignalOutbox {
+    #[sea_orm(iden = "litestripe_signal_outbox")]
     Table,
     Id,
     Shard,
@@ -26,6 +27,7 @@ enum SignalOutbox {
 
 #[derive(DeriveIden)]
 enum SignalShard {
+    #[sea_orm(iden = "litestripe_signal_shard")]
     Table,
     Shard,
 }
@@ -37,7 +39,6 @@ impl MigrationTrait for Migration {
         let text = |column| ColumnDef::new(column).text().take();
         let table = Table::create()
             .table(Column::Table)
-            .if_not_exists()
             .col(
                 ColumnDef::new(Column::Id)
                     .big_integer()
@@ -64,17 +65,15 @@ impl MigrationTrait for Migration {
             .take();
         manager.create_table(table).await?;
         let by_shard = Index::create()
-            .name("signal_outbox_shard_id")
+            .name("litestripe_signal_outbox_shard_id")
             .table(Column::Table)
             .col(Column::Shard)
             .col(Column::Id)
-            .if_not_exists()
             .take();
         manager.create_index(by_shard).await?;
 
         let shards = Table::create()
             .table(SignalShard::Table)
-            .if_not_exists()
             .col(
                 ColumnDef::new(SignalShard::Shard)
                     .integer()

@@ -1,4 +1,4 @@
-//! Creates `due_check`: the open questions, each with the time at which it is due.
+//! Creates `litestripe_question`, which was `due_check` once: the open questions, each with the time at which it is due.
 
 use sea_orm_migration::prelude::*;
 
@@ -6,7 +6,8 @@ use sea_orm_migration::prelude::*;
 pub(crate) struct Migration;
 
 #[derive(DeriveIden)]
-enum DueCheck {
+enum Question {
+    #[sea_orm(iden = "litestripe_question")]
     Table,
     EntityId,
     Kind,
@@ -28,13 +29,12 @@ enum DueCheck {
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        use DueCheck as Column;
+        use Question as Column;
         let text = |column| ColumnDef::new(column).text().take();
         let number = |column| ColumnDef::new(column).big_integer().not_null().take();
         let boolean = |column| ColumnDef::new(column).boolean().not_null().take();
         let table = Table::create()
             .table(Column::Table)
-            .if_not_exists()
             .col(text(Column::EntityId).not_null())
             .col(text(Column::Kind).not_null())
             .col(
@@ -58,17 +58,16 @@ impl MigrationTrait for Migration {
             .take();
         manager.create_table(table).await?;
         let by_due = Index::create()
-            .name("due_check_due_at")
+            .name("litestripe_question_due_at")
             .table(Column::Table)
             .col(Column::DueAt)
-            .if_not_exists()
             .take();
         manager.create_index(by_due).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager
-            .drop_table(Table::drop().table(DueCheck::Table).take())
+            .drop_table(Table::drop().table(Question::Table).take())
             .await
     }
 }

@@ -1,4 +1,4 @@
-//! Creates `replay`, with one row per replay name, and `signal_due`, the signals that wait for a
+//! Creates `litestripe_replay`, with one row per replay name, and `litestripe_signal_due`, the signals that wait for a
 //! replay's end.
 
 use sea_orm_migration::prelude::*;
@@ -8,6 +8,7 @@ pub(crate) struct Migration;
 
 #[derive(DeriveIden)]
 enum Replay {
+    #[sea_orm(iden = "litestripe_replay")]
     Table,
     Name,
     Signals,
@@ -16,12 +17,13 @@ enum Replay {
     EventTypes,
     StripeSubscriptionId,
     DtStarted,
-    DtBeat,
+    DtHeartbeat,
     DtFinished,
 }
 
 #[derive(DeriveIden)]
 enum SignalDue {
+    #[sea_orm(iden = "litestripe_signal_due")]
     Table,
     EntityId,
     Subject,
@@ -52,11 +54,10 @@ impl MigrationTrait for Migration {
 pub(crate) async fn create_signal_due(manager: &SchemaManager<'_>) -> Result<(), DbErr> {
     manager.create_table(signal_due()).await?;
     let by_replay = Index::create()
-        .name("signal_due_replay")
+        .name("litestripe_signal_due_replay")
         .table(SignalDue::Table)
         .col(SignalDue::Replay)
         .col(SignalDue::EntityId)
-        .if_not_exists()
         .take();
     manager.create_index(by_replay).await
 }
@@ -74,7 +75,6 @@ fn replay() -> TableCreateStatement {
     let time = |column| ColumnDef::new(column).timestamp_with_time_zone().take();
     Table::create()
         .table(Column::Table)
-        .if_not_exists()
         .col(text(Column::Name).not_null().primary_key())
         .col(text(Column::Signals).not_null())
         .col(number(Column::FirstSequence))
@@ -82,7 +82,7 @@ fn replay() -> TableCreateStatement {
         .col(text(Column::EventTypes).not_null())
         .col(text(Column::StripeSubscriptionId))
         .col(time(Column::DtStarted).not_null())
-        .col(time(Column::DtBeat).not_null())
+        .col(time(Column::DtHeartbeat).not_null())
         .col(time(Column::DtFinished))
         .take()
 }
@@ -92,7 +92,6 @@ fn signal_due() -> TableCreateStatement {
     let text = |column| ColumnDef::new(column).text().take();
     Table::create()
         .table(Column::Table)
-        .if_not_exists()
         .col(text(Column::EntityId).not_null())
         .col(text(Column::Subject).not_null())
         .col(text(Column::Replay).not_null())

@@ -16,7 +16,7 @@ impl MigrationTrait for Migration {
         let text = |column: &'static str| ColumnDef::new(column).text().not_null().take();
         let boolean = |column: &'static str| ColumnDef::new(column).boolean().not_null().take();
         let number = |column: &'static str| ColumnDef::new(column).big_integer().not_null().take();
-        let create = |table: &'static str| Table::create().table(table).if_not_exists().take();
+        let create = |table: &'static str| Table::create().table(table).take();
         let mut lease = create(LEASE);
         lease
             .col(text("name").primary_key())

@@ -1,4 +1,4 @@
-//! Adds to `due_check` what asking about the object of a thin event needs.
+//! Adds to `litestripe_question` what asking about the object of a thin event needs.
 //!
 //! The questions stay when the step is reverted: the previous program version does not take them.
 
@@ -6,7 +6,7 @@ use sea_orm_migration::prelude::*;
 
 use crate::columns;
 
-const TABLE: &str = "due_check";
+const TABLE: &str = "litestripe_question";
 
 #[derive(DeriveMigrationName)]
 pub(crate) struct Migration;

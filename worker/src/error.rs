@@ -41,6 +41,29 @@ pub enum Cause {
     Timeout(Duration),
     #[error("it panicked, which is a bug")]
     Panic,
+    /// A migration needs the name of something that another application made.
+    #[error(
+        "{0}: Litestripe did not make it and leaves it alone. Give Litestripe a database of its own, or on \
+         PostgreSQL a schema of its own (LITESTRIPE_DATABASE_SCHEMA)"
+    )]
+    Foreign(DbErr),
+}
+
+impl Cause {
+    /// PostgreSQL: "Error Codes", 42P07 (duplicate table). SQLite has no code of its own for it.
+    pub fn of_migration(error: DbErr) -> Self {
+        let is_taken = database_error(&error).is_some_and(|error| {
+            let message = error.message();
+            error.code().as_deref() == Some("42P07")
+                || message.ends_with(" already exists")
+                || message.starts_with("there is already ")
+        });
+        if is_taken {
+            Self::Foreign(error)
+        } else {
+            Self::Database(error)
+        }
+    }
 }
 
 impl StoreError {
@@ -62,7 +85,7 @@ impl StoreError {
             Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => {
                 Disposition::Poison
             }
-            Cause::Timeout(_) => Disposition::Wait,
+            Cause::Timeout(_) | Cause::Foreign(_) => Disposition::Wait,
             Cause::Database(error) => match database_error(error) {
                 Some(error) if is_about_data(error) => Disposition::Poison,
                 _ => Disposition::Wait,

@@ -24,6 +24,8 @@ litestripe_contract::settings! {
 
     DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
         "URL of the database: SQLite (sqlite://file?mode=rwc) or PostgreSQL (postgres://user:password@host/database)";
+    DATABASE_SCHEMA = "LITESTRIPE_DATABASE_SCHEMA", None,
+        "PostgreSQL schema of Litestripe's tables, which `migrate up` creates if it is missing [default: the connection's]";
     AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
         "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first; otherwise they exit if it is behind [default: true on SQLite, false on PostgreSQL]";
     LISTEN = "LITESTRIPE_WORKER_LISTEN", Some("127.0.0.1:9090"),
@@ -77,6 +79,9 @@ const WINDOWS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
 const DATABASE: &str = "a URL that starts with sqlite: or postgres://; in a password, write / # ? @ % as %2F %23 %3F %40 %25";
+
+const SCHEMA: &str =
+    "the name of a schema: letters, digits, _ and -, not beginning with a digit or pg_";
 
 /// The values of all settings. The help texts above say what each one means.
 #[derive(Debug, Clone)]
@@ -156,8 +161,35 @@ pub struct DatabaseSettings {
     /// Usually holds a password.
     pub url: SecretString,
     pub kind: DatabaseKind,
+    /// The PostgreSQL schema of our tables. `None` for the first one of the connection's search
+    /// path.
+    pub schema: Option<SchemaName>,
     /// Whether the commands that may migrate the schema do so first.
     pub auto_migrate: bool,
+}
+
+/// The name of a PostgreSQL schema: letters, digits, `_` and `-`, so that it needs no escapes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchemaName(pub(crate) String);
+
+impl SchemaName {
+    /// PostgreSQL cuts longer names off: "Identifiers and Key Words".
+    const LENGTH_MAX: usize = 63;
+
+    fn parse(value: &str) -> Option<Self> {
+        let fits = value.len() <= Self::LENGTH_MAX
+            && value.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
+            && value
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+            && !value.starts_with("pg_");
+        fits.then(|| Self(value.to_owned()))
+    }
+
+    /// The name as SQL.
+    pub(crate) fn quoted(&self) -> String {
+        format!("\"{}\"", self.0)
+    }
 }
 
 /// The databases that are supported.
@@ -215,10 +247,18 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
 
 fn read_database(reader: &mut Reader) -> DatabaseSettings {
     let (url, kind) = reader.defaulted(&DATABASE_URL, DATABASE, database_url);
+    let schema = reader.optional(&DATABASE_SCHEMA, SCHEMA, SchemaName::parse);
+    if schema.is_some() && kind == DatabaseKind::Sqlite {
+        reader.problem(
+            &DATABASE_SCHEMA,
+            "is for PostgreSQL: SQLite has no schemas; remove it, or set DATABASE_URL to a PostgreSQL database",
+        );
+    }
     let auto_migrate = reader.optional(&AUTO_MIGRATE, "true or false", settings::flag);
     DatabaseSettings {
         url,
         kind,
+        schema,
         auto_migrate: auto_migrate.unwrap_or(kind == DatabaseKind::Sqlite),
     }
 }
@@ -240,9 +280,14 @@ fn read_lookup(reader: &mut Reader, database: &DatabaseSettings) -> LookupSettin
         Some((url, kind)) => DatabaseSettings {
             url,
             kind,
+            schema: None,
             auto_migrate: false,
         },
-        None => database.clone(),
+        // The users' table is where the connection finds it, not in our schema.
+        None => DatabaseSettings {
+            schema: None,
+            ..database.clone()
+        },
     };
     let expected = "none, sql:<query with $1>, or nats:<subject>";
     reader.defaulted(&USER_LOOKUP, expected, |value| {

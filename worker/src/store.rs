@@ -15,12 +15,12 @@ use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, ConnectionTrait as _, Database, DbBackend, DbErr, RuntimeErr,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait as _, Value,
+    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
-use crate::error::StoreError;
-use crate::settings::{DatabaseKind, DatabaseSettings};
+use crate::error::{Cause, StoreError};
+use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
 
 pub mod backfill;
 pub mod erasure;
@@ -72,6 +72,7 @@ pub type Transaction = sea_orm::DatabaseTransaction;
 pub struct Store {
     db: Connection,
     kind: DatabaseKind,
+    schema: Option<SchemaName>,
     relay_lock_path: Option<PathBuf>,
 }
 
@@ -81,7 +82,7 @@ impl Store {
         let mut options = options(settings);
         match settings.kind {
             DatabaseKind::Sqlite => configure_sqlite(&mut options),
-            DatabaseKind::Postgres => configure_postgres(&mut options),
+            DatabaseKind::Postgres => configure_postgres(&mut options, settings),
         }
         let db = Database::connect(options)
             .await
@@ -90,6 +91,7 @@ impl Store {
         Ok(Self {
             db,
             kind: settings.kind,
+            schema: settings.schema.clone(),
             relay_lock_path,
         })
     }
@@ -104,13 +106,14 @@ impl Store {
                     .max_connections(1)
                     .map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
             }
-            DatabaseKind::Postgres => configure_postgres(&mut options),
+            DatabaseKind::Postgres => configure_postgres(&mut options, settings),
         }
         let opening = StoreError::doing("open the users' database (LITESTRIPE_USER_DATABASE_URL)");
         let db = Database::connect(options).await.map_err(opening)?;
         Ok(Self {
             db,
             kind: settings.kind,
+            schema: settings.schema.clone(),
             relay_lock_path: None,
         })
     }
@@ -206,11 +209,14 @@ impl Store {
     }
 
     /// Applies the pending migrations. If several workers call it at once, one applies them and the
-    /// others wait for it. A failure changes nothing.
+    /// others wait for it. A failure changes nothing. Fails if a table or an index of another
+    /// application has a name that a migration needs.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
+        self.create_schema(&transaction).await?;
         Migrator::up(&transaction, None)
             .await
+            .map_err(Cause::of_migration)
             .map_err(StoreError::doing("migrate the database up"))?;
         transaction
             .commit()
@@ -247,8 +253,38 @@ impl Store {
                 .execute_unprepared(&lock)
                 .await
                 .map_err(&doing)?;
+            // A table that is missing must not be found, and dropped, in another schema.
+            const ONLY_OURS: &str = "SELECT set_config('search_path', quote_ident(current_schema()), true) \
+                WHERE current_schema() IS NOT NULL";
+            transaction
+                .execute_unprepared(ONLY_OURS)
+                .await
+                .map_err(&doing)?;
         }
         Ok(transaction)
+    }
+
+    /// Creates the schema of the settings. If it exists, no right to create schemas is needed.
+    async fn create_schema(&self, transaction: &Transaction) -> Result<(), StoreError> {
+        let Some(schema) = &self.schema else {
+            return Ok(());
+        };
+        let doing = StoreError::doing("create the schema LITESTRIPE_DATABASE_SCHEMA");
+        let find = format!("SELECT 1 FROM pg_namespace WHERE nspname = '{}'", schema.0);
+        let find = Statement::from_string(DbBackend::Postgres, find);
+        if transaction
+            .query_one_raw(find)
+            .await
+            .map_err(&doing)?
+            .is_none()
+        {
+            let create = format!("CREATE SCHEMA {}", schema.quoted());
+            transaction
+                .execute_unprepared(&create)
+                .await
+                .map_err(&doing)?;
+        }
+        Ok(())
     }
 }
 
@@ -337,8 +373,9 @@ fn configure_sqlite(options: &mut ConnectOptions) {
     });
 }
 
-fn configure_postgres(options: &mut ConnectOptions) {
+fn configure_postgres(options: &mut ConnectOptions, settings: &DatabaseSettings) {
     let lock_timeout = LOCK_TIMEOUT.as_millis().to_string();
+    let search_path = settings.schema.as_ref().map(SchemaName::quoted);
     options
         .max_connections(POSTGRES_CONNECTIONS)
         .connect_lazy(true)
@@ -346,9 +383,13 @@ fn configure_postgres(options: &mut ConnectOptions) {
         .set_application_name("litestripe-worker")
         .statement_timeout(STATEMENT_TIMEOUT)
         .map_sqlx_postgres_opts(move |postgres| {
-            postgres.options([
+            let postgres = postgres.options([
                 ("lock_timeout", lock_timeout.as_str()),
                 ("idle_in_transaction_session_timeout", "30000"),
-            ])
+            ]);
+            match &search_path {
+                Some(schema) => postgres.options([("search_path", schema)]),
+                None => postgres,
+            }
         });
 }

@@ -18,6 +18,7 @@ mod localstripe;
 mod operators;
 mod orphans;
 mod outages;
+mod previous;
 mod progress;
 mod pull;
 mod reconcile;

@@ -2,6 +2,7 @@
 
 mod schema;
 mod settings;
+mod shared_database;
 
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
+
+use schema::columns;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -105,7 +108,7 @@ async fn migrates_up_and_down(database: DatabaseKind) {
         [vec![true; count - 1], vec![false]].concat()
     );
     migrate(&["down", "--steps", &(count - 1).to_string()]).await;
-    assert_eq!(tables(&bridge).await, ["seaql_migrations"]);
+    assert_eq!(tables(&bridge).await, ["litestripe_migrations"]);
     assert!(migrate(&["status"]).await.contains("no"));
 
     migrate(&["up"]).await;

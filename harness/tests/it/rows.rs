@@ -443,6 +443,7 @@ async fn open(kind: DatabaseKind) -> (Database, Store) {
     let settings = DatabaseSettings {
         url: database.url().into(),
         kind,
+        schema: None,
         auto_migrate: true,
     };
     let store = Store::open(&settings)

@@ -1,7 +1,7 @@
 use litestripe_contract::settings::{Given, Problems};
 use secrecy::ExposeSecret as _;
 
-use super::{DatabaseKind, Settings, read};
+use super::{DatabaseKind, LookupSettings, Settings, read};
 
 fn check(given: &[(&'static str, &str)]) -> Result<Settings, Problems> {
     read(
@@ -66,6 +66,53 @@ fn a_database_url_with_an_unescaped_password_is_refused_without_printing_it() {
         }
     }
     check(&[("DATABASE_URL", "postgres://u:hunter2%2Fx@h/d")]).expect("it is escaped");
+}
+
+#[test]
+fn schema_is_for_postgres_and_has_a_name_that_needs_no_escapes() {
+    const POSTGRES: (&str, &str) = ("DATABASE_URL", "postgres://u:p@h/d");
+    const SCHEMA: &str = "LITESTRIPE_DATABASE_SCHEMA";
+    for name in ["billing", "Our-billing_2", "_x", &"x".repeat(63)] {
+        let settings = check(&[POSTGRES, (SCHEMA, name)]).expect("it is a name");
+        let schema = settings.database.schema.expect("it is set");
+        assert_eq!(schema.quoted(), format!("\"{name}\""));
+    }
+    for name in [
+        "1x",
+        "pg_x",
+        "a b",
+        "a\"b",
+        "a,b",
+        "a'b",
+        "ä",
+        &"x".repeat(64),
+    ] {
+        check(&[POSTGRES, (SCHEMA, name)]).expect_err(name);
+    }
+    let Problems(problems) = check(&[(SCHEMA, "billing")])
+        .map(|_| ())
+        .expect_err("SQLite has no schemas");
+    assert!(
+        problems.len() == 1 && problems[0].starts_with(SCHEMA),
+        "{problems:?}"
+    );
+}
+
+#[test]
+fn user_lookup_does_not_look_in_our_schema() {
+    let settings = check(&[
+        ("DATABASE_URL", "postgres://u:p@h/d"),
+        ("LITESTRIPE_DATABASE_SCHEMA", "billing"),
+        (
+            "LITESTRIPE_USER_LOOKUP",
+            "sql:SELECT 1 FROM users WHERE id = $1",
+        ),
+    ])
+    .expect("they are valid");
+    let LookupSettings::Sql { database, .. } = settings.lookup else {
+        panic!("{:?}", settings.lookup)
+    };
+    assert_eq!(database.schema, None);
 }
 
 #[test]

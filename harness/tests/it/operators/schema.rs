@@ -277,7 +277,7 @@ async fn create<E: EntityTrait>(database: &Database, entity: E) {
 }
 
 /// The type of each column by `table.column`, with `not null` and `key` where they apply.
-async fn columns(database: &Database) -> BTreeMap<String, String> {
+pub(super) async fn columns(database: &Database) -> BTreeMap<String, String> {
     let sql = if database.url().starts_with("sqlite:") {
         "SELECT m.name || '.' || c.name AS name, \
             lower(c.type) || CASE WHEN c.\"notnull\" OR c.pk THEN ' not null' ELSE '' END || \

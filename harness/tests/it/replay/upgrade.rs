@@ -11,11 +11,12 @@ use serde_json::{Value, json};
 
 use super::{DEADLINE, count_unsent, cut_off, json_of, last_signal, replay, signals_after};
 use crate::orphans::{CREATED, apply, count_signals, now, until};
+use crate::previous::{self, Step};
 
 on_both_databases!(database_of_the_previous_version_continues);
 
 /// The number of migrations in the previous version.
-const STEPS_BEFORE: u32 = 6;
+const STEPS_BEFORE: usize = 6;
 
 async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     let mut bridge =
@@ -32,7 +33,7 @@ async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     install_previous_database(&mut bridge, database, &changed, &new).await;
 
     // Back to the step before the one that moved the unsent signals.
-    let steps = (Migrator::migrations().len() - STEPS_BEFORE as usize - 1).to_string();
+    let steps = (Migrator::migrations().len() - STEPS_BEFORE - 1).to_string();
     let down = ["down", "--steps", &steps];
     let migrate = async |command: &[&str]| {
         let migrated = bridge
@@ -63,7 +64,7 @@ async fn database_of_the_previous_version_continues(database: DatabaseKind) {
     migrate(&down).await;
     let due = bridge
         .database
-        .query("SELECT entity_id FROM signal_due")
+        .query("SELECT entity_id FROM litestripe_signal_due")
         .await
         .expect("the database answers");
     assert_eq!(due.len(), 4);
@@ -207,14 +208,7 @@ async fn install_previous_database(
     }
     bridge.database = Database::prepare(database);
     bridge.database.resume().await;
-    let connection = bridge
-        .database
-        .connection()
-        .await
-        .expect("the database answers");
-    Migrator::up(connection, Some(STEPS_BEFORE))
-        .await
-        .expect("it can be migrated");
+    previous::install(&bridge.database, Step::RoomToUpdate).await;
 
     const THEN: &str = "'2026-11-25 00:00:00+00:00'";
     let mut inserts = Vec::new();
