@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_nats::ConnectOptions;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpStream;
@@ -34,6 +35,8 @@ pub struct Options {
     pub config: String,
     /// Lines for its `jetstream` block, such as `sync_interval: always` or `max_file_store: 64MB`.
     pub jetstream: String,
+    /// User and password of the test's own connections ([`Server::connect`]).
+    pub user: Option<(String, String)>,
 }
 
 /// A nats-server and its store. Dropping it kills the server and removes its temporary folder.
@@ -44,6 +47,7 @@ pub struct Server {
     port: u16,
     folder: PathBuf,
     log: Option<PathBuf>,
+    user: Option<(String, String)>,
     _own_folder: Option<TempDir>,
 }
 
@@ -104,6 +108,7 @@ impl Server {
             port,
             folder,
             log: options.log,
+            user: options.user,
             _own_folder: own_folder,
         })
     }
@@ -129,9 +134,27 @@ impl Server {
         self.process.as_ref()
     }
 
+    /// Changes its configuration file, which it reads again at once if it runs.
+    ///
+    /// # Panics
+    /// When the file is gone.
+    pub fn reconfigure(&self, change: impl FnOnce(String) -> String) {
+        let path = self.folder.join("nats.conf");
+        let config = std::fs::read_to_string(&path).expect("this server wrote it");
+        std::fs::write(&path, change(config)).expect("the folder is this server's");
+        if let Some(process) = &self.process {
+            process.signal(Signal::Hup);
+        }
+    }
+
     /// Connects a client.
     pub async fn connect(&self) -> async_nats::Client {
-        async_nats::connect(self.url())
+        let options = match self.user.clone() {
+            Some((name, password)) => ConnectOptions::with_user_and_password(name, password),
+            None => ConnectOptions::new(),
+        };
+        options
+            .connect(self.url())
             .await
             .expect("a running server accepts a client")
     }

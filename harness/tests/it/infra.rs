@@ -66,6 +66,47 @@ async fn broker_that_starts_later_has_the_announced_url() {
 }
 
 #[tokio::test]
+async fn broker_takes_another_password_in_a_reload() {
+    let config = "accounts { APP { jetstream: { max_bytes_required: true }, users: [ \
+        { user: test, password: test }, { user: app, password: old } ] } }";
+    let broker = nats::Server::start_with(nats::Options {
+        config: config.to_owned(),
+        user: Some(("test".to_owned(), "test".to_owned())),
+        ..nats::Options::default()
+    })
+    .await;
+    let test = broker.connect().await;
+    assert!(accepts(&broker, "old").await && !accepts(&broker, "new").await);
+
+    broker.reconfigure(|text| text.replace("password: old", "password: new"));
+
+    eventually("the new password", DEADLINE, async || {
+        if accepts(&broker, "new").await {
+            Ok(())
+        } else {
+            Err("refused".to_owned())
+        }
+    })
+    .await;
+    assert!(!accepts(&broker, "old").await);
+    let unbounded = async_nats::jetstream::stream::Config {
+        name: "UNBOUNDED".to_owned(),
+        ..Default::default()
+    };
+    let jetstream = async_nats::jetstream::new(test);
+    let refusal = jetstream.create_stream(unbounded).await;
+    let refusal = refusal.expect_err("a size is required").to_string();
+    assert!(refusal.contains("10113"), "{refusal}");
+}
+
+/// Whether the user `app` may connect with that password.
+async fn accepts(broker: &nats::Server, password: &str) -> bool {
+    let (user, password) = ("app".to_owned(), password.to_owned());
+    let options = async_nats::ConnectOptions::with_user_and_password(user, password);
+    options.connect(broker.url()).await.is_ok()
+}
+
+#[tokio::test]
 async fn dropped_servers_leave_neither_process_nor_folder() {
     let broker = nats::Server::start().await;
     let database = postgres::Server::start().await;
