@@ -5,21 +5,19 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event, jetstream};
-use nkeys::KeyPair;
+use async_nats::{AuthError, Client, ConnectErrorKind, ConnectOptions, Event, jetstream};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use secrecy::ExposeSecret as _;
 use tracing::{debug, info, warn};
 
-use crate::settings::{
-    Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY,
-    NatsSettings, Setting,
-};
+use crate::exit;
+use crate::settings::{NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NatsSettings, Setting};
+
+mod credentials;
 
 /// How often the connection is pinged. After two pings without an answer it counts as lost, which
 /// also detects a half-open link.
@@ -53,9 +51,8 @@ pub enum ConnectError {
 /// Returns a client that connects, and reconnects, in the background.
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
     let hosts = settings.hosts();
-    let reported = Mutex::new(HashSet::new());
-    let options = options(settings, name)
-        .await?
+    let reported = Reported::default();
+    let options = options(settings, name, &reported)?
         .retry_on_initial_connect()
         .event_callback(move |event| {
             report(&event, &hosts, &reported);
@@ -73,7 +70,7 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
 /// check therefore opens a second connection, and keeps the first unless the limit grew: messages
 /// in flight on it would have to be sent again.
 pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSettings, name: &str) {
-    let Ok(options) = options(settings, name).await else {
+    let Ok(options) = options(settings, name, &Reported::default()) else {
         return;
     };
     let probe = tokio::time::timeout(
@@ -94,15 +91,29 @@ pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSetti
     }
 }
 
-async fn options(settings: &NatsSettings, name: &str) -> Result<ConnectOptions, ConnectError> {
+fn options(
+    settings: &NatsSettings,
+    name: &str,
+    reported: &Reported,
+) -> Result<ConnectOptions, ConnectError> {
     // A dependency that brings a second crypto backend must not make the first handshake panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    // A file that cannot be used now is an error, later it is retried.
+    credentials::prove(&settings.identity, &[])?;
+    let (identity, hosts) = (settings.identity.clone(), settings.hosts());
+    let reported = reported.clone();
+    let prove = move |nonce: Vec<u8>| {
+        let proof = credentials::prove(&identity, &nonce).map_err(|error| {
+            reported.warn_once(&hosts, &exit::chain(&error));
+            AuthError::new(error)
+        });
+        std::future::ready(proof)
+    };
     #[expect(
         clippy::disallowed_methods,
         reason = "the one place that makes options"
     )]
-    let mut options = identify(ConnectOptions::new(), &settings.identity)
-        .await?
+    let mut options = ConnectOptions::with_auth_callback(prove)
         .name(name)
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT));
@@ -145,28 +156,6 @@ pub async fn connected(client: &Client, settings: &NatsSettings) {
     }
 }
 
-async fn identify(
-    options: ConnectOptions,
-    identity: &Identity,
-) -> Result<ConnectOptions, ConnectError> {
-    Ok(match identity {
-        Identity::Anonymous => options,
-        Identity::Credentials(file) => options
-            .credentials_file(file)
-            .await
-            .map_err(unusable(&NATS_CREDS, file))?,
-        Identity::Nkey(file) => {
-            let seed =
-                std::fs::read_to_string(file).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
-            KeyPair::from_seed(seed.trim()).map_err(unusable(&NATS_NKEY_SEED_FILE, file))?;
-            options.nkey(seed.trim().to_owned())
-        }
-        Identity::Password(user, password) => {
-            options.user_and_password(user.clone(), password.expose_secret().to_owned())
-        }
-    })
-}
-
 /// Checks that a file holds certificates, before the first attempt to connect. async-nats reads the
 /// file at every attempt, and an unusable file would look like an unreachable broker.
 fn certificates(setting: &Setting, path: &Path) -> Result<(), ConnectError> {
@@ -190,12 +179,30 @@ fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     }
 }
 
-/// Logs an event of the connection. `reported` are the errors logged since the connection was lost.
-fn report(event: &Event, hosts: &str, reported: &Mutex<HashSet<String>>) {
-    let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
+/// What was logged since the connection was lost, so that nothing is logged for each attempt.
+#[derive(Clone, Default)]
+struct Reported(Arc<Mutex<HashSet<String>>>);
+
+impl Reported {
+    fn warn_once(&self, hosts: &str, problem: &str) {
+        if self.locked().insert(problem.to_owned()) {
+            warn!(
+                servers = hosts,
+                "cannot connect to NATS at {hosts}: {problem}"
+            );
+        }
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Logs an event of the connection.
+fn report(event: &Event, hosts: &str, reported: &Reported) {
     match event {
         Event::Connected => {
-            reported.clear();
+            reported.locked().clear();
             info!(servers = hosts, "connected to NATS at {hosts}");
         }
         Event::Disconnected => warn!(
@@ -204,16 +211,17 @@ fn report(event: &Event, hosts: &str, reported: &Mutex<HashSet<String>>) {
         ),
         Event::ServerError(error) => warn!("error from the NATS server: {error}"),
         // Comes once per attempt to connect. The code that waits for the connection logs that the
-        // server is unreachable (an IO error); only this line can say that the server refuses us.
-        // The text is the library's and contains no credentials.
+        // server is unreachable (an IO error), and the code that proves our identity why it could
+        // not; only this line can say that the server refuses us. The text is the library's and
+        // contains no credentials.
         Event::ClientError(error) => {
             let error = error.to_string();
             debug!("NATS connection: {error}");
-            if !error.contains("IO error") && reported.insert(error.clone()) {
-                warn!(
-                    servers = hosts,
-                    "cannot connect to NATS at {hosts}: {error}"
-                );
+            let is_logged = [ConnectErrorKind::Io, ConnectErrorKind::Authentication]
+                .iter()
+                .any(|kind| error.contains(&kind.to_string()));
+            if !is_logged {
+                reported.warn_once(hosts, &error);
             }
         }
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining | Event::Closed => {

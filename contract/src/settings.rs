@@ -10,9 +10,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use async_nats::ServerAddr;
 use clap::{Arg, ArgMatches, Command};
 use secrecy::SecretString;
+
+mod nats;
+
+pub use nats::{Identity, NatsSettings, Password};
 
 /// Defines a constant for each setting and a list of them all, so that each name is written once.
 #[macro_export]
@@ -51,15 +54,17 @@ settings! {
     pub SHARED;
 
     NATS_URL = "NATS_URL", Some("nats://127.0.0.1:4222"),
-        "URLs of the NATS servers, comma-separated";
+        "URLs of the NATS servers, comma-separated; may hold a user and password, or a token";
     pub(crate) NATS_CREDS = "NATS_CREDS", None,
-        "file with NATS credentials (JWT and nkey seed)";
+        "file with NATS credentials (JWT and nkey seed); read again at each reconnect, like the other files of credentials";
     pub(crate) NATS_NKEY_SEED_FILE = "NATS_NKEY_SEED_FILE", None,
         "file with an nkey seed, to authenticate at NATS";
     NATS_USER = "NATS_USER", None,
-        "user at NATS; goes with NATS_PASSWORD";
+        "user at NATS; goes with NATS_PASSWORD or NATS_PASSWORD_FILE";
     NATS_PASSWORD = "NATS_PASSWORD", None,
         "password at NATS; goes with NATS_USER";
+    pub(crate) NATS_PASSWORD_FILE = "NATS_PASSWORD_FILE", None,
+        "file with the password at NATS, instead of NATS_PASSWORD; read again at each reconnect";
     pub(crate) NATS_TLS_CA = "NATS_TLS_CA", None,
         "file with the CA certificates to verify the NATS servers with; makes TLS required";
     pub(crate) NATS_TLS_CERT = "NATS_TLS_CERT", None,
@@ -282,110 +287,6 @@ pub const ADDRESS: &str = "an address such as 127.0.0.1:8080";
 /// Parses an address to listen on, an IP and a port.
 pub fn address(value: &str) -> Option<std::net::SocketAddr> {
     value.parse().ok()
-}
-
-/// How to reach NATS.
-#[derive(Debug, Clone)]
-pub struct NatsSettings {
-    /// The servers, each a URL. May hold passwords: never print them, see [`NatsSettings::hosts`].
-    pub servers: Vec<ServerAddr>,
-    pub identity: Identity,
-    /// The CA certificates to verify the servers with. Makes TLS required.
-    pub tls_ca: Option<PathBuf>,
-    /// The client's certificate and its private key.
-    pub tls_client: Option<(PathBuf, PathBuf)>,
-}
-
-/// How a program authenticates at NATS.
-#[derive(Debug, Clone)]
-pub enum Identity {
-    Anonymous,
-    Credentials(PathBuf),
-    Nkey(PathBuf),
-    Password(String, SecretString),
-}
-
-impl NatsSettings {
-    /// Returns the servers without user and password, to print them.
-    pub fn hosts(&self) -> String {
-        let hosts: Vec<_> = self
-            .servers
-            .iter()
-            .map(|server| format!("{}:{}", server.host(), server.port()))
-            .collect();
-        hosts.join(", ")
-    }
-
-    pub fn read(reader: &mut Reader) -> Option<Self> {
-        let servers = reader.defaulted(
-            &NATS_URL,
-            "one or more URLs such as nats://127.0.0.1:4222",
-            |value| {
-                // `ServerAddr` accepts an empty host, as after a trailing comma.
-                let server = |url: &str| {
-                    url.trim()
-                        .parse::<ServerAddr>()
-                        .ok()
-                        .filter(|server| !server.host().is_empty())
-                };
-                value.split(',').map(server).collect::<Option<Vec<_>>>()
-            },
-        );
-        let identity = Identity::read(reader);
-        let tls_client = read_certificate(reader);
-        let tls_ca = reader.optional(&NATS_TLS_CA, "a path", path);
-        Some(Self {
-            servers,
-            identity: identity?,
-            tls_ca,
-            tls_client,
-        })
-    }
-}
-
-fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {
-    let certificate = reader.optional(&NATS_TLS_CERT, "a path", path);
-    let key = reader.optional(&NATS_TLS_KEY, "a path", path);
-    if certificate.is_some() != key.is_some() {
-        let missing = if key.is_none() {
-            &NATS_TLS_KEY
-        } else {
-            &NATS_TLS_CERT
-        };
-        reader.problem(
-            missing,
-            "is missing: set NATS_TLS_CERT and NATS_TLS_KEY together",
-        );
-    }
-    certificate.zip(key)
-}
-
-impl Identity {
-    fn read(reader: &mut Reader) -> Option<Self> {
-        let credentials = reader.optional(&NATS_CREDS, "a path", path);
-        let nkey = reader.optional(&NATS_NKEY_SEED_FILE, "a path", path);
-        let user = reader.optional(&NATS_USER, "a name", text);
-        let password = reader.optional(&NATS_PASSWORD, "a password", secret);
-        match (credentials, nkey, user, password) {
-            (None, None, None, None) => return Some(Self::Anonymous),
-            (Some(file), None, None, None) => return Some(Self::Credentials(file)),
-            (None, Some(file), None, None) => return Some(Self::Nkey(file)),
-            (None, None, Some(user), Some(password)) => {
-                return Some(Self::Password(user, password));
-            }
-            (None, None, Some(_), None) => {
-                reader.problem(&NATS_PASSWORD, "is missing: set it together with NATS_USER")
-            }
-            (None, None, None, Some(_)) => {
-                reader.problem(&NATS_USER, "is missing: set it together with NATS_PASSWORD")
-            }
-            _ => reader.problem(
-                &NATS_CREDS,
-                "or NATS_NKEY_SEED_FILE or NATS_USER with NATS_PASSWORD: set only one of these",
-            ),
-        }
-        None
-    }
 }
 
 /// The limits of the stream `STRIPE_EVENTS`. Either program may have to create it.

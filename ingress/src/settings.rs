@@ -171,7 +171,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     let nats = NatsSettings::read(&mut reader);
     let events = EventsSettings::read(&mut reader);
     let log = LogSettings::read(&mut reader);
-    let settings = hook.zip(nats).map(|(hook, nats)| Settings {
+    let settings = hook.map(|hook| Settings {
         hook,
         secrets,
         tolerance: Duration::from_secs(tolerance_s.into()),

@@ -208,12 +208,12 @@ pub enum DatabaseKind {
 pub fn read(given: Given) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let settings = read_all(&mut reader);
-    reader.finish(settings)
+    reader.finish(Some(settings))
 }
 
-fn read_all(reader: &mut Reader) -> Option<Settings> {
+fn read_all(reader: &mut Reader) -> Settings {
     let database = read_database(reader);
-    Some(Settings {
+    Settings {
         listen: reader.defaulted(&LISTEN, ADDRESS, settings::address),
         batch: reader.defaulted(&BATCH, "a number from 1 to 1000", |value| {
             value
@@ -239,10 +239,8 @@ fn read_all(reader: &mut Reader) -> Option<Settings> {
         stripe: read_stripe(reader),
         events: EventsSettings::read(reader),
         log: LogSettings::read(reader),
-        // The last one, because only this one returns early: by then the problems of all others are
-        // found.
-        nats: NatsSettings::read(reader)?,
-    })
+        nats: NatsSettings::read(reader),
+    }
 }
 
 fn read_database(reader: &mut Reader) -> DatabaseSettings {

@@ -7,6 +7,7 @@ mod any_order;
 mod arrows;
 mod backfill;
 mod budget;
+mod credentials;
 mod demo;
 mod docs;
 mod erase;

@@ -143,6 +143,8 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     fs::write(&file, "-----BEGIN PRIVATE KEY-----hunter2").expect("it can be written");
     let certificate = folder.path().join("certificate.pem");
     fs::write(
+    let empty = folder.path().join("empty");
+    fs::write(&empty, "\n").expect("it can be written");
         &certificate,
         "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
     )
@@ -152,9 +154,16 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
         ("NATS_NKEY_SEED_FILE", None),
         ("NATS_TLS_CA", None),
         ("NATS_TLS_KEY", Some("NATS_TLS_CERT")),
+        ("NATS_PASSWORD_FILE", Some("NATS_USER")),
     ] {
-        for path in [file.clone(), folder.path().join("missing")] {
-            let launch = Program::named(WORKER).arg("status").env(name, &path);
+        // Any text may be a password.
+        let wrong = if name == "NATS_PASSWORD_FILE" {
+            &empty
+        } else {
+            &file
+        };
+        for path in [wrong, &folder.path().join("missing")] {
+            let launch = Program::named(WORKER).arg("status").env(name, path);
             let launch = other
                 .into_iter()
                 .fold(launch, |launch, other| launch.env(other, &certificate));

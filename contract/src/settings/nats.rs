@@ -1,0 +1,188 @@
+//! How to reach NATS: the servers, the identity there, and TLS.
+//!
+//! Owns which of these settings exclude or need each other. Reads no file: credentials are rotated,
+//! and `connect` reads them for each connection. Invariant: no server's URL holds a user, a token or
+//! a password, so that servers may be printed.
+
+use std::path::PathBuf;
+
+use async_nats::ServerAddr;
+use percent_encoding::percent_decode_str;
+use secrecy::SecretString;
+
+use super::{
+    NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_PASSWORD, NATS_PASSWORD_FILE, NATS_TLS_CA, NATS_TLS_CERT,
+    NATS_TLS_KEY, NATS_URL, NATS_USER, Reader, path, secret, text,
+};
+
+/// Describes what [`server`] accepts.
+const SERVERS: &str = "one or more URLs such as nats://127.0.0.1:4222, with a user or without; in a user, password or \
+    token, write , / # ? @ % as %2C %2F %23 %3F %40 %25";
+
+/// How to reach NATS.
+#[derive(Debug, Clone)]
+pub struct NatsSettings {
+    /// The servers, each a URL without user and password.
+    pub servers: Vec<ServerAddr>,
+    pub identity: Identity,
+    /// The CA certificates to verify the servers with. Makes TLS required.
+    pub tls_ca: Option<PathBuf>,
+    /// The client's certificate and its private key.
+    pub tls_client: Option<(PathBuf, PathBuf)>,
+}
+
+/// How a program authenticates at NATS.
+#[derive(Debug, Clone)]
+pub enum Identity {
+    Anonymous,
+    /// A file with a JWT and an nkey seed.
+    Credentials(PathBuf),
+    /// A file with an nkey seed.
+    Nkey(PathBuf),
+    Password(String, Password),
+    Token(SecretString),
+}
+
+/// A password, or the file that holds it.
+#[derive(Debug, Clone)]
+pub enum Password {
+    Given(SecretString),
+    File(PathBuf),
+}
+
+impl NatsSettings {
+    pub fn read(reader: &mut Reader) -> Self {
+        let servers: Vec<_> = reader.defaulted(&NATS_URL, SERVERS, |value| {
+            value.split(',').map(server).collect::<Option<_>>()
+        });
+        let (servers, users): (_, Vec<_>) = servers.into_iter().unzip();
+        let mut users = users.into_iter().flatten();
+        let user = users.next();
+        if users.any(|other| Some(other) != user) {
+            let what = "names different users: give each server the same user and password, or only one server";
+            reader.problem(&NATS_URL, what);
+        }
+        let identity = Identity::read(reader, user.map(Identity::from));
+        let tls_client = read_certificate(reader);
+        let tls_ca = reader.optional(&NATS_TLS_CA, "a path", path);
+        Self {
+            servers,
+            identity,
+            tls_ca,
+            tls_client,
+        }
+    }
+
+    /// Returns the servers, to print them.
+    pub fn hosts(&self) -> String {
+        let hosts: Vec<_> = self
+            .servers
+            .iter()
+            .map(|server| format!("{}:{}", server.host(), server.port()))
+            .collect();
+        hosts.join(", ")
+    }
+}
+
+/// The user that a server's URL names, or its token, which stands alone where the user would.
+#[derive(PartialEq, Eq)]
+struct UrlUser {
+    name: String,
+    password: Option<String>,
+}
+
+impl From<UrlUser> for Identity {
+    fn from(UrlUser { name, password }: UrlUser) -> Self {
+        match password {
+            Some(password) => Self::Password(name, Password::Given(password.into())),
+            None => Self::Token(name.into()),
+        }
+    }
+}
+
+/// Parses a server's URL. async-nats would ignore the user in it, and log it.
+fn server(url: &str) -> Option<(ServerAddr, Option<UrlUser>)> {
+    let mut url = url.trim().parse::<ServerAddr>().ok()?.into_inner();
+    let decoded = |text: &str| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
+    let user = match url.username() {
+        // An unescaped password that begins like a port ends the host early and leaves its `@`
+        // behind.
+        "" if url.as_str().contains('@') => return None,
+        "" => None,
+        name => Some(UrlUser {
+            name: decoded(name)?,
+            password: match url.password() {
+                Some(password) => Some(decoded(password)?),
+                None => None,
+            },
+        }),
+    };
+    // These fail without a host, as after a trailing comma.
+    url.set_username("").ok()?;
+    url.set_password(None).ok()?;
+    Some((ServerAddr::from_url(url).ok()?, user))
+}
+
+impl Identity {
+    /// Reads the identity. `in_url` is the one in `NATS_URL`.
+    fn read(reader: &mut Reader, in_url: Option<Self>) -> Self {
+        let credentials = reader.optional(&NATS_CREDS, "a path", path);
+        let nkey = reader.optional(&NATS_NKEY_SEED_FILE, "a path", path);
+        let given = [
+            in_url,
+            credentials.map(Self::Credentials),
+            nkey.map(Self::Nkey),
+            Self::read_user(reader),
+        ];
+        let mut given = given.into_iter().flatten();
+        let identity = given.next().unwrap_or(Self::Anonymous);
+        if given.next().is_some() {
+            let what =
+                "or NATS_NKEY_SEED_FILE or NATS_USER or a user in NATS_URL: set only one of these";
+            reader.problem(&NATS_CREDS, what);
+        }
+        identity
+    }
+
+    fn read_user(reader: &mut Reader) -> Option<Self> {
+        let user = reader.optional(&NATS_USER, "a name", text);
+        let password = reader.optional(&NATS_PASSWORD, "a password", secret);
+        let file = reader.optional(&NATS_PASSWORD_FILE, "a path", path);
+        if password.is_some() && file.is_some() {
+            let what = "and NATS_PASSWORD are both set: set only one of them";
+            reader.problem(&NATS_PASSWORD_FILE, what);
+        }
+        let password = file.map(Password::File).or(password.map(Password::Given));
+        let (missing, what) = match (user, password) {
+            (None, None) => return None,
+            (Some(user), Some(password)) => return Some(Self::Password(user, password)),
+            (Some(_), None) => (
+                &NATS_PASSWORD,
+                "set it or NATS_PASSWORD_FILE with NATS_USER",
+            ),
+            (None, Some(_)) => (&NATS_USER, "set it with its password"),
+        };
+        reader.problem(missing, format!("is missing: {what}"));
+        None
+    }
+}
+
+fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {
+    let certificate = reader.optional(&NATS_TLS_CERT, "a path", path);
+    let key = reader.optional(&NATS_TLS_KEY, "a path", path);
+    if certificate.is_some() != key.is_some() {
+        let missing = if key.is_none() {
+            &NATS_TLS_KEY
+        } else {
+            &NATS_TLS_CERT
+        };
+        reader.problem(
+            missing,
+            "is missing: set NATS_TLS_CERT and NATS_TLS_KEY together",
+        );
+    }
+    certificate.zip(key)
+}
+
+#[cfg(test)]
+mod tests;
