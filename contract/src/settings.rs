@@ -75,8 +75,8 @@ settings! {
         "replicas of each stream on a NATS cluster: 1, 3 or 5";
     EVENTS_MAX_AGE = "LITESTRIPE_EVENTS_MAX_AGE", Some("35d"),
         "how long the stream STRIPE_EVENTS keeps raw events; Stripe itself keeps them 30 days";
-    EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
-        "size at which STRIPE_EVENTS refuses new events; if unset and the server has less storage, the default is halved until it fits, down to 256MiB";
+    pub(crate) EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
+        "size at which STRIPE_EVENTS refuses new events; if unset and the server has less storage, the default is halved until it fits, down to 256MiB, and leaves room for the other streams";
     LOG_FILTER = "RUST_LOG", Some("info"),
         "log filter: a level such as info or debug, or one per module (litestripe_worker=debug)";
     LOG_FORMAT = "LITESTRIPE_LOG_FORMAT", Some("text"),
@@ -281,6 +281,11 @@ pub fn bytes(value: &str) -> Option<u64> {
         .map(|size| size.as_u64())
 }
 
+/// Parses the size of a stream. Zero would mean that it has no limit.
+pub fn stream_bytes(value: &str) -> Option<i64> {
+    i64::try_from(bytes(value)?).ok().filter(|size| *size > 0)
+}
+
 /// Describes what [`address`] accepts.
 pub const ADDRESS: &str = "an address such as 127.0.0.1:8080";
 
@@ -289,13 +294,21 @@ pub fn address(value: &str) -> Option<std::net::SocketAddr> {
     value.parse().ok()
 }
 
+/// The limits of a stream that only workers write.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamSettings {
+    pub max_age: Duration,
+    /// Its size in bytes. `None` if the operator did not set it: then it is a part of the events'.
+    pub max_bytes: Option<i64>,
+}
+
 /// The limits of the stream `STRIPE_EVENTS`. Either program may have to create it.
 #[derive(Debug, Clone)]
 pub struct EventsSettings {
     pub replicas: usize,
     pub max_age: Duration,
     /// Size at which the stream refuses new events, in bytes.
-    pub max_bytes: u64,
+    pub max_bytes: i64,
     /// Whether the operator set `max_bytes`. Then it is not halved to fit the server's storage.
     pub max_bytes_is_set: bool,
 }
@@ -310,9 +323,7 @@ impl EventsSettings {
                     .filter(|replicas| [1, 3, 5].contains(replicas))
             }),
             max_age: reader.defaulted(&EVENTS_MAX_AGE, DURATION, duration),
-            max_bytes: reader.defaulted(&EVENTS_MAX_BYTES, BYTES, |value| {
-                bytes(value).filter(|size| i64::try_from(*size).is_ok())
-            }),
+            max_bytes: reader.defaulted(&EVENTS_MAX_BYTES, BYTES, stream_bytes),
             max_bytes_is_set: reader.is_given(&EVENTS_MAX_BYTES),
         }
     }

@@ -8,7 +8,8 @@ use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    self, ADDRESS, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader,
+    self, ADDRESS, BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems,
+    Reader, StreamSettings,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::postgres::PgConnectOptions;
@@ -34,8 +35,12 @@ litestripe_contract::settings! {
         "most events in one transaction, 1 to 1000";
     SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
         "how long the stream LITESTRIPE_SIGNALS keeps signals";
+    pub(crate) SIGNALS_MAX_BYTES = "LITESTRIPE_SIGNALS_MAX_BYTES", None,
+        "size at which LITESTRIPE_SIGNALS drops its oldest signals; if unset and the server has less storage, halved until it fits [default: a fifth of STRIPE_EVENTS]";
     DEAD_LETTERS_MAX_AGE = "LITESTRIPE_DEAD_LETTERS_MAX_AGE", Some("90d"),
         "how long the stream STRIPE_DEAD_LETTERS keeps dead letters";
+    pub(crate) DEAD_LETTERS_MAX_BYTES = "LITESTRIPE_DEAD_LETTERS_MAX_BYTES", None,
+        "size at which STRIPE_DEAD_LETTERS refuses new dead letters; if unset and the server has less storage, halved until it fits [default: a tenth of STRIPE_EVENTS]";
     METADATA_KEYS = "LITESTRIPE_METADATA_KEYS", Some("*"),
         "metadata keys to keep: keys, comma-separated, * for all, or none; metadata is your own text and may hold personal data";
     ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
@@ -88,8 +93,8 @@ const SCHEMA: &str =
 pub struct Settings {
     pub nats: NatsSettings,
     pub events: EventsSettings,
-    pub signals_max_age: Duration,
-    pub dead_letters_max_age: Duration,
+    pub signals: StreamSettings,
+    pub dead_letters: StreamSettings,
     pub database: DatabaseSettings,
     pub listen: SocketAddr,
     pub batch: usize,
@@ -221,8 +226,14 @@ fn read_all(reader: &mut Reader) -> Settings {
                 .ok()
                 .filter(|batch| (1..=BATCH_MAX).contains(batch))
         }),
-        signals_max_age: reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration),
-        dead_letters_max_age: reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration),
+        signals: StreamSettings {
+            max_age: reader.defaulted(&SIGNALS_MAX_AGE, DURATION, settings::duration),
+            max_bytes: reader.optional(&SIGNALS_MAX_BYTES, BYTES, settings::stream_bytes),
+        },
+        dead_letters: StreamSettings {
+            max_age: reader.defaulted(&DEAD_LETTERS_MAX_AGE, DURATION, settings::duration),
+            max_bytes: reader.optional(&DEAD_LETTERS_MAX_BYTES, BYTES, settings::stream_bytes),
+        },
         metadata_keys: reader.defaulted(
             &METADATA_KEYS,
             "*, none, or keys separated by commas",

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_nats::{HeaderMap, jetstream};
 use futures_util::future::join_all;
+use litestripe_contract::settings::StreamSettings;
 use litestripe_contract::{header, stream};
 use litestripe_harness::bridge::{DatabaseKind, filter_by_subscription};
 use litestripe_harness::program::Finished;
@@ -16,6 +17,12 @@ use crate::ledger::Answer;
 use crate::rig::{DEADLINE, Rig};
 
 const CREATED: &str = "customer.subscription.created";
+
+/// As long as there is room.
+const DEAD_LETTERS: StreamSettings = StreamSettings {
+    max_age: Duration::ZERO,
+    max_bytes: None,
+};
 
 #[tokio::test]
 async fn sqlite_dead_letters_are_listed_shown_retried_and_dropped() {
@@ -158,7 +165,7 @@ async fn dead_letter_of_an_older_stream_with_the_same_sequence_hides_no_new_one(
     rig.deliver_all(std::slice::from_ref(&poison)).await;
     // As if STRIPE_EVENTS had been recreated: the first event of the old stream was poisoned too.
     let jetstream = rig.bridge.jetstream().await;
-    let letters = stream::dead_letters(1, Duration::ZERO);
+    let letters = stream::dead_letters(1, DEAD_LETTERS, 10 << 30);
     let letters = jetstream::stream::Config {
         duplicate_window: Duration::from_secs(10),
         ..letters
@@ -194,7 +201,7 @@ async fn ten_thousand_dead_letters_are_all_listed() {
     let rig = Rig::servers(DatabaseKind::Sqlite, nats::Options::default()).await;
     let jetstream = rig.bridge.jetstream().await;
     jetstream
-        .create_stream(stream::dead_letters(1, Duration::ZERO))
+        .create_stream(stream::dead_letters(1, DEAD_LETTERS, 10 << 30))
         .await
         .expect("a stream can be made");
     for _ in 0..COUNT / 50 {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream;
 use futures_util::future::join_all;
+use litestripe_contract::settings::StreamSettings;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::eventually;
@@ -29,6 +30,12 @@ const INGRESS_MIB_MAX: u64 = 128;
 /// The worker holds 8 MiB of prefetched messages, a batch of the same size, and 16 MiB of dead
 /// letters in flight.
 const WORKER_MIB_MAX: u64 = 192;
+
+/// As long as there is room.
+const DEAD_LETTERS: StreamSettings = StreamSettings {
+    max_age: Duration::ZERO,
+    max_bytes: None,
+};
 
 #[tokio::test]
 async fn bodies_beyond_the_bound_are_refused_and_memory_stays_bounded() {
@@ -98,7 +105,7 @@ async fn worker_with_a_backlog_of_large_poison_takes_bounded_memory() {
     // This stream sends no PubAck, so each dead letter stays in flight until the worker's timeout.
     let without_ack = stream::Config {
         no_ack: true,
-        ..litestripe_contract::stream::dead_letters(1, Duration::ZERO)
+        ..litestripe_contract::stream::dead_letters(1, DEAD_LETTERS, 10 << 30)
     };
     rig.bridge
         .jetstream()

@@ -34,6 +34,8 @@ async fn documented_permissions_suffice_for_everything() {
     let options = Options::new(DatabaseKind::Sqlite)
         .ingress("NATS_USER", "ingress")
         .ingress("NATS_PASSWORD", "secret")
+        .ingress("LITESTRIPE_EVENTS_MAX_BYTES", "1GiB")
+        .worker("LITESTRIPE_EVENTS_MAX_BYTES", "1GiB")
         .worker("NATS_USER", "worker")
         .worker("NATS_PASSWORD", "secret")
         .worker("STRIPE_SECRET_KEY", API_KEY)

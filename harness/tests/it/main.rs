@@ -26,6 +26,7 @@ mod reconcile;
 mod renderings;
 mod replay;
 mod resend;
+mod room;
 mod rows;
 mod scale;
 mod sdk;

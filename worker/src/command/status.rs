@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
-use async_nats::jetstream::stream::Stream;
-use async_nats::jetstream::{self, ErrorCode, consumer};
+use async_nats::jetstream::account::{Account, Limits};
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::stream::{Info, Stream};
+use async_nats::jetstream::{self, consumer};
 use clap::Args;
+use litestripe_contract::stream::Finding;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_contract::{connect, exit};
 use litestripe_domain::question::Kind;
@@ -18,6 +20,7 @@ use super::print::{self, Output};
 use crate::recover::unsent;
 use crate::recover::withheld::Withheld;
 use crate::settings::{Settings, StripeSettings};
+use crate::start::broker::{self, STREAMS};
 use crate::store::{self, Store};
 
 #[derive(Debug, Args)]
@@ -39,6 +42,10 @@ struct Report {
     outbox: Option<u64>,
     outbox_oldest_age_s: Option<i64>,
     dead_letters: Option<u64>,
+    streams: Vec<StreamReport>,
+    account: Option<AccountReport>,
+    /// What an operator should change.
+    problems: Vec<Finding>,
     open_orphans: Option<u64>,
     replay: Option<ReplayReport>,
     unsent_signals: Option<u64>,
@@ -50,6 +57,26 @@ struct Report {
     /// The newest applied migration.
     schema_version: Option<String>,
     schema_current: bool,
+}
+
+/// How full a stream is.
+#[derive(Debug, Serialize)]
+struct StreamReport {
+    name: String,
+    messages: u64,
+    bytes: u64,
+    /// `None`: no limit.
+    max_bytes: Option<u64>,
+    /// Of its limit, rounded down.
+    percent: Option<u64>,
+}
+
+/// How much of the account's file storage is used.
+#[derive(Debug, Serialize)]
+struct AccountReport {
+    storage: u64,
+    /// `None`: no limit but the server's.
+    max_storage: Option<u64>,
 }
 
 /// An unfinished replay.
@@ -68,7 +95,7 @@ impl Status {
         let jetstream = connect::jetstream(super::connect(settings, "status").await?);
         let store = Store::open(&settings.database).await?;
         let mut report = Report::default();
-        report.read_streams(&jetstream).await?;
+        report.read_broker(&jetstream).await?;
         let key = settings.stripe.as_ref().map(StripeSettings::is_live);
         report.read_database(&store, key).await?;
         let shown = serde_json::to_value(&report)?;
@@ -77,20 +104,53 @@ impl Status {
 }
 
 impl Report {
-    async fn read_streams(&mut self, jetstream: &jetstream::Context) -> Result<(), Failure> {
-        if let Some(events) = stream(jetstream, EVENTS_STREAM).await? {
-            let state = &events.cached_info().state;
+    async fn read_broker(&mut self, jetstream: &jetstream::Context) -> Result<(), Failure> {
+        for name in STREAMS {
+            let stream = broker::get_stream(jetstream, name).await;
+            let unreadable = |error| {
+                let reason = exit::chain(&error);
+                Failure::new(format!(
+                    "cannot read the state of the stream {name}: {reason}"
+                ))
+            };
+            if let Some(stream) = stream.map_err(unreadable)? {
+                self.add_stream(&stream).await?;
+            }
+        }
+        let account = jetstream.query_account().await.map_err(|error| {
+            let reason = exit::chain(&error);
+            Failure::new(format!(
+                "cannot read the account's use of JetStream: {reason}"
+            ))
+        })?;
+        self.account = Some(AccountReport::from(account));
+        Ok(())
+    }
+
+    async fn add_stream(&mut self, stream: &Stream) -> Result<(), Failure> {
+        let Info { config, state, .. } = stream.cached_info();
+        if config.name == EVENTS_STREAM {
             self.events = Some(state.messages);
             self.events_bytes = Some(state.bytes);
-            if let Some(consumer) = consumer(&events).await? {
+            if let Some(consumer) = consumer(stream).await? {
                 self.lag = Some(consumer.num_pending);
                 self.pending_acks = Some(consumer.num_ack_pending);
                 self.redelivered = Some(consumer.num_redelivered);
                 self.ack_floor = Some(consumer.ack_floor.stream_sequence);
             }
         }
-        let dead_letters = stream(jetstream, DEAD_LETTERS_STREAM).await?;
-        self.dead_letters = dead_letters.map(|stream| stream.cached_info().state.messages);
+        if config.name == DEAD_LETTERS_STREAM {
+            self.dead_letters = Some(state.messages);
+        }
+        let max_bytes = u64::try_from(config.max_bytes).ok().filter(|max| *max > 0);
+        self.streams.push(StreamReport {
+            name: config.name.clone(),
+            messages: state.messages,
+            bytes: state.bytes,
+            max_bytes,
+            percent: max_bytes.map(|max| percent(state.bytes, max)),
+        });
+        self.problems.extend(broker::findings(config));
         Ok(())
     }
 
@@ -132,23 +192,28 @@ impl Report {
     }
 }
 
-/// Returns `None` if the stream does not exist. Any other problem is an error, so that it does not
-/// look like a missing stream.
-async fn stream(jetstream: &jetstream::Context, name: &str) -> Result<Option<Stream>, Failure> {
-    match jetstream.get_stream(name).await {
-        Ok(stream) => Ok(Some(stream)),
-        Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error)
-                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-            {
-                Ok(None)
-            }
-            _ => Err(Failure::new(format!(
-                "cannot read the state of the stream {name}: {}",
-                exit::chain(&error)
-            ))),
-        },
+impl From<Account> for AccountReport {
+    /// An account with tiers has its limits there; of one of several tiers, all storage counts.
+    fn from(account: Account) -> Self {
+        let tiers = account.tiers.values().map(|tier| tier.limits);
+        let limits: Vec<Limits> = if account.tiers.is_empty() {
+            vec![account.limits]
+        } else {
+            tiers.collect()
+        };
+        let max_storage = limits.iter().map(|limits| limits.max_storage);
+        let max_storage: Option<i64> = max_storage.sum();
+        Self {
+            storage: account.storage,
+            max_storage: max_storage.and_then(|max| u64::try_from(max).ok()),
+        }
     }
+}
+
+/// In 128 bits, because a hundred times a size may not fit in 64.
+fn percent(bytes: u64, max: u64) -> u64 {
+    let percent = u128::from(bytes) * 100 / u128::from(max);
+    u64::try_from(percent).unwrap_or(u64::MAX)
 }
 
 async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {
@@ -181,14 +246,12 @@ fn print(report: &Value) {
         Value::Null => "signals not published yet".to_owned(),
         age => format!("signals not published yet; the oldest has waited {age} s"),
     };
-    let bytes = format!("{} bytes in {EVENTS_STREAM}", cell("events_bytes"));
     let redelivered = format!(
         "events in flight at the workers; {} of them redelivered",
         cell("redelivered")
     );
     let withheld = withheld_note(report);
     let rows = [
-        ("events", "events", bytes.as_str()),
         (
             "lag",
             "lag",
@@ -220,7 +283,7 @@ fn print(report: &Value) {
     ];
     let row =
         |(label, field, note): (&str, &str, &str)| [label.to_owned(), cell(field), note.to_owned()];
-    let mut rows: Vec<_> = rows.map(row).into();
+    let mut rows: Vec<_> = stream_rows(report).chain(rows.map(row)).collect();
     if report["waiting_for_key"] != 0 && !report["waiting_for_key"].is_null() {
         let note = "subscriptions and Checkout Sessions with thin events that wait for STRIPE_SECRET_KEY, or for a key of the \
             other mode";
@@ -249,5 +312,36 @@ fn print(report: &Value) {
         );
         rows.push(["replay".to_owned(), String::new(), span]);
     }
+    for problem in report["problems"].as_array().into_iter().flatten() {
+        let [what, mend] = ["what", "mend"].map(|field| print::cell(&problem[field]));
+        rows.push([
+            "problem".to_owned(),
+            String::new(),
+            format!("{what}: {mend}"),
+        ]);
+    }
     print::table(["what", "value", "note"], rows);
+}
+
+/// A row for each stream, and one for the account if it has a limit.
+fn stream_rows(report: &Value) -> impl Iterator<Item = [String; 3]> {
+    let streams = report["streams"].as_array().into_iter().flatten();
+    let streams = streams.map(|stream| {
+        let cell = |field: &str| print::cell(&stream[field]);
+        let full = match &stream["max_bytes"] {
+            Value::Null => format!("messages, {} bytes, no limit", cell("bytes")),
+            max => format!(
+                "messages, {} of {max} bytes, {} %",
+                cell("bytes"),
+                cell("percent")
+            ),
+        };
+        [cell("name"), cell("messages"), full]
+    });
+    let account = &report["account"];
+    let account = account["max_storage"].as_u64().map(|max| {
+        let note = format!("bytes of the account's {max} are used");
+        ["storage".to_owned(), print::cell(&account["storage"]), note]
+    });
+    streams.chain(account)
 }

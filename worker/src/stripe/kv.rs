@@ -7,6 +7,7 @@ use async_nats::jetstream::kv::{Config, Operation, Store, UpdateErrorKind};
 use async_nats::jetstream::stream::StorageType;
 use async_nats::jetstream::{self};
 use bytes::Bytes;
+use litestripe_contract::stream::BUCKET_MAX_BYTES;
 use litestripe_contract::subject::KV_BUCKET;
 use time::OffsetDateTime;
 use tracing::info;
@@ -47,6 +48,7 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
         description: "The budget of calls to Stripe's API that Litestripe's workers share"
             .to_owned(),
         history: 1,
+        max_bytes: BUCKET_MAX_BYTES,
         storage: StorageType::File,
         num_replicas: replicas,
         ..Config::default()

@@ -56,7 +56,9 @@ async fn malformed_settings_of_the_worker_are_listed_all_at_once_without_their_v
         ("LITESTRIPE_WORKER_LISTEN", "hunter2"),
         ("LITESTRIPE_BATCH", "0hunter2"),
         ("LITESTRIPE_SIGNALS_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_SIGNALS_MAX_BYTES", "hunter2"),
         ("LITESTRIPE_DEAD_LETTERS_MAX_AGE", "hunter2"),
+        ("LITESTRIPE_DEAD_LETTERS_MAX_BYTES", "0"),
         ("LITESTRIPE_METADATA_KEYS", "*,hunter2"),
         ("LITESTRIPE_ORPHAN_GRACE", "hunter2"),
         ("LITESTRIPE_ORPHAN_WITHOUT_SESSION", "hunter2"),
@@ -141,10 +143,10 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let file = folder.path().join("file");
     fs::write(&file, "-----BEGIN PRIVATE KEY-----hunter2").expect("it can be written");
-    let certificate = folder.path().join("certificate.pem");
-    fs::write(
     let empty = folder.path().join("empty");
     fs::write(&empty, "\n").expect("it can be written");
+    let certificate = folder.path().join("certificate.pem");
+    fs::write(
         &certificate,
         "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
     )
@@ -152,9 +154,9 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     for (name, other) in [
         ("NATS_CREDS", None),
         ("NATS_NKEY_SEED_FILE", None),
+        ("NATS_PASSWORD_FILE", Some("NATS_USER")),
         ("NATS_TLS_CA", None),
         ("NATS_TLS_KEY", Some("NATS_TLS_CERT")),
-        ("NATS_PASSWORD_FILE", Some("NATS_USER")),
     ] {
         // Any text may be a password.
         let wrong = if name == "NATS_PASSWORD_FILE" {
