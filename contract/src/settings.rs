@@ -13,6 +13,7 @@ use std::time::Duration;
 use clap::{Arg, ArgMatches, Command};
 use secrecy::SecretString;
 
+pub mod dotenv;
 mod nats;
 
 pub use nats::{Identity, NatsSettings, Password};
@@ -102,19 +103,6 @@ pub fn declare(command: Command, settings: &'static [Setting]) -> Command {
             .global(true);
         command.arg(arg)
     })
-}
-
-/// Reads `.env` in the working directory into the environment. A variable that is already set wins.
-pub fn dotenv() -> Result<(), Problems> {
-    match dotenvy::from_path(".env") {
-        Ok(()) => Ok(()),
-        Err(error) if error.not_found() => Ok(()),
-        // The error's own text prints the line, which may hold a secret.
-        Err(dotenvy::Error::LineParse(..)) => Err(Problems(vec![
-            ".env has a line that cannot be read: write NAME=value, a value with blanks or $ in single quotes".to_owned(),
-        ])),
-        Err(error) => Err(Problems(vec![format!(".env cannot be read: {error}")])),
-    }
 }
 
 /// The settings' texts as they were given, by name.
@@ -287,11 +275,35 @@ pub fn stream_bytes(value: &str) -> Option<i64> {
 }
 
 /// Describes what [`address`] accepts.
-pub const ADDRESS: &str = "an address such as 127.0.0.1:8080";
+pub const ADDRESS: &str = "an address such as 127.0.0.1:8080, [::1]:8080 or localhost:8080";
 
-/// Parses an address to listen on, an IP and a port.
-pub fn address(value: &str) -> Option<std::net::SocketAddr> {
-    value.parse().ok()
+/// An address to listen on: an IP or a host name, and a port. A name is looked up when it is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(String);
+
+impl Address {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Parses an address to listen on.
+pub fn address(value: &str) -> Option<Address> {
+    let is_ip = value.parse::<std::net::SocketAddr>().is_ok();
+    let is_named = || {
+        let (host, port) = value.rsplit_once(':')?;
+        let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        let is_name =
+            host.starts_with(|c: char| c.is_ascii_alphanumeric()) && host.chars().all(is_part);
+        (is_name && port.parse::<u16>().is_ok()).then_some(())
+    };
+    (is_ip || is_named().is_some()).then(|| Address(value.to_owned()))
 }
 
 /// The limits of a stream that only workers write.

@@ -62,6 +62,11 @@ pub async fn run(
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), RunError> {
+    for (name, nearest) in settings.event_types.unhandled() {
+        let nearest =
+            nearest.map_or_else(String::new, |nearest| format!(": did you mean {nearest}?"));
+        warn!("LITESTRIPE_EVENT_TYPES: {name} is stored, but no worker handles it{nearest}");
+    }
     let client = connect::connect(&settings.nats, publish::CONNECTION_NAME).await?;
     let Some(secrets) = shutdown
         .run_until_cancelled(secret::obtain(&settings.secrets))

@@ -18,7 +18,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]
     let _failpoints = fail::FailScenario::setup();
-    if let Err(problems) = dotenv() {
+    if let Err(problems) = dotenv::load(&[SETTINGS, SHARED]) {
         return exit::fail(exit::CONFIGURATION, problems);
     }
     let matches = command().get_matches();
@@ -48,8 +48,8 @@ fn command() -> Command {
 }
 
 async fn serve(settings: Settings) -> ExitCode {
-    let address = settings.listen;
-    let listener = match TcpListener::bind(address).await {
+    let address = settings.listen.clone();
+    let listener = match TcpListener::bind(address.as_str()).await {
         Ok(listener) => listener,
         Err(error) => {
             return exit::fail(

@@ -2,20 +2,21 @@
 //!
 //! Owns their names, defaults and meaning. Pure: nothing here reads the environment or a file.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use litestripe_contract::event::{EventType, HANDLED_THIN_TYPES, HANDLED_TYPES};
 use litestripe_contract::settings::{
-    ADDRESS, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address, bytes,
-    path,
+    ADDRESS, Address, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address,
+    bytes, path,
 };
 use uuid::Uuid;
 
 use crate::body::BUDGET_BYTES;
 use crate::secret::{self, SecretSource};
+
+mod event_types;
+
+pub(crate) use event_types::EventTypes;
 
 /// The smallest body limit, in bytes. Below it hardly any event would be accepted.
 const BODY_LIMIT_MIN: usize = 1 << 10;
@@ -33,7 +34,7 @@ litestripe_contract::settings! {
     TOLERANCE = "STRIPE_WEBHOOK_TOLERANCE", Some("300"),
         "largest accepted age of a signature at receipt, in seconds; 0 accepts any";
     LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),
-        "HTTP address";
+        "HTTP address: an IP or a host name, and a port";
     EVENT_TYPES = "LITESTRIPE_EVENT_TYPES", None,
         "event types that are stored, comma-separated, with * for any rest (v1.customer.subscription.*), or * for all; others are answered 200 and counted, but not stored [default: the types the worker handles, of snapshot and of thin events]";
     BODY_LIMIT = "LITESTRIPE_BODY_LIMIT", Some("1MiB"),
@@ -53,7 +54,7 @@ pub struct Settings {
     /// 300 s is the default of Stripe's own SDKs. Larger lets a captured delivery be replayed for
     /// longer.
     pub(crate) tolerance: Duration,
-    pub listen: SocketAddr,
+    pub listen: Address,
     pub(crate) event_types: EventTypes,
     pub(crate) body_limit: usize,
     pub(crate) group_commit: GroupCommit,
@@ -77,54 +78,6 @@ impl HookId {
 impl std::fmt::Debug for HookId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("HookId(…)")
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum EventTypes {
-    All,
-    Some {
-        types: BTreeSet<String>,
-        /// What other accepted types begin with, each with its last dot.
-        prefixes: Vec<String>,
-    },
-}
-
-impl EventTypes {
-    pub(crate) fn contains(&self, event_type: &str) -> bool {
-        match self {
-            Self::All => true,
-            Self::Some { types, prefixes } => {
-                let begins = |prefix: &String| {
-                    event_type.len() > prefix.len() && event_type.starts_with(prefix.as_str())
-                };
-                types.contains(event_type) || prefixes.iter().any(begins)
-            }
-        }
-    }
-
-    /// Returns the types that the worker handles.
-    pub(crate) fn handled() -> Self {
-        let handled = HANDLED_TYPES.into_iter().chain(HANDLED_THIN_TYPES);
-        Self::parse_names(handled).expect("the handled types are types")
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        if text == "*" {
-            return Some(Self::All);
-        }
-        Self::parse_names(text.split(',').map(str::trim))
-    }
-
-    fn parse_names<'a>(names: impl Iterator<Item = &'a str>) -> Option<Self> {
-        let (mut types, mut prefixes) = (BTreeSet::new(), Vec::new());
-        for name in names {
-            match name.strip_suffix(".*") {
-                Some(prefix) => prefixes.push(format!("{}.", EventType::parse(prefix).ok()?)),
-                None => drop(types.insert(EventType::parse(name).ok()?.to_string())),
-            }
-        }
-        Some(Self::Some { types, prefixes })
     }
 }
 
@@ -153,7 +106,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     let listen = reader.defaulted(&LISTEN, ADDRESS, address);
     let event_types = reader.optional(
         &EVENT_TYPES,
-        "event types, comma-separated, each may end in .* for any rest, or *",
+        "event types of Stripe such as customer.subscription.updated, comma-separated, each may end in .* for any rest, or *",
         EventTypes::parse,
     );
     let body_limit = reader.defaulted(&BODY_LIMIT, "a size from 1KiB to 32MiB", |value| {

@@ -84,7 +84,7 @@ pub fn main() -> ExitCode {
 }
 
 fn parse_and_execute() -> Result<(), Failure> {
-    settings::dotenv().map_err(Failure::configuration)?;
+    settings::dotenv::load(&[SETTINGS, SHARED]).map_err(Failure::configuration)?;
     let matches = command_line().get_matches();
     let command = match Command::from_arg_matches(&matches) {
         Ok(command) => command,

@@ -2,15 +2,15 @@
 //! HTTP.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use litestripe_contract::settings::Address;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -43,14 +43,28 @@ pub(crate) struct Readiness {
 
 /// What keeps the worker from its work although everything it needs answers. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Problems(Arc<Mutex<BTreeMap<&'static str, String>>>);
+pub(crate) struct Problems(Arc<Mutex<BTreeMap<&'static str, Problem>>>);
+
+#[derive(Debug)]
+struct Problem {
+    reason: String,
+    /// When it is forgotten unless it is reported again.
+    ends: Option<Instant>,
+}
 
 impl Problems {
     /// Records that `part` of the worker does not do its work. The worker is not ready until
     /// [`Problems::clear`]. `reason` is shown to everybody who can reach `/readyz`: it holds no
     /// value that is stored and no secret.
     pub(crate) fn report(&self, part: &'static str, reason: String) {
-        self.locked().insert(part, reason);
+        self.locked().insert(part, Problem { reason, ends: None });
+    }
+
+    /// Like [`Problems::report`], for a part that may not notice the end: the problem is forgotten
+    /// unless it is reported again before `ends`.
+    pub(crate) fn report_until(&self, part: &'static str, reason: String, ends: Instant) {
+        let ends = Some(ends);
+        self.locked().insert(part, Problem { reason, ends });
     }
 
     /// Records that `part` works again.
@@ -59,15 +73,16 @@ impl Problems {
     }
 
     /// Returns each part with its reason, in the order of their names.
-    fn list(&self) -> Vec<String> {
-        let problems = self.locked();
+    pub(crate) fn list(&self, now: Instant) -> Vec<String> {
+        let mut problems = self.locked();
+        problems.retain(|_, problem| problem.ends.is_none_or(|ends| now < ends));
         problems
             .iter()
-            .map(|(part, reason)| format!("{part}: {reason}"))
+            .map(|(part, problem)| format!("{part}: {}", problem.reason))
             .collect()
     }
 
-    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, String>> {
+    fn locked(&self) -> MutexGuard<'_, BTreeMap<&'static str, Problem>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -75,15 +90,18 @@ impl Problems {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: set LITESTRIPE_WORKER_LISTEN to a free address of this host")]
 pub(crate) struct ListenError {
-    address: SocketAddr,
+    address: Address,
     source: std::io::Error,
 }
 
 /// Binds the address early, so that a second worker on the same address fails at its start.
-pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
-    TcpListener::bind(address)
+pub(crate) async fn listen(address: &Address) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address.as_str())
         .await
-        .map_err(|source| ListenError { address, source })
+        .map_err(|source| ListenError {
+            address: address.clone(),
+            source,
+        })
 }
 
 /// Serves until the process ends.
@@ -158,7 +176,10 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
 /// Returns all reasons, or `None` if there are none.
 fn why_not_ready(waits_for: Option<&str>, problems: &Problems) -> Option<String> {
     let waits_for = waits_for.map(|what| format!("waiting for {what}"));
-    let reasons: Vec<String> = waits_for.into_iter().chain(problems.list()).collect();
+    let reasons: Vec<String> = waits_for
+        .into_iter()
+        .chain(problems.list(Instant::now()))
+        .collect();
     (!reasons.is_empty()).then(|| reasons.join("; "))
 }
 

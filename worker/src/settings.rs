@@ -2,14 +2,13 @@
 //!
 //! Owns their names, defaults and limits. [`read`] is a pure function of the given texts.
 
-use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    self, ADDRESS, BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems,
-    Reader, StreamSettings,
+    self, ADDRESS, Address, BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings,
+    Problems, Reader, StreamSettings,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::postgres::PgConnectOptions;
@@ -30,7 +29,7 @@ litestripe_contract::settings! {
     AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
         "whether `run`, `replay`, `backfill` and a `reconcile` that repairs migrate the schema first; otherwise they exit if it is behind [default: true on SQLite, false on PostgreSQL]";
     LISTEN = "LITESTRIPE_WORKER_LISTEN", Some("127.0.0.1:9090"),
-        "address on which `run` serves /healthz, /readyz and /metrics";
+        "address on which `run` serves /healthz, /readyz and /metrics: an IP or a host name, and a port";
     BATCH = "LITESTRIPE_BATCH", Some("250"),
         "most events in one transaction, 1 to 1000";
     SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
@@ -96,7 +95,7 @@ pub struct Settings {
     pub signals: StreamSettings,
     pub dead_letters: StreamSettings,
     pub database: DatabaseSettings,
-    pub listen: SocketAddr,
+    pub listen: Address,
     pub batch: usize,
     pub metadata_keys: MetadataKeys,
     pub orphans: OrphanSettings,

@@ -1,8 +1,8 @@
 use std::time::Duration;
 
 use super::{
-    BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, bytes,
-    duration,
+    BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address,
+    bytes, duration,
 };
 
 fn reader(given: &[(&'static str, &str)]) -> Reader {
@@ -86,4 +86,37 @@ fn durations_and_sizes_are_parsed_with_their_units() {
     assert_eq!(duration("ten"), None);
     assert_eq!(bytes("1MiB"), Some(1 << 20), "{BYTES}");
     assert_eq!(bytes("-1"), None);
+}
+
+#[test]
+fn addresses_to_listen_on_are_an_ip_or_a_name_with_a_port() {
+    for value in [
+        "127.0.0.1:8080",
+        "[::1]:8080",
+        "0.0.0.0:0",
+        "localhost:8080",
+        "db-1.example.com:80",
+        "a_b:1",
+    ] {
+        assert_eq!(
+            address(value).map(|address| address.to_string()).as_deref(),
+            Some(value)
+        );
+    }
+    for value in [
+        "",
+        "localhost",
+        "8080",
+        ":8080",
+        "*:8080",
+        "::1:8080",
+        "localhost:",
+        "localhost:http",
+        "localhost:70000",
+        "http://localhost:80",
+        "a b:80",
+        "-:80",
+    ] {
+        assert_eq!(address(value), None, "{value}");
+    }
 }

@@ -150,6 +150,8 @@ fn event_types_are_a_list_or_an_asterisk() {
         "invoice.paid,",
         "*,invoice.paid",
         "Invoice.paid",
+        "all",
+        "invoice.paid,any",
     ] {
         check(wrong, None);
     }

@@ -53,7 +53,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         panicked: CancellationToken::new(),
     };
     metrics::install();
-    let listener = health::listen(settings.listen).await?;
+    let listener = health::listen(&settings.listen).await?;
     let nats = connect::connect(&settings.nats, "litestripe-worker")
         .await
         .map_err(Failure::configuration)?;

@@ -16,3 +16,19 @@ fn all_reasons_are_named_until_each_is_cleared() {
     other.clear("batches");
     assert_eq!(why_not_ready(None, &problems), None);
 }
+
+#[test]
+fn a_problem_with_an_end_is_forgotten_unless_it_is_reported_again() {
+    let problems = Problems::default();
+    let now = Instant::now();
+    let end = now + Duration::from_secs(1);
+    problems.report_until("batches", "refused".to_owned(), end);
+    assert_eq!(problems.list(now).len(), 1);
+    problems.report_until(
+        "batches",
+        "refused".to_owned(),
+        end + Duration::from_secs(1),
+    );
+    assert_eq!(problems.list(end).len(), 1);
+    assert_eq!(problems.list(end + Duration::from_secs(1)).len(), 0);
+}

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use litestripe_contract::settings::dotenv;
+use litestripe_harness::nats;
 use litestripe_harness::program::{Finished, Program};
 
 use super::run;
@@ -132,9 +134,71 @@ async fn malformed_dotenv_is_refused_without_its_lines() {
         .expect("written");
         let finished = run(Program::named(program).folder(folder.path())).await;
         assert_eq!(finished.status.code(), Some(2), "{finished:?}");
-        assert!(finished.stderr.contains(".env"), "{finished:?}");
+        assert!(finished.stderr.contains(".env line 2"), "{finished:?}");
         assert!(!finished.stderr.contains(SECRET), "{finished:?}");
     }
+}
+
+/// Other tools' lines are left to them, and a dollar sign in a password stays one.
+#[tokio::test]
+async fn dotenv_is_read_as_other_tools_read_it() {
+    let broker = nats::Server::start_with(nats::Options {
+        config: r#"authorization { user: "app", password: "pa$word #1" }"#.to_owned(),
+        ..Default::default()
+    })
+    .await;
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let connects = async |lines: &str| {
+        let url = format!("NATS_URL={} # the tests' broker\n", broker.url());
+        fs::write(folder.path().join(".env"), url + lines).expect("it can be written");
+        run(Program::named(WORKER).arg("status").folder(folder.path())).await
+    };
+    let finished = connects(
+        "TITLE=My App Name\nEXPANDED=${HOME}/x\nOPEN='no end\nexport NATS_USER = app\nNATS_PASSWORD=\"pa$word #1\"\n",
+    )
+    .await;
+    assert_eq!(finished.status.code(), Some(0), "{finished:?}");
+
+    let refused = connects("NATS_USER=app\nNATS_PASSWORD=${PASSWORD}\n").await;
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(
+        refused.stderr.contains(".env line 3: NATS_PASSWORD"),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test]
+async fn python_dotenv_reads_the_same_values() {
+    let text = fs::read_to_string(format!("{ROOT}/.env.example")).expect("there is a .env.example");
+    let more = [
+        "A=plain",
+        "export B = spaced",
+        "C=My App Name",
+        "D=pa$word",
+        "E=\"two words # part\" # comment",
+        "F='two words # part'",
+        "G=value # comment",
+        "H=value#part",
+        "I=#hash",
+        r#"J="a \"quoted\" \n\t word \\ \q""#,
+        r"K='it\'s'",
+        "L=",
+        "M=\"first",
+        "second\"",
+        r#"N=a\b "c" d"#,
+        "O=\u{263a}",
+        "A=last",
+    ];
+    let text = format!("{text}\n{}\n", more.join("\n"));
+    let file = tempfile::NamedTempFile::new().expect("a file can be made");
+    fs::write(file.path(), &text).expect("it can be written");
+    let theirs = crate::sdk::lines(&crate::sdk::python("dotenv_parse.py").arg(file.path())).await;
+    let ours = dotenv::parse(&text, |_| true).expect("all of it can be read");
+    let ours: serde_json::Map<_, _> = ours
+        .into_iter()
+        .map(|(name, value)| (name, value.into()))
+        .collect();
+    assert_eq!(theirs, [serde_json::Value::Object(ours)]);
 }
 
 /// A file of the wrong content would otherwise look like a broker that does not answer.
