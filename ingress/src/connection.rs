@@ -17,11 +17,12 @@ use hyper::header::CONNECTION;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper::{Request, Response};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -31,11 +32,17 @@ use crate::throttle::Throttle;
 
 mod threads;
 
-/// The most open connections. Further clients wait in the kernel's backlog.
+/// The most open connections. For the next client the one that has been idle longest is closed; if
+/// none is idle, it waits in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 1024;
 
-/// How long a request's head may take, and how long a connection may be idle before it.
+/// How long a request's head may take, the first one counted from the beginning of the connection.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a connection may be idle between two requests. Longer than the usual proxy keeps one
+/// (60 s: nginx, "keepalive_timeout" of an upstream; AWS, "Connection idle timeout"), so that the
+/// proxy closes it, not we while a request is on its way.
+const IDLE_WITHIN: Duration = Duration::from_secs(75);
 
 /// The largest head of a request, in bytes. Stripe's signature header takes a few hundred.
 const HEAD_BYTES_MAX: usize = 32 << 10;
@@ -70,23 +77,25 @@ where
 {
     let http = http();
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let full = Arc::new(Notify::new());
     let graceful = GracefulShutdown::new();
     let threads = Threads::start();
     let failures = Throttle::new(Duration::from_secs(60));
     while let Some(accepted) = shutdown
-        .run_until_cancelled(accept(&listener, &connections))
+        .run_until_cancelled(accept(&listener, &connections, &full))
         .await
     {
         match accepted {
             Ok((stream, permit)) => {
-                let connection =
-                    serve_connection(http.clone(), stream, service.clone(), graceful.watcher());
+                let (http, service, full) = (http.clone(), service.clone(), Arc::clone(&full));
+                let connection = serve_connection(http, stream, service, graceful.watcher(), full);
                 threads.spawn(async move {
                     let _permit = permit;
                     connection.await;
                 });
             }
             Err(error) => {
+                full.notify_one();
                 if let Some(omitted) = failures.admit(std::time::Instant::now()) {
                     warn!(omitted, "cannot accept a connection: {error}");
                 }
@@ -108,7 +117,11 @@ where
 async fn accept(
     listener: &TcpListener,
     connections: &Arc<Semaphore>,
+    full: &Notify,
 ) -> io::Result<(std::net::TcpStream, OwnedSemaphorePermit)> {
+    if connections.available_permits() == 0 {
+        full.notify_one();
+    }
     let permit = Arc::clone(connections)
         .acquire_owned()
         .await
@@ -120,8 +133,8 @@ async fn accept(
 
 fn http() -> http1::Builder {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
+    // hyper has one timeout for a head and for the idle time before it: `Socket` has two.
+    http.header_read_timeout(None)
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX)
         // Answers are short: copying one behind its head is cheaper than a vectored write.
@@ -134,6 +147,7 @@ async fn serve_connection<S, B>(
     stream: std::net::TcpStream,
     service: S,
     watcher: Watcher,
+    full: Arc<Notify>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     B: hyper::body::Body + 'static,
@@ -144,19 +158,24 @@ async fn serve_connection<S, B>(
         Ok(stream) => stream,
         Err(error) => return debug!("connection not served: {error}"),
     };
-    let lingers = Arc::new(AtomicBool::new(false));
+    let request = Arc::new(CurrentRequest::default());
     let socket = Socket {
         stream,
-        lingers: Arc::clone(&lingers),
+        request: Arc::clone(&request),
+        awaits: Awaits::Head,
+        read_deadline: Box::pin(sleep(HEAD_WITHIN)),
+        full,
         write_deadline: None,
         linger_deadline: None,
     };
-    let service = service_fn(move |request| {
-        let response = service.call(request);
-        let lingers = Arc::clone(&lingers);
+    let service = service_fn(move |head| {
+        request.is_served.store(true, Ordering::Relaxed);
+        let response = service.call(head);
+        let request = Arc::clone(&request);
         async move {
             let response = response.await?;
-            lingers.store(closes(&response), Ordering::Relaxed);
+            request.lingers.store(closes(&response), Ordering::Relaxed);
+            request.is_served.store(false, Ordering::Relaxed);
             Ok::<_, Infallible>(response)
         }
     });
@@ -176,20 +195,64 @@ fn closes<B>(response: &Response<B>) -> bool {
         .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
 }
 
+/// What a socket knows of the requests on it.
+#[derive(Default)]
+struct CurrentRequest {
+    /// Whether a head has been read whose answer is not made yet.
+    is_served: AtomicBool,
+    /// Whether the last answer closes the connection.
+    lingers: AtomicBool,
+}
+
+/// What a client is expected to send.
+enum Awaits {
+    /// The rest of a head, within [`HEAD_WITHIN`].
+    Head,
+    /// A next request, within [`IDLE_WITHIN`]. The future is ready once room is needed for another
+    /// client; of all idle connections, `Notify` wakes the one that has waited longest.
+    NextRequest(Pin<Box<OwnedNotified>>),
+    /// Nothing with a deadline of the socket: a body has its own.
+    Nothing,
+}
+
 /// A client's socket.
 ///
-/// It does two things that hyper leaves to its transport. It gives writing a deadline, and it
-/// closes so that the client still gets the answer: closing a socket with unread bytes resets the
-/// connection, and a client that is still sending its refused body would see the reset instead of
-/// the answer.
+/// It does three things that hyper leaves to its transport. It gives reading a head, idle times and
+/// writing a deadline. And it closes so that the client still gets the answer: closing a socket with
+/// unread bytes resets the connection, and a client that is still sending its refused body would see
+/// the reset instead of the answer.
 struct Socket {
     stream: TcpStream,
-    lingers: Arc<AtomicBool>,
+    request: Arc<CurrentRequest>,
+    awaits: Awaits,
+    /// The deadline of what is awaited.
+    read_deadline: Pin<Box<Sleep>>,
+    /// Notified when a client waits for room.
+    full: Arc<Notify>,
     write_deadline: Option<Pin<Box<Sleep>>>,
     linger_deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Socket {
+    fn expect(&mut self, awaits: Awaits, within: Duration) {
+        self.awaits = awaits;
+        self.read_deadline.as_mut().reset(Instant::now() + within);
+    }
+
+    /// Ends the connection if what is awaited has not come in time. An idle one ends like one that
+    /// the client has closed.
+    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let is_late = self.read_deadline.as_mut().poll(cx).is_ready();
+        match &mut self.awaits {
+            Awaits::Head if is_late => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            Awaits::NextRequest(full) => match full.as_mut().poll(cx) {
+                Poll::Pending if !is_late => Poll::Pending,
+                _ => Poll::Ready(Ok(())),
+            },
+            _ => Poll::Pending,
+        }
+    }
+
     /// Fails a write that has been pending for [`WRITE_WITHIN`].
     fn with_write_deadline<T>(
         &mut self,
@@ -214,7 +277,25 @@ impl AsyncRead for Socket {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let this = &mut *self;
+        if this.request.is_served.load(Ordering::Relaxed) {
+            this.awaits = Awaits::Nothing;
+            return Pin::new(&mut this.stream).poll_read(cx, buffer);
+        }
+        if matches!(this.awaits, Awaits::Nothing) {
+            let full = Box::pin(Arc::clone(&this.full).notified_owned());
+            this.expect(Awaits::NextRequest(full), IDLE_WITHIN);
+        }
+        if Pin::new(&mut this.stream)
+            .poll_read(cx, buffer)?
+            .is_pending()
+        {
+            return this.poll_overdue(cx);
+        }
+        if matches!(this.awaits, Awaits::NextRequest(_)) {
+            this.expect(Awaits::Head, HEAD_WITHIN);
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -234,7 +315,7 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if !this.lingers.load(Ordering::Relaxed) {
+        if !this.request.lingers.load(Ordering::Relaxed) {
             return Pin::new(&mut this.stream).poll_shutdown(cx);
         }
         if this.linger_deadline.is_none() {

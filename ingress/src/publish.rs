@@ -120,7 +120,8 @@ impl Publisher {
         } else if !*self.is_provided.borrow() {
             Err(Trouble::NoStream)
         } else {
-            Ok(())
+            let lasting = self.report.lasting_trouble(std::time::Instant::now());
+            lasting.map_or(Ok(()), Err)
         }
     }
 
@@ -137,7 +138,8 @@ impl Publisher {
             Err(StoreError::TooLarge) => {}
             Err(StoreError::Unavailable(trouble)) => {
                 debug!(event_id = %delivery.id, "cannot store {}: {trouble}", delivery.id);
-                self.report.record_failure(trouble);
+                self.report
+                    .record_failure(trouble, std::time::Instant::now());
             }
         }
         outcome

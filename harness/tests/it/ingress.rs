@@ -18,6 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 mod broker;
+mod connections;
 mod life;
 
 const UUID: &str = "0b7f8c1e-6f0a-4a51-9d55-0a4d3f6b7c21";
