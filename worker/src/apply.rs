@@ -5,6 +5,7 @@
 //! consumer does).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use litestripe_contract::exit;
 use litestripe_domain::arrival::Arrival;
@@ -17,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
 use crate::fail_point::fail_point;
-use crate::health::Problems;
 use crate::metrics;
 use crate::store::Transaction;
 use crate::store::{self, Store};
@@ -27,14 +27,21 @@ use crate::wait::{DATABASE, Wait, Waiting, pause};
 
 mod decoded;
 pub mod in_flight;
+mod refusals;
 mod save;
 
 pub use decoded::{Decoded, count_wanted_poisoned, decode};
-use save::save;
+pub use refusals::Refusals;
+use refusals::redelivery_delay;
+use save::{Saved, save};
 
 /// Batches that are applied at the same time: one is decoded and merged while the database works on
 /// another.
 pub const IN_FLIGHT: usize = 2;
+
+/// How many events of a refused batch are tried alone before the others: if all are refused, the
+/// database refuses everything, and the others are not tried.
+const PROBES: usize = 3;
 
 /// What applying a batch needs.
 #[derive(Clone)]
@@ -52,14 +59,14 @@ pub struct Applier {
     /// Wakes up the questions task when there may be users to look up.
     pub questions: Arc<Notify>,
     pub waiting: Arc<Waiting>,
-    /// Where it is reported that batches cannot be applied.
-    pub problems: Problems,
+    pub refusals: Arc<Refusals>,
 }
 
 /// Applies a batch: commit, then ack, then wake the relay.
 ///
-/// While the database is unavailable it waits, and keeps the batch's messages in progress. If
-/// `shutdown` is cancelled meanwhile, it hands the messages back.
+/// While the database is unavailable it waits, and keeps the batch's messages in progress. Events
+/// that the database refuses are delivered again later. If `shutdown` is cancelled meanwhile, it
+/// hands the messages back.
 pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
     let Decoded {
         batch,
@@ -74,23 +81,39 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         batch.hand_back().await;
         return;
     }
-    let Some(Outcome { refused, redacted }) =
-        save_with_retries(applier, arrivals, &batch, shutdown).await
-    else {
+    let began = Instant::now();
+    let saved = save_with_retries(applier, Arc::new(arrivals), &batch, shutdown).await;
+    let Some(mut outcome) = saved else {
         batch.hand_back().await;
         return;
     };
-    poisoned.extend(refused);
+    if let Some(error) = outcome.refuses_all() {
+        let pause_for = (applier.refusals).all_refused(began, &exit::chain(error), Instant::now());
+        batch.keep_alive().await;
+        if pause(pause_for, shutdown).await.is_none() {
+            batch.hand_back().await;
+            return;
+        }
+    }
+    let postponed = outcome.take_postponed(applier);
+    let hopeless = outcome.refused.iter();
+    poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
+    let unapplied = poisoned.iter().map(|(index, _)| *index);
     batch
-        .ack_except(poisoned.iter().map(|(index, _)| *index))
+        .ack_except(unapplied.chain(postponed.iter().copied()))
         .await;
+    for &index in &postponed {
+        batch
+            .postpone(index, redelivery_delay(batch.deliveries(index)))
+            .await;
+    }
     fail_point!("worker::after_ack");
     applier.relay.notify_one();
     if applier.policy.rules.lookup {
         applier.questions.notify_one();
     }
-    metrics::applied(events);
-    applier.erasures.remove_late(redacted);
+    metrics::applied(events - postponed.len() - outcome.refused.len());
+    applier.erasures.remove_late(outcome.redacted);
     applier.dead_letters.store(batch, poisoned).await;
 }
 
@@ -106,7 +129,7 @@ pub struct Reapplied {
 /// are dead letters already.
 ///
 /// `wanted` gets an event's sequence, and the event if it can be decoded. Returns `None` if
-/// `shutdown` was cancelled while the database was unavailable.
+/// `shutdown` was cancelled while the database was unavailable or refused everything.
 pub async fn reapply(
     applier: &Applier,
     decoded: Decoded,
@@ -122,9 +145,24 @@ pub async fn reapply(
     let poisoned = count_wanted_poisoned(&batch, &poisoned, &wanted);
     arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
     let events = arrivals.len() as u64;
-    let Some(outcome) = save_with_retries(applier, arrivals, &batch, shutdown).await else {
-        batch.hand_back().await;
-        return None;
+    let arrivals = Arc::new(arrivals);
+    let mut wait = Wait::new(DATABASE);
+    let outcome = loop {
+        let saved = save_with_retries(applier, Arc::clone(&arrivals), &batch, shutdown).await;
+        let paused = match saved {
+            None => None,
+            Some(outcome) => match outcome.refuses_all() {
+                Some(error) if error.disposition() == Disposition::Refused => {
+                    batch.keep_alive().await;
+                    pause(wait.failed(error), shutdown).await
+                }
+                _ => break outcome,
+            },
+        };
+        if paused.is_none() {
+            batch.hand_back().await;
+            return None;
+        }
     };
     batch.ack_except([]).await;
     let refused = outcome.refused.len() as u64;
@@ -171,59 +209,144 @@ async fn queue_erasures(
     Some(())
 }
 
+/// An event that the database refuses when it is saved alone.
+struct Refused {
+    alone: Arc<Vec<Arrival>>,
+    error: StoreError,
+    /// Whether others of its batch had been written before.
+    after_others: bool,
+    /// Whether it can never be applied.
+    is_hopeless: bool,
+}
+
+impl Refused {
+    fn index(&self) -> usize {
+        self.alone.first().map_or(0, |arrival| arrival.index)
+    }
+}
+
 /// The result of saving a batch.
 #[derive(Default)]
 struct Outcome {
-    /// The events that the database refuses permanently, by their index, each with the reason.
-    refused: Vec<(usize, String)>,
+    refused: Vec<Refused>,
+    /// The indexes of the events that were not tried, because the database refuses everything.
+    untried: Vec<usize>,
+    /// Whether any event was saved.
+    committed: bool,
+    /// Whether a row was written.
+    wrote: bool,
     /// The sequences of the events that were saved without their personal data, because that was
     /// erased.
     redacted: Vec<u64>,
+}
+
+impl Outcome {
+    /// If the database refuses everything that was tried, returns why.
+    fn refuses_all(&self) -> Option<&StoreError> {
+        let last = self.refused.last().filter(|_| !self.committed);
+        last.map(|refused| &refused.error)
+    }
+
+    /// Takes out the refused events that are delivered again later, and returns their indexes. The
+    /// others can never be applied.
+    fn take_postponed(&mut self, applier: &Applier) -> Vec<usize> {
+        let is_postponed = |refused: &mut Refused| !refused.is_hopeless;
+        let postponed: Vec<_> = self.refused.extract_if(.., is_postponed).collect();
+        if let Some(first) = postponed.first().filter(|_| self.committed) {
+            let reason = exit::chain(&first.error);
+            (applier.refusals).some_refused(postponed.len(), &reason, Instant::now());
+        }
+        let postponed = postponed.iter().map(Refused::index);
+        postponed.chain(self.untried.iter().copied()).collect()
+    }
 }
 
 /// Saves the changes that the events cause. Retries for as long as the database is unavailable.
 /// Returns `None` if `shutdown` was cancelled before it succeeded.
 async fn save_with_retries(
     applier: &Applier,
-    arrivals: Vec<Arrival>,
+    arrivals: Arc<Vec<Arrival>>,
     batch: &Batch,
     shutdown: &CancellationToken,
 ) -> Option<Outcome> {
     let mut outcome = Outcome::default();
-    // A refused set is halved until the event at fault is alone in its set.
-    let mut sets = vec![Arc::new(arrivals)];
+    let whole = arrivals.len();
+    let mut sets = vec![arrivals];
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while let Some(set) = sets.pop() {
+        let began = Instant::now();
         match save(applier, &set).await {
-            Ok(redacted) => {
-                outcome.redacted.extend(redacted);
+            Ok(Saved { redacted, wrote }) => {
                 wait.succeeded();
+                applier.refusals.committed(wrote, Instant::now());
+                outcome.committed = true;
+                outcome.wrote |= wrote;
+                outcome.redacted.extend(redacted);
             }
-            Err(error) if error.disposition() == Disposition::Wait => {
+            Err(error) if error.is_refusal() => {
+                wait.succeeded();
+                if let [one] = set.as_slice() {
+                    let deliveries = batch.deliveries(one.index);
+                    let is_hopeless = (applier.refusals).is_hopeless(
+                        error.disposition(),
+                        outcome.wrote,
+                        deliveries,
+                        began,
+                    );
+                    outcome.refused.push(Refused {
+                        alone: set,
+                        error,
+                        after_others: outcome.wrote,
+                        is_hopeless,
+                    });
+                } else {
+                    sets.extend(split(Arc::unwrap_or_clone(set), whole));
+                }
+            }
+            Err(error) => {
                 sets.push(set);
                 batch.keep_alive().await;
+                (applier.refusals).unavailable(began, &exit::chain(&error), Instant::now());
                 pause(wait.failed(&error), shutdown).await?;
             }
-            Err(error) => match Arc::try_unwrap(set).ok()? {
-                single if single.len() == 1 => {
-                    outcome.refused.push((single[0].index, exit::chain(&error)))
-                }
-                mut half => {
-                    let rest = half.split_off(half.len() / 2);
-                    sets.extend([Arc::new(rest), Arc::new(half)]);
-                }
-            },
+        }
+        if outcome.refused.len() >= PROBES && !outcome.committed {
+            let untried = sets.drain(..).flat_map(Arc::unwrap_or_clone);
+            outcome.untried = untried.map(|arrival| arrival.index).collect();
+        }
+        // Until others are written, an event may be refused like all, and for no fault of its own.
+        if sets.is_empty() && outcome.wrote {
+            let too_early = |refused: &mut Refused| !refused.after_others;
+            let too_early = outcome.refused.extract_if(.., too_early);
+            sets.extend(too_early.map(|refused| refused.alone));
         }
     }
     Some(outcome)
 }
 
+/// Splits a refused set, so that an event that is at fault comes to stand alone. Returns the parts
+/// in the reverse of the order in which they are tried. A whole batch is first split into a few
+/// single events from all over it and the rest, all others into halves.
+fn split(mut set: Vec<Arrival>, whole: usize) -> Vec<Arc<Vec<Arrival>>> {
+    let middle = set.len() / 2;
+    let parts = if set.len() == whole && whole > PROBES {
+        let last = set.split_off(set.len() - 1);
+        let between = set.drain(middle..=middle).collect();
+        let rest = set.split_off(1);
+        vec![rest, last, between, set]
+    } else {
+        let rest = set.split_off(middle);
+        vec![rest, set]
+    };
+    parts.into_iter().map(Arc::new).collect()
+}
+
 /// Applies one event outside of any batch, as a batch would. Returns the reason if the database
-/// refuses the event permanently.
+/// refuses the event.
 pub async fn apply_one(applier: &Applier, arrival: Arrival) -> Result<Option<String>, StoreError> {
     match save(applier, &Arc::new(vec![arrival])).await {
         Ok(_) => Ok(None),
-        Err(error) if error.disposition() == Disposition::Poison => Ok(Some(exit::chain(&error))),
+        Err(error) if error.is_refusal() => Ok(Some(exit::chain(&error))),
         Err(error) => Err(error),
     }
 }

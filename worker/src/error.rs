@@ -12,8 +12,11 @@ use sea_orm::{DbErr, RuntimeErr};
 pub enum Disposition {
     /// The database is unavailable. Keep the message and retry with backoff, without a limit.
     Wait,
-    /// This event can never be applied. It becomes a dead letter with the reason; the rest of the
-    /// batch is applied.
+    /// The database answers and refuses, this event or all of them. The batch is halved, and an
+    /// event that is refused alone is delivered again later.
+    Refused,
+    /// Like `Refused`, but about the event's own values: if the database accepts others, this event
+    /// can never be applied, and becomes a dead letter.
     Poison,
 }
 
@@ -75,22 +78,30 @@ impl StoreError {
         }
     }
 
-    /// Returns [`Disposition::Wait`] if the same statement may succeed later.
-    ///
-    /// Only errors about the data itself are permanent. PostgreSQL: "Error Codes",
-    /// classes 22 (data exception), 23 (integrity constraint) and 54 (program limit).
-    /// SQLite: "Result Codes", TOOBIG, CONSTRAINT and MISMATCH.
+    /// Sorts the error. An unknown one counts as a refusal: as an outage it would hold up all other
+    /// events.
     pub fn disposition(&self) -> Disposition {
-        match &self.cause {
-            Cause::Json(_) | Cause::Panic | Cause::Database(DbErr::Json(_) | DbErr::Type(_)) => {
-                Disposition::Poison
-            }
-            Cause::Timeout(_) | Cause::Foreign(_) => Disposition::Wait,
-            Cause::Database(error) => match database_error(error) {
-                Some(error) if is_about_data(error) => Disposition::Poison,
-                _ => Disposition::Wait,
+        let error = match &self.cause {
+            Cause::Json(_) | Cause::Panic => return Disposition::Poison,
+            Cause::Timeout(_) | Cause::Foreign(_) => return Disposition::Wait,
+            Cause::Database(error) => error,
+        };
+        match (error, sqlx_error(error)) {
+            (DbErr::Json(_) | DbErr::Type(_), _) => Disposition::Poison,
+            (_, Some(error)) => match error.as_database_error() {
+                Some(error) if is_outage(error) => Disposition::Wait,
+                Some(error) if is_about_values(error) => Disposition::Poison,
+                Some(_) => Disposition::Refused,
+                None if is_about_a_stored_value(error) => Disposition::Refused,
+                None => Disposition::Wait,
             },
+            _ => Disposition::Wait,
         }
+    }
+
+    /// Whether the database answers and refuses, so that others may still be served.
+    pub fn is_refusal(&self) -> bool {
+        self.disposition() != Disposition::Wait
     }
 
     /// Whether a start that failed for this reason may succeed later without the operator's help:
@@ -141,31 +152,55 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
 /// (no such schema), 42 (access rule, or unknown SQL), 0A (unsupported feature), and errors about
 /// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
 fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
-    let code = error.code().unwrap_or_default();
     if error
         .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
         .is_some()
     {
-        return !is_about_data(error)
-            && !["28", "3D", "3F", "42", "0A"]
-                .iter()
-                .any(|class| code.starts_with(class));
+        return !is_about_data(error) && !has_class(error, &["28", "3D", "3F", "42", "0A"], &[]);
     }
-    let primary = code.parse::<u32>().map(|code| code & 0xff);
-    matches!(primary, Ok(5 | 6 | 7 | 10 | 13 | 15))
+    has_class(error, &[], &[5, 6, 7, 10, 13, 15])
 }
 
 fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {
+    is_about_values(error) || has_class(error, &["23"], &[19])
+}
+
+/// PostgreSQL: "Error Codes", 22 (data exception) and 54 (program limit). SQLite: "Result Codes",
+/// TOOBIG and MISMATCH. Not constraints: an operator may add one that refuses everything.
+fn is_about_values(error: &dyn sqlx::error::DatabaseError) -> bool {
+    has_class(error, &["22", "54"], &[18, 20])
+}
+
+/// PostgreSQL: 08 (connection), 25 (transaction state, as read-only), 26 and 42P05 (prepared
+/// statements, which a pooler may mix up), 28 (authorization), 3D (no such database), 40
+/// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58 and XX (system, as a file
+/// that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, CORRUPT, FULL,
+/// CANTOPEN, PROTOCOL, NOTADB.
+fn is_outage(error: &dyn sqlx::error::DatabaseError) -> bool {
+    let postgres = [
+        "08", "25", "26", "28", "3D", "40", "42P05", "53", "55", "57", "58", "XX",
+    ];
+    has_class(error, &postgres, &[5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 26])
+}
+
+/// Whether a value that a person or another version wrote cannot be read.
+fn is_about_a_stored_value(error: &sqlx::Error) -> bool {
+    matches!(
+        error,
+        sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::Encode(_)
+    )
+}
+
+/// Whether the code is of one of these classes of PostgreSQL or primary codes of SQLite.
+fn has_class(error: &dyn sqlx::error::DatabaseError, postgres: &[&str], sqlite: &[u32]) -> bool {
     let code = error.code().unwrap_or_default();
     if error
         .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
         .is_some()
     {
-        return ["22", "23", "54"]
-            .iter()
-            .any(|class| code.starts_with(class));
+        return postgres.iter().any(|class| code.starts_with(class));
     }
     // The low byte of an extended result code is the primary one.
     let primary = code.parse::<u32>().map(|code| code & 0xff);
-    matches!(primary, Ok(18..=20)) // TOOBIG, CONSTRAINT, MISMATCH
+    primary.is_ok_and(|primary| sqlite.contains(&primary))
 }

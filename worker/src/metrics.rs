@@ -41,7 +41,7 @@ fn help(name: &str) -> &'static str {
         STREAM_BYTES => "Size of STRIPE_EVENTS in bytes",
         STREAM_BYTES_MAX => "Size in bytes at which STRIPE_EVENTS refuses new events",
         WAITING => {
-            "1 while the worker waits for the database, the broker, a key for Stripe, or to publish signals"
+            "1 while the worker waits for the database, the broker, a key for Stripe, to publish signals, or for the database to accept events"
         }
         OPEN_QUESTIONS => "Open questions of all workers, by kind",
         STRIPE_REQUESTS => "Requests to Stripe's API by outcome, each attempt counted",
@@ -80,6 +80,7 @@ pub(crate) fn install() {
     waiting_for_signals(false);
     waiting_for_broker(false);
     waiting_for_key(false);
+    waiting_for_acceptance(false);
     let upkeep = handle.clone();
     if HANDLE.set(handle).is_ok() {
         tokio::spawn(async move {
@@ -141,6 +142,11 @@ pub(crate) fn waiting_for_database(waiting: bool) {
 /// Waiting for NATS, or for one of the streams.
 pub(crate) fn waiting_for_broker(waiting: bool) {
     gauge!(WAITING, "for" => "broker").set(f64::from(waiting));
+}
+
+/// The database answers, but refuses all events.
+pub(crate) fn waiting_for_acceptance(waiting: bool) {
+    gauge!(WAITING, "for" => "acceptance").set(f64::from(waiting));
 }
 
 /// Signals wait in the outbox because they cannot be published.

@@ -23,6 +23,7 @@ mod previous;
 mod progress;
 mod pull;
 mod reconcile;
+mod refusals;
 mod renderings;
 mod replay;
 mod resend;

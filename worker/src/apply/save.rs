@@ -32,8 +32,18 @@ use crate::store::subscription::Found;
 /// vanished, and TCP gives up a connection only after a quarter of an hour.
 const SAVE_MAX: Duration = Duration::from_secs(60);
 
-/// Saves the changes that `arrivals` cause. Returns the sequences of the events that were saved
-/// without their personal data, because that was erased.
+/// The result of saving.
+#[derive(Default)]
+pub(super) struct Saved {
+    /// The sequences of the events that were saved without their personal data, because that was
+    /// erased.
+    pub(super) redacted: Vec<u64>,
+    /// Whether a row of a subscription was written: events that change nothing show nothing about
+    /// what the database accepts.
+    pub(super) wrote: bool,
+}
+
+/// Saves the changes that `arrivals` cause.
 ///
 /// # Errors
 /// The database is unavailable or refuses the data. After a timeout the transaction may still
@@ -41,7 +51,7 @@ const SAVE_MAX: Duration = Duration::from_secs(60);
 pub(super) async fn save(
     applier: &Applier,
     arrivals: &Arc<Vec<Arrival>>,
-) -> Result<Vec<u64>, StoreError> {
+) -> Result<Saved, StoreError> {
     // A bug that one event triggers must not stop the others: an event that panics is poisoned.
     let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
     match tokio::time::timeout(SAVE_MAX, saving).await {
@@ -51,9 +61,9 @@ pub(super) async fn save(
     }
 }
 
-async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec<u64>, StoreError> {
+async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Saved, StoreError> {
     let mut stale: Option<HashSet<usize>> = None;
-    let mut redacted = Vec::new();
+    let mut all = Saved::default();
     loop {
         let (arrivals, policy, erasures) = (
             Arc::clone(arrivals),
@@ -73,30 +83,25 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Vec
                 .collect();
             save_once(tx, pending, &policy, &erasures, OffsetDateTime::now_utc()).await
         };
-        let saved = applier.store.uncancelled(once).await?;
-        redacted.extend(saved.redacted);
-        if saved.stale.is_empty() {
-            return Ok(redacted);
+        let (saved, stale_again) = applier.store.uncancelled(once).await?;
+        all.redacted.extend(saved.redacted);
+        all.wrote |= saved.wrote;
+        if stale_again.is_empty() {
+            return Ok(all);
         }
-        stale = Some(saved.stale);
+        stale = Some(stale_again);
     }
 }
 
-/// The result of one transaction.
-struct Saved {
-    /// The sequences of the events that were saved without their personal data.
-    redacted: Vec<u64>,
-    /// The indexes of the events whose rows another worker wrote after they were read.
-    stale: HashSet<usize>,
-}
-
+/// Saves in one transaction. The second result has the indexes of the events whose rows another
+/// worker wrote after they were read.
 async fn save_once(
     tx: Transaction,
     mut pending: Vec<Cow<'_, Arrival>>,
     policy: &Policy,
     erasures: &Erasures,
     now: OffsetDateTime,
-) -> Result<Saved, StoreError> {
+) -> Result<(Saved, HashSet<usize>), StoreError> {
     let ids: BTreeSet<&str> = pending
         .iter()
         .filter_map(|arrival| arrival.event.stripe_subscription_id())
@@ -164,10 +169,9 @@ async fn save_once(
     let redacted = pending
         .iter()
         .filter(|arrival| arrival.event.redacted && !stale.contains(&arrival.index));
-    Ok(Saved {
-        redacted: redacted.map(|arrival| arrival.stream_sequence).collect(),
-        stale,
-    })
+    let redacted = redacted.map(|arrival| arrival.stream_sequence).collect();
+    let wrote = !written.is_empty();
+    Ok((Saved { redacted, wrote }, stale))
 }
 
 /// Removes the personal data from the events of erased customers.

@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::Failure;
-use crate::apply::Applier;
+use crate::apply::{Applier, Refusals};
 use crate::health::{self, Readiness};
 use crate::metrics;
 use crate::questions::Questions;
@@ -176,7 +176,7 @@ impl Worker {
         let wake = Arc::new(Notify::new());
         let dead_letters = DeadLetters::new(parts.jetstream.clone());
         let applier = Applier {
-            problems: readiness.problems.clone(),
+            refusals: Arc::new(Refusals::new(readiness.problems.clone())),
             ..parts.applier(settings, &dead_letters, &wake)
         };
         let stripe = parts.stripe(settings)?;

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::error::{Disposition, StoreError};
+use crate::error::StoreError;
 use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::wait::pause;
@@ -104,7 +104,7 @@ pub(crate) async fn count(store: &Store) -> Result<u64, StoreError> {
 /// Sends the unsent signals of the rows `ids`. If a row cannot be read, sends those of the others.
 async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Result<(), StoreError> {
     match send_together(store, ids.clone()).await {
-        Err(error) if error.disposition() == Disposition::Poison => {}
+        Err(error) if error.is_refusal() => {}
         outcome => {
             sent.signals += outcome?;
             return Ok(());
@@ -112,7 +112,7 @@ async fn send_readable(store: &Store, ids: Vec<String>, sent: &mut Sent) -> Resu
     }
     for id in ids {
         match send_together(store, vec![id.clone()]).await {
-            Err(error) if error.disposition() == Disposition::Poison => sent.unreadable.push(id),
+            Err(error) if error.is_refusal() => sent.unreadable.push(id),
             outcome => sent.signals += outcome?,
         }
     }

@@ -8,7 +8,7 @@ use litestripe_domain::plan::{self, Rebuilt};
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use crate::error::{Disposition, StoreError};
+use crate::error::StoreError;
 use crate::store::Transaction;
 use crate::store::{self, Store};
 
@@ -71,10 +71,10 @@ pub(crate) async fn withhold_or_release(store: &Store, rebuilt: Rebuilt) -> Resu
         };
         after.clone_from(last);
         match write_decisions(store, ids.clone(), rebuilt).await {
-            Err(error) if error.disposition() == Disposition::Poison => {
+            Err(error) if error.is_refusal() => {
                 for id in ids {
                     match write_decisions(store, vec![id], rebuilt).await {
-                        Err(error) if error.disposition() == Disposition::Poison => {}
+                        Err(error) if error.is_refusal() => {}
                         outcome => outcome?,
                     }
                 }

@@ -14,7 +14,6 @@ use super::database::{self, OpenError, Schema};
 use crate::apply::Applier;
 use crate::erasure::Erasures;
 use crate::error::StoreError;
-use crate::health::Problems;
 use crate::relay::Relay;
 use crate::settings::{LookupSettings, Settings};
 use crate::store::Store;
@@ -93,7 +92,7 @@ impl Parts {
             relay: Arc::clone(relay),
             questions: Arc::new(Notify::new()),
             waiting: Arc::default(),
-            problems: Problems::default(),
+            refusals: Arc::default(),
         }
     }
 

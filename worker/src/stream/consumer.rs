@@ -297,6 +297,16 @@ impl Delivery<'_> {
 }
 
 impl Batch {
+    /// How often the message of this index has been delivered, to any worker. The server counts,
+    /// so that the count survives a restart.
+    pub fn deliveries(&self, index: usize) -> u64 {
+        let info = self
+            .messages
+            .get(index)
+            .and_then(|message| message.info().ok());
+        info.map_or(1, |info| info.delivered.unsigned_abs())
+    }
+
     pub fn messages(&self) -> impl Iterator<Item = Delivery<'_>> {
         self.messages.iter().map(|message| Delivery {
             payload: &message.payload,
@@ -339,6 +349,13 @@ impl Batch {
     /// Naks the messages, so that the server delivers them to any worker.
     pub async fn hand_back(&self) {
         self.settle_all(AckKind::Nak(Some(HAND_BACK_DELAY))).await;
+    }
+
+    /// Naks the message of this index, so that the server delivers it again after `delay`.
+    pub async fn postpone(&self, index: usize, delay: Duration) {
+        if let Some(message) = self.messages.get(index) {
+            settle(message, AckKind::Nak(Some(delay))).await;
+        }
     }
 
     async fn settle_all(&self, kind: AckKind) {

@@ -79,7 +79,7 @@ struct Target {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     // A missing file is fine; the programs report a malformed one.
-    let _ = dotenvy::dotenv();
+    let _ = litestripe_contract::settings::dotenv::load(&[]);
     match run(Arguments::parse()).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
