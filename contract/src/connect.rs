@@ -50,13 +50,15 @@ pub enum ConnectError {
 
 /// Returns a client that connects, and reconnects, in the background.
 pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, ConnectError> {
-    let hosts = settings.hosts();
     let reported = Reported::default();
     let options = options(settings, name, &reported)?
         .retry_on_initial_connect()
-        .event_callback(move |event| {
-            report(&event, &hosts, &reported);
-            std::future::ready(())
+        .event_callback({
+            let settings = settings.clone();
+            move |event| {
+                report(&event, &settings, &reported);
+                std::future::ready(())
+            }
         });
     options
         .connect(settings.servers.as_slice())
@@ -117,9 +119,21 @@ fn options(
         .name(name)
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT));
+    check_tls(settings)?;
+    if let Some(ca) = &settings.tls_ca {
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    if let Some((certificate, key)) = &settings.tls_client {
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    Ok(options)
+}
+
+/// Checks the files of TLS. async-nats reads them at every attempt to connect, does not say which one
+/// it cannot use, and takes a file without a certificate.
+fn check_tls(settings: &NatsSettings) -> Result<(), ConnectError> {
     if let Some(ca) = &settings.tls_ca {
         certificates(&NATS_TLS_CA, ca)?;
-        options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((certificate, key)) = &settings.tls_client {
         certificates(&NATS_TLS_CERT, certificate)?;
@@ -127,9 +141,8 @@ fn options(
         // The parser's own message may quote a line of the key.
         PrivateKeyDer::from_pem_slice(&text)
             .map_err(|_| unusable(&NATS_TLS_KEY, key)("it holds no PEM private key"))?;
-        options = options.add_client_certificate(certificate.clone(), key.clone());
     }
-    Ok(options)
+    Ok(())
 }
 
 /// Returns the JetStream API over `client`, with our timeouts.
@@ -156,8 +169,7 @@ pub async fn connected(client: &Client, settings: &NatsSettings) {
     }
 }
 
-/// Checks that a file holds certificates, before the first attempt to connect. async-nats reads the
-/// file at every attempt, and an unusable file would look like an unreachable broker.
+/// Checks that a file holds certificates.
 fn certificates(setting: &Setting, path: &Path) -> Result<(), ConnectError> {
     let found =
         CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
@@ -199,7 +211,8 @@ impl Reported {
 }
 
 /// Logs an event of the connection.
-fn report(event: &Event, hosts: &str, reported: &Reported) {
+fn report(event: &Event, settings: &NatsSettings, reported: &Reported) {
+    let hosts = settings.hosts();
     match event {
         Event::Connected => {
             reported.locked().clear();
@@ -220,8 +233,10 @@ fn report(event: &Event, hosts: &str, reported: &Reported) {
             let is_logged = [ConnectErrorKind::Io, ConnectErrorKind::Authentication]
                 .iter()
                 .any(|kind| error.contains(&kind.to_string()));
-            if !is_logged {
-                reported.warn_once(hosts, &error);
+            match check_tls(settings) {
+                Err(file) => reported.warn_once(&hosts, &exit::chain(&file)),
+                Ok(()) if is_logged => {}
+                Ok(()) => reported.warn_once(&hosts, &error),
             }
         }
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining | Event::Closed => {

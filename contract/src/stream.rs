@@ -12,6 +12,7 @@ use async_nats::jetstream::{self, ErrorCode};
 use serde::Serialize;
 use tracing::{info, warn};
 
+use crate::exit;
 use crate::settings::{EVENTS_MAX_BYTES, EventsSettings, Setting, StreamSettings};
 use crate::subject;
 
@@ -222,7 +223,7 @@ async fn provide(
 /// Returns its size.
 ///
 /// A server says how much room it has only by refusing more: so the stream first asks for the room of
-/// all. A program without the right to update the stream leaves it as it is.
+/// all. Without the right to update it, the stream stays as it is.
 async fn make_room(jetstream: &jetstream::Context, config: Config) -> i64 {
     let max_bytes = config.max_bytes;
     let resize = async |max_bytes| {
@@ -231,6 +232,15 @@ async fn make_room(jetstream: &jetstream::Context, config: Config) -> i64 {
             ..config.clone()
         };
         jetstream.update_stream(config).await
+    };
+    let left_as_is = |error| {
+        warn!(
+            "cannot find out whether the other streams fit beside {} (set {}): {}",
+            config.name,
+            EVENTS_MAX_BYTES.name,
+            exit::chain(&error)
+        );
+        max_bytes
     };
     let others = signals_bytes(max_bytes) + dead_letters_bytes(max_bytes) + BUCKET_MAX_BYTES;
     let fitting = match resize(max_bytes + others).await {
@@ -246,11 +256,11 @@ async fn make_room(jetstream: &jetstream::Context, config: Config) -> i64 {
             );
             fitting
         }
-        Err(_) => return max_bytes,
+        Err(error) => return left_as_is(error),
     };
     match resize(fitting).await {
         Ok(_) => fitting,
-        Err(_) => max_bytes,
+        Err(error) => left_as_is(error),
     }
 }
 

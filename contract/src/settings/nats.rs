@@ -100,14 +100,18 @@ impl From<UrlUser> for Identity {
     }
 }
 
-/// Parses a server's URL. async-nats would ignore the user in it, and log it.
+/// Parses a server's URL. async-nats would log the user in it and ignore it, as it ignores a path, and
+/// takes WebSockets for plain TCP.
 fn server(url: &str) -> Option<(ServerAddr, Option<UrlUser>)> {
     let mut url = url.trim().parse::<ServerAddr>().ok()?.into_inner();
+    let is_server = matches!(url.scheme(), "nats" | "tls") && matches!(url.path(), "" | "/");
+    if !is_server || url.query().is_some() || url.fragment().is_some() {
+        return None;
+    }
     let decoded = |text: &str| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
     let user = match url.username() {
-        // An unescaped password that begins like a port ends the host early and leaves its `@`
-        // behind.
-        "" if url.as_str().contains('@') => return None,
+        // Also a token without a name, as in `nats://:token@host`.
+        "" if url.password().is_some() => return None,
         "" => None,
         name => Some(UrlUser {
             name: decoded(name)?,

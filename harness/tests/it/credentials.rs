@@ -161,6 +161,25 @@ async fn credentials_that_expire_are_read_again() {
     works(&bridge, 1).await;
 }
 
+/// The broker has no TLS at all; the files are read before that matters.
+#[tokio::test]
+async fn rotated_certificate_that_is_unusable_is_named() {
+    let file = File::new("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
+    let bridge = {
+        let mut bridge = prepare(broker(""), &[("NATS_TLS_CA", file.path())]).await;
+        bridge.start_ingress();
+        bridge
+    };
+    let ingress = bridge.ingress();
+    ingress.wait_for_log("waiting for NATS", DEADLINE).await;
+    assert_eq!(ingress.count_in_log("NATS_TLS_CA"), 0, "{}", ingress.log());
+    file.write("hunter2");
+    ingress
+        .wait_for_log("of NATS_TLS_CA: it holds no PEM certificate", DEADLINE)
+        .await;
+    assert_eq!(ingress.count_in_log("hunter2"), 0);
+}
+
 /// A broker with these lines in its configuration. It does not run yet.
 fn broker(config: &str) -> nats::Server {
     let options = nats::Options {

@@ -244,7 +244,7 @@ async fn status_shows_the_progress_of_the_workers() {
 
     let finished = run(bridge.worker().arg("status")).await;
     for (name, value) in [
-        ("events", "9"),
+        ("STRIPE_EVENTS", "9"),
         ("lag", "0"),
         ("pending acks", "0"),
         ("ack floor", "9"),

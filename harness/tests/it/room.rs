@@ -94,6 +94,17 @@ async fn sizes_that_nobody_sets_fit_a_cluster_as_well() {
 }
 
 #[tokio::test]
+async fn program_that_may_not_update_the_stream_works_with_it_as_it_is() {
+    let rights = "authorization { users: [ { user: test, password: test, permissions: { publish: { deny: \
+                  \"$JS.API.STREAM.UPDATE.>\" } } } ] }\nno_auth_user: test";
+    let settings = Options::new(DatabaseKind::Sqlite);
+    let bridge = start(settings, "max_file_store: 20GB", rights).await;
+    let told = "cannot find out whether the other streams fit beside STRIPE_EVENTS";
+    assert_eq!(bridge.ingress().count_in_log(told), 1);
+    works(&bridge).await;
+}
+
+#[tokio::test]
 async fn account_that_requires_sizes_is_served() {
     let api = Api::start().await;
     let accounts = "accounts { app { users: [ { user: app, password: app } ]\n  jetstream { max_file: 1GB, \

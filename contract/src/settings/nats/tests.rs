@@ -16,8 +16,16 @@ fn read(given: &[(&'static str, &str)]) -> Result<NatsSettings, Problems> {
 #[test]
 fn servers_are_urls_with_a_host() {
     let hosts = |value| read(&[("NATS_URL", value)]).map(|nats| nats.hosts()).ok();
-    assert_eq!(hosts("nats://a:1, b"), Some("a:1, b:4222".to_owned()));
-    for value in ["nats://a:1,", ",", "nats://", "nats://a:x"] {
+    assert_eq!(hosts("nats://a:1/, b"), Some("a:1, b:4222".to_owned()));
+    for value in [
+        "nats://a:1,",
+        ",",
+        "nats://",
+        "nats://a:x",
+        "ws://a",
+        "nats://a/path",
+        "nats://a?tls=true",
+    ] {
         assert_eq!(hosts(value), None, "{value}");
     }
 }
