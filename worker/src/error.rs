@@ -112,10 +112,7 @@ impl StoreError {
         };
         match (error, sqlx_error(error)) {
             (DbErr::ConnectionAcquire(_), _) => true,
-            (_, Some(error)) => match error.as_database_error() {
-                Some(error) => is_temporary_code(error),
-                None => !matches!(error, sqlx::Error::Configuration(_)),
-            },
+            (_, Some(error)) => is_temporary(error),
             _ => false,
         }
     }
@@ -132,6 +129,16 @@ impl StoreError {
             return None;
         };
         database_error(error)?.code().map(|code| code.into_owned())
+    }
+}
+
+/// Whether the database may do later what it did not do now, without the operator's help.
+pub(crate) fn is_temporary(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(error) => is_temporary_code(error.as_ref()),
+        // Not a PostgreSQL server, TLS that one of the two sides refuses, or an unusable URL.
+        sqlx::Error::Protocol(_) | sqlx::Error::Tls(_) | sqlx::Error::Configuration(_) => false,
+        _ => true,
     }
 }
 
@@ -156,9 +163,26 @@ fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
         .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
         .is_some()
     {
-        return !is_about_data(error) && !has_class(error, &["28", "3D", "3F", "42", "0A"], &[]);
+        return !is_about_data(error)
+            && !is_refusal_of_a_pooler(error)
+            && !has_class(error, &["28", "3D", "3F", "42", "0A"], &[]);
     }
     has_class(error, &[], &[5, 6, 7, 10, 13, 15])
+}
+
+/// PgBouncer has one code (08P01) for everything that it refuses by itself, such as a password, and
+/// for outages of the server.
+fn is_refusal_of_a_pooler(error: &dyn sqlx::error::DatabaseError) -> bool {
+    let lasting = [
+        "authentication failed",
+        "does not exist",
+        "no such database",
+        "no such user",
+        "unsupported startup parameter",
+        "transaction blocks not allowed",
+    ];
+    error.code().as_deref() == Some("08P01")
+        && lasting.iter().any(|text| error.message().contains(text))
 }
 
 fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {

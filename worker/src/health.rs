@@ -18,7 +18,7 @@ use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
 
-use crate::store::{Store, detached};
+use crate::store::Store;
 
 /// How long the database may take to answer a ping before the worker is not ready.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -166,8 +166,7 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
     let Some(store) = readiness.store.get().cloned() else {
         return Some("the database");
     };
-    let ping = detached(async move { store.ping().await });
-    if !matches!(timeout(PING_TIMEOUT, ping).await, Ok(Ok(()))) {
+    if !matches!(timeout(PING_TIMEOUT, store.ping()).await, Ok(Ok(()))) {
         return Some("the database");
     }
     (!readiness.consuming.load(Ordering::Relaxed)).then_some("the streams")

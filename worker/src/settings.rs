@@ -11,11 +11,11 @@ use litestripe_contract::settings::{
     Problems, Reader, StreamSettings,
 };
 use litestripe_domain::event::MetadataKeys;
-use sea_orm::sqlx::postgres::PgConnectOptions;
 use sea_orm::sqlx::sqlite::SqliteConnectOptions;
 use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
+use crate::store::Servers;
 use crate::stripe::kv;
 
 litestripe_contract::settings! {
@@ -23,7 +23,7 @@ litestripe_contract::settings! {
     pub SETTINGS;
 
     DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
-        "URL of the database: SQLite (sqlite://file?mode=rwc) or PostgreSQL (postgres://user:password@host/database)";
+        "URL of the database: SQLite (sqlite://file?mode=rwc) or PostgreSQL (postgres://user:password@host/database), several servers as host:5432,host:5432";
     DATABASE_SCHEMA = "LITESTRIPE_DATABASE_SCHEMA", None,
         "PostgreSQL schema of Litestripe's tables, which `migrate up` creates if it is missing [default: the connection's]";
     AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
@@ -82,7 +82,7 @@ const BACKFILL_INTERVAL_DEFAULT: Duration = Duration::from_secs(60 * 60);
 const WINDOWS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
-const DATABASE: &str = "a URL that starts with sqlite: or postgres://; in a password, write / # ? @ % as %2F %23 %3F %40 %25";
+const DATABASE: &str = "a URL that starts with sqlite: or postgres://; in a password, write / # ? @ % as %2F %23 %3F %40 %25; target_session_attrs may be any, read-write or primary";
 
 const SCHEMA: &str =
     "the name of a schema: letters, digits, _ and -, not beginning with a digit or pg_";
@@ -374,20 +374,13 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
 /// Accepts only a URL that sea-orm and sqlx accept. Their parsers are called here, because later
 /// their own errors would print it, with a password that has an unescaped `/`, `#` or `?`.
 fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
-    let url = Url::parse(value).ok()?;
     if value.starts_with("sqlite:") {
+        Url::parse(value).ok()?;
         SqliteConnectOptions::from_str(value).ok()?;
         return Some((SecretString::from(value), DatabaseKind::Sqlite));
     }
-    // `postgresql://` is as common as `postgres://`, but sea-orm knows only the latter.
-    let rest = value
-        .strip_prefix("postgres://")
-        .or_else(|| value.strip_prefix("postgresql://"))?;
-    let value = format!("postgres://{rest}");
-    PgConnectOptions::from_str(&value).ok()?;
-    // An unescaped password that begins like a port ends the host early and leaves its `@` behind.
-    let is_split_early = value.contains('@') && url.username().is_empty();
-    (!is_split_early).then(|| (SecretString::from(value), DatabaseKind::Postgres))
+    Servers::parse(value)?;
+    Some((SecretString::from(value), DatabaseKind::Postgres))
 }
 
 #[cfg(test)]

@@ -5,17 +5,14 @@
 //! database is unreachable, takes too long or refuses the data: see [`StoreError::disposition`].
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use litestripe_migration::{Migrator, MigratorTrait as _};
 use sea_orm::sea_query::extension::postgres::PgExpr as _;
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
-use sea_orm::sqlx::Connection as _;
-use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait as _, Database, DbBackend, DbErr, RuntimeErr,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait as _, Value,
+    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode, Statement,
+    TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -23,50 +20,31 @@ use crate::error::{Cause, StoreError};
 use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
 
 pub mod backfill;
+mod connection;
 pub mod erasure;
 pub mod lease;
 pub mod orphan;
 pub mod outbox;
+mod postgres;
 pub mod question;
 pub mod raw;
 pub mod replay;
 mod rows;
+mod sqlite;
 pub mod subscription;
 
-/// Connections to PostgreSQL, at most: for batches, the relay, the questions task, health, and some
-/// in reserve in case one of them hangs on a dead link.
-const POSTGRES_CONNECTIONS: u32 = 10;
+pub use connection::{Connection, Transaction};
+pub use postgres::Servers;
 
 /// How long to wait for a connection before the database counts as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long one statement may take. A batch of 500 takes some 10 ms.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long SQLite waits for another writer, and PostgreSQL for a row lock. Less than
 /// `ACQUIRE_TIMEOUT`, so that opening a locked SQLite file fails with the lock as the reason.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// SQLite's page cache in KiB, which is what a negative number means. Its default of 2 MB does not
-/// hold the upper parts of the trees of a large table.
-const SQLITE_CACHE: &str = "-8192";
-
-/// After how many pages of 4 KiB SQLite copies its log into the database. With its default of
-/// 1,000, every batch of rows scattered over a large table would cause that.
-const SQLITE_CHECKPOINT: &str = "10000";
-
-/// How long a connection to PostgreSQL may be idle before it is tested. A test costs a transaction
-/// a round trip.
-const FRESH: Duration = Duration::from_secs(1);
-
 /// The advisory lock that lets one migration at a time run on a PostgreSQL database.
 const MIGRATION_LOCK: i64 = 0x6c69_7465_7374_7270;
-
-/// Runs single statements.
-pub type Connection = sea_orm::DatabaseConnection;
-
-/// Runs the statements of one transaction.
-pub type Transaction = sea_orm::DatabaseTransaction;
 
 #[derive(Clone)]
 pub struct Store {
@@ -79,15 +57,14 @@ pub struct Store {
 impl Store {
     /// Opens the database. Does not contact a PostgreSQL server yet.
     pub async fn open(settings: &DatabaseSettings) -> Result<Self, StoreError> {
-        let mut options = options(settings);
-        match settings.kind {
-            DatabaseKind::Sqlite => configure_sqlite(&mut options),
-            DatabaseKind::Postgres => configure_postgres(&mut options, settings),
-        }
-        let db = Database::connect(options)
-            .await
-            .map_err(StoreError::doing("open the database (DATABASE_URL)"))?;
-        let relay_lock_path = relay_lock_path(settings)?;
+        let opening = StoreError::doing("open the database (DATABASE_URL)");
+        let (db, relay_lock_path) = match settings.kind {
+            DatabaseKind::Sqlite => (
+                Connection::Sqlite(sqlite::open(settings).await.map_err(&opening)?),
+                Some(sqlite::relay_lock_path(settings).map_err(&opening)?),
+            ),
+            DatabaseKind::Postgres => (pool(settings).map_err(&opening)?, None),
+        };
         Ok(Self {
             db,
             kind: settings.kind,
@@ -99,23 +76,21 @@ impl Store {
     /// Opens another application's database for reading. Changes nothing in it, not even its
     /// journal mode.
     pub async fn open_to_read(settings: &DatabaseSettings) -> Result<Self, StoreError> {
-        let mut options = options(settings);
-        match settings.kind {
-            DatabaseKind::Sqlite => {
-                options
-                    .max_connections(1)
-                    .map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
-            }
-            DatabaseKind::Postgres => configure_postgres(&mut options, settings),
-        }
         let opening = StoreError::doing("open the users' database (LITESTRIPE_USER_DATABASE_URL)");
-        let db = Database::connect(options).await.map_err(opening)?;
-        Ok(Self {
+        let db = match settings.kind {
+            DatabaseKind::Sqlite => {
+                Connection::Sqlite(sqlite::open_to_read(settings).await.map_err(&opening)?)
+            }
+            DatabaseKind::Postgres => pool(settings).map_err(&opening)?,
+        };
+        let store = Self {
             db,
             kind: settings.kind,
             schema: settings.schema.clone(),
             relay_lock_path: None,
-        })
+        };
+        store.reach().await?;
+        Ok(store)
     }
 
     /// The connection, for single statements.
@@ -160,24 +135,41 @@ impl Store {
         clippy::disallowed_methods,
         reason = "the one place where transactions begin"
     )]
-    async fn begin(&self) -> Result<Transaction, StoreError> {
-        let options = TransactionOptions {
-            sqlite_transaction_mode: (self.kind == DatabaseKind::Sqlite)
-                .then_some(SqliteTransactionMode::Immediate),
-            ..TransactionOptions::default()
-        };
-        self.db
-            .begin_with_options(options)
-            .await
-            .map_err(StoreError::doing("begin a transaction"))
+    pub async fn begin(&self) -> Result<Transaction, StoreError> {
+        let beginning = StoreError::doing("begin a transaction");
+        match &self.db {
+            Connection::Sqlite(db) => {
+                let transaction = db.begin_with_options(immediate()).await;
+                transaction.map(Transaction::Sqlite).map_err(beginning)
+            }
+            Connection::Postgres(pool) => {
+                let transaction = pool.begin().await;
+                transaction.map(Transaction::Postgres).map_err(beginning)
+            }
+        }
     }
 
+    /// Connects to the database for the first time.
+    pub async fn reach(&self) -> Result<(), StoreError> {
+        match &self.db {
+            Connection::Sqlite(_) => self.ping().await,
+            Connection::Postgres(pool) => {
+                let reached = pool.reach().await;
+                reached.map_err(StoreError::doing("reach the database"))
+            }
+        }
+    }
+
+    /// # Cancel safety
+    /// Cancel safe: on SQLite the statement runs to its end, on PostgreSQL its connection is closed.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        self.db
-            .execute_unprepared("SELECT 1")
-            .await
-            .map(|_| ())
-            .map_err(StoreError::doing("reach the database"))
+        let pinging = StoreError::doing("reach the database");
+        let ping = |db: Connection| async move { db.execute_unprepared("SELECT 1").await };
+        let answer = match &self.db {
+            Connection::Sqlite(_) => detached(ping(self.db.clone())).await,
+            Connection::Postgres(_) => ping(self.db.clone()).await,
+        };
+        answer.map(|_| ()).map_err(pinging)
     }
 
     /// Empties SQLite's log, as far as no connection still reads it: otherwise deleted data would
@@ -218,10 +210,7 @@ impl Store {
             .await
             .map_err(Cause::of_migration)
             .map_err(StoreError::doing("migrate the database up"))?;
-        transaction
-            .commit()
-            .await
-            .map_err(StoreError::doing("commit the migrations"))
+        self.commit_migration(transaction).await
     }
 
     /// Reverts `steps` migrations. Drops their tables with all rows. A failure changes nothing.
@@ -230,22 +219,34 @@ impl Store {
         Migrator::down(&transaction, Some(steps))
             .await
             .map_err(StoreError::doing("migrate the database down"))?;
-        transaction
-            .commit()
-            .await
-            .map_err(StoreError::doing("commit the migrations"))
+        self.commit_migration(transaction).await
     }
 
-    async fn begin_migration(&self) -> Result<Transaction, StoreError> {
-        let transaction = self.begin().await?;
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the library migrates only in a transaction of its own kind"
+    )]
+    async fn begin_migration(&self) -> Result<DatabaseTransaction, StoreError> {
+        let (db, options) = match &self.db {
+            Connection::Sqlite(db) => (db.clone(), immediate()),
+            Connection::Postgres(pool) => (pool.unpooled(), TransactionOptions::default()),
+        };
+        let transaction = db
+            .begin_with_options(options)
+            .await
+            .map_err(StoreError::doing("begin a migration"))?;
         if self.kind == DatabaseKind::Postgres {
             // A migration may take longer than a batch, and so may another worker's that this one
             // waits for.
             const NO_TIMEOUTS: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
                 SET LOCAL idle_in_transaction_session_timeout = 0";
             let doing = StoreError::doing("wait for another migration");
+            let search_path = match &self.schema {
+                Some(schema) => format!("; SET LOCAL search_path = {}", schema.quoted()),
+                None => String::new(),
+            };
             transaction
-                .execute_unprepared(NO_TIMEOUTS)
+                .execute_unprepared(&format!("{NO_TIMEOUTS}{search_path}"))
                 .await
                 .map_err(&doing)?;
             let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
@@ -260,12 +261,13 @@ impl Store {
                 .execute_unprepared(ONLY_OURS)
                 .await
                 .map_err(&doing)?;
+            self.forget_statements(&transaction).await.map_err(&doing)?;
         }
         Ok(transaction)
     }
 
     /// Creates the schema of the settings. If it exists, no right to create schemas is needed.
-    async fn create_schema(&self, transaction: &Transaction) -> Result<(), StoreError> {
+    async fn create_schema(&self, transaction: &DatabaseTransaction) -> Result<(), StoreError> {
         let Some(schema) = &self.schema else {
             return Ok(());
         };
@@ -285,6 +287,23 @@ impl Store {
                 .map_err(&doing)?;
         }
         Ok(())
+    }
+
+    async fn commit_migration(&self, transaction: DatabaseTransaction) -> Result<(), StoreError> {
+        let doing = StoreError::doing("commit the migrations");
+        self.forget_statements(&transaction).await.map_err(&doing)?;
+        transaction.commit().await.map_err(&doing)
+    }
+
+    /// Keeps the library's named statements out of a session that others share.
+    async fn forget_statements(&self, transaction: &DatabaseTransaction) -> Result<(), DbErr> {
+        match &self.db {
+            Connection::Postgres(pool) if pool.shares_sessions() => {
+                let forget = postgres::FORGET_STATEMENTS;
+                transaction.execute_unprepared(forget).await.map(|_| ())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -326,70 +345,17 @@ pub struct Step {
     pub applied: bool,
 }
 
-fn options(settings: &DatabaseSettings) -> ConnectOptions {
-    let mut options = ConnectOptions::new(settings.url.expose_secret());
-    options
-        .sqlx_logging(false)
-        .record_stmt_in_spans(false)
-        .acquire_timeout(ACQUIRE_TIMEOUT);
-    options
+fn pool(settings: &DatabaseSettings) -> Result<Connection, DbErr> {
+    let servers = Servers::parse(settings.url.expose_secret());
+    let servers = servers.ok_or_else(|| DbErr::Custom("the URL is malformed".to_owned()))?;
+    let pool = postgres::Pool::new(servers, settings.schema.as_ref());
+    Ok(Connection::Postgres(pool))
 }
 
-fn relay_lock_path(settings: &DatabaseSettings) -> Result<Option<PathBuf>, StoreError> {
-    if settings.kind == DatabaseKind::Postgres {
-        return Ok(None);
+/// SQLite's transactions take the write lock at once.
+fn immediate() -> TransactionOptions {
+    TransactionOptions {
+        sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+        ..TransactionOptions::default()
     }
-    let options: SqliteConnectOptions = settings
-        .url
-        .expose_secret()
-        .parse()
-        .map_err(|error| DbErr::Conn(RuntimeErr::SqlxError(Arc::new(error))))
-        .map_err(StoreError::doing("read DATABASE_URL"))?;
-    let mut path = options.get_filename().as_os_str().to_owned();
-    path.push(".relay-lock");
-    Ok(Some(PathBuf::from(path)))
-}
-
-fn configure_sqlite(options: &mut ConnectOptions) {
-    // One connection: SQLite has one writer, and a second one would only wait for the first.
-    options.max_connections(1).map_sqlx_sqlite_opts(|sqlite| {
-        sqlite
-            .journal_mode(SqliteJournalMode::Wal)
-            // An acked event must survive a power cut, because it is not redelivered.
-            .synchronous(SqliteSynchronous::Full)
-            // Otherwise deleted and overwritten values, such as an erased email, would stay in the
-            // file.
-            .pragma("secure_delete", "ON")
-            .pragma("cache_size", SQLITE_CACHE)
-            .pragma("wal_autocheckpoint", SQLITE_CHECKPOINT)
-            .busy_timeout(LOCK_TIMEOUT)
-    });
-    // A COMMIT that fails (disk full, I/O error) ends the transaction in SQLite but not in sqlx,
-    // which from then on only nests: later "commits" commit nothing. Such a connection is closed.
-    options.map_sqlx_sqlite_pool_opts(|pool| {
-        pool.before_acquire(|connection, _| {
-            Box::pin(async move { Ok(!connection.is_in_transaction()) })
-        })
-    });
-}
-
-fn configure_postgres(options: &mut ConnectOptions, settings: &DatabaseSettings) {
-    let lock_timeout = LOCK_TIMEOUT.as_millis().to_string();
-    let search_path = settings.schema.as_ref().map(SchemaName::quoted);
-    options
-        .max_connections(POSTGRES_CONNECTIONS)
-        .connect_lazy(true)
-        .test_before_acquire_if_idle_for(FRESH)
-        .set_application_name("litestripe-worker")
-        .statement_timeout(STATEMENT_TIMEOUT)
-        .map_sqlx_postgres_opts(move |postgres| {
-            let postgres = postgres.options([
-                ("lock_timeout", lock_timeout.as_str()),
-                ("idle_in_transaction_session_timeout", "30000"),
-            ]);
-            match &search_path {
-                Some(schema) => postgres.options([("search_path", schema)]),
-                None => postgres,
-            }
-        });
 }

@@ -17,7 +17,7 @@ use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_worker::settings::{self, DatabaseSettings};
 use litestripe_worker::store::question::Due;
 use litestripe_worker::store::{Store, outbox, question, subscription};
-use sea_orm::{EntityTrait as _, QueryOrder as _, TransactionTrait as _};
+use sea_orm::{EntityTrait as _, QueryOrder as _};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -66,11 +66,7 @@ async fn subscriptions(kind: DatabaseKind) {
 }
 
 async fn save(store: &Store, rows: Vec<Row>, now: OffsetDateTime) -> usize {
-    let tx = store
-        .connection()
-        .begin()
-        .await
-        .expect("the database answers");
+    let tx = store.begin().await.expect("the database answers");
     let written = subscription::save(&tx, rows, now)
         .await
         .expect("rows are written");
@@ -201,11 +197,7 @@ async fn signals(kind: DatabaseKind) {
         traceparent: (number % 2 == 0).then(|| TEXT.to_owned()),
         body: json!({ "number": number, "text": TEXT }).to_string(),
     };
-    let tx = store
-        .connection()
-        .begin()
-        .await
-        .expect("the database answers");
+    let tx = store.begin().await.expect("the database answers");
     outbox::insert(&tx, (1..=3).map(signal).collect(), now(1))
         .await
         .expect("signals are written");
@@ -302,11 +294,7 @@ async fn questions(kind: DatabaseKind) {
             entity_id: "sub_2".to_owned(),
             ..bare.clone()
         };
-        let tx = store
-            .connection()
-            .begin()
-            .await
-            .expect("the database answers");
+        let tx = store.begin().await.expect("the database answers");
         question::save(&tx, vec![other.clone(), question])
             .await
             .expect("questions are written");
@@ -350,11 +338,7 @@ async fn save_notified(
         event,
         stream_sequence: due_at.cast_unsigned(),
     };
-    let tx = store
-        .connection()
-        .begin()
-        .await
-        .expect("the database answers");
+    let tx = store.begin().await.expect("the database answers");
     question::save(&tx, vec![question])
         .await
         .expect("questions are written");

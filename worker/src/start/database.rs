@@ -50,7 +50,7 @@ pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<
 
 async fn try_open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, OpenError> {
     let store = Store::open(settings).await?;
-    store.ping().await?;
+    store.reach().await?;
     if schema == Schema::Any {
         return Ok(store);
     }
