@@ -78,6 +78,24 @@ impl Database {
         }
     }
 
+    /// The PostgreSQL server.
+    ///
+    /// # Panics
+    /// When the database is SQLite.
+    pub fn server(&mut self) -> &mut postgres::Server {
+        match &mut self.place {
+            Place::Postgres(server) => server,
+            Place::Sqlite(_) => panic!("SQLite has no server"),
+        }
+    }
+
+    /// Takes another PostgreSQL server for this database from now on, such as a standby that was
+    /// promoted. `other` is then the former one.
+    pub async fn exchange(&mut self, other: &mut postgres::Server) {
+        self.reopen().await;
+        std::mem::swap(self.server(), other);
+    }
+
     /// Starts a PostgreSQL server, for the first time or again. Does nothing for SQLite.
     pub async fn resume(&mut self) {
         if let Place::Postgres(server) = &mut self.place {
@@ -119,7 +137,7 @@ impl Database {
         self.connection.get_or_try_init(connect).await
     }
 
-    /// Connects again, because the file was deleted.
+    /// Connects again, because the database is another one.
     pub async fn reopen(&mut self) {
         if let Some(connection) = self.connection.take() {
             let _ = connection.close().await;

@@ -19,6 +19,7 @@ mod localstripe;
 mod operators;
 mod orphans;
 mod outages;
+mod postgres;
 mod previous;
 mod progress;
 mod pull;
