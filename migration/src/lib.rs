@@ -25,6 +25,7 @@ mod m20261129_000009_endive;
 mod m20261129_000010_notifications;
 mod m20261129_000011_resolutions;
 mod m20261130_000012_drop_signal_due;
+mod m20261130_000013_growth;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -53,6 +54,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261129_000010_notifications::Migration),
             Box::new(m20261129_000011_resolutions::Migration),
             Box::new(m20261130_000012_drop_signal_due::Migration),
+            Box::new(m20261130_000013_growth::Migration),
         ]
     }
 }

@@ -196,7 +196,7 @@ impl Relay {
     /// Sends the signals that are in the outbox now. A relay that was woken up does not check first
     /// whether there are any.
     async fn round(self: Arc<Self>, is_woken: bool) -> Result<Round, RelayError> {
-        if !is_woken && store::outbox::is_empty(self.store.connection()).await? {
+        if !is_woken && store::outbox::is_empty(&self.store).await? {
             return Ok(Round::Idle);
         }
         match self.store.relay_lock_path() {
@@ -213,7 +213,7 @@ impl Relay {
     /// On PostgreSQL a transaction holds the shards' row locks: if the process dies, they are
     /// released.
     async fn round_under_row_locks(&self, tx: Transaction) -> Result<Round, RelayError> {
-        let shards = store::outbox::lock_shards(&tx).await?;
+        let shards = store::outbox::lock_shards(&tx, self.store.low_water()).await?;
         if shards.is_empty() {
             tx.rollback()
                 .await
@@ -226,7 +226,9 @@ impl Relay {
         } else {
             Round::Idle
         };
-        let rows = store::outbox::oldest(&tx, &shards, &self.refresh_skipped(), TAKE_MAX).await?;
+        let low_water = self.store.low_water();
+        let skipped = self.refresh_skipped();
+        let rows = store::outbox::oldest(&tx, low_water, &shards, &skipped, TAKE_MAX).await?;
         if rows.is_empty() {
             tx.rollback()
                 .await
@@ -265,6 +267,7 @@ impl Relay {
         self.clear_wakes();
         let rows = store::outbox::oldest(
             db,
+            self.store.low_water(),
             &store::outbox::all_shards(),
             &self.refresh_skipped(),
             TAKE_MAX,

@@ -5,14 +5,15 @@
 //! database is unreachable, takes too long or refuses the data: see [`StoreError::disposition`].
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use litestripe_migration::{Migrator, MigratorTrait as _};
 use sea_orm::sea_query::extension::postgres::PgExpr as _;
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode, Statement,
-    TransactionOptions, TransactionTrait as _, Value,
+    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, IdenStatic, SqliteTransactionMode,
+    Statement, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
 
@@ -36,6 +37,8 @@ pub mod subscription;
 pub use connection::{Connection, Transaction};
 pub use postgres::Servers;
 
+use outbox::LowWater;
+
 /// How long to wait for a connection before the database counts as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -52,6 +55,7 @@ pub struct Store {
     kind: DatabaseKind,
     schema: Option<SchemaName>,
     relay_lock_path: Option<PathBuf>,
+    low_water: Arc<LowWater>,
 }
 
 impl Store {
@@ -70,6 +74,7 @@ impl Store {
             kind: settings.kind,
             schema: settings.schema.clone(),
             relay_lock_path,
+            low_water: Arc::default(),
         })
     }
 
@@ -88,6 +93,7 @@ impl Store {
             kind: settings.kind,
             schema: settings.schema.clone(),
             relay_lock_path: None,
+            low_water: Arc::default(),
         };
         store.reach().await?;
         Ok(store)
@@ -106,6 +112,11 @@ impl Store {
     /// PostgreSQL, which has row locks.
     pub fn relay_lock_path(&self) -> Option<PathBuf> {
         self.relay_lock_path.clone()
+    }
+
+    /// Where reads of the outbox begin.
+    pub fn low_water(&self) -> &LowWater {
+        &self.low_water
     }
 
     /// Runs `work` in a write transaction, in a task that is never cancelled: a cancelled
@@ -331,6 +342,16 @@ where
         DbBackend::Postgres => column.eq_any(values),
         _ => column.is_in(values),
     }
+}
+
+/// Orders by a text column as Rust orders texts, whatever the database's collation: two statements
+/// that lock rows in different orders deadlock.
+fn bytewise(backend: DbBackend, column: impl IdenStatic) -> Expr {
+    let collate = match backend {
+        DbBackend::Postgres => " COLLATE \"C\"",
+        _ => "",
+    };
+    Expr::cust([column.as_str(), collate].concat())
 }
 
 /// [`among`] for ids.

@@ -202,9 +202,15 @@ async fn signals(kind: DatabaseKind) {
         .await
         .expect("signals are written");
     tx.commit().await.expect("they are committed");
-    let found = outbox::oldest(store.connection(), &outbox::all_shards(), &[], 9)
-        .await
-        .expect("signals are read");
+    let found = outbox::oldest(
+        store.connection(),
+        store.low_water(),
+        &outbox::all_shards(),
+        &[],
+        9,
+    )
+    .await
+    .expect("signals are read");
     assert!(found.is_sorted_by(|a, b| a.id < b.id));
     let expected =
         found

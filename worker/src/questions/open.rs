@@ -12,8 +12,12 @@ use crate::metrics;
 use crate::store::question::{self, Open};
 use crate::wait::pause;
 
-/// How often the questions are counted.
+/// How often the questions are counted, at most.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
+
+/// How many times longer than a count the pause after it is, at least: a million questions take a
+/// second on SQLite, which does nothing else meanwhile.
+const PAUSE_TO_COUNT: u32 = 50;
 
 /// How often the log warns at most that questions wait for a key.
 const WARN_EVERY: Duration = Duration::from_secs(60 * 60);
@@ -23,7 +27,10 @@ impl Questions {
     pub(super) async fn count_open(self: Arc<Self>, shutdown: CancellationToken) {
         let mut warned: Option<Instant> = None;
         loop {
-            if let Ok(open) = question::count_open(self.store.connection()).await {
+            let began = Instant::now();
+            let open = question::count_open(self.store.connection()).await;
+            let took = began.elapsed();
+            if let Ok(open) = open {
                 let waiting = self.record(&open);
                 metrics::waiting_for_key(waiting > 0);
                 let is_due = warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
@@ -32,7 +39,8 @@ impl Questions {
                     self.warn_of_missing_key(waiting);
                 }
             }
-            if pause(COUNT_EVERY, &shutdown).await.is_none() {
+            let until_next = COUNT_EVERY.max(took * PAUSE_TO_COUNT);
+            if pause(until_next, &shutdown).await.is_none() {
                 return;
             }
         }

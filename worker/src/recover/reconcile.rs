@@ -153,7 +153,7 @@ impl<'a> Reconcile<'a> {
         let livemode = self.sources.stripe.sees(true);
         let mut after = String::new();
         loop {
-            let ids = raw::ids(
+            let page = raw::ids(
                 self.sources.store.connection(),
                 livemode,
                 began,
@@ -161,11 +161,15 @@ impl<'a> Reconcile<'a> {
                 IDS_BATCH,
             )
             .await?;
-            let Some(last) = ids.last() else {
+            let Some(last) = page.last else {
                 return Ok(());
             };
-            after.clone_from(last);
-            for id in ids.iter().filter(|id| !listed.contains(&short_hash(id))) {
+            after = last;
+            for id in page
+                .ids
+                .iter()
+                .filter(|id| !listed.contains(&short_hash(id)))
+            {
                 let is_asked = self.report.count(Problem::UnknownToStripe) < UNLISTED_ASKED_MAX;
                 match if is_asked {
                     self.sources.subscription(id).await?

@@ -62,9 +62,7 @@ pub(crate) async fn wait_for_room(
     store: &Store,
     shutdown: &CancellationToken,
 ) -> Result<(), StoreError> {
-    while !shutdown.is_cancelled()
-        && store::outbox::backlog(store.connection()).await?.0 > BACKLOG_MAX
-    {
+    while !shutdown.is_cancelled() && !store::outbox::is_at_most(store, BACKLOG_MAX).await? {
         tokio::time::sleep(CHECK_EVERY).await;
     }
     Ok(())

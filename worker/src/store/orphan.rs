@@ -7,10 +7,13 @@ use litestripe_contract::signal::{EventReference, OrphanReason, Timestamp};
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::payment::{ClientReferenceId, PaymentIds};
 use litestripe_entity::orphaned_payment::{ActiveModel, Column, Entity, Model};
-use sea_orm::sea_query::{Expr, ExprTrait as _, IntoCondition, LockType, OnConflict};
+use sea_orm::sea_query::{
+    Expr, ExprTrait as _, IntoCondition, LockType, OnConflict, SelectStatement,
+};
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DbErr, EntityTrait as _,
-    PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ActiveValue::Set, ColumnTrait as _, Condition, ConnectionTrait, DbBackend, DbErr,
+    EntityTrait as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    QueryTrait as _,
 };
 use time::OffsetDateTime;
 
@@ -45,6 +48,10 @@ pub async fn insert(
         .eq(without_session)
         .and(Expr::cust("excluded.reason").ne(without_session))
         .and(Expr::col((Entity, Column::ResolvedAt)).is_null());
+    debug_assert!(
+        orphans.is_sorted_by(|a, b| a.id < b.id),
+        "the order of locks"
+    );
     let once = OnConflict::column(Column::Id)
         .update_columns([
             Column::Reason,
@@ -210,7 +217,7 @@ pub async fn list<C: ConnectionTrait>(
 ) -> Result<Vec<Model>, StoreError> {
     let mut rows = Entity::find()
         .order_by_desc(Column::DtCreated)
-        .order_by_asc(Column::Id)
+        .order_by_desc(Column::Id)
         .limit(limit);
     if open {
         rows = rows.filter(Column::ResolvedAt.is_null());
@@ -258,10 +265,15 @@ async fn erase_emails_where<C: ConnectionTrait>(
     db: &C,
     which: impl IntoCondition,
 ) -> Result<u64, DbErr> {
-    let erased = Entity::update_many()
-        .col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None))
-        .filter(Column::CustomerEmail.is_not_null())
-        .filter(which);
+    let which = Condition::all()
+        .add(Column::CustomerEmail.is_not_null())
+        .add(which);
+    let erased =
+        Entity::update_many().col_expr(Column::CustomerEmail, Expr::value(Option::<String>::None));
+    let erased = match db.get_database_backend() {
+        DbBackend::Postgres => erased.filter(Column::Id.in_subquery(locked(which))),
+        _ => erased.filter(which),
+    };
     Ok(erased.exec(db).await?.rows_affected)
 }
 
@@ -286,6 +298,17 @@ pub async fn related_ids<C: ConnectionTrait>(
             [Some(id), session, subscription, customer]
         });
     Ok(ids.flatten().collect())
+}
+
+/// Returns a subquery that locks the orphans `which`, in the order in which [`insert`] does.
+fn locked(which: Condition) -> SelectStatement {
+    let ids = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(which);
+    ids.order_by_asc(super::bytewise(DbBackend::Postgres, Column::Id))
+        .lock(LockType::Update)
+        .into_query()
 }
 
 fn has_any(ids: &[&str]) -> Condition {
@@ -343,11 +366,18 @@ pub async fn take_unsent(
     limit: u64,
 ) -> Result<Vec<(Model, EventReference)>, StoreError> {
     let doing = StoreError::doing("take orphans with unsent signals");
-    let unsent = Entity::find()
-        .filter(Column::UnsentEvent.is_not_null())
+    let is_unsent = || Column::UnsentEvent.is_not_null();
+    let some = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(is_unsent())
         .order_by_asc(Column::Id)
-        .limit(limit);
-    let taken = unsent
+        .limit(limit)
+        .into_query();
+    // Locked in the order in which [`insert`] does, which the index need not have.
+    let taken = Entity::find()
+        .filter(is_unsent().and(Column::Id.in_subquery(some)))
+        .order_by_asc(super::bytewise(tx.get_database_backend(), Column::Id))
         .lock(LockType::Update)
         .all(tx)
         .await

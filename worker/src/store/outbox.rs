@@ -1,8 +1,12 @@
-//! `litestripe_signal_outbox`: save signals in the transaction of their change, lock shards, read and delete
-//! rows.
+//! `litestripe_signal_outbox`: save signals in the transaction of their change, lock shards, read
+//! and delete rows.
 //!
 //! Invariant: rows of one subscription (or orphan) get their ids in the order in which they are
 //! committed, because the transaction that inserts them holds the lock of that row.
+//!
+//! Reads begin at the [`LowWater`].
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
@@ -13,6 +17,7 @@ use sea_orm::{
 };
 use time::OffsetDateTime;
 
+use super::Store;
 use super::rows::{Cell, Insert};
 use crate::error::StoreError;
 use crate::store::Transaction;
@@ -52,38 +57,135 @@ pub async fn insert(
         .map_err(StoreError::doing("save signals"))
 }
 
+/// Up to which id all rows are deleted, as far as this process knows.
+///
+/// PostgreSQL cannot remove deleted rows that an old snapshot may still see, such as that of a
+/// `pg_dump`. A read from the first id would pass over all of them, more with every signal that is
+/// sent. SQLite removes them at once, and there the mark stays at 0.
+#[derive(Debug, Default)]
+pub struct LowWater(Mutex<Mark>);
+
+#[derive(Debug, Default)]
+struct Mark {
+    id: i64,
+    next: Next,
+}
+
+/// How the mark rises: no transaction may still insert a row below it. A transaction that has taken
+/// an id from the sequence has written a row before (the invariant above), so it has a number by
+/// then. The snapshot of a *later* statement knows that number, and once all transactions up to it
+/// have ended, their rows are visible.
+#[derive(Debug, Default, Clone, Copy)]
+enum Next {
+    #[default]
+    Unknown,
+    /// The last id that the sequence gave.
+    LastId(i64),
+    /// The same, and a number above those of all transactions that may insert a row up to that id.
+    Awaits { last_id: i64, transaction: i64 },
+}
+
+/// What [`lock_shards`] finds besides the shards.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// The first row above the mark, if there is one.
+    first_id: Option<i64>,
+    /// The last id that the sequence gave.
+    last_id: i64,
+    /// All transactions below this number have ended, and this statement sees their rows.
+    ended_below: i64,
+    /// No transaction had this number or a higher one when this statement began.
+    next_transaction: i64,
+}
+
+impl LowWater {
+    fn mark(&self) -> MutexGuard<'_, Mark> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn id(&self) -> i64 {
+        self.mark().id
+    }
+}
+
+impl Mark {
+    fn rise(&mut self, seen: Seen) {
+        if seen.last_id < self.id {
+            // The ids begin anew: another database stands behind the same name.
+            *self = Self::default();
+        }
+        self.next = match self.next {
+            Next::Unknown => Next::LastId(seen.last_id),
+            Next::LastId(last_id) => Next::Awaits {
+                last_id,
+                transaction: seen.next_transaction,
+            },
+            Next::Awaits {
+                last_id,
+                transaction,
+            } if transaction <= seen.ended_below => {
+                let all_below = seen.first_id.map_or(last_id, |first| first - 1);
+                self.id = self.id.max(last_id.min(all_below));
+                Next::LastId(seen.last_id)
+            }
+            awaits @ Next::Awaits { .. } => awaits,
+        };
+    }
+}
+
 /// Whether no signal is waiting.
-pub async fn is_empty<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
-    // Ordered by the key, or PostgreSQL would read through all deleted rows that are not vacuumed
-    // yet.
-    let first = Entity::find()
+pub async fn is_empty(store: &Store) -> Result<bool, StoreError> {
+    is_at_most(store, 0).await
+}
+
+/// Whether at most `count` signals are waiting.
+pub async fn is_at_most(store: &Store, count: u64) -> Result<bool, StoreError> {
+    let next = Entity::find()
         .select_only()
         .column(Column::Id)
+        .filter(Column::Id.gt(store.low_water().id()))
         .order_by_asc(Column::Id)
+        .offset(count)
         .limit(1);
-    let first: Result<Option<i64>, _> = first.into_tuple().one(db).await;
-    first
-        .map(|id| id.is_none())
+    let next: Result<Option<i64>, _> = next.into_tuple().one(store.connection()).await;
+    next.map(|id| id.is_none())
         .map_err(StoreError::doing("check the outbox"))
 }
 
-/// Locks the shards that no other relay has locked, for this transaction, and returns them.
+/// Locks the shards that no other relay has locked, for this transaction, and returns them. Raises
+/// the mark, in the same statement.
 ///
 /// The transaction's commit will not wait for the disk: after a crash of the server, signals that
 /// were sent and deleted may reappear. The relay then sends them again with the same message ids.
 ///
 /// PostgreSQL only: on SQLite one file lock covers all shards.
-pub async fn lock_shards(tx: &Transaction) -> Result<Vec<i32>, StoreError> {
-    const FREE: &str = "SELECT shard FROM litestripe_signal_shard WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
-        ORDER BY shard FOR UPDATE SKIP LOCKED";
+pub async fn lock_shards(tx: &Transaction, low_water: &LowWater) -> Result<Vec<i32>, StoreError> {
+    const FREE: &str = "SELECT seen.*, free.shard FROM ( \
+            SELECT (SELECT min(id) FROM litestripe_signal_outbox WHERE id > $1) AS first_id, \
+                COALESCE(pg_sequence_last_value(pg_get_serial_sequence('litestripe_signal_outbox', 'id')::regclass), 0) AS last_id, \
+                pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS ended_below, \
+                pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS next_transaction \
+        ) AS seen LEFT JOIN LATERAL ( \
+            SELECT shard FROM litestripe_signal_shard \
+            WHERE (SELECT set_config('synchronous_commit', 'off', true)) = 'off' \
+            ORDER BY shard FOR UPDATE SKIP LOCKED \
+        ) AS free ON TRUE";
     let doing = StoreError::doing("lock shards of the outbox");
-    let rows = tx
-        .query_all_raw(Statement::from_string(tx.get_database_backend(), FREE))
-        .await
-        .map_err(&doing)?;
-    rows.iter()
-        .map(|row| row.try_get("", "shard").map_err(&doing))
-        .collect()
+    let free =
+        Statement::from_sql_and_values(tx.get_database_backend(), FREE, [low_water.id().into()]);
+    let rows = tx.query_all_raw(free).await.map_err(&doing)?;
+    if let Some(row) = rows.first() {
+        let seen = Seen {
+            first_id: row.try_get("", "first_id").map_err(&doing)?,
+            last_id: row.try_get("", "last_id").map_err(&doing)?,
+            ended_below: row.try_get("", "ended_below").map_err(&doing)?,
+            next_transaction: row.try_get("", "next_transaction").map_err(&doing)?,
+        };
+        low_water.mark().rise(seen);
+    }
+    let shards: Result<Vec<Option<i32>>, _> =
+        rows.iter().map(|row| row.try_get("", "shard")).collect();
+    Ok(shards.map_err(&doing)?.into_iter().flatten().collect())
 }
 
 /// Deletes the waiting `subscription.changed` signals of the subscription `id`.
@@ -113,11 +215,13 @@ pub async fn has_signals_of<C: ConnectionTrait>(db: &C, ids: &[&str]) -> Result<
 /// orphans `except`.
 pub async fn oldest<C: ConnectionTrait>(
     db: &C,
+    low_water: &LowWater,
     shards: &[i32],
     except: &[String],
     limit: u64,
 ) -> Result<Vec<Model>, StoreError> {
     let rows = Entity::find()
+        .filter(Column::Id.gt(low_water.id()))
         .filter(Column::Shard.is_in(shards.iter().copied()))
         .filter(Column::EntityId.is_not_in(except))
         .order_by_asc(Column::Id)
@@ -163,3 +267,6 @@ fn shard_of(entity_id: &str) -> i32 {
     });
     (hash % SHARDS).cast_signed()
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use litestripe_entity::question::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
     ColumnTrait as _, Condition, ConnectionTrait, DbBackend, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _,
+    QueryOrder as _, QuerySelect as _, QueryTrait as _,
 };
 use time::OffsetDateTime;
 
@@ -78,7 +78,7 @@ pub async fn save(tx: &Transaction, questions: Vec<Question>) -> Result<(), Stor
     // One statement may not name a key twice. The last of several has the newest values.
     let mut by_key: BTreeMap<_, Question> = BTreeMap::new();
     for question in questions {
-        match by_key.entry((question.entity_id.clone(), question.kind())) {
+        match by_key.entry((question.entity_id.clone(), question.kind().as_str())) {
             Entry::Vacant(entry) => drop(entry.insert(question)),
             Entry::Occupied(mut entry) => entry.get_mut().replace(question),
         }
@@ -231,13 +231,14 @@ pub async fn take(
     lease: Duration,
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
-    let mut due = Column::Kind.eq(kind.as_str()).and(Column::DueAt.lte(now));
+    let mut due = is_of(kind).and(Column::DueAt.lte(now));
     if let Some(livemode) = livemode {
         due = due.and(Column::Livemode.eq(livemode));
     }
     // Usually none is due, and this check takes no write lock.
     let any = Entity::find()
         .filter(due.clone())
+        .order_by_asc(Column::DueAt)
         .one(store.connection())
         .await
         .map_err(&doing)?;
@@ -247,10 +248,10 @@ pub async fn take(
     if let Some(last) = super::replay::rebuilding_until(store.connection(), now).await? {
         // A grace question waits for the end: the replay may still reapply the Checkout Session
         // that answers it.
-        let is_not_grace = Column::Kind.ne(Kind::Grace.as_str());
-        due = due
-            .and(Column::StreamSequence.gt(last.cast_signed()))
-            .and(is_not_grace);
+        if kind == Kind::Grace {
+            return Ok(Vec::new());
+        }
+        due = due.and(Column::StreamSequence.gt(last.cast_signed()));
     }
     store
         .uncancelled(async move |tx| {
@@ -264,6 +265,11 @@ pub async fn take(
             .await
         })
         .await
+}
+
+/// The kind as a literal: one of the indexes is only of one kind.
+fn is_of(kind: Kind) -> Expr {
+    Expr::cust(format!("kind = '{}'", kind.as_str()))
 }
 
 async fn take_due(
@@ -345,7 +351,8 @@ fn as_leased(taken: &Taken) -> Expr {
     this.and(Column::DueAt.eq(taken.leased_until))
 }
 
-/// Deletes the questions of `kind` about `entity_ids`.
+/// Deletes the questions of `kind` about `entity_ids`. The transaction holds the locks of the rows
+/// that they are about, so that the order in which it locks the questions does not matter.
 pub async fn remove<C: ConnectionTrait>(
     db: &C,
     kind: Kind,
@@ -381,11 +388,22 @@ pub async fn remove_fetched<C: ConnectionTrait>(
                 .and(Column::StreamSequence.lte(mark.cast_signed())),
         )
     });
-    let removed = Entity::delete_many()
-        .filter(Column::Kind.eq(Kind::Notification.as_str()))
-        .filter(is_answered)
-        .exec(db)
-        .await;
+    let kind = Column::Kind.eq(Kind::Notification.as_str());
+    let mut those = Condition::all().add(kind.clone()).add(is_answered);
+    // Locked in the order in which `save` does.
+    if db.get_database_backend() == DbBackend::Postgres {
+        let locked = Entity::find()
+            .select_only()
+            .column(Column::EntityId)
+            .filter(those)
+            .order_by_asc(super::bytewise(DbBackend::Postgres, Column::EntityId))
+            .lock(LockType::Update)
+            .into_query();
+        those = Condition::all()
+            .add(kind)
+            .add(Column::EntityId.in_subquery(locked));
+    }
+    let removed = Entity::delete_many().filter(those).exec(db).await;
     removed
         .map(drop)
         .map_err(StoreError::doing("remove answered questions"))
@@ -396,7 +414,7 @@ pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<Vec<Open>, StoreEr
     let counts: Result<Vec<(String, bool, i64)>, _> = Entity::find()
         .select_only()
         .columns([Column::Kind, Column::Livemode])
-        .column_as(Column::EntityId.count(), "count")
+        .expr_as(Expr::cust("COUNT(*)"), "count")
         .group_by(Column::Kind)
         .group_by(Column::Livemode)
         .into_tuple()

@@ -137,28 +137,48 @@ fn to_json(value: Value) -> serde_json::Value {
     }
 }
 
-/// Returns the ids of up to `limit` rows after `after`, in the order of the key: rows of one mode
-/// and of no connected account that were first written before `before`.
+/// Some rows, in the order of the key.
+#[derive(Debug)]
+pub struct Page {
+    /// The ids of those rows that were asked for.
+    pub ids: Vec<String>,
+    /// The last row's id. `None` if there are no more rows.
+    pub last: Option<String>,
+}
+
+/// Looks at `limit` rows after `after` for those of one mode and of no connected account that were
+/// first written before `before`. Other rows count too: one statement never reads the whole table
+/// in search of a few.
 pub async fn ids<C: ConnectionTrait>(
     db: &C,
     livemode: bool,
     before: OffsetDateTime,
     after: &str,
     limit: u64,
-) -> Result<Vec<String>, StoreError> {
-    let ids = Entity::find()
+) -> Result<Page, StoreError> {
+    let is_wanted = Column::Livemode
+        .eq(livemode)
+        .and(Column::StripeAccountId.is_null())
+        .and(Column::DtCreated.lt(before));
+    let rows: Result<Vec<(String, Option<bool>)>, _> = Entity::find()
         .select_only()
         .column(Column::StripeSubscriptionId)
+        .expr_as(is_wanted, "is_wanted")
         .filter(Column::StripeSubscriptionId.gt(after))
-        .filter(Column::Livemode.eq(livemode))
-        .filter(Column::StripeAccountId.is_null())
-        .filter(Column::DtCreated.lt(before))
         .order_by_asc(Column::StripeSubscriptionId)
         .limit(limit)
         .into_tuple()
         .all(db)
         .await;
-    ids.map_err(StoreError::doing("list subscriptions"))
+    let rows = rows.map_err(StoreError::doing("list subscriptions"))?;
+    let last = rows.last().map(|(id, _)| id.clone());
+    let wanted = rows
+        .into_iter()
+        .filter(|(_, is_wanted)| *is_wanted == Some(true));
+    Ok(Page {
+        ids: wanted.map(|(id, _)| id).collect(),
+        last,
+    })
 }
 
 /// Rewrites the columns of a row from its merge state, unless the row was written since it was

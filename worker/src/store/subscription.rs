@@ -9,7 +9,7 @@ use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::row::{LastSent, Row, SILENT, Stored, WITHHELD};
 use litestripe_entity::replay;
 use litestripe_entity::stripe_subscription::{Column, Entity};
-use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Query, SelectStatement};
+use sea_orm::sea_query::{Expr, ExprTrait as _, JoinType, LockType, Order, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait as _, Condition, ConnectionTrait, DbBackend, DbErr, EntityTrait as _,
     IdenStatic as _, PaginatorTrait as _, QueryFilter as _, QueryOrder as _, QueryResult,
@@ -25,8 +25,12 @@ const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 const NEWEST_ERASURE: &str = "newest_erasure";
 
-/// The columns with their own index.
-const INDEXED: [Column; 2] = [Column::StripeCustomerId, Column::ClientReferenceId];
+/// The columns with their own index, besides `livemode`.
+const INDEXED: [Column; 3] = [
+    Column::StripeCustomerId,
+    Column::ClientReferenceId,
+    Column::CheckoutSessionId,
+];
 
 const INSERT: Insert<'_> = Insert {
     into: "stripe_subscription (stripe_subscription_id, stripe_customer_id, client_reference_id, checkout_session_id, \
@@ -51,18 +55,19 @@ const SAVE: &str = "save subscriptions";
 
 const CONFLICT: &str = "ON CONFLICT (stripe_subscription_id) DO UPDATE SET ";
 
-/// Overwrites the columns [`INDEXED`].
+/// Overwrites the columns with their own index.
 const OVERWRITE_INDEXED: &str = "stripe_customer_id = excluded.stripe_customer_id, \
-    client_reference_id = excluded.client_reference_id, ";
+    client_reference_id = excluded.client_reference_id, checkout_session_id = excluded.checkout_session_id, \
+    livemode = excluded.livemode, ";
 
 /// Overwrites the other columns, if the row still has the version that was read.
-const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, status = excluded.status, \
+const OVERWRITE: &str = "status = excluded.status, \
     created = excluded.created, start_date = excluded.start_date, cancel_at = excluded.cancel_at, \
     canceled_at = excluded.canceled_at, cancel_at_period_end = excluded.cancel_at_period_end, \
     current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end, \
     trial_end = excluded.trial_end, ended_at = excluded.ended_at, items = excluded.items, \
     metadata = excluded.metadata, subscription_metadata = excluded.subscription_metadata, \
-    livemode = excluded.livemode, stripe_account_id = excluded.stripe_account_id, uncertain = excluded.uncertain, \
+    stripe_account_id = excluded.stripe_account_id, uncertain = excluded.uncertain, \
     revision = excluded.revision, version = excluded.version, last_event_id = excluded.last_event_id, \
     last_event_created = excluded.last_event_created, merge_state = excluded.merge_state, last_sent = excluded.last_sent, \
     dt_last_updated = excluded.dt_last_updated, trial_start = excluded.trial_start, \
@@ -72,14 +77,19 @@ const OVERWRITE: &str = "checkout_session_id = excluded.checkout_session_id, sta
 
 /// Returns the values of `livemode` that rows have, each once.
 pub async fn modes<C: ConnectionTrait>(db: &C) -> Result<Vec<bool>, StoreError> {
-    let modes = Entity::find()
-        .select_only()
-        .column(Column::Livemode)
-        .distinct()
-        .into_tuple()
-        .all(db)
-        .await;
-    modes.map_err(StoreError::doing("read the subscriptions' modes"))
+    let mut modes = Vec::new();
+    // The first and the last one in the order of the index. `DISTINCT` would read every row.
+    for order in [Order::Asc, Order::Desc] {
+        let mode = Entity::find()
+            .select_only()
+            .column(Column::Livemode)
+            .order_by(Column::Livemode, order)
+            .limit(1);
+        let mode: Result<Option<bool>, _> = mode.into_tuple().one(db).await;
+        modes.extend(mode.map_err(StoreError::doing("read the subscriptions' modes"))?);
+    }
+    modes.dedup();
+    Ok(modes)
 }
 
 /// The result of a batch's first statement.
@@ -185,7 +195,7 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
     Ok(Some((id, stored)))
 }
 
-/// Locks the rows `ids` for this transaction. Does nothing on SQLite, where every transaction holds
+/// Locks the rows `ids` for this transaction, in the order in which [`save`] does. Does nothing on SQLite, where every transaction holds
 /// the one write lock.
 pub async fn lock(tx: &Transaction, ids: &[&str]) -> Result<(), StoreError> {
     if tx.get_database_backend() != DbBackend::Postgres {
@@ -193,7 +203,10 @@ pub async fn lock(tx: &Transaction, ids: &[&str]) -> Result<(), StoreError> {
     }
     let rows = keys().filter(super::among_ids(tx.get_database_backend(), KEY, ids));
     let locked: Result<Vec<String>, _> = rows
-        .order_by_asc(Column::StripeSubscriptionId)
+        .order_by_asc(super::bytewise(
+            tx.get_database_backend(),
+            Column::StripeSubscriptionId,
+        ))
         .lock(LockType::Update)
         .into_tuple()
         .all(tx)
@@ -427,25 +440,31 @@ async fn by_index_entries(tx: &Transaction, rows: Vec<Row>) -> Result<(Vec<Row>,
         return Ok((Vec::new(), rows));
     }
     let wanted = super::among_ids(tx.get_database_backend(), KEY, &known);
-    let query = keys().columns(INDEXED).filter(wanted).into_query();
+    let query = keys()
+        .columns(INDEXED)
+        .column(Column::Livemode)
+        .filter(wanted)
+        .into_query();
     let mut entries = HashMap::new();
     for row in tx.query_all(&query).await? {
         let id: String = row.try_get("", "stripe_subscription_id")?;
         // A person may have written a value that is not text.
         let entry = |column: Column| row.try_get::<Option<String>>("", column.as_str()).ok();
-        entries.insert(id, INDEXED.map(entry));
+        let livemode: Option<bool> = row.try_get("", "livemode").ok();
+        entries.insert(id, (INDEXED.map(entry), livemode));
     }
     let changes = |row: &Row| {
         let subscription = &row.visible.subscription;
         let now = [
             &subscription.stripe_customer_id,
             &subscription.client_reference_id,
+            &row.visible.checkout_session_id,
         ]
         .map(Some);
         let held = entries
             .get(&row.stripe_subscription_id)
-            .map(|held| held.each_ref().map(Option::as_ref));
-        row.version > 1 && held != Some(now)
+            .map(|(held, livemode)| (held.each_ref().map(Option::as_ref), *livemode));
+        row.version > 1 && held != Some((now, Some(subscription.livemode)))
     };
     Ok(rows.into_iter().partition(changes))
 }
