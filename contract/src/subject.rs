@@ -14,6 +14,8 @@ pub const DEAD_LETTERS_STREAM: &str = "STRIPE_DEAD_LETTERS";
 pub const WORKER_CONSUMER: &str = "litestripe-worker";
 /// The JetStream KV bucket that all workers share.
 pub const KV_BUCKET: &str = "litestripe";
+/// The stream that holds it.
+pub const KV_STREAM: &str = "KV_litestripe";
 
 /// The part before the event type in the subject of a raw event.
 pub const EVENTS_PREFIX: &str = "stripe.events.";

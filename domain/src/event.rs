@@ -66,7 +66,8 @@ pub struct Fetch {
 pub struct FetchStamp {
     /// The `Date` of Stripe's answer: seconds since the Unix epoch.
     pub date: i64,
-    /// The last sequence of `STRIPE_EVENTS` when the fetch began. Orders fetches of the same
+    /// The position of the last event in `STRIPE_EVENTS` when the fetch began
+    /// ([`StreamId::position`](crate::arrival::StreamId::position)). Orders fetches of the same
     /// second: a fetch is stored before the next one of the same object begins.
     pub mark: u64,
 }

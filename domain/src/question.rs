@@ -129,7 +129,7 @@ pub(crate) fn notification(arrival: &Arrival, now: OffsetDateTime) -> Option<Que
         stripe_account_id: arrival.event.stripe_account_id.clone(),
         livemode: arrival.event.livemode,
         event,
-        stream_sequence: arrival.stream_sequence,
+        position: arrival.position(),
     })
 }
 
@@ -147,8 +147,8 @@ pub struct Question {
     pub livemode: bool,
     /// The event that led to the question.
     pub event: EventReference,
-    /// That event's sequence in `STRIPE_EVENTS`.
-    pub stream_sequence: u64,
+    /// That event's position: see [`StreamId::position`](crate::arrival::StreamId::position).
+    pub position: u64,
 }
 
 impl Question {
@@ -187,7 +187,7 @@ impl Question {
             newer.notifications.extend(notifications);
             newer.ask_by = newer.ask_by.min(held.ask_by);
             // A redelivered thin event is older than those that came before it.
-            later.stream_sequence = later.stream_sequence.max(self.stream_sequence);
+            later.position = later.position.max(self.position);
         }
         *self = later;
     }

@@ -5,7 +5,9 @@
 //! relations.
 
 pub mod backfill;
+pub mod dead_letter;
 pub mod erasure;
+pub mod installation;
 pub mod lease;
 pub mod orphaned_payment;
 pub mod question;

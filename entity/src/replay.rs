@@ -14,6 +14,9 @@ pub struct Model {
     /// The first sequence of `STRIPE_EVENTS` that it reapplies.
     pub first_sequence: i64,
     pub last_sequence: i64,
+    /// When the stream that these sequences are about was created: microseconds since the Unix
+    /// epoch. Null in a replay of the previous version.
+    pub stream_created: Option<i64>,
     /// The event types it applies, comma-separated; empty for all.
     #[sea_orm(column_type = "Text")]
     pub event_types: String,

@@ -26,6 +26,8 @@ mod m20261129_000010_notifications;
 mod m20261129_000011_resolutions;
 mod m20261130_000012_drop_signal_due;
 mod m20261130_000013_growth;
+mod m20261130_000014_dead_letters;
+mod m20261130_000015_installation;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -55,6 +57,8 @@ impl MigratorTrait for Migrator {
             Box::new(m20261129_000011_resolutions::Migration),
             Box::new(m20261130_000012_drop_signal_due::Migration),
             Box::new(m20261130_000013_growth::Migration),
+            Box::new(m20261130_000014_dead_letters::Migration),
+            Box::new(m20261130_000015_installation::Migration),
         ]
     }
 }

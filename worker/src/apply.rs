@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
 use crate::fail_point::fail_point;
+use crate::installation::Installation;
 use crate::metrics;
 use crate::store::Transaction;
 use crate::store::{self, Store};
@@ -51,6 +52,8 @@ pub struct Applier {
     pub policy: Arc<Policy>,
     /// The ids whose personal data was erased and must not come back.
     pub erasures: Erasures,
+    /// The installation that the process has joined. A command joins none.
+    pub installation: Option<Installation>,
     /// Whether a customer that is deleted at Stripe is erased here.
     pub erase_on_customer_deleted: bool,
     pub dead_letters: DeadLetters,
@@ -87,6 +90,14 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         batch.hand_back().await;
         return;
     };
+    if applier
+        .installation
+        .as_ref()
+        .is_some_and(|installation| !installation.may_ack())
+    {
+        batch.hand_back().await;
+        return;
+    }
     if let Some(error) = outcome.refuses_all() {
         let pause_for = (applier.refusals).all_refused(began, &exit::chain(error), Instant::now());
         batch.keep_alive().await;
@@ -183,7 +194,7 @@ async fn queue_erasures(
     let now = OffsetDateTime::now_utc();
     let deleted = batch.messages().filter_map(|message| {
         let customer = owner::deleted_customer(message.payload)?;
-        Some(erasure::question(customer, message.stream_sequence(), now))
+        Some(erasure::question(customer, message.position(), now))
     });
     let questions: Vec<_> = deleted.collect();
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));

@@ -18,6 +18,7 @@ mod backfill;
 mod dead_letters;
 mod erase;
 mod failure;
+mod join;
 mod migrate;
 mod moment;
 mod orphans;
@@ -70,6 +71,8 @@ enum Command {
     Erase(erase::Erase),
     /// Compare the rows with Stripe and repair them (needs STRIPE_SECRET_KEY)
     Reconcile(reconcile::Reconcile),
+    /// Make database and broker one installation, after one of them was replaced on purpose
+    Join(join::Join),
     /// Print the JSON Schemas of the signals, or the AsyncAPI document
     Schema(schema::Schema),
 }
@@ -156,6 +159,7 @@ async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
         Command::DeadLetters(dead_letters) => dead_letters.execute(&settings).await,
         Command::Erase(erase) => erase.execute(&settings).await,
         Command::Reconcile(reconcile) => reconcile.execute(settings).await,
+        Command::Join(join) => join.execute(&settings).await,
         Command::Schema(_) => Ok(()),
     }
 }

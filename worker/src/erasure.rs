@@ -197,7 +197,7 @@ impl Known {
 }
 
 /// Makes a question of the erasure of a customer that was deleted at Stripe.
-pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDateTime) -> Question {
+pub fn question(customer: DeletedCustomer, position: u64, now: OffsetDateTime) -> Question {
     Question {
         entity_id: customer.stripe_customer_id,
         details: Details::Erase,
@@ -206,7 +206,7 @@ pub fn question(customer: DeletedCustomer, stream_sequence: u64, now: OffsetDate
         stripe_account_id: customer.stripe_account_id,
         livemode: customer.livemode,
         event: customer.event,
-        stream_sequence,
+        position,
     }
 }
 

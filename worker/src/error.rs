@@ -44,6 +44,8 @@ pub enum Cause {
     Timeout(Duration),
     #[error("it panicked, which is a bug")]
     Panic,
+    #[error("it belongs to another installation than at the start")]
+    OtherInstallation,
     /// A migration needs the name of something that another application made.
     #[error(
         "{0}: Litestripe did not make it and leaves it alone. Give Litestripe a database of its own, or on \
@@ -83,7 +85,9 @@ impl StoreError {
     pub fn disposition(&self) -> Disposition {
         let error = match &self.cause {
             Cause::Json(_) | Cause::Panic => return Disposition::Poison,
-            Cause::Timeout(_) | Cause::Foreign(_) => return Disposition::Wait,
+            Cause::Timeout(_) | Cause::OtherInstallation | Cause::Foreign(_) => {
+                return Disposition::Wait;
+            }
             Cause::Database(error) => error,
         };
         match (error, sqlx_error(error)) {

@@ -13,6 +13,7 @@ pub mod erasure;
 pub mod error;
 mod fail_point;
 mod health;
+mod installation;
 mod metrics;
 pub mod questions;
 pub mod recover;

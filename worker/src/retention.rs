@@ -2,7 +2,8 @@
 //!
 //! Owns which events are purged, and when: when the stream is over 80 % full, the oldest applied
 //! events, so that only unapplied ones can fill it. Invariant: no event above the durable
-//! consumer's ack floor, or above that of an open replay, is ever removed. All workers may purge at
+//! consumer's ack floor, or above that of an open replay, is ever removed. One whose dead letter is
+//! pending is removed only when the stream is nearly full: it must not stop all deliveries. All workers may purge at
 //! the same time: purging is idempotent.
 
 use std::time::Duration;
@@ -15,8 +16,8 @@ use tracing::{debug, warn};
 
 use crate::metrics;
 use crate::recover::replay;
-use crate::store::{Store, detached};
-use crate::stream::progress::Progress;
+use crate::store::{Store, dead_letter, detached};
+use crate::stream::progress::{self, Progress};
 use crate::wait::pause;
 
 /// How often the stream's size is checked.
@@ -26,6 +27,19 @@ const CHECK_EVERY: Duration = Duration::from_secs(10);
 const PURGE_ABOVE: u64 = 80;
 const PURGE_DOWN_TO: u64 = 70;
 
+/// How full the stream is, in percent of its size, when pending dead letters do not hold a purge up
+/// any more.
+const GIVE_UP_ABOVE: u64 = 95;
+
+/// The sequences up to which events may be removed.
+#[derive(Debug, Clone, Copy, Default)]
+struct Floors {
+    /// All open replays have reapplied everything up to this one.
+    replayed: u64,
+    /// No event up to this one has a pending dead letter.
+    stored: u64,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Fill {
     bytes: u64,
@@ -33,19 +47,19 @@ struct Fill {
     messages: u64,
     first_sequence: u64,
     last_sequence: u64,
-    /// Every event up to this sequence is applied, and no open replay still has to reapply it.
+    /// Every event up to this sequence is applied, and neither an open replay nor a pending dead
+    /// letter needs it.
     applied_until: u64,
 }
 
 /// Purges until `shutdown`.
 pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
-    // While the database is unavailable the last value holds, because no replay can begin then.
-    let mut replayed_until = 0;
+    // While the database is unavailable the last value holds: no replay can begin then, and no dead
+    // letter becomes pending.
+    let mut last = Floors::default();
     loop {
-        replayed_until = replay_floor(&store, &jetstream)
-            .await
-            .unwrap_or(replayed_until);
-        if let Err(error) = purge_if_full(&jetstream, replayed_until).await {
+        last = floors(&store, &jetstream).await.unwrap_or(last);
+        if let Err(error) = purge_if_full(&jetstream, last).await {
             debug!(
                 "cannot keep room in STRIPE_EVENTS: {}",
                 exit::chain(error.as_ref())
@@ -57,17 +71,24 @@ pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: C
     }
 }
 
-/// Returns the sequence up to which all open replays have reapplied the events, or `None` if the
-/// database or the broker does not answer.
-async fn replay_floor(store: &Store, jetstream: &jetstream::Context) -> Option<u64> {
+/// Returns `None` if the database or the broker does not answer.
+async fn floors(store: &Store, jetstream: &jetstream::Context) -> Option<Floors> {
     let (store, jetstream) = (store.clone(), jetstream.clone());
-    let floor = detached(async move { replay::floor(&store, &jetstream).await });
-    tokio::time::timeout(CHECK_EVERY, floor).await.ok()?.ok()
+    let floors = detached(async move {
+        let replayed = replay::floor(&store, &jetstream).await.ok()?;
+        let (stream, _) = progress::begin(&jetstream).await.ok()?;
+        let pending = dead_letter::lowest(store.connection(), stream).await.ok()?;
+        Some(Floors {
+            replayed,
+            stored: pending.map_or(u64::MAX, |lowest| lowest.saturating_sub(1)),
+        })
+    });
+    tokio::time::timeout(CHECK_EVERY, floors).await.ok()?
 }
 
 async fn purge_if_full(
     jetstream: &jetstream::Context,
-    replayed_until: u64,
+    floors: Floors,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let stream = jetstream.get_stream(EVENTS_STREAM).await?;
     let info = stream.cached_info();
@@ -88,7 +109,12 @@ async fn purge_if_full(
     } = info.state;
     let applied_until = Progress::from(consumer.cached_info())
         .floor()
-        .min(replayed_until);
+        .min(floors.replayed);
+    let applied_until = if is_above(bytes, bytes_max, GIVE_UP_ABOVE) {
+        applied_until
+    } else {
+        applied_until.min(floors.stored)
+    };
     let fill = Fill {
         bytes,
         bytes_max,
@@ -117,10 +143,7 @@ async fn purge_if_full(
 
 /// Returns the first sequence to keep, or `None` if there is nothing to purge.
 fn keep_from(fill: Fill) -> Option<u64> {
-    // In 128 bits, because a size in bytes times a percentage may not fit in 64.
-    let is_above =
-        u128::from(fill.bytes) * 100 > u128::from(fill.bytes_max) * u128::from(PURGE_ABOVE);
-    if !is_above || fill.messages == 0 {
+    if !is_above(fill.bytes, fill.bytes_max, PURGE_ABOVE) || fill.messages == 0 {
         return None;
     }
     let wanted = u128::from(fill.bytes_max) * u128::from(PURGE_DOWN_TO) / 100;
@@ -133,6 +156,11 @@ fn keep_from(fill: Fill) -> Option<u64> {
         .saturating_add(u64::try_from(share).unwrap_or(u64::MAX));
     let keep_from = wanted_from.min(fill.applied_until.saturating_add(1));
     (keep_from > fill.first_sequence).then_some(keep_from)
+}
+
+fn is_above(bytes: u64, bytes_max: u64, percent: u64) -> bool {
+    // In 128 bits, because a size in bytes times a percentage may not fit in 64.
+    u128::from(bytes) * 100 > u128::from(bytes_max) * u128::from(percent)
 }
 
 #[cfg(test)]

@@ -22,7 +22,10 @@ use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
 
 pub mod backfill;
 mod connection;
+pub mod dead_letter;
 pub mod erasure;
+pub(crate) mod file;
+pub mod installation;
 pub mod lease;
 pub mod orphan;
 pub mod outbox;

@@ -4,6 +4,8 @@
 
 pub(crate) mod consumer;
 pub(crate) mod dead_letter;
+pub(crate) mod findings;
+mod origin;
 pub(crate) mod own_event;
 pub mod progress;
 mod pull;

@@ -246,7 +246,7 @@ async fn questions(kind: DatabaseKind) {
         stripe_account_id: None,
         livemode: false,
         event: event(3),
-        stream_sequence: 4,
+        position: 4,
     };
     let payment = PaymentIds {
         checkout_session_id: Some("cs_1".to_owned()),
@@ -260,7 +260,7 @@ async fn questions(kind: DatabaseKind) {
         stripe_account_id: Some("acct_1".to_owned()),
         livemode: true,
         event: event(6),
-        stream_sequence: 7,
+        position: 7,
         ..bare.clone()
     };
     let row = |question: Question, payment: PaymentIds, reference: &str, is_paid| {
@@ -279,7 +279,7 @@ async fn questions(kind: DatabaseKind) {
             event_id: question.event.id.to_string(),
             event_type: question.event.event_type.to_string(),
             event_created: question.event.created.unix(),
-            stream_sequence: question.stream_sequence.cast_signed(),
+            stream_sequence: question.position.cast_signed(),
             context: None,
             notifications: None,
             ask_by: None,
@@ -342,7 +342,7 @@ async fn save_notified(
         stripe_account_id: Some("acct_1".to_owned()),
         livemode: false,
         event,
-        stream_sequence: due_at.cast_unsigned(),
+        position: due_at.cast_unsigned(),
     };
     let tx = store.begin().await.expect("the database answers");
     question::save(&tx, vec![question])

@@ -25,6 +25,8 @@ on_both_databases!(
     burst_costs_about_one_request_for_each_subscription,
     change_during_a_fetch_is_fetched_after_it,
     later_of_two_fetches_in_one_second_counts,
+    change_in_a_stream_made_anew_during_a_fetch_is_fetched_after_it,
+    later_of_two_fetches_counts_although_the_stream_was_made_anew,
     thin_events_wait_visibly_for_a_key_of_their_mode,
     snapshot_and_thin_destinations_lead_to_the_row_of_either,
     change_without_its_snapshot_event_is_not_hidden_by_the_one_before,
@@ -190,6 +192,68 @@ async fn later_of_two_fetches_in_one_second_counts(database: DatabaseKind) {
     }
     assert_eq!(api.requests(SUBSCRIPTIONS).len(), 4);
     bridge.check().await;
+}
+
+/// The second thin event has a lower sequence than the first: the stream was made anew.
+async fn change_in_a_stream_made_anew_during_a_fetch_is_fetched_after_it(database: DatabaseKind) {
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(database, &api)).await;
+    let purchase = put_purchase(&api);
+    fill(&bridge).await;
+    let path = format!("{SUBSCRIPTIONS}{}", purchase.subscription);
+    let held = api.hold(path.leak());
+    bridge.notify_all(&[about(&purchase, CREATED)]).await;
+    until_requested(&api, &purchase.subscription, 1).await;
+
+    make_stream_anew(&bridge).await;
+    put(&api, &purchase, "past_due");
+    bridge.notify_all(&[about(&purchase, UPDATED)]).await;
+    bridge.wait_until_applied().await;
+    drop(held);
+    settle(&bridge).await;
+
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.status.as_deref(), Some("past_due"));
+    let requests = api.requests(&purchase.subscription);
+    assert_eq!(requests.len(), 2, "{requests:?}");
+}
+
+/// Within one second only the mark orders fetches.
+async fn later_of_two_fetches_counts_although_the_stream_was_made_anew(database: DatabaseKind) {
+    let api = Api::start().await;
+    let bridge = Bridge::start(with_key(database, &api)).await;
+    let purchase = put_purchase(&api);
+    api.stop_clock(now());
+    fill(&bridge).await;
+    bridge.notify_all(&[about(&purchase, CREATED)]).await;
+    settle(&bridge).await;
+    make_stream_anew(&bridge).await;
+    put(&api, &purchase, "past_due");
+    bridge.notify_all(&[about(&purchase, UPDATED)]).await;
+    settle(&bridge).await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.status.as_deref(), Some("past_due"));
+    assert!(!row.uncertain);
+}
+
+/// Applies some events, so that the stream's sequences are above those of a new stream.
+async fn fill(bridge: &Bridge) {
+    for _ in 0..5 {
+        let event = Purchase::new(now()).subscription_event(CREATED, now(), json!({}));
+        bridge.deliver(&event).await;
+    }
+    bridge.wait_until_applied().await;
+}
+
+async fn make_stream_anew(bridge: &Bridge) {
+    let jetstream = bridge.jetstream().await;
+    let deleted = jetstream.delete_stream(EVENTS_STREAM).await;
+    deleted.expect("a stream can be deleted");
+    eventually("the stream to be made anew", DEADLINE, async || {
+        let stream = jetstream.get_stream(EVENTS_STREAM).await;
+        stream.map(drop).map_err(|error| error.to_string())
+    })
+    .await;
 }
 
 async fn thin_events_wait_visibly_for_a_key_of_their_mode(database: DatabaseKind) {

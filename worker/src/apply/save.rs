@@ -24,6 +24,7 @@ use super::Applier;
 use crate::erasure::Erasures;
 use crate::error::{Cause, StoreError};
 use crate::fail_point::fail_point;
+use crate::installation::Installation;
 use crate::store;
 use crate::store::Transaction;
 use crate::store::subscription::Found;
@@ -65,10 +66,11 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Sav
     let mut stale: Option<HashSet<usize>> = None;
     let mut all = Saved::default();
     loop {
-        let (arrivals, policy, erasures) = (
+        let (arrivals, policy, erasures, installation) = (
             Arc::clone(arrivals),
             Arc::clone(&applier.policy),
             applier.erasures.clone(),
+            applier.installation.clone(),
         );
         let once = async move |tx: Transaction| {
             let is_pending = |arrival: &&Arrival| {
@@ -81,7 +83,11 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Sav
                 .filter(is_pending)
                 .map(Cow::Borrowed)
                 .collect();
-            save_once(tx, pending, &policy, &erasures, OffsetDateTime::now_utc()).await
+            let guards = Guards {
+                erasures: &erasures,
+                installation: installation.as_ref(),
+            };
+            save_once(tx, pending, &policy, guards, OffsetDateTime::now_utc()).await
         };
         let (saved, stale_again) = applier.store.uncancelled(once).await?;
         all.redacted.extend(saved.redacted);
@@ -93,13 +99,23 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Sav
     }
 }
 
+/// What a transaction's first statement checks before anything is written.
+#[derive(Clone, Copy)]
+struct Guards<'a> {
+    erasures: &'a Erasures,
+    installation: Option<&'a Installation>,
+}
+
 /// Saves in one transaction. The second result has the indexes of the events whose rows another
 /// worker wrote after they were read.
 async fn save_once(
     tx: Transaction,
     mut pending: Vec<Cow<'_, Arrival>>,
     policy: &Policy,
-    erasures: &Erasures,
+    Guards {
+        erasures,
+        installation,
+    }: Guards<'_>,
     now: OffsetDateTime,
 ) -> Result<(Saved, HashSet<usize>), StoreError> {
     let ids: BTreeSet<&str> = pending
@@ -111,7 +127,12 @@ async fn save_once(
         rows: mut stored,
         rebuilding,
         has_new_erasures,
+        installation: found_installation,
     } = store::subscription::find(&tx, &ids, erasures.sequence()).await?;
+    // The database may have been replaced by another one, behind the same name.
+    if installation.is_some_and(|own| found_installation.as_deref() != Some(own.id())) {
+        return Err(StoreError::doing("save a batch")(Cause::OtherInstallation));
+    }
     if has_new_erasures {
         erasures.refresh(&tx).await?;
     }

@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use litestripe_contract::signal::Timestamp;
 use litestripe_contract::subject::{DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM};
 use litestripe_contract::{connect, header, subject};
-use litestripe_domain::arrival::Arrival;
+use litestripe_domain::arrival::{Arrival, StreamId};
 use litestripe_domain::event;
 use serde_json::{Value, json};
 
@@ -19,12 +19,17 @@ use crate::apply;
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
 use crate::start::parts::Parts;
-use crate::stream::dead_letter;
+use crate::store::{self, Store};
+use crate::stream::{dead_letter, progress};
+
+/// Pending dead letters read at a time.
+const PENDING_BATCH: u64 = 500;
 
 pub(super) const AFTER_HELP: &str = "\
 A dead letter is an event that can never be applied, for example because a field has an unexpected type; `show` prints the \
 reason. Fix the cause, usually with a newer version of Litestripe, then `retry`. A dead letter is deleted after \
-LITESTRIPE_DEAD_LETTERS_MAX_AGE.";
+LITESTRIPE_DEAD_LETTERS_MAX_AGE. One that STRIPE_DEAD_LETTERS cannot take, because it is full or the event is too large, is \
+listed as pending: a worker keeps trying, and the event stays in STRIPE_EVENTS.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeadLetters {
@@ -72,7 +77,7 @@ impl DeadLetters {
             )
         })?;
         match self {
-            Self::List(output) => list(&stream, output).await,
+            Self::List(output) => list(settings, &stream, output).await,
             Self::Show {
                 sequence,
                 body,
@@ -87,7 +92,7 @@ impl DeadLetters {
             }
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
-                let parts = Parts::assemble(store, nats).await?;
+                let parts = Parts::assemble(store, nats, None).await?;
                 retry.execute(settings, &stream, &parts).await
             }
             Self::Drop { sequence } => {
@@ -100,13 +105,14 @@ impl DeadLetters {
     }
 }
 
-async fn list(stream: &Stream, output: Output) -> Result<(), Failure> {
+async fn list(settings: &Settings, stream: &Stream, output: Output) -> Result<(), Failure> {
     let mut listed = Vec::new();
     let mut after = 0;
     while let Some(letter) = next(stream, after).await? {
         after = letter.sequence;
         listed.push(as_json(&letter));
     }
+    listed.extend(pending(settings).await?);
     let fields = [
         "sequence",
         "stream_sequence",
@@ -116,8 +122,45 @@ async fn list(stream: &Stream, output: Output) -> Result<(), Failure> {
     ];
     let header = ["sequence", "event sequence", "type", "since", "reason"];
     print(output, &listed, header, |letter| {
-        fields.map(|field| print::cell(&letter[field]))
+        let mut row = fields.map(|field| print::cell(&letter[field]));
+        if letter["pending"] == true {
+            let error = print::cell(&letter["error"]);
+            row[0] = "pending".to_owned();
+            row[4] = format!("{}; cannot be stored yet: {error}", row[4]);
+        }
+        row
     })
+}
+
+/// Returns the dead letters that cannot be stored yet. Their bodies are in STRIPE_EVENTS.
+async fn pending(settings: &Settings) -> Result<Vec<Value>, Failure> {
+    let store = Store::open(&settings.database).await?;
+    // Without the tables there are none.
+    if store.migrations().await?.iter().any(|step| !step.applied) {
+        return Ok(Vec::new());
+    }
+    let mut listed = Vec::new();
+    let mut last = None;
+    loop {
+        let some =
+            store::dead_letter::list(store.connection(), last.as_ref(), PENDING_BATCH).await?;
+        listed.extend(some.iter().map(|letter| {
+            json!({
+                "sequence": null,
+                "stream_sequence": letter.sequence,
+                "event_type": letter.event_type,
+                "reason": letter.reason,
+                "since": Timestamp::from(letter.since.truncate_to_second()),
+                "pending": true,
+                "attempts": letter.attempts,
+                "error": letter.error,
+            })
+        }));
+        last = some.into_iter().last();
+        if last.is_none() {
+            return Ok(listed);
+        }
+    }
 }
 
 /// Prints a row for each dead letter, or that there are none.
@@ -140,8 +183,9 @@ impl Retry {
         stream: &Stream,
         parts: &Parts,
     ) -> Result<(), Failure> {
-        let dead_letters = dead_letter::DeadLetters::new(parts.jetstream.clone());
+        let dead_letters = dead_letter::DeadLetters::new(&parts.store, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
+        let (events_stream, _) = progress::begin(&parts.jetstream).await?;
         let (mut report, mut failed) = (Vec::new(), 0);
         let mut letter = match self.sequence {
             Some(sequence) => Some(find(stream, sequence).await?),
@@ -149,7 +193,10 @@ impl Retry {
         };
         while let Some(one) = &letter {
             let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
-                Ok(Some(event)) => apply::apply_one(&applier, arrival(one, event)).await?,
+                Ok(Some(event)) => {
+                    let arrival = arrival(one, event, events_stream);
+                    apply::apply_one(&applier, arrival).await?
+                }
                 Ok(None) => Some("the worker does not handle this event type".to_owned()),
                 Err(error) => Some(error.to_string()),
             };
@@ -180,11 +227,13 @@ impl Retry {
     }
 }
 
-fn arrival(letter: &StreamMessage, event: event::Event) -> Arrival {
+fn arrival(letter: &StreamMessage, event: event::Event, stream: StreamId) -> Arrival {
     Arrival {
         index: 0,
         event,
         traceparent: header_value(letter, header::TRACEPARENT),
+        // An older letter may be of an earlier stream, whose events are gone.
+        stream,
         stream_sequence: stream_sequence(letter).unwrap_or(0),
     }
 }
@@ -242,5 +291,6 @@ fn as_json(letter: &StreamMessage) -> Value {
         "reason": header_value(letter, header::REASON),
         "since": Timestamp::from(letter.time.truncate_to_second()),
         "body_bytes": letter.payload.len(),
+        "pending": false,
     })
 }

@@ -66,6 +66,7 @@ impl Reconcile {
             nats,
             jetstream,
             erasures,
+            ..
         } = &parts;
         let stripe = super::stripe_api(&settings, &parts, self.any_mode).await?;
         if self.repair {

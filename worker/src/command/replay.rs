@@ -73,7 +73,7 @@ impl Replay {
             Schema::Migrated
         };
         let parts = super::start(settings, "replay", schema).await?;
-        let dead_letters = DeadLetters::new(parts.jetstream.clone());
+        let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let mut replayer = Replayer {
             applier,

@@ -1,6 +1,6 @@
 //! `run`: apply events and send signals until stopped.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use litestripe_contract::{connect, shutdown};
@@ -12,7 +12,8 @@ use tracing::{error, info, warn};
 
 use super::Failure;
 use crate::apply::{Applier, Refusals};
-use crate::health::{self, Readiness};
+use crate::health::{self, Problems, Readiness};
+use crate::installation::{Installation, InstallationError, Split};
 use crate::metrics;
 use crate::questions::Questions;
 use crate::questions::lookup::Lookup;
@@ -26,10 +27,11 @@ use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
 use crate::start::database::{self, Schema};
 use crate::start::{broker, parts::Parts};
+use crate::store::Store;
 use crate::store::lease::Lease;
-use crate::stream::dead_letter::DeadLetters;
+use crate::stream::dead_letter::{DeadLetters, Pending};
 use crate::stripe::api::StripeApi;
-use crate::wait::{self, JETSTREAM};
+use crate::wait::{self, JETSTREAM, Wait};
 
 /// How long a stopping worker may take, after the last batch. Unfinished events are delivered
 /// again.
@@ -51,6 +53,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let supervisor = Supervisor {
         shutdown: shutdown::token()?,
         panicked: CancellationToken::new(),
+        split: Arc::default(),
     };
     metrics::install();
     let listener = health::listen(&settings.listen).await?;
@@ -100,8 +103,9 @@ async fn prepare(
     let store = database::open(&settings.database, Schema::Migrated).await?;
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
+    let installation = join(settings, &store, &nats).await?;
     let parts = wait::until_ok(JETSTREAM, async || {
-        Parts::assemble(store.clone(), nats.clone()).await
+        Parts::assemble(store.clone(), nats.clone(), Some(installation.clone())).await
     })
     .await;
     wait::until_ok(JETSTREAM, async || {
@@ -111,10 +115,33 @@ async fn prepare(
     Ok(parts)
 }
 
+/// Makes database and broker one installation. Fails if they belong to different ones, and waits
+/// while one of them does not answer.
+async fn join(
+    settings: &Settings,
+    store: &Store,
+    nats: &async_nats::Client,
+) -> Result<Installation, Failure> {
+    let jetstream = connect::jetstream(nats.clone());
+    let mut wait = Wait::new(JETSTREAM);
+    loop {
+        match Installation::join(settings, store, &jetstream).await {
+            Ok(installation) => {
+                wait.succeeded();
+                return Ok(installation);
+            }
+            Err(split @ InstallationError::Split(_)) => return Err(split.into()),
+            Err(error) => tokio::time::sleep(wait.failed(&error)).await,
+        }
+    }
+}
+
 /// Watches the tasks without which the worker does only a part of its work.
 struct Supervisor {
     shutdown: CancellationToken,
     panicked: CancellationToken,
+    /// Why database and broker do not belong together any more.
+    split: Arc<OnceLock<Split>>,
 }
 
 impl Supervisor {
@@ -142,12 +169,29 @@ impl Supervisor {
         });
     }
 
+    /// Watches whether database and broker still belong together. If not, the worker stops and
+    /// exits with a failure.
+    fn watch(&self, tracker: &TaskTracker, installation: Installation, problems: Problems) {
+        let (split, shutdown) = (Arc::clone(&self.split), self.shutdown.clone());
+        let watch = async move {
+            if let Some(found) = installation.watch(problems, shutdown.clone()).await {
+                error!("{found}");
+                let _ = split.set(found);
+                shutdown.cancel();
+            }
+        };
+        self.spawn(tracker, "the watch over the installation", watch);
+    }
+
     fn outcome(&self) -> Result<(), Failure> {
         if self.panicked.is_cancelled() {
             let bug = "a task of the worker panicked, which is a bug (the log names it): unfinished events will be delivered again";
             return Err(Failure::new(bug));
         }
-        Ok(())
+        match self.split.get() {
+            Some(split) => Err(Failure::new(split.clone())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -174,7 +218,7 @@ impl Worker {
         let (background, relaying) = <(TaskTracker, TaskTracker)>::default();
         let relay_stop = CancellationToken::new();
         let wake = Arc::new(Notify::new());
-        let dead_letters = DeadLetters::new(parts.jetstream.clone());
+        let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
         let applier = Applier {
             refusals: Arc::new(Refusals::new(readiness.problems.clone())),
             ..parts.applier(settings, &dead_letters, &wake)
@@ -225,6 +269,12 @@ impl Worker {
         };
         let resolutions = resolutions.run(shutdown.clone());
         supervisor.spawn(&background, "the keeper of resolutions", resolutions);
+        let pending = Pending::new(&store, &jetstream);
+        let pending = pending.run(shutdown.clone());
+        supervisor.spawn(&background, "the storing of pending dead letters", pending);
+        if let Some(installation) = parts.installation.clone() {
+            supervisor.watch(&background, installation, readiness.problems.clone());
+        }
         let retention = retention::run(store, jetstream, shutdown.clone());
         supervisor.spawn(&background, "the retention", retention);
         Ok(Self {

@@ -17,11 +17,13 @@ use time::OffsetDateTime;
 
 use super::Failure;
 use super::print::{self, Output};
+use crate::installation::{self, InstallationError};
 use crate::recover::unsent;
 use crate::recover::withheld::Withheld;
 use crate::settings::{Settings, StripeSettings};
 use crate::start::broker::{self, STREAMS};
 use crate::store::{self, Store};
+use crate::stream::findings;
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -42,6 +44,8 @@ struct Report {
     outbox: Option<u64>,
     outbox_oldest_age_s: Option<i64>,
     dead_letters: Option<u64>,
+    /// Dead letters that cannot be stored in STRIPE_DEAD_LETTERS yet.
+    pending_dead_letters: Option<u64>,
     streams: Vec<StreamReport>,
     account: Option<AccountReport>,
     /// What an operator should change.
@@ -57,6 +61,8 @@ struct Report {
     /// The newest applied migration.
     schema_version: Option<String>,
     schema_current: bool,
+    /// The installation that the database belongs to.
+    installation: Option<String>,
 }
 
 /// How full a stream is.
@@ -98,6 +104,7 @@ impl Status {
         report.read_broker(&jetstream).await?;
         let key = settings.stripe.as_ref().map(StripeSettings::is_live);
         report.read_database(&store, key).await?;
+        report.find_problems(&store, &jetstream).await?;
         let shown = serde_json::to_value(&report)?;
         self.output.print(&report, || print(&shown))
     }
@@ -169,6 +176,9 @@ impl Report {
         let (outbox, oldest) = store::outbox::backlog(db).await?;
         self.outbox = Some(outbox);
         self.outbox_oldest_age_s = oldest.map(|at| (now - at).whole_seconds());
+        self.pending_dead_letters = Some(store::dead_letter::count(db).await?);
+        let installation = store::installation::find(db).await?;
+        self.installation = installation.map(|found| found.id);
         self.open_orphans = Some(store::orphan::count_open(db).await?);
         self.unsent_signals = Some(unsent::count(store).await?);
         let open = store::question::count_open(db).await?;
@@ -188,6 +198,27 @@ impl Report {
             first_sequence: replay.first_sequence,
             last_sequence: replay.last_sequence,
         });
+        Ok(())
+    }
+}
+
+impl Report {
+    async fn find_problems(
+        &mut self,
+        store: &Store,
+        jetstream: &jetstream::Context,
+    ) -> Result<(), Failure> {
+        let found = findings::find(jetstream).await;
+        self.problems.extend(found.map_err(Failure::new)?);
+        if self.schema_current {
+            match installation::check(store, jetstream).await {
+                Err(InstallationError::Split(split)) => self.problems.push(Finding {
+                    what: split.to_string(),
+                    mend: "check DATABASE_URL and NATS_URL".to_owned(),
+                }),
+                outcome => outcome?,
+            }
+        }
         Ok(())
     }
 }
@@ -289,6 +320,11 @@ fn print(report: &Value) {
             other mode";
         let count = cell("waiting_for_key");
         rows.push(["thin events", &count, note].map(str::to_owned));
+    }
+    if report["pending_dead_letters"] != 0 && !report["pending_dead_letters"].is_null() {
+        let note = "dead letters that cannot be stored in STRIPE_DEAD_LETTERS yet: see `dead-letters list`";
+        let count = cell("pending_dead_letters");
+        rows.push(["pending letters", &count, note].map(str::to_owned));
     }
     let schema = report["schema_version"].as_str().unwrap_or("none");
     let current = report["schema_current"] == true;

@@ -6,6 +6,7 @@ use async_nats::jetstream::context::GetStreamError;
 use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
 use litestripe_contract::signal::OrphanReason;
 use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::arrival::StreamId;
 use litestripe_domain::event::{self, Body, Email, Event, MetadataKeys};
 use litestripe_domain::payment::ClientReferenceId;
 use litestripe_domain::question::{Details, Question};
@@ -129,11 +130,14 @@ impl Questions {
         self.store.uncancelled(record).await
     }
 
-    /// Returns the email in the session's event, which usually is still in the stream. A stream
-    /// that was created again holds another event at that sequence, so the event's id is checked.
+    /// Returns the email in the session's event, which usually is still in the stream.
     async fn email_of_session(&self, question: &Question) -> Result<Option<Email>, EmailError> {
-        let stream = self.jetstream.get_stream_no_info(EVENTS_STREAM).await?;
-        let message = match stream.get_raw_message(question.stream_sequence).await {
+        let stream = self.jetstream.get_stream(EVENTS_STREAM).await?;
+        let id = StreamId::from_created(stream.cached_info().created);
+        let Some(sequence) = id.sequence(question.position) else {
+            return Ok(None);
+        };
+        let message = match stream.get_raw_message(sequence).await {
             Ok(message) => message,
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
             Err(error) => return Err(error.into()),

@@ -36,8 +36,8 @@ pub(crate) async fn record_if_lost(
         let now = OffsetDateTime::now_utc();
         let progress = progress::find(jetstream, WORKER_CONSUMER).await?;
         let floor = progress.map_or(0, |progress| progress.ack_floor);
-        let first = progress::first_sequence(jetstream).await?;
-        store::replay::record_lost_rows(db, first, floor, now).await?;
+        let (stream, first) = progress::begin(jetstream).await?;
+        store::replay::record_lost_rows(db, stream, first, floor, now).await?;
     }
     let unfinished = store::replay::unfinished(db).await?;
     if let Some(lost) = unfinished

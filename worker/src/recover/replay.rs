@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{self, EVENTS_STREAM};
+use litestripe_domain::arrival::StreamId;
 use litestripe_domain::plan::{Policy, Rebuilt, Signalling};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +26,7 @@ use crate::recover::withheld::{self, Withheld};
 use crate::store::replay::{HEARTBEAT_EVERY, Replay};
 use crate::store::{self, Store};
 use crate::stream::consumer::{ConsumerError, ReplayConsumer};
-use crate::stream::progress::ProgressError;
+use crate::stream::progress::{self, ProgressError};
 use crate::wait::pause;
 
 mod apply;
@@ -57,6 +58,11 @@ pub(crate) enum ReplayError {
     Progress(#[from] ProgressError),
     #[error("the consumer of this replay is gone: run it again")]
     ConsumerGone,
+    /// The events that it was about are gone.
+    #[error(
+        "{EVENTS_STREAM} was created anew: run the replay again for the events that it holds now"
+    )]
+    OtherStream,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
@@ -100,7 +106,12 @@ impl Replayer {
         now: OffsetDateTime,
     ) -> Result<Option<Begun>, ReplayError> {
         let db = self.applier.store.connection();
+        let (stream, _) = progress::begin(&self.jetstream).await?;
         let unfinished = store::replay::unfinished(db).await?;
+        let unfinished: Vec<_> = unfinished
+            .into_iter()
+            .map(|other| in_stream(other, stream))
+            .collect();
         if let Some(running) = unfinished.iter().find(|other| other.is_running(now)) {
             return Err(ReplayError::Running {
                 since: running.started,
@@ -223,14 +234,39 @@ pub(crate) async fn floor(
 ) -> Result<u64, ReplayError> {
     let now = OffsetDateTime::now_utc();
     let mut lowest = u64::MAX;
-    for replay in store::replay::unfinished(store.connection())
-        .await?
-        .iter()
-        .filter(|replay| replay.is_open(now))
-    {
+    let mut open = store::replay::unfinished(store.connection()).await?;
+    open.retain(|replay| replay.is_open(now));
+    if open.is_empty() {
+        return Ok(lowest);
+    }
+    let (stream, _) = progress::begin(jetstream).await?;
+    for replay in open.iter().filter(|replay| replay.is_about(stream)) {
         lowest = lowest.min(replay_consumer(replay).floor(jetstream).await?.1);
     }
     Ok(lowest)
+}
+
+/// Returns an unfinished replay as it concerns `stream`. Of a replay of an earlier stream no event
+/// is left, but the rows that it was to rebuild may still be half rebuilt: only the next replay ends
+/// it.
+fn in_stream(replay: Replay, stream: StreamId) -> Replay {
+    if replay.is_about(stream) {
+        return Replay {
+            stream: Some(stream),
+            ..replay
+        };
+    }
+    warn!(
+        "{EVENTS_STREAM} was created anew since the replay of events {} to {} was started: they are gone, use \
+         `backfill` or `reconcile` to restore those that it has not applied",
+        replay.first_sequence, replay.last_sequence
+    );
+    Replay {
+        stream: Some(stream),
+        first_sequence: 1,
+        last_sequence: 0,
+        ..replay
+    }
 }
 
 fn replay_consumer(replay: &Replay) -> ReplayConsumer {

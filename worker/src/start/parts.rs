@@ -14,6 +14,7 @@ use super::database::{self, OpenError, Schema};
 use crate::apply::Applier;
 use crate::erasure::Erasures;
 use crate::error::StoreError;
+use crate::installation::{self, Installation, InstallationError};
 use crate::relay::Relay;
 use crate::settings::{LookupSettings, Settings};
 use crate::store::Store;
@@ -34,6 +35,8 @@ pub(crate) enum StartError {
     Upgrade(#[from] UpgradeError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Installation(#[from] InstallationError),
 }
 
 /// The database, the broker and the erasures. Events may be applied only with the erasures loaded.
@@ -44,6 +47,8 @@ pub(crate) struct Parts {
     pub(crate) jetstream: jetstream::Context,
     /// The ids whose personal data must not come back.
     pub(crate) erasures: Erasures,
+    /// The installation that this process has joined. A command joins none.
+    pub(crate) installation: Option<Installation>,
 }
 
 impl Parts {
@@ -56,16 +61,20 @@ impl Parts {
     ) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
-        Self::assemble(store, nats).await
+        Self::assemble(store, nats, None).await
     }
 
     /// Puts the parts together and reads the erasures. First moves the data that the previous
-    /// version kept in NATS into the database.
+    /// version kept in NATS into the database. Fails if database and broker do not belong together.
     pub(crate) async fn assemble(
         store: Store,
         nats: async_nats::Client,
+        installation: Option<Installation>,
     ) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
+        if installation.is_none() {
+            installation::check(&store, &jetstream).await?;
+        }
         upgrade::import_kv_bucket(&store, &jetstream).await?;
         let erasures = Erasures::load(&store, jetstream.clone()).await?;
         Ok(Self {
@@ -73,6 +82,7 @@ impl Parts {
             nats,
             jetstream,
             erasures,
+            installation,
         })
     }
 
@@ -87,6 +97,7 @@ impl Parts {
             metadata_keys: settings.metadata_keys.clone(),
             policy: Arc::new(policy(settings)),
             erasures: self.erasures.clone(),
+            installation: self.installation.clone(),
             erase_on_customer_deleted: settings.erase_on_customer_deleted,
             dead_letters: dead_letters.clone(),
             relay: Arc::clone(relay),

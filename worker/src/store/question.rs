@@ -126,7 +126,7 @@ fn cells(question: Question) -> [Cell; 18] {
         question.event.id.to_string().into(),
         question.event.event_type.to_string().into(),
         question.event.created.unix().into(),
-        question.stream_sequence.cast_signed().into(),
+        question.position.cast_signed().into(),
         notified.and_then(|notified| notified.context).into(),
         notifications.into(),
         Cell::Time(ask_by),
@@ -202,7 +202,7 @@ fn question(row: Model) -> Option<Question> {
         stripe_account_id: row.stripe_account_id,
         livemode: row.livemode,
         event,
-        stream_sequence: row.stream_sequence.cast_unsigned(),
+        position: row.stream_sequence.cast_unsigned(),
     })
 }
 
@@ -335,8 +335,8 @@ pub async fn remove_answered<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
 ) -> Result<bool, StoreError> {
-    let as_taken = as_leased(taken)
-        .and(Column::StreamSequence.eq(taken.question.stream_sequence.cast_signed()));
+    let as_taken =
+        as_leased(taken).and(Column::StreamSequence.eq(taken.question.position.cast_signed()));
     let deleted = Entity::delete_many().filter(as_taken).exec(db).await;
     deleted
         .map(|done| done.rows_affected > 0)
@@ -370,7 +370,7 @@ pub async fn remove<C: ConnectionTrait>(
 }
 
 /// Deletes the questions about thin events that fetches answer: each entry has an object's id and
-/// the last sequence of `STRIPE_EVENTS` when its fetch began.
+/// the position of the last event when its fetch began.
 ///
 /// A worker that asks deletes its question itself. This deletes those that a replay stored again,
 /// and those whose worker died after the fetch was stored.

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use litestripe_domain::arrival::StreamId;
 use litestripe_entity::replay::{ActiveModel, Column, Entity, Model};
 use sea_orm::sea_query::{Expr, OnConflict, SelectStatement};
 use sea_orm::{
@@ -37,7 +38,8 @@ pub struct Replay {
     pub name: String,
     /// The signals to send: `changed` or `none`; in the previous version also `all`.
     pub signals: String,
-    /// The first sequence of `STRIPE_EVENTS`.
+    /// The stream that its sequences are about. `None` in a replay of the previous version.
+    pub stream: Option<StreamId>,
     pub first_sequence: u64,
     pub last_sequence: u64,
     /// The event types; empty for all.
@@ -49,6 +51,11 @@ pub struct Replay {
 }
 
 impl Replay {
+    /// Whether its sequences are about `stream`.
+    pub fn is_about(&self, stream: StreamId) -> bool {
+        self.stream.is_none_or(|own| own == stream)
+    }
+
     /// Whether a process runs it.
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
         now - self.heartbeat < HEARTBEAT_TIMEOUT
@@ -91,15 +98,19 @@ pub async fn unfinished<C: ConnectionTrait>(db: &C) -> Result<Vec<Replay>, Store
         .collect())
 }
 
-/// Returns the last sequence of the open replay, if there is one. Until the replay has reached it,
-/// rows may be half rebuilt, and questions about events up to it must not be asked.
+/// Returns the position of the open replay's last event, if there is one. Until the replay has
+/// reached it, rows may be half rebuilt, and questions about events up to it must not be asked.
 pub async fn rebuilding_until<C: ConnectionTrait>(
     db: &C,
     now: OffsetDateTime,
 ) -> Result<Option<u64>, StoreError> {
     let unfinished = unfinished(db).await?;
     let open = unfinished.iter().filter(|replay| replay.is_open(now));
-    Ok(open.map(|replay| replay.last_sequence).max())
+    let last = |replay: &Replay| {
+        let stream = replay.stream.unwrap_or_default();
+        stream.position(replay.last_sequence)
+    };
+    Ok(open.map(last).max())
 }
 
 /// Records `replay`, and deletes all earlier ones.
@@ -109,6 +120,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
         signals: Set(replay.signals.clone()),
         first_sequence: Set(replay.first_sequence.cast_signed()),
         last_sequence: Set(replay.last_sequence.cast_signed()),
+        stream_created: Set(replay.stream.map(StreamId::to_column)),
         event_types: Set(replay.event_types.join(",")),
         stripe_subscription_id: Set(replay.stripe_subscription_id.clone()),
         dt_started: Set(replay.started),
@@ -120,6 +132,7 @@ pub async fn start<C: ConnectionTrait>(db: &C, replay: &Replay) -> Result<(), St
             Column::Signals,
             Column::FirstSequence,
             Column::LastSequence,
+            Column::StreamCreated,
             Column::EventTypes,
             Column::StripeSubscriptionId,
             Column::DtStarted,
@@ -148,11 +161,12 @@ pub async fn is_any<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
         .map_err(StoreError::doing("find replays"))
 }
 
-/// Records that the table of subscriptions was found empty at `now`, while events up to `floor`
-/// were applied. If none was applied, nothing is missing. Another worker may have recorded it
+/// Records that the table of subscriptions was found empty at `now`, while events of `stream` up to
+/// `floor` were applied. If none was applied, nothing is missing. Another worker may have recorded it
 /// already.
 pub async fn record_lost_rows<C: ConnectionTrait>(
     db: &C,
+    stream: StreamId,
     first_sequence: u64,
     floor: u64,
     now: OffsetDateTime,
@@ -164,6 +178,7 @@ pub async fn record_lost_rows<C: ConnectionTrait>(
         signals: Set("none".to_owned()),
         first_sequence: Set(first_sequence.min(floor).cast_signed()),
         last_sequence: Set(floor.cast_signed()),
+        stream_created: Set(Some(stream.to_column())),
         event_types: Set(String::new()),
         stripe_subscription_id: Set(None),
         dt_started: Set(now),
@@ -213,6 +228,7 @@ fn replay(row: Model) -> Replay {
     Replay {
         name: row.name,
         signals: row.signals,
+        stream: row.stream_created.map(StreamId::from_column),
         first_sequence: row.first_sequence.cast_unsigned(),
         last_sequence: row.last_sequence.cast_unsigned(),
         event_types: row

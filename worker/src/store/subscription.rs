@@ -24,6 +24,7 @@ use crate::store::Transaction;
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
 const NEWEST_ERASURE: &str = "newest_erasure";
+const INSTALLATION: &str = "installation";
 
 /// The columns with their own index, besides `livemode`.
 const INDEXED: [Column; 3] = [
@@ -102,6 +103,8 @@ pub struct Found {
     pub rebuilding: Option<OffsetDateTime>,
     /// Whether there are erasures that the process has not read yet.
     pub has_new_erasures: bool,
+    /// The installation that the database belongs to now.
+    pub installation: Option<String>,
 }
 
 /// Returns the rows of `ids` that exist.
@@ -118,19 +121,24 @@ pub async fn load<C: ConnectionTrait>(
 }
 
 /// Reads what a batch needs, as the first statement of its transaction: the rows of `ids` that
-/// exist, whether a replay is rebuilding others, and whether an erasure is newer than the sequence
-/// `erasures`.
+/// exist, whether a replay is rebuilding others, whether an erasure is newer than the sequence
+/// `erasures`, and which installation the database belongs to.
 pub async fn find(tx: &Transaction, ids: &[&str], erasures: i64) -> Result<Found, StoreError> {
     let doing = StoreError::doing(LOAD);
     let mut query = rows_among(tx.get_database_backend(), ids);
     query.expr_as(super::erasure::newest_after(erasures), NEWEST_ERASURE);
+    query.expr_as(super::installation::id(), INSTALLATION);
     let rows = tx.query_all(&query).await.map_err(&doing)?;
-    let newest: Option<i64> = match rows.first() {
-        Some(row) => row.try_get("", NEWEST_ERASURE).map_err(&doing)?,
-        None => None,
+    let (newest, installation): (Option<i64>, _) = match rows.first() {
+        Some(row) => (
+            row.try_get("", NEWEST_ERASURE).map_err(&doing)?,
+            row.try_get("", INSTALLATION).map_err(&doing)?,
+        ),
+        None => (None, None),
     };
     Ok(Found {
         has_new_erasures: newest.is_some(),
+        installation,
         ..found(&rows).map_err(StoreError::doing(LOAD))?
     })
 }

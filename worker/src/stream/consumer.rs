@@ -7,6 +7,7 @@
 //! redelivered, without a limit. Every function fails if the broker is unreachable or the stream is
 //! missing.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::pull::Config;
@@ -17,10 +18,12 @@ use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
 use async_nats::{Subject, SubscribeError};
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_domain::arrival::StreamId;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use super::origin::{self, Existence, Origin};
 use super::progress::{self, Progress, ProgressError};
 use super::pull::Pull;
 
@@ -46,6 +49,13 @@ const HAND_BACK_DELAY: Duration = Duration::from_millis(500);
 const CLOSE_QUIET: Duration = Duration::from_millis(200);
 const CLOSE_MAX: Duration = Duration::from_secs(1);
 
+/// How long the broker may take to answer whether the stream still exists, before an ack is given
+/// up: then the message is redelivered anyway.
+const SETTLE_MAX: Duration = ACK_WAIT;
+
+/// How soon that is asked again before messages are used.
+const CHECK_RETRY: Duration = Duration::from_millis(250);
+
 /// How long it waits for the server's answer before that.
 const CLOSE_ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -58,6 +68,9 @@ pub(crate) struct OpenError(#[source] ConsumerError);
 pub struct Batches {
     consumer: Consumer<Config>,
     pull: Pull,
+    origin: Arc<Origin>,
+    /// Messages that wait for the check whether they are of the stream that was opened.
+    received: Vec<Message>,
     /// Messages at a time, at most.
     batch: usize,
 }
@@ -164,6 +177,8 @@ pub(crate) enum ConsumerError {
     Consumer(#[from] jetstream::stream::ConsumerError),
     #[error("cannot subscribe to a consumer's messages")]
     Subscribe(#[from] SubscribeError),
+    #[error("{EVENTS_STREAM} was created anew meanwhile")]
+    CreatedAnew,
 }
 
 impl ConsumerError {
@@ -201,14 +216,28 @@ impl Batches {
         config: Config,
         batch: usize,
     ) -> Result<Self, ConsumerError> {
-        let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
+        let connection = origin::connection(&jetstream.client());
+        let stream = jetstream.get_stream(EVENTS_STREAM).await?;
         let consumer: Consumer<Config> = stream.get_or_create_consumer(name, config).await?;
+        // Only if it is the same stream before and after is the consumer one of this stream.
+        let [id, after] = [&stream, &jetstream.get_stream(EVENTS_STREAM).await?]
+            .map(|stream| StreamId::from_created(stream.cached_info().created));
+        if id != after {
+            return Err(ConsumerError::CreatedAnew);
+        }
         let pull = Pull::new(consumer.clone(), jetstream.clone(), batch).await?;
         Ok(Self {
             consumer,
             pull,
+            origin: Arc::new(Origin::new(id, jetstream.clone(), connection)),
+            received: Vec::new(),
             batch,
         })
+    }
+
+    /// The stream that the messages are from.
+    pub fn stream(&self) -> StreamId {
+        self.origin.stream()
     }
 
     /// Waits for messages and returns those that have arrived, at least one. Returns `None` if the
@@ -223,20 +252,44 @@ impl Batches {
     /// Like [`Batches::next`], but returns at most `limit` messages.
     pub async fn next_at_most(&mut self, limit: usize) -> Option<Batch> {
         loop {
-            if self.pull.needs_check && self.is_gone().await {
-                return None;
+            if self.pull.needs_check {
+                match self.existence().await {
+                    Existence::Exists => self.pull.needs_check = false,
+                    Existence::Gone => return None,
+                    Existence::Unknown => {
+                        tokio::time::sleep(CHECK_RETRY).await;
+                        continue;
+                    }
+                }
             }
-            self.pull.needs_check = false;
-            let messages = self.pull.next(limit).await?;
-            if !messages.is_empty() {
-                return Some(Batch { messages });
+            if self.received.is_empty() {
+                self.received = self.pull.next(limit).await?;
+            }
+            if !self.received.is_empty() && !self.pull.needs_check {
+                let received = std::mem::take(&mut self.received);
+                return Some(self.batch(received));
             }
         }
     }
 
-    /// Whether the server answers that the consumer or the stream does not exist. Without an
-    /// answer, as during an election, it counts as existing.
-    async fn is_gone(&self) -> bool {
+    fn batch(&self, messages: Vec<Message>) -> Batch {
+        Batch {
+            messages,
+            origin: Arc::clone(&self.origin),
+        }
+    }
+
+    /// Asks the server whether the stream and the consumer exist.
+    async fn existence(&self) -> Existence {
+        match self.origin.check().await {
+            Existence::Exists if self.is_consumer_gone().await => Existence::Gone,
+            existence => existence,
+        }
+    }
+
+    /// Whether the server answers that the consumer does not exist. Without an answer, as during an
+    /// election, it counts as existing.
+    async fn is_consumer_gone(&self) -> bool {
         let Err(error) = self.consumer.get_info().await else {
             return false;
         };
@@ -254,11 +307,14 @@ impl Batches {
         // another thread of the server is still sending.
         let _ = tokio::time::timeout(CLOSE_ANSWER_TIMEOUT, self.consumer.get_info()).await;
         let end = Instant::now() + CLOSE_MAX;
-        let mut handed_back = 0;
+        let received = std::mem::take(&mut self.received);
+        let received = self.batch(received);
+        received.hand_back().await;
+        let mut handed_back = received.messages.len();
         while let Ok(Some(messages)) =
             tokio::time::timeout_at(end, self.pull.remaining(CLOSE_QUIET)).await
         {
-            let batch = Batch { messages };
+            let batch = self.batch(messages);
             batch.hand_back().await;
             handed_back += batch.messages.len();
         }
@@ -274,12 +330,14 @@ impl Batches {
 /// Messages that are settled together.
 pub struct Batch {
     messages: Vec<Message>,
+    origin: Arc<Origin>,
 }
 
 /// The parts of a message that the rest of the worker may know.
 pub struct Delivery<'a> {
     pub payload: &'a [u8],
     message: &'a Message,
+    stream: StreamId,
 }
 
 impl Delivery<'_> {
@@ -293,6 +351,11 @@ impl Delivery<'_> {
     /// The stream sequence; 0 for a message without one, which the server never sends.
     pub fn stream_sequence(&self) -> u64 {
         self.message.info().map_or(0, |info| info.stream_sequence)
+    }
+
+    /// The position: see [`StreamId::position`].
+    pub fn position(&self) -> u64 {
+        self.stream.position(self.stream_sequence())
     }
 }
 
@@ -311,7 +374,13 @@ impl Batch {
         self.messages.iter().map(|message| Delivery {
             payload: &message.payload,
             message,
+            stream: self.origin.stream(),
         })
+    }
+
+    /// The stream that the messages are from.
+    pub fn stream(&self) -> StreamId {
+        self.origin.stream()
     }
 
     pub fn count(&self) -> usize {
@@ -331,8 +400,13 @@ impl Batch {
 
     /// Acks all messages except those with the indexes `except`.
     ///
-    /// Does not wait for the server's confirmation: a lost ack only leads to a redelivery.
+    /// Does not wait for the server's confirmation: a lost ack only leads to a redelivery. Waits
+    /// for a lost connection, and then acks only if the stream is still the one that the messages
+    /// are from.
     pub async fn ack_except(&self, except: impl IntoIterator<Item = usize>) {
+        if !self.origin.exists_within(SETTLE_MAX).await {
+            return;
+        }
         let except: Vec<usize> = except.into_iter().collect();
         for (index, message) in self.messages.iter().enumerate() {
             if !except.contains(&index) {
@@ -353,12 +427,17 @@ impl Batch {
 
     /// Naks the message of this index, so that the server delivers it again after `delay`.
     pub async fn postpone(&self, index: usize, delay: Duration) {
-        if let Some(message) = self.messages.get(index) {
+        if let Some(message) = self.messages.get(index)
+            && self.origin.existence().await == Existence::Exists
+        {
             settle(message, AckKind::Nak(Some(delay))).await;
         }
     }
 
     async fn settle_all(&self, kind: AckKind) {
+        if self.origin.existence().await != Existence::Exists {
+            return;
+        }
         for message in &self.messages {
             settle(message, kind).await;
         }
@@ -366,8 +445,14 @@ impl Batch {
 
     /// Takes out the messages with these `indexes`, which become dead letters.
     pub fn take(self, indexes: &[usize]) -> Vec<Poisoned> {
-        let wanted = |(index, message)| indexes.contains(&index).then_some(Poisoned { message });
-        self.messages
+        let Self { messages, origin } = self;
+        let wanted = |(index, message)| {
+            indexes.contains(&index).then(|| Poisoned {
+                message,
+                origin: Arc::clone(&origin),
+            })
+        };
+        messages
             .into_iter()
             .enumerate()
             .filter_map(wanted)
@@ -378,6 +463,7 @@ impl Batch {
 /// A message whose event can never be applied. It is terminated once its dead letter is stored.
 pub struct Poisoned {
     message: Message,
+    origin: Arc<Origin>,
 }
 
 impl Poisoned {
@@ -400,7 +486,16 @@ impl Poisoned {
         self.message.info().ok().map(|info| info.stream_sequence)
     }
 
+    /// The stream that it is from.
+    pub fn stream(&self) -> StreamId {
+        self.origin.stream()
+    }
+
+    /// Terminates the message: it is not delivered again.
     pub async fn terminate(self) {
+        if !self.origin.exists_within(SETTLE_MAX).await {
+            return;
+        }
         settle(&self.message, AckKind::Term).await;
     }
 }

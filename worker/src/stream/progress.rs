@@ -14,6 +14,7 @@ use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{InfoError, RawMessageError, RawMessageErrorKind};
 use async_nats::jetstream::{self, ErrorCode};
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_domain::arrival::StreamId;
 use serde::Deserialize;
 use time::OffsetDateTime;
 
@@ -110,9 +111,17 @@ pub(crate) async fn find(
     jetstream: &jetstream::Context,
     name: &str,
 ) -> Result<Option<Progress>, ProgressError> {
+    let info = find_info(jetstream, name).await?;
+    Ok(info.as_ref().map(Progress::from))
+}
+
+async fn find_info(
+    jetstream: &jetstream::Context,
+    name: &str,
+) -> Result<Option<Info>, ProgressError> {
     let stream = jetstream.get_stream_no_info(EVENTS_STREAM).await?;
     match stream.consumer_info(name).await {
-        Ok(info) => Ok(Some(Progress::from(&info))),
+        Ok(info) => Ok(Some(info)),
         Err(error)
             if matches!(
                 error.kind(),
@@ -125,11 +134,23 @@ pub(crate) async fn find(
     }
 }
 
-/// Returns the last sequence of the event stream; 0 if the stream does not exist yet.
-pub(crate) async fn last_sequence(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
+/// Returns the position of the event stream's last event; 0 if the stream does not exist yet.
+pub(crate) async fn last_position(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
+    let end = end(jetstream).await?;
+    Ok(end.map_or(0, |(stream, last)| stream.position(last)))
+}
+
+/// Returns which stream holds the events and its last sequence; `None` if there is none.
+pub(crate) async fn end(
+    jetstream: &jetstream::Context,
+) -> Result<Option<(StreamId, u64)>, ProgressError> {
     match jetstream.get_stream(EVENTS_STREAM).await {
-        Ok(stream) => Ok(stream.cached_info().state.last_sequence),
-        Err(error) if is_missing(&error) => Ok(0),
+        Ok(stream) => {
+            let info = stream.cached_info();
+            let id = StreamId::from_created(info.created);
+            Ok(Some((id, info.state.last_sequence)))
+        }
+        Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
@@ -182,10 +203,24 @@ pub(crate) async fn stream_created(
     Ok(info.created)
 }
 
-/// Returns the sequence of the first event that the stream holds.
-pub(crate) async fn first_sequence(jetstream: &jetstream::Context) -> Result<u64, ProgressError> {
+/// Returns which stream holds the events, and the sequence of its first event.
+pub(crate) async fn begin(
+    jetstream: &jetstream::Context,
+) -> Result<(StreamId, u64), ProgressError> {
     let stream = jetstream.get_stream(EVENTS_STREAM).await?;
-    Ok(stream.cached_info().state.first_sequence)
+    let info = stream.cached_info();
+    let id = StreamId::from_created(info.created);
+    Ok((id, info.state.first_sequence))
+}
+
+/// Returns how many requests for messages wait at the consumer `name`: workers that are idle have
+/// some. Zero if it does not exist.
+pub(crate) async fn waiting_requests(
+    jetstream: &jetstream::Context,
+    name: &str,
+) -> Result<usize, ProgressError> {
+    let info = find_info(jetstream, name).await?;
+    Ok(info.map_or(0, |info| info.num_waiting))
 }
 
 /// Returns how long the stream holds an event; zero if that is not limited.

@@ -7,7 +7,6 @@
 //! Requests, and the statuses that answer them: ADR-13 of the NATS architecture and design
 //! documents, "Pull Subscribe internals".
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -17,6 +16,8 @@ use async_nats::{Client, HeaderMap, StatusCode, Subject, SubscribeError, Subscri
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::time::Instant;
 use tracing::{debug, warn};
+
+use super::origin::connection;
 
 /// Bytes of one request, at most: bounds memory when bodies are large. It is raised if the server
 /// accepts larger messages, because a message over the limit would never be delivered.
@@ -53,7 +54,8 @@ pub(super) struct Pull {
     connection: u64,
     /// Whether the refusal of requests was logged.
     is_refused: bool,
-    /// Whether a request failed, so that the caller should check whether the consumer exists.
+    /// Whether a request failed or the client has reconnected, so that the caller should check
+    /// whether the stream and the consumer exist before it uses the messages.
     pub(super) needs_check: bool,
 }
 
@@ -93,6 +95,9 @@ impl Pull {
     pub(super) async fn next(&mut self, limit: usize) -> Option<Vec<Message>> {
         loop {
             self.request_more();
+            if self.needs_check {
+                return Some(Vec::new());
+            }
             let deadline = self.last_activity + SILENCE_MAX;
             let check = Instant::now() + CONNECTION_CHECK;
             match tokio::time::timeout_at(deadline.min(check), self.receive(limit)).await {
@@ -142,6 +147,8 @@ impl Pull {
         if self.connection != connection {
             self.connection = connection;
             self.outstanding = 0;
+            // It may be another broker, or one that has lost its streams.
+            self.needs_check = true;
         }
         let is_connected = self.client.connection_state() == State::Connected;
         if self.outstanding > self.batch / 2 || !is_connected || Instant::now() < self.paused_until
@@ -237,9 +244,4 @@ impl Pull {
         self.paused_until = self.last_activity + RETRY_PAUSE;
         self.needs_check = true;
     }
-}
-
-/// Returns the number of connections that the client has made so far.
-fn connection(client: &Client) -> u64 {
-    client.statistics().connects.load(Ordering::Relaxed)
 }

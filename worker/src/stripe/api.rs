@@ -126,8 +126,8 @@ impl Answer {
         Ok(self.dated()?.0)
     }
 
-    /// Returns the last sequence of `STRIPE_EVENTS` when the request was sent: the answer holds
-    /// every change of which an event was stored by then.
+    /// Returns the position of the last event in `STRIPE_EVENTS` when the request was sent: the
+    /// answer holds every change of which an event was stored by then.
     pub fn mark(&self) -> u64 {
         self.mark
     }
@@ -364,7 +364,7 @@ impl StripeApi {
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
         loop {
             self.budget.acquire().await;
-            let mark = progress::last_sequence(&self.jetstream).await?;
+            let mark = progress::last_position(&self.jetstream).await?;
             let started = std::time::Instant::now();
             let sent = self.send(path, query, account).await;
             metrics::stripe_request(outcome(sent.as_ref().ok()));

@@ -1,4 +1,5 @@
-//! The JetStream KV bucket `litestripe`, in which workers share the API budget.
+//! The JetStream KV bucket `litestripe`, in which workers share the API budget and the id of the
+//! installation.
 //!
 //! Owns creating the bucket, reading a key, and writing it by compare-and-set. May not know what
 //! the values mean. Invariant: a key is only written over the revision that was read.
@@ -8,9 +9,11 @@ use async_nats::jetstream::stream::StorageType;
 use async_nats::jetstream::{self};
 use bytes::Bytes;
 use litestripe_contract::stream::BUCKET_MAX_BYTES;
-use litestripe_contract::subject::KV_BUCKET;
+use litestripe_contract::subject::{KV_BUCKET, KV_STREAM};
 use time::OffsetDateTime;
 use tracing::info;
+
+use crate::stream::scan;
 
 /// Whether `text` is a valid key. NATS: ADR-8, "JetStream based Key-Value Stores".
 pub(crate) fn is_key(text: &str) -> bool {
@@ -45,7 +48,7 @@ async fn open(jetstream: &jetstream::Context, replicas: usize) -> Result<Store, 
     }
     let config = Config {
         bucket: KV_BUCKET.to_owned(),
-        description: "The budget of calls to Stripe's API that Litestripe's workers share"
+        description: "What Litestripe's workers share: the budget of calls to Stripe's API, the installation's id"
             .to_owned(),
         history: 1,
         max_bytes: BUCKET_MAX_BYTES,
@@ -91,6 +94,24 @@ impl Bucket {
             replicas,
             open: None,
         }
+    }
+
+    /// Reads a key as text, without creating the bucket. `None` if there is none of either.
+    pub(crate) async fn existing(
+        jetstream: jetstream::Context,
+        key: &str,
+    ) -> Result<Option<String>, KvError> {
+        let stream = scan::find(&jetstream, KV_STREAM).await;
+        if stream
+            .map_err(|error| KvError::Open(error.into()))?
+            .is_none()
+        {
+            return Ok(None);
+        }
+        let entry = Self::new(jetstream, 1).read(key).await?;
+        Ok(entry
+            .value
+            .map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
     pub(crate) async fn read(&mut self, key: &str) -> Result<Entry, KvError> {

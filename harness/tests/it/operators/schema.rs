@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use litestripe_entity::{
-    backfill, erasure, lease, orphaned_payment, question, replay, signal_outbox,
-    stripe_subscription,
+    backfill, dead_letter, erasure, installation, lease, orphaned_payment, question, replay,
+    signal_outbox, stripe_subscription,
 };
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::Program;
@@ -214,6 +214,8 @@ async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     create(&wanted, lease::Entity).await;
     create(&wanted, backfill::Entity).await;
     create(&wanted, erasure::Entity).await;
+    create(&wanted, dead_letter::Entity).await;
+    create(&wanted, installation::Entity).await;
 
     let (migrated, entities) = (columns(&bridge.database).await, columns(&wanted).await);
     assert!(entities.len() >= stripe_subscription::Column::iter().count());

@@ -70,6 +70,12 @@ impl Replayer {
                 }
             };
             wait.succeeded();
+            if replay
+                .stream
+                .is_some_and(|stream| stream != batches.stream())
+            {
+                return Err(ReplayError::OtherStream);
+            }
             let is_at_end = self
                 .apply_all(&mut batches, replay, consumer, shutdown, &mut applied)
                 .await;

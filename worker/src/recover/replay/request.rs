@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use litestripe_contract::event::EventType;
 use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_domain::arrival::StreamId;
 use time::OffsetDateTime;
 
 use super::{ReplayError, Replayer};
@@ -81,7 +82,8 @@ impl Replayer {
     ) -> Result<Option<Replay>, ReplayError> {
         let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| ReplayError::Broker(error.into()))?;
-        let state = &stream.cached_info().state;
+        let info = stream.cached_info();
+        let state = &info.state;
         let (first, last) = (state.first_sequence, state.last_sequence);
         let first_sequence = match request.from {
             None => first,
@@ -122,6 +124,7 @@ impl Replayer {
         Ok((!is_empty).then(|| Replay {
             name: String::new(),
             signals: request.signals.as_str().to_owned(),
+            stream: Some(StreamId::from_created(info.created)),
             first_sequence,
             last_sequence,
             event_types: event_types.into_iter().collect(),

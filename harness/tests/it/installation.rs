@@ -1,0 +1,212 @@
+//! The installation: database and broker that belong together, and what happens if they do not.
+
+use std::fs;
+
+use async_nats::jetstream::kv;
+use litestripe_contract::subject::{EVENTS_STREAM, KV_BUCKET, WORKER_CONSUMER};
+use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
+use litestripe_harness::eventually;
+use litestripe_harness::stripe::Purchase;
+use serde_json::{Value, json};
+
+use crate::orphans::{CREATED, DEADLINE, now};
+
+on_both_databases!(
+    database_and_broker_hold_one_id,
+    worker_refuses_the_broker_of_another_installation_until_it_joins_on_purpose,
+    running_worker_stops_without_acks_when_the_broker_is_another_installations,
+    running_worker_stops_without_acks_when_the_database_is_another_installations,
+    broker_that_lost_its_data_gets_the_id_of_the_database,
+    rebuilt_database_replaces_the_one_before,
+);
+
+const KEY: &str = "installation";
+
+async fn database_and_broker_hold_one_id(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::new(database).workers(2)).await;
+    let ids = (database_id(&bridge).await, broker_id(&bridge).await);
+    assert!(ids.0.is_some(), "{ids:?}");
+    assert_eq!(ids.0, ids.1);
+    assert_eq!(status(&bridge).await["installation"], json!(ids.0));
+}
+
+async fn worker_refuses_the_broker_of_another_installation_until_it_joins_on_purpose(
+    database: DatabaseKind,
+) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    let ours = database_id(&bridge).await.expect("it has an id");
+    assert!(bridge.workers.remove(0).stop().await.success());
+    set_broker_id(&bridge, "another").await;
+    bridge.deliver(&event()).await;
+
+    let refused = bridge.start_worker().wait(DEADLINE).await;
+    let log = bridge.workers.remove(0).log();
+    assert_eq!(refused.code(), Some(1), "{log}");
+    for named in [&ours, "another", "litestripe-worker join"] {
+        assert!(log.contains(named), "{named} is not in {log}");
+    }
+    let replay = bridge.worker().arg("replay").run(DEADLINE).await;
+    assert_eq!(replay.status.code(), Some(1), "{replay:?}");
+    assert_eq!(bridge.rows().await.len(), 0);
+    let problems = status(&bridge).await["problems"].to_string();
+    assert!(problems.contains("another"), "{problems}");
+
+    let joined = bridge.worker().args(["join", "--json"]).run(DEADLINE).await;
+    let joined: Value = serde_json::from_str(&joined.stdout).expect("it is JSON");
+    assert_eq!(
+        joined,
+        json!({ "installation": ours, "broker_before": "another" })
+    );
+    bridge.start_worker().wait_until_ready().await;
+    bridge.check().await;
+    assert_eq!(bridge.rows().await.len(), 1);
+}
+
+async fn running_worker_stops_without_acks_when_the_broker_is_another_installations(
+    database: DatabaseKind,
+) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    set_broker_id(&bridge, "another").await;
+    let worker = bridge.workers.remove(0);
+    let ended = worker.wait(DEADLINE).await;
+    assert_eq!(ended.code(), Some(1), "{}", worker.log());
+    assert!(worker.log().contains("another"), "{}", worker.log());
+    bridge.deliver(&event()).await;
+    assert_eq!(ack_floor(&bridge).await, 0);
+}
+
+async fn running_worker_stops_without_acks_when_the_database_is_another_installations(
+    database: DatabaseKind,
+) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    bridge.deliver(&event()).await;
+    bridge.wait_until_applied().await;
+    assert_eq!(ack_floor(&bridge).await, 1);
+    let other = "UPDATE litestripe_installation SET id = 'another'";
+    bridge.database.query(other).await.expect("it is written");
+    bridge.deliver(&event()).await;
+    let worker = bridge.workers.remove(0);
+    let ended = worker.wait(DEADLINE).await;
+    assert_eq!(ended.code(), Some(1), "{}", worker.log());
+    assert!(worker.log().contains("DATABASE_URL"), "{}", worker.log());
+    assert_eq!(bridge.rows().await.len(), 1, "nothing was written to it");
+    assert_eq!(ack_floor(&bridge).await, 1);
+}
+
+async fn broker_that_lost_its_data_gets_the_id_of_the_database(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    let ours = database_id(&bridge).await;
+    bridge.broker.kill().await;
+    fs::remove_dir_all(bridge.broker.folder().join("store")).expect("the folder is ours");
+    bridge.broker.resume().await;
+    eventually(
+        "the broker to get the id",
+        DEADLINE,
+        async || match broker_id(&bridge).await {
+            id if id == ours => Ok(()),
+            id => Err(format!("{id:?}")),
+        },
+    )
+    .await;
+    bridge.deliver(&event()).await;
+    bridge.wait_until_applied().await;
+    assert_eq!(bridge.rows().await.len(), 1);
+    bridge.workers[0]
+        .wait_for_log("was created anew", DEADLINE)
+        .await;
+}
+
+/// A rebuild is not told from a wrong `DATABASE_URL` by itself: while workers apply the events to
+/// another database it is refused, and afterwards the database before is.
+async fn rebuilt_database_replaces_the_one_before(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    bridge.deliver(&event()).await;
+    bridge.wait_until_applied().await;
+    let first = database_id(&bridge).await;
+    let mut new = Database::prepare(database);
+    new.resume().await;
+    let old = std::mem::replace(&mut bridge.database, new);
+
+    let refused = bridge.start_worker().wait(DEADLINE).await;
+    let log = bridge.workers.pop().expect("it was started").log();
+    assert_eq!(refused.code(), Some(1), "{log}");
+    assert!(log.contains("DATABASE_URL"), "{log}");
+
+    assert!(bridge.workers.remove(0).stop().await.success());
+    bridge.start_worker().wait_until_ready().await;
+    assert_eq!(database_id(&bridge).await, broker_id(&bridge).await);
+    assert_ne!(database_id(&bridge).await, first);
+    assert!(bridge.workers.remove(0).stop().await.success());
+
+    bridge.database = old;
+    let refused = bridge.start_worker().wait(DEADLINE).await;
+    let log = bridge.workers.remove(0).log();
+    assert_eq!(refused.code(), Some(1), "{log}");
+    assert!(log.contains("litestripe-worker join"), "{log}");
+}
+
+#[tokio::test]
+async fn file_that_is_replaced_while_open_gets_no_acks() {
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    bridge.deliver(&event()).await;
+    bridge.wait_until_applied().await;
+    bridge.database.reopen().await;
+    let folder = bridge.database.folder().expect("SQLite has one").to_owned();
+    let (file, aside) = (folder.join("litestripe.db"), folder.join("aside.db"));
+    fs::rename(&file, &aside).expect("it can be renamed");
+    bridge.deliver(&event()).await;
+    let worker = bridge.workers.remove(0);
+    let ended = worker.wait(DEADLINE).await;
+    assert_eq!(ended.code(), Some(1), "{}", worker.log());
+    assert_eq!(ack_floor(&bridge).await, 1);
+
+    fs::rename(&aside, &file).expect("it can be renamed");
+    bridge.start_worker().wait_until_ready().await;
+    bridge.check().await;
+    assert_eq!(bridge.rows().await.len(), 2);
+}
+
+fn event() -> litestripe_harness::stripe::Event {
+    Purchase::new(now()).subscription_event(CREATED, now(), json!({}))
+}
+
+async fn database_id(bridge: &Bridge) -> Option<String> {
+    let sql = "SELECT id FROM litestripe_installation";
+    let rows = bridge.database.query(sql).await;
+    let rows = rows.expect("the database answers");
+    rows.first()
+        .map(|row| row.try_get("", "id").expect("it is text"))
+}
+
+async fn bucket(bridge: &Bridge) -> Option<kv::Store> {
+    let jetstream = bridge.jetstream().await;
+    jetstream.get_key_value(KV_BUCKET).await.ok()
+}
+
+async fn broker_id(bridge: &Bridge) -> Option<String> {
+    let value = bucket(bridge).await?.get(KEY).await.ok()??;
+    Some(String::from_utf8_lossy(&value).into_owned())
+}
+
+async fn set_broker_id(bridge: &Bridge, id: &'static str) {
+    let bucket = bucket(bridge).await.expect("the bucket exists");
+    bucket.put(KEY, id.into()).await.expect("it is written");
+}
+
+async fn ack_floor(bridge: &Bridge) -> u64 {
+    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
+    let stream = stream.expect("the stream exists");
+    let consumer = stream.consumer_info(WORKER_CONSUMER).await;
+    let consumer = consumer.expect("the consumer exists");
+    consumer.ack_floor.stream_sequence
+}
+
+async fn status(bridge: &Bridge) -> Value {
+    let finished = bridge
+        .worker()
+        .args(["status", "--json"])
+        .run(DEADLINE)
+        .await;
+    assert!(finished.status.success(), "{finished:?}");
+    serde_json::from_str(&finished.stdout).expect("it is JSON")
+}

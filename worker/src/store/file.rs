@@ -1,0 +1,42 @@
+//! The file of a SQLite database: whether its path still leads to the file that is open.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
+use sea_orm::sqlx::sqlite::SqliteConnectOptions;
+use secrecy::ExposeSecret as _;
+
+use crate::settings::{DatabaseKind, DatabaseSettings};
+
+/// The file of an open database.
+#[derive(Debug, Clone)]
+pub(crate) struct DatabaseFile {
+    path: PathBuf,
+    /// Device and inode. The inode is not used again while the file is open.
+    id: (u64, u64),
+}
+
+impl DatabaseFile {
+    /// Returns the file of the database that was just opened. `None` if it has none: it is in
+    /// memory, or not SQLite.
+    pub(crate) fn find(settings: &DatabaseSettings) -> Option<Self> {
+        if settings.kind != DatabaseKind::Sqlite {
+            return None;
+        }
+        let options: SqliteConnectOptions = settings.url.expose_secret().parse().ok()?;
+        let path = options.get_filename().to_owned();
+        let id = id(&path)?;
+        Some(Self { path, id })
+    }
+
+    /// Whether the file was removed or replaced: what is written to the open one is lost.
+    pub(crate) fn is_replaced(&self) -> bool {
+        id(&self.path) != Some(self.id)
+    }
+}
+
+fn id(path: &std::path::Path) -> Option<(u64, u64)> {
+    let file = fs::metadata(path).ok()?;
+    Some((file.dev(), file.ino()))
+}

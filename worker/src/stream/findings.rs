@@ -1,0 +1,283 @@
+//! What keeps existing streams and the durable consumer from their work.
+//!
+//! Owns what is wrong about a configuration that an operator, another program or an earlier version
+//! made, and the command that mends it. Existing streams and consumers are never changed. The rules
+//! are pure: configuration in, findings out.
+
+use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy};
+use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy};
+use async_nats::jetstream::{self};
+use litestripe_contract::exit;
+use litestripe_contract::stream::Finding;
+use litestripe_contract::subject::{
+    DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM, EVENTS_PREFIX, EVENTS_STREAM, KV_STREAM,
+    ORPHAN_CREATED, ORPHAN_RESOLVED, SIGNALS_STREAM, SUBSCRIPTION_CHANGED, WORKER_CONSUMER,
+};
+use tracing::{debug, info, warn};
+
+use super::scan::{self, ScanError};
+use crate::health::Problems;
+
+/// The part of the worker that the findings are reported for.
+const PART: &str = "streams";
+
+/// The findings as a running worker sees them: each is logged once, and the worker is not ready
+/// while there are any.
+pub(crate) struct Watched {
+    problems: Problems,
+    last: Vec<Finding>,
+}
+
+impl Watched {
+    pub(crate) fn new(problems: Problems) -> Self {
+        Self {
+            problems,
+            last: Vec::new(),
+        }
+    }
+
+    /// Reads the configurations, and reports what has changed. Without the broker's answer,
+    /// nothing has.
+    pub(crate) async fn look(&mut self, jetstream: &jetstream::Context) {
+        let found = match find(jetstream).await {
+            Ok(found) => found,
+            Err(error) => {
+                return debug!("cannot read the streams: {}", exit::chain(error.as_ref()));
+            }
+        };
+        for new in found.iter().filter(|new| !self.last.contains(new)) {
+            warn!("{}: {}", new.what, new.mend);
+        }
+        let text = |Finding { what, mend }: &Finding| format!("{what}: {mend}");
+        let all: Vec<_> = found.iter().map(text).collect();
+        match &all[..] {
+            [] if self.last.is_empty() => {}
+            [] => {
+                info!("the streams and the consumer {WORKER_CONSUMER} are as needed again");
+                self.problems.clear(PART);
+            }
+            all => self.problems.report(PART, all.join("; ")),
+        }
+        self.last = found;
+    }
+}
+
+/// Reads how the streams, the bucket and the durable consumer are configured. What does not exist
+/// is created as needed, and has no findings.
+pub(crate) async fn find(
+    jetstream: &jetstream::Context,
+) -> Result<Vec<Finding>, Box<dyn std::error::Error + Send + Sync>> {
+    let mut found = Vec::new();
+    let events = scan::find(jetstream, EVENTS_STREAM).await?;
+    if let Some(events) = &events {
+        found.extend(of_events(&events.cached_info().config));
+        match events.consumer_info(WORKER_CONSUMER).await {
+            Ok(info) => {
+                found.extend(of_consumer(&info.config));
+                let (delivered, end) = (
+                    info.delivered.stream_sequence,
+                    events.get_info().await?.state.last_sequence,
+                );
+                found.extend(of_position(delivered, end));
+            }
+            Err(error) if error.kind() == jetstream::context::ConsumerInfoErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let others: [(&'static str, fn(&stream::Config) -> Vec<Finding>); 3] = [
+        (SIGNALS_STREAM, of_signals),
+        (DEAD_LETTERS_STREAM, of_dead_letters),
+        (KV_STREAM, of_bucket),
+    ];
+    for (name, of) in others {
+        found.extend(config(jetstream, name).await?.iter().flat_map(of));
+    }
+    Ok(found)
+}
+
+async fn config(
+    jetstream: &jetstream::Context,
+    name: &'static str,
+) -> Result<Option<stream::Config>, ScanError> {
+    let found = scan::find(jetstream, name).await?;
+    Ok(found.map(|stream| stream.cached_info().config.clone()))
+}
+
+fn of_events(config: &stream::Config) -> Vec<Finding> {
+    let mut rules = of_any(config, &[&format!("{EVENTS_PREFIX}>")]);
+    rules.extend([
+        (
+            is_limited(config) && config.discard == DiscardPolicy::Old,
+            "deletes old events when it is full, even if they are not applied yet",
+            "--discard=new",
+        ),
+        (
+            config.max_messages > 0 || config.max_messages_per_subject > 0,
+            "limits the number of its messages",
+            "--max-msgs=-1 --max-msgs-per-subject=-1",
+        ),
+        (
+            config.deny_purge || config.deny_delete,
+            "denies deletes or purges, so that nobody can be erased and it cannot be kept from filling up",
+            NEW_STREAM,
+        ),
+    ]);
+    findings(config, rules)
+}
+
+fn of_signals(config: &stream::Config) -> Vec<Finding> {
+    let mut rules = of_any(
+        config,
+        &[SUBSCRIPTION_CHANGED, ORPHAN_CREATED, ORPHAN_RESOLVED],
+    );
+    rules.push((
+        is_limited(config) && config.discard == DiscardPolicy::New,
+        "refuses new signals when it is full",
+        "--discard=old",
+    ));
+    findings(config, rules)
+}
+
+fn of_dead_letters(config: &stream::Config) -> Vec<Finding> {
+    findings(
+        config,
+        of_any(config, &[&format!("{DEAD_LETTERS_PREFIX}>")]),
+    )
+}
+
+fn of_bucket(config: &stream::Config) -> Vec<Finding> {
+    let rule = (
+        !config.max_age.is_zero(),
+        "forgets its keys after a while, and with them to which installation it belongs",
+        "--max-age=0",
+    );
+    findings(config, vec![rule])
+}
+
+/// Whether something is wrong, what, and the flags of `nats stream edit` that mend it.
+type Rule = (bool, &'static str, &'static str);
+
+/// What no flag can mend.
+const NEW_STREAM: &str = "";
+
+/// Returns the rules for every stream. `subjects` are those that it must hold.
+fn of_any(config: &stream::Config, subjects: &[&str]) -> Vec<Rule> {
+    let holds = |wanted: &&str| config.subjects.iter().any(|own| covers(own, wanted));
+    vec![
+        (
+            config.no_ack,
+            "confirms no message (no_ack), so that nobody knows what is stored",
+            "--ack",
+        ),
+        (
+            config.sealed || config.mirror.is_some(),
+            "accepts no messages: it is sealed or a mirror",
+            NEW_STREAM,
+        ),
+        (
+            config.mirror.is_none() && !subjects.iter().all(holds),
+            "lacks subjects that it is for",
+            "--subjects=…",
+        ),
+        (
+            config.subject_transform.is_some(),
+            "changes the subjects of its messages",
+            NEW_STREAM,
+        ),
+        (
+            config.retention != RetentionPolicy::Limits,
+            "deletes messages once a consumer has acknowledged them, so that nothing can be replayed",
+            NEW_STREAM,
+        ),
+    ]
+}
+
+/// Whether the subject `filter` covers `wanted`; both may have wildcards.
+fn covers(filter: &str, wanted: &str) -> bool {
+    let mut wanted = wanted.split('.');
+    for token in filter.split('.') {
+        match wanted.next() {
+            Some(_) if token == ">" => return true,
+            Some(other) if token == other || (token == "*" && other != ">") => {}
+            _ => return false,
+        }
+    }
+    wanted.next().is_none()
+}
+
+fn is_limited(config: &stream::Config) -> bool {
+    config.max_bytes > 0 || config.max_messages > 0 || config.max_messages_per_subject > 0
+}
+
+fn findings(config: &stream::Config, rules: Vec<Rule>) -> Vec<Finding> {
+    let name = &config.name;
+    let finding = |(is_wrong, what, flags): Rule| {
+        let mend = if flags == NEW_STREAM {
+            format!("move its messages to a new {name} that Litestripe creates")
+        } else {
+            format!("nats stream edit {name} {flags}")
+        };
+        is_wrong.then(|| Finding {
+            what: format!("the stream {name} {what}"),
+            mend,
+        })
+    };
+    rules.into_iter().filter_map(finding).collect()
+}
+
+fn of_consumer(config: &consumer::Config) -> Vec<Finding> {
+    let all = format!("{EVENTS_PREFIX}>");
+    let mut filters = config.filter_subjects.clone();
+    filters.extend(Some(config.filter_subject.clone()).filter(|filter| !filter.is_empty()));
+    let rules = [
+        (
+            config.deliver_subject.is_some(),
+            "is a push consumer: workers cannot fetch from it",
+        ),
+        (
+            config.ack_policy != AckPolicy::Explicit,
+            "does not wait for each event's ack (ack_policy), so that events are lost when a worker stops",
+        ),
+        (
+            config.max_deliver > 0,
+            "gives up events after some deliveries (max_deliver)",
+        ),
+        (
+            !filters.is_empty() && !filters.iter().any(|filter| covers(filter, &all)),
+            "delivers only some subjects (filter_subject)",
+        ),
+        (
+            config.deliver_policy != DeliverPolicy::All,
+            "skips the events before some point (deliver_policy)",
+        ),
+        (config.headers_only, "delivers no bodies (headers_only)"),
+        (
+            config.priority_policy != consumer::PriorityPolicy::None,
+            "needs a priority group (priority_policy)",
+        ),
+    ];
+    let finding = |(is_wrong, what): (bool, &str)| is_wrong.then(|| consumer_finding(what));
+    rules.into_iter().filter_map(finding).collect()
+}
+
+/// A consumer that is ahead of its stream skips the events in between once they arrive.
+fn of_position(delivered: u64, end: u64) -> Option<Finding> {
+    (delivered > end).then(|| {
+        consumer_finding(&format!(
+            "has delivered up to event {delivered}, and the stream ends at {end}: events up to there would be skipped"
+        ))
+    })
+}
+
+fn consumer_finding(what: &str) -> Finding {
+    Finding {
+        what: format!("the consumer {WORKER_CONSUMER} of {EVENTS_STREAM} {what}"),
+        mend: format!(
+            "nats consumer rm {EVENTS_STREAM} {WORKER_CONSUMER}; a worker creates it as needed, and applies all that \
+             the stream holds again, to the same rows"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;
