@@ -44,6 +44,10 @@ pub const IN_FLIGHT: usize = 2;
 /// database refuses everything, and the others are not tried.
 const PROBES: usize = 3;
 
+/// How often a reapplied batch is tried again if it changes nothing but refused events, about five
+/// minutes. These may be at fault themselves.
+const REAPPLY_TRIES: u32 = 60;
+
 /// What applying a batch needs.
 #[derive(Clone)]
 pub struct Applier {
@@ -158,12 +162,14 @@ pub async fn reapply(
     let events = arrivals.len() as u64;
     let arrivals = Arc::new(arrivals);
     let mut wait = Wait::new(DATABASE);
+    let mut tries = 0;
     let outcome = loop {
         let saved = save_with_retries(applier, Arc::clone(&arrivals), &batch, shutdown).await;
         let paused = match saved {
             None => None,
-            Some(outcome) => match outcome.refuses_all() {
-                Some(error) if error.disposition() == Disposition::Refused => {
+            Some(outcome) => match outcome.refuses_all_changes() {
+                Some(error) if !outcome.committed || tries < REAPPLY_TRIES => {
+                    tries += 1;
                     batch.keep_alive().await;
                     pause(wait.failed(error), shutdown).await
                 }
@@ -256,6 +262,14 @@ impl Outcome {
     fn refuses_all(&self) -> Option<&StoreError> {
         let last = self.refused.last().filter(|_| !self.committed);
         last.map(|refused| &refused.error)
+    }
+
+    /// If the database refuses every change that was tried, returns why. A reapplied event often
+    /// changes nothing, and shows nothing about what the database accepts.
+    fn refuses_all_changes(&self) -> Option<&StoreError> {
+        let last = self.refused.last().filter(|_| !self.wrote);
+        let error = last.map(|refused| &refused.error);
+        error.filter(|error| error.disposition() == Disposition::Refused)
     }
 
     /// Takes out the refused events that are delivered again later, and returns their indexes. The

@@ -110,6 +110,7 @@ pub(crate) async fn serve(
     nats: async_nats::Client,
     readiness: Arc<Readiness>,
 ) {
+    let problems = readiness.problems.clone();
     let alive = warp::path!("healthz").map(|| answer(StatusCode::OK, "alive"));
     let ready = warp::path!("readyz").then(move || {
         let (nats, readiness) = (nats.clone(), Arc::clone(&readiness));
@@ -121,7 +122,8 @@ pub(crate) async fn serve(
             }
         }
     });
-    let metrics = warp::path!("metrics").map(|| {
+    let metrics = warp::path!("metrics").map(move || {
+        crate::metrics::problems(problems.list(Instant::now()).len());
         let text = crate::metrics::render();
         warp::reply::with_header(
             text,

@@ -16,6 +16,7 @@ const BACKFILLS: &str = "litestripe_worker_backfills_total";
 const STREAM_BYTES: &str = "litestripe_worker_events_stream_bytes";
 const STREAM_BYTES_MAX: &str = "litestripe_worker_events_stream_bytes_max";
 const WAITING: &str = "litestripe_worker_waiting";
+const PROBLEMS: &str = "litestripe_worker_problems";
 const OPEN_QUESTIONS: &str = "litestripe_worker_open_questions";
 const STRIPE_REQUESTS: &str = "litestripe_worker_stripe_requests_total";
 const BUILD: &str = "litestripe_build_info";
@@ -41,7 +42,10 @@ fn help(name: &str) -> &'static str {
         STREAM_BYTES => "Size of STRIPE_EVENTS in bytes",
         STREAM_BYTES_MAX => "Size in bytes at which STRIPE_EVENTS refuses new events",
         WAITING => {
-            "1 while the worker waits for the database, the broker, a key for Stripe, to publish signals, or for the database to accept events"
+            "1 while the worker waits for the database, the broker, a key for Stripe, or to publish signals"
+        }
+        PROBLEMS => {
+            "Reasons for which the worker is not ready although all it needs answers: see /readyz"
         }
         OPEN_QUESTIONS => "Open questions of all workers, by kind",
         STRIPE_REQUESTS => "Requests to Stripe's API by outcome, each attempt counted",
@@ -67,6 +71,7 @@ pub(crate) fn install() {
         STREAM_BYTES,
         STREAM_BYTES_MAX,
         WAITING,
+        PROBLEMS,
         OPEN_QUESTIONS,
         BUILD,
     ] {
@@ -80,7 +85,6 @@ pub(crate) fn install() {
     waiting_for_signals(false);
     waiting_for_broker(false);
     waiting_for_key(false);
-    waiting_for_acceptance(false);
     let upkeep = handle.clone();
     if HANDLE.set(handle).is_ok() {
         tokio::spawn(async move {
@@ -144,11 +148,6 @@ pub(crate) fn waiting_for_broker(waiting: bool) {
     gauge!(WAITING, "for" => "broker").set(f64::from(waiting));
 }
 
-/// The database answers, but refuses all events.
-pub(crate) fn waiting_for_acceptance(waiting: bool) {
-    gauge!(WAITING, "for" => "acceptance").set(f64::from(waiting));
-}
-
 /// Signals wait in the outbox because they cannot be published.
 pub(crate) fn waiting_for_signals(waiting: bool) {
     gauge!(WAITING, "for" => "signals").set(f64::from(waiting));
@@ -157,6 +156,11 @@ pub(crate) fn waiting_for_signals(waiting: bool) {
 /// Thin events wait for a key of their mode.
 pub(crate) fn waiting_for_key(waiting: bool) {
     gauge!(WAITING, "for" => "stripe_key").set(f64::from(waiting));
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge is read by people")]
+pub(crate) fn problems(count: usize) {
+    gauge!(PROBLEMS).set(count as f64);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is read by people")]

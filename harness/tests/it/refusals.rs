@@ -19,6 +19,7 @@ on_both_databases!(
     two_refused_events_hold_up_no_other_and_become_dead_letters_at_last,
     a_trigger_that_refuses_everything_makes_no_dead_letters,
     a_lost_table_is_told_by_readiness,
+    a_replay_waits_while_the_database_refuses_everything,
 );
 
 /// Readiness names a problem after 30 s; the longest pause before the next attempt is 30 s.
@@ -120,6 +121,33 @@ async fn a_lost_table_is_told_by_readiness(kind: DatabaseKind) {
     assert_eq!(bridge.check().await.len(), 1);
     bridge.workers[0].wait_until_ready().await;
     assert_eq!(bridge.dead_letters().await.len(), 0);
+}
+
+async fn a_replay_waits_while_the_database_refuses_everything(kind: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(kind)).await;
+    let events: Vec<_> = (0..5).map(|_| created("active")).collect();
+    bridge.deliver_all(&events).await;
+    bridge.check().await;
+    bridge.workers.remove(0).stop().await;
+    let lost = bridge.rows().await.remove(0);
+    execute(
+        &bridge,
+        &format!(
+            "DELETE FROM stripe_subscription WHERE stripe_subscription_id = '{}'",
+            lost.stripe_subscription_id
+        ),
+    )
+    .await;
+    refuse(&bridge, "1 = 1", "23514").await;
+
+    let replay = bridge.worker().args(["replay", "--json"]).start();
+    replay.wait_for_log("no such customer", DEADLINE).await;
+    assert!(replay.is_running(), "{}", replay.log());
+    accept(&bridge).await;
+    let status = replay.wait(DEADLINE).await;
+    assert!(status.success(), "{}", replay.log());
+    let row = bridge.row(&lost.stripe_subscription_id).await;
+    assert_eq!(row.status, lost.status);
 }
 
 fn created(status: &str) -> Event {

@@ -14,7 +14,6 @@ use tracing::{info, warn};
 
 use crate::error::Disposition;
 use crate::health::Problems;
-use crate::metrics;
 
 /// How long batches may fail before the worker is not ready.
 const NOT_WORKING_AFTER: Duration = Duration::from_secs(30);
@@ -96,9 +95,7 @@ impl Refusals {
             state.written = Some(now);
         }
         state.failing_since = None;
-        if std::mem::take(&mut state.refused_in_a_row) > 0 {
-            metrics::waiting_for_acceptance(false);
-        }
+        state.refused_in_a_row = 0;
         if std::mem::take(&mut state.is_logged) {
             info!("the database accepts events again");
         }
@@ -114,7 +111,6 @@ impl Refusals {
     /// next batch.
     pub(super) fn all_refused(&self, began: Instant, reason: &str, now: Instant) -> Duration {
         let mut state = self.locked();
-        metrics::waiting_for_acceptance(true);
         if !state.is_logged && state.may_log(now) {
             state.is_logged = true;
             warn!(
