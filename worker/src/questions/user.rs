@@ -65,11 +65,10 @@ impl Questions {
         let (taken, relay, now) = (taken.clone(), self.relay.clone(), OffsetDateTime::now_utc());
         let record = async move |tx: Transaction| {
             let question = &taken.question;
-            if !rewrite_if_same_user(&tx, question, ClientReferenceId(&user), now).await?
-                || !question::remove_answered(&tx, &taken).await?
-            {
+            if !rewrite_if_same_user(&tx, question, ClientReferenceId(&user), now).await? {
                 return Ok(Outcome::Conflict);
             }
+            // The orphan before the question, as in a batch: otherwise both could deadlock.
             let resolved = store::orphan::resolve(
                 &tx,
                 &question.entity_id,
@@ -78,6 +77,9 @@ impl Questions {
                 now,
             )
             .await?;
+            if !question::remove_answered(&tx, &taken).await? {
+                return Ok(Outcome::Conflict);
+            }
             let resolved = resolved.as_ref().and_then(store::orphan::to_new_orphan);
             let signal = resolved.map(|orphan| signal::orphan_resolved(&orphan, cause(question)));
             store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
