@@ -66,6 +66,20 @@ pub async fn connect(settings: &NatsSettings, name: &str) -> Result<Client, Conn
         .map_err(ConnectError::Options)
 }
 
+/// Makes one attempt to connect, and returns why it fails. `None` if it succeeds.
+pub async fn refusal(settings: &NatsSettings, name: &str) -> Option<String> {
+    let options = match options(settings, name, &Reported::default()) {
+        Ok(options) => options,
+        Err(error) => return Some(exit::chain(&error)),
+    };
+    let attempt = options.connect(settings.servers.as_slice());
+    match tokio::time::timeout(REQUEST_TIMEOUT, attempt).await {
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(_) => Some("no answer".to_owned()),
+    }
+}
+
 /// Reconnects `client` if the server now accepts larger messages.
 ///
 /// A server that reloads its configuration announces the new limit only to new connections. The

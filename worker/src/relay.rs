@@ -52,7 +52,7 @@ const BUSY_POLL: Duration = Duration::from_millis(20);
 /// How long shards are held, at most.
 const HOLD_MAX: Duration = Duration::from_secs(5);
 
-/// How long one round may take. A server that has vanished does not end a statement.
+/// How long one round may take, with all its statements.
 const ROUND_MAX: Duration = Duration::from_secs(30);
 
 /// Signals read at a time.

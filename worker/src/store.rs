@@ -123,8 +123,8 @@ impl Store {
     }
 
     /// Runs `work` in a write transaction, in a task that is never cancelled: a cancelled
-    /// transaction would leave a connection in the pool that is still inside it (sqlx #4393).
-    /// `work` commits; a transaction that it only drops is rolled back.
+    /// transaction would leave SQLite's connection inside it (sqlx #4393), and on PostgreSQL it
+    /// would cost a connection. `work` commits; a transaction that it only drops is rolled back.
     pub async fn uncancelled<T, E, F>(
         &self,
         work: impl FnOnce(Transaction) -> F + Send + 'static,

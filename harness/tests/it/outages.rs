@@ -10,15 +10,38 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use litestripe_contract::subject::{EVENTS_PREFIX, EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
-use litestripe_harness::eventually;
 use litestripe_harness::process::Signal;
 use litestripe_harness::stripe::{self, Event, Purchase};
+use litestripe_harness::{eventually, nats};
 use serde_json::json;
 use time::OffsetDateTime;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const CREATED: &str = "customer.subscription.created";
 const UPDATED: &str = "customer.subscription.updated";
+
+#[tokio::test]
+async fn command_ends_with_the_reason_if_nats_refuses() {
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
+    bridge.database.resume().await;
+    let broker = nats::Server::start_with(nats::Options {
+        config: "authorization: { user: app, password: secret }".to_owned(),
+        user: Some(("app".to_owned(), "secret".to_owned())),
+        ..nats::Options::default()
+    })
+    .await;
+    let other_protocol = format!("nats://127.0.0.1:{}", bridge.database.server().port());
+    for (url, reason) in [
+        (broker.url(), "authorization violation"),
+        (other_protocol, "no answer"),
+    ] {
+        let command = bridge.worker().env("NATS_URL", &url);
+        let finished = command.args(["dead-letters", "list"]).run(DEADLINE).await;
+        let text = &finished.stderr;
+        assert_eq!(finished.status.code(), Some(1), "{url}: {text}");
+        assert!(text.contains(&format!("within 5 s ({reason}")), "{text}");
+    }
+}
 
 #[tokio::test]
 async fn worker_waits_for_an_unavailable_broker_and_logs_it_once() {

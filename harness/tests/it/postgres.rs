@@ -12,6 +12,7 @@ mod pooler;
 mod refusals;
 mod settings;
 mod silence;
+mod transactions;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 

@@ -423,7 +423,7 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
     }
 }
 
-async fn open(kind: DatabaseKind) -> (Database, Store) {
+pub(crate) async fn open(kind: DatabaseKind) -> (Database, Store) {
     let mut database = Database::prepare(kind);
     database.resume().await;
     let kind = match kind {

@@ -29,8 +29,7 @@ use crate::store;
 use crate::store::Transaction;
 use crate::store::subscription::Found;
 
-/// How long saving a batch may take. The server ends a statement sooner, but not if it has
-/// vanished, and TCP gives up a connection only after a quarter of an hour.
+/// How long saving a batch may take, with all its statements.
 const SAVE_MAX: Duration = Duration::from_secs(60);
 
 /// The result of saving.

@@ -34,18 +34,28 @@ const RECREATE_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "cannot reach NATS at {0} within 5 s: check that it runs and that NATS_URL is right; nothing was changed"
+    "cannot reach NATS at {hosts} within 5 s ({reason}): check that it runs, and that NATS_URL and the credentials \
+     are right; nothing was changed"
 )]
-pub(crate) struct Unreachable(String);
+pub(crate) struct Unreachable {
+    hosts: String,
+    reason: String,
+}
 
 /// Returns once `nats` is connected, or fails after 5 s.
 pub(crate) async fn reach(
     nats: &async_nats::Client,
     settings: &Settings,
 ) -> Result<(), Unreachable> {
-    let connected =
-        tokio::time::timeout(ANSWER_MAX, connect::connected(nats, &settings.nats)).await;
-    connected.map_err(|_| Unreachable(settings.nats.hosts()))
+    let connected = connect::connected(nats, &settings.nats);
+    if tokio::time::timeout(ANSWER_MAX, connected).await.is_ok() {
+        return Ok(());
+    }
+    let reason = connect::refusal(&settings.nats, "litestripe-worker").await;
+    Err(Unreachable {
+        hosts: settings.nats.hosts(),
+        reason: reason.unwrap_or_else(|| "it answers now".to_owned()),
+    })
 }
 
 /// Waits for the broker and creates its missing streams. Warns of those that an operator should

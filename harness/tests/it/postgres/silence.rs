@@ -1,9 +1,27 @@
-//! The server vanishes without closing its connections.
+//! The server vanishes, and what stands in front of it does not say so.
 
 use litestripe_harness::eventually;
 use litestripe_harness::proxy::{Mode, Proxy};
 
 use super::{DEADLINE, deliver_story, servers, start, url_at};
+
+#[tokio::test]
+async fn starting_worker_waits_behind_a_proxy_whose_server_is_away() {
+    let mut bridge = servers().await;
+    let proxy = Proxy::start(bridge.database.server().port()).await;
+    bridge.database.server().stop().await;
+    let url = url_at(&bridge, proxy.port());
+    bridge.set_worker("DATABASE_URL", url);
+    // The proxy accepts the connection and closes it.
+    bridge
+        .start_worker()
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
+
+    bridge.database.resume().await;
+
+    bridge.workers[0].wait_until_ready().await;
+}
 
 #[tokio::test]
 async fn worker_replaces_connections_that_have_fallen_silent() {

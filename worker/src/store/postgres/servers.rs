@@ -121,6 +121,11 @@ impl Servers {
             {
                 sqlx::Error::Tls(error.into())
             }
+            // The answer to the first byte that sqlx sends: none. A proxy whose server is away
+            // accepts a connection and closes it.
+            sqlx::Error::Protocol(answer) if answer.contains("0x00") => {
+                io::Error::from(io::ErrorKind::UnexpectedEof).into()
+            }
             error => error,
         })?;
         let (session, is_read_only) = inspect(&mut connection).await?;
