@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use litestripe_contract::event::EventId;
 use litestripe_contract::signal::OrphanReason;
-use time::{OffsetDateTime, PrimitiveDateTime};
+use time::OffsetDateTime;
 
 use crate::arrival::Arrival;
 use crate::event::{CheckoutSession, Email, Event, Resolution};
 use crate::merge::Visible;
 use crate::payment::PaymentIds;
-use crate::question::{Details, Question};
+use crate::question::{Details, Question, later};
 use crate::signal;
 
 /// How long after the second of an uncertain row's events Stripe is asked. The answer is only
@@ -146,6 +146,19 @@ pub fn grace_period_end(
     later(dt_created.max(created), grace)
 }
 
+/// Returns when a row was first written. If `dt_created` is later than `now`, the clock that wrote it
+/// was ahead, and `opened` is nearer: when the database says that the row's question was saved.
+pub fn first_written(
+    dt_created: OffsetDateTime,
+    opened: Option<OffsetDateTime>,
+    now: OffsetDateTime,
+) -> OffsetDateTime {
+    match opened {
+        Some(opened) if dt_created > now => dt_created.min(opened),
+        _ => dt_created,
+    }
+}
+
 /// Returns how long a grace period still lasts. It ends when both our clock and the broker's have
 /// reached its `end`, so that a clock that runs ahead ends none early. `None` if it has ended.
 pub fn remaining_grace(
@@ -156,6 +169,21 @@ pub fn remaining_grace(
     Duration::try_from(end - ours.min(brokers))
         .ok()
         .filter(|remaining| !remaining.is_zero())
+}
+
+/// Returns whether the stream may have received an event, which the broker dates `at`, before
+/// `end`. The clocks show `ours` and `brokers` now.
+///
+/// If the broker's clock is ahead of ours, so was the event's date, and a date in the future was
+/// given by a clock that was ahead then.
+pub fn may_be_received_before(
+    end: OffsetDateTime,
+    at: OffsetDateTime,
+    ours: OffsetDateTime,
+    brokers: OffsetDateTime,
+) -> bool {
+    let ahead = (brokers - ours).max(time::Duration::ZERO);
+    at > brokers || at.saturating_sub(ahead) <= end
 }
 
 /// Returns whether the stream, which was created at `stream_created`, held every Checkout Session
@@ -206,12 +234,6 @@ fn question(details: Details, id: &str, arrival: &Arrival, due_at: OffsetDateTim
         event: signal::reference(&arrival.event),
         position: arrival.position(),
     }
-}
-
-/// Adds `delay` to `at`, up to the end of the calendar: an event may have any date.
-fn later(at: OffsetDateTime, delay: Duration) -> OffsetDateTime {
-    at.checked_add(time::Duration::try_from(delay).unwrap_or(time::Duration::MAX))
-        .unwrap_or(PrimitiveDateTime::MAX.assume_utc())
 }
 
 /// Returns the one id of a payment: the subscription's, else the session's.

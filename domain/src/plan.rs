@@ -685,7 +685,7 @@ fn by_operator(arrival: &Arrival) -> Option<Resolution<'_>> {
 /// revisions.
 fn next_revision(revision: i64, now: OffsetDateTime) -> i64 {
     let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
-    milliseconds.max(revision + 1)
+    milliseconds.max(revision.saturating_add(1))
 }
 
 #[cfg(test)]

@@ -119,18 +119,24 @@ pub(crate) fn notification(arrival: &Arrival, now: OffsetDateTime) -> Option<Que
         object: notification.object.clone(),
         context: notification.context.clone(),
         notifications: [(event.event_type.clone(), event.clone())].into(),
-        ask_by: now + GATHER_MAX,
+        ask_by: later(now, GATHER_MAX),
     });
     Some(Question {
         entity_id: notification.object.id().to_owned(),
         details,
-        due_at: now + GATHER,
+        due_at: later(now, GATHER),
         attempts: 0,
         stripe_account_id: arrival.event.stripe_account_id.clone(),
         livemode: arrival.event.livemode,
         event,
         position: arrival.position(),
     })
+}
+
+/// Returns `at` plus `delay`, at most the end of the calendar: an event or a wrong clock may have
+/// any date.
+pub fn later(at: OffsetDateTime, delay: Duration) -> OffsetDateTime {
+    at.saturating_add(time::Duration::try_from(delay).unwrap_or(time::Duration::MAX))
 }
 
 /// An open question.

@@ -17,7 +17,7 @@ pub struct Model {
     /// When to ask. A worker that takes the question moves this time, so that another one asks if
     /// the worker dies.
     pub due_at: TimeDateTimeWithTimeZone,
-    /// How many attempts brought no answer.
+    /// How many attempts in a row had the same outcome: they failed, or brought no answer yet.
     pub attempts: i32,
     #[sea_orm(column_type = "Text", nullable)]
     pub checkout_session_id: Option<String>,
@@ -48,6 +48,11 @@ pub struct Model {
     pub notifications: Option<String>,
     /// For thin events, when to ask at the latest, even if more of them keep coming.
     pub ask_by: Option<TimeDateTimeWithTimeZone>,
+    /// Why the last attempt failed. Null if it did not fail, and while the question is asked.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub last_error: Option<String>,
+    /// When the question was first saved. The previous version did not write it.
+    pub dt_created: Option<TimeDateTimeWithTimeZone>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

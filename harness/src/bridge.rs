@@ -25,6 +25,7 @@ use litestripe_contract::subject::{
 use litestripe_entity::{orphaned_payment, stripe_subscription};
 use tokio::sync::OnceCell;
 
+use crate::clock::Clock;
 use crate::program::{Launch, Program};
 use crate::stripe::{self, Delivery, Event, Notification};
 use crate::{eventually, nats, port};
@@ -81,6 +82,13 @@ impl Options {
     pub fn worker(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.worker.push((name, value.into()));
         self
+    }
+
+    /// Makes the workers show that clock.
+    #[must_use]
+    pub fn clock(self, clock: &Clock) -> Self {
+        let environment = clock.environment().into_iter();
+        environment.fold(self, |options, (name, value)| options.worker(name, value))
     }
 
     /// Adds a setting of ingress.

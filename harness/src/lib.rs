@@ -7,6 +7,7 @@
 //! error.
 
 pub mod bridge;
+pub mod clock;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod proxy;

@@ -28,6 +28,7 @@ mod m20261130_000012_drop_signal_due;
 mod m20261130_000013_growth;
 mod m20261130_000014_dead_letters;
 mod m20261130_000015_installation;
+mod m20261130_000016_question_attempts;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -59,6 +60,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000013_growth::Migration),
             Box::new(m20261130_000014_dead_letters::Migration),
             Box::new(m20261130_000015_installation::Migration),
+            Box::new(m20261130_000016_question_attempts::Migration),
         ]
     }
 }

@@ -207,7 +207,7 @@ async fn queue_erasures(
     while !questions.is_empty() {
         let questions = questions.clone();
         let queue = async move |tx: Transaction| {
-            store::question::save(&tx, questions).await?;
+            store::question::save(&tx, questions, now).await?;
             tx.commit()
                 .await
                 .map_err(StoreError::doing("commit erasures"))

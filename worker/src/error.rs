@@ -121,18 +121,18 @@ impl StoreError {
         }
     }
 
-    /// Whether the database cannot read a value as the type it is compared with.
+    /// Whether the database cannot read `value` as the type it is compared with. Another value of
+    /// the statement may be unreadable too: the message quotes which one it is.
     ///
     /// PostgreSQL: "Error Codes", 22P02 (invalid text representation) and 22003 (out of range).
-    pub fn is_unreadable_value(&self) -> bool {
-        matches!(self.code().as_deref(), Some("22P02" | "22003"))
-    }
-
-    fn code(&self) -> Option<String> {
+    pub fn is_about_unreadable(&self, value: &str) -> bool {
         let Cause::Database(error) = &self.cause else {
-            return None;
+            return false;
         };
-        database_error(error)?.code().map(|code| code.into_owned())
+        database_error(error).is_some_and(|error| {
+            matches!(error.code().as_deref(), Some("22P02" | "22003"))
+                && quotes(error.message(), value)
+        })
     }
 }
 
@@ -144,6 +144,17 @@ pub(crate) fn is_temporary(error: &sqlx::Error) -> bool {
         sqlx::Error::Protocol(_) | sqlx::Error::Tls(_) | sqlx::Error::Configuration(_) => false,
         _ => true,
     }
+}
+
+/// Whether `message` has `value` in quotation marks, in whatever language it is.
+fn quotes(message: &str, value: &str) -> bool {
+    const MARKS: &str = "\"'«»‹›„“”‚‘’「」";
+    let is_mark = |next: Option<char>| next.is_some_and(|next| MARKS.contains(next));
+    message.match_indices(value).any(|(at, value)| {
+        let (before, rest) = message.split_at(at);
+        let after = rest.strip_prefix(value).unwrap_or_default();
+        is_mark(before.trim_end().chars().next_back()) && is_mark(after.trim_start().chars().next())
+    })
 }
 
 fn sqlx_error(error: &DbErr) -> Option<&sqlx::Error> {
@@ -231,4 +242,36 @@ fn has_class(error: &dyn sqlx::error::DatabaseError, postgres: &[&str], sqlite: 
     // The low byte of an extended result code is the primary one.
     let primary = code.parse::<u32>().map(|code| code & 0xff);
     primary.is_ok_and(|primary| sqlite.contains(&primary))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quotes;
+
+    #[test]
+    fn message_is_about_a_value_only_if_it_quotes_it() {
+        let english = r#"invalid input syntax for type integer: "user_1""#;
+        assert!(quotes(english, "user_1"));
+        assert!(!quotes(english, "integer"), "a word of the message");
+        assert!(!quotes(english, "user"), "a part of another value");
+        assert!(!quotes(english, "43"));
+        assert!(quotes(
+            "syntaxe en entrée invalide pour le type integer : «\u{a0}user_1\u{a0}»",
+            "user_1"
+        ));
+        assert!(quotes(
+            "ungültige Eingabesyntax für Typ integer: „user_1“",
+            "user_1"
+        ));
+        assert!(quotes(
+            r#"value "99999999999999999999" is out of range for type bigint"#,
+            "99999999999999999999"
+        ));
+        assert!(quotes(r#"invalid input syntax for type bigint: """#, ""));
+        assert!(!quotes(
+            r#"invalid input syntax for type boolean: "maybe""#,
+            ""
+        ));
+        assert!(quotes(r#"invalid input syntax for type bigint: " ""#, " "));
+    }
 }

@@ -8,6 +8,7 @@
 //! Stripe: ingress receives those.
 
 pub mod apply;
+mod clocks;
 pub mod command;
 pub mod erasure;
 pub mod error;

@@ -18,6 +18,8 @@ const STREAM_BYTES_MAX: &str = "litestripe_worker_events_stream_bytes_max";
 const WAITING: &str = "litestripe_worker_waiting";
 const PROBLEMS: &str = "litestripe_worker_problems";
 const OPEN_QUESTIONS: &str = "litestripe_worker_open_questions";
+const FAILING_QUESTIONS: &str = "litestripe_worker_failing_questions";
+const OLDEST_QUESTION: &str = "litestripe_worker_oldest_failing_question_seconds";
 const STRIPE_REQUESTS: &str = "litestripe_worker_stripe_requests_total";
 const BUILD: &str = "litestripe_build_info";
 
@@ -48,6 +50,8 @@ fn help(name: &str) -> &'static str {
             "Reasons for which the worker is not ready although all it needs answers: see /readyz"
         }
         OPEN_QUESTIONS => "Open questions of all workers, by kind",
+        FAILING_QUESTIONS => "Open questions whose last attempt failed, by kind",
+        OLDEST_QUESTION => "How long the oldest of those has been open, by kind",
         STRIPE_REQUESTS => "Requests to Stripe's API by outcome, each attempt counted",
         _ => "Always 1; the label is the version of the program",
     }
@@ -73,6 +77,8 @@ pub(crate) fn install() {
         WAITING,
         PROBLEMS,
         OPEN_QUESTIONS,
+        FAILING_QUESTIONS,
+        OLDEST_QUESTION,
         BUILD,
     ] {
         describe_gauge!(name, help(name));
@@ -164,8 +170,10 @@ pub(crate) fn problems(count: usize) {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is read by people")]
-pub(crate) fn open_questions(kind: &'static str, count: u64) {
-    gauge!(OPEN_QUESTIONS, "kind" => kind).set(count as f64);
+pub(crate) fn questions(kind: &'static str, open: u64, failing: u64, oldest_s: f64) {
+    gauge!(OPEN_QUESTIONS, "kind" => kind).set(open as f64);
+    gauge!(FAILING_QUESTIONS, "kind" => kind).set(failing as f64);
+    gauge!(OLDEST_QUESTION, "kind" => kind).set(oldest_s);
 }
 
 /// The outcome of one request to Stripe's API.

@@ -10,10 +10,11 @@
 //! row, it writes that row too, so that a batch that changes the row at the same time conflicts
 //! with it.
 
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use async_nats::jetstream;
+use litestripe_contract::exit;
 use litestripe_contract::signal::OrphanReason;
 use litestripe_domain::event::Email;
 use litestripe_domain::orphan::NewOrphan;
@@ -23,6 +24,7 @@ use litestripe_domain::signal::{self, Cause};
 use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
+use tracing::debug;
 
 use crate::erasure::{EraseError, Erasures};
 use crate::error::StoreError;
@@ -34,10 +36,12 @@ use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::ProgressError;
 use crate::stripe::api::{ApiError, StripeApi};
 use crate::wait::Waiting;
+pub use failures::Failures;
 use lookup::{Lookup, LookupError};
 
 mod asker;
 mod erase;
+mod failures;
 mod grace;
 pub mod lookup;
 mod notification;
@@ -61,8 +65,7 @@ pub struct Questions {
     pub relay: Arc<Notify>,
     /// The kinds of questions that currently wait for the database.
     pub waiting: Arc<Waiting>,
-    /// When a warning was last logged that a question has no answer.
-    pub warned_at: Mutex<Option<Instant>>,
+    pub failures: Failures,
 }
 
 /// The outcome of asking a question once.
@@ -70,9 +73,10 @@ enum Outcome {
     Answered,
     /// The question is asked again after this time.
     RetryAfter(Duration),
-    /// The row or the question changed meanwhile, or this worker stops: the question is due again
-    /// at once.
+    /// The row or the question changed meanwhile.
     Conflict,
+    /// This worker stops: the question is due again at once.
+    HandedBack,
 }
 
 /// Why a question has no answer yet.
@@ -92,6 +96,46 @@ enum QuestionError {
     Progress(#[from] ProgressError),
     #[error("cannot read the Checkout Session's event for its email")]
     Email(#[from] user::EmailError),
+}
+
+impl QuestionError {
+    /// Whether asking again would bring the same, until somebody changes what is refused or wrong.
+    fn is_lasting(&self) -> bool {
+        matches!(self, Self::Api(error) if error.is_lasting())
+    }
+
+    /// How long the one who was asked wants to be left alone.
+    fn asks_to_wait(&self) -> Option<Duration> {
+        match self {
+            Self::Api(ApiError::RetryLater { after, .. }) => Some(*after),
+            _ => None,
+        }
+    }
+}
+
+/// After how many failed attempts in a row a question is decided without what it still lacks, if it
+/// can be decided without that.
+const DECIDED_AFTER: i32 = 5;
+
+/// Returns what was found of an orphan's email. An orphan is not withheld for an email: if it is
+/// refused, or not found after some attempts, the orphan has none.
+fn email_if_found(
+    taken: &Taken,
+    found: Result<Option<Email>, QuestionError>,
+) -> Result<Option<Email>, QuestionError> {
+    let is_due = taken.is_failing && taken.question.attempts >= DECIDED_AFTER;
+    match found {
+        Err(error) if is_due || error.is_lasting() => {
+            let id = &taken.question.entity_id;
+            debug!(
+                entity_id = id,
+                "{id} becomes an orphan without an email: {}",
+                exit::chain(&error)
+            );
+            Ok(None)
+        }
+        found => found,
+    }
 }
 
 impl Questions {
@@ -163,12 +207,6 @@ fn cause(question: &Question) -> Cause {
         event: question.event.clone(),
         traceparent: None,
     }
-}
-
-/// Returns `first`, doubled with each attempt, up to `max`.
-fn delay(first: Duration, max: Duration, attempts: i32) -> Duration {
-    let doublings = u32::try_from(attempts).unwrap_or(0).min(16);
-    first.saturating_mul(1 << doublings).min(max)
 }
 
 /// Whether an erasure covers the event that led to the question. If so, no personal data is

@@ -21,6 +21,7 @@ use crate::error::{Cause, StoreError};
 use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
 
 pub mod backfill;
+pub mod clock;
 mod connection;
 pub mod dead_letter;
 pub mod erasure;

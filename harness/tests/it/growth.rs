@@ -21,7 +21,7 @@ use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_migration::{Migrator, MigratorTrait as _};
 use litestripe_worker::error::StoreError;
 use litestripe_worker::settings::{self, DatabaseSettings};
-use litestripe_worker::store::question::Due;
+use litestripe_worker::store::question::{Due, Retry};
 use litestripe_worker::store::{
     Store, Transaction, erasure, orphan, outbox, question, raw, subscription,
 };
@@ -259,6 +259,11 @@ async fn read_and_write_questions(watch: &Watch<'_>, store: &Store) {
     let db = store.connection();
     let now = OffsetDateTime::now_utc();
     let lease = Duration::from_secs(60);
+    let retry = Retry {
+        after: lease,
+        attempts: 1,
+        error: Some("no answer".to_owned()),
+    };
     for (kind, livemode, taken) in [
         (Kind::Grace, None, 0),
         (Kind::Lookup, None, 0),
@@ -271,12 +276,12 @@ async fn read_and_write_questions(watch: &Watch<'_>, store: &Store) {
             limit: 16,
         };
         let found = watch
-            .call(kind.as_str(), question::take(store, due, now, lease))
+            .call(kind.as_str(), question::take(store, due, lease))
             .await;
         assert_eq!(found.len(), taken, "{kind:?}");
         if let Some(taken) = found.first() {
             watch
-                .call("postpone", question::postpone(db, taken, now, 1))
+                .call("postpone", question::postpone(db, taken, retry.clone()))
                 .await;
             let removed = question::remove_answered(db, taken);
             assert!(
@@ -299,6 +304,7 @@ async fn read_and_write_questions(watch: &Watch<'_>, store: &Store) {
         question::save(
             &tx,
             ["sub_0000400", "sub_unknown"].map(question_about).into(),
+            now,
         )
         .await?;
         commit(tx).await

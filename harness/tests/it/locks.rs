@@ -81,7 +81,8 @@ async fn rows_are_locked_in_the_same_order_under_any_collation() {
     let save = async |store: Store| {
         store
             .uncancelled(async |tx: Transaction| {
-                question::save(&tx, ["sub_a", "sub_B"].map(question_about).into()).await
+                let questions = ["sub_a", "sub_B"].map(question_about).into();
+                question::save(&tx, questions, OffsetDateTime::now_utc()).await
             })
             .await
     };

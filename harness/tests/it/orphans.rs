@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 mod command;
 mod grace;
 mod kept;
-mod lookup;
+pub(crate) mod lookup;
 pub(crate) mod rebuild;
 mod state;
 

@@ -283,6 +283,8 @@ async fn questions(kind: DatabaseKind) {
             context: None,
             notifications: None,
             ask_by: None,
+            last_error: None,
+            dt_created: None,
         }
     };
     // A question that is asked again stays paid, and keeps its subscription, account and mode.
@@ -301,7 +303,7 @@ async fn questions(kind: DatabaseKind) {
             ..bare.clone()
         };
         let tx = store.begin().await.expect("the database answers");
-        question::save(&tx, vec![other.clone(), question])
+        question::save(&tx, vec![other.clone(), question], now(0))
             .await
             .expect("questions are written");
         tx.commit().await.expect("they are committed");
@@ -309,9 +311,21 @@ async fn questions(kind: DatabaseKind) {
             .order_by_asc(question_entity::Column::EntityId)
             .all(store.connection())
             .await;
+        // PostgreSQL dates them by its own clock.
+        let undated = |model: question_entity::Model| question_entity::Model {
+            due_at: now(0),
+            dt_created: None,
+            ..model
+        };
+        let found: Vec<_> = found.expect("questions are read").into_iter().collect();
+        assert!(
+            found
+                .iter()
+                .all(|model| model.due_at > now(0) && model.dt_created.is_some())
+        );
         assert_eq!(
-            found.expect("questions are read"),
-            [expected, row(other, PaymentIds::default(), "", false)]
+            found.into_iter().map(undated).collect::<Vec<_>>(),
+            [expected, row(other, PaymentIds::default(), "", false)].map(undated)
         );
     }
 }
@@ -332,12 +346,12 @@ async fn save_notified(
         object: NotifiedObject::Subscription("sub_1".to_owned()),
         context: Some("acct_1".to_owned()),
         notifications: [(event_type, event.clone())].into(),
-        ask_by: minute(ask_by),
+        ask_by: hour(ask_by),
     });
     let question = Question {
         entity_id: "sub_1".to_owned(),
         details,
-        due_at: minute(due_at),
+        due_at: hour(due_at),
         attempts: 0,
         stripe_account_id: Some("acct_1".to_owned()),
         livemode: false,
@@ -345,7 +359,7 @@ async fn save_notified(
         position: due_at.cast_unsigned(),
     };
     let tx = store.begin().await.expect("the database answers");
-    question::save(&tx, vec![question])
+    question::save(&tx, vec![question], OffsetDateTime::now_utc())
         .await
         .expect("questions are written");
     tx.commit().await.expect("they are committed");
@@ -359,20 +373,12 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
     const UPDATED: &str = "v1.customer.subscription.updated";
     const ACTIVE: &str = "v1.customer.subscription.active";
     let (_database, store) = open(kind).await;
-    let times = |model: &question_entity::Model| (model.due_at, model.ask_by);
+    let times = |model: &question_entity::Model| (hours(model.due_at), model.ask_by.map(hours));
     save_notified(&store, 10, 15, UPDATED).await;
     let second = save_notified(&store, 12, 17, ACTIVE).await;
-    assert_eq!(
-        times(&second),
-        (minute(12), Some(minute(15))),
-        "it waits for more"
-    );
+    assert_eq!(times(&second), (12, Some(15)), "it waits for more");
     let third = save_notified(&store, 16, 21, UPDATED).await;
-    assert_eq!(
-        times(&third),
-        (minute(15), Some(minute(15))),
-        "but not longer"
-    );
+    assert_eq!(times(&third), (15, Some(15)), "but not longer");
 
     let due = Due {
         kind: Kind::Notification,
@@ -383,10 +389,10 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
         livemode: Some(true),
         ..due
     };
-    let lease = Duration::from_secs(100 * 60);
-    let taken = question::take(&store, other_mode, minute(20), lease).await;
+    let lease = Duration::from_secs(100 * 60 * 60);
+    let taken = question::take(&store, other_mode, lease).await;
     assert!(taken.expect("the database answers").is_empty());
-    let taken = question::take(&store, due, minute(20), lease).await;
+    let taken = question::take(&store, due, lease).await;
     let taken = taken.expect("the database answers").pop();
     let taken = taken.expect("it is due");
     let Details::Notification(notified) = &taken.question.details else {
@@ -399,17 +405,17 @@ async fn thin_events_are_gathered(kind: DatabaseKind) {
         .collect();
     assert_eq!(names, [(ACTIVE, at(12)), (UPDATED, at(16))]);
 
-    let during = save_notified(&store, 22, 27, UPDATED).await;
+    let during = save_notified(&store, 32, 37, UPDATED).await;
     assert_eq!(
         times(&during),
-        (minute(120), Some(minute(27))),
+        (130, Some(37)),
         "it is asked again when the fetch has ended, not beside it"
     );
-    let redelivered = save_notified(&store, 21, 26, UPDATED).await;
-    assert_eq!(redelivered.stream_sequence, 22, "the newest one is open");
+    let redelivered = save_notified(&store, 31, 36, UPDATED).await;
+    assert_eq!(redelivered.stream_sequence, 32, "the newest one is open");
     let removed = question::remove_answered(store.connection(), &taken).await;
     assert!(!removed.expect("the database answers"));
-    for (mark, open) in [(21, 1), (22, 0)] {
+    for (mark, open) in [(31, 1), (32, 0)] {
         question::remove_fetched(store.connection(), &[("sub_1", mark), ("sub_2", 99)])
             .await
             .expect("the database answers");
@@ -460,8 +466,14 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_unix(seconds).expect("RFC 3339 can write it")
 }
 
-fn minute(minute: i64) -> OffsetDateTime {
-    at(1_795_430_000 + 60 * minute).get()
+/// A time so many hours after a start that is 30 hours ago.
+fn hour(hour: i64) -> OffsetDateTime {
+    OffsetDateTime::now_utc() + time::Duration::hours(hour - 30)
+}
+
+/// The nearest hour, counted as in [`hour`].
+fn hours(at: OffsetDateTime) -> i64 {
+    30 + ((at - OffsetDateTime::now_utc()).as_seconds_f64() / 3600.0).round() as i64
 }
 
 /// A time with the fraction of a second that both databases keep.

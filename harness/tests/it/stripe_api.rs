@@ -23,9 +23,9 @@ on_both_databases!(
     row_that_became_uncertain_again_during_a_fetch_is_fetched_again,
 );
 
-const SUBSCRIPTIONS: &str = "/v1/subscriptions/";
-const SESSIONS: &str = "/v1/checkout/sessions";
-const CUSTOMERS: &str = "/v1/customers/";
+pub(crate) const SUBSCRIPTIONS: &str = "/v1/subscriptions/";
+pub(crate) const SESSIONS: &str = "/v1/checkout/sessions";
+pub(crate) const CUSTOMERS: &str = "/v1/customers/";
 
 async fn uncertain_row_is_fetched_once_and_settled_by_a_snapshot(database: DatabaseKind) {
     let api = Api::start().await;
@@ -323,7 +323,10 @@ async fn no_answer_from_stripe_makes_no_orphan() {
         SESSIONS,
         Trouble::status(500).header("Stripe-Should-Retry", "false"),
     );
-    api.answer_next(CUSTOMERS, Trouble::status(403));
+    api.answer_next(
+        CUSTOMERS,
+        Trouble::status(500).header("Stripe-Should-Retry", "false"),
+    );
     apply(
         &bridge,
         &purchase.subscription_event(CREATED, purchase.created, json!({})),
@@ -631,7 +634,7 @@ async fn requests_keep_to_the_budget_and_the_key_is_never_printed() {
 }
 
 /// Options for workers with a key for the stub.
-fn with_key(database: DatabaseKind, api: &Api) -> Options {
+pub(crate) fn with_key(database: DatabaseKind, api: &Api) -> Options {
     Options::new(database)
         .worker("STRIPE_API_BASE", api.url())
         .worker("STRIPE_SECRET_KEY", API_KEY)
@@ -642,7 +645,7 @@ fn with_key(database: DatabaseKind, api: &Api) -> Options {
 
 /// A subscription that changes and changes back within a second: the events do not show which was
 /// last.
-fn there_and_back(purchase: &Purchase, at: i64) -> Vec<Event> {
+pub(crate) fn there_and_back(purchase: &Purchase, at: i64) -> Vec<Event> {
     vec![
         purchase.checkout_session_event(
             SUCCEEDED,
@@ -672,7 +675,7 @@ fn with_seats(purchase: &Purchase, at: i64, seats: &str, before: Option<&str>) -
     }
 }
 
-async fn until_certain(bridge: &Bridge, purchase: &Purchase) {
+pub(crate) async fn until_certain(bridge: &Bridge, purchase: &Purchase) {
     eventually("the row to be certain", DEADLINE, async || {
         bridge.wait_until_applied().await;
         let row = bridge.row(&purchase.subscription).await;

@@ -751,7 +751,7 @@ async fn until_waiting(bridge: &Bridge, count: u64) {
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
     assert_eq!(status["waiting_for_key"], count, "{status:#}");
     assert_eq!(
-        status["open_questions"]["notification"], count,
+        status["questions"]["notification"]["open"], count,
         "{status:#}"
     );
 }

@@ -228,7 +228,7 @@ async fn save_consequences(
     for (kind, ids) in answered {
         store::question::remove(tx, kind, &ids).await?;
     }
-    store::question::save(tx, questions).await?;
+    store::question::save(tx, questions, now).await?;
     if signalling != Signalling::Now {
         signals.clear();
     }

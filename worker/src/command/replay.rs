@@ -95,10 +95,7 @@ impl Replay {
             replayer.applier.policy = replay::policy(policy(settings), &planned);
             return self.dry_run(&replayer, &planned, &shutdown).await;
         }
-        let begun = replayer
-            .begin(&self.request(), OffsetDateTime::now_utc())
-            .await
-            .map_err(failure)?;
+        let begun = replayer.begin(&self.request()).await.map_err(failure)?;
         let Some(begun) = begun else {
             return self.print_nothing();
         };

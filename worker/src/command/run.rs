@@ -12,11 +12,12 @@ use tracing::{error, info, warn};
 
 use super::Failure;
 use crate::apply::{Applier, Refusals};
+use crate::clocks;
 use crate::health::{self, Problems, Readiness};
 use crate::installation::{Installation, InstallationError, Split};
 use crate::metrics;
-use crate::questions::Questions;
 use crate::questions::lookup::Lookup;
+use crate::questions::{Failures, Questions};
 use crate::recover::backfill::record::Record;
 use crate::recover::backfill::schedule::Schedule;
 use crate::recover::backfill::{self, Backfill};
@@ -253,7 +254,7 @@ impl Worker {
             wake: Arc::clone(&applier.questions),
             relay: Arc::clone(&wake),
             waiting: Arc::default(),
-            warned_at: std::sync::Mutex::default(),
+            failures: Failures::new(settings.stripe.as_ref().map(|stripe| &stripe.budget)),
         };
         supervisor.spawn(
             &background,
@@ -267,6 +268,8 @@ impl Worker {
             jetstream: jetstream.clone(),
             erasures: parts.erasures.clone(),
         };
+        let clocks = clocks::watch(store.clone(), jetstream.clone(), shutdown.clone());
+        supervisor.spawn(&background, "the watch on the clocks", clocks);
         let resolutions = resolutions.run(shutdown.clone());
         supervisor.spawn(&background, "the keeper of resolutions", resolutions);
         let pending = Pending::new(&store, &jetstream);

@@ -17,6 +17,7 @@ use time::OffsetDateTime;
 
 use super::Failure;
 use super::print::{self, Output};
+use crate::clocks;
 use crate::installation::{self, InstallationError};
 use crate::recover::unsent;
 use crate::recover::withheld::Withheld;
@@ -53,7 +54,8 @@ struct Report {
     open_orphans: Option<u64>,
     replay: Option<ReplayReport>,
     unsent_signals: Option<u64>,
-    open_questions: Option<BTreeMap<&'static str, u64>>,
+    /// The open questions by kind.
+    questions: Option<BTreeMap<&'static str, QuestionsReport>>,
     /// Subscriptions and Checkout Sessions with thin events that `STRIPE_SECRET_KEY` cannot fetch.
     waiting_for_key: Option<u64>,
     withheld: Option<u64>,
@@ -85,6 +87,18 @@ struct AccountReport {
     max_storage: Option<u64>,
 }
 
+/// The open questions of a kind.
+#[derive(Debug, Default, Serialize)]
+struct QuestionsReport {
+    open: u64,
+    /// How many of them failed at the last attempt.
+    failing: u64,
+    /// How long the oldest failing one has been open.
+    oldest_age_s: Option<i64>,
+    /// Why the last attempt at one of them failed.
+    last_error: Option<String>,
+}
+
 /// An unfinished replay.
 #[derive(Debug, Serialize)]
 struct ReplayReport {
@@ -105,6 +119,10 @@ impl Status {
         let key = settings.stripe.as_ref().map(StripeSettings::is_live);
         report.read_database(&store, key).await?;
         report.find_problems(&store, &jetstream).await?;
+        let differences = clocks::differences(&store, &jetstream).await;
+        report
+            .problems
+            .extend(differences.into_iter().map(Finding::from));
         let shown = serde_json::to_value(&report)?;
         self.output.print(&report, || print(&shown))
     }
@@ -172,10 +190,11 @@ impl Report {
         if !self.schema_current {
             return Ok(());
         }
-        let (db, now) = (store.connection(), OffsetDateTime::now_utc());
+        let db = store.connection();
+        let now = store::clock::now(db).await?;
         let (outbox, oldest) = store::outbox::backlog(db).await?;
         self.outbox = Some(outbox);
-        self.outbox_oldest_age_s = oldest.map(|at| (now - at).whole_seconds());
+        self.outbox_oldest_age_s = oldest.map(|at| age_s(at, now));
         self.pending_dead_letters = Some(store::dead_letter::count(db).await?);
         let installation = store::installation::find(db).await?;
         self.installation = installation.map(|found| found.id);
@@ -184,11 +203,18 @@ impl Report {
         let open = store::question::count_open(db).await?;
         let waiting = open.iter().filter(|open| open.waits_for_key(key));
         self.waiting_for_key = Some(waiting.map(|open| open.count).sum());
-        let mut by_kind: BTreeMap<_, u64> = Kind::ALL.map(|kind| (kind.as_str(), 0)).into();
+        let mut by_kind: BTreeMap<_, QuestionsReport> = Kind::ALL
+            .map(|kind| (kind.as_str(), QuestionsReport::default()))
+            .into();
         for open in open {
-            *by_kind.entry(open.kind.as_str()).or_default() += open.count;
+            let of_kind = by_kind.entry(open.kind.as_str()).or_default();
+            of_kind.open += open.count;
+            of_kind.failing += open.failing;
+            let age = open.oldest.map(|at| age_s(at, now));
+            of_kind.oldest_age_s = of_kind.oldest_age_s.max(age);
+            of_kind.last_error = of_kind.last_error.take().or(open.error);
         }
-        self.open_questions = Some(by_kind);
+        self.questions = Some(by_kind);
         let Withheld { count, first } = Withheld::find(store).await?;
         (self.withheld, self.withheld_first) = (Some(count), Some(first));
         let replay = store::replay::unfinished(db).await?.into_iter().next();
@@ -241,6 +267,11 @@ impl From<Account> for AccountReport {
     }
 }
 
+/// Returns how long ago `at` was, not below 0: clocks differ.
+fn age_s(at: OffsetDateTime, now: OffsetDateTime) -> i64 {
+    (now - at).whole_seconds().max(0)
+}
+
 /// In 128 bits, because a hundred times a size may not fit in 64.
 fn percent(bytes: u64, max: u64) -> u64 {
     let percent = u128::from(bytes) * 100 / u128::from(max);
@@ -268,6 +299,20 @@ fn withheld_note(report: &Value) -> String {
     withheld
         .advice()
         .unwrap_or_else(|| "rows that are not signalled, because their user is unknown".to_owned())
+}
+
+/// Says how the open questions of a kind get on.
+fn question_note(questions: &Value) -> String {
+    match questions["failing"].as_u64() {
+        None | Some(0) => "open questions".to_owned(),
+        Some(failing) => {
+            let [age, error] =
+                ["oldest_age_s", "last_error"].map(|field| print::cell(&questions[field]));
+            format!(
+                "open questions; {failing} of them get no answer, the oldest for {age} s: {error}"
+            )
+        }
+    }
 }
 
 /// Prints a [`Report`] for people.
@@ -325,6 +370,16 @@ fn print(report: &Value) {
         let note = "dead letters that cannot be stored in STRIPE_DEAD_LETTERS yet: see `dead-letters list`";
         let count = cell("pending_dead_letters");
         rows.push(["pending letters", &count, note].map(str::to_owned));
+    }
+    for (kind, questions) in report["questions"].as_object().into_iter().flatten() {
+        if questions["open"] != 0 {
+            let label = format!("questions: {kind}");
+            rows.push([
+                label,
+                print::cell(&questions["open"]),
+                question_note(questions),
+            ]);
+        }
     }
     let schema = report["schema_version"].as_str().unwrap_or("none");
     let current = report["schema_current"] == true;

@@ -2,19 +2,21 @@
 //!
 //! Owns when a question is asked and when it is retried.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use litestripe_contract::exit;
-use litestripe_domain::question::{Kind, Question};
-use time::OffsetDateTime;
+use litestripe_domain::question::Kind;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info};
 
+use super::failures::{MANY_PAUSE_MAX, PAUSE_MAX, pause};
+use super::grace::CHECK_MAX;
+use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, Questions};
 use crate::fail_point::fail_point;
-use crate::store::question::{self, Due, Taken};
+use crate::store::question::{self, Due, Retry, Taken};
 use crate::wait::{Awaited, Wait};
 
 /// How often the asker checks for due questions.
@@ -24,22 +26,23 @@ pub(super) const POLL: Duration = Duration::from_secs(1);
 /// answer: two calls to Stripe, each with all its retries and the pauses that Stripe asks for.
 const LEASE: Duration = Duration::from_secs(12 * 60);
 
-/// The same for the object of a thin event. Its answer rarely takes as long. If it does, another
-/// worker fetches the object too, which costs a call. The lease is short, because after a worker
-/// died a customer's new state waits for its end.
-const NOTIFICATION_LEASE: Duration = Duration::from_secs(60);
+/// The same for a lookup, and for the object of a thin event. Its answer rarely takes as long. If
+/// it does, another worker asks too, which costs a call. The lease is short, because after a worker
+/// died a customer waits for its end.
+const SHORT_LEASE: Duration = Duration::from_secs(60);
+
+/// How often the asker looks for questions that are due too far in the future.
+const CORRECT_EVERY: Duration = Duration::from_secs(10);
+
+/// How many failing questions are asked again at once when one of them does not fail. If what failed
+/// works again, all of them are asked soon; if not, an answer costs so many calls.
+const HASTENED: u64 = 2;
 
 /// Questions of one kind that are asked at a time. Fewer if they call Stripe, where they queue for
 /// the request budget.
-const IN_FLIGHT_MAX: usize = 16;
+pub(super) const IN_FLIGHT_MAX: usize = 16;
 const STRIPE_IN_FLIGHT_MAX: usize = 4;
 const NOTIFICATIONS_IN_FLIGHT_MAX: usize = 8;
-
-/// The shortest time between two warnings about questions without an answer.
-const WARN_EVERY: Duration = Duration::from_secs(60);
-
-/// How soon a question is retried after a failure.
-pub(super) const RETRY: Duration = Duration::from_secs(3);
 
 /// The wait of the questions for the database. Batches wait for it separately.
 const QUESTIONS: Awaited = Awaited {
@@ -90,6 +93,7 @@ impl Questions {
     ) {
         let mut in_flight = JoinSet::new();
         let mut wait = Wait::with_others(QUESTIONS, Arc::clone(&self.waiting));
+        let mut corrected: Option<Instant> = None;
         while !shutdown.is_cancelled() {
             fail_point!("worker::before_question");
             while in_flight.try_join_next().is_some() {}
@@ -99,8 +103,11 @@ impl Questions {
                 livemode: self.mode_to_ask(kind),
                 limit: room as u64,
             };
-            let taken =
-                question::take(&self.store, due, OffsetDateTime::now_utc(), lease(kind)).await;
+            if corrected.is_none_or(|at| at.elapsed() >= CORRECT_EVERY) {
+                corrected = Some(Instant::now());
+                self.correct_future(kind).await;
+            }
+            let taken = question::take(&self.store, due, lease(kind)).await;
             let taken = taken.inspect(|_| wait.succeeded()).unwrap_or_else(|error| {
                 wait.failed(&error);
                 Vec::new()
@@ -129,6 +136,25 @@ impl Questions {
         (kind == Kind::Notification).then(|| stripe.sees(true))
     }
 
+    /// Makes questions due that a clock which was ahead postponed by hours.
+    async fn correct_future(&self, kind: Kind) {
+        let pause_max = match kind {
+            Kind::Grace => self.orphans.grace.saturating_add(CHECK_MAX),
+            _ => UNKNOWN_RETRY_MAX.max(LEASE),
+        };
+        let db = self.store.connection();
+        // Without the database nothing else succeeds either, and `take` says so.
+        if let Ok(count @ 1..) =
+            question::correct_future(db, kind, 2 * pause_max, 2 * MANY_PAUSE_MAX).await
+        {
+            let kind = kind.as_str();
+            info!(
+                kind,
+                "a clock was ahead when it postponed {count} questions of the kind {kind}: they are asked now"
+            );
+        }
+    }
+
     /// Asks one question. Without an answer, records when the question is due again.
     async fn ask(&self, taken: Taken, shutdown: &CancellationToken) {
         let question = &taken.question;
@@ -139,19 +165,54 @@ impl Questions {
             Kind::Erase => self.erase_customer(&taken).await,
             Kind::Notification => self.fetch_notified(&taken, shutdown).await,
         };
-        let (delay, attempts) = match outcome {
+        let kind = question.kind();
+        let db = self.store.connection();
+        let in_a_row = |is_failure: bool| {
+            let before = if taken.is_failing == is_failure {
+                question.attempts
+            } else {
+                0
+            };
+            before.saturating_add(1)
+        };
+        if taken.is_failing
+            && matches!(
+                outcome,
+                Ok(Outcome::Answered | Outcome::RetryAfter(_) | Outcome::Conflict)
+            )
+        {
+            self.record_recovery(kind).await;
+        }
+        let retry = match outcome {
             Ok(Outcome::Answered) => return,
-            Ok(Outcome::Conflict) => (Duration::ZERO, question.attempts),
-            Ok(Outcome::RetryAfter(delay)) => (delay, question.attempts.saturating_add(1)),
+            Ok(Outcome::HandedBack) => Retry {
+                after: Duration::ZERO,
+                attempts: question.attempts,
+                error: None,
+            },
+            Ok(Outcome::Conflict) => Retry {
+                after: pause(POLL, PAUSE_MAX, in_a_row(false)),
+                attempts: in_a_row(false),
+                error: None,
+            },
+            Ok(Outcome::RetryAfter(after)) => Retry {
+                after,
+                attempts: in_a_row(false),
+                error: None,
+            },
             Err(error) => {
-                self.log_failure(question, &exit::chain(&error));
-                (RETRY, question.attempts)
+                let reason = exit::chain(&error);
+                self.failures.log(question, &reason);
+                let attempts = in_a_row(true);
+                let asked_to_wait = error.asks_to_wait().unwrap_or_default().min(PAUSE_MAX);
+                Retry {
+                    after: self.failures.pause(kind, attempts).max(asked_to_wait),
+                    attempts,
+                    error: Some(reason),
+                }
             }
         };
-        let due_at = OffsetDateTime::now_utc() + delay;
-        if let Err(error) =
-            question::postpone(self.store.connection(), &taken, due_at, attempts).await
-        {
+        if let Err(error) = question::postpone(db, &taken, retry).await {
             debug!(
                 "cannot postpone a question, it becomes due again after its lease: {}",
                 exit::chain(&error)
@@ -159,20 +220,15 @@ impl Questions {
         }
     }
 
-    fn log_failure(&self, question: &Question, error: &str) {
-        let (id, kind) = (&question.entity_id, question.kind().as_str());
-        let mut last = self
-            .warned_at
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if last.is_some_and(|last| last.elapsed() < WARN_EVERY) {
-            return debug!(entity_id = id, kind, "no answer yet about {id}: {error}");
+    /// Has other failing questions asked again, because one that failed before did not fail now.
+    async fn record_recovery(&self, kind: Kind) {
+        self.failures.recovered(kind);
+        if let Err(error) = question::hasten(self.store.connection(), kind, HASTENED).await {
+            debug!(
+                "failing questions wait for their time: {}",
+                exit::chain(&error)
+            );
         }
-        *last = Some(Instant::now());
-        warn!(
-            entity_id = id,
-            kind, "no answer yet about {id}, will retry: {error}"
-        );
     }
 }
 
@@ -187,9 +243,8 @@ fn poll(kind: Kind) -> Duration {
 }
 
 fn lease(kind: Kind) -> Duration {
-    if kind == Kind::Notification {
-        NOTIFICATION_LEASE
-    } else {
-        LEASE
+    match kind {
+        Kind::Lookup | Kind::Notification => SHORT_LEASE,
+        Kind::Grace | Kind::Fetch | Kind::Erase => LEASE,
     }
 }

@@ -8,11 +8,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::asker::POLL;
+use super::failures::pause as pause_after;
 use super::user::{UNKNOWN_RETRY_FIRST, UNKNOWN_RETRY_MAX};
-use super::{Outcome, QuestionError, Questions, delay};
+use super::{Outcome, QuestionError, Questions};
 use crate::erasure::{EraseError, Erasure, Receipt, Target};
 use crate::store;
 use crate::store::question::Taken;
+use crate::stream::progress;
 use crate::wait::pause;
 
 /// The longest time between two checks for old emails.
@@ -49,26 +51,28 @@ impl Questions {
             }
             // Every attempt reads the whole stream, so the pauses grow.
             Err(EraseError::Unapplied(_) | EraseError::ArrivedMeanwhile(_)) => {
-                Ok(Outcome::RetryAfter(delay(
+                Ok(Outcome::RetryAfter(pause_after(
                     UNKNOWN_RETRY_FIRST,
                     UNKNOWN_RETRY_MAX,
-                    question.attempts,
+                    question.attempts.saturating_add(1),
                 )))
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Erases emails that are older than the setting allows, until `shutdown`.
+    /// Erases emails that are older than the setting allows, until `shutdown`. They are that old by
+    /// each of the clocks of this process, the database and the broker, because an email does not
+    /// come back.
     pub(super) async fn erase_old_emails(self: Arc<Self>, shutdown: CancellationToken) {
         let age = self.orphans.email_max_age;
         // So no email is kept for longer than one and a half times the allowed age.
         let every = (age / 2).clamp(POLL, ERASE_EVERY);
         let age = time::Duration::try_from(age).unwrap_or(time::Duration::MAX);
         loop {
-            let erased = match OffsetDateTime::now_utc().checked_sub(age) {
-                Some(before) => store::orphan::erase_emails(self.store.connection(), before).await,
-                None => Ok(0),
+            let erased = match self.earliest_clock().await {
+                Ok(now) => self.erase_emails_before(now.checked_sub(age)).await,
+                Err(error) => Err(error),
             };
             if let Ok(erased @ 1..) = erased {
                 info!(
@@ -83,5 +87,24 @@ impl Questions {
                 return;
             }
         }
+    }
+
+    async fn erase_emails_before(
+        &self,
+        before: Option<OffsetDateTime>,
+    ) -> Result<u64, QuestionError> {
+        match before {
+            Some(before) => Ok(store::orphan::erase_emails(self.store.connection(), before).await?),
+            None => Ok(0),
+        }
+    }
+
+    async fn earliest_clock(&self) -> Result<OffsetDateTime, QuestionError> {
+        let ours = OffsetDateTime::now_utc();
+        let databases = store::clock::now(self.store.connection()).await?;
+        let brokers = progress::broker_time(&self.jetstream)
+            .await?
+            .unwrap_or(ours);
+        Ok(ours.min(databases).min(brokers))
     }
 }

@@ -15,8 +15,11 @@ use litestripe_domain::question::{Details, Question};
 use litestripe_domain::row::Stored;
 use time::OffsetDateTime;
 
-use super::asker::RETRY;
-use super::{Outcome, QuestionError, Questions, commit, insert_orphan, is_erased, rewrite};
+use super::failures::{PAUSE_FIRST, PAUSE_MAX, pause};
+use super::{
+    DECIDED_AFTER, Outcome, QuestionError, Questions, commit, email_if_found, insert_orphan,
+    is_erased, rewrite,
+};
 use crate::error::StoreError;
 use crate::store::Transaction;
 use crate::store::question::{self, Taken};
@@ -24,14 +27,24 @@ use crate::stream::own_event::{self, Fetched, Scope};
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::api::StripeApi;
 
-/// How long a fetched session may take through the stream to its row.
+/// How long a fetched session usually takes at most through the stream to its row.
 const CLAIM_MAX: Duration = Duration::from_secs(60);
 
 /// How soon a question that only Stripe could answer is retried without a key for the row's mode.
 const RETRY_WITHOUT_STRIPE: Duration = Duration::from_secs(60 * 60);
 
 /// The longest pause until a grace period's end is checked again: a clock may be set right.
-const CHECK_MAX: Duration = Duration::from_secs(60 * 60);
+pub(super) const CHECK_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// What Stripe's API knows of a subscription without a user.
+enum Found {
+    /// A Checkout Session that claims it, which is on its way to its row.
+    Claim,
+    /// No such session. The customer's email, if there is one.
+    Email(Option<Email>),
+    /// Nothing, because Stripe could not be asked.
+    Nothing,
+}
 
 impl Questions {
     /// Ends a grace period once both clocks have reached its end and every event received before
@@ -47,41 +60,64 @@ impl Questions {
         // If a session is applied after this read, writing the row as it was read conflicts with
         // it.
         let dt_created = stored.dt_created.unwrap_or(question.due_at);
-        let end = orphan::grace_period_end(&row, dt_created, self.orphans.grace);
         let ours = OffsetDateTime::now_utc();
         let brokers = progress::broker_time(&self.jetstream)
             .await?
             .unwrap_or(ours);
+        let dt_created = orphan::first_written(dt_created, taken.opened, ours.min(brokers));
+        let end = orphan::grace_period_end(&row, dt_created, self.orphans.grace);
         if let Some(remaining) = orphan::remaining_grace(end, ours, brokers) {
             return Ok(Outcome::RetryAfter(remaining.min(CHECK_MAX)));
         }
-        if !progress::has_applied_all_before(&self.jetstream, end).await? {
-            return Ok(Outcome::RetryAfter(RETRY));
+        let is_before = |at| orphan::may_be_received_before(end, at, ours, brokers);
+        if !progress::has_applied_all(&self.jetstream, is_before).await? {
+            let pause = pause(PAUSE_FIRST, PAUSE_MAX, question.attempts);
+            return Ok(Outcome::RetryAfter(pause));
         }
         let stream_covers_sessions = self.stream_covers_sessions(&row).await?;
         if !stream_covers_sessions && orphan::had_ended_before(&row, dt_created) {
             return self.close(taken).await;
         }
-        let Some(stripe) = self
-            .stripe
-            .as_ref()
-            .filter(|stripe| stripe.sees(question.livemode))
-        else {
-            // A rebuild has yet to bring the session of a withheld row, or has lost it.
-            let may_have_session = !(stream_covers_sessions || row.searched);
-            if may_have_session || stored.last_sent.is_withheld() {
-                return Ok(Outcome::RetryAfter(RETRY_WITHOUT_STRIPE));
-            }
-            return Ok(self.record_orphan(taken, stored, None).await?);
+        let stripe = self.stripe.as_ref();
+        let stripe = stripe.filter(|stripe| stripe.sees(question.livemode));
+        let found = match stripe {
+            Some(stripe) => self.search(stripe, taken).await,
+            None => Ok(Found::Nothing),
         };
-        let mut email = None;
-        if !is_erased(&self.erasures, self.store.connection(), question).await? {
-            if self.publish_claims(stripe, question).await? {
-                return Ok(Outcome::RetryAfter(CLAIM_MAX));
+        // A rebuild has yet to bring the session of a withheld row, or has lost it.
+        let may_have_session =
+            !(stream_covers_sessions || row.searched) || stored.last_sent.is_withheld();
+        match found {
+            Ok(Found::Claim) => {
+                let pause = pause(CLAIM_MAX, PAUSE_MAX, question.attempts);
+                Ok(Outcome::RetryAfter(pause))
             }
-            email = email_of_customer(stripe, question).await?;
+            Ok(Found::Email(email)) => Ok(self.record_orphan(taken, stored, email).await?),
+            Ok(Found::Nothing) if may_have_session => Ok(Outcome::RetryAfter(RETRY_WITHOUT_STRIPE)),
+            Ok(Found::Nothing) => Ok(self.record_orphan(taken, stored, None).await?),
+            Err(error) => {
+                // What Stripe refuses for good is decided as without a key.
+                let is_due = taken.is_failing && question.attempts >= DECIDED_AFTER;
+                if is_due && error.is_lasting() && !may_have_session {
+                    return Ok(self.record_orphan(taken, stored, None).await?);
+                }
+                Err(error)
+            }
         }
-        Ok(self.record_orphan(taken, stored, email).await?)
+    }
+
+    /// Asks Stripe for Checkout Sessions that claim the subscription, and if there is none for its
+    /// customer's email.
+    async fn search(&self, stripe: &StripeApi, taken: &Taken) -> Result<Found, QuestionError> {
+        let question = &taken.question;
+        if is_erased(&self.erasures, self.store.connection(), question).await? {
+            return Ok(Found::Email(None));
+        }
+        if self.publish_claims(stripe, question).await? {
+            return Ok(Found::Claim);
+        }
+        let email = email_of_customer(stripe, question).await;
+        Ok(Found::Email(email_if_found(taken, email)?))
     }
 
     /// Loads the row. Returns `None` if it needs no user any more.
@@ -128,8 +164,9 @@ impl Questions {
                 livemode: session.livemode,
                 account,
             };
-            let body = own_event::snapshot(&session.id, &session.raw, fetched, scope)?;
-            if !claims(&body, &question.entity_id) {
+            let is_claim = own_event::snapshot(&session.id, &session.raw, fetched, scope)
+                .is_ok_and(|body| claims(&body, &question.entity_id));
+            if !is_claim {
                 continue;
             }
             own_event::publish_snapshot(&self.jetstream, &session.id, &session.raw, fetched, scope)

@@ -17,7 +17,7 @@ use crate::store::Connection;
 use crate::store::Store;
 
 /// How long the application may take to answer.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// How the application is asked.
 pub enum Lookup {
@@ -112,7 +112,7 @@ async fn query_database(
     {
         Ok(row) => Ok(row.is_some()),
         // A text that does not fit the type of the users' ids, such as an integer, is no user's id.
-        Err(error) if error.is_unreadable_value() => Ok(false),
+        Err(error) if error.is_about_unreadable(user.0) => Ok(false),
         Err(error) => Err(LookupError::Sql(error)),
     }
 }

@@ -21,7 +21,7 @@ impl Questions {
         let (Some(stripe), Details::Notification(notified)) = (&self.stripe, &question.details)
         else {
             // Such questions are not taken without a key.
-            return Ok(Outcome::Conflict);
+            return Ok(Outcome::HandedBack);
         };
         let (id, account) = (question.entity_id.as_str(), question.account());
         let fetch = async {
@@ -33,7 +33,7 @@ impl Questions {
         // A call may have to wait for the budget. A stopping worker hands the question back, so
         // that another one need not wait for the end of the lease.
         let Some(answer) = shutdown.run_until_cancelled(fetch).await else {
-            return Ok(Outcome::Conflict);
+            return Ok(Outcome::HandedBack);
         };
         let answer = match answer {
             Ok(answer) => answer,

@@ -1,14 +1,17 @@
-//! Counts the open questions, and warns if some of them wait for a key.
+//! Counts the open questions and those that fail, and warns if some of them wait for a key.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use litestripe_domain::question::Kind;
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Questions;
+use crate::error::StoreError;
 use crate::metrics;
+use crate::store::clock;
 use crate::store::question::{self, Open};
 use crate::wait::pause;
 
@@ -28,10 +31,11 @@ impl Questions {
         let mut warned: Option<Instant> = None;
         loop {
             let began = Instant::now();
-            let open = question::count_open(self.store.connection()).await;
+            let open = self.read_open().await;
             let took = began.elapsed();
-            if let Ok(open) = open {
-                let waiting = self.record(&open);
+            if let Ok((open, now)) = open {
+                self.failures.record_counts(&open);
+                let waiting = self.record(&open, now);
                 metrics::waiting_for_key(waiting > 0);
                 let is_due = warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
                 if waiting > 0 && is_due {
@@ -46,11 +50,24 @@ impl Questions {
         }
     }
 
+    /// Returns the open questions, and the time by the clock that dates them.
+    async fn read_open(&self) -> Result<(Vec<Open>, OffsetDateTime), StoreError> {
+        let db = self.store.connection();
+        Ok((question::count_open(db).await?, clock::now(db).await?))
+    }
+
     /// Records the counts as metrics. Returns how many questions wait for a key.
-    fn record(&self, open: &[Open]) -> u64 {
+    fn record(&self, open: &[Open], now: OffsetDateTime) -> u64 {
         for kind in Kind::ALL {
-            let of_kind = open.iter().filter(|open| open.kind == kind);
-            metrics::open_questions(kind.as_str(), of_kind.map(|open| open.count).sum());
+            let of_kind = || open.iter().filter(|open| open.kind == kind);
+            let oldest = of_kind().filter_map(|open| open.oldest).min();
+            let age = oldest.map_or(time::Duration::ZERO, |oldest| now - oldest);
+            metrics::questions(
+                kind.as_str(),
+                of_kind().map(|open| open.count).sum(),
+                of_kind().map(|open| open.failing).sum(),
+                age.as_seconds_f64().max(0.0),
+            );
         }
         let key = self.stripe.as_ref().map(|stripe| stripe.sees(true));
         let waiting = open.iter().filter(|open| open.waits_for_key(key));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use litestripe_domain::event::api;
 use tracing::warn;
 
+use super::grace::CHECK_MAX;
 use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, QuestionError, Questions};
 use crate::store::question::Taken;
@@ -41,11 +42,15 @@ impl Questions {
             }
             Err(error) => return Err(error.into()),
         };
-        let behind = row.head_created.unwrap_or_default() - answer.as_of()?;
+        let behind = row
+            .head_created
+            .unwrap_or_default()
+            .saturating_sub(answer.as_of()?);
         if let Ok(behind @ 0..) = u64::try_from(behind) {
             // Our clock is ahead of Stripe's, so it is too early: the answer may lack events of the
             // row's newest second.
-            return Ok(Outcome::RetryAfter(Duration::from_secs(behind + 1)));
+            let after = Duration::from_secs(behind.saturating_add(1));
+            return Ok(Outcome::RetryAfter(after.min(CHECK_MAX)));
         }
         let object =
             api::object(&answer.body).ok_or_else(|| answer.unusable("it is no subscription"))?;

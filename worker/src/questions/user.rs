@@ -15,8 +15,10 @@ use litestripe_domain::signal;
 use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
 
+use super::failures::pause;
 use super::{
-    Outcome, QuestionError, Questions, cause, commit, delay, insert_orphan, is_erased, rewrite,
+    Outcome, QuestionError, Questions, cause, commit, email_if_found, insert_orphan, is_erased,
+    rewrite,
 };
 use crate::error::StoreError;
 use crate::store;
@@ -43,6 +45,10 @@ impl Questions {
         let question = &taken.question;
         // The row may have a different client reference id by now.
         let stored = load_row(self.store.connection(), question).await?;
+        if stored.is_none() && question.payment().stripe_subscription_id.is_some() {
+            // The session and its row were saved together: the row was deleted by hand.
+            return self.close(taken).await;
+        }
         let Some(user) = client_reference_id(question, stored.as_ref()) else {
             return self.close(taken).await;
         };
@@ -52,7 +58,8 @@ impl Questions {
         let needs_email = is_paid(question)
             && !is_erased(&self.erasures, self.store.connection(), question).await?;
         let email = if needs_email {
-            self.email_of_session(question).await?
+            let found = self.email_of_session(question).await;
+            email_if_found(taken, found.map_err(QuestionError::from))?
         } else {
             None
         };
@@ -122,7 +129,16 @@ impl Questions {
                 question::remove_answered(&tx, &taken).await?;
             }
             commit(tx, &relay).await?;
-            let pause = delay(UNKNOWN_RETRY_FIRST, UNKNOWN_RETRY_MAX, question.attempts);
+            let attempts = if taken.is_failing {
+                0
+            } else {
+                question.attempts
+            };
+            let pause = pause(
+                UNKNOWN_RETRY_FIRST,
+                UNKNOWN_RETRY_MAX,
+                attempts.saturating_add(1),
+            );
             Ok(if is_open {
                 Outcome::RetryAfter(pause)
             } else {

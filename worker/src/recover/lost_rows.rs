@@ -10,7 +10,6 @@
 
 use async_nats::jetstream;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
-use time::OffsetDateTime;
 use tracing::warn;
 
 use crate::error::StoreError;
@@ -33,7 +32,7 @@ pub(crate) async fn record_if_lost(
     let db = store.connection();
     let has_rows = !store::subscription::keys_after(db, "", 1).await?.is_empty();
     if !has_rows && !store::replay::is_any(db).await? {
-        let now = OffsetDateTime::now_utc();
+        let now = store::clock::now(db).await?;
         let progress = progress::find(jetstream, WORKER_CONSUMER).await?;
         let floor = progress.map_or(0, |progress| progress.ack_floor);
         let (stream, first) = progress::begin(jetstream).await?;

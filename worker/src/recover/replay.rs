@@ -100,12 +100,9 @@ impl Replayer {
     /// Records the replay in the database and returns it. It also covers what an unfinished replay
     /// left, and resumes from that replay's position if both differ only in their end. Returns
     /// `None` if there is nothing to replay.
-    pub(crate) async fn begin(
-        &self,
-        request: &Request,
-        now: OffsetDateTime,
-    ) -> Result<Option<Begun>, ReplayError> {
+    pub(crate) async fn begin(&self, request: &Request) -> Result<Option<Begun>, ReplayError> {
         let db = self.applier.store.connection();
+        let now = store::clock::now(db).await?;
         let (stream, _) = progress::begin(&self.jetstream).await?;
         let unfinished = store::replay::unfinished(db).await?;
         let unfinished: Vec<_> = unfinished
@@ -180,8 +177,9 @@ impl Replayer {
         } else {
             // The heartbeat is set back, so that the next run need not wait until this one counts
             // as dead.
-            let long_ago = OffsetDateTime::now_utc() - time::Duration::minutes(1);
-            store::replay::record_heartbeat(store.connection(), long_ago).await?;
+            let db = store.connection();
+            let long_ago = store::clock::now(db).await? - time::Duration::minutes(1);
+            store::replay::record_heartbeat(db, long_ago).await?;
         }
         is_at_end.map(|_| summary)
     }
@@ -202,7 +200,8 @@ impl Replayer {
         withheld::withhold_or_release(store, rebuilt).await?;
         summary.withheld = Withheld::find(store).await?;
         summary.signals = unsent::count(store).await?;
-        store::replay::finish(store.connection(), OffsetDateTime::now_utc()).await?;
+        let now = store::clock::now(store.connection()).await?;
+        store::replay::finish(store.connection(), now).await?;
         summary.finished = true;
         self.remove(&begun.consumer).await;
         let sent = unsent::send(store, &self.applier.relay, shutdown).await?;
@@ -232,7 +231,7 @@ pub(crate) async fn floor(
     store: &Store,
     jetstream: &jetstream::Context,
 ) -> Result<u64, ReplayError> {
-    let now = OffsetDateTime::now_utc();
+    let now = store::clock::now(store.connection()).await?;
     let mut lowest = u64::MAX;
     let mut open = store::replay::unfinished(store.connection()).await?;
     open.retain(|replay| replay.is_open(now));
@@ -284,9 +283,12 @@ fn replay_consumer(replay: &Replay) -> ReplayConsumer {
 
 async fn send_heartbeats(store: Store, stop: CancellationToken) {
     while pause(HEARTBEAT_EVERY, &stop).await.is_some() {
-        if let Err(error) =
-            store::replay::record_heartbeat(store.connection(), OffsetDateTime::now_utc()).await
-        {
+        let db = store.connection();
+        let recorded = match store::clock::now(db).await {
+            Ok(now) => store::replay::record_heartbeat(db, now).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = recorded {
             tracing::debug!("{error}");
         }
     }

@@ -11,7 +11,7 @@ use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::payment::PaymentIds;
-use litestripe_domain::question::{Details, Kind, Notified, Question};
+use litestripe_domain::question::{Details, Kind, Notified, Question, later};
 use litestripe_entity::question::{Column, Entity, Model};
 use sea_orm::sea_query::{Expr, ExprTrait as _, LockBehavior, LockType};
 use sea_orm::{
@@ -20,44 +20,45 @@ use sea_orm::{
 };
 use time::OffsetDateTime;
 
-use super::Store;
 use super::rows::{Cell, Insert};
+use super::{Store, clock};
 use crate::error::StoreError;
 use crate::store::Transaction;
 
 const INSERT: Insert<'_> = Insert {
     into: "litestripe_question (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
         stripe_subscription_id, stripe_account_id, client_reference_id, is_paid, livemode, event_id, event_type, \
-        event_created, stream_sequence, context, notifications, ask_by)",
-    select: "UNNEST($1::text[]), UNNEST($2::text[]), UNNEST($3::timestamptz[]), UNNEST($4::integer[]), \
+        event_created, stream_sequence, context, notifications, ask_by, dt_created)",
+    select: "UNNEST($1::text[]), UNNEST($2::text[]), \
+        LEAST(clock_timestamp() + UNNEST($3::bigint[]) * interval '1 microsecond', '9999-12-31Z'), UNNEST($4::integer[]), \
         UNNEST($5::text[]), UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::text[]), \
         UNNEST($10::boolean[]), UNNEST($11::boolean[]), UNNEST($12::text[]), UNNEST($13::text[]), \
         UNNEST($14::bigint[]), UNNEST($15::bigint[]), UNNEST($16::text[]), UNNEST($17::text[]), \
-        to_timestamp(UNNEST($18::bigint[]))",
+        to_timestamp(UNNEST($18::bigint[])), clock_timestamp() + UNNEST($19::bigint[]) * interval '1 microsecond'",
     then: "",
 };
 
 /// Replaces an open question that is saved again. Once paid, a session stays paid, in whatever
-/// order its events arrive.
-const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = excluded.attempts, \
+/// order its events arrive. Attempts are counted anew.
+const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = excluded.attempts, last_error = NULL, \
     checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
     event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
     is_paid = litestripe_question.is_paid OR excluded.is_paid, ";
 
 /// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it
-/// is due later than the new one, it is taken or postponed, and stays so: two fetches of one object
-/// must not overlap, because the later answer may hold the earlier state. The worker that has taken
-/// it sees by the sequence that it was saved again. The sequence is the newest one, also after a
+/// is due later than the new one and has no error, it is taken or postponed, and stays so: two
+/// fetches of one object must not overlap, because the later answer may hold the earlier state. The
+/// worker that has taken it sees by the sequence that it was saved again. The sequence is the newest one, also after a
 /// redelivery.
-const GATHER_POSTGRES: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.due_at \
+const GATHER_POSTGRES: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL OR litestripe_question.last_error IS NOT NULL THEN excluded.due_at \
         WHEN litestripe_question.due_at <= excluded.due_at THEN LEAST(excluded.due_at, litestripe_question.ask_by) ELSE litestripe_question.due_at END, \
     ask_by = CASE WHEN litestripe_question.due_at <= excluded.due_at THEN litestripe_question.ask_by ELSE excluded.ask_by END, \
     stream_sequence = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.stream_sequence \
         ELSE GREATEST(litestripe_question.stream_sequence, excluded.stream_sequence) END, \
     notifications = (COALESCE(litestripe_question.notifications, '{}')::jsonb || excluded.notifications::jsonb)::text";
 
-const GATHER_SQLITE: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.due_at \
+const GATHER_SQLITE: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL OR litestripe_question.last_error IS NOT NULL THEN excluded.due_at \
         WHEN litestripe_question.due_at <= excluded.due_at THEN MIN(excluded.due_at, litestripe_question.ask_by) ELSE litestripe_question.due_at END, \
     ask_by = CASE WHEN litestripe_question.due_at <= excluded.due_at THEN litestripe_question.ask_by ELSE excluded.ask_by END, \
     stream_sequence = CASE WHEN litestripe_question.ask_by IS NULL THEN excluded.stream_sequence \
@@ -71,10 +72,18 @@ pub struct Taken {
     /// When the question becomes due again. If it was saved again meanwhile, the table has another
     /// time, and the question no longer belongs to this process.
     leased_until: OffsetDateTime,
+    /// Whether the last attempt failed.
+    pub is_failing: bool,
+    /// When the question was first saved, if the version of then wrote it.
+    pub opened: Option<OffsetDateTime>,
 }
 
-/// Saves `questions`. An existing question is replaced and asked again.
-pub async fn save(tx: &Transaction, questions: Vec<Question>) -> Result<(), StoreError> {
+/// Saves `questions`, which were made at `now`. An existing question is replaced and asked again.
+pub async fn save(
+    tx: &Transaction,
+    questions: Vec<Question>,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
     // One statement may not name a key twice. The last of several has the newest values.
     let mut by_key: BTreeMap<_, Question> = BTreeMap::new();
     for question in questions {
@@ -83,7 +92,8 @@ pub async fn save(tx: &Transaction, questions: Vec<Question>) -> Result<(), Stor
             Entry::Occupied(mut entry) => entry.get_mut().replace(question),
         }
     }
-    let gather = match tx.get_database_backend() {
+    let backend = tx.get_database_backend();
+    let gather = match backend {
         DbBackend::Postgres => GATHER_POSTGRES,
         _ => GATHER_SQLITE,
     };
@@ -91,11 +101,31 @@ pub async fn save(tx: &Transaction, questions: Vec<Question>) -> Result<(), Stor
         then: &[REPLACE, gather].concat(),
         ..INSERT
     };
-    let put = super::rows::insert(tx, insert, by_key.into_values().map(cells).collect()).await;
+    let time = |at: OffsetDateTime| match backend {
+        DbBackend::Postgres => Cell::from(microseconds_until(at, now)),
+        _ => Cell::from(at),
+    };
+    let rows = by_key
+        .into_values()
+        .map(|question| cells(question, time, now));
+    let put = super::rows::insert(tx, insert, rows.collect()).await;
     put.map(drop).map_err(StoreError::doing("save questions"))
 }
 
-fn cells(question: Question) -> [Cell; 18] {
+/// Returns how long after `now` the time `at` is. PostgreSQL adds it to its own clock, which is not
+/// that of `now`. At most a year, because a sum beyond the calendar is an error: a question that is
+/// due later is then asked too early, which does no harm.
+fn microseconds_until(at: OffsetDateTime, now: OffsetDateTime) -> i64 {
+    const MAX: time::Duration = time::Duration::days(365);
+    let left = (at - now).clamp(-MAX, MAX).whole_microseconds();
+    i64::try_from(left).expect("a year has fewer microseconds")
+}
+
+fn cells(
+    question: Question,
+    time: impl Fn(OffsetDateTime) -> Cell,
+    now: OffsetDateTime,
+) -> [Cell; 19] {
     let (kind, payment) = (question.kind(), question.payment());
     let (mut client_reference_id, mut is_paid, mut notified) = (None, false, None);
     match question.details {
@@ -114,7 +144,7 @@ fn cells(question: Question) -> [Cell; 18] {
     [
         question.entity_id.into(),
         kind.as_str().to_owned().into(),
-        question.due_at.into(),
+        time(question.due_at),
         question.attempts.into(),
         payment.checkout_session_id.into(),
         payment.stripe_customer_id.into(),
@@ -130,6 +160,7 @@ fn cells(question: Question) -> [Cell; 18] {
         notified.and_then(|notified| notified.context).into(),
         notifications.into(),
         Cell::Time(ask_by),
+        time(now),
     ]
 }
 
@@ -216,7 +247,7 @@ pub struct Due {
     pub limit: u64,
 }
 
-/// Takes questions that are due. Each becomes due again after `lease`.
+/// Takes questions that are due. Each becomes due again after `lease`, by the database's clock.
 ///
 /// Until a replay has reached its end, rows may be half rebuilt, so questions that it may still
 /// answer are not taken.
@@ -227,10 +258,10 @@ pub async fn take(
         livemode,
         limit,
     }: Due,
-    now: OffsetDateTime,
     lease: Duration,
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
+    let now = clock::now(store.connection()).await?;
     let mut due = is_of(kind).and(Column::DueAt.lte(now));
     if let Some(livemode) = livemode {
         due = due.and(Column::Livemode.eq(livemode));
@@ -254,16 +285,7 @@ pub async fn take(
         due = due.and(Column::StreamSequence.gt(last.cast_signed()));
     }
     store
-        .uncancelled(async move |tx| {
-            take_due(
-                tx,
-                kind,
-                due,
-                (now + lease).truncate_to_millisecond(),
-                limit,
-            )
-            .await
-        })
+        .uncancelled(async move |tx| take_due(tx, kind, due, limit, (now, lease)).await)
         .await
 }
 
@@ -276,11 +298,12 @@ async fn take_due(
     tx: Transaction,
     kind: Kind,
     due: Expr,
-    // PostgreSQL keeps microseconds, and this is compared later.
-    leased_until: OffsetDateTime,
     limit: u64,
+    (now, lease): (OffsetDateTime, Duration),
 ) -> Result<Vec<Taken>, StoreError> {
     let doing = StoreError::doing("take questions");
+    // PostgreSQL keeps microseconds, and this is compared later.
+    let leased_until = later(now, lease).truncate_to_millisecond();
     let mut oldest = Entity::find()
         .filter(due)
         .order_by_asc(Column::DueAt)
@@ -296,6 +319,7 @@ async fn take_due(
     if !taken.is_empty() {
         let moved = Entity::update_many()
             .col_expr(Column::DueAt, Expr::value(leased_until))
+            .col_expr(Column::LastError, Expr::value(None::<String>))
             .filter(keys);
         moved.exec(&tx).await.map_err(&doing)?;
     }
@@ -304,6 +328,8 @@ async fn take_due(
         .into_iter()
         .filter_map(|row| {
             Some(Taken {
+                is_failing: row.last_error.is_some(),
+                opened: row.dt_created,
                 question: question(row)?,
                 leased_until,
             })
@@ -311,22 +337,96 @@ async fn take_due(
         .collect())
 }
 
-/// Sets when the question is asked again, unless it is no longer leased.
+/// When and after what a question is asked again.
+#[derive(Debug, Clone)]
+pub struct Retry {
+    pub after: Duration,
+    /// How many attempts in a row had this outcome.
+    pub attempts: i32,
+    /// Why the attempt failed, if it did.
+    pub error: Option<String>,
+}
+
+/// Records when the question is asked again, unless it is no longer leased.
 pub async fn postpone<C: ConnectionTrait>(
     db: &C,
     taken: &Taken,
-    due_at: OffsetDateTime,
-    attempts: i32,
+    retry: Retry,
 ) -> Result<(), StoreError> {
+    let due_at = later(clock::now(db).await?, retry.after);
     let postponed = Entity::update_many()
         .col_expr(Column::DueAt, Expr::value(due_at))
-        .col_expr(Column::Attempts, Expr::value(attempts))
+        .col_expr(Column::Attempts, Expr::value(retry.attempts))
+        .col_expr(Column::LastError, Expr::value(retry.error))
         .filter(as_leased(taken))
         .exec(db)
         .await;
     postponed
         .map(|_| ())
         .map_err(StoreError::doing("postpone a question"))
+}
+
+/// Makes up to `count` failing questions of `kind` due: what they wait for may work again.
+pub async fn hasten<C: ConnectionTrait>(db: &C, kind: Kind, count: u64) -> Result<(), StoreError> {
+    let doing = StoreError::doing("ask failing questions again");
+    let now = clock::now(db).await?;
+    // A question that is being asked has no error.
+    let failing = Column::Kind
+        .eq(kind.as_str())
+        .and(Column::LastError.is_not_null())
+        .and(Column::DueAt.gt(now));
+    let some: Vec<String> = Entity::find()
+        .select_only()
+        .column(Column::EntityId)
+        .filter(failing.clone())
+        .order_by_asc(Column::DueAt)
+        .limit(count)
+        .into_tuple()
+        .all(db)
+        .await
+        .map_err(&doing)?;
+    if some.is_empty() {
+        return Ok(());
+    }
+    let hastened = Entity::update_many()
+        .col_expr(Column::DueAt, Expr::value(now))
+        .filter(failing.and(Column::EntityId.is_in(some)))
+        .exec(db)
+        .await;
+    hastened.map(drop).map_err(doing)
+}
+
+/// Corrects times that a clock wrote while it was ahead. Questions of `kind` that are due later than
+/// `pause_max` from now become due, failing ones only if they are due later than `failing_max`, and
+/// none was opened later than now.
+pub async fn correct_future<C: ConnectionTrait>(
+    db: &C,
+    kind: Kind,
+    pause_max: Duration,
+    failing_max: Duration,
+) -> Result<u64, StoreError> {
+    let doing = StoreError::doing("correct when questions are due");
+    let now = clock::now(db).await?;
+    let too_late = Column::LastError
+        .is_null()
+        .or(Column::DueAt.gt(later(now, failing_max)));
+    let opened = Expr::case(Column::DtCreated.gt(now), now).finally(Expr::col(Column::DtCreated));
+    let too_late = Column::Kind
+        .eq(kind.as_str())
+        .and(Column::DueAt.gt(later(now, pause_max)))
+        .and(too_late);
+    // Usually there is none, and this check takes no write lock.
+    let any = Entity::find().filter(too_late.clone()).one(db).await;
+    if any.map_err(&doing)?.is_none() {
+        return Ok(0);
+    }
+    let corrected = Entity::update_many()
+        .col_expr(Column::DueAt, Expr::value(now))
+        .col_expr(Column::DtCreated, opened.into())
+        .filter(too_late)
+        .exec(db)
+        .await;
+    corrected.map(|done| done.rows_affected).map_err(doing)
 }
 
 /// Deletes the answered question, unless it was saved again since it was taken. Returns whether it
@@ -409,34 +509,57 @@ pub async fn remove_fetched<C: ConnectionTrait>(
         .map_err(StoreError::doing("remove answered questions"))
 }
 
-/// Counts the open questions by kind and mode.
+/// Counts the open questions by kind and mode. Reads only the rows of failing ones.
 pub async fn count_open<C: ConnectionTrait>(db: &C) -> Result<Vec<Open>, StoreError> {
-    let counts: Result<Vec<(String, bool, i64)>, _> = Entity::find()
-        .select_only()
-        .columns([Column::Kind, Column::Livemode])
-        .expr_as(Expr::cust("COUNT(*)"), "count")
-        .group_by(Column::Kind)
-        .group_by(Column::Livemode)
+    type Failing = (String, bool, i64, Option<OffsetDateTime>, Option<String>);
+    let doing = StoreError::doing("count open questions");
+    let by_kind_and_mode = || {
+        Entity::find()
+            .select_only()
+            .columns([Column::Kind, Column::Livemode])
+            .expr_as(Expr::cust("COUNT(*)"), "count")
+            .group_by(Column::Kind)
+            .group_by(Column::Livemode)
+    };
+    let all: Vec<(String, bool, i64)> = by_kind_and_mode()
         .into_tuple()
         .all(db)
-        .await;
-    let counts = counts.map_err(StoreError::doing("count open questions"))?;
+        .await
+        .map_err(&doing)?;
+    let failing: Vec<Failing> = by_kind_and_mode()
+        .column_as(Column::DtCreated.min(), "oldest")
+        .column_as(Column::LastError.max(), "error")
+        .filter(Column::LastError.is_not_null())
+        .into_tuple()
+        .all(db)
+        .await
+        .map_err(&doing)?;
     let open = |(kind, livemode, count): (String, bool, i64)| {
+        let failing = failing.iter().find(|of| (&of.0, of.1) == (&kind, livemode));
         Some(Open {
             kind: Kind::parse(&kind)?,
             livemode,
             count: count.cast_unsigned(),
+            failing: failing.map_or(0, |of| of.2.cast_unsigned()),
+            oldest: failing.and_then(|of| of.3),
+            error: failing.and_then(|of| of.4.clone()),
         })
     };
-    Ok(counts.into_iter().filter_map(open).collect())
+    Ok(all.into_iter().filter_map(open).collect())
 }
 
-/// How many questions of a kind and mode are open.
-#[derive(Debug, Clone, Copy)]
+/// The open questions of a kind and mode.
+#[derive(Debug, Clone)]
 pub struct Open {
     pub kind: Kind,
     pub livemode: bool,
     pub count: u64,
+    /// How many of them failed at the last attempt.
+    pub failing: u64,
+    /// When the oldest failing one was saved.
+    pub oldest: Option<OffsetDateTime>,
+    /// Why the last attempt at one of them failed.
+    pub error: Option<String>,
 }
 
 impl Open {

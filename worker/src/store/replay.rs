@@ -58,7 +58,8 @@ impl Replay {
 
     /// Whether a process runs it.
     pub fn is_running(&self, now: OffsetDateTime) -> bool {
-        now - self.heartbeat < HEARTBEAT_TIMEOUT
+        // A heartbeat in the future is as little a sign of life as an old one.
+        (now - self.heartbeat).abs() < HEARTBEAT_TIMEOUT
     }
 
     /// Whether it is not a replay, but the record of a table that was found empty.
@@ -68,7 +69,7 @@ impl Replay {
 
     /// Whether a process runs it, or the operator is expected to finish it.
     pub fn is_open(&self, now: OffsetDateTime) -> bool {
-        now - self.heartbeat < OPEN_MAX
+        (now - self.heartbeat).abs() < OPEN_MAX
     }
 }
 

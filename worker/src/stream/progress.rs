@@ -37,6 +37,8 @@ pub enum ProgressError {
     Message(#[from] RawMessageError),
     #[error("cannot read the broker's time")]
     Time(#[source] RequestError),
+    #[error("the broker does not say its time")]
+    NoTime(#[source] jetstream::Error),
     #[error("cannot read when the stream was created")]
     Created(#[source] InfoError),
 }
@@ -162,10 +164,10 @@ fn is_missing(error: &GetStreamError) -> bool {
     )
 }
 
-/// Whether every event that was stored before `end` is applied.
-pub(crate) async fn has_applied_all_before(
+/// Whether every event is applied of whose time by the broker's clock `is_before` holds.
+pub(crate) async fn has_applied_all(
     jetstream: &jetstream::Context,
-    end: OffsetDateTime,
+    is_before: impl Fn(OffsetDateTime) -> bool,
 ) -> Result<bool, ProgressError> {
     let Some(applied_until) = applied_until(jetstream).await? else {
         return Ok(false);
@@ -174,7 +176,7 @@ pub(crate) async fn has_applied_all_before(
         return Ok(true);
     };
     let oldest = first_from(jetstream, oldest).await?;
-    Ok(oldest.is_none_or(|oldest| oldest.time > end))
+    Ok(oldest.is_none_or(|oldest| !is_before(oldest.time)))
 }
 
 /// Returns the time by the broker's clock. `None` if the broker's answer lacks it, or if
@@ -184,14 +186,21 @@ pub(crate) async fn broker_time(
     jetstream: &jetstream::Context,
 ) -> Result<Option<OffsetDateTime>, ProgressError> {
     let subject = format!("CONSUMER.INFO.{EVENTS_STREAM}.{WORKER_CONSUMER}");
+    // The server takes an empty object for an empty request, and refuses a null.
     let answer = jetstream
-        .request(subject, &())
+        .request(subject, &serde_json::json!({}))
         .await
         .map_err(ProgressError::Time)?;
-    Ok(match answer {
-        Response::Ok(ConsumerTime { ts }) => ts,
-        Response::Err { .. } => None,
-    })
+    match answer {
+        Response::Ok(ConsumerTime { ts }) => Ok(ts),
+        Response::Err { error }
+            if [ErrorCode::CONSUMER_NOT_FOUND, ErrorCode::STREAM_NOT_FOUND]
+                .contains(&error.error_code()) =>
+        {
+            Ok(None)
+        }
+        Response::Err { error } => Err(ProgressError::NoTime(error)),
+    }
 }
 
 /// Returns when the event stream was created.

@@ -91,6 +91,25 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// Whether the same request would be answered the same until somebody changes the key, its
+    /// permissions, STRIPE_API_BASE or the object.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Redirected | Self::Answer { .. } => true,
+            Self::Status { status, .. } => {
+                status.is_client_error()
+                    && !matches!(
+                        *status,
+                        StatusCode::REQUEST_TIMEOUT
+                            | StatusCode::CONFLICT
+                            | StatusCode::TOO_EARLY
+                            | StatusCode::TOO_MANY_REQUESTS
+                    )
+            }
+            _ => false,
+        }
+    }
+
     /// Whether Stripe says that there is no such object.
     pub fn is_not_found(&self) -> bool {
         matches!(

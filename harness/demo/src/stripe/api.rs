@@ -109,6 +109,8 @@ struct State {
     /// The `Date` of all answers, in place of the time.
     date: Option<String>,
     troubles: Vec<(&'static str, Trouble)>,
+    /// Answers to all requests with that path.
+    refusals: BTreeMap<&'static str, Trouble>,
     held: Vec<&'static str>,
     requests: Vec<Request>,
 }
@@ -202,6 +204,16 @@ impl Api {
         self.shared.state().troubles.push((path, trouble));
     }
 
+    /// Plans the answer to all requests with `path` in their path.
+    pub fn refuse(&self, path: &'static str, trouble: Trouble) {
+        self.shared.state().refusals.insert(path, trouble);
+    }
+
+    /// Ends all [`Self::refuse`].
+    pub fn refuse_nothing(&self) {
+        self.shared.state().refusals.clear();
+    }
+
     /// Delays the answers to requests with `path` in their path.
     pub fn hold(&self, path: &'static str) -> Hold {
         self.shared.state().held.push(path);
@@ -283,11 +295,18 @@ impl Shared {
 
 impl State {
     fn take_trouble(&mut self, path: &str) -> Option<Trouble> {
-        let index = self
-            .troubles
-            .iter()
-            .position(|(wanted, _)| path.contains(wanted))?;
-        Some(self.troubles.remove(index).1)
+        let planned = self.troubles.iter();
+        match planned
+            .clone()
+            .position(|(wanted, _)| path.contains(wanted))
+        {
+            Some(index) => Some(self.troubles.remove(index).1),
+            None => {
+                let mut refusals = self.refusals.iter();
+                let refusal = refusals.find(|(wanted, _)| path.contains(**wanted));
+                refusal.map(|(_, trouble)| trouble.clone())
+            }
+        }
     }
 
     fn look_up(&self, path: &str, headers: &BTreeMap<String, String>) -> Response<Full<Bytes>> {

@@ -644,7 +644,7 @@ fn check_unknown(orphan: &orphaned_payment::Model, purchase: &Purchase) {
 }
 
 /// Delivers a paid Checkout Session with that client reference id.
-async fn buy(bridge: &Bridge, client_reference_id: &str) -> Purchase {
+pub(crate) async fn buy(bridge: &Bridge, client_reference_id: &str) -> Purchase {
     let purchase = Purchase::new(now() - 60);
     let session = json!({ "client_reference_id": client_reference_id });
     bridge
@@ -664,13 +664,13 @@ async fn make_users(database: &Database) {
 
 const SUBJECT: &str = "app.user.known";
 
-fn asking_the_application(database: DatabaseKind) -> Options {
+pub(crate) fn asking_the_application(database: DatabaseKind) -> Options {
     Options::new(database).worker("LITESTRIPE_USER_LOOKUP", format!("nats:{SUBJECT}"))
 }
 
 /// The application's answer about one id.
 #[derive(Clone, Copy, Debug)]
-enum Answer {
+pub(crate) enum Answer {
     Known(bool),
     Text(&'static str),
     /// No answer at all.
@@ -680,7 +680,7 @@ enum Answer {
 }
 
 /// An application that answers lookups about its users.
-struct Application {
+pub(crate) struct Application {
     client: async_nats::Client,
     book: Arc<Mutex<Book>>,
     _answers: JoinSet<()>,
@@ -694,7 +694,7 @@ struct Book {
 }
 
 impl Application {
-    async fn start(bridge: &Bridge) -> Self {
+    pub(crate) async fn start(bridge: &Bridge) -> Self {
         let client = bridge.broker.connect().await;
         let mut requests = client
             .subscribe(SUBJECT)
@@ -724,7 +724,7 @@ impl Application {
         }
     }
 
-    fn answer(&self, id: &str, answer: Answer) {
+    pub(crate) fn answer(&self, id: &str, answer: Answer) {
         self.book
             .lock()
             .expect(LOCK)
@@ -748,7 +748,7 @@ impl Application {
         self.client.flush().await.expect("the server answers");
     }
 
-    fn asked(&self, id: &str) -> usize {
+    pub(crate) fn asked(&self, id: &str) -> usize {
         self.book
             .lock()
             .expect(LOCK)
@@ -758,7 +758,7 @@ impl Application {
             .unwrap_or_default()
     }
 
-    async fn until_asked(&self, id: &str, times: usize) {
+    pub(crate) async fn until_asked(&self, id: &str, times: usize) {
         eventually(
             &format!("{id} to be asked for {times} times"),
             DEADLINE,

@@ -67,7 +67,7 @@ pub(crate) fn oldest(now: OffsetDateTime) -> OffsetDateTime {
 /// Returns `last` unless it is too far in the future: hosts' clocks differ a little, but such a
 /// time comes from a clock that was wrong.
 fn plausible(last: Option<OffsetDateTime>, now: OffsetDateTime) -> Option<OffsetDateTime> {
-    last.filter(|last| *last <= now + OVERLAP)
+    last.filter(|last| *last - now <= OVERLAP)
 }
 
 fn leaves_no_gap(

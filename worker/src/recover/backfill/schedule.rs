@@ -41,7 +41,8 @@ pub(crate) struct Schedule {
     pub backfill: Backfill,
     pub interval: Duration,
     /// When this process was started. Its first backfill is due at once, unless another worker has
-    /// run one since then.
+    /// run one since then. Afterwards, when this process began its last one: by a clock that was set
+    /// back, the start may be in the future.
     pub started: OffsetDateTime,
     pub record: Record,
     pub lease: Lease,
@@ -84,34 +85,39 @@ impl Schedule {
         &mut self,
         shutdown: &CancellationToken,
     ) -> Result<Duration, ScheduleError> {
-        let left = due_in(&self.record, self.interval, self.started).await?;
+        let started = self.started;
+        let left = due_in(&self.record, self.interval, started).await?;
         if !left.is_zero() {
             return Ok(left);
         }
         let work = async {
             // Another worker may have finished one just before we got the lease.
-            let left = due_in(&self.record, self.interval, self.started).await?;
+            let left = due_in(&self.record, self.interval, started).await?;
             if !left.is_zero() {
-                return Ok(left);
+                return Ok((left, started));
             }
             if let Some(mismatch) = mode::find_mismatch(&self.store, &self.stripe).await? {
                 return Err(mismatch.into());
             }
-            run(&self.backfill, &self.record, shutdown).await?;
-            Ok(self.interval)
+            let began = run(&self.backfill, &self.record, shutdown).await?;
+            Ok((self.interval, began))
         };
-        self.lease
-            .hold_during(work)
-            .await?
-            .unwrap_or(Ok(CHECK_EVERY))
+        let worked: Option<Result<_, ScheduleError>> = self.lease.hold_during(work).await?;
+        let Some(worked) = worked else {
+            return Ok(CHECK_EVERY);
+        };
+        let (left, started) = worked?;
+        self.started = started;
+        Ok(left)
     }
 }
 
+/// Runs a backfill. Returns when it began.
 async fn run(
     backfill: &Backfill,
     record: &Record,
     shutdown: &CancellationToken,
-) -> Result<(), ScheduleError> {
+) -> Result<OffsetDateTime, ScheduleError> {
     let began = OffsetDateTime::now_utc();
     let since = record::next_since(record.last_complete().await?, began);
     let wanted = Wanted {
@@ -131,7 +137,7 @@ async fn run(
         record.record_complete(since, began).await?;
         metrics::backfill_ended(true);
     }
-    Ok(())
+    Ok(began)
 }
 
 fn log_summary(summary: &Summary, since: OffsetDateTime) {

@@ -10,6 +10,7 @@
 
 use std::time::{Duration, Instant};
 
+use litestripe_domain::question::later;
 use time::OffsetDateTime;
 
 /// A budget: at most `requests` in every window.
@@ -61,7 +62,7 @@ impl Plan {
         if reservation.free - stored <= self.span.saturating_sub(reservation.length) {
             reservation.free.max(stored)
         } else {
-            stored + self.span
+            later(stored, self.span)
         }
     }
 
@@ -75,8 +76,8 @@ impl Plan {
         length: Duration,
     ) -> Reservation {
         let free = match value.and_then(Reservation::parse) {
-            Some(last) => self.start(last, stored) + last.length.min(self.span),
-            None => stored + self.span,
+            Some(last) => later(self.start(last, stored), last.length.min(self.span)),
+            None => later(stored, self.span),
         };
         Reservation { free, length }
     }
@@ -98,7 +99,8 @@ impl Plan {
     /// Returns how long to wait after `stored`, the time of the last reservation, before `next` may
     /// be stored: stored earlier, it would end beyond the span.
     pub(super) fn wait(&self, next: Reservation, stored: OffsetDateTime) -> Duration {
-        Duration::try_from(next.free + next.length - (stored + self.span)).unwrap_or_default()
+        let end = later(next.free, next.length);
+        Duration::try_from(end - later(stored, self.span)).unwrap_or_default()
     }
 }
 

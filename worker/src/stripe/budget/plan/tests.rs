@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use time::OffsetDateTime;
 
-use super::{Plan, Reservation};
+use super::{Plan, Reservation, later};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -25,6 +25,20 @@ enum Step {
     },
     /// An operator writes the key by hand or deletes it.
     Overwrite(Option<&'static str>),
+}
+
+/// Any time from 1970 to 9999, often at one of the ends.
+fn any_clock() -> impl Strategy<Value = OffsetDateTime> {
+    const LAST: i64 = 253_402_300_799;
+    let second = prop_oneof![
+        0..=LAST,
+        0..=100_i64,
+        LAST - 100..=LAST,
+        1_790_000_000..=1_800_000_000_i64
+    ];
+    second.prop_map(|second| {
+        OffsetDateTime::from_unix_timestamp(second).expect("it is within the calendar")
+    })
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -102,16 +116,22 @@ proptest! {
     }
 
     #[test]
-    fn no_value_of_the_key_panics_or_blocks_for_more_than_two_spans(value in prop_oneof![
+    fn no_value_of_the_key_and_no_clock_panics_or_blocks_for_more_than_two_spans(value in prop_oneof![
         prop::collection::vec(any::<u8>(), 0..30),
         (any::<i64>(), any::<u64>()).prop_map(|(free, length)| format!("{free} {length}").into_bytes()),
         any::<i64>().prop_map(|free| free.to_string().into_bytes()),
-    ]) {
+    ], stored in any_clock(), broken in any_clock()) {
         let plan = Plan::new(75, MINUTE);
-        let stored = OffsetDateTime::UNIX_EPOCH + MINUTE * 30_000_000;
         let next = plan.next(Some(&value), stored, plan.interval);
-        prop_assert!(next.free >= stored && next.free <= stored + plan.span * 2, "{next:?}");
-        prop_assert!(plan.start(next, stored + plan.wait(next, stored)) == next.free);
+        prop_assert!(next.free >= stored && next.free <= later(stored, plan.span * 2), "{next:?}");
+        let wait = plan.wait(next, stored);
+        prop_assert!(wait <= plan.span * 2, "{wait:?}");
+        if stored.year() < 9999 {
+            prop_assert!(plan.start(next, stored + wait) == next.free);
+        }
+        // The broker's clock jumps before the reservation is stored.
+        let (from, until) = plan.permitted(next, broken, Instant::now(), Instant::now());
+        prop_assert!(from <= Instant::now() + plan.span && until > Instant::now(), "{from:?}");
     }
 }
 

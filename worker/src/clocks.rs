@@ -1,0 +1,148 @@
+//! Whether the clocks of this program, the database and the broker agree.
+//!
+//! Owns the comparison and its log lines. A clock that is ahead decides nothing early, because the
+//! earliest clock counts; one that is behind delays orphans and the erasure of emails, and this says
+//! so.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_nats::jetstream;
+use litestripe_contract::stream::Finding;
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::store::{self, Store};
+use crate::stream::progress;
+use crate::wait::pause;
+
+/// How far clocks may differ without a word: more than any synchronised clocks do.
+const DIFFERENCE_MAX: time::Duration = time::Duration::seconds(60);
+
+/// How often they are compared.
+const CHECK_EVERY: Duration = Duration::from_secs(20);
+
+/// A clock that differs from this program's by more than [`DIFFERENCE_MAX`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Difference {
+    of: &'static str,
+    ahead: time::Duration,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.ahead.whole_seconds();
+        let direction = if seconds < 0 { "behind" } else { "ahead of" };
+        write!(
+            f,
+            "the {}'s clock is {} s {direction} this program's",
+            self.of,
+            seconds.unsigned_abs()
+        )
+    }
+}
+
+impl From<Difference> for Finding {
+    fn from(difference: Difference) -> Self {
+        Self {
+            what: difference.to_string(),
+            mend: "synchronise the hosts' clocks (NTP)".to_owned(),
+        }
+    }
+}
+
+/// Logs when the clocks begin to differ and when they agree again, until `shutdown`.
+pub(crate) async fn watch(
+    store: Store,
+    jetstream: jetstream::Context,
+    shutdown: CancellationToken,
+) {
+    let mut differed = false;
+    loop {
+        let found = differences(&store, &jetstream).await;
+        if !differed {
+            for difference in &found {
+                warn!(
+                    "{difference}: until the clocks agree, grace periods and the erasure of old emails may end late. \
+                     Synchronise the hosts' clocks (NTP)"
+                );
+            }
+        } else if found.is_empty() {
+            info!("the clocks agree again");
+        }
+        differed = !found.is_empty();
+        if pause(CHECK_EVERY, &shutdown).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// Returns the clocks that differ, of those that can be read now.
+pub(crate) async fn differences(store: &Store, jetstream: &jetstream::Context) -> Vec<Difference> {
+    let began = OffsetDateTime::now_utc();
+    let databases = store::clock::now(store.connection()).await.ok();
+    let between = OffsetDateTime::now_utc();
+    let brokers = progress::broker_time(jetstream).await.ok().flatten();
+    let ended = OffsetDateTime::now_utc();
+    let read = [
+        ("database", databases, began, between),
+        ("broker", brokers, between, ended),
+    ];
+    let differs = |(of, at, began, ended): (_, Option<OffsetDateTime>, _, _)| {
+        difference(of, at?, began, ended)
+    };
+    read.into_iter().filter_map(differs).collect()
+}
+
+/// Compares a clock that showed `at` at some moment from `began` to `ended` of ours.
+fn difference(
+    of: &'static str,
+    at: OffsetDateTime,
+    began: OffsetDateTime,
+    ended: OffsetDateTime,
+) -> Option<Difference> {
+    let ahead = if at < began {
+        at - began
+    } else {
+        (at - ended).max(time::Duration::ZERO)
+    };
+    (ahead.abs() > DIFFERENCE_MAX).then_some(Difference { of, ahead })
+}
+
+#[cfg(test)]
+mod tests {
+    use time::macros::datetime;
+
+    use super::difference;
+
+    #[test]
+    fn clocks_differ_by_what_no_delay_of_the_answer_explains() {
+        let (began, ended) = (
+            datetime!(2026-11-29 12:00 UTC),
+            datetime!(2026-11-29 12:02 UTC),
+        );
+        let check = |at, expected: Option<&str>| {
+            let found = difference("broker", at, began, ended).map(|found| found.to_string());
+            assert_eq!(found.as_deref(), expected, "{at}");
+        };
+        check(datetime!(2026-11-29 11:59 UTC), None);
+        check(datetime!(2026-11-29 12:01 UTC), None);
+        check(datetime!(2026-11-29 12:03 UTC), None);
+        check(
+            datetime!(2026-11-29 11:58 UTC),
+            Some("the broker's clock is 120 s behind this program's"),
+        );
+        check(
+            datetime!(2026-11-29 13:02 UTC),
+            Some("the broker's clock is 3600 s ahead of this program's"),
+        );
+        for at in [
+            datetime!(1970-01-01 00:00 UTC),
+            datetime!(9999-12-31 23:59 UTC),
+        ] {
+            assert!(difference("broker", at, began, ended).is_some());
+            assert!(difference("broker", began, at, at).is_some());
+        }
+    }
+}
