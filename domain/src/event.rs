@@ -31,6 +31,9 @@ use read::Place;
 
 use crate::payment::PaymentIds;
 
+/// The longest client reference id, in bytes. An event with a longer one can never be applied.
+pub const CLIENT_REFERENCE_ID_BYTES_MAX: usize = object::TEXT_BYTES_MAX;
+
 /// The kept part of an event of a type that the worker handles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
@@ -187,6 +190,10 @@ pub struct Details {
     pub collection_method: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pause_collection: Option<PauseCollection>,
+    /// The customer's account, `acct_…`. Never changes, so it needs no mark. Stripe: "Accounts v2",
+    /// `customer_account`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub customer_account: Option<String>,
     /// Whether the event had only the first page of the items.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub has_more_items: bool,
@@ -237,7 +244,9 @@ pub struct CheckoutSession {
     pub payment_status: Option<String>,
     /// Never blank.
     pub client_reference_id: Option<String>,
+    /// The customer, or the customer's account if the session names no other customer.
     pub stripe_customer_id: Option<String>,
+    pub customer_account: Option<String>,
     /// Printable ASCII.
     pub stripe_subscription_id: Option<String>,
     /// The email that was entered at checkout, else the one that the session was created with.

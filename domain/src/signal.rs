@@ -4,7 +4,9 @@
 //! dropped.
 
 use litestripe_contract::event::{EventType, SNAPSHOT_TYPE};
-use litestripe_contract::signal::{EventReference, Orphan, SubscriptionChanged, Timestamp};
+use litestripe_contract::signal::{
+    EventReference, Orphan, OrphanReason, SubscriptionChanged, Timestamp,
+};
 use litestripe_contract::subject;
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -109,6 +111,31 @@ pub fn orphan_created(orphan: &NewOrphan, cause: Cause) -> NewSignal {
 /// Builds the signal that the user of an orphan was found.
 pub fn orphan_resolved(orphan: &NewOrphan, cause: Cause) -> NewSignal {
     orphan_signal(orphan, subject::ORPHAN_RESOLVED, cause)
+}
+
+/// Builds the signal of an orphan that is still open, as [`orphan_created`] built it at `created`.
+/// It needs a new `Nats-Msg-Id`. Only the id of the event is a column; its type is the most likely
+/// one.
+pub fn orphan_resent(orphan: &NewOrphan, created: Timestamp, now: OffsetDateTime) -> NewSignal {
+    let event_type = if orphan.event_id.as_str().starts_with("litestripe.") {
+        SNAPSHOT_TYPE
+    } else if orphan.reason == OrphanReason::NoCheckoutSession {
+        "customer.subscription.created"
+    } else {
+        "checkout.session.completed"
+    };
+    let event = EventReference {
+        id: orphan.event_id.clone(),
+        event_type: EventType::parse(event_type).expect("each of them is valid"),
+        created,
+    };
+    let cause = Cause {
+        event,
+        traceparent: None,
+    };
+    let mut signal = orphan_created(orphan, cause);
+    signal.message_id += &format!(":again:{}", now.unix_timestamp_nanos());
+    signal
 }
 
 fn orphan_signal(orphan: &NewOrphan, subject: &'static str, cause: Cause) -> NewSignal {

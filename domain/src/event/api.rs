@@ -22,7 +22,7 @@ pub struct Object {
 
 /// The kept fields of a subscription and of a Checkout Session, except email and metadata, which is
 /// the operator's own text. Ids, states and dates do not name a person.
-const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 23] = [
+const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 24] = [
     "cancel_at",
     "cancel_at_period_end",
     "canceled_at",
@@ -33,6 +33,7 @@ const FIELDS_WITHOUT_PERSONAL_DATA: [&str; 23] = [
     "current_period_end",
     "current_period_start",
     "customer",
+    "customer_account",
     "ended_at",
     "id",
     "items",

@@ -24,7 +24,7 @@ use crate::payment::PaymentIds;
 const STATUS_BYTES_MAX: usize = 64;
 /// The longest client reference id, lookup key or email, in bytes. Stripe: 200 characters for the
 /// first two, 512 for the last.
-const TEXT_BYTES_MAX: usize = 1024;
+pub(super) const TEXT_BYTES_MAX: usize = 1024;
 
 objects! {
     /// The fields of all kinds of `data.object`. An event's type usually comes after its data, so a
@@ -34,6 +34,7 @@ objects! {
         livemode: Leaf<'a> = "livemode",
         created: Leaf<'a> = "created",
         customer: Leaf<'a> = "customer",
+        customer_account: Leaf<'a> = "customer_account",
         metadata: Leaf<'a> = "metadata",
         status: Leaf<'a> = "status",
         start_date: Leaf<'a> = "start_date",
@@ -228,6 +229,13 @@ impl Reading {
     /// Applies the fields that have marks and are kept.
     fn overlay_details(&mut self, fields: &Fields<'_>, at: Place) -> Result<(), DecodeError> {
         let details = &mut self.kept.details;
+        let account = fields.customer_account;
+        overlay_reference(
+            &mut details.customer_account,
+            account,
+            at,
+            "customer_account",
+        )?;
         if fields.trial_start.is_present() {
             details.trial_start = at.seconds(fields.trial_start, "trial_start")?;
             let text = details.trial_start.map(|at| at.to_string());
@@ -464,6 +472,7 @@ pub(super) fn checkout_session(
         payment_status: text(object.payment_status, "payment_status", STATUS_BYTES_MAX)?,
         client_reference_id: reference,
         stripe_customer_id: None,
+        customer_account: None,
         stripe_subscription_id: None,
         customer_email: customer_email(object),
         metadata: BTreeMap::new(),
@@ -475,6 +484,17 @@ pub(super) fn checkout_session(
         OBJECT,
         "customer",
     )?;
+    overlay_reference(
+        &mut session.customer_account,
+        object.customer_account,
+        OBJECT,
+        "customer_account",
+    )?;
+    if session.stripe_customer_id.is_none() {
+        session
+            .stripe_customer_id
+            .clone_from(&session.customer_account);
+    }
     let mut subscription = None;
     overlay_reference(
         &mut subscription,

@@ -8,12 +8,23 @@ use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use serde_json::Value;
 
+/// The fields that name the account of the application, or one that it works for. Its events about
+/// nobody in particular do not belong to a customer who has the same account.
+const ACCOUNT_FIELDS: [&str; 6] = [
+    "account",
+    "context",
+    "destination",
+    "on_behalf_of",
+    "stripe_account_id",
+    "user_id",
+];
+
 /// The ids in a body that tell to whom it belongs, and the body itself.
 #[derive(Debug)]
 pub struct Owner {
     body: Value,
-    /// The customer that the object belongs to.
-    pub customer: Option<String>,
+    /// The customer that the object belongs to, and the customer's account.
+    pub customers: Vec<String>,
     /// The ids of the subscription and the Checkout Session that it is about.
     pub payments: Vec<String>,
 }
@@ -29,10 +40,13 @@ impl Owner {
             .unwrap_or(&body);
         let kind = kind(&body, object);
         let own = object["id"].as_str();
-        let customer = match kind {
-            Kind::Customer => own,
-            _ => id(&object["customer"]).or_else(|| object["stripe_customer_id"].as_str()),
-        };
+        let named = [
+            own.filter(|_| kind == Kind::Customer),
+            id(&object["customer"]),
+            id(&object["customer_account"]),
+            object["stripe_customer_id"].as_str(),
+        ];
+        let customers = named.into_iter().flatten();
         let payment = own.filter(|_| kind == Kind::Payment);
         let named = ["stripe_subscription_id", "checkout_session_id", "orphan_id"];
         let named = named.into_iter().filter_map(|name| object[name].as_str());
@@ -41,26 +55,61 @@ impl Owner {
             .chain(id(&object["subscription"]))
             .chain(named);
         Some(Self {
-            customer: customer.map(str::to_owned),
+            customers: customers.map(str::to_owned).collect(),
             payments: payments.map(str::to_owned).collect(),
             body,
         })
     }
 
-    /// Returns whether `wanted` accepts a text anywhere in the body. Texts are compared as a whole;
-    /// keys are not searched.
-    pub fn contains_text(&self, wanted: impl Fn(&str) -> bool) -> bool {
+    /// Returns the ids that stand for the owner.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        let ids = self.customers.iter().chain(&self.payments);
+        ids.map(String::as_str)
+    }
+
+    /// Whether the body belongs to the person whose ids `is_own` accepts.
+    ///
+    /// A body about another customer's object does not, whatever else it mentions. A body about an
+    /// object without a customer does if one of its texts, anywhere, is one of the ids.
+    pub fn belongs_to(&self, is_own: impl Fn(&str) -> bool) -> bool {
+        self.ids().any(&is_own) || self.customers.is_empty() && self.contains_text(is_own)
+    }
+
+    /// Returns when the event was created, in seconds since the Unix epoch. `None` if the body does
+    /// not say so readably.
+    pub fn created(&self) -> Option<i64> {
+        let created = &self.body["created"];
+        let of_thin_event = || serde_json::from_value(created.clone()).ok();
+        created
+            .as_i64()
+            .or_else(|| of_thin_event().map(Timestamp::unix))
+    }
+
+    /// Returns whether `wanted` accepts a text anywhere in the body, except where it names an
+    /// account. Texts are compared as a whole; keys are not searched.
+    fn contains_text(&self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut left = vec![&self.body];
         while let Some(value) = left.pop() {
             match value {
                 Value::String(text) if wanted(text) => return true,
                 Value::Array(list) => left.extend(list),
-                Value::Object(map) => left.extend(map.values()),
+                Value::Object(map) => {
+                    let fields = map.iter();
+                    let others =
+                        fields.filter(|(name, _)| !ACCOUNT_FIELDS.contains(&name.as_str()));
+                    left.extend(others.map(|(_, value)| value));
+                }
                 _ => {}
             }
         }
         false
     }
+}
+
+/// Returns the words of a body that is not JSON: ids are among them, each as a whole.
+pub fn words(body: &[u8]) -> impl Iterator<Item = &str> {
+    let words = body.split(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_');
+    words.filter_map(|word| std::str::from_utf8(word).ok())
 }
 
 #[derive(PartialEq, Eq)]

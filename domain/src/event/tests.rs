@@ -547,7 +547,7 @@ fn details_are_read_and_have_marks() {
         trial_start: Some(1_690_000_000),
         collection_method: Some("send_invoice".to_owned()),
         pause_collection: Some(pause(Some(1_700_000_000))),
-        has_more_items: false,
+        ..Details::default()
     };
     assert_eq!(event.snapshot.details, details);
     let Before::Snapshot(before) = event.before else {

@@ -80,7 +80,8 @@ fn show_snapshot(visible: &mut Visible, last: &Last<'_>) {
     visible.last_event = Some((last.id.clone(), last.created));
     visible.head_created = Some(last.created);
     let row = &mut visible.subscription;
-    row.stripe_customer_id.clone_from(&snapshot.customer);
+    let customer = snapshot.customer.as_ref();
+    row.stripe_customer_id = customer.or(last.details.customer_account.as_ref()).cloned();
     row.status.clone_from(&snapshot.status);
     row.created = at(snapshot.created);
     row.start_date = at(snapshot.start_date);

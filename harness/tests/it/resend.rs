@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
-use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, Signal, filter_by_subscription};
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::Purchase;
 use serde_json::json;
 
-use crate::orphans::{CREATED, UPDATED, apply, now};
+use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
+
+const COMMAND: Duration = Duration::from_secs(60);
 
 on_both_databases!(
     rows_are_sent_again_with_their_revision,
-    rows_never_signalled_get_their_first_revision
+    rows_never_signalled_get_their_first_revision,
+    open_orphans_are_sent_again
 );
 
 async fn rows_are_sent_again_with_their_revision(database: DatabaseKind) {
@@ -100,6 +103,51 @@ async fn rows_never_signalled_get_their_first_revision(database: DatabaseKind) {
         signals.last().expect("there is one").body["revision"],
         revision
     );
+}
+
+async fn open_orphans_are_sent_again(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    let purchases: Vec<_> = (0..3).map(|_| Purchase::new(now() - 60)).collect();
+    for purchase in &purchases {
+        let session = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
+        apply(&bridge, &session).await;
+    }
+    let [resolved, open @ ..] = &purchases[..] else {
+        panic!("there are three")
+    };
+    let resolve = ["orphans", "resolve", &resolved.subscription];
+    let user = ["--client-reference-id", "user_1"];
+    let done = bridge.worker().args(resolve).args(user);
+    assert_eq!(done.run(COMMAND).await.status.code(), Some(0));
+    for worker in bridge.workers.drain(..) {
+        worker.stop().await;
+    }
+    let about = |signals: &[Signal], id: &str| {
+        let created = signals.iter().filter(|signal| {
+            signal.subject == "orphan.created" && signal.body["orphan_id"] == json!(id)
+        });
+        created
+            .map(|signal| signal.body.clone())
+            .collect::<Vec<_>>()
+    };
+    let sent = resend(&bridge, &["--orphans"]).await;
+    assert_eq!(
+        (sent.status.code(), sent.stdout.trim()),
+        (Some(0), "2 orphans signalled again"),
+        "{}",
+        sent.stderr
+    );
+    let signals = bridge.signals().await;
+    assert_eq!(about(&signals, &resolved.subscription).len(), 1);
+    for purchase in open {
+        let [first, again] = &about(&signals, &purchase.subscription)[..] else {
+            panic!("not two signals")
+        };
+        for field in ["reason", "stripe_customer_id", "checkout_session_id"] {
+            assert_eq!(first[field], again[field]);
+        }
+        assert_eq!(first["event"]["id"], again["event"]["id"]);
+    }
 }
 
 #[tokio::test]

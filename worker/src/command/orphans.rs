@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use litestripe_contract::connect;
 use litestripe_contract::signal::Timestamp;
+use litestripe_domain::event::CLIENT_REFERENCE_ID_BYTES_MAX;
 use litestripe_domain::payment::ClientReferenceId;
 use litestripe_entity::orphaned_payment::Model;
 use serde_json::{Value, json};
@@ -62,7 +63,8 @@ pub(crate) struct Resolve {
     /// Your application's id of the user who paid
     #[arg(long, value_name = "ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     client_reference_id: String,
-    /// Resolve even if this user has another subscription that has not ended
+    /// Resolve even if this user has another subscription that has not ended, or if the orphan is
+    /// resolved to another user already
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -125,6 +127,9 @@ async fn list(store: &Store, all: bool, output: Output) -> Result<(), Failure> {
 impl Resolve {
     async fn execute(self, settings: &Settings, store: &Store) -> Result<(), Failure> {
         let orphan = find(store, &self.id).await?;
+        if orphan.resolved_client_reference_id.as_ref() == Some(&self.client_reference_id) {
+            return self.print_resolved(&orphan);
+        }
         self.check(store, &orphan).await?;
         let nats = super::connect(settings, "orphans").await?;
         let (id, user) = (&orphan.id, &self.client_reference_id);
@@ -153,11 +158,7 @@ impl Resolve {
         };
         let resolved = resolved?;
         match &resolved.resolved_client_reference_id {
-            Some(resolved_to) if resolved_to == user => {
-                self.output.print(&as_json(&resolved), || {
-                    print::line(&format!("{id} is resolved to client reference id {user}"));
-                })
-            }
+            Some(resolved_to) if resolved_to == user => self.print_resolved(&resolved),
             other => {
                 let other = other.as_deref().unwrap_or_default();
                 Err(Failure::new(format!(
@@ -167,32 +168,38 @@ impl Resolve {
         }
     }
 
+    fn print_resolved(&self, orphan: &Model) -> Result<(), Failure> {
+        let (id, user) = (&orphan.id, &self.client_reference_id);
+        self.output.print(&as_json(orphan), || {
+            print::line(&format!("{id} is resolved to client reference id {user}"));
+        })
+    }
+
     async fn check(&self, store: &Store, orphan: &Model) -> Result<(), Failure> {
-        if self.client_reference_id.chars().any(char::is_control) {
+        let (id, user) = (&orphan.id, &self.client_reference_id);
+        if user.chars().any(char::is_control) || user.trim().is_empty() {
             return Err(Failure::new(
-                "--client-reference-id must not contain control characters",
+                "--client-reference-id must not be blank or contain control characters",
             ));
         }
-        let id = &orphan.id;
-        if let Some(at) = orphan.resolved_at {
-            let (at, to) = (
-                timestamp(at),
-                orphan
-                    .resolved_client_reference_id
-                    .as_deref()
-                    .unwrap_or_default(),
-            );
+        if user.len() > CLIENT_REFERENCE_ID_BYTES_MAX {
             return Err(Failure::new(format!(
-                "{id} is resolved already, at {at}, to client reference id {to}; nothing was changed"
+                "--client-reference-id must not be longer than {CLIENT_REFERENCE_ID_BYTES_MAX} bytes"
+            )));
+        }
+        if let (Some(at), false) = (orphan.resolved_at, self.force) {
+            let to = orphan.resolved_client_reference_id.as_deref();
+            return Err(Failure::new(format!(
+                "{id} is resolved already, at {}, to client reference id {}; nothing was changed. If that was a mistake, \
+                 add --force",
+                timestamp(at),
+                to.unwrap_or_default()
             )));
         }
         if self.force {
             return Ok(());
         }
-        let (this, user) = (
-            orphan.stripe_subscription_id.as_deref(),
-            &self.client_reference_id,
-        );
+        let this = orphan.stripe_subscription_id.as_deref();
         // Only rows of the same mode count: a user may have tried a subscription in test mode.
         match store::subscription::find_other_of_user(
             store.connection(),
@@ -211,10 +218,11 @@ impl Resolve {
     }
 }
 
-/// Returns the time of a resolution made at `now`: later than what the orphan's row holds, so that
-/// a clock that is behind does not make the resolution lose.
+/// Returns the time of a resolution made at `now`: later than an earlier resolution and what the
+/// orphan's row holds, so that a clock that is behind does not make the resolution lose.
 async fn created(store: &Store, orphan: &Model, now: OffsetDateTime) -> Result<i64, Failure> {
-    let now = now.unix_timestamp();
+    let earlier = orphan.resolved_at.map(OffsetDateTime::unix_timestamp);
+    let now = earlier.map_or(now.unix_timestamp(), |at| now.unix_timestamp().max(at + 1));
     let Some(id) = orphan.stripe_subscription_id.as_deref() else {
         return Ok(now);
     };

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use litestripe_domain::event::owner::Owner;
+use litestripe_domain::event::owner::{self, Owner};
 use memchr::memmem;
 
 /// The ids that stand for one person. Ids are only ever added.
@@ -44,33 +44,15 @@ impl Ids {
         {
             return false;
         }
+        let is_own = |id: &str| self.0.contains(id);
         let Some(owner) = Owner::parse(body) else {
-            return self.occur_in(body);
+            return owner::words(body).any(is_own);
         };
-        let is_own = owner
-            .customer
-            .iter()
-            .chain(&owner.payments)
-            .any(|id| self.0.contains(id));
-        if is_own {
-            self.add(owner.customer.into_iter().chain(owner.payments));
-            return true;
+        let belongs = owner.belongs_to(is_own);
+        if owner.ids().any(is_own) {
+            self.add(owner.ids().map(str::to_owned));
         }
-        owner.customer.is_none() && owner.contains_text(|text| self.0.contains(text))
-    }
-
-    /// Whether `body`, which is not valid JSON, contains one of the ids, and not as part of a
-    /// longer id.
-    fn occur_in(&self, body: &[u8]) -> bool {
-        let is_part = |byte: Option<&u8>| {
-            byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_')
-        };
-        self.0.iter().any(|id| {
-            memmem::find_iter(body, id.as_bytes()).any(|start| {
-                let before = start.checked_sub(1).and_then(|at| body.get(at));
-                !is_part(before) && !is_part(body.get(start + id.len()))
-            })
-        })
+        belongs
     }
 }
 

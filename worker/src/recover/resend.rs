@@ -3,7 +3,7 @@
 //! For subscribers that are new, or that were offline for longer than signals are kept. Locks each
 //! row while its signal is put into the outbox, so that it never signals a state that a concurrent
 //! change has already replaced. A row that was never signalled, because its user is unknown, is
-//! signalled only if the operator names it.
+//! signalled only if the operator names it. Open orphans are signalled again in the same way.
 
 use std::time::Duration;
 
@@ -36,6 +36,15 @@ pub(crate) enum Chosen {
     Named,
 }
 
+impl std::ops::AddAssign for Resent {
+    fn add_assign(&mut self, more: Self) {
+        self.sent += more.sent;
+        self.left += more.left;
+        self.withheld += more.withheld;
+    }
+}
+
+/// What was put into the outbox, and what was left out.
 #[derive(Debug, Default)]
 pub(crate) struct Resent {
     pub sent: u64,
@@ -54,6 +63,50 @@ pub(crate) async fn put_in_outbox(
     store
         .uncancelled(async move |tx| put_rows(tx, &ids, chosen, OffsetDateTime::now_utc()).await)
         .await
+}
+
+/// Puts signals of up to [`BATCH`] open orphans after `after`, in the order of their ids, into the
+/// outbox. Returns the last id; `None` if there are no more.
+pub(crate) async fn put_orphans_in_outbox(
+    store: &Store,
+    after: String,
+) -> Result<(Resent, Option<String>), StoreError> {
+    store
+        .uncancelled(async move |tx| put_orphans(tx, &after, OffsetDateTime::now_utc()).await)
+        .await
+}
+
+async fn put_orphans(
+    tx: DatabaseTransaction,
+    after: &str,
+    now: OffsetDateTime,
+) -> Result<(Resent, Option<String>), StoreError> {
+    let open = store::orphan::lock_open(&tx, after, BATCH).await?;
+    let last = open.last().map(|orphan| orphan.id.clone());
+    let (unsent, open): (Vec<_>, Vec<_>) = open
+        .into_iter()
+        .partition(|orphan| orphan.unsent_event.is_some());
+    let signals: Vec<_> = open
+        .iter()
+        .filter_map(|row| {
+            let created = row.dt_created.truncate_to_second().into();
+            Some(signal::orphan_resent(
+                &store::orphan::to_new_orphan(row)?,
+                created,
+                now,
+            ))
+        })
+        .collect();
+    let resent = Resent {
+        sent: signals.len() as u64,
+        left: unsent.len() as u64,
+        withheld: 0,
+    };
+    store::outbox::insert(&tx, signals, now).await?;
+    tx.commit()
+        .await
+        .map_err(StoreError::doing("commit signals to send again"))?;
+    Ok((resent, last))
 }
 
 /// Waits until there is room in the outbox, or until `shutdown`: while NATS is unavailable the

@@ -227,6 +227,23 @@ pub async fn list<C: ConnectionTrait>(
         .map_err(StoreError::doing("list orphaned payments"))
 }
 
+/// Locks and returns up to `limit` open orphans after `after`, in the order of the key.
+pub async fn lock_open(
+    tx: &DatabaseTransaction,
+    after: &str,
+    limit: u64,
+) -> Result<Vec<Model>, StoreError> {
+    let open = Entity::find()
+        .filter(Column::ResolvedAt.is_null())
+        .filter(Column::Id.gt(after))
+        .order_by_asc(Column::Id)
+        .limit(limit)
+        .lock(LockType::Update);
+    open.all(tx)
+        .await
+        .map_err(StoreError::doing("lock open orphans"))
+}
+
 /// Returns up to `limit` orphans after `after`, in the order of the key, that an operator resolved.
 pub async fn resolved_by_operator<C: ConnectionTrait>(
     db: &C,

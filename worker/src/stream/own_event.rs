@@ -7,7 +7,9 @@
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
-use litestripe_contract::event::{EventId, EventType, RESOLUTION_TYPE, SNAPSHOT_TYPE};
+use litestripe_contract::event::{
+    EventId, EventType, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
+};
 use litestripe_contract::signal::EventReference;
 use litestripe_contract::{header, subject};
 use litestripe_domain::event::FetchStamp;
@@ -131,7 +133,7 @@ fn snapshot_event<'a>(
     scope: Scope<'a>,
 ) -> Result<OwnEvent<'a>, OwnEventError> {
     let FetchStamp { date, mark } = fetched.stamp;
-    let id = format!("litestripe.snapshot.{id}.{date}.{mark}");
+    let id = own_id(format!("litestripe.snapshot.{id}.{date}.{mark}"));
     let event = OwnEvent::new(SNAPSHOT_TYPE, id, fetched.as_of, object, scope)?;
     Ok(OwnEvent {
         fetched: Some(fetched.stamp),
@@ -181,10 +183,10 @@ impl Resolution<'_> {
         // The user is part of the id, because two operators may decide differently in one second.
         let user: [u8; 32] = Sha256::digest(self.client_reference_id).into();
         let user = u64::from_be_bytes(user.first_chunk().copied().unwrap_or_default());
-        format!(
+        own_id(format!(
             "litestripe.resolution.{}.{created}.{user:016x}",
             self.orphan_id
-        )
+        ))
     }
 
     fn event<'a>(
@@ -195,6 +197,17 @@ impl Resolution<'_> {
     ) -> Result<OwnEvent<'a>, OwnEventError> {
         OwnEvent::new(RESOLUTION_TYPE, self.id(created), created, object, scope)
     }
+}
+
+/// Returns `id`, or a hash of it if it is too long: it contains an id of Stripe, which alone may have
+/// the longest allowed length.
+fn own_id(id: String) -> String {
+    if id.len() <= ID_BYTES_MAX {
+        return id;
+    }
+    let hash: [u8; 32] = Sha256::digest(&id).into();
+    let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("litestripe.long.{hash}")
 }
 
 impl<'a> OwnEvent<'a> {

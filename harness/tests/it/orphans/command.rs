@@ -20,6 +20,8 @@ on_both_databases!(
     resolution_reaches_row_orphan_and_subscribers,
     payment_without_a_subscription_can_be_resolved,
     refused_resolution_changes_nothing,
+    wrong_resolution_is_replaced_by_force,
+    orphan_with_the_longest_id_is_resolved,
     resolution_without_a_worker_is_applied_later,
     competing_resolutions_leave_row_and_orphan_consistent,
 );
@@ -282,12 +284,8 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
         );
         assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
     };
-    refused(
-        &first.subscription,
-        "user_1",
-        &["resolved already", "user_1", "nothing was changed"],
-    )
-    .await;
+    let again = resolve(&bridge, &first.subscription, "user_1").await;
+    assert_eq!(again.status.code(), Some(0), "{}", again.stderr);
     refused(
         &first.subscription,
         "user_2",
@@ -303,6 +301,9 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
     )
     .await;
     refused(&second.subscription, "user\n2", &["control characters"]).await;
+    refused(&second.subscription, "  ", &["blank"]).await;
+    let long = "u".repeat(1025);
+    refused(&second.subscription, &long, &["longer than 1024 bytes"]).await;
     let empty = resolve(&bridge, &second.subscription, "").await;
     assert_eq!(empty.status.code(), Some(2), "{}", empty.stderr);
     let shown = orphans(&bridge, &["show", "sub_nobody"]).await;
@@ -338,6 +339,47 @@ async fn refused_resolution_changes_nothing(database: DatabaseKind) {
     }
     let done = resolve(&bridge, &third.subscription, "user_1").await;
     assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
+}
+
+async fn wrong_resolution_is_replaced_by_force(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::new(database)).await;
+    let purchase = paid(&bridge).await;
+    let once = Purchase::new(now() - 60);
+    let payment = json!({ "mode": "payment", "subscription": null });
+    let session = once.checkout_session_event(COMPLETED, once.created, payment);
+    apply(&bridge, &session).await;
+    for id in [&purchase.subscription, &once.checkout_session] {
+        let wrong = resolve(&bridge, id, "user_1").await;
+        assert_eq!(wrong.status.code(), Some(0), "{}", wrong.stderr);
+        let arguments = [
+            "resolve",
+            id,
+            "--client-reference-id",
+            "user_2",
+            "--force",
+            "--json",
+        ];
+        let right = orphans(&bridge, &arguments).await;
+        assert_eq!(right.status.code(), Some(0), "{}", right.stderr);
+        assert_eq!(json_of(&right)["resolved_client_reference_id"], "user_2");
+    }
+    bridge.check().await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.client_reference_id.as_deref(), Some("user_2"));
+}
+
+/// The id of the resolution's own event contains the orphan's id.
+async fn orphan_with_the_longest_id_is_resolved(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::new(database)).await;
+    let mut purchase = Purchase::new(now() - 60);
+    purchase.subscription = format!("sub_{}", "x".repeat(251));
+    let session = purchase.checkout_session_event(COMPLETED, purchase.created, json!({}));
+    apply(&bridge, &session).await;
+    let done = resolve(&bridge, &purchase.subscription, "user_1").await;
+    assert_eq!(done.status.code(), Some(0), "{}", done.stderr);
+    bridge.check().await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.client_reference_id.as_deref(), Some("user_1"));
 }
 
 async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
