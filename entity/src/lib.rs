@@ -14,3 +14,4 @@ pub mod question;
 pub mod replay;
 pub mod signal_outbox;
 pub mod stripe_subscription;
+pub mod worker;

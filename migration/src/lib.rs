@@ -29,6 +29,7 @@ mod m20261130_000013_growth;
 mod m20261130_000014_dead_letters;
 mod m20261130_000015_installation;
 mod m20261130_000016_question_attempts;
+mod m20261130_000018_rules;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -61,6 +62,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000014_dead_letters::Migration),
             Box::new(m20261130_000015_installation::Migration),
             Box::new(m20261130_000016_question_attempts::Migration),
+            Box::new(m20261130_000018_rules::Migration),
         ]
     }
 }

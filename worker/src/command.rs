@@ -11,6 +11,8 @@ use litestripe_contract::telemetry;
 use crate::settings::{SETTINGS, Settings, StripeSettings, WINDOW};
 use crate::start::database::Schema;
 use crate::start::parts::{self, Parts};
+use crate::start::rules::{Rules, RulesError};
+use crate::store::Store;
 use crate::stripe::api::StripeApi;
 use crate::stripe::mode;
 
@@ -121,6 +123,14 @@ async fn connect(settings: &Settings, name: &str) -> Result<async_nats::Client, 
     parts::connect_within(settings, &format!("litestripe-worker {name}"))
         .await
         .map_err(failure::start)
+}
+
+/// Refuses to apply events by other rules than the workers'.
+async fn check_rules(settings: &Settings, store: &Store) -> Result<(), Failure> {
+    match Rules::new(settings).check(store).await {
+        Err(error @ RulesError::Different { .. }) => Err(Failure::configuration(error)),
+        checked => Ok(checked?),
+    }
 }
 
 /// Returns the settings for Stripe's API, for a command that cannot work without.

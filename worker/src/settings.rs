@@ -40,17 +40,17 @@ litestripe_contract::settings! {
         "how long the stream STRIPE_DEAD_LETTERS keeps dead letters";
     pub(crate) DEAD_LETTERS_MAX_BYTES = "LITESTRIPE_DEAD_LETTERS_MAX_BYTES", None,
         "size at which STRIPE_DEAD_LETTERS refuses new dead letters; if unset and the server has less storage, halved until it fits [default: a tenth of STRIPE_EVENTS]";
-    METADATA_KEYS = "LITESTRIPE_METADATA_KEYS", Some("*"),
+    pub(crate) METADATA_KEYS = "LITESTRIPE_METADATA_KEYS", Some("*"),
         "metadata keys to keep: keys, comma-separated, * for all, or none; metadata is your own text and may hold personal data";
-    ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
+    pub(crate) ORPHAN_GRACE = "LITESTRIPE_ORPHAN_GRACE", Some("10m"),
         "how long a subscription may wait for its Checkout Session before it becomes an orphan; at most 365d";
-    ORPHAN_WITHOUT_SESSION = "LITESTRIPE_ORPHAN_WITHOUT_SESSION", Some("true"),
+    pub(crate) ORPHAN_WITHOUT_SESSION = "LITESTRIPE_ORPHAN_WITHOUT_SESSION", Some("true"),
         "whether a subscription that no Checkout Session claims becomes an orphan; set it to false if you create subscriptions through Stripe's API";
     ORPHAN_EMAIL_MAX_AGE = "LITESTRIPE_ORPHAN_EMAIL_MAX_AGE", Some("90d"),
         "age at which an orphan's email is erased even if the orphan is still open";
-    ERASE_ON_CUSTOMER_DELETED = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", Some("false"),
+    pub(crate) ERASE_ON_CUSTOMER_DELETED = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", Some("false"),
         "whether a `customer.deleted` event erases the customer, as the command `erase` does; add this type to LITESTRIPE_EVENT_TYPES of ingress";
-    USER_LOOKUP = "LITESTRIPE_USER_LOOKUP", Some("none"),
+    pub(crate) USER_LOOKUP = "LITESTRIPE_USER_LOOKUP", Some("none"),
         "how a client reference id is matched to a user: none (every id is a user), sql:<query with $1>, or nats:<subject>";
     USER_DATABASE_URL = "LITESTRIPE_USER_DATABASE_URL", None,
         "URL of the database for the sql: lookup [default: DATABASE_URL]";

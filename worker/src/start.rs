@@ -8,3 +8,4 @@ pub(crate) mod broker;
 pub(crate) mod consume;
 pub(crate) mod database;
 pub(crate) mod parts;
+pub(crate) mod rules;

@@ -37,6 +37,7 @@ pub mod replay;
 mod rows;
 mod sqlite;
 pub mod subscription;
+pub mod worker;
 
 pub use connection::{Connection, Transaction};
 pub use postgres::Servers;

@@ -35,7 +35,7 @@ async fn postgres_dead_letters_are_listed_shown_retried_and_dropped() {
 }
 
 async fn dead_letters(database: DatabaseKind) {
-    let rig = Rig::start(database, 1, &[]).await;
+    let mut rig = Rig::start(database, 1, &[]).await;
     let now = OffsetDateTime::now_utc().unix_timestamp() - 60;
     let [curable, hopeless, well] = [(); 3].map(|()| Purchase::new(now));
     let with_nul = json!({ "metadata": { "plan": "team", "note": "Jo Doe\u{0}" } });
@@ -94,12 +94,12 @@ async fn dead_letters(database: DatabaseKind) {
     assert_eq!(listed(&rig).await.len(), 2);
 
     // One of them can be applied now: the setting leaves out the metadata that cannot be stored.
-    let retried = run(
-        &rig,
-        &["retry", "--all", "--json"],
-        &[("LITESTRIPE_METADATA_KEYS", "plan")],
-    )
-    .await;
+    // The workers get it first.
+    let fixed = [("LITESTRIPE_METADATA_KEYS", "plan")];
+    assert!(rig.running(0).stop().await.success());
+    rig.start_worker(0, &fixed);
+    rig.until_worker_is_ready(0).await;
+    let retried = run(&rig, &["retry", "--all", "--json"], &fixed).await;
     assert_eq!(retried.status.code(), Some(1), "{retried:?}");
     let report: Value = serde_json::from_str(&retried.stdout).expect("it is JSON");
     let applied = |letter: &Value| letter["applied"] == json!(true);
@@ -121,12 +121,7 @@ async fn dead_letters(database: DatabaseKind) {
             .subscription_metadata,
         json!({ "plan": "team" })
     );
-    let again = run(
-        &rig,
-        &["retry", &curable_letter],
-        &[("LITESTRIPE_METADATA_KEYS", "plan")],
-    )
-    .await;
+    let again = run(&rig, &["retry", &curable_letter], &fixed).await;
     assert_eq!(again.status.code(), Some(1), "{again:?}");
     assert!(
         again.stderr.contains("there is no dead letter"),

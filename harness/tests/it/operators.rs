@@ -1,5 +1,6 @@
 //! What operators see: commands, exit codes, settings, the schema.
 
+mod rules;
 mod schema;
 mod settings;
 mod shared_database;

@@ -92,6 +92,7 @@ impl DeadLetters {
             }
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
+                super::check_rules(settings, &store).await?;
                 let parts = Parts::assemble(store, nats, None).await?;
                 retry.execute(settings, &stream, &parts).await
             }

@@ -70,6 +70,7 @@ impl Reconcile {
         } = &parts;
         let stripe = super::stripe_api(&settings, &parts, self.any_mode).await?;
         if self.repair {
+            super::check_rules(&settings, store).await?;
             broker::prepare(nats, &settings).await;
             lost_rows::record_if_lost(store, jetstream).await?;
         }

@@ -73,6 +73,7 @@ impl Replay {
             Schema::Migrated
         };
         let parts = super::start(settings, "replay", schema).await?;
+        super::check_rules(settings, &parts.store).await?;
         let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let mut replayer = Replayer {

@@ -27,12 +27,13 @@ use crate::retention;
 use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
 use crate::start::database::{self, Schema};
+use crate::start::rules::Rules;
 use crate::start::{broker, parts::Parts};
 use crate::store::Store;
 use crate::store::lease::Lease;
 use crate::stream::dead_letter::{DeadLetters, Pending};
 use crate::stripe::api::StripeApi;
-use crate::wait::{self, JETSTREAM, Wait};
+use crate::wait::{self, DATABASE, JETSTREAM, Wait};
 
 /// How long a stopping worker may take, after the last batch. Unfinished events are delivered
 /// again.
@@ -70,11 +71,14 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         health::serve(listener, nats.clone(), Arc::clone(&readiness)),
     );
 
+    let (rules, name) = (Rules::new(&settings), nats.new_inbox());
     let prepared = tokio::select! {
-        prepared = prepare(&settings, &readiness, nats) => prepared,
+        prepared = prepare(&settings, &readiness, nats, (&rules, &name)) => prepared,
         () = supervisor.shutdown.cancelled() => return supervisor.outcome(),
     };
     let parts = prepared?;
+    let rules = rules.keep_recorded(parts.store.clone(), name, supervisor.shutdown.clone());
+    supervisor.spawn(&unwaited, "the heartbeat", rules);
     let worker = Worker::spawn(&settings, &parts, &supervisor, &readiness, started)?;
     let streams = broker::recreate_streams(settings.clone(), parts.jetstream.clone());
     supervisor.spawn(&unwaited, "the task that recreates streams", streams);
@@ -94,12 +98,13 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     supervisor.outcome()
 }
 
-/// Waits for the database and the broker, migrates the schema if allowed, and creates missing
-/// streams.
+/// Waits for the database and the broker, migrates the schema if allowed, creates missing streams,
+/// and records the rules of this worker, whose name is unique.
 async fn prepare(
     settings: &Settings,
     readiness: &Readiness,
     nats: async_nats::Client,
+    (rules, name): (&Rules, &str),
 ) -> Result<Parts, Failure> {
     let store = database::open(&settings.database, Schema::Migrated).await?;
     let _ = readiness.store.set(store.clone());
@@ -113,6 +118,7 @@ async fn prepare(
         lost_rows::record_if_lost(&store, &parts.jetstream).await
     })
     .await;
+    wait::until_ok(DATABASE, async || rules.record_start(&store, name).await).await;
     Ok(parts)
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use litestripe_entity::{
     backfill, dead_letter, erasure, installation, lease, orphaned_payment, question, replay,
-    signal_outbox, stripe_subscription,
+    signal_outbox, stripe_subscription, worker,
 };
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::Program;
@@ -216,6 +216,7 @@ async fn migrated_schema_matches_the_entities(kind: DatabaseKind) {
     create(&wanted, erasure::Entity).await;
     create(&wanted, dead_letter::Entity).await;
     create(&wanted, installation::Entity).await;
+    create(&wanted, worker::Entity).await;
 
     let (migrated, entities) = (columns(&bridge.database).await, columns(&wanted).await);
     assert!(entities.len() >= stripe_subscription::Column::iter().count());
