@@ -17,12 +17,12 @@ use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use futures_util::{FutureExt as _, StreamExt as _};
 use litestripe_contract::header::{self, ce};
 use litestripe_contract::settings::NatsSettings;
-use litestripe_contract::{connect, signal::Timestamp};
+use litestripe_contract::{connect, exit, signal::Timestamp};
 use litestripe_entity::signal_outbox::Model;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::error::StoreError;
 use crate::fail_point::fail_point;
@@ -51,6 +51,9 @@ const BUSY_POLL: Duration = Duration::from_millis(20);
 
 /// How long shards are held, at most.
 const HOLD_MAX: Duration = Duration::from_secs(5);
+
+/// How often the rows of the shards are checked.
+const RESTORE_EVERY: Duration = Duration::from_secs(60);
 
 /// How long one round may take, with all its statements.
 const ROUND_MAX: Duration = Duration::from_secs(30);
@@ -143,8 +146,13 @@ impl Relay {
         let mut wait = Wait::new(SIGNALS);
         let mut is_woken = false;
         let mut checked_at = Instant::now();
+        let mut restored_at: Option<Instant> = None;
         loop {
             let last = shutdown.is_cancelled();
+            if restored_at.is_none_or(|at| at.elapsed() >= RESTORE_EVERY) {
+                restored_at = Some(Instant::now());
+                relay.restore_shards().await;
+            }
             let round = detached({
                 let relay = Arc::clone(&relay);
                 async move { relay.round(is_woken).await }
@@ -190,6 +198,16 @@ impl Relay {
                 () = tokio::time::sleep(pause) => was_busy,
                 () = shutdown.cancelled() => false,
             };
+        }
+    }
+
+    async fn restore_shards(&self) {
+        let store = self.store.clone();
+        let restoring =
+            detached(async move { store::outbox::restore_shards(store.connection()).await });
+        match tokio::time::timeout(ROUND_MAX, restoring).await {
+            Ok(Err(error)) => debug!("{}", exit::chain(&error)),
+            _ => {}
         }
     }
 

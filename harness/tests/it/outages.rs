@@ -504,3 +504,25 @@ async fn check_last_quantities(bridge: &Bridge, ids: &BTreeSet<String>, quantity
         assert!(!row.uncertain, "{}", row.stripe_subscription_id);
     }
 }
+
+/// A relay locks the rows of the shards; without its row, a shard would wait for ever.
+#[tokio::test]
+async fn deleted_shards_of_the_outbox_are_restored() {
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Postgres)).await;
+    bridge.workers.pop().expect("there is one").stop().await;
+    let deleted = bridge
+        .database
+        .query("DELETE FROM litestripe_signal_shard WHERE shard > 0 RETURNING shard")
+        .await
+        .expect("they can be deleted");
+    assert_eq!(deleted.len(), 15);
+    bridge.start_worker().wait_until_ready().await;
+    for _ in 0..20 {
+        let purchase = Purchase::new(OffsetDateTime::now_utc().unix_timestamp() - 60);
+        let event = purchase.subscription_event(CREATED, purchase.created, json!({}));
+        bridge.deliver(&event).await;
+    }
+    bridge.check().await;
+    let worker = bridge.workers.last().expect("it was started");
+    assert_eq!(worker.count_in_log("15 rows of litestripe_signal_shard"), 1);
+}

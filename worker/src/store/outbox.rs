@@ -12,10 +12,11 @@ use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::signal_outbox::{Column, Entity, Model};
 use sea_orm::{
-    ColumnTrait as _, ConnectionTrait, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _, Statement,
+    ColumnTrait as _, ConnectionTrait, DbBackend, EntityTrait as _, PaginatorTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _, Statement,
 };
 use time::OffsetDateTime;
+use tracing::warn;
 
 use super::Store;
 use super::rows::{Cell, Insert};
@@ -150,6 +151,27 @@ pub async fn is_at_most(store: &Store, count: u64) -> Result<bool, StoreError> {
     let next: Result<Option<i64>, _> = next.into_tuple().one(store.connection()).await;
     next.map(|id| id.is_none())
         .map_err(StoreError::doing("check the outbox"))
+}
+
+/// Restores rows of shards that were deleted: no relay would send the signals of such a shard.
+/// PostgreSQL only.
+pub async fn restore_shards<C: ConnectionTrait>(db: &C) -> Result<(), StoreError> {
+    if db.get_database_backend() != DbBackend::Postgres {
+        return Ok(());
+    }
+    let shards = format!(
+        "INSERT INTO litestripe_signal_shard (shard) SELECT generate_series(0, {}) ON CONFLICT DO NOTHING",
+        SHARDS - 1
+    );
+    let restored = db.execute_unprepared(&shards).await;
+    let restored = restored.map_err(StoreError::doing("restore shards of the outbox"))?;
+    if restored.rows_affected() > 0 {
+        warn!(
+            "{} rows of litestripe_signal_shard were missing and are restored: signals of their shards were not sent",
+            restored.rows_affected()
+        );
+    }
+    Ok(())
 }
 
 /// Locks the shards that no other relay has locked, for this transaction, and returns them. Raises
