@@ -9,8 +9,8 @@
 //! A question is *open* until it is answered. It is *due* when `due_at` has passed, and then it is
 //! *asked*. An attempt that brings no answer is *retried*: `attempts` grows and `due_at` moves.
 //! Once it is *answered*, what follows from the answer is written and the row is deleted. Erasing a
-//! deleted customer is stored as a question too: it asks for no information, but has to be retried
-//! until it is done.
+//! deleted customer is stored as a question too, and so is removing a late message of an erased one:
+//! they ask for no information, but have to be retried until they are done.
 //!
 //! Owns the kinds of questions and the data that each needs. May not know how they are stored or
 //! asked.
@@ -40,15 +40,18 @@ pub enum Kind {
     Erase,
     /// The current state of an object that changed according to thin events. Asks Stripe's API.
     Notification,
+    /// No information: a late message of an erased person is to be removed from its stream.
+    Removal,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Lookup,
         Self::Grace,
         Self::Fetch,
         Self::Erase,
         Self::Notification,
+        Self::Removal,
     ];
 
     /// Returns the name of the kind in the table and in metrics.
@@ -59,6 +62,7 @@ impl Kind {
             Self::Fetch => "fetch",
             Self::Erase => "erase",
             Self::Notification => "notification",
+            Self::Removal => "removal",
         }
     }
 
@@ -82,6 +86,7 @@ pub enum Details {
     Fetch,
     Erase,
     Notification(Notified),
+    Removal,
 }
 
 /// What is needed to ask about the object of thin events.
@@ -143,7 +148,7 @@ pub fn later(at: OffsetDateTime, delay: Duration) -> OffsetDateTime {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
     /// The id of the subscription that it is about, else of the Checkout Session. For an erasure,
-    /// the customer's id.
+    /// the customer's id; for a removal, the message's stream and sequence.
     pub entity_id: String,
     pub details: Details,
     pub due_at: OffsetDateTime,
@@ -179,6 +184,7 @@ impl Question {
             Details::Fetch => Kind::Fetch,
             Details::Erase => Kind::Erase,
             Details::Notification(_) => Kind::Notification,
+            Details::Removal => Kind::Removal,
         }
     }
 
@@ -223,6 +229,7 @@ impl Question {
                 stripe_customer_id: entity_id(),
                 ..PaymentIds::default()
             },
+            Details::Removal => PaymentIds::default(),
         }
     }
 }

@@ -8,10 +8,11 @@ use sea_orm::entity::prelude::*;
 #[sea_orm(table_name = "litestripe_question")]
 pub struct Model {
     /// The subscription's id, else the Checkout Session's; for thin events, the id of the object
-    /// that they name. For an erasure, the customer's.
+    /// that they name. For an erasure, the customer's; for a removal, the message's stream and
+    /// sequence.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub entity_id: String,
-    /// `lookup`, `grace`, `fetch`, `erase` or `notification`.
+    /// `lookup`, `grace`, `fetch`, `erase`, `notification` or `removal`.
     #[sea_orm(primary_key, auto_increment = false, column_type = "Text")]
     pub kind: String,
     /// When to ask. A worker that takes the question moves this time, so that another one asks if

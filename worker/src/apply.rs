@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use litestripe_contract::exit;
+use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::arrival::Arrival;
 use litestripe_domain::event::{MetadataKeys, owner};
 use litestripe_domain::plan::Policy;
@@ -31,7 +32,7 @@ pub mod in_flight;
 mod refusals;
 mod save;
 
-pub use decoded::{Decoded, count_wanted_poisoned, decode};
+pub use decoded::{Contents, Decoded, count_wanted_poisoned, decode};
 pub use refusals::Refusals;
 use refusals::redelivery_delay;
 use save::{Saved, save};
@@ -79,15 +80,10 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         batch,
         arrivals,
         mut poisoned,
+        ignored,
         ..
     } = decoded;
     let events = arrivals.len();
-    if applier.erase_on_customer_deleted
-        && queue_erasures(applier, &batch, shutdown).await.is_none()
-    {
-        batch.hand_back().await;
-        return;
-    }
     let began = Instant::now();
     let saved = save_with_retries(applier, Arc::new(arrivals), &batch, shutdown).await;
     let Some(mut outcome) = saved else {
@@ -113,6 +109,12 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     let postponed = outcome.take_postponed(applier);
     let hopeless = outcome.refused.iter();
     poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
+    let late = late_messages(applier, &batch, &ignored, &mut poisoned);
+    let removals = std::mem::take(&mut outcome.redacted).into_iter().chain(late);
+    if queue(applier, &batch, removals, shutdown).await.is_none() {
+        batch.hand_back().await;
+        return;
+    }
     let unapplied = poisoned.iter().map(|(index, _)| *index);
     batch
         .ack_except(unapplied.chain(postponed.iter().copied()))
@@ -128,7 +130,6 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         applier.questions.notify_one();
     }
     metrics::applied(events - postponed.len() - outcome.refused.len());
-    applier.erasures.remove_late(outcome.redacted);
     applier.dead_letters.store(batch, poisoned).await;
 }
 
@@ -189,20 +190,50 @@ pub async fn reapply(
     })
 }
 
-/// Queues the erasure of the customers that were deleted at Stripe, before their messages are
-/// acked. Retries for as long as the database is unavailable. Returns `None` if `shutdown` was
-/// cancelled before it succeeded.
-async fn queue_erasures(
+/// Returns the sequences of the late messages of erased persons that were not saved, and takes
+/// those that can never be applied out of `poisoned`: as dead letters they would stay.
+///
+/// Call it after the batch was saved, which has read the new erasures.
+fn late_messages(
     applier: &Applier,
     batch: &Batch,
+    ignored: &[usize],
+    poisoned: &mut Vec<(usize, String)>,
+) -> Vec<u64> {
+    let (mut late, mut indexes) = (Vec::new(), Vec::new());
+    for (index, message) in batch.messages().enumerate() {
+        let is_not_saved = ignored.binary_search(&index).is_ok()
+            || poisoned.iter().any(|(poisoned, _)| *poisoned == index);
+        if is_not_saved && applier.erasures.covers_message(message.payload) {
+            late.push(message.stream_sequence());
+            indexes.push(index);
+        }
+    }
+    poisoned.retain(|(index, _)| !indexes.contains(index));
+    late
+}
+
+/// Queues what erasures leave to do, before the messages are acked: the removal of the late
+/// messages `removals`, and the erasure of the customers that were deleted at Stripe. Retries for
+/// as long as the database is unavailable. Returns `None` if `shutdown` was cancelled before it
+/// succeeded.
+async fn queue(
+    applier: &Applier,
+    batch: &Batch,
+    removals: impl Iterator<Item = u64>,
     shutdown: &CancellationToken,
 ) -> Option<()> {
     let now = OffsetDateTime::now_utc();
-    let deleted = batch.messages().filter_map(|message| {
+    let removals = removals.map(|sequence| erasure::removal(EVENTS_STREAM, sequence, now));
+    let messages = batch
+        .messages()
+        .filter(|_| applier.erase_on_customer_deleted);
+    let deleted = messages.filter_map(|message| {
         let customer = owner::deleted_customer(message.payload)?;
-        Some(erasure::question(customer, message.position(), now))
+        let is_late = applier.erasures.covers_message(message.payload);
+        (!is_late).then(|| erasure::question(customer, message.position(), now))
     });
-    let questions: Vec<_> = deleted.collect();
+    let questions: Vec<_> = removals.chain(deleted).collect();
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while !questions.is_empty() {
         let questions = questions.clone();

@@ -3,13 +3,15 @@
 //! Owns the record of erasures (the table `litestripe_erasure`, a row for each of a person's ids)
 //! and what an erasure covers: every event of one of these ids up to the second of the erasure.
 //! Workers apply a covered event without its personal data, and reconcile compares and repairs
-//! without it. Backfill and replay drop covered events. `removal` removes the data. Records of
-//! erasures are kept for ever, because Stripe still lists a subscription years after it was
-//! created.
+//! without it. Backfill and replay drop covered events. A covered message that arrives late is
+//! removed from its stream, whether a worker can apply it or not. `removal` removes the data.
+//! Records of erasures are kept for ever, because Stripe still lists a subscription years after it
+//! was created; `copy` has them outlive the database.
 //!
 //! Code that writes personal data first reads the new erasures, in the same transaction: see
 //! `store::erasure`.
 
+pub mod copy;
 mod ids;
 mod removal;
 
@@ -17,24 +19,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use async_nats::jetstream;
 use backon::{ExponentialBuilder, Retryable as _};
-use litestripe_contract::event::SNAPSHOT_TYPE;
-use litestripe_contract::exit;
-use litestripe_contract::subject::EVENTS_STREAM;
-use litestripe_domain::event::owner::DeletedCustomer;
-use litestripe_domain::event::{Body, Event};
+use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType, SNAPSHOT_TYPE};
+use litestripe_contract::signal::{EventReference, Timestamp};
+use litestripe_domain::event::owner::{self, DeletedCustomer, Owner};
+use litestripe_domain::event::{self, Body, Event, MetadataKeys};
 use litestripe_domain::question::{Details, Question};
 use sea_orm::ConnectionTrait;
 use time::OffsetDateTime;
-use tracing::debug;
 
 use crate::error::StoreError;
 use crate::store::{self, Store};
-use crate::stream::scan;
 
-pub use ids::Ids;
-pub use removal::{EraseError, Erasure, Receipt, Target};
+pub use ids::{Ids, People};
+pub use removal::{EraseError, Erasure, Outcome, Receipt, Target, remove_covered};
 
 /// Attempts to record an erasure. Each waits at most the lock timeout for a lock. Together they
 /// outlast a hanging transaction, which the server ends after 30 s.
@@ -44,7 +42,6 @@ const RECORD_RETRY: Duration = Duration::from_millis(200);
 /// The erasures that this process knows.
 #[derive(Clone)]
 pub struct Erasures {
-    jetstream: jetstream::Context,
     known: Arc<RwLock<Known>>,
 }
 
@@ -59,9 +56,8 @@ struct Known {
 
 impl Erasures {
     /// Reads all erasures.
-    pub async fn load(store: &Store, jetstream: jetstream::Context) -> Result<Self, StoreError> {
+    pub async fn load(store: &Store) -> Result<Self, StoreError> {
         let erasures = Self {
-            jetstream,
             known: Arc::default(),
         };
         erasures.refresh(store.connection()).await?;
@@ -92,11 +88,7 @@ impl Erasures {
         let once = || async {
             store::erasure::record(store, Arc::clone(&erased), OffsetDateTime::now_utc()).await
         };
-        let attempts = ExponentialBuilder::new()
-            .with_min_delay(RECORD_RETRY)
-            .with_max_times(RECORD_RETRIES)
-            .with_jitter();
-        once.retry(attempts.with_max_delay(10 * RECORD_RETRY))
+        once.retry(attempts())
             .when(StoreError::is_temporary)
             .await?;
         self.refresh(store.connection()).await
@@ -115,27 +107,15 @@ impl Erasures {
         event
     }
 
+    /// Whether a message with this body belongs to an erased person and is not newer than the
+    /// erasure. The event need not be of a type that is handled, nor be valid.
+    pub fn covers_message(&self, body: &[u8]) -> bool {
+        self.known(|known| known.covers_message(body))
+    }
+
     /// Whether an erasure covers an object with one of these ids that Stripe created at `created`.
     pub fn covers_object<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
         self.known(|known| known.covers_ids(ids, created))
-    }
-
-    /// Removes late messages from `STRIPE_EVENTS`: their state is applied, and their personal data
-    /// must not stay. Runs in the background, best effort: the person's next erasure removes any
-    /// that are left.
-    pub fn remove_late(&self, sequences: Vec<u64>) {
-        if sequences.is_empty() {
-            return;
-        }
-        let jetstream = self.jetstream.clone();
-        tokio::spawn(async move {
-            if let Err(error) = scan::remove(&jetstream, EVENTS_STREAM, sequences).await {
-                debug!(
-                    "cannot remove late events of erased persons from STRIPE_EVENTS: {}",
-                    exit::chain(&error)
-                );
-            }
-        });
     }
 
     fn known<T>(&self, read: impl FnOnce(&Known) -> T) -> T {
@@ -150,37 +130,36 @@ impl Known {
         }
         let (ids, of_object) = match &event.body {
             Body::Subscription(body) => {
+                let snapshot = &body.snapshot;
                 let ids = [
                     Some(body.stripe_subscription_id.as_str()),
-                    body.snapshot.customer.as_deref(),
+                    snapshot.customer.as_deref(),
+                    snapshot.details.customer_account.as_deref(),
                     None,
                 ];
-                (ids, body.snapshot.created)
+                (ids, snapshot.created)
             }
             Body::CheckoutSession(session) => {
-                let subscription = session.stripe_subscription_id.as_deref();
-                (
-                    [
-                        Some(session.id.as_str()),
-                        session.stripe_customer_id.as_deref(),
-                        subscription,
-                    ],
-                    session.created,
-                )
+                let ids = [
+                    Some(session.id.as_str()),
+                    session.stripe_customer_id.as_deref(),
+                    session.customer_account.as_deref(),
+                    session.stripe_subscription_id.as_deref(),
+                ];
+                (ids, session.created)
             }
             Body::Resolution(resolution) => {
                 let payment = &resolution.payment;
-                let (customer, subscription) = (
+                let ids = [
+                    Some(resolution.orphan_id.as_str()),
+                    payment.checkout_session_id.as_deref(),
                     payment.stripe_customer_id.as_deref(),
                     payment.stripe_subscription_id.as_deref(),
-                );
-                (
-                    [Some(resolution.orphan_id.as_str()), customer, subscription],
-                    None,
-                )
+                ];
+                (ids, None)
             }
             Body::Notification(notification) => {
-                ([Some(notification.object.id()), None, None], None)
+                ([Some(notification.object.id()), None, None, None], None)
             }
         };
         // A fetched snapshot has the time of the fetch, but its personal data is as old as the
@@ -190,10 +169,36 @@ impl Known {
         self.covers_ids(ids.into_iter().flatten(), created)
     }
 
+    fn covers_message(&self, body: &[u8]) -> bool {
+        if self.erased.is_empty() {
+            return false;
+        }
+        if let Ok(Some(event)) = event::decode(body, &MetadataKeys::Only(Default::default())) {
+            return self.covers(&event);
+        }
+        match Owner::parse(body) {
+            // If nobody can say when it was created, it is not known to be newer.
+            Some(owner) => {
+                let created = owner.created().unwrap_or(i64::MIN);
+                owner.belongs_to(|id| self.covers_ids([id], created))
+            }
+            None => owner::words(body).any(|word| self.erased.contains_key(word)),
+        }
+    }
+
     fn covers_ids<'a>(&self, ids: impl IntoIterator<Item = &'a str>, created: i64) -> bool {
         ids.into_iter()
             .any(|id| self.erased.get(id).is_some_and(|at| created <= *at))
     }
+}
+
+/// The pauses between attempts to record erasures.
+fn attempts() -> ExponentialBuilder {
+    ExponentialBuilder::new()
+        .with_min_delay(RECORD_RETRY)
+        .with_max_delay(10 * RECORD_RETRY)
+        .with_max_times(RECORD_RETRIES)
+        .with_jitter()
 }
 
 /// Makes a question of the erasure of a customer that was deleted at Stripe.
@@ -207,6 +212,32 @@ pub fn question(customer: DeletedCustomer, position: u64, now: OffsetDateTime) -
         livemode: customer.livemode,
         event: customer.event,
         position,
+    }
+}
+
+/// Makes a question of the removal of a message: its stream and sequence are its id.
+pub fn removal(stream: &str, sequence: u64, now: OffsetDateTime) -> Question {
+    let now_or_never = Timestamp::from_unix(now.unix_timestamp())
+        .unwrap_or(Timestamp::from_unix(0).expect("the Unix epoch is a time"));
+    Question {
+        entity_id: format!("{stream} {sequence}"),
+        details: Details::Removal,
+        due_at: now,
+        attempts: 0,
+        stripe_account_id: None,
+        livemode: false,
+        event: reference(now_or_never),
+        // Not the message's: no replay changes what has to be removed, so it waits for none.
+        position: i64::MAX.cast_unsigned(),
+    }
+}
+
+/// Returns the event that signals name as the cause of what an erasure changes.
+fn reference(at: Timestamp) -> EventReference {
+    EventReference {
+        id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are valid"),
+        event_type: EventType::parse(ERASURE_TYPE).expect("our own types are valid"),
+        created: at,
     }
 }
 

@@ -1,12 +1,12 @@
 //! Questions: what the worker has to find out outside a batch, stored as a row until it is
 //! answered.
 //!
-//! There are five kinds, one file each: the user lookup (`user`), the end of a grace period
+//! There are six kinds, one file each: the user lookup (`user`), the end of a grace period
 //! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin
-//! events name (`notification`), and the erasure of a deleted customer (`erase`). `open` counts
-//! them. An open question becomes due, a worker asks it (`asker`), and it is retried until it is
-//! answered. Any worker may ask; a lease gives each question to one of them at a time. This module
-//! also creates and resolves the orphans that follow from an answer. Where an answer depends on a
+//! events name (`notification`), the erasure of a deleted customer and the removal of a late
+//! message of an erased one (`erase`). `open` counts them. An open question becomes due, a worker
+//! asks it (`asker`), and it is retried until it is answered. Any worker may ask; a lease gives each
+//! question to one of them at a time. This module also creates and resolves the orphans that follow from an answer. Where an answer depends on a
 //! row, it writes that row too, so that a batch that changes the row at the same time conflicts
 //! with it.
 
@@ -34,6 +34,7 @@ use crate::store::question::{self, Taken};
 use crate::store::{self, Store};
 use crate::stream::own_event::OwnEventError;
 use crate::stream::progress::ProgressError;
+use crate::stream::scan::ScanError;
 use crate::stripe::api::{ApiError, StripeApi};
 use crate::wait::Waiting;
 pub use failures::Failures;
@@ -92,6 +93,8 @@ enum QuestionError {
     OwnEvent(#[from] OwnEventError),
     #[error(transparent)]
     Erase(#[from] EraseError),
+    #[error(transparent)]
+    Remove(#[from] ScanError),
     #[error(transparent)]
     Progress(#[from] ProgressError),
     #[error("cannot read the Checkout Session's event for its email")]

@@ -328,7 +328,7 @@ impl Table {
                     }
                 }
                 Details::Grace { .. } => drop(self.orphans.entry(id).or_insert(true)),
-                Details::Fetch | Details::Erase | Details::Notification(_) => {}
+                Details::Fetch | Details::Erase | Details::Notification(_) | Details::Removal => {}
             }
         }
         let open = self

@@ -646,7 +646,11 @@ async fn erasure_removes_the_thin_events_of_the_customer(database: DatabaseKind)
         &erased.checkout_session,
         &erased.customer,
     ] {
-        let found: Vec<_> = left.iter().filter(|body| body.contains(id)).collect();
+        // The record of the erasure has ids only.
+        let about = left.iter().filter(|body| body.contains(id));
+        let found: Vec<_> = about
+            .filter(|body| !body.contains("\"litestripe.erasure\""))
+            .collect();
         assert!(found.is_empty(), "{found:#?}");
     }
     let of_the_other = left.iter().filter(|body| body.contains(&kept.subscription));

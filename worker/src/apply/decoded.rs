@@ -18,18 +18,25 @@ pub struct Decoded {
     pub(super) arrivals: Vec<Arrival>,
     /// The messages that can never be applied, by their index, each with the reason.
     pub(super) poisoned: Vec<(usize, String)>,
+    /// The messages of types that are not handled, by their index.
+    pub(super) ignored: Vec<usize>,
     entity_ids: HashSet<String>,
 }
 
 impl Decoded {
     /// Decodes the events of `batch`.
     pub fn new(batch: Batch, keys: &MetadataKeys) -> Self {
-        let (arrivals, poisoned) = decode(&batch, keys);
+        let Contents {
+            arrivals,
+            poisoned,
+            ignored,
+        } = decode(&batch, keys);
         let entity_ids = plan::entity_ids(&arrivals);
         Self {
             batch,
             arrivals,
             poisoned,
+            ignored,
             entity_ids,
         }
     }
@@ -49,6 +56,8 @@ impl Decoded {
                 .into_iter()
                 .map(|(index, why)| (before + index, why)),
         );
+        let ignored = later.ignored.into_iter();
+        self.ignored.extend(ignored.map(|index| before + index));
         self.entity_ids.extend(later.entity_ids);
     }
 
@@ -88,23 +97,34 @@ pub fn count_wanted_poisoned(
         .count() as u64
 }
 
-/// Decodes the events of a batch. The second list has the index of each poisoned message, and the
-/// reason.
-pub fn decode(batch: &Batch, keys: &MetadataKeys) -> (Vec<Arrival>, Vec<(usize, String)>) {
-    let mut arrivals = Vec::new();
-    let mut poisoned = Vec::new();
+/// What a batch's messages are, each by its index.
+#[derive(Default)]
+pub struct Contents {
+    pub arrivals: Vec<Arrival>,
+    /// Messages that can never be applied, each with the reason.
+    pub poisoned: Vec<(usize, String)>,
+    /// Messages of types that are not handled.
+    pub ignored: Vec<usize>,
+}
+
+/// Decodes the events of a batch.
+pub fn decode(batch: &Batch, keys: &MetadataKeys) -> Contents {
+    let mut contents = Contents::default();
     for (index, message) in batch.messages().enumerate() {
         match event::decode(message.payload, keys) {
-            Ok(Some(event)) => arrivals.push(Arrival {
+            Ok(Some(event)) => contents.arrivals.push(Arrival {
                 index,
                 event,
                 traceparent: message.traceparent(),
                 stream: batch.stream(),
                 stream_sequence: message.stream_sequence(),
             }),
-            Ok(None) => metrics::ignored(),
-            Err(error) => poisoned.push((index, error.to_string())),
+            Ok(None) => {
+                metrics::ignored();
+                contents.ignored.push(index);
+            }
+            Err(error) => contents.poisoned.push((index, error.to_string())),
         }
     }
-    (arrivals, poisoned)
+    contents
 }

@@ -8,7 +8,7 @@ use litestripe_contract::event::ID_BYTES_MAX;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
-use crate::erasure::{Erasure, Receipt, Target};
+use crate::erasure::{Erasure, Outcome, Receipt, Target};
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
@@ -17,7 +17,7 @@ const AFTER_HELP: &str = "\
 It records the erasure and then removes the customer's messages from all three streams, their orphans' emails, and the metadata \
 of their rows; ids, states and dates stay. Erase the customer at Stripe first: later events are stored again. If it \
 fails halfway, run it again; this is harmless. It cannot remove what is in logs, backups and your subscribers' data. Keep the \
-printed receipt: after restoring a backup of the database, erase the customer again.";
+printed receipt: if both the database and NATS lose their data, erase the customer again after restoring a backup.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -34,7 +34,7 @@ pub(crate) struct Erase {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct Selection {
-    /// Stripe's customer id
+    /// Stripe's customer id, or the customer's account (acct_…)
     #[arg(long, value_name = "cus_…", value_parser = id)]
     customer: Option<String>,
     /// Id of an orphan, for a payment without a customer; if the orphan has a customer, that
@@ -86,13 +86,18 @@ impl Erase {
             force: self.force,
             on_message: &on_message,
         };
-        let receipt = parts.while_relaying(settings, erasure.run(&target)).await;
+        let erased = parts.while_relaying(settings, erasure.run(&[target])).await;
         progress
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner)
             .finish();
-        let receipt = receipt?;
-        self.output.print(&receipt, || print(&receipt))
+        let Outcome { receipt, waiting } = erased?;
+        match (receipt, waiting.into_iter().next()) {
+            (_, Some((_, error))) => Err(error.into()),
+            (receipt, None) => self
+                .output
+                .print(&receipt, || receipt.iter().for_each(print)),
+        }
     }
 }
 

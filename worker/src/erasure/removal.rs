@@ -1,4 +1,4 @@
-//! The erasure of one person.
+//! The erasure of one person, or of several at a time.
 //!
 //! Owns the steps and their order: find the person's data, check that their events are applied,
 //! record the erasure so that every worker knows of it, and remove the data. If a run ends halfway,
@@ -10,20 +10,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use async_nats::jetstream;
-use litestripe_contract::event::{ERASURE_TYPE, EventId, EventType};
+use litestripe_contract::exit;
 use litestripe_contract::signal::{EventReference, OutOfRange, Timestamp};
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::time::Instant;
+use tracing::warn;
 
-use super::{Erasures, Ids};
+use super::{Erasures, Ids, People, copy, reference};
 use crate::error::StoreError;
 use crate::store::{self, Store};
 use crate::stream::progress::{self, ProgressError};
 use crate::stream::scan::{self, ScanError, ScannedMessage};
 
-mod rows;
+pub(super) mod rows;
 
 /// How often the streams are read, at most. They are read again as long as a read finds new ids.
 /// Each read finds one more kind of id, and there are three kinds.
@@ -46,7 +47,7 @@ pub enum Target {
     Orphan(String),
 }
 
-/// The erasure of one person.
+/// An erasure.
 pub struct Erasure<'a> {
     pub store: &'a Store,
     pub jetstream: &'a jetstream::Context,
@@ -109,49 +110,78 @@ pub enum EraseError {
     Clock(#[from] OutOfRange),
 }
 
-/// The sequences of the person's messages, by stream.
+/// What was found of one person.
 #[derive(Default)]
 struct Found {
+    /// The sequences of the person's messages, by stream.
     events: BTreeSet<u64>,
     dead_letters: BTreeSet<u64>,
+}
+
+/// The people that a run erases, with what was found of each.
+struct Search {
+    /// The place of each in the list of targets.
+    indexes: Vec<usize>,
+    people: People,
+    found: Vec<Found>,
     /// The last event that was read.
     last: u64,
 }
 
+/// The result of a run.
+pub struct Outcome {
+    /// `None` if nobody could be erased.
+    pub receipt: Option<Receipt>,
+    /// The targets that could not be erased yet, by their index.
+    pub waiting: Vec<(usize, EraseError)>,
+}
+
 impl Erasure<'_> {
-    /// Erases `target`.
-    pub async fn run(&self, target: &Target) -> Result<Receipt, EraseError> {
-        let mut ids = self.ids_of(target).await?;
-        let mut found = self.find(&mut ids).await?;
-        let mut unapplied = self.unapplied(&found.events).await?;
-        if let Some(first) = unapplied.first().filter(|_| !self.force) {
-            return Err(EraseError::Unapplied(*first));
+    /// Erases `targets`, for whom the streams are read together. A person with an event that is not
+    /// applied yet does not hold up the others.
+    pub async fn run(&self, targets: &[Target]) -> Result<Outcome, EraseError> {
+        let mut search = self.search(targets).await?;
+        self.find(&mut search).await?;
+        let mut waiting = Vec::new();
+        let mut unapplied = self.unapplied(&search).await?;
+        if !self.force {
+            waiting.extend(search.drop_unapplied(&unapplied, EraseError::Unapplied));
+        }
+        if search.is_empty() {
+            return Ok(Outcome {
+                receipt: None,
+                waiting,
+            });
         }
 
-        let now = OffsetDateTime::now_utc().unix_timestamp();
-        let recorded_at = Timestamp::from_unix(now)?;
-        self.erasures.record(self.store, &ids, now).await?;
+        let at = self.now().await?;
+        let recorded_at = Timestamp::from_unix(at)?;
+        self.record(&search.people.ids(), at).await?;
         // An event delivered before the record may have been applied with its personal data.
-        if self.find_more(&mut ids, &mut found).await? {
-            self.erasures.record(self.store, &ids, now).await?;
-            unapplied.extend(self.unapplied(&found.events).await?);
-            if let Some(first) = unapplied.first().filter(|_| !self.force) {
-                return Err(EraseError::ArrivedMeanwhile(*first));
+        if self.find_more(&mut search).await? {
+            self.record(&search.people.ids(), at).await?;
+            unapplied = self.unapplied(&search).await?;
+            if !self.force {
+                waiting.extend(search.drop_unapplied(&unapplied, EraseError::ArrivedMeanwhile));
             }
         }
+        let ids = search.people.ids();
+        let (events, dead_letters) = search.found();
+        unapplied.retain(|event| events.contains(event));
 
-        let events = scan::remove(self.jetstream, EVENTS_STREAM, found.events).await?;
-        let dead_letters =
-            scan::remove(self.jetstream, DEAD_LETTERS_STREAM, found.dead_letters).await?;
+        let events = scan::remove(self.jetstream, EVENTS_STREAM, events).await?;
+        let dead_letters = scan::remove(self.jetstream, DEAD_LETTERS_STREAM, dead_letters).await?;
         let orphans = store::orphan::erase_emails_of(self.store.connection(), &ids.all()).await?;
-        let (subscriptions, keep_from) = self.strip_rows(&ids, &erasure_event(recorded_at)).await?;
+        let (subscriptions, keep_from) = self.strip_rows(&ids, &reference(recorded_at)).await?;
         let signals = self.remove_signals(&ids, &keep_from).await?;
         self.store.truncate_log().await?;
-        let (customer, orphan) = match target {
-            Target::Customer(id) => (Some(id.clone()), None),
-            Target::Orphan(id) => (None, Some(id.clone())),
-        };
-        Ok(Receipt {
+        let (mut customer, mut orphan) = (None, None);
+        match targets {
+            [Target::Customer(id)] => customer = Some(id.clone()),
+            [Target::Orphan(id)] => orphan = Some(id.clone()),
+            _ => {}
+        }
+        let receipt = Receipt {
             customer,
             orphan,
             recorded_at,
@@ -162,10 +192,50 @@ impl Erasure<'_> {
             subscriptions,
             orphans,
             unapplied: unapplied.len() as u64,
+        };
+        Ok(Outcome {
+            receipt: Some(receipt),
+            waiting,
         })
     }
 
-    /// Returns the ids that are known before the streams are read.
+    /// Returns the time as of which the people are erased: by the later of our clock and the
+    /// broker's, so that a clock that is behind does not leave their newest events out.
+    async fn now(&self) -> Result<i64, EraseError> {
+        let now = OffsetDateTime::now_utc();
+        let broker = progress::broker_time(self.jetstream).await?;
+        Ok(broker
+            .map_or(now, |broker| broker.max(now))
+            .unix_timestamp())
+    }
+
+    async fn record(&self, ids: &Ids, at: i64) -> Result<(), EraseError> {
+        self.erasures.record(self.store, ids, at).await?;
+        let erased = ids.iter().map(|id| (id.to_owned(), at)).collect();
+        if let Err(error) = copy::store(self.jetstream, erased, at).await {
+            // A worker stores it later. A stream that is full must not prevent what makes room.
+            warn!(
+                "the erasure is recorded in the database alone for now: {}",
+                exit::chain(&error)
+            );
+        }
+        Ok(())
+    }
+
+    /// Prepares the search, with the ids that are known before the streams are read.
+    async fn search(&self, targets: &[Target]) -> Result<Search, EraseError> {
+        let mut people = Vec::new();
+        for target in targets {
+            people.push(self.ids_of(target).await?);
+        }
+        Ok(Search {
+            indexes: (0..targets.len()).collect(),
+            people: People::new(people),
+            found: targets.iter().map(|_| Found::default()).collect(),
+            last: 0,
+        })
+    }
+
     async fn ids_of(&self, target: &Target) -> Result<Ids, EraseError> {
         let mut ids = Ids::default();
         match target {
@@ -185,70 +255,91 @@ impl Erasure<'_> {
     }
 
     /// Reads rows and streams until a read finds no new id.
-    async fn find(&self, ids: &mut Ids) -> Result<Found, EraseError> {
+    async fn find(&self, search: &mut Search) -> Result<(), EraseError> {
         for _ in 0..SEARCHES_MAX {
-            let before = ids.clone();
-            self.learn_from_rows(ids).await?;
-            let mut found = Found::default();
-            found.last = self.read(EVENTS_STREAM, 1, ids, &mut found.events).await?;
-            self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters)
-                .await?;
-            if *ids == before {
-                return Ok(found);
+            let before = search.people.count();
+            self.learn_from_rows(search).await?;
+            search
+                .found
+                .iter_mut()
+                .for_each(|found| *found = Found::default());
+            search.last = self.read_events(search, 1).await?;
+            self.read_dead_letters(search).await?;
+            if search.people.count() == before {
+                return Ok(());
             }
         }
         Err(EraseError::TooManyIds)
     }
 
-    /// Adds messages and ids that arrived since `found`. Returns whether there were any.
-    async fn find_more(&self, ids: &mut Ids, found: &mut Found) -> Result<bool, EraseError> {
-        let before = (ids.clone(), found.events.len(), found.dead_letters.len());
-        self.learn_from_rows(ids).await?;
-        found.last = self
-            .read(EVENTS_STREAM, found.last + 1, ids, &mut found.events)
-            .await?;
-        self.read(DEAD_LETTERS_STREAM, 1, ids, &mut found.dead_letters)
-            .await?;
-        if *ids != before.0 {
-            *found = self.find(ids).await?;
+    /// Adds messages and ids that arrived since the last read. Returns whether there were any.
+    async fn find_more(&self, search: &mut Search) -> Result<bool, EraseError> {
+        let before = (search.people.count(), search.count());
+        self.learn_from_rows(search).await?;
+        search.last = self.read_events(search, search.last + 1).await?;
+        self.read_dead_letters(search).await?;
+        if search.people.count() != before.0 {
+            self.find(search).await?;
         }
-        Ok(
-            (&*ids, found.events.len(), found.dead_letters.len())
-                != (&before.0, before.1, before.2),
-        )
+        Ok((search.people.count(), search.count()) != before)
     }
 
-    async fn learn_from_rows(&self, ids: &mut Ids) -> Result<(), EraseError> {
+    async fn learn_from_rows(&self, search: &mut Search) -> Result<(), EraseError> {
         let db = self.store.connection();
-        let rows = store::subscription::related_ids(db, &ids.all()).await?;
-        let orphans = store::orphan::related_ids(db, &ids.all()).await?;
-        ids.add(rows.into_iter().chain(orphans));
+        let people: Vec<Ids> = search.people.iter().cloned().collect();
+        for (index, ids) in people.iter().enumerate() {
+            let rows = store::subscription::related_ids(db, &ids.all()).await?;
+            let orphans = store::orphan::related_ids(db, &ids.all()).await?;
+            search.people.add(index, rows.into_iter().chain(orphans));
+        }
         Ok(())
+    }
+
+    async fn read_events(&self, search: &mut Search, from: u64) -> Result<u64, ScanError> {
+        let (people, found) = (&mut search.people, &mut search.found);
+        self.read(EVENTS_STREAM, from, people, |owner, sequence| {
+            if let Some(found) = found.get_mut(owner) {
+                found.events.insert(sequence);
+            }
+        })
+        .await
+    }
+
+    async fn read_dead_letters(&self, search: &mut Search) -> Result<u64, ScanError> {
+        let (people, found) = (&mut search.people, &mut search.found);
+        self.read(DEAD_LETTERS_STREAM, 1, people, |owner, sequence| {
+            if let Some(found) = found.get_mut(owner) {
+                found.dead_letters.insert(sequence);
+            }
+        })
+        .await
     }
 
     async fn read(
         &self,
         stream: &'static str,
         from: u64,
-        ids: &mut Ids,
-        found: &mut BTreeSet<u64>,
+        people: &mut People,
+        mut found: impl FnMut(usize, u64),
     ) -> Result<u64, ScanError> {
         let visit = |message: ScannedMessage<'_>| {
             (self.on_message)();
-            if ids.learn_if_own(message.body) {
-                found.insert(message.sequence);
+            for owner in people.owners_of(message.body) {
+                found(owner, message.sequence);
             }
         };
         scan::read(self.jetstream, stream, from, visit).await
     }
 
-    /// Waits for a running worker to apply `events`. Returns those that it did not apply in time.
-    async fn unapplied(&self, events: &BTreeSet<u64>) -> Result<BTreeSet<u64>, EraseError> {
+    /// Waits for a running worker to apply the events that were found. Returns those that it did
+    /// not apply in time.
+    async fn unapplied(&self, search: &Search) -> Result<BTreeSet<u64>, EraseError> {
+        let (events, _) = search.found();
         let deadline = Instant::now() + APPLIED_TIMEOUT;
         loop {
             let unapplied = match progress::applied_until(self.jetstream).await? {
                 _ if events.is_empty() => BTreeSet::new(),
-                None => return Ok(events.clone()),
+                None => return Ok(events),
                 Some(floor) => events.range(floor.saturating_add(1)..).copied().collect(),
             };
             if unapplied.is_empty() || Instant::now() >= deadline {
@@ -258,7 +349,7 @@ impl Erasure<'_> {
         }
     }
 
-    /// Removes the metadata from the person's rows, and signals each row. Returns how many rows had
+    /// Removes the metadata from the people's rows, and signals each row. Returns how many rows had
     /// metadata, and for each row the first revision whose signals are kept.
     async fn strip_rows(
         &self,
@@ -276,18 +367,18 @@ impl Erasure<'_> {
         Ok((had_metadata, keep_from))
     }
 
-    /// Removes the person's signals that are older than those of `strip_rows`. Returns their count.
+    /// Removes the people's signals that are older than those of `strip_rows`. Returns their count.
     async fn remove_signals(
         &self,
         ids: &Ids,
         keep_from: &BTreeMap<String, i64>,
     ) -> Result<u64, EraseError> {
         self.wait_until_sent(ids).await?;
-        let mut known = ids.clone();
+        let mut known = People::new(vec![ids.clone()]);
         let mut older = Vec::new();
         let visit = |message: ScannedMessage<'_>| {
             (self.on_message)();
-            if known.learn_if_own(message.body) && !is_kept(message.body, keep_from) {
+            if !known.owners_of(message.body).is_empty() && !is_kept(message.body, keep_from) {
                 older.push(message.sequence);
             }
         };
@@ -295,7 +386,7 @@ impl Erasure<'_> {
         Ok(scan::remove(self.jetstream, SIGNALS_STREAM, older).await?)
     }
 
-    /// Waits until the outbox holds no signal of the person.
+    /// Waits until the outbox holds no signal of the people.
     async fn wait_until_sent(&self, ids: &Ids) -> Result<(), EraseError> {
         let deadline = Instant::now() + SENT_TIMEOUT;
         while store::outbox::has_signals_of(self.store.connection(), &ids.all()).await? {
@@ -306,6 +397,76 @@ impl Erasure<'_> {
         }
         Ok(())
     }
+}
+
+impl Search {
+    fn is_empty(&self) -> bool {
+        self.indexes.is_empty()
+    }
+
+    /// Returns how many messages were found.
+    fn count(&self) -> usize {
+        let counts = self.found.iter();
+        counts
+            .map(|found| found.events.len() + found.dead_letters.len())
+            .sum()
+    }
+
+    /// Returns the events and dead letters of all people.
+    fn found(&self) -> (BTreeSet<u64>, BTreeSet<u64>) {
+        let all =
+            |of: fn(&Found) -> &BTreeSet<u64>| self.found.iter().flat_map(of).copied().collect();
+        (all(|found| &found.events), all(|found| &found.dead_letters))
+    }
+
+    /// Drops the people with an event in `unapplied`. Returns why each has to wait, by the place
+    /// in the list of targets.
+    fn drop_unapplied(
+        &mut self,
+        unapplied: &BTreeSet<u64>,
+        reason: fn(u64) -> EraseError,
+    ) -> Vec<(usize, EraseError)> {
+        let mut waiting = Vec::new();
+        let (mut indexes, mut people, mut found) = (Vec::new(), Vec::new(), Vec::new());
+        let all = self.indexes.drain(..).zip(self.people.iter().cloned());
+        for ((index, ids), of_one) in all.zip(self.found.drain(..)) {
+            match of_one.events.intersection(unapplied).next() {
+                Some(event) => waiting.push((index, reason(*event))),
+                None => {
+                    indexes.push(index);
+                    people.push(ids);
+                    found.push(of_one);
+                }
+            }
+        }
+        (self.indexes, self.people, self.found) = (indexes, People::new(people), found);
+        waiting
+    }
+}
+
+/// Removes the message that a question of a removal names, if an erasure covers it: a stream that
+/// was made anew may hold another message at this sequence.
+pub async fn remove_covered(
+    jetstream: &jetstream::Context,
+    erasures: &Erasures,
+    place: &str,
+) -> Result<(), ScanError> {
+    let place = place.split_once(' ');
+    let place = place.and_then(|(name, sequence)| {
+        let stream = [EVENTS_STREAM, DEAD_LETTERS_STREAM]
+            .into_iter()
+            .find(|stream| *stream == name)?;
+        Some((stream, sequence.parse().ok()?))
+    });
+    // A later version of the program may know more streams.
+    let Some((stream, sequence)) = place else {
+        return Ok(());
+    };
+    let body = scan::body(jetstream, stream, sequence).await?;
+    if body.is_some_and(|body| erasures.covers_message(&body)) {
+        scan::remove(jetstream, stream, [sequence]).await?;
+    }
+    Ok(())
 }
 
 /// The revision in a signal's body. An orphan's signal has none.
@@ -324,13 +485,4 @@ fn is_kept(body: &[u8], keep_from: &BTreeMap<String, i64>) -> bool {
         .as_ref()
         .and_then(|id| keep_from.get(id));
     of_row.is_some_and(|of_row| signal.revision >= Some(*of_row))
-}
-
-/// Returns the event that signals name as the cause of an erasure's changes.
-fn erasure_event(at: Timestamp) -> EventReference {
-    EventReference {
-        id: EventId::parse(format!("{ERASURE_TYPE}.{}", at.unix())).expect("our own ids are valid"),
-        event_type: EventType::parse(ERASURE_TYPE).expect("our own types are valid"),
-        created: at,
-    }
 }

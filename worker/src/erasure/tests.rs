@@ -91,6 +91,62 @@ fn one_of_the_ids_is_enough() {
     );
 }
 
+/// Whether a message that need not be an event that is handled is covered.
+#[track_caller]
+fn check_message(body: &str, covered: bool) {
+    let erased = ["cus_1", "sub_1", "acct_1"]
+        .map(|id| (id.to_owned(), AT))
+        .into();
+    let known = Known {
+        erased,
+        sequence: 0,
+    };
+    assert_eq!(known.covers_message(body.as_bytes()), covered, "{body}");
+}
+
+#[test]
+fn messages_of_types_that_are_not_handled_are_covered_too() {
+    let updated = |customer: &str, created: i64| {
+        let object = json!({ "id": customer, "object": "customer", "email": "x" });
+        json!({ "id": "evt_1", "type": "customer.updated", "created": created, "data": { "object": object } })
+            .to_string()
+    };
+    check_message(&updated("cus_1", AT), true);
+    check_message(&updated("cus_1", AT + 1), false);
+    check_message(&updated("cus_12", AT), false);
+    let thin = json!({ "id": "evt_1", "type": "v1.customer.updated", "object": "v2.core.event",
+        "created": "1970-01-01T00:16:39.9Z", "related_object": { "id": "cus_1", "type": "customer" } });
+    check_message(&thin.to_string(), true);
+}
+
+#[test]
+fn poisoned_messages_are_covered_unless_they_are_known_to_be_newer() {
+    let poison = |created: Value, id: Value| {
+        let object = json!({ "id": id, "object": "subscription", "customer": "cus_1" });
+        json!({ "id": "evt_1", "type": "customer.subscription.updated", "created": created, "data": { "object": object } })
+            .to_string()
+    };
+    check_message(&poison(json!("yesterday"), json!("sub_2")), true);
+    check_message(&poison(json!(AT), json!(17)), true);
+    check_message(&poison(json!(AT + 1), json!(17)), false);
+    check_message(r#"{"customer":"cus_1","cut o"#, true);
+    check_message(r#"{"customer":"cus_12","cut o"#, false);
+    check_message("", false);
+}
+
+#[test]
+fn account_of_a_customer_is_enough() {
+    let of = |customer: Value| json!({ "id": "sub_9", "customer": customer, "customer_account": "acct_1" });
+    let event = |object: Value| {
+        json!({ "id": "evt_1", "type": "customer.subscription.updated", "created": AT, "account": "acct_1",
+            "data": { "object": object } })
+            .to_string()
+    };
+    check_message(&event(of(json!(null))), true);
+    check_message(&event(of(json!("cus_9"))), true);
+    check_message(&event(json!({ "id": "sub_9", "customer": null })), false);
+}
+
 #[test]
 fn fetched_snapshot_counts_as_old_as_its_object() {
     let subscription =

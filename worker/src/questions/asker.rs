@@ -70,6 +70,7 @@ impl Questions {
             (Kind::Fetch, has_key, stripe_max),
             (Kind::Erase, questions.erase_on_customer_deleted, 1),
             (Kind::Notification, has_key, NOTIFICATIONS_IN_FLIGHT_MAX),
+            (Kind::Removal, true, IN_FLIGHT_MAX),
         ];
         let mut loops = JoinSet::new();
         for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, is_enabled, _)| *is_enabled) {
@@ -164,6 +165,7 @@ impl Questions {
             Kind::Fetch => self.fetch_uncertain(&taken).await,
             Kind::Erase => self.erase_customer(&taken).await,
             Kind::Notification => self.fetch_notified(&taken, shutdown).await,
+            Kind::Removal => self.remove_late(&taken).await,
         };
         let kind = question.kind();
         let db = self.store.connection();
@@ -242,9 +244,9 @@ fn poll(kind: Kind) -> Duration {
     }
 }
 
-fn lease(kind: Kind) -> Duration {
+pub(super) fn lease(kind: Kind) -> Duration {
     match kind {
         Kind::Lookup | Kind::Notification => SHORT_LEASE,
-        Kind::Grace | Kind::Fetch | Kind::Erase => LEASE,
+        Kind::Grace | Kind::Fetch | Kind::Erase | Kind::Removal => LEASE,
     }
 }

@@ -73,12 +73,12 @@ impl Failures {
         let every = match kind {
             Kind::Lookup => ANSWER_MAX * SHARE / u32::try_from(IN_FLIGHT_MAX).unwrap_or(1),
             Kind::Grace | Kind::Fetch | Kind::Notification => self.call_every,
-            Kind::Erase => Duration::ZERO,
+            Kind::Erase | Kind::Removal => Duration::ZERO,
         };
         let known = self.known();
         let rivals = known.failing.iter().filter(|(other, _)| match kind {
-            Kind::Lookup | Kind::Erase => **other == kind,
-            _ => !matches!(other, Kind::Lookup | Kind::Erase),
+            Kind::Lookup | Kind::Erase | Kind::Removal => **other == kind,
+            _ => !matches!(other, Kind::Lookup | Kind::Erase | Kind::Removal),
         });
         let rivals: u64 = rivals.map(|(_, count)| count).sum();
         let turn = every.saturating_mul(u32::try_from(rivals).unwrap_or(u32::MAX));

@@ -77,7 +77,7 @@ pub(crate) async fn put_orphans_in_outbox(
 }
 
 async fn put_orphans(
-    tx: DatabaseTransaction,
+    tx: Transaction,
     after: &str,
     now: OffsetDateTime,
 ) -> Result<(Resent, Option<String>), StoreError> {

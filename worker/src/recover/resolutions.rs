@@ -1,4 +1,4 @@
-//! Keeps operators' resolutions of orphans in the stream.
+//! Keeps in the stream what only we know: operators' resolutions of orphans, and erasures.
 //!
 //! Only the operator knows what a resolution says: it cannot be fetched from Stripe. The stream
 //! loses it with age, by a purge or with the broker's data, the database with its own data. So one
@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use crate::erasure::Erasures;
+use crate::erasure::copy::{self, CopyError};
 use crate::error::StoreError;
 use crate::store::lease::Lease;
 use crate::store::{self, Store};
@@ -44,6 +45,8 @@ enum ResolutionsError {
     Progress(#[from] ProgressError),
     #[error(transparent)]
     OwnEvent(#[from] OwnEventError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
 }
 
 pub(crate) struct Resolutions {
@@ -53,24 +56,20 @@ pub(crate) struct Resolutions {
 }
 
 impl Resolutions {
-    /// Keeps the resolutions in the stream, until `shutdown`.
+    /// Keeps them in the stream, until `shutdown`.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let mut lease = Lease::new(self.store.clone(), "resolutions");
         loop {
-            let every = match lease.hold_during(self.repeat_missing()).await {
-                Ok(Some(Ok(repeated))) => {
-                    if repeated > 0 {
-                        info!("stored {repeated} operators' resolutions again in {EVENTS_STREAM}");
-                    }
-                    CHECK_EVERY
-                }
+            let kept = lease.hold_during(self.store_again()).await;
+            let every = match kept {
+                Ok(Some(Ok(()))) => CHECK_EVERY,
                 Ok(Some(Err(error))) => {
-                    debug!("cannot keep resolutions: {}", exit::chain(&error));
+                    debug!("cannot keep what only we know: {}", exit::chain(&error));
                     RETRY
                 }
                 Ok(None) => RETRY,
                 Err(error) => {
-                    debug!("cannot keep resolutions: {}", exit::chain(&error));
+                    debug!("cannot keep what only we know: {}", exit::chain(&error));
                     RETRY
                 }
             };
@@ -78,6 +77,18 @@ impl Resolutions {
                 return;
             }
         }
+    }
+
+    async fn store_again(&self) -> Result<(), ResolutionsError> {
+        let repeated = self.repeat_missing().await?;
+        if repeated > 0 {
+            info!("stored {repeated} operators' resolutions again in {EVENTS_STREAM}");
+        }
+        let kept = copy::keep(&self.store, &self.jetstream, OffsetDateTime::now_utc()).await?;
+        if kept > 0 {
+            info!("stored the erasures of {kept} ids again in {EVENTS_STREAM}");
+        }
+        Ok(())
     }
 
     /// Stores the resolutions again that the stream does not hold or will not hold for long.
@@ -150,11 +161,6 @@ impl Resolutions {
         let event_type = EventType::parse(RESOLUTION_TYPE).expect("our own types are valid");
         let subject = subject::for_event_type(&event_type);
         let max_age = progress::max_age(&self.jetstream).await?;
-        let expires_late = |stored: OffsetDateTime| {
-            max_age.is_zero()
-                || now - stored
-                    < time::Duration::try_from(max_age / 2).unwrap_or(time::Duration::MAX)
-        };
         let mut held = HashMap::new();
         let mut from = 1;
         while let Some(message) = progress::next_of(&self.jetstream, &subject, from).await? {
@@ -163,7 +169,7 @@ impl Resolutions {
             // The id of a repeated resolution is followed by the time of its repetition.
             let id = id.and_then(|id| id.as_str().split(':').next());
             if let Some(id) = id
-                && expires_late(message.time)
+                && progress::expires_late(message.time, max_age, now)
             {
                 held.insert(id.to_owned(), message.time);
             }

@@ -13,6 +13,7 @@ use super::broker::{self, Unreachable};
 use super::database::{self, OpenError, Schema};
 use crate::apply::Applier;
 use crate::erasure::Erasures;
+use crate::erasure::copy::{self, CopyError};
 use crate::error::StoreError;
 use crate::installation::{self, Installation, InstallationError};
 use crate::relay::Relay;
@@ -33,6 +34,8 @@ pub(crate) enum StartError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Upgrade(#[from] UpgradeError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -64,8 +67,9 @@ impl Parts {
         Self::assemble(store, nats, None).await
     }
 
-    /// Puts the parts together and reads the erasures. First moves the data that the previous
-    /// version kept in NATS into the database. Fails if database and broker do not belong together.
+    /// Puts the parts together and reads the erasures, also those that the database does not know
+    /// because it was restored. First moves the data that the previous version kept in NATS into
+    /// the database. Fails if database and broker do not belong together.
     pub(crate) async fn assemble(
         store: Store,
         nats: async_nats::Client,
@@ -76,7 +80,8 @@ impl Parts {
             installation::check(&store, &jetstream).await?;
         }
         upgrade::import_kv_bucket(&store, &jetstream).await?;
-        let erasures = Erasures::load(&store, jetstream.clone()).await?;
+        let erasures = Erasures::load(&store).await?;
+        copy::restore(&store, &jetstream, &erasures).await?;
         Ok(Self {
             store,
             nats,

@@ -53,37 +53,53 @@ pub async fn after<C: ConnectionTrait>(db: &C, sequence: i64) -> Result<Vec<Mode
         .map_err(StoreError::doing("read the erasures"))
 }
 
-/// Records when each of these ids was erased, in seconds since the Unix epoch. The time of an
-/// existing erasure never moves back, because the clocks of two hosts may differ. First waits for
-/// the end of every transaction that does not know of these erasures.
+/// Returns all erasures, without a lock.
+pub async fn all<C: ConnectionTrait>(db: &C) -> Result<Vec<Model>, StoreError> {
+    let all = Entity::find().all(db).await;
+    all.map_err(StoreError::doing("read the erasures"))
+}
+
+/// Records erasures: see [`record_in`].
 pub async fn record(
     store: &Store,
     erased: Arc<BTreeMap<String, i64>>,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
-    const LOCK: &str = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE";
     let record = async move |tx: Transaction| {
-        let doing = StoreError::doing("record an erasure");
-        if tx.get_database_backend() == DbBackend::Postgres {
-            tx.execute_unprepared(LOCK).await.map_err(&doing)?;
-        }
-        let newest = Entity::find()
-            .select_only()
-            .column_as(Column::Sequence.max(), "newest")
-            .into_tuple();
-        let newest: Option<Option<i64>> = newest.one(&tx).await.map_err(&doing)?;
-        // From the clock, so that it is also above the sequences of rows that were deleted by hand.
-        let milliseconds =
-            i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
-        let first = std::cmp::max(milliseconds, newest.flatten().unwrap_or_default() + 1);
-        let cells = |(sequence, (id, at)): (i64, (&String, &i64))| -> [Cell; 3] {
-            [id.clone().into(), (*at).into(), sequence.into()]
-        };
-        let rows = (first..).zip(erased.iter()).map(cells).collect();
-        super::rows::insert(&tx, INSERT, rows)
+        record_in(&tx, &erased, now).await?;
+        tx.commit()
             .await
-            .map_err(&doing)?;
-        tx.commit().await.map_err(&doing)
+            .map_err(StoreError::doing("record an erasure"))
     };
     store.uncancelled(record).await
+}
+
+/// Records when each of these ids was erased, in seconds since the Unix epoch, as the first
+/// statement of `tx`. The time of an existing erasure never moves back, because the clocks of two
+/// hosts may differ. First waits for the end of every transaction that does not know of these
+/// erasures.
+pub async fn record_in(
+    tx: &Transaction,
+    erased: &BTreeMap<String, i64>,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const LOCK: &str = "LOCK TABLE litestripe_erasure IN EXCLUSIVE MODE";
+    let doing = StoreError::doing("record an erasure");
+    if tx.get_database_backend() == DbBackend::Postgres {
+        tx.execute_unprepared(LOCK).await.map_err(&doing)?;
+    }
+    let newest = Entity::find()
+        .select_only()
+        .column_as(Column::Sequence.max(), "newest")
+        .into_tuple();
+    let newest: Option<Option<i64>> = newest.one(tx).await.map_err(&doing)?;
+    // From the clock, so that it is also above the sequences of rows that were deleted by hand.
+    let milliseconds = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
+    let first = std::cmp::max(milliseconds, newest.flatten().unwrap_or_default() + 1);
+    let cells = |(sequence, (id, at)): (i64, (&String, &i64))| -> [Cell; 3] {
+        [id.clone().into(), (*at).into(), sequence.into()]
+    };
+    let rows = (first..).zip(erased.iter()).map(cells).collect();
+    let recorded = super::rows::insert(tx, INSERT, rows).await;
+    recorded.map(drop).map_err(&doing)
 }

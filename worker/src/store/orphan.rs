@@ -229,7 +229,7 @@ pub async fn list<C: ConnectionTrait>(
 
 /// Locks and returns up to `limit` open orphans after `after`, in the order of the key.
 pub async fn lock_open(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     after: &str,
     limit: u64,
 ) -> Result<Vec<Model>, StoreError> {

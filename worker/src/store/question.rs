@@ -135,7 +135,7 @@ fn cells(
             ..
         } => (client_reference_id, is_paid) = (Some(reference), paid),
         Details::Notification(details) => notified = Some(details),
-        Details::Grace { .. } | Details::Fetch | Details::Erase => {}
+        Details::Grace { .. } | Details::Fetch | Details::Erase | Details::Removal => {}
     }
     let notifications = notified
         .as_ref()
@@ -215,6 +215,7 @@ fn question(row: Model) -> Option<Question> {
         },
         Kind::Fetch => Details::Fetch,
         Kind::Erase => Details::Erase,
+        Kind::Removal => Details::Removal,
         Kind::Notification => Details::Notification(Notified {
             object: match row.checkout_session_id {
                 Some(id) => NotifiedObject::CheckoutSession(id),

@@ -2,13 +2,14 @@
 //!
 //! Owns their shape and how they are stored. Everything that changes a row enters through the
 //! stream, so that a replay restores it: snapshots fetched from Stripe's API and operators'
-//! resolutions of orphans are stored here and then applied like every other event. Functions that
-//! store an event return its sequence in the stream.
+//! resolutions of orphans are stored here and then applied like every other event. The copies of
+//! erasures are stored here too, and ignored by batches: see `erasure::copy`. Functions that store
+//! an event return its sequence in the stream.
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, context::PublishError};
 use litestripe_contract::event::{
-    EventId, EventType, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
+    ERASURE_TYPE, EventId, EventType, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
 };
 use litestripe_contract::signal::EventReference;
 use litestripe_contract::{header, subject};
@@ -18,6 +19,7 @@ use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
 
+use crate::erasure::copy::Erased;
 use crate::stripe::api::{Answer, ApiError};
 
 /// An event of a worker, in the shape of Stripe's events.
@@ -171,6 +173,26 @@ pub(crate) async fn repeat_resolution(
     event
         .store(jetstream, "resolution", &format!("{}:{now}", event.id))
         .await
+}
+
+/// Stores the copy of erasures, made at `created`.
+pub(crate) async fn publish_erasure(
+    jetstream: &jetstream::Context,
+    erased: &Erased,
+    created: i64,
+) -> Result<u64, OwnEventError> {
+    let content = |_| OwnEventError::Content(ERASURE_TYPE.to_owned());
+    let object = to_raw_value(erased).map_err(content)?;
+    let hash: [u8; 32] = Sha256::digest(object.get()).into();
+    let hash = u64::from_be_bytes(hash.first_chunk().copied().unwrap_or_default());
+    let id = format!("{ERASURE_TYPE}.{created}.{hash:016x}");
+    // Of all modes and accounts.
+    let scope = Scope {
+        livemode: false,
+        account: None,
+    };
+    let event = OwnEvent::new(ERASURE_TYPE, id, created, &object, scope)?;
+    event.store(jetstream, "erasure", event.id.as_str()).await
 }
 
 impl Resolution<'_> {

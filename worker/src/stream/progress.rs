@@ -238,6 +238,13 @@ pub(crate) async fn max_age(jetstream: &jetstream::Context) -> Result<Duration, 
     Ok(stream.cached_info().config.max_age)
 }
 
+/// Whether a stream that holds its messages for `max_age` will hold one that was `stored` then for
+/// at least half of that from `now` on.
+pub(crate) fn expires_late(stored: OffsetDateTime, max_age: Duration, now: OffsetDateTime) -> bool {
+    let half = time::Duration::try_from(max_age / 2).unwrap_or(time::Duration::MAX);
+    max_age.is_zero() || now - stored < half
+}
+
 /// Returns the first event that the stream holds at or after `sequence`.
 async fn first_from(
     jetstream: &jetstream::Context,

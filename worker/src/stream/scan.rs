@@ -143,6 +143,22 @@ pub(crate) fn reader(
     }
 }
 
+/// Returns the body of a message, or `None` if it does not exist.
+pub(crate) async fn body(
+    jetstream: &jetstream::Context,
+    name: &'static str,
+    sequence: u64,
+) -> Result<Option<bytes::Bytes>, ScanError> {
+    let Some(stream) = find(jetstream, name).await? else {
+        return Ok(None);
+    };
+    match stream.get_raw_message(sequence).await {
+        Ok(message) => Ok(Some(message.payload)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(failed("read a message of", name)(error)),
+    }
+}
+
 /// Removes messages permanently: the server overwrites their bytes on disk. Returns how many
 /// existed.
 pub(crate) async fn remove(

@@ -11,7 +11,8 @@ use crate::orphans::{CREATED, DEADLINE, now, orphan, questions};
 
 on_both_databases!(
     a_deleted_customer_is_erased_if_the_setting_is_on,
-    a_deleted_customer_is_kept_by_default
+    a_deleted_customer_is_kept_by_default,
+    deleted_customers_are_erased_together,
 );
 
 const SETTING: &str = "LITESTRIPE_ERASE_ON_CUSTOMER_DELETED";
@@ -75,6 +76,34 @@ async fn a_missed_deletion_is_backfilled_once() {
         orphan(&bridge, &user.subscription).await.customer_email,
         None
     );
+}
+
+async fn deleted_customers_are_erased_together(database: DatabaseKind) {
+    let options = Options::new(database)
+        .ingress("LITESTRIPE_EVENT_TYPES", "*")
+        .worker(SETTING, "true")
+        .workers(0);
+    let mut bridge = Bridge::start(options).await;
+    let users: Vec<_> = (0..3).map(|_| Purchase::new(now() - 60)).collect();
+    for user in &users {
+        bridge.deliver(&session(user, ERASED, json!({}))).await;
+        bridge
+            .deliver(&subscription(user, CREATED, ERASED, 0))
+            .await;
+    }
+    for user in &users {
+        bridge
+            .deliver(&customer(user, "customer.deleted", ERASED))
+            .await;
+    }
+    bridge.start_worker().wait_until_ready().await;
+    for user in &users {
+        until_erased(&bridge, user).await;
+    }
+    let worker = &bridge.workers[0];
+    let together = worker.count_in_log("erased the data of 3 customers");
+    assert_eq!(together, 1, "{}", worker.log());
+    assert_eq!(places(&bridge, ERASED).await, Vec::<String>::new());
 }
 
 /// Waits until a worker logs that it erased the customer. Reads no stream meanwhile: a reader would

@@ -1,6 +1,6 @@
 //! The removal of a row's metadata.
 //!
-//! Owns the transaction that changes the row, deletes its older signals from the outbox, and adds a
+//! Owns the transaction, or the part of one, that changes the row, deletes its older signals from the outbox, and adds a
 //! signal of its new state.
 
 use litestripe_contract::signal::EventReference;
@@ -12,7 +12,7 @@ use crate::store::Transaction;
 use crate::store::{self, Store};
 
 /// A row whose metadata is gone.
-pub(super) struct Stripped {
+pub(in crate::erasure) struct Stripped {
     /// Whether there was any.
     pub(super) had_metadata: bool,
     /// The revision of its new signal. Older signals may contain erased data.
@@ -28,7 +28,13 @@ pub(super) async fn strip(
     loop {
         let (id, cause) = (id.to_owned(), cause.clone());
         let once = async move |tx: Transaction| {
-            strip_once(tx, &id, &cause, OffsetDateTime::now_utc()).await
+            let stripped = strip_in(&tx, &id, &cause, OffsetDateTime::now_utc()).await?;
+            if !matches!(stripped, Outcome::Conflict) {
+                tx.commit()
+                    .await
+                    .map_err(StoreError::doing("commit an erasure"))?;
+            }
+            Ok::<_, StoreError>(stripped)
         };
         if let Outcome::Done(stripped) = store.uncancelled(once).await? {
             return Ok(stripped);
@@ -36,19 +42,20 @@ pub(super) async fn strip(
     }
 }
 
-enum Outcome {
+pub(in crate::erasure) enum Outcome {
     Done(Option<Stripped>),
     /// A worker wrote the row after it was read.
     Conflict,
 }
 
-async fn strip_once(
-    tx: Transaction,
+/// Does the same in `tx`.
+pub(in crate::erasure) async fn strip_in(
+    tx: &Transaction,
     id: &str,
     cause: &EventReference,
     now: OffsetDateTime,
 ) -> Result<Outcome, StoreError> {
-    let Some(stored) = store::subscription::load(&tx, &[id]).await?.remove(id) else {
+    let Some(stored) = store::subscription::load(tx, &[id]).await?.remove(id) else {
         return Ok(Outcome::Done(None));
     };
     let Erased {
@@ -57,7 +64,7 @@ async fn strip_once(
         had_metadata,
     } = plan::plan_erasure(id, stored, cause.clone(), now);
     // Signals in the outbox may contain the erased data.
-    store::outbox::delete_changes_of(&tx, id).await?;
+    store::outbox::delete_changes_of(tx, id).await?;
     // The new signal is kept. Without one, because the row's signal is unsent, no earlier signal is
     // kept.
     let keep_from = if signal.is_some() {
@@ -65,16 +72,13 @@ async fn strip_once(
     } else {
         row.revision + 1
     };
-    store::outbox::insert(&tx, signal.into_iter().collect(), now).await?;
-    if store::subscription::save(&tx, vec![row], now)
+    store::outbox::insert(tx, signal.into_iter().collect(), now).await?;
+    if store::subscription::save(tx, vec![row], now)
         .await?
         .is_empty()
     {
         return Ok(Outcome::Conflict);
     }
-    tx.commit()
-        .await
-        .map_err(StoreError::doing("commit an erasure"))?;
     Ok(Outcome::Done(Some(Stripped {
         had_metadata,
         keep_from,

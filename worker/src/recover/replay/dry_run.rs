@@ -69,7 +69,11 @@ impl Replayer {
                 dry.finished = progress.reapplied_until() >= replay.last_sequence;
                 continue;
             };
-            let (mut arrivals, poisoned) = apply::decode(&batch, &self.applier.metadata_keys);
+            let apply::Contents {
+                mut arrivals,
+                poisoned,
+                ..
+            } = apply::decode(&batch, &self.applier.metadata_keys);
             dry.poisoned += apply::count_wanted_poisoned(&batch, &poisoned, wanted);
             arrivals.retain(|arrival| wanted(arrival.stream_sequence, Some(arrival)));
             dry.apply(&self.applier, &arrivals).await?;

@@ -1,0 +1,153 @@
+//! Messages of an erased person that arrive late, also those that no worker can apply.
+
+use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
+use litestripe_harness::eventually;
+use litestripe_harness::nats;
+use litestripe_harness::stripe::Purchase;
+use serde_json::{Value, json};
+
+use super::{
+    COMMAND, ERASED, KEPT, customer, erase, erased, places, poison, run, session, subscription,
+};
+use crate::orphans::{CREATED, DEADLINE, UPDATED, apply, now};
+
+on_both_databases!(
+    late_messages_that_are_not_applied_are_removed_too,
+    removal_that_fails_is_repeated_until_it_is_done
+);
+
+async fn late_messages_that_are_not_applied_are_removed_too(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::new(database).ingress("LITESTRIPE_EVENT_TYPES", "*")).await;
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    for purchase in [&user, &other] {
+        apply(&bridge, &subscription(purchase, CREATED, KEPT, 0)).await;
+    }
+    erased(&erase(&bridge, &user.customer, &["--json"]).await);
+
+    let mut updated = customer(&user, "customer.updated", ERASED);
+    updated.value["created"] = json!(user.created);
+    bridge.deliver(&updated).await;
+    bridge
+        .publish(UPDATED, poison(&user, ERASED), "late poison")
+        .await;
+    bridge
+        .publish(UPDATED, poison(&other, KEPT), "other poison")
+        .await;
+    let mut news = customer(&user, "customer.updated", KEPT);
+    news.value["created"] = json!(now() + 60);
+    bridge.deliver(&news).await;
+    bridge.wait_until_applied().await;
+    until_gone(&bridge).await;
+
+    let letters = bridge.bodies("STRIPE_DEAD_LETTERS").await;
+    assert_eq!(letters.len(), 1, "only the other customer's");
+    let stored = bridge.bodies("STRIPE_EVENTS").await;
+    let is_news = |body: &&bytes::Bytes| body[..] == news.body()[..];
+    assert_eq!(stored.iter().filter(is_news).count(), 1, "it is not late");
+    let log = bridge.workers[0].log();
+    assert!(!log.contains(ERASED), "{log}");
+}
+
+async fn removal_that_fails_is_repeated_until_it_is_done(database: DatabaseKind) {
+    let config = "authorization { users: [
+        { user: harness, password: secret }
+        { user: limited, password: secret, permissions: { publish: { deny: \"$JS.API.STREAM.MSG.DELETE.>\" } } }
+        ] }\nno_auth_user: harness\n";
+    let options = Options::new(database)
+        .worker("NATS_USER", "limited")
+        .worker("NATS_PASSWORD", "secret");
+    let mut bridge = Bridge::prepare(options);
+    let broker = nats::Options {
+        config: config.to_owned(),
+        ..nats::Options::default()
+    };
+    bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    bridge.start_worker().wait_until_ready().await;
+    let user = Purchase::new(now() - 60);
+    erased(
+        &bridge
+            .worker()
+            .env("NATS_USER", "harness")
+            .args(["erase", "--customer", &user.customer, "--json"])
+            .run(COMMAND)
+            .await,
+    );
+
+    bridge
+        .deliver(&subscription(&user, CREATED, ERASED, 0))
+        .await;
+    bridge.wait_until_applied().await;
+    let worker = bridge.workers.pop().expect("there is one");
+    worker
+        .wait_for_log("no answer yet about STRIPE_EVENTS", DEADLINE)
+        .await;
+    worker.stop().await;
+    let status = bridge
+        .worker()
+        .args(["status", "--json"])
+        .run(COMMAND)
+        .await;
+    let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
+    assert_eq!(status["open_questions"]["removal"], 1, "{status:#}");
+    assert!(!places(&bridge, ERASED).await.is_empty());
+
+    bridge.set_worker("NATS_USER", "harness");
+    bridge.start_worker().wait_until_ready().await;
+    until_gone(&bridge).await;
+}
+
+/// PostgreSQL, because another session holds a lock of the worker's batch.
+#[tokio::test]
+async fn worker_does_not_write_what_was_erased_by_force_while_it_held_it() {
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    bridge.start_worker().wait_until_ready().await;
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    apply(&bridge, &subscription(&other, CREATED, KEPT, 0)).await;
+
+    let row = bridge
+        .database
+        .hold_lock(&lock_row_sql(&other.subscription))
+        .await;
+    let events = [
+        subscription(&other, UPDATED, KEPT, 5),
+        subscription(&user, UPDATED, ERASED, 5),
+        session(&user, ERASED, json!({})),
+    ];
+    let mut messages: Vec<_> = events
+        .iter()
+        .map(|event| crate::any_order::message(event))
+        .collect();
+    messages.push((UPDATED.to_owned(), poison(&user, ERASED), "held".to_owned()));
+    bridge.publish_all(messages).await;
+    bridge.database.until_a_worker_waits().await;
+    let forced = run(
+        &bridge,
+        &["--customer", &user.customer, "--force", "--json"],
+    )
+    .await;
+    assert_eq!(erased(&forced)["events"], 3);
+    row.rollback().await.expect("it can be rolled back");
+
+    bridge.wait_until_applied().await;
+    until_gone(&bridge).await;
+    assert_eq!(bridge.bodies("STRIPE_DEAD_LETTERS").await.len(), 0);
+}
+
+/// Waits until nothing in streams and tables contains personal data of the person.
+async fn until_gone(bridge: &Bridge) {
+    eventually("late messages to be removed", DEADLINE, async || {
+        let places = places(bridge, ERASED).await;
+        if places.is_empty() {
+            Ok(())
+        } else {
+            Err(places.join("\n"))
+        }
+    })
+    .await;
+}
