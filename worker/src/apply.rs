@@ -110,7 +110,9 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     let hopeless = outcome.refused.iter();
     poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
     let late = late_messages(applier, &batch, &ignored, &mut poisoned);
-    let removals = std::mem::take(&mut outcome.redacted).into_iter().chain(late);
+    let removals = std::mem::take(&mut outcome.redacted)
+        .into_iter()
+        .chain(late);
     if queue(applier, &batch, removals, shutdown).await.is_none() {
         batch.hand_back().await;
         return;

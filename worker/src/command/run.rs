@@ -27,7 +27,7 @@ use crate::retention;
 use crate::settings::Settings;
 use crate::start::consume::{FINISH_MAX, consume};
 use crate::start::database::{self, Schema};
-use crate::start::rules::Rules;
+use crate::start::rules::{self, Rules};
 use crate::start::{broker, parts::Parts};
 use crate::store::Store;
 use crate::store::lease::Lease;
@@ -77,7 +77,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         () = supervisor.shutdown.cancelled() => return supervisor.outcome(),
     };
     let parts = prepared?;
-    let rules = rules.keep_recorded(parts.store.clone(), name, supervisor.shutdown.clone());
+    let shutdown = supervisor.shutdown.clone();
+    let rules = rules.keep_recorded(parts.store.clone(), name.clone(), shutdown);
     supervisor.spawn(&unwaited, "the heartbeat", rules);
     let worker = Worker::spawn(&settings, &parts, &supervisor, &readiness, started)?;
     let streams = broker::recreate_streams(settings.clone(), parts.jetstream.clone());
@@ -94,6 +95,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
             STOP_MAX.as_secs()
         );
     }
+    rules::record_end(&parts.store, name).await;
     info!("stopped");
     supervisor.outcome()
 }

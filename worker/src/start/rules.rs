@@ -16,12 +16,15 @@ use tracing::{debug, warn};
 
 use crate::error::StoreError;
 use crate::settings::{self, LookupSettings, Settings};
-use crate::store::Store;
 use crate::store::worker::{self, Recorded};
+use crate::store::{Store, detached};
 use crate::wait::pause;
 
 /// How often a worker records that it runs.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(10);
+
+/// How long a stopping worker tries to record that it stops.
+const RECORD_END_MAX: Duration = Duration::from_secs(1);
 
 /// The settings that decide what becomes of an event, by name. No value is a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +119,15 @@ impl Rules {
                 debug!("cannot record the rules: {}", exit::chain(&error));
             }
         }
+    }
+}
+
+/// Records that the worker `name` has stopped. Without it, it counts as running for a while.
+pub(crate) async fn record_end(store: &Store, name: String) {
+    let store = store.clone();
+    let recording = detached(async move { worker::record_end(store.connection(), &name).await });
+    if let Ok(Err(error)) = tokio::time::timeout(RECORD_END_MAX, recording).await {
+        debug!("{}", exit::chain(&error));
     }
 }
 

@@ -8,8 +8,8 @@ use sea_orm::{ConnectionTrait, DbBackend, EntityTrait as _, QueryOrder as _, Que
 
 use crate::error::StoreError;
 
-/// A worker without a heartbeat for this long has ended, in seconds.
-const ENDED_AFTER_S: i64 = 60;
+/// A worker without a heartbeat for this long has ended, in seconds. Three heartbeats may be late.
+const ENDED_AFTER_S: i64 = 40;
 
 /// What a worker recorded.
 #[derive(Debug)]
@@ -52,6 +52,19 @@ pub async fn record<C: ConnectionTrait>(db: &C, name: &str, rules: &str) -> Resu
             .to_owned(),
     );
     db.execute(&insert).await.map(drop).map_err(&doing)
+}
+
+/// Records that the worker `name` has ended. Its rules stay, for commands that find no worker.
+pub async fn record_end<C: ConnectionTrait>(db: &C, name: &str) -> Result<(), StoreError> {
+    let mut update = Query::update();
+    update
+        .table(Entity)
+        .value(Column::Heartbeat, now(db).sub(ENDED_AFTER_S))
+        .and_where(Expr::col(Column::Name).eq(name));
+    db.execute(&update)
+        .await
+        .map(drop)
+        .map_err(StoreError::doing("record that the worker has ended"))
 }
 
 /// Removes the records of workers that have ended.
