@@ -44,6 +44,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// Most tests' events are applied within a tenth of a second, one test's ten thousand within 20 s.
 const APPLIED_DEADLINE: Duration = Duration::from_secs(120);
 
+/// How long a reader of a stream waits before it checks whether there is more to come.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// How many publications may be in flight.
 const IN_FLIGHT: usize = 256;
 
@@ -468,13 +471,30 @@ impl Bridge {
             .create_consumer(config)
             .await
             .expect("an ordered consumer can be made");
-        let messages = consumer.messages().await.expect("messages can be pulled");
+        let mut messages = consumer.messages().await.expect("messages can be pulled");
+        let mut read = Vec::new();
         let count = usize::try_from(count).expect("a test's messages fit into memory");
-        messages
-            .take(count)
-            .map(|message| message.expect("a message comes"))
-            .collect()
-            .await
+        let mut pending = count > 0;
+        while pending && read.len() < count {
+            match tokio::time::timeout(SILENCE, messages.next()).await {
+                Ok(message) => {
+                    let message = message
+                        .expect("the consumer exists")
+                        .expect("it can be read");
+                    pending = message.info().expect("it is JetStream's").pending > 0;
+                    read.push(message);
+                }
+                // Messages that were removed meanwhile do not come.
+                Err(_) => {
+                    let info = stream.get_info().await.expect("the stream exists");
+                    let left = usize::try_from(info.state.messages).unwrap_or(usize::MAX);
+                    if read.len() >= left {
+                        break;
+                    }
+                }
+            }
+        }
+        read
     }
 }
 

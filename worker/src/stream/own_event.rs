@@ -192,7 +192,9 @@ pub(crate) async fn publish_erasure(
         account: None,
     };
     let event = OwnEvent::new(ERASURE_TYPE, id, created, &object, scope)?;
-    event.store(jetstream, "erasure", event.id.as_str()).await
+    // Never a duplicate of one that the stream has lost since.
+    let unique = jetstream.client().new_inbox();
+    event.store(jetstream, "erasure", &unique).await
 }
 
 impl Resolution<'_> {

@@ -146,7 +146,12 @@ async fn until_gone(bridge: &Bridge) {
         if places.is_empty() {
             Ok(())
         } else {
-            Err(places.join("\n"))
+            let log = bridge.workers.last().map(|worker| worker.log());
+            Err(format!(
+                "{}\n{}",
+                places.join("\n"),
+                log.unwrap_or_default()
+            ))
         }
     })
     .await;
