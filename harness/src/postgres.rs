@@ -138,7 +138,8 @@ impl Server {
             .expect("a backup has a label");
         session.close().await.expect("a connection can be closed");
         let follow = format!(
-            "primary_conninfo = 'host=127.0.0.1 port={} user=postgres'\n",
+            "primary_conninfo = 'host=127.0.0.1 port={} user=postgres'\n\
+             wal_retrieve_retry_interval = '100ms'\n",
             primary.port
         );
         let automatic = data.join("postgresql.auto.conf");

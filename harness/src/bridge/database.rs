@@ -114,6 +114,14 @@ impl Database {
         }
     }
 
+    /// Stops a PostgreSQL server, which closes every connection; the data stays.
+    ///
+    /// # Panics
+    /// When the database is SQLite, which has no process.
+    pub async fn stop(&mut self) {
+        self.server().stop().await;
+    }
+
     /// The process of a running PostgreSQL server.
     pub fn process(&self) -> Option<&Process> {
         match &self.place {
@@ -199,6 +207,12 @@ impl Database {
                 sql,
             ))
             .await
+    }
+
+    /// Runs statements that return nothing.
+    pub async fn execute(&self, sql: &str) -> Result<(), DbErr> {
+        let connection = self.connection().await?;
+        connection.execute_unprepared(sql).await.map(drop)
     }
 
     /// Begins a transaction in another session and runs the statement `lock` in it. The locks are

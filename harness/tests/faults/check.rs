@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use async_nats::Subject;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{RawMessageErrorKind, Stream as JetStream};
 use bytes::Bytes;
@@ -16,10 +17,11 @@ use litestripe_domain::event::{self, MetadataKeys};
 use litestripe_domain::merge::State;
 use litestripe_entity::stripe_subscription;
 use litestripe_harness::bridge::{Signal, signal_fields};
+use litestripe_harness::eventually;
 use serde_json::Value;
 use time::OffsetDateTime;
 
-use crate::rig::Rig;
+use crate::rig::{DEADLINE, Rig};
 
 /// The broker stores repeated deliveries of one event within this time only once.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(300);
@@ -44,6 +46,8 @@ pub(crate) enum Stream {
     Whole,
     /// Applied events were purged.
     Purged,
+    /// The stream of events was made anew with what it held, so that its sequences changed.
+    Renewed,
 }
 
 /// Waits until every event is applied, and checks that no event or signal was lost, doubled or
@@ -82,18 +86,20 @@ pub(crate) async fn check_rows_are_merged(rig: &Rig) {
 }
 
 /// An event in the stream.
-struct Stored {
+pub(crate) struct Stored {
     sequence: u64,
-    message_id: String,
+    pub(crate) subject: Subject,
+    pub(crate) message_id: String,
     at: OffsetDateTime,
-    body: Bytes,
+    pub(crate) body: Bytes,
 }
 
 /// How many messages are requested at a time. A consumer would have more large messages in flight
 /// than the broker buffers for a connection, and the broker would close the connection.
 const REQUESTS_AT_A_TIME: usize = 16;
 
-async fn stored(rig: &Rig) -> Vec<Stored> {
+/// Reads the stream of events.
+pub(crate) async fn stored(rig: &Rig) -> Vec<Stored> {
     let stream = rig
         .bridge
         .jetstream()
@@ -102,7 +108,8 @@ async fn stored(rig: &Rig) -> Vec<Stored> {
         .await
         .expect("the stream exists");
     let state = &stream.cached_info().state;
-    let sequences = state.first_sequence..=state.last_sequence;
+    // A stream that never held a message says 0 and 0.
+    let sequences = state.first_sequence.max(1)..=state.last_sequence;
     let messages = futures_util::stream::iter(sequences).map(|sequence| at(&stream, sequence));
     messages
         .buffered(REQUESTS_AT_A_TIME)
@@ -128,6 +135,7 @@ fn read(message: StreamMessage) -> Stored {
     let id = message.headers.get(header::MESSAGE_ID);
     Stored {
         sequence: message.sequence,
+        subject: message.subject,
         message_id: id
             .map(|id| id.as_str().to_owned())
             .expect("every published event has an id"),
@@ -297,25 +305,50 @@ async fn check_orphans(rig: &Rig, signals: &[Signal]) {
     assert_eq!(signalled, orphans, "signalled orphans and stored orphans");
 }
 
-/// Checks that the dead letters are exactly the events that cannot be decoded.
+/// Checks that the dead letters are exactly the events that cannot be decoded. Waits, because a
+/// letter that the broker refused is published later.
 async fn check_dead_letters(rig: &Rig, stored: &[Stored], stream: Stream) -> usize {
-    let poison: BTreeSet<u64> = stored
+    let poison: Vec<_> = stored
         .iter()
         .filter(|stored| event::decode(&stored.body, &MetadataKeys::All).is_err())
-        .map(|stored| stored.sequence)
         .collect();
-    let sequence =
-        |headers: &BTreeMap<String, String>| headers[header::STREAM_SEQUENCE].parse::<u64>();
-    let letters = rig.bridge.dead_letters().await;
-    let letters: BTreeSet<u64> = letters
-        .iter()
-        .map(|letter| sequence(&letter.headers).expect("it is a number"))
-        .collect();
-    if stream == Stream::Whole {
-        assert_eq!(
-            letters, poison,
-            "the stream sequences of dead letters and of poisoned events"
-        );
-    }
-    letters.len()
+    eventually(
+        "a dead letter for each poisoned event",
+        DEADLINE,
+        async || {
+            let letters = rig.bridge.dead_letters().await;
+            let (found, expected): (BTreeSet<String>, BTreeSet<String>) = match stream {
+                Stream::Whole => (
+                    letters
+                        .iter()
+                        .map(|letter| letter.headers[header::STREAM_SEQUENCE].clone())
+                        .collect(),
+                    poison
+                        .iter()
+                        .map(|stored| stored.sequence.to_string())
+                        .collect(),
+                ),
+                Stream::Renewed => (
+                    letters
+                        .iter()
+                        .map(|letter| event_id(&letter.body))
+                        .collect(),
+                    poison.iter().map(|stored| event_id(&stored.body)).collect(),
+                ),
+                Stream::Purged => return Ok(letters.len()),
+            };
+            if found == expected {
+                return Ok(found.len());
+            }
+            Err(format!(
+                "dead letters {found:?}, poisoned events {expected:?}"
+            ))
+        },
+    )
+    .await
+}
+
+fn event_id(body: &Bytes) -> String {
+    let event: Value = serde_json::from_slice(body).expect("every event of a test is JSON");
+    event["id"].as_str().expect("it has an id").to_owned()
 }

@@ -10,9 +10,10 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
+use litestripe_harness::pgbouncer::{self, PgBouncer};
 use litestripe_harness::program::{Launch, Program};
 use litestripe_harness::proxy::Proxy;
-use litestripe_harness::{eventually, nats, port, stripe};
+use litestripe_harness::{eventually, nats, port, postgres, stripe};
 
 use crate::ledger::Ledger;
 
@@ -33,8 +34,10 @@ pub(crate) struct Rig {
     pub(crate) workers: Vec<Option<Program>>,
     pub(crate) ingress_to_nats: Proxy,
     pub(crate) worker_to_nats: Proxy,
-    /// In front of PostgreSQL.
+    /// In front of PostgreSQL, or of its pooler.
     pub(crate) worker_to_database: Option<Proxy>,
+    pub(crate) pooler: Option<PgBouncer>,
+    standby: Option<postgres::Server>,
     /// Broker and database, and queries on them.
     pub(crate) bridge: Bridge,
     pub(crate) ledger: Arc<Ledger>,
@@ -63,10 +66,11 @@ impl Rig {
             ingress_to_nats: Proxy::start(bridge.broker.port()).await,
             worker_to_nats: Proxy::start(bridge.broker.port()).await,
             worker_to_database,
+            pooler: None,
+            standby: None,
             bridge,
             ledger: Arc::default(),
             client: stripe::client(),
-
             settings: Vec::new(),
             ingress_port: port::free(),
             worker_ports: Vec::new(),
@@ -77,18 +81,67 @@ impl Rig {
     /// messages of a killed worker are redelivered after [`ACK_WAIT`].
     pub(crate) async fn start(kind: DatabaseKind, workers: usize, settings: Settings<'_>) -> Self {
         let mut rig = Self::servers(kind, nats::Options::default()).await;
-        rig.settings = settings
+        rig.start_programs(workers, settings).await;
+        rig
+    }
+
+    /// Starts ingress and `workers` workers as [`Self::start`] does.
+    pub(crate) async fn start_programs(&mut self, workers: usize, settings: Settings<'_>) {
+        self.settings = settings
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        rig.start_ingress(&[]);
-        rig.until_ingress_is_ready().await;
-        rig.make_consumer(1).await;
+        self.start_ingress(&[]);
+        self.until_ingress_is_ready().await;
+        self.make_consumer(1).await;
         for index in 0..workers {
-            rig.start_worker(index, &[]);
-            rig.until_worker_is_ready(index).await;
+            self.start_worker(index, &[]);
+            self.until_worker_is_ready(index).await;
         }
-        rig
+    }
+
+    /// Puts a PgBouncer with its default settings between the proxy and PostgreSQL.
+    pub(crate) async fn add_pooler(&mut self) {
+        let server = database_port(&self.bridge);
+        let pooler = PgBouncer::start(server, pgbouncer::Mode::Session, &[]).await;
+        let proxy = self.worker_to_database.as_ref();
+        proxy
+            .expect("only PostgreSQL has a pooler")
+            .point_to(pooler.port());
+        self.pooler = Some(pooler);
+    }
+
+    /// Adds a standby that follows PostgreSQL. From then on every commit waits until the standby has
+    /// it too.
+    pub(crate) async fn add_standby(&mut self) {
+        let mut standby = postgres::Server::prepare(postgres::Options::default())
+            .unwrap_or_else(|problem| panic!("{problem}"));
+        let primary = self.bridge.database.server();
+        standby.follow(primary).await;
+        primary.set_synchronous(true).await;
+        self.standby = Some(standby);
+    }
+
+    /// Kills PostgreSQL and makes the standby the primary. The old primary comes back as the
+    /// standby at its old port, to which the workers' connections lead until
+    /// [`Self::follow_primary`].
+    pub(crate) async fn fail_over(&mut self) {
+        let standby = self.standby.as_mut().expect("this test added a standby");
+        let primary = self.bridge.database.server();
+        primary.kill().await;
+        standby.promote().await;
+        standby.set_synchronous(false).await;
+        primary.follow(standby).await;
+        standby.set_synchronous(true).await;
+        self.bridge.database.exchange(standby).await;
+    }
+
+    /// Lets the workers' new connections lead to the primary of the database.
+    pub(crate) fn follow_primary(&self) {
+        let proxy = self.worker_to_database.as_ref();
+        proxy
+            .expect("only PostgreSQL has a standby")
+            .point_to(database_port(&self.bridge));
     }
 
     /// Creates the workers' consumer with a shorter ack wait than theirs. The workers use an
