@@ -360,6 +360,24 @@ fn print(report: &Value) {
     let row =
         |(label, field, note): (&str, &str, &str)| [label.to_owned(), cell(field), note.to_owned()];
     let mut rows: Vec<_> = stream_rows(report).chain(rows.map(row)).collect();
+    rows.extend(waiting_rows(report));
+    let schema = report["schema_version"].as_str().unwrap_or("none");
+    let current = report["schema_current"] == true;
+    let current = if current {
+        "current"
+    } else {
+        "behind: run `litestripe-worker migrate up`"
+    };
+    rows.push(["schema", schema, current].map(str::to_owned));
+    rows.extend(replay_row(report));
+    rows.extend(problem_rows(report));
+    print::table(["what", "value", "note"], rows);
+}
+
+/// Rows about what waits, as far as something does.
+fn waiting_rows(report: &Value) -> Vec<[String; 3]> {
+    let cell = |field: &str| print::cell(&report[field]);
+    let mut rows = Vec::new();
     if report["waiting_for_key"] != 0 && !report["waiting_for_key"].is_null() {
         let note = "subscriptions and Checkout Sessions with thin events that wait for STRIPE_SECRET_KEY, or for a key of the \
             other mode";
@@ -381,37 +399,35 @@ fn print(report: &Value) {
             ]);
         }
     }
-    let schema = report["schema_version"].as_str().unwrap_or("none");
-    let current = report["schema_current"] == true;
-    let current = if current {
-        "current"
-    } else {
-        "behind: run `litestripe-worker migrate up`"
+    rows
+}
+
+/// A row about the replay that is not finished.
+fn replay_row(report: &Value) -> Option<[String; 3]> {
+    let replay @ Value::Object(_) = &report["replay"] else {
+        return None;
     };
-    rows.push(["schema", schema, current].map(str::to_owned));
-    if let replay @ Value::Object(_) = &report["replay"] {
-        let state = if replay["running"] == true {
-            "running"
-        } else if replay["rows_lost"] == true {
-            "rows lost: run `replay --signals none`, `reconcile --repair`, `resend --all`"
-        } else {
-            "interrupted: run the same `replay` again"
-        };
-        let span = format!(
-            "events {} to {}, {state}",
-            replay["first_sequence"], replay["last_sequence"]
-        );
-        rows.push(["replay".to_owned(), String::new(), span]);
-    }
-    for problem in report["problems"].as_array().into_iter().flatten() {
+    let state = if replay["running"] == true {
+        "running"
+    } else if replay["rows_lost"] == true {
+        "rows lost: run `replay --signals none`, `reconcile --repair`, `resend --all`"
+    } else {
+        "interrupted: run the same `replay` again"
+    };
+    let span = format!(
+        "events {} to {}, {state}",
+        replay["first_sequence"], replay["last_sequence"]
+    );
+    Some(["replay".to_owned(), String::new(), span])
+}
+
+fn problem_rows(report: &Value) -> impl Iterator<Item = [String; 3]> {
+    let problems = report["problems"].as_array().into_iter().flatten();
+    problems.map(|problem| {
         let [what, mend] = ["what", "mend"].map(|field| print::cell(&problem[field]));
-        rows.push([
-            "problem".to_owned(),
-            String::new(),
-            format!("{what}: {mend}"),
-        ]);
-    }
-    print::table(["what", "value", "note"], rows);
+        let note = format!("{what}: {mend}");
+        ["problem".to_owned(), String::new(), note]
+    })
 }
 
 /// A row for each stream, and one for the account if it has a limit.

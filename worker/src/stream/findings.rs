@@ -21,6 +21,9 @@ use crate::health::Problems;
 /// The part of the worker that the findings are reported for.
 const PART: &str = "streams";
 
+/// Returns what should be changed in a stream.
+type Of = fn(&stream::Config) -> Vec<Finding>;
+
 /// The findings as a running worker sees them: each is logged once, and the worker is not ready
 /// while there are any.
 pub(crate) struct Watched {
@@ -84,7 +87,7 @@ pub(crate) async fn find(
             Err(error) => return Err(error.into()),
         }
     }
-    let others: [(&'static str, fn(&stream::Config) -> Vec<Finding>); 3] = [
+    let others: [(&'static str, Of); 3] = [
         (SIGNALS_STREAM, of_signals),
         (DEAD_LETTERS_STREAM, of_dead_letters),
         (KV_STREAM, of_bucket),
