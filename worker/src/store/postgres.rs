@@ -44,6 +44,11 @@ pub(super) const FORGET_STATEMENTS: &str = "DO $$ DECLARE statement record; BEGI
     FOR statement IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'sqlx\\_s\\_%' LOOP \
     EXECUTE format('DEALLOCATE %I', statement.name); END LOOP; END $$";
 
+/// Commits without the server's timeout. That would end the wait for a synchronous standby: the
+/// server then reports a commit which only it has, and a failover loses. PostgreSQL: "Synchronous
+/// Replication".
+const COMMIT: &str = "SET LOCAL statement_timeout = 0; COMMIT";
+
 /// Connections, at most: for batches, the relay, the questions task, health, and some in reserve.
 const CONNECTIONS_MAX: usize = 10;
 
@@ -346,7 +351,7 @@ impl Transaction {
             let problem = "a statement of the transaction failed";
             return Err(DbErr::Custom(problem.to_owned()));
         }
-        self.end("COMMIT").await
+        self.end(COMMIT).await
     }
 
     pub async fn rollback(self) -> Result<(), DbErr> {

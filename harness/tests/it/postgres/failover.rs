@@ -1,6 +1,7 @@
 //! The primary changes while the worker is connected.
 
 use litestripe_harness::postgres::{Options, Server};
+use litestripe_harness::process::Signal;
 use litestripe_harness::proxy::Proxy;
 
 use super::{DEADLINE, deliver_story, servers, start, url_at};
@@ -37,6 +38,32 @@ async fn worker_leaves_a_former_primary_that_is_now_a_standby() {
 
     bridge.check().await;
     assert_eq!(bridge.dead_letters().await.len(), 0);
+}
+
+/// The server would end the wait for the standby by its statement timeout, and call the commit a
+/// success.
+#[tokio::test]
+async fn event_is_not_acked_before_the_synchronous_standby_has_it() {
+    let mut bridge = servers().await;
+    let mut standby = standby_of(bridge.database.server()).await;
+    let url = bridge.database.url();
+    start(&mut bridge, url).await;
+    deliver_story(&bridge).await;
+    bridge.wait_until_applied().await;
+
+    let process = standby.process().expect("it runs");
+    process.signal(Signal::Stop);
+    deliver_story(&bridge).await;
+    let worker = &bridge.workers[0];
+    worker
+        .wait_for_log("waiting for the database", DEADLINE)
+        .await;
+    let log = worker.log();
+    assert!(log.contains("no answer within"), "{log}");
+    process.signal(Signal::Cont);
+
+    bridge.check().await;
+    standby.stop().await;
 }
 
 #[tokio::test]
