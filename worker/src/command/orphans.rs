@@ -13,6 +13,7 @@ use time::OffsetDateTime;
 
 use super::Failure;
 use super::print::{self, Output};
+use crate::installation;
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
 use crate::store::{self, Store};
@@ -131,7 +132,8 @@ impl Resolve {
             return self.print_resolved(&orphan);
         }
         self.check(store, &orphan).await?;
-        let nats = super::connect(settings, "orphans").await?;
+        let jetstream = connect::jetstream(super::connect(settings, "orphans").await?);
+        installation::check(store, &jetstream).await?;
         let (id, user) = (&orphan.id, &self.client_reference_id);
         let resolution = Resolution {
             orphan_id: id,
@@ -144,8 +146,7 @@ impl Resolve {
             account: None,
         };
         let created = created(store, &orphan, OffsetDateTime::now_utc()).await?;
-        own_event::publish_resolution(&connect::jetstream(nats), &resolution, created, scope)
-            .await?;
+        own_event::publish_resolution(&jetstream, &resolution, created, scope).await?;
         let Ok(resolved) =
             tokio::time::timeout(APPLIED_MAX, wait_until_resolved(store, id, (created, user)))
                 .await

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use litestripe_contract::subject::KV_BUCKET;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, filter_by_subscription};
 use litestripe_harness::eventually;
 use litestripe_harness::program::Finished;
@@ -23,6 +24,7 @@ on_both_databases!(
     wrong_resolution_is_replaced_by_force,
     orphan_with_the_longest_id_is_resolved,
     resolution_without_a_worker_is_applied_later,
+    no_resolution_is_stored_at_the_broker_of_another_installation,
     competing_resolutions_leave_row_and_orphan_consistent,
 );
 
@@ -423,6 +425,22 @@ async fn resolution_without_a_worker_is_applied_later(database: DatabaseKind) {
         ),
         (1, 1)
     );
+}
+
+async fn no_resolution_is_stored_at_the_broker_of_another_installation(database: DatabaseKind) {
+    let bridge = Bridge::start(Options::new(database)).await;
+    let purchase = paid(&bridge).await;
+    let stored = bridge.stored_events().await;
+    let bucket = bridge.jetstream().await.get_key_value(KV_BUCKET).await;
+    let bucket = bucket.expect("the bucket exists");
+    bucket
+        .put("installation", "another".into())
+        .await
+        .expect("it is written");
+    let refused = resolve(&bridge, &purchase.subscription, "user_1").await;
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("another"), "{}", refused.stderr);
+    assert_eq!(bridge.stored_events().await, stored);
 }
 
 async fn competing_resolutions_leave_row_and_orphan_consistent(database: DatabaseKind) {
