@@ -4,7 +4,9 @@
 //! asks the kernel. To those programs the broker's clock is wrong in the other direction. Timers
 //! are not affected: they measure time since the machine was started.
 
+use std::fs;
 use std::io::Write as _;
+use std::path::Path;
 
 use tempfile::NamedTempFile;
 
@@ -57,5 +59,22 @@ impl Clock {
             ("FAKETIME_NO_CACHE", "1".to_owned()),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
         ]
+    }
+}
+
+impl Drop for Clock {
+    /// Removes what libfaketime leaves of programs that were killed: each has a semaphore and shared
+    /// memory of its own, named after its process.
+    fn drop(&mut self) {
+        for entry in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let process = ["faketime_shm_", "sem.faketime_sem_"]
+                .iter()
+                .find_map(|prefix| name.strip_prefix(prefix));
+            if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+                // Another test may have removed it.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
+use litestripe_harness::clock::Clock;
 use litestripe_harness::pgbouncer::{self, PgBouncer};
 use litestripe_harness::program::{Launch, Program};
 use litestripe_harness::proxy::Proxy;
@@ -38,6 +39,8 @@ pub(crate) struct Rig {
     pub(crate) worker_to_database: Option<Proxy>,
     pub(crate) pooler: Option<PgBouncer>,
     standby: Option<postgres::Server>,
+    /// The clock of the workers, if it is not the machine's.
+    pub(crate) clock: Option<Clock>,
     /// Broker and database, and queries on them.
     pub(crate) bridge: Bridge,
     pub(crate) ledger: Arc<Ledger>,
@@ -68,6 +71,7 @@ impl Rig {
             worker_to_database,
             pooler: None,
             standby: None,
+            clock: None,
             bridge,
             ledger: Arc::default(),
             client: stripe::client(),
@@ -212,6 +216,8 @@ impl Rig {
             )
             .env("DATABASE_URL", url)
             .env("LITESTRIPE_AUTO_MIGRATE", "true");
+        let clock = self.clock.iter().flat_map(Clock::environment);
+        let launch = clock.fold(launch, |launch, (name, value)| launch.env(name, value));
         self.with_settings(launch, &[])
     }
 

@@ -55,6 +55,8 @@ pub(super) enum Fault {
     LimitDeadLetters,
     /// A trigger refuses every row.
     RefuseRows,
+    /// The workers' clock jumps by so many hours, and back later.
+    JumpClock(i64),
 }
 
 /// Faults at the same time, their duration, and a pause after them.
@@ -141,6 +143,10 @@ impl Fault {
                 Self::Disturb(link, roll_mode(dice))
             }
             10 if database == Database::Replicated => Self::FailOver,
+            11 => {
+                let hours = dice.one_of(&[1, 5, 30]);
+                Self::JumpClock(if dice.percent(50) { hours } else { -hours })
+            }
             _ => dice.one_of(&[
                 Self::ChangePassword,
                 Self::RenewStream,
@@ -176,6 +182,7 @@ impl Fault {
     fn has_target_of(self, other: Self) -> bool {
         match (self, other) {
             (Self::Disturb(link, _), Self::Disturb(another, _)) => link == another,
+            (Self::JumpClock(_), Self::JumpClock(_)) => true,
             (Self::Kill(one) | Self::Freeze(one) | Self::Restart(one), other) => {
                 matches!(other, Self::Kill(two) | Self::Freeze(two) | Self::Restart(two) if one == two)
             }
@@ -204,6 +211,7 @@ impl Fault {
             Self::FillStorage => place.fill_storage().await,
             Self::LimitDeadLetters => place.limit_dead_letters(true).await,
             Self::RefuseRows => place.refuse_rows().await,
+            Self::JumpClock(hours) => place.set_clock(hours),
         }
     }
 
@@ -212,6 +220,7 @@ impl Fault {
             Self::Disturb(link, _) => proxy(&place.rig, link).set(Mode::Pass),
             Self::FailOver => place.rig.follow_primary(),
             Self::ChangePassword => place.tell_password(),
+            Self::JumpClock(_) => place.set_clock(0),
             _ => {}
         }
     }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use litestripe_contract::header;
 use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM};
 use litestripe_harness::bridge::DatabaseKind;
+use litestripe_harness::clock::Clock;
 use litestripe_harness::proxy::Mode;
 use litestripe_harness::{eventually, nats};
 use tempfile::NamedTempFile;
@@ -68,6 +69,7 @@ impl Place {
             ..nats::Options::default()
         };
         let mut rig = Rig::servers(kind, broker).await;
+        rig.clock = Some(Clock::new());
         match database {
             Database::Sqlite => {}
             Database::Replicated => rig.add_standby().await,
@@ -91,6 +93,12 @@ impl Place {
         place.tell_password();
         place.rig.start_programs(workers, &settings).await;
         place
+    }
+
+    /// Makes the workers' clock jump, so that it is this many hours ahead, or behind.
+    pub(super) fn set_clock(&self, hours: i64) {
+        let clock = self.rig.clock.as_ref().expect("the workers have their own");
+        clock.set_ahead(hours * 60 * 60);
     }
 
     /// Gives the broker's user another password, of which the programs are not told yet.
