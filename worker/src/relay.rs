@@ -205,9 +205,8 @@ impl Relay {
         let store = self.store.clone();
         let restoring =
             detached(async move { store::outbox::restore_shards(store.connection()).await });
-        match tokio::time::timeout(ROUND_MAX, restoring).await {
-            Ok(Err(error)) => debug!("{}", exit::chain(&error)),
-            _ => {}
+        if let Ok(Err(error)) = tokio::time::timeout(ROUND_MAX, restoring).await {
+            debug!("{}", exit::chain(&error));
         }
     }
 

@@ -128,7 +128,7 @@ async fn worker_with_a_backlog_of_large_poison_takes_bounded_memory() {
     eventually(
         "the worker to give up on more dead letters than it may have in flight",
         DEADLINE,
-        async || match count_in_log(rig.running(0), "as a dead letter, will retry") {
+        async || match count_in_log(rig.running(0), "its dead letter cannot be stored yet") {
             count if count >= 30 => Ok(()),
             count => Err(format!("{count} times")),
         },

@@ -46,7 +46,7 @@ const REPORT_LASTS: Duration = Duration::from_secs(180);
 /// What readiness calls the applying of batches.
 const PART: &str = "batches";
 
-/// The refusals of one worker's batches. Its clones of [`Problems`] reach readiness.
+/// The refusals of one worker's batches. Its clones of `Problems` reach readiness.
 #[derive(Debug, Default)]
 pub struct Refusals {
     problems: Problems,

@@ -5,7 +5,7 @@
 //! personal data. Workers ignore these events.
 //!
 //! Owns bringing the table up to date before anything else uses the database, with what follows for
-//! its rows ([`restore`]), and storing again what the stream has lost or will drop soon ([`keep`]).
+//! its rows ([`restore`]), and storing again what the stream has lost or will drop soon (`keep`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -91,7 +91,7 @@ async fn removal_that_fails_is_repeated_until_it_is_done(database: DatabaseKind)
         .run(COMMAND)
         .await;
     let status: Value = serde_json::from_str(&status.stdout).expect("it prints JSON");
-    assert_eq!(status["open_questions"]["removal"], 1, "{status:#}");
+    assert_eq!(status["questions"]["removal"]["open"], 1, "{status:#}");
     assert!(!places(&bridge, ERASED).await.is_empty());
 
     bridge.set_worker("NATS_USER", "harness");
@@ -119,10 +119,7 @@ async fn worker_does_not_write_what_was_erased_by_force_while_it_held_it() {
         subscription(&user, UPDATED, ERASED, 5),
         session(&user, ERASED, json!({})),
     ];
-    let mut messages: Vec<_> = events
-        .iter()
-        .map(|event| crate::any_order::message(event))
-        .collect();
+    let mut messages: Vec<_> = events.iter().map(crate::any_order::message).collect();
     messages.push((UPDATED.to_owned(), poison(&user, ERASED), "held".to_owned()));
     bridge.publish_all(messages).await;
     bridge.database.until_a_worker_waits().await;
