@@ -143,8 +143,8 @@ fn options(
     Ok(options)
 }
 
-/// Checks the files of TLS. async-nats reads them at every attempt to connect, does not say which one
-/// it cannot use, and takes a file without a certificate.
+/// Checks the files of TLS. async-nats reads them at every attempt to connect, does not say which
+/// one it cannot use, and takes a file without a certificate.
 fn check_tls(settings: &NatsSettings) -> Result<(), ConnectError> {
     if let Some(ca) = &settings.tls_ca {
         certificates(&NATS_TLS_CA, ca)?;

@@ -1,8 +1,8 @@
 //! The configuration of the streams, and their creation.
 //!
-//! Owns how large they are, so that together they fit what the account and the server have: a stream
-//! without a size takes the room that others have reserved. Invariant: a missing stream is created; an
-//! existing one stays as the operator made it and is never shrunk, trimmed or deleted.
+//! Owns how large they are, so that together they fit what the account and the server have: a
+//! stream without a size takes the room that others have reserved. Invariant: a missing stream is
+//! created; an existing one stays as the operator made it and is never shrunk, trimmed or deleted.
 
 use std::time::Duration;
 
@@ -53,8 +53,8 @@ pub fn events(settings: &EventsSettings) -> Config {
     }
 }
 
-/// Returns the configuration of the stream of signals, beside an events stream of `events_bytes`. When
-/// it is full it drops the oldest.
+/// Returns the configuration of the stream of signals, beside an events stream of `events_bytes`.
+/// When it is full it drops the oldest.
 pub fn signals(replicas: usize, settings: StreamSettings, events_bytes: i64) -> Config {
     let subjects = [
         subject::SUBSCRIPTION_CHANGED,
@@ -72,8 +72,8 @@ pub fn signals(replicas: usize, settings: StreamSettings, events_bytes: i64) -> 
     )
 }
 
-/// Returns the configuration of the stream of dead letters, beside an events stream of `events_bytes`.
-/// When it is full it refuses new ones.
+/// Returns the configuration of the stream of dead letters, beside an events stream of
+/// `events_bytes`. When it is full it refuses new ones.
 pub fn dead_letters(replicas: usize, settings: StreamSettings, events_bytes: i64) -> Config {
     let subjects = vec![format!("{}>", subject::DEAD_LETTERS_PREFIX)];
     stream(
@@ -168,8 +168,8 @@ enum Provided {
     Found(Config),
 }
 
-/// Creates the stream if it is missing. If the server has no room for it, its size is halved down to
-/// `smallest`, unless that is `None` because the operator set the size.
+/// Creates the stream if it is missing. If the server has no room for it, its size is halved down
+/// to `smallest`, unless that is `None` because the operator set the size.
 async fn provide(
     jetstream: &jetstream::Context,
     mut config: Config,
@@ -219,11 +219,11 @@ async fn provide(
     Ok(Provided::Created(config))
 }
 
-/// Makes the events stream, which was created just now, smaller if the others would not fit beside it.
-/// Returns its size.
+/// Makes the events stream, which was created just now, smaller if the others would not fit beside
+/// it. Returns its size.
 ///
-/// A server says how much room it has only by refusing more: so the stream first asks for the room of
-/// all. Without the right to update it, the stream stays as it is.
+/// A server says how much room it has only by refusing more: so the stream first asks for the room
+/// of all. Without the right to update it, the stream stays as it is.
 async fn make_room(jetstream: &jetstream::Context, config: Config) -> i64 {
     let max_bytes = config.max_bytes;
     let resize = async |max_bytes| {
@@ -272,7 +272,8 @@ fn dead_letters_bytes(events_bytes: i64) -> i64 {
     (events_bytes / DEAD_LETTERS_PART).max(OTHERS_MAX_BYTES_MIN)
 }
 
-/// Something at the broker that an operator should change, because the programs change nothing there.
+/// Something at the broker that an operator should change, because the programs change nothing
+/// there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub what: String,

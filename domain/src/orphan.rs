@@ -146,8 +146,8 @@ pub fn grace_period_end(
     later(dt_created.max(created), grace)
 }
 
-/// Returns when a row was first written. If `dt_created` is later than `now`, the clock that wrote it
-/// was ahead, and `opened` is nearer: when the database says that the row's question was saved.
+/// Returns when a row was first written. If `dt_created` is later than `now`, the clock that wrote
+/// it was ahead, and `opened` is nearer: when the database says that the row's question was saved.
 pub fn first_written(
     dt_created: OffsetDateTime,
     opened: Option<OffsetDateTime>,

@@ -120,9 +120,9 @@ pub fn by_subscription(pending: Vec<&Arrival>) -> (BySubscription<'_>, Vec<(&str
     (by_subscription, others)
 }
 
-/// Returns the ids of what the events write: subscriptions, payments, and the objects of thin events
-/// and of fetches. Events that share one are applied in their order, so that a fetch comes after the
-/// thin events that it answers.
+/// Returns the ids of what the events write: subscriptions, payments, and the objects of thin
+/// events and of fetches. Events that share one are applied in their order, so that a fetch comes
+/// after the thin events that it answers.
 pub fn entity_ids(arrivals: &[Arrival]) -> HashSet<String> {
     let (by_subscription, others) = by_subscription(arrivals.iter().collect());
     let fetched = arrivals

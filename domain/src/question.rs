@@ -9,8 +9,8 @@
 //! A question is *open* until it is answered. It is *due* when `due_at` has passed, and then it is
 //! *asked*. An attempt that brings no answer is *retried*: `attempts` grows and `due_at` moves.
 //! Once it is *answered*, what follows from the answer is written and the row is deleted. Erasing a
-//! deleted customer is stored as a question too, and so is removing a late message of an erased one:
-//! they ask for no information, but have to be retried until they are done.
+//! deleted customer is stored as a question too, and so is removing a late message of an erased
+//! one: they ask for no information, but have to be retried until they are done.
 //!
 //! Owns the kinds of questions and the data that each needs. May not know how they are stored or
 //! asked.

@@ -1,5 +1,5 @@
-//! `litestripe_question`: the open questions, each with the time at which it is due. No personal data: an
-//! email that is needed later is read from the event in the stream.
+//! `litestripe_question`: the open questions, each with the time at which it is due. No personal
+//! data: an email that is needed later is read from the event in the stream.
 
 use sea_orm::entity::prelude::*;
 

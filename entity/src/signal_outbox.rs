@@ -1,4 +1,5 @@
-//! `litestripe_signal_outbox`: signals that were committed with their change and are not yet in JetStream.
+//! `litestripe_signal_outbox`: signals that were committed with their change and are not yet in
+//! JetStream.
 
 use sea_orm::entity::prelude::*;
 

@@ -63,8 +63,8 @@ impl Clock {
 }
 
 impl Drop for Clock {
-    /// Removes what libfaketime leaves of programs that were killed: each has a semaphore and shared
-    /// memory of its own, named after its process.
+    /// Removes what libfaketime leaves of programs that were killed: each has a semaphore and
+    /// shared memory of its own, named after its process.
     fn drop(&mut self) {
         for entry in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();

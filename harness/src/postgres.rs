@@ -3,8 +3,8 @@
 //!
 //! `initdb` takes a second, so its result is kept in the build's folder and copied. `initdb` and
 //! `postgres` refuse to run as root; then both run as an unprivileged user that owns the temporary
-//! folder. Durability is PostgreSQL's default (`fsync` on) unless a test changes it. Two servers can
-//! be a primary and its standby, and change roles. May not know our schema.
+//! folder. Durability is PostgreSQL's default (`fsync` on) unless a test changes it. Two servers
+//! can be a primary and its standby, and change roles. May not know our schema.
 
 use std::fs::{self, File};
 use std::io;
@@ -116,7 +116,8 @@ impl Server {
     /// Makes this server a standby that follows `primary` by streaming replication. Its own data is
     /// replaced by a copy of the primary's; its port stays. Ends when it answers queries.
     ///
-    /// Made without `pg_basebackup` and `pg_rewind`, which not every package of PostgreSQL contains.
+    /// Made without `pg_basebackup` and `pg_rewind`, which not every package of PostgreSQL
+    /// contains.
     ///
     /// # Panics
     /// When `primary` does not run, or this server does not start.

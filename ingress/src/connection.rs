@@ -218,9 +218,9 @@ enum Awaits {
 /// A client's socket.
 ///
 /// It does three things that hyper leaves to its transport. It gives reading a head, idle times and
-/// writing a deadline. And it closes so that the client still gets the answer: closing a socket with
-/// unread bytes resets the connection, and a client that is still sending its refused body would see
-/// the reset instead of the answer.
+/// writing a deadline. And it closes so that the client still gets the answer: closing a socket
+/// with unread bytes resets the connection, and a client that is still sending its refused body
+/// would see the reset instead of the answer.
 struct Socket {
     stream: TcpStream,
     request: Arc<CurrentRequest>,

@@ -1,6 +1,6 @@
-//! Creates `litestripe_signal_outbox` and `litestripe_signal_shard`. Relays lock a row of the latter, so that only one
-//! relay at a time works on a shard of the outbox (on PostgreSQL; on SQLite they lock a file
-//! instead).
+//! Creates `litestripe_signal_outbox` and `litestripe_signal_shard`. Relays lock a row of the
+//! latter, so that only one relay at a time works on a shard of the outbox (on PostgreSQL; on
+//! SQLite they lock a file instead).
 
 use sea_orm_migration::prelude::*;
 

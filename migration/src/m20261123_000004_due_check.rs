@@ -1,4 +1,5 @@
-//! Creates `litestripe_question`, which was `due_check` once: the open questions, each with the time at which it is due.
+//! Creates `litestripe_question`, which was `due_check` once: the open questions, each with the
+//! time at which it is due.
 
 use sea_orm_migration::prelude::*;
 

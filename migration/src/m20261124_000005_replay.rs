@@ -1,5 +1,5 @@
-//! Creates `litestripe_replay`, with one row per replay name, and `litestripe_signal_due`, the signals that wait for a
-//! replay's end.
+//! Creates `litestripe_replay`, with one row per replay name, and `litestripe_signal_due`, the
+//! signals that wait for a replay's end.
 
 use sea_orm_migration::prelude::*;
 

@@ -2,7 +2,8 @@
 //! `unsent_event` to `orphaned_payment` (the event behind an orphan's unsent signal). Moves the
 //! unsent signals of `litestripe_signal_due` there.
 //!
-//! `litestripe_signal_due` stays, empty, because the previous program version reads it. A later step drops it.
+//! `litestripe_signal_due` stays, empty, because the previous program version reads it. A later
+//! step drops it.
 
 use sea_orm_migration::prelude::*;
 

@@ -6,8 +6,8 @@
 use sea_orm_migration::prelude::*;
 
 /// Each index's name and what it is on. Questions are counted by kind and mode, without reading
-/// their rows. Those about thin events of the mode without a key stay due, and are many if no key is
-/// set for long.
+/// their rows. Those about thin events of the mode without a key stay due, and are many if no key
+/// is set for long.
 const NEW: [(&str, &str); 12] = [
     (
         "litestripe_question_kind_due_at",

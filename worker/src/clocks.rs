@@ -1,8 +1,8 @@
 //! Whether the clocks of this program, the database and the broker agree.
 //!
 //! Owns the comparison and its log lines. A clock that is ahead decides nothing early, because the
-//! earliest clock counts; one that is behind delays orphans and the erasure of emails, and this says
-//! so.
+//! earliest clock counts; one that is behind delays orphans and the erasure of emails, and this
+//! says so.
 
 use std::fmt;
 use std::time::Duration;

@@ -212,9 +212,9 @@ fn is_about_values(error: &dyn sqlx::error::DatabaseError) -> bool {
 
 /// PostgreSQL: 08 (connection), 25 (transaction state, as read-only), 26 and 42P05 (prepared
 /// statements, which a pooler may mix up), 28 (authorization), 3D (no such database), 40
-/// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58 and XX (system, as a file
-/// that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, CORRUPT, FULL,
-/// CANTOPEN, PROTOCOL, NOTADB.
+/// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58 and XX
+/// (system, as a file that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR,
+/// CORRUPT, FULL, CANTOPEN, PROTOCOL, NOTADB.
 fn is_outage(error: &dyn sqlx::error::DatabaseError) -> bool {
     let postgres = [
         "08", "25", "26", "28", "3D", "40", "42P05", "53", "55", "57", "58", "XX",

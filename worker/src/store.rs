@@ -177,7 +177,8 @@ impl Store {
     }
 
     /// # Cancel safety
-    /// Cancel safe: on SQLite the statement runs to its end, on PostgreSQL its connection is closed.
+    /// Cancel safe: on SQLite the statement runs to its end, on PostgreSQL its connection is
+    /// closed.
     pub async fn ping(&self) -> Result<(), StoreError> {
         let pinging = StoreError::doing("reach the database");
         let ping = |db: Connection| async move { db.execute_unprepared("SELECT 1").await };

@@ -1,8 +1,8 @@
 //! How to reach NATS: the servers, the identity there, and TLS.
 //!
 //! Owns which of these settings exclude or need each other. Reads no file: credentials are rotated,
-//! and `connect` reads them for each connection. Invariant: no server's URL holds a user, a token or
-//! a password, so that servers may be printed.
+//! and `connect` reads them for each connection. Invariant: no server's URL holds a user, a token
+//! or a password, so that servers may be printed.
 
 use std::path::PathBuf;
 
@@ -100,8 +100,8 @@ impl From<UrlUser> for Identity {
     }
 }
 
-/// Parses a server's URL. async-nats would log the user in it and ignore it, as it ignores a path, and
-/// takes WebSockets for plain TCP.
+/// Parses a server's URL. async-nats would log the user in it and ignore it, as it ignores a path,
+/// and takes WebSockets for plain TCP.
 fn server(url: &str) -> Option<(ServerAddr, Option<UrlUser>)> {
     let mut url = url.trim().parse::<ServerAddr>().ok()?.into_inner();
     let is_server = matches!(url.scheme(), "nats" | "tls") && matches!(url.path(), "" | "/");

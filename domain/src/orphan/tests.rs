@@ -135,8 +135,8 @@ proptest! {
         );
     }
 
-    /// The clock of the worker, the broker or the database is wrong. The worker's is not behind when
-    /// it writes the row: nothing else knows since when a row of an old subscription exists.
+    /// The clock of the worker, the broker or the database is wrong. The worker's is not behind
+    /// when it writes the row: nothing else knows since when a row of an old subscription exists.
     #[test]
     fn one_wrong_clock_ends_no_grace_period_early(
         which in 0..3,

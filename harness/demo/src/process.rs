@@ -76,13 +76,14 @@ pub fn command(program: &Path, signal: Signal) -> Command {
     command
         .args(["--pdeathsig", signal.name(), "--"])
         .arg(program);
-    // Ctrl-C in a terminal sends a signal to the whole process group. In its own group the child does
-    // not receive it, so that only its owner ends it.
+    // Ctrl-C in a terminal sends a signal to the whole process group. In its own group the child
+    // does not receive it, so that only its owner ends it.
     command.process_group(0);
     command
 }
 
-/// Finds a `setpriv` that can set a parent-death signal; without that program it takes `unsafe` code.
+/// Finds a `setpriv` that can set a parent-death signal; without that program it takes `unsafe`
+/// code.
 fn setpriv() -> Option<&'static Path> {
     static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOUND

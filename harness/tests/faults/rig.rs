@@ -115,8 +115,8 @@ impl Rig {
         self.pooler = Some(pooler);
     }
 
-    /// Adds a standby that follows PostgreSQL. From then on every commit waits until the standby has
-    /// it too.
+    /// Adds a standby that follows PostgreSQL. From then on every commit waits until the standby
+    /// has it too.
     pub(crate) async fn add_standby(&mut self) {
         let mut standby = postgres::Server::prepare(postgres::Options::default())
             .unwrap_or_else(|problem| panic!("{problem}"));

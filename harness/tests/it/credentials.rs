@@ -55,8 +55,8 @@ async fn url_that_leads_nats_py_to_a_server_leads_the_programs_there() {
     }
 }
 
-/// Checks that the programs work with `user` in the URL of one of two servers, and that neither they
-/// nor a command prints one of `secrets`.
+/// Checks that the programs work with `user` in the URL of one of two servers, and that neither
+/// they nor a command prints one of `secrets`.
 async fn check_url(config: &str, user: &str, secrets: &[&str]) {
     let broker = broker(config);
     // The first server does not run, and its URL names nobody.
@@ -221,8 +221,8 @@ fn programs(bridge: &Bridge) -> Vec<&Node> {
     std::iter::once(bridge.ingress()).chain(workers).collect()
 }
 
-/// Checks that a delivery is accepted and leads to the row number `rows`. Stripe would deliver again,
-/// too.
+/// Checks that a delivery is accepted and leads to the row number `rows`. Stripe would deliver
+/// again, too.
 async fn works(bridge: &Bridge, rows: usize) {
     let purchase = Purchase::new(now());
     let event = purchase.subscription_event(CREATED, purchase.created, json!({}));

@@ -1,4 +1,5 @@
-//! The permissions that docs/permissions.md gives each program: enough for all they do, and no more.
+//! The permissions that docs/permissions.md gives each program: enough for all they do, and no
+//! more.
 
 use std::time::Duration;
 

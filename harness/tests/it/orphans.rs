@@ -33,7 +33,8 @@ pub(crate) const FAILED: &str = "checkout.session.async_payment_failed";
 /// The email in every Checkout Session of these tests.
 pub(crate) const EMAIL: &str = "jo.doe@example.com";
 
-/// The worker asks due questions every second, and retries one without an answer after 2, 4 and 8 s.
+/// The worker asks due questions every second, and retries one without an answer after 2, 4 and 8
+/// s.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn only_paid_sessions_without_a_user_create_orphans_in_either_order(database: DatabaseKind) {

@@ -1,8 +1,8 @@
 //! Questions whose attempts fail: how long each waits, and what the log says of them.
 //!
 //! Owns the pauses, and the bound of what failing questions take from the others: together, not
-//! more than [`SHARE`] of the calls to Stripe's API or of the places for lookups, so that the pauses
-//! grow with their number too. Logs each reason once. May not know how a question is asked.
+//! more than [`SHARE`] of the calls to Stripe's API or of the places for lookups, so that the
+//! pauses grow with their number too. Logs each reason once. May not know how a question is asked.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

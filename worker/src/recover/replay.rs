@@ -246,8 +246,8 @@ pub(crate) async fn floor(
 }
 
 /// Returns an unfinished replay as it concerns `stream`. Of a replay of an earlier stream no event
-/// is left, but the rows that it was to rebuild may still be half rebuilt: only the next replay ends
-/// it.
+/// is left, but the rows that it was to rebuild may still be half rebuilt: only the next replay
+/// ends it.
 fn in_stream(replay: Replay, stream: StreamId) -> Replay {
     if replay.is_about(stream) {
         return Replay {

@@ -110,7 +110,8 @@ pub(crate) async fn get_stream(
     }
 }
 
-/// Creates the streams that are missing. A stream that cannot be created does not hold up the others.
+/// Creates the streams that are missing. A stream that cannot be created does not hold up the
+/// others.
 pub(crate) async fn provide(
     settings: &Settings,
     jetstream: &jetstream::Context,

@@ -360,8 +360,8 @@ pub async fn resolve(
         .next())
 }
 
-/// Returns the value of `unsent_event` after a resolution by `event`; `None` if its signal is sent at
-/// once. An orphan that was created and resolved in the same replay has no unsent signal.
+/// Returns the value of `unsent_event` after a resolution by `event`; `None` if its signal is sent
+/// at once. An orphan that was created and resolved in the same replay has no unsent signal.
 fn unsent_after_resolution(event: Option<&EventReference>) -> Expr {
     let column = |column| Expr::col((Entity, column));
     Expr::case(

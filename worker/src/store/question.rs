@@ -49,8 +49,8 @@ const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = ex
 /// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it
 /// is due later than the new one and has no error, it is taken or postponed, and stays so: two
 /// fetches of one object must not overlap, because the later answer may hold the earlier state. The
-/// worker that has taken it sees by the sequence that it was saved again. The sequence is the newest one, also after a
-/// redelivery.
+/// worker that has taken it sees by the sequence that it was saved again. The sequence is the
+/// newest one, also after a redelivery.
 const GATHER_POSTGRES: &str = "due_at = CASE WHEN litestripe_question.ask_by IS NULL OR litestripe_question.last_error IS NOT NULL THEN excluded.due_at \
         WHEN litestripe_question.due_at <= excluded.due_at THEN LEAST(excluded.due_at, litestripe_question.ask_by) ELSE litestripe_question.due_at END, \
     ask_by = CASE WHEN litestripe_question.due_at <= excluded.due_at THEN litestripe_question.ask_by ELSE excluded.ask_by END, \
@@ -397,9 +397,9 @@ pub async fn hasten<C: ConnectionTrait>(db: &C, kind: Kind, count: u64) -> Resul
     hastened.map(drop).map_err(doing)
 }
 
-/// Corrects times that a clock wrote while it was ahead. Questions of `kind` that are due later than
-/// `pause_max` from now become due, failing ones only if they are due later than `failing_max`, and
-/// none was opened later than now.
+/// Corrects times that a clock wrote while it was ahead. Questions of `kind` that are due later
+/// than `pause_max` from now become due, failing ones only if they are due later than
+/// `failing_max`, and none was opened later than now.
 pub async fn correct_future<C: ConnectionTrait>(
     db: &C,
     kind: Kind,

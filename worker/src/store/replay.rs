@@ -163,8 +163,8 @@ pub async fn is_any<C: ConnectionTrait>(db: &C) -> Result<bool, StoreError> {
 }
 
 /// Records that the table of subscriptions was found empty at `now`, while events of `stream` up to
-/// `floor` were applied. If none was applied, nothing is missing. Another worker may have recorded it
-/// already.
+/// `floor` were applied. If none was applied, nothing is missing. Another worker may have recorded
+/// it already.
 pub async fn record_lost_rows<C: ConnectionTrait>(
     db: &C,
     stream: StreamId,

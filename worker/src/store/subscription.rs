@@ -203,8 +203,8 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
     Ok(Some((id, stored)))
 }
 
-/// Locks the rows `ids` for this transaction, in the order in which [`save`] does. Does nothing on SQLite, where every transaction holds
-/// the one write lock.
+/// Locks the rows `ids` for this transaction, in the order in which [`save`] does. Does nothing on
+/// SQLite, where every transaction holds the one write lock.
 pub async fn lock(tx: &Transaction, ids: &[&str]) -> Result<(), StoreError> {
     if tx.get_database_backend() != DbBackend::Postgres {
         return Ok(());

@@ -40,8 +40,8 @@ const IN_FLIGHT_BYTES_MAX: u32 = 16 << 20;
 /// Dead letters of one batch in flight, at most.
 const IN_FLIGHT: usize = 16;
 
-/// The pauses between attempts to store a pending dead letter: the first, doubled with each attempt,
-/// up to the longest.
+/// The pauses between attempts to store a pending dead letter: the first, doubled with each
+/// attempt, up to the longest.
 const RETRY_FIRST: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(5 * 60);
 

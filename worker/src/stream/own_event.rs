@@ -223,8 +223,8 @@ impl Resolution<'_> {
     }
 }
 
-/// Returns `id`, or a hash of it if it is too long: it contains an id of Stripe, which alone may have
-/// the longest allowed length.
+/// Returns `id`, or a hash of it if it is too long: it contains an id of Stripe, which alone may
+/// have the longest allowed length.
 fn own_id(id: String) -> String {
     if id.len() <= ID_BYTES_MAX {
         return id;

@@ -1,4 +1,5 @@
-//! What stands between a program and its database: standbys, poolers, and links that swallow packets.
+//! What stands between a program and its database: standbys, poolers, and links that swallow
+//! packets.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! The removal of a row's metadata.
 //!
-//! Owns the transaction, or the part of one, that changes the row, deletes its older signals from the outbox, and adds a
-//! signal of its new state.
+//! Owns the transaction, or the part of one, that changes the row, deletes its older signals from
+//! the outbox, and adds a signal of its new state.
 
 use litestripe_contract::signal::EventReference;
 use litestripe_domain::plan::{self, Erased};

@@ -41,8 +41,8 @@ pub(crate) struct Schedule {
     pub backfill: Backfill,
     pub interval: Duration,
     /// When this process was started. Its first backfill is due at once, unless another worker has
-    /// run one since then. Afterwards, when this process began its last one: by a clock that was set
-    /// back, the start may be in the future.
+    /// run one since then. Afterwards, when this process began its last one: by a clock that was
+    /// set back, the start may be in the future.
     pub started: OffsetDateTime,
     pub record: Record,
     pub lease: Lease,
