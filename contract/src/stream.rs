@@ -297,7 +297,7 @@ fn lacks_room(error: &CreateStreamError) -> bool {
             ErrorCode::STORAGE_RESOURCES_EXCEEDED | ErrorCode::STREAM_MAX_STREAM_BYTES_EXCEEDED => {
                 true
             }
-            // A cluster has several reasons to place a stream nowhere, and tells them by words.
+            // A cluster has several reasons to place a stream nowhere; only their text differs.
             ErrorCode::CLUSTER_NO_PEERS => error.to_string().contains("insufficient storage"),
             _ => false,
         },

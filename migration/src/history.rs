@@ -20,8 +20,8 @@ const QUESTION: &str = "m20261123_000004_due_check";
 const REPLAY: &str = "m20261124_000005_replay";
 const LAST_SENT: &str = "m20261129_000008_last_sent";
 
-/// The tables of before: the step that made it, its name then and now, and a column by which it is
-/// known to be ours.
+/// The tables of an earlier state: the step that made each, its name then and now, and a column
+/// that shows that it is ours.
 const TABLES: [(&str, &str, &str, &str); 7] = [
     (
         SUBSCRIPTION,
@@ -42,13 +42,13 @@ const TABLES: [(&str, &str, &str, &str); 7] = [
     (REPLAY, "signal_due", "litestripe_signal_due", "told"),
 ];
 
-/// The columns with another name: the step, the table now, the column then and now.
+/// The columns that were renamed: the step, the table's name now, the column's name then and now.
 const COLUMNS: [(&str, &str, &str, &str); 2] = [
     (REPLAY, "litestripe_replay", "dt_beat", "dt_heartbeat"),
     (LAST_SENT, "orphaned_payment", "owed_event", "unsent_event"),
 ];
 
-/// The indexes with another name: the step, the index then and now, and what it is on.
+/// The indexes that were renamed: the step, the name then and now, and what the index is on.
 const INDEXES: [(&str, &str, &str, &str); 5] = [
     (
         OUTBOX,
@@ -95,7 +95,7 @@ pub async fn applied<C: ConnectionTrait>(db: &C) -> Result<Vec<String>, DbErr> {
     }
 }
 
-/// Creates the table if it does not exist, and takes over a database of before.
+/// Creates the table if it does not exist, and takes over a database of an earlier state.
 pub(crate) async fn install<C: ConnectionTrait>(db: &C) -> Result<(), DbErr> {
     let steps = applied(db).await?;
     if exists(db, TABLE).await? {
@@ -122,7 +122,7 @@ pub(crate) async fn install<C: ConnectionTrait>(db: &C) -> Result<(), DbErr> {
     take_steps(db).await
 }
 
-/// Moves our steps here. Drops the table of before if it had no others.
+/// Moves our steps here. Drops the earlier table if it had no others.
 async fn take_steps<C: ConnectionTrait>(db: &C) -> Result<(), DbErr> {
     let copy = format!("INSERT INTO {TABLE} (version, applied_at) ");
     db.execute_unprepared(&(copy + &ours_of_before("SELECT version, applied_at")))
@@ -136,7 +136,7 @@ async fn take_steps<C: ConnectionTrait>(db: &C) -> Result<(), DbErr> {
     Ok(())
 }
 
-/// Returns the statement that does `what` with our steps in the table of before.
+/// Returns the statement that does `what` with our steps in the earlier table.
 fn ours_of_before(what: &str) -> String {
     let ours: Vec<String> = Migrator::get_migration_files()
         .iter()
@@ -152,7 +152,7 @@ async fn rename_table<C: ConnectionTrait>(
     now: &str,
     column: &str,
 ) -> Result<(), DbErr> {
-    // The steps of before took an existing table of that name for theirs.
+    // Earlier steps took an existing table of that name for theirs.
     let is_ours = format!("SELECT {column} FROM {before} LIMIT 0");
     db.execute_unprepared(&is_ours)
         .await

@@ -17,7 +17,7 @@ use crate::store::{self, Store};
 use crate::stream::progress;
 use crate::wait::pause;
 
-/// How far clocks may differ without a word: more than any synchronised clocks do.
+/// How far clocks may differ before that is reported: further than synchronised clocks ever do.
 const DIFFERENCE_MAX: time::Duration = time::Duration::seconds(60);
 
 /// How often they are compared.

@@ -177,7 +177,7 @@ impl Known {
             return self.covers(&event);
         }
         match Owner::parse(body) {
-            // If nobody can say when it was created, it is not known to be newer.
+            // Without a readable time it cannot be shown to be newer.
             Some(owner) => {
                 let created = owner.created().unwrap_or(i64::MIN);
                 owner.belongs_to(|id| self.covers_ids([id], created))

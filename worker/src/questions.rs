@@ -102,12 +102,12 @@ enum QuestionError {
 }
 
 impl QuestionError {
-    /// Whether asking again would bring the same, until somebody changes what is refused or wrong.
+    /// Whether every retry fails in the same way until an operator changes something.
     fn is_lasting(&self) -> bool {
         matches!(self, Self::Api(error) if error.is_lasting())
     }
 
-    /// How long the one who was asked wants to be left alone.
+    /// The pause that the answer asks for, if it does.
     fn asks_to_wait(&self) -> Option<Duration> {
         match self {
             Self::Api(ApiError::RetryLater { after, .. }) => Some(*after),

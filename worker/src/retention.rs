@@ -2,9 +2,9 @@
 //!
 //! Owns which events are purged, and when: when the stream is over 80 % full, the oldest applied
 //! events, so that only unapplied ones can fill it. Invariant: no event above the durable
-//! consumer's ack floor, or above that of an open replay, is ever removed. One whose dead letter is
-//! pending is removed only when the stream is nearly full: it must not stop all deliveries. All
-//! workers may purge at the same time: purging is idempotent.
+//! consumer's ack floor, or above that of an open replay, is ever removed. An event
+//! with a pending dead letter is removed only when the stream is nearly full, because it must not
+//! stop all deliveries. All workers may purge at the same time: purging is idempotent.
 
 use std::time::Duration;
 

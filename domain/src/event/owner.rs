@@ -8,8 +8,8 @@ use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
 use serde_json::Value;
 
-/// The fields that name the account of the application, or one that it works for. Its events about
-/// nobody in particular do not belong to a customer who has the same account.
+/// The fields that name the account of the application, or one that it works for. An event about no
+/// customer does not belong to a customer who has the same account.
 const ACCOUNT_FIELDS: [&str; 6] = [
     "account",
     "context",
@@ -67,7 +67,7 @@ impl Owner {
         ids.map(String::as_str)
     }
 
-    /// Whether the body belongs to the person whose ids `is_own` accepts.
+    /// Whether the body belongs to the person with the ids that `is_own` accepts.
     ///
     /// A body about another customer's object does not, whatever else it mentions. A body about an
     /// object without a customer does if one of its texts, anywhere, is one of the ids.

@@ -59,7 +59,7 @@ async fn url_that_leads_nats_py_to_a_server_leads_the_programs_there() {
 /// they nor a command prints one of `secrets`.
 async fn check_url(config: &str, user: &str, secrets: &[&str]) {
     let broker = broker(config);
-    // The first server does not run, and its URL names nobody.
+    // The first server does not run, and its URL names no user.
     let (gone, port) = (port::free(), broker.port());
     let url = format!("nats://127.0.0.1:{gone},nats://{user}@127.0.0.1:{port}");
     let settings = [("NATS_URL", url.as_str()), ("RUST_LOG", "debug")];

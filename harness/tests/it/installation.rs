@@ -116,8 +116,8 @@ async fn broker_that_lost_its_data_gets_the_id_of_the_database(database: Databas
         .await;
 }
 
-/// A rebuild is not told from a wrong `DATABASE_URL` by itself: while workers apply the events to
-/// another database it is refused, and afterwards the database before is.
+/// A rebuild looks like a wrong `DATABASE_URL`: while workers apply the events to another database
+/// it is refused, and afterwards that other database is.
 async fn rebuilt_database_replaces_the_one_before(database: DatabaseKind) {
     let mut bridge = Bridge::start(Options::new(database)).await;
     bridge.deliver(&event()).await;

@@ -130,7 +130,7 @@ struct Search {
 
 /// The result of a run.
 pub struct Outcome {
-    /// `None` if nobody could be erased.
+    /// `None` if no target could be erased.
     pub receipt: Option<Receipt>,
     /// The targets that could not be erased yet, by their index.
     pub waiting: Vec<(usize, EraseError)>,

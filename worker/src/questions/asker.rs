@@ -35,7 +35,7 @@ const SHORT_LEASE: Duration = Duration::from_secs(60);
 const CORRECT_EVERY: Duration = Duration::from_secs(10);
 
 /// How many failing questions are asked again at once when one of them does not fail. If what
-/// failed works again, all of them are asked soon; if not, an answer costs so many calls.
+/// failed works again, all of them are asked soon; if not, each answer costs that many calls.
 const HASTENED: u64 = 2;
 
 /// Questions of one kind that are asked at a time. Fewer if they call Stripe, where they queue for

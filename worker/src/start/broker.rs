@@ -68,7 +68,7 @@ pub(crate) async fn prepare(nats: &async_nats::Client, settings: &Settings) {
     let mut logged = BTreeSet::new();
     wait::until_ok(JETSTREAM, async || {
         let provided = provide(settings, &jetstream).await;
-        // The first reason is logged by the one who waits.
+        // `wait` logs the first reason.
         if let Some(refusals) = new_refusals(&provided, &mut logged)
             && logged.len() > 1
         {

@@ -1,8 +1,8 @@
-//! The rules by which events are applied, so that all who apply them do it alike.
+//! The rules by which events are applied, so that workers and commands apply them in the same way.
 //!
 //! Owns which settings decide what becomes of an event. Workers record theirs in the database. A
-//! command that applies events refuses to work by other rules than the workers': what it applies,
-//! they have asked for. A worker only warns, because an operator replaces workers one by one.
+//! command that applies events refuses to run with other rules than the workers', because it also
+//! applies live events. A worker only warns, because an operator replaces workers one by one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

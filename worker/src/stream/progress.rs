@@ -164,7 +164,7 @@ fn is_missing(error: &GetStreamError) -> bool {
     )
 }
 
-/// Whether every event is applied of whose time by the broker's clock `is_before` holds.
+/// Whether every event is applied for which `is_before` holds of its time by the broker's clock.
 pub(crate) async fn has_applied_all(
     jetstream: &jetstream::Context,
     is_before: impl Fn(OffsetDateTime) -> bool,

@@ -45,7 +45,7 @@ pub(super) enum Fault {
     /// The primary dies and the standby takes over. The old one comes back as a standby, and for a
     /// while the workers still reach it.
     FailOver,
-    /// The broker's user gets another password; the programs are told later.
+    /// The broker's user gets another password; the programs get it later.
     ChangePassword,
     /// The stream of events is made anew with what it held.
     RenewStream,

@@ -101,7 +101,7 @@ impl Place {
         clock.set_ahead(hours * 60 * 60);
     }
 
-    /// Gives the broker's user another password, of which the programs are not told yet.
+    /// Gives the broker's user another password, which the programs do not have yet.
     pub(super) fn change_password(&mut self) {
         let old = password_line(self.password);
         self.password += 1;

@@ -278,7 +278,7 @@ async fn help_and_env_example_list_the_same_settings_and_defaults() {
     let mut listed = example(&text);
     let mut problems = Vec::new();
     for (name, setting) in &settings {
-        // A default that is a sentence or another setting's value is told beside it.
+        // A default that is a sentence or another setting's value stands in the comment beside it.
         let plain = |default: &&str| !default.contains(' ') && !settings.contains_key(*default);
         let expected = setting.default.as_deref().filter(plain).unwrap_or_default();
         match listed.remove(name) {
@@ -335,7 +335,7 @@ fn check_listed<T>(place: &str, mut problems: Vec<String>, rest: BTreeMap<String
     );
 }
 
-/// What is told of a setting.
+/// What `--help` says of a setting.
 #[derive(Debug, PartialEq)]
 struct Told {
     /// `ingress`, `worker` or `both`.

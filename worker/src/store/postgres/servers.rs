@@ -121,8 +121,8 @@ impl Servers {
             {
                 sqlx::Error::Tls(error.into())
             }
-            // The answer to the first byte that sqlx sends: none. A proxy whose server is away
-            // accepts a connection and closes it.
+            // sqlx got no answer to its first byte. A proxy accepts a connection and closes it if
+            // its server is away.
             sqlx::Error::Protocol(answer) if answer.contains("0x00") => {
                 io::Error::from(io::ErrorKind::UnexpectedEof).into()
             }
