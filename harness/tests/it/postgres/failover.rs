@@ -1,7 +1,6 @@
 //! The primary changes while the worker is connected.
 
 use litestripe_harness::postgres::{Options, Server};
-use litestripe_harness::process::Signal;
 use litestripe_harness::proxy::Proxy;
 
 use super::{DEADLINE, deliver_story, servers, start, url_at};
@@ -51,8 +50,7 @@ async fn event_is_not_acked_before_the_synchronous_standby_has_it() {
     deliver_story(&bridge).await;
     bridge.wait_until_applied().await;
 
-    let process = standby.process().expect("it runs");
-    process.signal(Signal::Stop);
+    standby.stop().await;
     deliver_story(&bridge).await;
     let worker = &bridge.workers[0];
     worker
@@ -60,10 +58,10 @@ async fn event_is_not_acked_before_the_synchronous_standby_has_it() {
         .await;
     let log = worker.log();
     assert!(log.contains("no answer within"), "{log}");
-    process.signal(Signal::Cont);
+    // Ends the wait.
+    bridge.database.server().set_synchronous(false).await;
 
     bridge.check().await;
-    standby.stop().await;
 }
 
 #[tokio::test]
