@@ -192,8 +192,8 @@ impl Known {
     }
 }
 
-/// The pauses between attempts to record erasures.
-fn attempts() -> ExponentialBuilder {
+/// The pauses between attempts to record or read erasures.
+pub(crate) fn attempts() -> ExponentialBuilder {
     ExponentialBuilder::new()
         .with_min_delay(RECORD_RETRY)
         .with_max_delay(10 * RECORD_RETRY)

@@ -74,7 +74,7 @@ impl Replay {
         };
         let parts = super::start(settings, "replay", schema).await?;
         super::check_rules(settings, &parts.store).await?;
-        let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
+        let dead_letters = DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let mut replayer = Replayer {
             applier,

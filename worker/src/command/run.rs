@@ -227,7 +227,7 @@ impl Worker {
         let (background, relaying) = <(TaskTracker, TaskTracker)>::default();
         let relay_stop = CancellationToken::new();
         let wake = Arc::new(Notify::new());
-        let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
+        let dead_letters = DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
         let applier = Applier {
             refusals: Arc::new(Refusals::new(readiness.problems.clone())),
             ..parts.applier(settings, &dead_letters, &wake)
@@ -280,7 +280,7 @@ impl Worker {
         supervisor.spawn(&background, "the watch on the clocks", clocks);
         let resolutions = resolutions.run(shutdown.clone());
         supervisor.spawn(&background, "the keeper of resolutions", resolutions);
-        let pending = Pending::new(&store, &jetstream);
+        let pending = Pending::new(&store, &parts.erasures, &jetstream);
         let pending = pending.run(shutdown.clone());
         supervisor.spawn(&background, "the storing of pending dead letters", pending);
         if let Some(installation) = parts.installation.clone() {

@@ -59,7 +59,7 @@ pub(crate) async fn while_consuming<T>(
     work: impl Future<Output = T>,
 ) -> T {
     let stop = CancellationToken::new();
-    let dead_letters = DeadLetters::new(&parts.store, &parts.jetstream);
+    let dead_letters = DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
     // The relay polls the outbox anyway, so nothing wakes it; questions are left to the workers.
     let applier = parts.applier(settings, &dead_letters, &Arc::new(Notify::new()));
     let consuming = tokio::spawn({

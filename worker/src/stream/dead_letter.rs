@@ -4,7 +4,8 @@
 //! only after the PubAck of its dead letter, or once the database holds that it is pending; and a
 //! poisoned event does not hold up any other. A dead letter that cannot be stored, for lack of room
 //! or because it is too large, is pending: its message must not hold the consumer's ack floor, on
-//! which grace periods and purges wait. Its body stays in `STRIPE_EVENTS` until it is stored.
+//! which grace periods and purges wait. Its body stays in `STRIPE_EVENTS` until it is stored. An event
+//! that an erasure covers becomes no dead letter.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,13 +24,14 @@ use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
+use crate::erasure::{self, Erasures};
 use crate::error::StoreError;
 use crate::metrics;
 use crate::store::dead_letter as table;
 use crate::store::lease::Lease;
-use crate::store::{Store, detached};
+use crate::store::{Store, Transaction, detached, question};
 use crate::stream::consumer::{Batch, Poisoned};
 use crate::wait::pause;
 
@@ -57,18 +59,16 @@ const UNKNOWN_TYPE: &str = "unknown";
 /// Stores dead letters, in its own tasks.
 #[derive(Clone)]
 pub struct DeadLetters {
-    store: Store,
-    jetstream: jetstream::Context,
+    letters: Letters,
     tasks: TaskTracker,
     room: Arc<Semaphore>,
 }
 
 impl DeadLetters {
-    pub fn new(store: &Store, jetstream: &jetstream::Context) -> Self {
+    pub fn new(store: &Store, erasures: &Erasures, jetstream: &jetstream::Context) -> Self {
         let room = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX as usize));
         Self {
-            store: store.clone(),
-            jetstream: jetstream.clone(),
+            letters: Letters::new(store, erasures, jetstream),
             tasks: TaskTracker::new(),
             room,
         }
@@ -91,12 +91,11 @@ impl DeadLetters {
         let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else {
             return;
         };
-        let (store, jetstream) = (self.store.clone(), self.jetstream.clone());
+        let letters = self.letters.clone();
         self.tasks.spawn(async move {
-            let letters = messages.into_iter().zip(reasons);
-            let settle =
-                |(message, reason): (Poisoned, String)| settle(&store, &jetstream, message, reason);
-            futures_util::stream::iter(letters)
+            let poisoned = messages.into_iter().zip(reasons);
+            let settle = |(message, reason): (Poisoned, String)| settle(&letters, message, reason);
+            futures_util::stream::iter(poisoned)
                 .for_each_concurrent(IN_FLIGHT, settle)
                 .await;
             drop(room);
@@ -111,7 +110,7 @@ impl DeadLetters {
 }
 
 /// Stores the dead letter, or records it as pending. Then terminates the message.
-async fn settle(store: &Store, jetstream: &jetstream::Context, message: Poisoned, reason: String) {
+async fn settle(letters: &Letters, message: Poisoned, reason: String) {
     let Some(sequence) = message.stream_sequence() else {
         return error!("cannot store a message without a stream sequence as a dead letter");
     };
@@ -122,7 +121,7 @@ async fn settle(store: &Store, jetstream: &jetstream::Context, message: Poisoned
         reason,
     };
     let (body, headers) = message.content();
-    let Err(refused) = letter.publish(jetstream, &body, &headers).await else {
+    let Err(refused) = letters.store(&letter, &body, &headers).await else {
         return message.terminate().await;
     };
     let error = exit::chain(&refused);
@@ -136,7 +135,7 @@ async fn settle(store: &Store, jetstream: &jetstream::Context, message: Poisoned
         attempts: 1,
         since: now,
     };
-    let store = store.clone();
+    let store = letters.store.clone();
     let recording =
         detached(
             async move { table::insert(store.connection(), pending, now + RETRY_FIRST).await },
@@ -175,6 +174,85 @@ enum LetterError {
          was created anew"
     )]
     OtherStream,
+    #[error("cannot find out whether an erasure covers the event")]
+    Erasures(#[source] StoreError),
+    #[error("cannot find out whether an erasure covers the dead letter {sequence}, which is stored")]
+    Unchecked { sequence: u64, source: StoreError },
+}
+
+/// Where dead letters are stored, and whose are not.
+#[derive(Clone)]
+struct Letters {
+    store: Store,
+    erasures: Erasures,
+    jetstream: jetstream::Context,
+}
+
+impl Letters {
+    fn new(store: &Store, erasures: &Erasures, jetstream: &jetstream::Context) -> Self {
+        Self {
+            store: store.clone(),
+            erasures: erasures.clone(),
+            jetstream: jetstream.clone(),
+        }
+    }
+
+    /// Stores the dead letter of the event with this body and these headers. If an erasure covers the
+    /// event, it has the event removed instead.
+    ///
+    /// The erasures are read again after the PubAck, because one may have been recorded meanwhile. One
+    /// that is recorded later reads the dead letters after its record, and finds this one.
+    async fn store(
+        &self,
+        letter: &Letter,
+        body: &Bytes,
+        headers: &HeaderMap,
+    ) -> Result<(), LetterError> {
+        let event = (EVENTS_STREAM, letter.sequence);
+        let is_erased = self.remove_if_erased(body, vec![event]).await;
+        if is_erased.map_err(LetterError::Erasures)? {
+            info!(
+                stream_sequence = letter.sequence,
+                "event {} is of an erased person and becomes no dead letter", letter.sequence
+            );
+            return Ok(());
+        }
+        let sequence = letter.publish(&self.jetstream, body, headers).await?;
+        let stored = (DEAD_LETTERS_STREAM, sequence);
+        let check = || self.remove_if_erased(body, vec![event, stored]);
+        check
+            .retry(erasure::attempts())
+            .when(StoreError::is_temporary)
+            .await
+            .map_err(|source| LetterError::Unchecked { sequence, source })?;
+        Ok(())
+    }
+
+    /// Has workers remove the messages at `places`, which have this body, if an erasure covers it.
+    /// Returns whether one does.
+    async fn remove_if_erased(
+        &self,
+        body: &[u8],
+        places: Vec<(&'static str, u64)>,
+    ) -> Result<bool, StoreError> {
+        let (store, erasures) = (self.store.clone(), self.erasures.clone());
+        detached(async move { erasures.refresh(store.connection()).await }).await?;
+        if !self.erasures.covers_message(body) {
+            return Ok(false);
+        }
+        let remove = async move |tx: Transaction| {
+            let now = OffsetDateTime::now_utc();
+            let removals = places.iter();
+            let removals =
+                removals.map(|(stream, sequence)| erasure::removal(stream, *sequence, now));
+            question::save(&tx, removals.collect(), now).await?;
+            tx.commit()
+                .await
+                .map_err(StoreError::doing("commit removals"))
+        };
+        self.store.uncancelled(remove).await?;
+        Ok(true)
+    }
 }
 
 /// An event that is to become a dead letter.
@@ -186,13 +264,13 @@ struct Letter {
 }
 
 impl Letter {
-    /// Stores the dead letter of the event with this body and these headers.
+    /// Publishes the dead letter of the event with this body and these headers. Returns its sequence.
     async fn publish(
         &self,
         jetstream: &jetstream::Context,
         body: &Bytes,
         headers: &HeaderMap,
-    ) -> Result<(), LetterError> {
+    ) -> Result<u64, LetterError> {
         let Self {
             sequence,
             event_type,
@@ -228,14 +306,13 @@ impl Letter {
             stream_sequence = sequence,
             event_type, reason, "event {sequence} is now a dead letter: {reason}"
         );
-        Ok(())
+        Ok(ack.sequence)
     }
 }
 
 /// Stores pending dead letters, one worker at a time.
 pub(crate) struct Pending {
-    store: Store,
-    jetstream: jetstream::Context,
+    letters: Letters,
 }
 
 /// Why the pending dead letters cannot be stored at all now.
@@ -248,14 +325,18 @@ enum PendingError {
 }
 
 impl Pending {
-    pub(crate) fn new(store: &Store, jetstream: &jetstream::Context) -> Self {
-        let (store, jetstream) = (store.clone(), jetstream.clone());
-        Self { store, jetstream }
+    pub(crate) fn new(
+        store: &Store,
+        erasures: &Erasures,
+        jetstream: &jetstream::Context,
+    ) -> Self {
+        let letters = Letters::new(store, erasures, jetstream);
+        Self { letters }
     }
 
     /// Stores pending dead letters as they become due, until `shutdown`.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
-        let mut lease = Lease::new(self.store.clone(), "dead letters");
+        let mut lease = Lease::new(self.letters.store.clone(), "dead letters");
         while pause(CHECK_EVERY, &shutdown).await.is_some() {
             if let Err(error) = self.store_if_due(&mut lease, &shutdown).await {
                 debug!("cannot store pending dead letters: {}", exit::chain(&error));
@@ -278,7 +359,7 @@ impl Pending {
 
     async fn due(&self) -> Result<Vec<table::Pending>, StoreError> {
         table::due(
-            self.store.connection(),
+            self.letters.store.connection(),
             OffsetDateTime::now_utc(),
             PENDING_BATCH,
         )
@@ -297,7 +378,7 @@ impl Pending {
     }
 
     async fn store_one(&self, pending: table::Pending) -> Result<(), PendingError> {
-        let db = self.store.connection();
+        let db = self.letters.store.connection();
         let sequence = pending.sequence;
         let Some((body, headers)) = self.event(&pending).await? else {
             error!(
@@ -314,7 +395,7 @@ impl Pending {
             event_type: pending.event_type.clone(),
             reason: pending.reason.clone(),
         };
-        match letter.publish(&self.jetstream, &body, &headers).await {
+        match self.letters.store(&letter, &body, &headers).await {
             Ok(()) => table::remove(db, &pending).await?,
             Err(error) => {
                 let error = exit::chain(&error);
@@ -334,7 +415,7 @@ impl Pending {
         pending: &table::Pending,
     ) -> Result<Option<(Bytes, HeaderMap)>, PendingError> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| PendingError::Broker(error);
-        let stream = self.jetstream.get_stream(EVENTS_STREAM).await;
+        let stream = self.letters.jetstream.get_stream(EVENTS_STREAM).await;
         let stream = stream.map_err(|error| failed(error.into()))?;
         if StreamId::from_created(stream.cached_info().created) != pending.stream {
             return Ok(None);

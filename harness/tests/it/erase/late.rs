@@ -1,5 +1,10 @@
 //! Messages of an erased person that arrive late, also those that no worker can apply.
 
+use std::time::Duration;
+
+use async_nats::jetstream;
+use litestripe_contract::settings::StreamSettings;
+use litestripe_contract::stream;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::nats;
@@ -12,6 +17,7 @@ use super::{
 use crate::orphans::{CREATED, DEADLINE, UPDATED, apply, now};
 
 on_both_databases!(
+    pending_dead_letter_of_an_erased_person_is_dropped,
     late_messages_that_are_not_applied_are_removed_too,
     removal_that_fails_is_repeated_until_it_is_done
 );
@@ -46,6 +52,54 @@ async fn late_messages_that_are_not_applied_are_removed_too(database: DatabaseKi
     assert_eq!(stored.iter().filter(is_news).count(), 1, "it is not late");
     let log = bridge.workers[0].log();
     assert!(!log.contains(ERASED), "{log}");
+}
+
+async fn pending_dead_letter_of_an_erased_person_is_dropped(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
+    let settings = StreamSettings {
+        max_age: Duration::ZERO,
+        max_bytes: None,
+    };
+    let room = stream::dead_letters(1, settings, 1 << 30);
+    let full = jetstream::stream::Config {
+        max_messages: 1,
+        ..room.clone()
+    };
+    let jetstream = bridge.jetstream().await;
+    let made = jetstream.create_stream(full).await;
+    made.expect("a stream can be made");
+    let (user, other) = (Purchase::new(now() - 60), Purchase::new(now() - 60));
+    bridge.start_worker().wait_until_ready().await;
+    bridge
+        .publish(UPDATED, poison(&other, KEPT), "other poison")
+        .await;
+    bridge.wait_until_applied().await;
+    bridge.publish(UPDATED, poison(&user, ERASED), "poison").await;
+    bridge.wait_until_applied().await;
+    assert!(bridge.workers.remove(0).stop().await.success());
+
+    // Another worker recorded it, and has not read this event.
+    let erasure = format!(
+        "INSERT INTO litestripe_erasure (stripe_id, erased_at, sequence) VALUES ('{}', {}, 1)",
+        user.customer,
+        now()
+    );
+    let recorded = bridge.database.query(&erasure).await;
+    recorded.expect("it is written");
+    let updated = bridge.jetstream().await.update_stream(room).await;
+    updated.expect("a stream can be changed");
+    bridge.start_worker().wait_until_ready().await;
+    until_gone(&bridge).await;
+    let pending = "SELECT sequence FROM litestripe_dead_letter";
+    eventually("no pending dead letter", DEADLINE, async || {
+        match bridge.database.query(pending).await {
+            Ok(rows) if rows.is_empty() => Ok(()),
+            outcome => Err(format!("{outcome:?}")),
+        }
+    })
+    .await;
+    until_gone(&bridge).await;
+    assert_eq!(bridge.bodies("STRIPE_DEAD_LETTERS").await.len(), 1);
 }
 
 async fn removal_that_fails_is_repeated_until_it_is_done(database: DatabaseKind) {
