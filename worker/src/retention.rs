@@ -2,22 +2,24 @@
 //!
 //! Owns which events are purged, and when: when the stream is over 80 % full, the oldest applied
 //! events, so that only unapplied ones can fill it. Invariant: no event above the durable
-//! consumer's ack floor, or above that of an open replay, is ever removed. An event
-//! with a pending dead letter is removed only when the stream is nearly full, because it must not
-//! stop all deliveries. All workers may purge at the same time: purging is idempotent.
+//! consumer's ack floor, or above that of an open replay that this worker knows of, is ever removed.
+//! One whose dead letter is pending is removed only when the stream is nearly full: it must not stop
+//! all deliveries. Only then is any removed while the database does not answer. All workers may purge
+//! at the same time: purging is idempotent.
 
 use std::time::Duration;
 
 use async_nats::jetstream::{self, consumer::pull, stream::State};
 use litestripe_contract::exit;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::metrics;
 use crate::recover::replay;
 use crate::store::{Store, dead_letter, detached};
-use crate::stream::progress::{self, Progress};
+use crate::stream::progress::{self, Progress, ProgressError};
 use crate::wait::pause;
 
 /// How often the stream's size is checked.
@@ -31,6 +33,10 @@ const PURGE_DOWN_TO: u64 = 70;
 /// any more.
 const GIVE_UP_ABOVE: u64 = 95;
 
+/// For how long the floors hold if the database does not answer. Another worker may still reach it,
+/// and begin a replay or record a pending dead letter.
+const FLOORS_MAX_AGE: Duration = Duration::from_secs(30);
+
 /// The sequences up to which events may be removed.
 #[derive(Debug, Clone, Copy, Default)]
 struct Floors {
@@ -38,6 +44,21 @@ struct Floors {
     replayed: u64,
     /// No event up to this one has a pending dead letter.
     stored: u64,
+}
+
+impl Floors {
+    /// Returns the sequence up to which events may be removed, by floors that were read `age` ago, if
+    /// the workers have applied everything up to `applied_until`.
+    fn removable_until(self, applied_until: u64, age: Duration, is_nearly_full: bool) -> u64 {
+        let removable_until = applied_until.min(self.replayed);
+        if is_nearly_full {
+            removable_until
+        } else if age > FLOORS_MAX_AGE {
+            0
+        } else {
+            removable_until.min(self.stored)
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -54,12 +75,16 @@ struct Fill {
 
 /// Purges until `shutdown`.
 pub(crate) async fn run(store: Store, jetstream: jetstream::Context, shutdown: CancellationToken) {
-    // While the database is unavailable the last value holds: no replay can begin then, and no dead
-    // letter becomes pending.
-    let mut last = Floors::default();
+    let mut last = (Floors::default(), Instant::now());
     loop {
-        last = floors(&store, &jetstream).await.unwrap_or(last);
-        if let Err(error) = purge_if_full(&jetstream, last).await {
+        // Before the floors: a dead letter is recorded as pending before its message is terminated, so
+        // the floors know of all that this progress includes.
+        let progress = progress::find(&jetstream, WORKER_CONSUMER).await;
+        let now = Instant::now();
+        if let Some(floors) = floors(&store, &jetstream).await {
+            last = (floors, now);
+        }
+        if let Err(error) = purge_if_full(&jetstream, progress, last).await {
             debug!(
                 "cannot keep room in STRIPE_EVENTS: {}",
                 exit::chain(error.as_ref())
@@ -88,7 +113,8 @@ async fn floors(store: &Store, jetstream: &jetstream::Context) -> Option<Floors>
 
 async fn purge_if_full(
     jetstream: &jetstream::Context,
-    floors: Floors,
+    progress: Result<Option<Progress>, ProgressError>,
+    (floors, read_at): (Floors, Instant),
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let stream = jetstream.get_stream(EVENTS_STREAM).await?;
     let info = stream.cached_info();
@@ -99,7 +125,13 @@ async fn purge_if_full(
         return Ok(());
     };
     metrics::events_stream_fill(info.state.bytes, bytes_max);
+    let Some(before) = progress? else {
+        return Ok(());
+    };
+    // Read again: the stream or the consumer may have been created anew.
     let consumer = stream.get_consumer::<pull::Config>(WORKER_CONSUMER).await?;
+    let applied_until = Progress::from(consumer.cached_info()).floor();
+    let applied_until = applied_until.min(before.floor());
     let State {
         bytes,
         messages,
@@ -107,14 +139,8 @@ async fn purge_if_full(
         last_sequence,
         ..
     } = info.state;
-    let applied_until = Progress::from(consumer.cached_info())
-        .floor()
-        .min(floors.replayed);
-    let applied_until = if is_above(bytes, bytes_max, GIVE_UP_ABOVE) {
-        applied_until
-    } else {
-        applied_until.min(floors.stored)
-    };
+    let is_nearly_full = is_above(bytes, bytes_max, GIVE_UP_ABOVE);
+    let applied_until = floors.removable_until(applied_until, read_at.elapsed(), is_nearly_full);
     let fill = Fill {
         bytes,
         bytes_max,

@@ -1,4 +1,6 @@
-use super::{Fill, keep_from};
+use std::time::Duration;
+
+use super::{FLOORS_MAX_AGE, Fill, Floors, keep_from};
 
 /// A stream of 100 events of 10 bytes from sequence 1,001 on.
 fn check(bytes_max: u64, applied_until: u64, expected: Option<u64>) {
@@ -34,4 +36,22 @@ fn an_empty_stream_is_left_alone() {
         applied_until: 0,
     };
     assert_eq!(keep_from(fill), None);
+}
+
+#[test]
+fn floors_that_the_database_has_not_confirmed_hold_for_a_while() {
+    let until = |replayed, age, is_nearly_full| {
+        let floors = Floors {
+            replayed,
+            stored: 50,
+        };
+        floors.removable_until(100, age, is_nearly_full)
+    };
+    let (fresh, late) = (FLOORS_MAX_AGE, FLOORS_MAX_AGE + Duration::from_secs(1));
+    assert_eq!(until(u64::MAX, fresh, false), 50);
+    assert_eq!(until(u64::MAX, fresh, true), 100);
+    assert_eq!(until(30, fresh, false), 30);
+    assert_eq!(until(u64::MAX, late, false), 0);
+    assert_eq!(until(u64::MAX, late, true), 100);
+    assert_eq!(until(30, late, true), 30);
 }
