@@ -6,7 +6,9 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::context::{CreateStreamError, CreateStreamErrorKind};
+use async_nats::jetstream::context::{
+    CreateStreamError, CreateStreamErrorKind, GetStreamErrorKind,
+};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, ErrorCode};
 use serde::Serialize;
@@ -176,15 +178,21 @@ async fn provide(
     setting: &Setting,
     smallest: Option<i64>,
 ) -> Result<Provided, ProvisionError> {
-    if let Ok(stream) = jetstream.get_stream(&config.name).await {
-        return Ok(Provided::Found(stream.cached_info().config.clone()));
-    }
+    let is_missing = match jetstream.get_stream(&config.name).await {
+        Ok(stream) => return Ok(Provided::Found(stream.cached_info().config.clone())),
+        Err(error) => matches!(
+            error.kind(),
+            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND
+        ),
+    };
     let wanted = config.max_bytes;
-    loop {
+    let stream = loop {
         let source = match jetstream.create_stream(config.clone()).await {
-            Ok(_) => break,
-            // Another program has created it in the meantime, with other settings.
+            Ok(stream) => break stream,
+            // It exists with other settings. A server may refuse it for lack of room before it says so:
+            // the halved size is not the stream's.
             Err(error) if code(&error) == Some(ErrorCode::STREAM_NAME_EXIST) => {
+                config.max_bytes = wanted;
                 return Ok(Provided::Found(config));
             }
             Err(error) => error,
@@ -202,6 +210,10 @@ async fn provide(
                 source,
             });
         }
+    };
+    let info = stream.cached_info();
+    if !is_missing || info.state.messages > 0 {
+        return Ok(Provided::Found(info.config.clone()));
     }
     let (name, max_bytes) = (&config.name, config.max_bytes);
     if max_bytes == wanted {

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use async_nats::jetstream;
+use futures_util::StreamExt as _;
 use futures_util::future::join_all;
+use litestripe_contract::settings::{EventsSettings, Given, Reader};
+use litestripe_contract::stream;
 use litestripe_contract::subject::{
     DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, SUBSCRIPTION_CHANGED,
 };
@@ -102,6 +105,37 @@ async fn program_that_may_not_update_the_stream_works_with_it_as_it_is() {
     let told = "cannot find out whether the other streams fit beside STRIPE_EVENTS";
     assert_eq!(bridge.ingress().count_in_log(told), 1);
     works(&bridge).await;
+}
+
+#[tokio::test]
+async fn stream_in_use_is_left_alone_if_its_info_is_not_answered() {
+    // A server with this room refuses to create a stream twice, one with more accepts it.
+    check_unanswered("15GB").await;
+    check_unanswered("40GB").await;
+}
+
+async fn check_unanswered(room: &str) {
+    let users = "authorization { users: [ { user: test, password: test }\n { user: blind, password: test, \
+                 permissions: { publish: { deny: \"$JS.API.STREAM.INFO.>\" } } } ] }\nno_auth_user: test";
+    let limit = format!("max_file_store: {room}");
+    let bridge = start(Options::new(DatabaseKind::Sqlite), &limit, users).await;
+    works(&bridge).await;
+    let watching = bridge.broker.connect().await;
+    let updates = watching.subscribe("$JS.API.STREAM.UPDATE.>").await;
+    let mut updates = updates.expect("the connection is open");
+    watching.flush().await.expect("the broker answers");
+
+    let blind = async_nats::ConnectOptions::with_user_and_password("blind".into(), "test".into());
+    let blind = blind.connect(bridge.broker.url()).await;
+    let mut blind = jetstream::new(blind.expect("the broker accepts it"));
+    blind.set_timeout(Duration::from_secs(1));
+    let settings = EventsSettings::read(&mut Reader::new(Given::default()));
+    let provided = stream::provide_events(&blind, &settings).await;
+    assert_eq!(provided.expect("it exists"), 10 * GIB, "{room}");
+    let jetstream = bridge.jetstream().await;
+    assert_eq!(size(jetstream, EVENTS_STREAM).await, 10 * GIB);
+    let update = tokio::time::timeout(Duration::from_millis(200), updates.next()).await;
+    assert!(update.is_err(), "{room}: {update:?}");
 }
 
 #[tokio::test]
