@@ -28,6 +28,7 @@ use crate::store::file::DatabaseFile;
 use crate::store::installation as table;
 use crate::store::{Store, detached};
 use crate::stream::findings;
+use crate::stream::position;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::kv::{Bucket, Entry, KvError};
 use crate::wait::pause;
@@ -206,6 +207,9 @@ impl Installation {
         };
         if known.stream == Some((stream, end)) {
             return Ok(());
+        }
+        if matches!(known.stream, Some((before, was)) if before == stream && end < was) {
+            position::mend(&self.0.jetstream).await;
         }
         let (store, before) = (self.0.store.clone(), known.stream);
         let recording =

@@ -7,6 +7,7 @@ pub(crate) mod dead_letter;
 pub(crate) mod findings;
 mod origin;
 pub(crate) mod own_event;
+pub(crate) mod position;
 pub mod progress;
 mod pull;
 pub(crate) mod scan;

@@ -81,6 +81,36 @@ async fn consumer_that_loses_events_is_named_until_it_is_made_anew() {
     }
 }
 
+/// A durable that is ahead of its stream would skip the events up to there.
+#[tokio::test]
+async fn consumer_that_is_ahead_of_its_stream_is_made_anew() {
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
+    bridge.deliver(&created(&Purchase::new(now()))).await;
+    let ahead = pull::Config {
+        durable_name: Some(WORKER_CONSUMER.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: Duration::from_secs(50),
+        deliver_policy: DeliverPolicy::ByStartSequence {
+            start_sequence: 100,
+        },
+        ..pull::Config::default()
+    };
+    let made = events(&bridge).await.create_consumer(ahead).await;
+    let ack_wait = made
+        .expect("a consumer can be made")
+        .cached_info()
+        .config
+        .ack_wait;
+    bridge.start_worker().wait_until_ready().await;
+    bridge.deliver(&created(&Purchase::new(now()))).await;
+    bridge.wait_until_applied().await;
+    assert_eq!(bridge.rows().await.len(), 2);
+    assert!(bridge.workers[0].log().contains("ahead of its stream"));
+    let consumer = events(&bridge).await.consumer_info(WORKER_CONSUMER).await;
+    let config = consumer.expect("it exists").config;
+    assert_eq!(config.ack_wait, ack_wait, "what an operator set is kept");
+}
+
 /// A batch of the old stream is committed after the stream was made anew. Its ack must not settle
 /// the event that has its sequence now.
 #[tokio::test]

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::origin::{self, Existence, Origin};
+use super::position;
 use super::progress::{self, Progress, ProgressError};
 use super::pull::Pull;
 
@@ -76,11 +77,13 @@ pub struct Batches {
 }
 
 /// Opens the workers' durable consumer. Creates it if it is missing: it then delivers everything
-/// that the stream holds, which is harmless because merging is idempotent.
+/// that the stream holds, which is harmless because merging is idempotent. The same happens if it
+/// is ahead of the stream.
 pub(crate) async fn open(
     jetstream: &jetstream::Context,
     batch: usize,
 ) -> Result<Batches, OpenError> {
+    position::mend(jetstream).await;
     let config = durable(WORKER_CONSUMER, DeliverPolicy::All);
     Batches::open(jetstream, WORKER_CONSUMER, config, batch)
         .await
@@ -283,8 +286,15 @@ impl Batches {
     async fn existence(&self) -> Existence {
         match self.origin.check().await {
             Existence::Exists if self.is_consumer_gone().await => Existence::Gone,
+            Existence::Exists if self.mend_position().await => Existence::Gone,
             existence => existence,
         }
+    }
+
+    /// Makes the workers' consumer anew if it is ahead of the stream. Returns whether it was.
+    async fn mend_position(&self) -> bool {
+        let is_workers = self.consumer.cached_info().name == WORKER_CONSUMER;
+        is_workers && position::mend(self.origin.jetstream()).await
     }
 
     /// Whether the server answers that the consumer does not exist. Without an answer, as during an

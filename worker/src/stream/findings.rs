@@ -1,8 +1,9 @@
 //! What keeps existing streams and the durable consumer from their work.
 //!
 //! Owns what is wrong about a configuration that an operator, another program or an earlier version
-//! made, and the command that mends it. Existing streams and consumers are never changed. The rules
-//! are pure: configuration in, findings out.
+//! made, and the command that mends it. Existing streams and consumers are never changed, except for
+//! a consumer that is ahead of its stream (see `position`). The rules are pure: configuration in,
+//! findings out.
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy};
@@ -15,6 +16,7 @@ use litestripe_contract::subject::{
 };
 use tracing::{debug, info, warn};
 
+use super::position;
 use super::scan::{self, ScanError};
 use crate::health::Problems;
 
@@ -40,8 +42,9 @@ impl Watched {
     }
 
     /// Reads the configurations, and reports what has changed. Without the broker's answer,
-    /// nothing has.
+    /// nothing has. A consumer that is ahead of its stream is made anew.
     pub(crate) async fn look(&mut self, jetstream: &jetstream::Context) {
+        position::mend(jetstream).await;
         let found = match find(jetstream).await {
             Ok(found) => found,
             Err(error) => {

@@ -53,6 +53,10 @@ impl Origin {
         self.stream
     }
 
+    pub(super) fn jetstream(&self) -> &jetstream::Context {
+        &self.jetstream
+    }
+
     /// Returns whether the stream exists. Asks the broker only if the client has reconnected since
     /// it was last seen.
     pub(super) async fn existence(&self) -> Existence {

@@ -93,11 +93,19 @@ impl From<&Info> for Progress {
 }
 
 /// Returns the sequence up to which the workers have applied every event that the stream holds;
-/// `u64::MAX` if nothing is left to apply. Returns `None` if the workers' consumer does not exist.
+/// `u64::MAX` if nothing is left to apply. Returns `None` if the workers' consumer does not exist,
+/// or is ahead of the stream: its position says nothing then.
 pub async fn applied_until(jetstream: &jetstream::Context) -> Result<Option<u64>, ProgressError> {
     let Some(progress) = find(jetstream, WORKER_CONSUMER).await? else {
         return Ok(None);
     };
+    // Read after the position, so that a new event is not missing.
+    if end(jetstream)
+        .await?
+        .is_none_or(|(_, end)| progress.delivered > end)
+    {
+        return Ok(None);
+    }
     if !progress.is_idle() {
         return Ok(Some(progress.floor()));
     }
