@@ -1,6 +1,8 @@
 //! Streams and consumers that existed before: how they are configured, and a stream that was made
 //! anew.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
@@ -20,6 +22,7 @@ use crate::orphans::{CREATED, DEADLINE, UPDATED, now};
 on_both_databases!(
     dead_letter_without_room_is_pending_and_holds_nothing,
     replay_of_an_older_stream_is_finished_by_the_next,
+    pending_dead_letter_of_a_lost_event_is_deleted,
 );
 
 /// A durable that was made beforehand and loses events is named with its mend, and the mend works.
@@ -170,6 +173,79 @@ async fn ack_of_an_older_stream_settles_no_event_of_the_new_one() {
     }
     bridge.wait_until_applied().await;
     assert_eq!(bridge.rows().await.len(), 4);
+}
+
+/// The stream loses its last events. A pending dead letter of one of them would be stored with the
+/// body of another event.
+async fn pending_dead_letter_of_a_lost_event_is_deleted(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    deliver_new(&bridge, 2).await;
+    let messages = bridge.broker.folder().join("store/jetstream/$G/streams");
+    let messages = messages.join(EVENTS_STREAM).join("msgs");
+    let aside = bridge.broker.folder().join("aside");
+    bridge.broker.stop().await;
+    copy_files(&messages, &aside);
+    bridge.broker.resume().await;
+    deliver_new(&bridge, 3).await;
+    insert_pending(&bridge).await;
+    let end = "SELECT stream_end FROM litestripe_installation WHERE stream_end = 5";
+    eventually("the end to be recorded", DEADLINE, async || {
+        let rows = bridge.database.query(end).await.expect("it is read");
+        let recorded = rows.first().map(drop);
+        recorded.ok_or_else(|| "it is not recorded yet".to_owned())
+    })
+    .await;
+    bridge.broker.stop().await;
+    fs::remove_dir_all(&messages).expect("the folder is ours");
+    copy_files(&aside, &messages);
+    bridge.broker.resume().await;
+
+    eventually(
+        "the lost dead letter to be deleted",
+        DEADLINE,
+        async || match json(&bridge, &["status"]).await["pending_dead_letters"].as_u64() {
+            Some(1) => Ok(()),
+            pending => Err(format!("{pending:?}")),
+        },
+    )
+    .await;
+    bridge.workers[0]
+        .wait_for_log("dead letters are deleted", DEADLINE)
+        .await;
+    deliver_new(&bridge, 3).await;
+    assert_eq!(bridge.rows().await.len(), 8);
+}
+
+/// Inserts pending dead letters of the events 2 and 5.
+async fn insert_pending(bridge: &Bridge) {
+    let letter = |sequence: u64| {
+        format!(
+            "INSERT INTO litestripe_dead_letter \
+             (stream_created, sequence, event_type, reason, error, attempts, due_at, dt_created) \
+             SELECT stream_created, {sequence}, 'invoice.paid', 'unreadable', 'no room', 1, \
+             '2100-01-01 00:00:00+00:00', '2026-11-01 00:00:00+00:00' FROM litestripe_installation"
+        )
+    };
+    for sql in [letter(2), letter(5)] {
+        let inserted = bridge.database.query(&sql).await;
+        inserted.expect("it is written");
+    }
+}
+
+/// Delivers as many new events, and waits until they are applied and acked.
+async fn deliver_new(bridge: &Bridge, count: usize) {
+    for _ in 0..count {
+        bridge.deliver(&created(&Purchase::new(now()))).await;
+    }
+    bridge.wait_until_applied().await;
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("the folder is ours");
+    for entry in fs::read_dir(from).expect("it exists") {
+        let entry = entry.expect("it can be read");
+        fs::copy(entry.path(), to.join(entry.file_name())).expect("it can be copied");
+    }
 }
 
 /// Fetches messages like a worker, and does not settle them.

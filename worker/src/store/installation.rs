@@ -1,14 +1,18 @@
 //! `litestripe_installation`: which installation the database belongs to, and which
 //! `STRIPE_EVENTS` its workers know.
 
+use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_domain::arrival::StreamId;
+use litestripe_domain::question::Kind;
 use litestripe_entity::installation::{ActiveModel, Column, Entity};
-use litestripe_entity::{backfill, question, replay};
+use litestripe_entity::{backfill, dead_letter, question, replay};
 use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict, SelectStatement};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _,
     QuerySelect as _, QueryTrait as _,
 };
+
+use tracing::warn;
 
 use super::{Store, Transaction};
 use crate::error::StoreError;
@@ -77,7 +81,7 @@ pub async fn insert<C: ConnectionTrait>(
 /// If the stream is another one than before, the next backfill begins again: what the old one held
 /// and no worker had applied is gone. If it is the same and ends earlier than before, because the
 /// broker lost its last events or was restored, its sequences are used again: positions behind its
-/// end are moved to it.
+/// end are moved to it, and pending dead letters behind it are deleted: their events are gone.
 pub async fn see_stream(
     store: &Store,
     known: Option<(StreamId, u64)>,
@@ -105,21 +109,30 @@ pub async fn see_stream(
             let again = backfill::Entity::delete_many().exec(&tx).await;
             again.map_err(&doing)?;
         }
+        let mut deleted = 0;
         if is_shorter {
             clamp(&tx, stream, end).await.map_err(&doing)?;
+            deleted = delete_letters(&tx, stream, end).await.map_err(&doing)?;
         }
         tx.commit().await.map_err(&doing)?;
+        if deleted > 0 {
+            warn!(
+                dead_letters = deleted,
+                "{deleted} pending dead letters are deleted: {EVENTS_STREAM} has lost their events"
+            );
+        }
         Ok(true)
     };
     store.uncancelled(record).await
 }
 
-/// Moves the positions behind the stream's end to it.
+/// Moves the positions behind the stream's end to it. Removals have none.
 async fn clamp(tx: &Transaction, stream: StreamId, end: u64) -> Result<(), DbErr> {
     let position = stream.position(end).cast_signed();
     question::Entity::update_many()
         .col_expr(question::Column::StreamSequence, Expr::value(position))
         .filter(question::Column::StreamSequence.gt(position))
+        .filter(question::Column::Kind.ne(Kind::Removal.as_str()))
         .exec(tx)
         .await?;
     let end = end.cast_signed();
@@ -130,4 +143,15 @@ async fn clamp(tx: &Transaction, stream: StreamId, end: u64) -> Result<(), DbErr
         .exec(tx)
         .await?;
     Ok(())
+}
+
+/// Deletes the pending dead letters behind the stream's end. Returns how many. Else they would be
+/// stored with the bodies of the events that get their sequences.
+async fn delete_letters(tx: &Transaction, stream: StreamId, end: u64) -> Result<u64, DbErr> {
+    let deleted = dead_letter::Entity::delete_many()
+        .filter(dead_letter::Column::StreamCreated.eq(stream.to_column()))
+        .filter(dead_letter::Column::Sequence.gt(end.cast_signed()))
+        .exec(tx)
+        .await?;
+    Ok(deleted.rows_affected)
 }
