@@ -52,8 +52,8 @@ const BUSY_POLL: Duration = Duration::from_millis(20);
 /// How long shards are held, at most.
 const HOLD_MAX: Duration = Duration::from_secs(5);
 
-/// How often the rows of the shards are checked.
-const RESTORE_EVERY: Duration = Duration::from_secs(60);
+/// How often the rows of the shards and the outbox's low-water mark are checked.
+const CHECK_EVERY: Duration = Duration::from_secs(60);
 
 /// How long one round may take, with all its statements.
 const ROUND_MAX: Duration = Duration::from_secs(30);
@@ -146,12 +146,12 @@ impl Relay {
         let mut wait = Wait::new(SIGNALS);
         let mut is_woken = false;
         let mut checked_at = Instant::now();
-        let mut restored_at: Option<Instant> = None;
+        let mut outbox_checked_at: Option<Instant> = None;
         loop {
             let last = shutdown.is_cancelled();
-            if restored_at.is_none_or(|at| at.elapsed() >= RESTORE_EVERY) {
-                restored_at = Some(Instant::now());
-                relay.restore_shards().await;
+            if outbox_checked_at.is_none_or(|at| at.elapsed() >= CHECK_EVERY) {
+                outbox_checked_at = Some(Instant::now());
+                relay.check_outbox().await;
             }
             let round = detached({
                 let relay = Arc::clone(&relay);
@@ -163,6 +163,10 @@ impl Relay {
                 .unwrap_or(Err(RelayError::Timeout));
             let pause = match &outcome {
                 Ok(_) => {
+                    if wait.is_waiting() {
+                        // After an outage the database may be another one, or lack the last writes.
+                        outbox_checked_at = None;
+                    }
                     wait.succeeded();
                     POLL
                 }
@@ -201,11 +205,13 @@ impl Relay {
         }
     }
 
-    async fn restore_shards(&self) {
+    async fn check_outbox(&self) {
         let store = self.store.clone();
-        let restoring =
-            detached(async move { store::outbox::restore_shards(store.connection()).await });
-        if let Ok(Err(error)) = tokio::time::timeout(ROUND_MAX, restoring).await {
+        let checking = detached(async move {
+            store::outbox::restore_shards(store.connection()).await?;
+            store::outbox::verify_low_water(store.connection(), store.low_water()).await
+        });
+        if let Ok(Err(error)) = tokio::time::timeout(ROUND_MAX, checking).await {
             debug!("{}", exit::chain(&error));
         }
     }

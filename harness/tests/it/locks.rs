@@ -249,6 +249,19 @@ async fn outbox_is_read_from_its_first_signal_while_an_old_snapshot_keeps_the_de
     });
     late.await.expect("it is saved");
     assert_eq!(send(&store).await, 1, "the signal of the late transaction");
+
+    // A crash of the server undid a deletion.
+    let again = "INSERT INTO litestripe_signal_outbox (id, shard, entity_id, subject, message_id, event_created, body, dt_created) \
+        OVERRIDING SYSTEM VALUE VALUES (7, 0, 'sub_again', 'subscription.changed', 'sub_again', 1, '{}', now())";
+    let other = connect(&url).await;
+    other
+        .execute_unprepared(again)
+        .await
+        .expect("it is written");
+    outbox::verify_low_water(store.connection(), store.low_water())
+        .await
+        .expect("the database answers");
+    assert_eq!(send(&store).await, 1, "the signal that was there again");
     snapshot.rollback().await.expect("the database answers");
 }
 

@@ -68,6 +68,10 @@ pub struct LowWater(Mutex<Mark>);
 
 #[derive(Debug, Default)]
 struct Mark {
+    /// The server that it is about. Another one, such as a promoted standby, may lack the last
+    /// deletions, and numbers its ids and transactions in its own way. The same one may also lack
+    /// them after a crash.
+    server: i64,
     id: i64,
     next: Next,
 }
@@ -89,6 +93,8 @@ enum Next {
 /// What [`lock_shards`] finds besides the shards.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
+    /// When the server was started, in microseconds.
+    server: i64,
     /// The first row above the mark, if there is one.
     first_id: Option<i64>,
     /// The last id that the sequence gave.
@@ -111,9 +117,12 @@ impl LowWater {
 
 impl Mark {
     fn rise(&mut self, seen: Seen) {
-        if seen.last_id < self.id {
-            // The ids begin anew: another database stands behind the same name.
-            *self = Self::default();
+        // If the ids begin anew, another database stands behind the same name.
+        if seen.server != self.server || seen.last_id < self.id {
+            *self = Self {
+                server: seen.server,
+                ..Self::default()
+            };
         }
         self.next = match self.next {
             Next::Unknown => Next::LastId(seen.last_id),
@@ -153,6 +162,35 @@ pub async fn is_at_most(store: &Store, count: u64) -> Result<bool, StoreError> {
         .map_err(StoreError::doing("check the outbox"))
 }
 
+/// Lowers the mark if there is a row at or below it, because no relay would send that signal.
+///
+/// A server that crashed may lack the last deletions, and one process's crash does not change when
+/// the server was started. Costs one read over the deleted rows that PostgreSQL cannot remove.
+pub async fn verify_low_water<C: ConnectionTrait>(
+    db: &C,
+    low_water: &LowWater,
+) -> Result<(), StoreError> {
+    let mark = low_water.id();
+    if mark == 0 {
+        return Ok(());
+    }
+    let below = Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(Column::Id.lte(mark))
+        .order_by_asc(Column::Id)
+        .limit(1);
+    let below: Result<Option<i64>, _> = below.into_tuple().one(db).await;
+    if let Some(id) = below.map_err(StoreError::doing("check the outbox"))? {
+        *low_water.mark() = Mark::default();
+        warn!(
+            outbox_id = id,
+            "signals from {id} on are in the outbox again: the database lost the removal of sent signals. They are sent again"
+        );
+    }
+    Ok(())
+}
+
 /// Restores rows of shards that were deleted: no relay would send the signals of such a shard.
 /// PostgreSQL only.
 pub async fn restore_shards<C: ConnectionTrait>(db: &C) -> Result<(), StoreError> {
@@ -183,7 +221,8 @@ pub async fn restore_shards<C: ConnectionTrait>(db: &C) -> Result<(), StoreError
 /// PostgreSQL only: on SQLite one file lock covers all shards.
 pub async fn lock_shards(tx: &Transaction, low_water: &LowWater) -> Result<Vec<i32>, StoreError> {
     const FREE: &str = "SELECT seen.*, free.shard FROM ( \
-            SELECT (SELECT min(id) FROM litestripe_signal_outbox WHERE id > $1) AS first_id, \
+            SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint AS server, \
+                (SELECT min(id) FROM litestripe_signal_outbox WHERE id > $1) AS first_id, \
                 COALESCE(pg_sequence_last_value(pg_get_serial_sequence('litestripe_signal_outbox', 'id')::regclass), 0) AS last_id, \
                 pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS ended_below, \
                 pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS next_transaction \
@@ -198,6 +237,7 @@ pub async fn lock_shards(tx: &Transaction, low_water: &LowWater) -> Result<Vec<i
     let rows = tx.query_all_raw(free).await.map_err(&doing)?;
     if let Some(row) = rows.first() {
         let seen = Seen {
+            server: row.try_get("", "server").map_err(&doing)?,
             first_id: row.try_get("", "first_id").map_err(&doing)?,
             last_id: row.try_get("", "last_id").map_err(&doing)?,
             ended_below: row.try_get("", "ended_below").map_err(&doing)?,

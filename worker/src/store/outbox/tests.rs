@@ -4,6 +4,7 @@ use super::{Mark, Seen};
 /// transactions that have ended, and the next one.
 fn seen(first_id: Option<i64>, last_id: i64, ended_below: i64, next_transaction: i64) -> Seen {
     Seen {
+        server: 1,
         first_id,
         last_id,
         ended_below,
@@ -46,4 +47,23 @@ fn mark_begins_anew_with_the_ids() {
     assert_eq!(mark.id, 10);
     mark.rise(seen(Some(1), 1, 5, 5));
     assert_eq!(mark.id, 0);
+}
+
+#[test]
+fn mark_begins_anew_at_another_server() {
+    let mut mark = Mark::default();
+    for _ in 0..3 {
+        mark.rise(seen(None, 10, 100, 100));
+    }
+    assert_eq!(mark.id, 10);
+    // A standby that lacked ids 9 and 10, and has given 11 and 12 since.
+    let promoted = |first_id| Seen {
+        server: 2,
+        ..seen(first_id, 12, 200, 200)
+    };
+    mark.rise(promoted(Some(11)));
+    assert_eq!(mark.id, 0);
+    mark.rise(promoted(Some(9)));
+    mark.rise(promoted(Some(9)));
+    assert_eq!(mark.id, 8);
 }
