@@ -86,7 +86,47 @@ async fn rows_are_locked_in_the_same_order_under_any_collation() {
             })
             .await
     };
-    locks_in_order(&other, "litestripe_question", "entity_id", save(store)).await;
+    locks_in_order(
+        &other,
+        "litestripe_question",
+        "entity_id",
+        save(store.clone()),
+    )
+    .await;
+    pass_over_locked_questions(&other, &store).await;
+}
+
+/// Statements that make questions due wait for no lock, so that they are in no deadlock.
+async fn pass_over_locked_questions(other: &DatabaseConnection, store: &Store) {
+    let db = store.connection();
+    let [first, second] = IDS;
+    let late = "UPDATE litestripe_question SET due_at = now() + interval '300 days', last_error = 'it fails'";
+    let is_due = "SELECT string_agg(entity_id, ' ') FROM litestripe_question \
+        WHERE kind = 'fetch' AND due_at <= clock_timestamp()";
+    let hour = Duration::from_secs(60 * 60);
+    for hastens in [true, false] {
+        other.execute_unprepared(late).await.expect("it is written");
+        let holder = other.begin().await.expect("the database answers");
+        holder
+            .execute_unprepared(&format!(
+                "SELECT 1 FROM litestripe_question WHERE entity_id = '{first}' FOR UPDATE"
+            ))
+            .await
+            .expect("it is locked");
+        let made_due = async {
+            if hastens {
+                question::hasten(db, Kind::Fetch, 2).await.map(|()| 1)
+            } else {
+                question::correct_future(db, Kind::Fetch, hour, hour).await
+            }
+        };
+        let count = tokio::time::timeout(DEADLINE / 4, made_due)
+            .await
+            .expect("it does not wait for a lock");
+        assert_eq!(count.expect("the database answers"), 1);
+        assert_eq!(text(&holder, is_due).await, second);
+        holder.rollback().await.expect("the locks are released");
+    }
 }
 
 /// Two rows in each table.

@@ -145,9 +145,13 @@ impl Questions {
         };
         let db = self.store.connection();
         // Without the database nothing else succeeds either, and `take` says so.
-        if let Ok(count @ 1..) =
+        let mut count = 0;
+        while let Ok(more @ 1..) =
             question::correct_future(db, kind, 2 * pause_max, 2 * MANY_PAUSE_MAX).await
         {
+            count += more;
+        }
+        if count > 0 {
             let kind = kind.as_str();
             info!(
                 kind,

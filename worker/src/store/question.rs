@@ -367,6 +367,9 @@ pub async fn postpone<C: ConnectionTrait>(
         .map_err(StoreError::doing("postpone a question"))
 }
 
+/// Questions that one statement locks to change when they are due, at most.
+const FREE_MAX: u64 = 1000;
+
 /// Makes up to `count` failing questions of `kind` due: what they wait for may work again.
 pub async fn hasten<C: ConnectionTrait>(db: &C, kind: Kind, count: u64) -> Result<(), StoreError> {
     let doing = StoreError::doing("ask failing questions again");
@@ -391,7 +394,7 @@ pub async fn hasten<C: ConnectionTrait>(db: &C, kind: Kind, count: u64) -> Resul
     }
     let hastened = Entity::update_many()
         .col_expr(Column::DueAt, Expr::value(now))
-        .filter(failing.and(Column::EntityId.is_in(some)))
+        .filter(free(db, kind, failing.and(Column::EntityId.is_in(some))))
         .exec(db)
         .await;
     hastened.map(drop).map_err(doing)
@@ -399,7 +402,8 @@ pub async fn hasten<C: ConnectionTrait>(db: &C, kind: Kind, count: u64) -> Resul
 
 /// Corrects times that a clock wrote while it was ahead. Questions of `kind` that are due later
 /// than `pause_max` from now become due, failing ones only if they are due later than
-/// `failing_max`, and none was opened later than now.
+/// `failing_max`, and none was opened later than now. Returns how many it corrected: there may be
+/// more, unless it is 0.
 pub async fn correct_future<C: ConnectionTrait>(
     db: &C,
     kind: Kind,
@@ -424,10 +428,29 @@ pub async fn correct_future<C: ConnectionTrait>(
     let corrected = Entity::update_many()
         .col_expr(Column::DueAt, Expr::value(now))
         .col_expr(Column::DtCreated, opened.into())
-        .filter(too_late)
+        .filter(free(db, kind, too_late))
         .exec(db)
         .await;
     corrected.map(|done| done.rows_affected).map_err(doing)
+}
+
+/// Narrows `those` of `kind` down to questions that no other transaction has locked, at most
+/// [`FREE_MAX`] of them, and locks them in the order in which `save` does. On SQLite it is all of
+/// them, because a writer has the whole database.
+fn free<C: ConnectionTrait>(db: &C, kind: Kind, those: Expr) -> Expr {
+    if db.get_database_backend() != DbBackend::Postgres {
+        return those;
+    }
+    let locked = Entity::find()
+        .select_only()
+        .column(Column::EntityId)
+        .filter(those)
+        .order_by_asc(super::bytewise(DbBackend::Postgres, Column::EntityId))
+        .limit(FREE_MAX)
+        .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
+        .into_query();
+    let kind = Column::Kind.eq(kind.as_str());
+    kind.and(Column::EntityId.in_subquery(locked))
 }
 
 /// Deletes the answered question, unless it was saved again since it was taken. Returns whether it
