@@ -4,6 +4,7 @@
 //! earliest clock counts; one that is behind delays orphans and the erasure of emails, and this
 //! says so.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -58,28 +59,67 @@ pub(crate) async fn watch(
     jetstream: jetstream::Context,
     shutdown: CancellationToken,
 ) {
-    let mut differed = false;
+    let mut differing = BTreeSet::new();
     loop {
-        let found = differences(&store, &jetstream).await;
-        if !differed {
-            for difference in &found {
-                warn!(
-                    "{difference}: until the clocks agree, grace periods and the erasure of old emails may end late. \
-                     Synchronise the hosts' clocks (NTP)"
-                );
-            }
-        } else if found.is_empty() {
+        let change = record(&mut differing, compare(&store, &jetstream).await);
+        for difference in change.begun {
+            warn!(
+                "{difference}: until the clocks agree, grace periods and the erasure of old emails may end late. \
+                 Synchronise the hosts' clocks (NTP)"
+            );
+        }
+        if change.all_agree_again {
             info!("the clocks agree again");
         }
-        differed = !found.is_empty();
         if pause(CHECK_EVERY, &shutdown).await.is_none() {
             return;
         }
     }
 }
 
+/// What a comparison has changed.
+#[derive(Debug, Default)]
+struct Change {
+    /// Clocks that agreed before, or were not known to differ.
+    begun: Vec<Difference>,
+    all_agree_again: bool,
+}
+
+/// Records a comparison in `differing`, the clocks that differ. One that was not read is as before.
+fn record(differing: &mut BTreeSet<&'static str>, compared: Vec<Comparison>) -> Change {
+    let any_differed = !differing.is_empty();
+    let mut begun = Vec::new();
+    for Comparison { of, difference } in compared {
+        match difference {
+            Some(difference) if differing.insert(of) => begun.push(difference),
+            Some(_) => {}
+            None => drop(differing.remove(of)),
+        }
+    }
+    Change {
+        begun,
+        all_agree_again: any_differed && differing.is_empty(),
+    }
+}
+
 /// Returns the clocks that differ, of those that can be read now.
 pub(crate) async fn differences(store: &Store, jetstream: &jetstream::Context) -> Vec<Difference> {
+    let compared = compare(store, jetstream).await;
+    compared
+        .into_iter()
+        .filter_map(|clock| clock.difference)
+        .collect()
+}
+
+/// A clock that was read.
+#[derive(Debug, Clone, Copy)]
+struct Comparison {
+    of: &'static str,
+    difference: Option<Difference>,
+}
+
+/// Compares the clocks that can be read now.
+async fn compare(store: &Store, jetstream: &jetstream::Context) -> Vec<Comparison> {
     let began = OffsetDateTime::now_utc();
     let databases = store::clock::now(store.connection()).await.ok();
     let between = OffsetDateTime::now_utc();
@@ -89,10 +129,11 @@ pub(crate) async fn differences(store: &Store, jetstream: &jetstream::Context) -
         ("database", databases, began, between),
         ("broker", brokers, between, ended),
     ];
-    let differs = |(of, at, began, ended): (_, Option<OffsetDateTime>, _, _)| {
-        difference(of, at?, began, ended)
+    let compared = |(of, at, began, ended): (_, Option<OffsetDateTime>, _, _)| {
+        let difference = difference(of, at?, began, ended);
+        Some(Comparison { of, difference })
     };
-    read.into_iter().filter_map(differs).collect()
+    read.into_iter().filter_map(compared).collect()
 }
 
 /// Compares a clock that showed `at` at some moment from `began` to `ended` of ours.
@@ -112,9 +153,48 @@ fn difference(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use time::macros::datetime;
 
-    use super::difference;
+    use super::{Comparison, Difference, difference, record};
+
+    #[test]
+    fn clocks_agree_again_only_when_they_were_read() {
+        let clock = |of, seconds| Comparison {
+            of,
+            difference: (seconds > 60).then_some(Difference {
+                of,
+                ahead: time::Duration::seconds(seconds),
+            }),
+        };
+        let mut differing = BTreeSet::new();
+        let mut check = |compared: &[Comparison], begun: &[&str], all_agree_again| {
+            let change = record(&mut differing, compared.to_vec());
+            let found: Vec<_> = change
+                .begun
+                .iter()
+                .map(|difference| difference.of)
+                .collect();
+            assert_eq!(found, begun, "{compared:?}");
+            assert_eq!(change.all_agree_again, all_agree_again, "{compared:?}");
+        };
+        check(&[clock("database", 0), clock("broker", 0)], &[], false);
+        check(
+            &[clock("database", 90), clock("broker", 0)],
+            &["database"],
+            false,
+        );
+        check(
+            &[clock("database", 91), clock("broker", 90)],
+            &["broker"],
+            false,
+        );
+        check(&[clock("broker", 0)], &[], false);
+        check(&[], &[], false);
+        check(&[clock("database", 0)], &[], true);
+        check(&[clock("database", 0), clock("broker", 0)], &[], false);
+    }
 
     #[test]
     fn clocks_differ_by_what_no_delay_of_the_answer_explains() {
