@@ -19,10 +19,19 @@ use crate::error::StoreError;
 use crate::store;
 use crate::store::question::{Due, Retry, Taken};
 use crate::stream::progress;
-use crate::wait::pause;
+use crate::wait::{Awaited, Wait, pause};
 
 /// The longest time between two checks for old emails.
 const ERASE_EVERY: Duration = Duration::from_secs(60 * 60);
+
+/// The wait of the erasure of old emails, for the database or for the broker's clock.
+const EMAILS: Awaited = Awaited {
+    begins: "emails of old orphans wait to be erased",
+    ends: "emails of old orphans are erased again",
+    first: POLL,
+    longest: Duration::from_secs(60),
+    gauge: None,
+};
 
 /// Customers that are erased together, at most: the streams are read once for all of them.
 const TOGETHER_MAX: u64 = 50;
@@ -112,21 +121,29 @@ impl Questions {
         // So no email is kept for longer than one and a half times the allowed age.
         let every = (age / 2).clamp(POLL, ERASE_EVERY);
         let age = time::Duration::try_from(age).unwrap_or(time::Duration::MAX);
+        let mut wait = Wait::new(Awaited {
+            longest: EMAILS.longest.min(every),
+            ..EMAILS
+        });
         loop {
             let erased = match self.earliest_clock().await {
                 Ok(now) => self.erase_emails_before(now.checked_sub(age)).await,
                 Err(error) => Err(error),
             };
-            if let Ok(erased @ 1..) = erased {
-                info!(
-                    erased,
-                    "erased {erased} emails of old orphans (LITESTRIPE_ORPHAN_EMAIL_MAX_AGE)"
-                );
-            }
-            if pause(if erased.is_ok() { every } else { POLL }, &shutdown)
-                .await
-                .is_none()
-            {
+            let until_next = match erased {
+                Ok(erased) => {
+                    wait.succeeded();
+                    if erased > 0 {
+                        info!(
+                            erased,
+                            "erased {erased} emails of old orphans (LITESTRIPE_ORPHAN_EMAIL_MAX_AGE)"
+                        );
+                    }
+                    every
+                }
+                Err(error) => wait.failed(&error),
+            };
+            if pause(until_next, &shutdown).await.is_none() {
                 return;
             }
         }
