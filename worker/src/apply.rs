@@ -57,7 +57,7 @@ pub struct Applier {
     pub policy: Arc<Policy>,
     /// The ids whose personal data was erased and must not come back.
     pub erasures: Erasures,
-    /// The installation that the process has joined. A command joins none.
+    /// The installation that the process has joined. A command that acks nothing joins none.
     pub installation: Option<Installation>,
     /// Whether a customer that is deleted at Stripe is erased here.
     pub erase_on_customer_deleted: bool,

@@ -8,6 +8,7 @@ use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
 use litestripe_contract::telemetry;
 
+use crate::installation::Membership;
 use crate::settings::{SETTINGS, Settings, StripeSettings, WINDOW};
 use crate::start::database::Schema;
 use crate::start::parts::{self, Parts};
@@ -112,8 +113,14 @@ fn parse_and_execute() -> Result<(), Failure> {
 }
 
 /// Connects and opens what the command `name` works with: see [`Parts::start`].
-async fn start(settings: &Settings, name: &str, schema: Schema) -> Result<Parts, Failure> {
-    Parts::start(settings, &format!("litestripe-worker {name}"), schema)
+async fn start(
+    settings: &Settings,
+    name: &str,
+    schema: Schema,
+    membership: Membership,
+) -> Result<Parts, Failure> {
+    let name = format!("litestripe-worker {name}");
+    Parts::start(settings, &name, schema, membership)
         .await
         .map_err(failure::start)
 }

@@ -66,6 +66,11 @@ pub(crate) enum Split {
     )]
     UsedElsewhere { theirs: String },
     #[error(
+        "the database (DATABASE_URL) belongs to no installation yet, and the broker (NATS_URL) to installation \
+         {theirs}: check DATABASE_URL; if it is right, start a worker first, which makes them one installation"
+    )]
+    NotJoined { theirs: String },
+    #[error(
         "the database (DATABASE_URL) is not the one of installation {ours} any more: what it was is gone or replaced, \
          and no further event is applied to it. Check DATABASE_URL and start the worker again"
     )]
@@ -265,8 +270,47 @@ async fn step(
     Ok(None)
 }
 
-/// Fails if database and broker belong to different installations. For a command, which joins
-/// nothing.
+/// How a command makes sure that it works on the broker's database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Membership {
+    /// It acks events, so it joins as a worker does.
+    Join,
+    /// It removes from the broker what it has written to the database, so the database has to
+    /// belong to the installation.
+    Required,
+    /// It removes nothing from the broker, so the database may be new.
+    MayBeNew,
+}
+
+impl Membership {
+    /// Returns the installation if it was joined.
+    pub(crate) async fn check(
+        self,
+        settings: &Settings,
+        store: &Store,
+        jetstream: &jetstream::Context,
+    ) -> Result<Option<Installation>, InstallationError> {
+        match self {
+            Self::Join => Ok(Some(Installation::join(settings, store, jetstream).await?)),
+            Self::Required => require(store, jetstream).await.map(|()| None),
+            Self::MayBeNew => check(store, jetstream).await.map(|()| None),
+        }
+    }
+}
+
+/// Fails if database and broker belong to different installations, or only the broker to one.
+async fn require(store: &Store, jetstream: &jetstream::Context) -> Result<(), InstallationError> {
+    if find(store).await?.is_some() {
+        return check(store, jetstream).await;
+    }
+    match Bucket::existing(jetstream.clone(), KEY).await? {
+        Some(theirs) => Err(Split::NotJoined { theirs }.into()),
+        None => Ok(()),
+    }
+}
+
+/// Fails if database and broker belong to different installations. A database that belongs to none
+/// yet passes.
 pub(crate) async fn check(
     store: &Store,
     jetstream: &jetstream::Context,

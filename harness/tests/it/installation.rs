@@ -7,6 +7,7 @@ use litestripe_contract::subject::{EVENTS_STREAM, KV_BUCKET, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::Purchase;
+use litestripe_harness::stripe::api::{API_KEY, Api};
 use serde_json::{Value, json};
 
 use crate::orphans::{CREATED, DEADLINE, now};
@@ -18,6 +19,7 @@ on_both_databases!(
     running_worker_stops_without_acks_when_the_database_is_another_installations,
     broker_that_lost_its_data_gets_the_id_of_the_database,
     rebuilt_database_replaces_the_one_before,
+    commands_on_a_wrong_database_take_nothing_from_the_broker,
 );
 
 const KEY: &str = "installation";
@@ -143,6 +145,37 @@ async fn rebuilt_database_replaces_the_one_before(database: DatabaseKind) {
     let log = bridge.workers.remove(0).log();
     assert_eq!(refused.code(), Some(1), "{log}");
     assert!(log.contains("litestripe-worker join"), "{log}");
+}
+
+async fn commands_on_a_wrong_database_take_nothing_from_the_broker(database: DatabaseKind) {
+    let api = Api::start().await;
+    let options = Options::new(database)
+        .worker("STRIPE_API_BASE", api.url())
+        .worker("STRIPE_SECRET_KEY", API_KEY)
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "off");
+    let mut bridge = Bridge::start(options).await;
+    let with_nul = json!({ "metadata": { "plan": "team", "note": "\u{0}" } });
+    let poison = Purchase::new(now()).subscription_event(CREATED, now(), with_nul);
+    bridge.deliver(&poison).await;
+    bridge.wait_until_applied().await;
+    assert_eq!(bridge.dead_letters().await.len(), 1);
+    let ours = broker_id(&bridge).await;
+    let mut wrong = Database::prepare(database);
+    wrong.resume().await;
+    let _right = std::mem::replace(&mut bridge.database, wrong);
+
+    let repair: &[&str] = &["reconcile", "--repair"];
+    for arguments in [repair, &["dead-letters", "retry", "--all"]] {
+        // The poison could be applied with this setting.
+        let command = bridge.worker().env("LITESTRIPE_METADATA_KEYS", "plan");
+        let refused = command.args(arguments.iter().copied()).run(DEADLINE).await;
+        assert_eq!(refused.status.code(), Some(1), "{arguments:?}: {refused:?}");
+        let named = ours.as_deref().expect("the broker has an id");
+        assert!(refused.stderr.contains(named), "{arguments:?}: {refused:?}");
+        assert_eq!(database_id(&bridge).await, None, "{arguments:?}");
+    }
+    assert_eq!(broker_id(&bridge).await, ours);
+    assert_eq!(bridge.dead_letters().await.len(), 1);
 }
 
 #[tokio::test]

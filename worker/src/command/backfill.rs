@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::print::{self, Output};
 use super::progress::Progress;
 use super::{Failure, moment};
+use crate::installation::Membership;
 use crate::recover::backfill::record::{self, Record};
 use crate::recover::backfill::{self, BackfillError, End, Summary, Wanted};
 use crate::settings::Settings;
@@ -66,7 +67,8 @@ impl Backfill {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
         let shutdown = shutdown::token()?;
         let key = super::require_stripe(settings)?;
-        let parts = super::start(settings, "backfill", Schema::Migrated).await?;
+        let parts =
+            super::start(settings, "backfill", Schema::Migrated, Membership::MayBeNew).await?;
         let stripe = super::stripe_api(settings, &parts, self.any_mode).await?;
         let Parts {
             store,

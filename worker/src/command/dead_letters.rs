@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::print::{self, Output};
 use crate::apply;
+use crate::installation::Membership;
 use crate::settings::Settings;
 use crate::start::database::{self, Schema};
 use crate::start::parts::Parts;
@@ -93,7 +94,9 @@ impl DeadLetters {
             Self::Retry(retry) => {
                 let store = database::open(&settings.database, Schema::Current).await?;
                 super::check_rules(settings, &store).await?;
-                let parts = Parts::assemble(store, nats, None).await?;
+                let membership = Membership::Required;
+                let installation = membership.check(settings, &store, &jetstream).await?;
+                let parts = Parts::assemble(store, nats, installation).await?;
                 retry.execute(settings, &stream, &parts).await
             }
             Self::Drop { sequence } => {

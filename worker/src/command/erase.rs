@@ -9,6 +9,7 @@ use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
 use crate::erasure::{Erasure, Outcome, Receipt, Target};
+use crate::installation::Membership;
 use crate::settings::Settings;
 use crate::start::database::Schema;
 use crate::start::parts::Parts;
@@ -65,7 +66,7 @@ impl Erase {
                 ));
             }
         };
-        let parts = super::start(settings, "erase", Schema::Current).await?;
+        let parts = super::start(settings, "erase", Schema::Current, Membership::Required).await?;
         let Parts {
             store,
             jetstream,

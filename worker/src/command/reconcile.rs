@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
+use crate::installation::Membership;
 use crate::recover::lost_rows;
 use crate::recover::reconcile::{
     self, Finding, Problem, ReconcileError, Report, STATUSES, Sources,
@@ -55,12 +56,12 @@ impl Reconcile {
     pub(crate) async fn execute(self, settings: Settings) -> Result<(), Failure> {
         super::require_stripe(&settings)?;
         // A repair may be the first command on an empty database, which imports the account.
-        let schema = if self.repair {
-            Schema::Migrated
+        let (schema, membership) = if self.repair {
+            (Schema::Migrated, Membership::Join)
         } else {
-            Schema::Current
+            (Schema::Current, Membership::MayBeNew)
         };
-        let parts = super::start(&settings, "reconcile", schema).await?;
+        let parts = super::start(&settings, "reconcile", schema, membership).await?;
         let Parts {
             store,
             nats,

@@ -13,6 +13,7 @@ use super::Failure;
 use super::moment;
 use super::print::{self, Output};
 use super::progress::Progress;
+use crate::installation::Membership;
 use crate::recover::replay::{
     self, Bound, DryRun, ReplayError, Replayer, Request, Signals, Summary,
 };
@@ -72,7 +73,7 @@ impl Replay {
         } else {
             Schema::Migrated
         };
-        let parts = super::start(settings, "replay", schema).await?;
+        let parts = super::start(settings, "replay", schema, Membership::MayBeNew).await?;
         super::check_rules(settings, &parts.store).await?;
         let dead_letters = DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use super::print::{self, Output};
 use super::progress::Progress;
+use crate::installation::Membership;
 use crate::recover::resend::{self, Chosen, Resent};
 use crate::settings::Settings;
 use crate::start::database::Schema;
@@ -45,7 +46,7 @@ pub(crate) struct Resend {
 
 impl Resend {
     pub(crate) async fn execute(self, settings: &Settings) -> Result<(), Failure> {
-        let parts = super::start(settings, "resend", Schema::Current).await?;
+        let parts = super::start(settings, "resend", Schema::Current, Membership::MayBeNew).await?;
         let store = &parts.store;
         let sending = parts.while_relaying(settings, self.send(store));
         let Resent {

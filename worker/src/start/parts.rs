@@ -15,7 +15,7 @@ use crate::apply::Applier;
 use crate::erasure::Erasures;
 use crate::erasure::copy::{self, CopyError};
 use crate::error::StoreError;
-use crate::installation::{self, Installation, InstallationError};
+use crate::installation::{Installation, InstallationError, Membership};
 use crate::relay::Relay;
 use crate::settings::{LookupSettings, Settings};
 use crate::store::Store;
@@ -50,35 +50,35 @@ pub(crate) struct Parts {
     pub(crate) jetstream: jetstream::Context,
     /// The ids whose personal data must not come back.
     pub(crate) erasures: Erasures,
-    /// The installation that this process has joined. A command joins none.
+    /// The installation that this process has joined. A command that acks nothing joins none.
     pub(crate) installation: Option<Installation>,
 }
 
 impl Parts {
     /// Connects to NATS within 5 s, opens the database and reads the erasures. `name` is the
-    /// connection's name at the NATS server.
+    /// connection's name at the NATS server. Fails if database and broker do not belong together.
     pub(crate) async fn start(
         settings: &Settings,
         name: &str,
         schema: Schema,
+        membership: Membership,
     ) -> Result<Self, StartError> {
         let nats = connect_within(settings, name).await?;
         let store = database::open(&settings.database, schema).await?;
-        Self::assemble(store, nats, None).await
+        let jetstream = connect::jetstream(nats.clone());
+        let installation = membership.check(settings, &store, &jetstream).await?;
+        Self::assemble(store, nats, installation).await
     }
 
     /// Puts the parts together and reads the erasures, also those that the database does not know
     /// because it was restored. First moves the data that the previous version kept in NATS into
-    /// the database. Fails if database and broker do not belong together.
+    /// the database. The caller has checked that database and broker belong together.
     pub(crate) async fn assemble(
         store: Store,
         nats: async_nats::Client,
         installation: Option<Installation>,
     ) -> Result<Self, StartError> {
         let jetstream = connect::jetstream(nats.clone());
-        if installation.is_none() {
-            installation::check(&store, &jetstream).await?;
-        }
         upgrade::import_kv_bucket(&store, &jetstream).await?;
         let erasures = Erasures::load(&store).await?;
         copy::restore(&store, &jetstream, &erasures).await?;
