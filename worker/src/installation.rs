@@ -194,12 +194,13 @@ impl Installation {
         let mut bucket = self.0.bucket.lock().await;
         let entry = bucket.read(KEY).await?;
         match text(&entry) {
-            Some(theirs) if theirs != self.0.id => {
+            Some(theirs) if theirs == self.0.id => {}
+            Some(theirs) if Some(&theirs) != known.replaces.as_ref() => {
                 let ours = self.0.id.clone();
                 return Err(Split::Different { ours, theirs }.into());
             }
-            Some(_) => {}
-            None => write(&mut bucket, &self.0.id, entry.revision).await?,
+            // It lost its store, or was restored from before the rebuild, as `step` has it.
+            _ => write(&mut bucket, &self.0.id, entry.revision).await?,
         }
         drop(bucket);
         self.see_stream(known).await

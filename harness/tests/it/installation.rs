@@ -138,6 +138,21 @@ async fn rebuilt_database_replaces_the_one_before(database: DatabaseKind) {
     bridge.start_worker().wait_until_ready().await;
     assert_eq!(database_id(&bridge).await, broker_id(&bridge).await);
     assert_ne!(database_id(&bridge).await, first);
+    // The broker is restored from a backup that was made before the rebuild.
+    set_broker_id(&bridge, first.expect("it had an id")).await;
+    let rebuilt = database_id(&bridge).await;
+    eventually("the broker to get the new id", DEADLINE, async || {
+        assert!(
+            bridge.workers[0].is_running(),
+            "{}",
+            bridge.workers[0].log()
+        );
+        match broker_id(&bridge).await {
+            id if id == rebuilt => Ok(()),
+            id => Err(format!("{id:?}")),
+        }
+    })
+    .await;
     assert!(bridge.workers.remove(0).stop().await.success());
 
     bridge.database = old;
@@ -221,9 +236,10 @@ async fn broker_id(bridge: &Bridge) -> Option<String> {
     Some(String::from_utf8_lossy(&value).into_owned())
 }
 
-async fn set_broker_id(bridge: &Bridge, id: &'static str) {
+async fn set_broker_id(bridge: &Bridge, id: impl Into<String>) {
     let bucket = bucket(bridge).await.expect("the bucket exists");
-    bucket.put(KEY, id.into()).await.expect("it is written");
+    let id = id.into().into();
+    bucket.put(KEY, id).await.expect("it is written");
 }
 
 async fn ack_floor(bridge: &Bridge) -> u64 {
