@@ -140,8 +140,14 @@ impl Installation {
 
     /// Whether events that were committed may be acked.
     pub fn may_ack(&self) -> bool {
-        if self.0.file.as_ref().is_some_and(DatabaseFile::is_replaced) {
-            self.separate(self.replaced());
+        match self.0.file.as_ref().map(DatabaseFile::is_replaced) {
+            Some(Ok(true)) => self.separate(self.replaced()),
+            Some(Err(error)) => {
+                // Nothing is known, so the events are delivered again.
+                warn!("cannot find the database's file, so no event is acked: {error}");
+                return false;
+            }
+            Some(Ok(false)) | None => {}
         }
         !self.0.is_split.is_cancelled()
     }

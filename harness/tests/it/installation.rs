@@ -1,6 +1,7 @@
 //! The installation: database and broker that belong together, and what happens if they do not.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
 use async_nats::jetstream::kv;
 use litestripe_contract::subject::{EVENTS_STREAM, KV_BUCKET, WORKER_CONSUMER};
@@ -212,6 +213,32 @@ async fn file_that_is_replaced_while_open_gets_no_acks() {
     bridge.start_worker().wait_until_ready().await;
     bridge.check().await;
     assert_eq!(bridge.rows().await.len(), 2);
+}
+
+#[tokio::test]
+async fn file_that_cannot_be_found_for_a_moment_does_not_stop_the_worker() {
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    bridge.deliver(&event()).await;
+    bridge.wait_until_applied().await;
+    bridge.database.reopen().await;
+    let folder = bridge.database.folder().expect("SQLite has one").to_owned();
+    let (file, aside, circle) = (
+        folder.join("litestripe.db"),
+        folder.join("aside.db"),
+        folder.join("circle.db"),
+    );
+    fs::hard_link(&file, &aside).expect("it can be linked");
+    // The path leads in a circle, without a moment at which it leads nowhere.
+    symlink(&file, &circle).expect("it can be linked");
+    fs::rename(&circle, &file).expect("it can be renamed");
+    bridge.workers[0]
+        .wait_for_log("cannot find the database's file", DEADLINE)
+        .await;
+    fs::rename(&aside, &file).expect("it can be renamed");
+    bridge.deliver(&event()).await;
+    bridge.check().await;
+    assert_eq!(bridge.rows().await.len(), 2);
+    assert!(bridge.workers.remove(0).stop().await.success());
 }
 
 fn event() -> litestripe_harness::stripe::Event {

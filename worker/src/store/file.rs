@@ -1,8 +1,9 @@
 //! The file of a SQLite database: whether its path still leads to the file that is open.
 
 use std::fs;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sea_orm::sqlx::sqlite::SqliteConnectOptions;
 use secrecy::ExposeSecret as _;
@@ -26,17 +27,27 @@ impl DatabaseFile {
         }
         let options: SqliteConnectOptions = settings.url.expose_secret().parse().ok()?;
         let path = options.get_filename().to_owned();
-        let id = id(&path)?;
+        let id = id(&path).ok()?;
         Some(Self { path, id })
     }
 
-    /// Whether the file was removed or replaced: what is written to the open one is lost.
-    pub(crate) fn is_replaced(&self) -> bool {
-        id(&self.path) != Some(self.id)
+    /// Returns whether the file was removed or replaced: what is written to the open one is lost.
+    ///
+    /// # Errors
+    /// If the path cannot be followed now, which says nothing about the file: too many files are
+    /// open, or its folder is on a disk that fails for a moment.
+    pub(crate) fn is_replaced(&self) -> io::Result<bool> {
+        match id(&self.path) {
+            Ok(id) => Ok(id != self.id),
+            Err(error) => match error.kind() {
+                ErrorKind::NotFound | ErrorKind::NotADirectory => Ok(true),
+                _ => Err(error),
+            },
+        }
     }
 }
 
-fn id(path: &std::path::Path) -> Option<(u64, u64)> {
-    let file = fs::metadata(path).ok()?;
-    Some((file.dev(), file.ino()))
+fn id(path: &Path) -> io::Result<(u64, u64)> {
+    let file = fs::metadata(path)?;
+    Ok((file.dev(), file.ino()))
 }
