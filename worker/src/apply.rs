@@ -45,9 +45,17 @@ pub const IN_FLIGHT: usize = 2;
 /// database refuses everything, and the others are not tried.
 const PROBES: usize = 3;
 
+/// How many events may be refused before the others are not tried, if events without a change were
+/// accepted and no row was written.
+const REFUSED_MAX: usize = 10 * PROBES;
+
 /// How often a reapplied batch is tried again if it changes nothing but refused events, about five
 /// minutes. These may be at fault themselves.
 const REAPPLY_TRIES: u32 = 60;
+
+/// How often it is tried before the command ends, if nothing shows that the database accepts other
+/// events: about ten minutes.
+const REAPPLY_TRIES_MAX: u32 = 120;
 
 /// What applying a batch needs.
 #[derive(Clone)]
@@ -99,7 +107,9 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         return;
     }
     if let Some(error) = outcome.refuses_all() {
-        let pause_for = (applier.refusals).all_refused(began, &exit::chain(error), Instant::now());
+        let reason = exit::chain(error);
+        let count = outcome.refused.len();
+        let pause_for = (applier.refusals).all_refused(count, began, &reason, Instant::now());
         batch.keep_alive().await;
         if pause(pause_for, shutdown).await.is_none() {
             batch.hand_back().await;
@@ -113,19 +123,26 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     let removals = std::mem::take(&mut outcome.redacted)
         .into_iter()
         .chain(late);
-    if queue(applier, &batch, removals, shutdown).await.is_none() {
-        batch.hand_back().await;
-        return;
+    match queue(applier, &batch, removals, shutdown).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            // The events are merged, so that their repetition changes nothing.
+            let reason = exit::chain(&error);
+            (applier.refusals).some_refused(batch.count(), &reason, Instant::now());
+            postpone(&batch, 0..batch.count()).await;
+            applier.relay.notify_one();
+            return;
+        }
+        None => {
+            batch.hand_back().await;
+            return;
+        }
     }
     let unapplied = poisoned.iter().map(|(index, _)| *index);
     batch
         .ack_except(unapplied.chain(postponed.iter().copied()))
         .await;
-    for &index in &postponed {
-        batch
-            .postpone(index, redelivery_delay(batch.deliveries(index)))
-            .await;
-    }
+    postpone(&batch, postponed.iter().copied()).await;
     fail_point!("worker::after_ack");
     applier.relay.notify_one();
     if applier.policy.rules.lookup {
@@ -135,11 +152,19 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
     applier.dead_letters.store(batch, poisoned).await;
 }
 
+/// Hands messages back, to be delivered again later.
+async fn postpone(batch: &Batch, indexes: impl IntoIterator<Item = usize>) {
+    for index in indexes {
+        let delay = redelivery_delay(batch.deliveries(index));
+        batch.postpone(index, delay).await;
+    }
+}
+
 /// The events of a reapplied batch, counted.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Reapplied {
     pub applied: u64,
-    /// Events that can never be applied.
+    /// Events that can never be applied, or that the database refused to the end.
     pub poisoned: u64,
 }
 
@@ -148,12 +173,16 @@ pub struct Reapplied {
 ///
 /// `wanted` gets an event's sequence, and the event if it can be decoded. Returns `None` if
 /// `shutdown` was cancelled while the database was unavailable or refused everything.
+///
+/// # Errors
+/// The database has refused every change for some ten minutes, and nothing shows that it accepts
+/// others.
 pub async fn reapply(
     applier: &Applier,
     decoded: Decoded,
     wanted: impl Fn(u64, Option<&Arrival>) -> bool,
     shutdown: &CancellationToken,
-) -> Option<Reapplied> {
+) -> Result<Option<Reapplied>, StoreError> {
     let Decoded {
         batch,
         mut arrivals,
@@ -170,26 +199,34 @@ pub async fn reapply(
         let saved = save_with_retries(applier, Arc::clone(&arrivals), &batch, shutdown).await;
         let paused = match saved {
             None => None,
-            Some(outcome) => match outcome.refuses_all_changes() {
-                Some(error) if !outcome.committed || tries < REAPPLY_TRIES => {
+            Some(mut outcome) => match outcome.refuses_all() {
+                None => break outcome,
+                Some(error) if outcome.is_at_fault_alone(error, applier, tries) => break outcome,
+                Some(error) if tries < REAPPLY_TRIES_MAX => {
                     tries += 1;
                     batch.keep_alive().await;
                     pause(wait.failed(error), shutdown).await
                 }
-                _ => break outcome,
+                Some(_) => {
+                    batch.hand_back().await;
+                    return match outcome.refused.pop() {
+                        Some(refused) => Err(refused.error),
+                        None => Ok(None),
+                    };
+                }
             },
         };
         if paused.is_none() {
             batch.hand_back().await;
-            return None;
+            return Ok(None);
         }
     };
     batch.ack_except([]).await;
     let refused = outcome.refused.len() as u64;
-    Some(Reapplied {
+    Ok(Some(Reapplied {
         applied: events - refused,
         poisoned: refused + poisoned,
-    })
+    }))
 }
 
 /// Returns the sequences of the late messages of erased persons that were not saved, and takes
@@ -219,12 +256,15 @@ fn late_messages(
 /// messages `removals`, and the erasure of the customers that were deleted at Stripe. Retries for
 /// as long as the database is unavailable. Returns `None` if `shutdown` was cancelled before it
 /// succeeded.
+///
+/// # Errors
+/// The database refuses.
 async fn queue(
     applier: &Applier,
     batch: &Batch,
     removals: impl Iterator<Item = u64>,
     shutdown: &CancellationToken,
-) -> Option<()> {
+) -> Option<Result<(), StoreError>> {
     let now = OffsetDateTime::now_utc();
     let removals = removals.map(|sequence| erasure::removal(EVENTS_STREAM, sequence, now));
     let messages = batch
@@ -238,6 +278,7 @@ async fn queue(
     let questions: Vec<_> = removals.chain(deleted).collect();
     let mut wait = Wait::with_others(DATABASE, Arc::clone(&applier.waiting));
     while !questions.is_empty() {
+        let began = Instant::now();
         let questions = questions.clone();
         let queue = async move |tx: Transaction| {
             store::question::save(&tx, questions, now).await?;
@@ -248,15 +289,21 @@ async fn queue(
         match applier.store.uncancelled(queue).await {
             Ok(()) => {
                 wait.succeeded();
+                applier.refusals.committed(false, Instant::now());
                 break;
+            }
+            Err(error) if error.is_refusal() => {
+                wait.succeeded();
+                return Some(Err(error));
             }
             Err(error) => {
                 batch.keep_alive().await;
+                (applier.refusals).unavailable(began, &exit::chain(&error), Instant::now());
                 pause(wait.failed(&error), shutdown).await?;
             }
         }
     }
-    Some(())
+    Some(Ok(()))
 }
 
 /// An event that the database refuses when it is saved alone.
@@ -291,18 +338,20 @@ struct Outcome {
 }
 
 impl Outcome {
-    /// If the database refuses everything that was tried, returns why.
+    /// If the database refuses every change that was tried, returns why. An event that changes
+    /// nothing is accepted, and shows nothing about what the database accepts.
     fn refuses_all(&self) -> Option<&StoreError> {
-        let last = self.refused.last().filter(|_| !self.committed);
+        let last = self.refused.last().filter(|_| !self.wrote);
         last.map(|refused| &refused.error)
     }
 
-    /// If the database refuses every change that was tried, returns why. A reapplied event often
-    /// changes nothing, and shows nothing about what the database accepts.
-    fn refuses_all_changes(&self) -> Option<&StoreError> {
-        let last = self.refused.last().filter(|_| !self.wrote);
-        let error = last.map(|refused| &refused.error);
-        error.filter(|error| error.disposition() == Disposition::Refused)
+    /// Whether the refused events of a reapplied batch are at fault themselves, after so many
+    /// tries.
+    fn is_at_fault_alone(&self, error: &StoreError, applier: &Applier, tries: u32) -> bool {
+        let accepts_others = self.committed || applier.refusals.has_written();
+        let is_at_fault = error.disposition() == Disposition::Poison
+            || (tries >= REAPPLY_TRIES && accepts_others);
+        is_at_fault && self.untried.is_empty()
     }
 
     /// Takes out the refused events that are delivered again later, and returns their indexes. The
@@ -310,7 +359,7 @@ impl Outcome {
     fn take_postponed(&mut self, applier: &Applier) -> Vec<usize> {
         let is_postponed = |refused: &mut Refused| !refused.is_hopeless;
         let postponed: Vec<_> = self.refused.extract_if(.., is_postponed).collect();
-        if let Some(first) = postponed.first().filter(|_| self.committed) {
+        if let Some(first) = postponed.first().filter(|_| self.wrote) {
             let reason = exit::chain(&first.error);
             (applier.refusals).some_refused(postponed.len(), &reason, Instant::now());
         }
@@ -368,7 +417,12 @@ async fn save_with_retries(
                 pause(wait.failed(&error), shutdown).await?;
             }
         }
-        if outcome.refused.len() >= PROBES && !outcome.committed {
+        let probes = if outcome.committed {
+            REFUSED_MAX
+        } else {
+            PROBES
+        };
+        if outcome.refused.len() >= probes && !outcome.wrote {
             let untried = sets.drain(..).flat_map(Arc::unwrap_or_clone);
             outcome.untried = untried.map(|arrival| arrival.index).collect();
         }

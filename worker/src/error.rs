@@ -18,6 +18,9 @@ pub enum Disposition {
     /// Like `Refused`, but about the event's own values: if the database accepts others, this event
     /// can never be applied, and becomes a dead letter.
     Poison,
+    /// Like `Refused`, but about the database: its schema, a permission or a damaged row. Never a
+    /// dead letter: the event waits until an operator has mended it.
+    Broken,
 }
 
 /// A failed database operation.
@@ -37,9 +40,12 @@ pub struct StoreError {
 pub enum Cause {
     #[error(transparent)]
     Database(#[from] DbErr),
-    /// A stored value is not valid JSON, or a new value cannot be written as JSON.
+    /// A new value cannot be written as JSON.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
+    /// A stored value is damaged.
+    #[error("a stored value cannot be read: `reconcile --repair` restores its row")]
+    StoredValue(#[source] serde_json::Error),
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
     #[error("it panicked, which is a bug")]
@@ -85,19 +91,21 @@ impl StoreError {
     pub fn disposition(&self) -> Disposition {
         let error = match &self.cause {
             Cause::Json(_) | Cause::Panic => return Disposition::Poison,
+            Cause::StoredValue(_) => return Disposition::Broken,
             Cause::Timeout(_) | Cause::OtherInstallation | Cause::Foreign(_) => {
                 return Disposition::Wait;
             }
             Cause::Database(error) => error,
         };
         match (error, sqlx_error(error)) {
-            (DbErr::Json(_) | DbErr::Type(_), _) => Disposition::Poison,
-            (_, Some(error)) => match error.as_database_error() {
-                Some(error) if is_outage(error) => Disposition::Wait,
-                Some(error) if is_about_values(error) => Disposition::Poison,
-                Some(_) => Disposition::Refused,
-                None if is_about_a_stored_value(error) => Disposition::Refused,
-                None => Disposition::Wait,
+            (DbErr::Json(_) | DbErr::Type(_), _) => Disposition::Broken,
+            (_, Some(error)) => match (error.as_database_error(), error) {
+                (Some(error), _) => Code::new(error).disposition(),
+                (None, sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_)) => {
+                    Disposition::Broken
+                }
+                (None, sqlx::Error::Encode(_)) => Disposition::Refused,
+                (None, _) => Disposition::Wait,
             },
             _ => Disposition::Wait,
         }
@@ -174,15 +182,15 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
 /// (no such schema), 42 (access rule, or unknown SQL), 0A (unsupported feature), and errors about
 /// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
 fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
-    if error
-        .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
-        .is_some()
-    {
-        return !is_about_data(error)
-            && !is_refusal_of_a_pooler(error)
-            && !has_class(error, &["28", "3D", "3F", "42", "0A"], &[]);
+    let code = Code::new(error);
+    match code {
+        Code::Postgres(_) => {
+            !code.is_about_data()
+                && !is_refusal_of_a_pooler(error)
+                && !code.is_among(&["28", "3D", "3F", "42", "0A"], &[])
+        }
+        Code::Sqlite(_) => code.is_among(&[], &[5, 6, 7, 10, 13, 15]),
     }
-    has_class(error, &[], &[5, 6, 7, 10, 13, 15])
 }
 
 /// PgBouncer has one code (08P01) for everything that it refuses by itself, such as a password, and
@@ -200,53 +208,121 @@ fn is_refusal_of_a_pooler(error: &dyn sqlx::error::DatabaseError) -> bool {
         && lasting.iter().any(|text| error.message().contains(text))
 }
 
-fn is_about_data(error: &dyn sqlx::error::DatabaseError) -> bool {
-    is_about_values(error) || has_class(error, &["23"], &[19])
+/// The code of an error of the database.
+#[derive(Debug)]
+enum Code {
+    Postgres(String),
+    /// The primary result code.
+    Sqlite(Option<u32>),
 }
 
-/// PostgreSQL: "Error Codes", 22 (data exception) and 54 (program limit). SQLite: "Result Codes",
-/// TOOBIG and MISMATCH. Not constraints: an operator may add one that refuses everything.
-fn is_about_values(error: &dyn sqlx::error::DatabaseError) -> bool {
-    has_class(error, &["22", "54"], &[18, 20])
-}
-
-/// PostgreSQL: 08 (connection), 25 (transaction state, as read-only), 26 and 42P05 (prepared
-/// statements, which a pooler may mix up), 28 (authorization), 3D (no such database), 40
-/// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58 and XX
-/// (system, as a file that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR,
-/// CORRUPT, FULL, CANTOPEN, PROTOCOL, NOTADB.
-fn is_outage(error: &dyn sqlx::error::DatabaseError) -> bool {
-    let postgres = [
-        "08", "25", "26", "28", "3D", "40", "42P05", "53", "55", "57", "58", "XX",
-    ];
-    has_class(error, &postgres, &[5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 26])
-}
-
-/// Whether a value that a person or another version wrote cannot be read.
-fn is_about_a_stored_value(error: &sqlx::Error) -> bool {
-    matches!(
-        error,
-        sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::Encode(_)
-    )
-}
-
-/// Whether the code is of one of these classes of PostgreSQL or primary codes of SQLite.
-fn has_class(error: &dyn sqlx::error::DatabaseError, postgres: &[&str], sqlite: &[u32]) -> bool {
-    let code = error.code().unwrap_or_default();
-    if error
-        .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
-        .is_some()
-    {
-        return postgres.iter().any(|class| code.starts_with(class));
+impl Code {
+    fn new(error: &dyn sqlx::error::DatabaseError) -> Self {
+        let code = error.code().unwrap_or_default();
+        if error
+            .try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
+            .is_some()
+        {
+            return Self::Postgres(code.into_owned());
+        }
+        // The low byte of an extended result code is the primary one.
+        Self::Sqlite(code.parse::<u32>().map(|code| code & 0xff).ok())
     }
-    // The low byte of an extended result code is the primary one.
-    let primary = code.parse::<u32>().map(|code| code & 0xff);
-    primary.is_ok_and(|primary| sqlite.contains(&primary))
+
+    fn disposition(&self) -> Disposition {
+        if self.is_outage() {
+            Disposition::Wait
+        } else if self.is_about_the_database() {
+            Disposition::Broken
+        } else if self.is_about_values() {
+            Disposition::Poison
+        } else {
+            Disposition::Refused
+        }
+    }
+
+    /// PostgreSQL: 08 (connection), 25 (transaction state, as read-only), 26 and 42P05 (prepared
+    /// statements, which a pooler may mix up), 28 (authorization), 3D (no such database), 40
+    /// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58
+    /// (system), XX000 (internal, as a file that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL,
+    /// NOTADB.
+    fn is_outage(&self) -> bool {
+        let postgres = [
+            "08", "25", "26", "28", "3D", "40", "42P05", "53", "55", "57", "58", "XX000",
+        ];
+        self.is_among(&postgres, &[5, 6, 7, 8, 9, 10, 13, 14, 15, 26])
+    }
+
+    /// PostgreSQL: 0A (unsupported feature), 3F (no such schema), 42 (access rule, or unknown SQL),
+    /// XX001 and XX002 (a corrupt row or index). SQLite: ERROR (as a missing table), CORRUPT. No
+    /// outage: one corrupt row or one table without a grant leaves the others.
+    fn is_about_the_database(&self) -> bool {
+        self.is_among(&["0A", "3F", "42", "XX001", "XX002"], &[1, 11])
+    }
+
+    /// PostgreSQL: 22 (data exception) and 54 (program limit). SQLite: TOOBIG and MISMATCH. Not
+    /// constraints: an operator may add one that refuses everything.
+    fn is_about_values(&self) -> bool {
+        self.is_among(&["22", "54"], &[18, 20])
+    }
+
+    fn is_about_data(&self) -> bool {
+        self.is_about_values() || self.is_among(&["23"], &[19])
+    }
+
+    /// Whether it begins with one of these classes of PostgreSQL or is one of these codes of
+    /// SQLite.
+    fn is_among(&self, postgres: &[&str], sqlite: &[u32]) -> bool {
+        match self {
+            Self::Postgres(code) => postgres.iter().any(|class| code.starts_with(class)),
+            Self::Sqlite(code) => code.is_some_and(|code| sqlite.contains(&code)),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::quotes;
+    use sea_orm::DbErr;
+
+    use super::{Cause, Code, Disposition, StoreError, quotes};
+
+    #[test]
+    fn only_what_is_about_the_event_may_become_a_dead_letter() {
+        let check = |code: &str, expected| {
+            let code = Code::Postgres(code.to_owned());
+            assert_eq!(code.disposition(), expected, "{code:?}");
+        };
+        check("22P02", Disposition::Poison);
+        check("23514", Disposition::Refused);
+        check("P0001", Disposition::Refused);
+        check("42501", Disposition::Broken); // Permission denied.
+        check("42P01", Disposition::Broken); // No such table.
+        check("3F000", Disposition::Broken);
+        check("0A000", Disposition::Broken);
+        check("XX001", Disposition::Broken); // A corrupt row.
+        check("42P05", Disposition::Wait);
+        check("53100", Disposition::Wait); // The disk is full.
+        check("XX000", Disposition::Wait); // A file cannot grow.
+
+        let check = |code, expected| {
+            assert_eq!(Code::Sqlite(Some(code)).disposition(), expected, "{code}");
+        };
+        check(18, Disposition::Poison);
+        check(19, Disposition::Refused);
+        check(1, Disposition::Broken);
+        check(11, Disposition::Broken);
+        check(13, Disposition::Wait);
+    }
+
+    #[test]
+    fn a_damaged_stored_value_is_not_the_fault_of_an_event() {
+        let json = || serde_json::from_str::<u8>("no JSON").expect_err("it is none");
+        let disposition = |cause| StoreError::doing("load")(cause).disposition();
+        assert_eq!(disposition(Cause::StoredValue(json())), Disposition::Broken);
+        let null = DbErr::Type("a null value".to_owned());
+        assert_eq!(disposition(Cause::Database(null)), Disposition::Broken);
+        assert_eq!(disposition(Cause::Json(json())), Disposition::Poison);
+    }
 
     #[test]
     fn message_is_about_a_value_only_if_it_quotes_it() {

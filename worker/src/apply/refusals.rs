@@ -5,7 +5,8 @@
 //!
 //! A constraint, a trigger or a missing permission may refuse every event. Then each event waits,
 //! and none becomes a dead letter: that takes the proof that the database accepts others, a row
-//! that was written after the refusal.
+//! that was written shortly before the refused attempt. The deliveries of such a time say nothing
+//! about an event, so for a while after it none becomes a dead letter for their number.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,6 +30,14 @@ const DELAY_MAX: Duration = Duration::from_secs(30);
 /// between the first and the last delivery, so that it was written in between.
 const PROOF_LASTS: Duration = Duration::from_secs(120);
 
+/// A batch of which so many events and no others were tried shows that the database refuses
+/// everything. One or two may be at fault themselves, and come alone in a quiet installation.
+const EVERYTHING: usize = 3;
+
+/// For how long after a time in which everything was refused no number of deliveries makes a dead
+/// letter: longer than it takes to deliver an event as often as that takes.
+const TRIED_ANEW: Duration = Duration::from_secs(360);
+
 /// How many batches may be refused as a whole, one after the other, before the worker pauses
 /// between them. Small batches may hold nothing but refused events.
 const UNPAUSED: u32 = 2;
@@ -43,8 +52,15 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// applied the events.
 const REPORT_LASTS: Duration = Duration::from_secs(180);
 
+/// How long readiness remembers refusals beside accepted events: somewhat longer than the longest
+/// pause before the next one.
+const REFUSAL_LASTS: Duration = Duration::from_secs(60);
+
 /// What readiness calls the applying of batches.
 const PART: &str = "batches";
+
+/// What readiness calls the events that are refused while others are accepted.
+const REFUSED_PART: &str = "refused events";
 
 /// The refusals of one worker's batches. Its clones of `Problems` reach readiness.
 #[derive(Debug, Default)]
@@ -61,6 +77,10 @@ struct State {
     refused_in_a_row: u32,
     /// When a row was written last.
     written: Option<Instant>,
+    /// When everything was refused last, after a time without a written row.
+    refused_everything: Option<Instant>,
+    /// When refusals beside accepted events began, and the latest.
+    refusing: Option<(Instant, Instant)>,
     /// Whether the log says that everything is refused.
     is_logged: bool,
     logged: Option<Instant>,
@@ -107,9 +127,15 @@ impl Refusals {
         self.failing(&mut self.locked(), began, reason, now);
     }
 
-    /// Records a batch of which everything that was tried was refused. Returns the pause before the
-    /// next batch.
-    pub(super) fn all_refused(&self, began: Instant, reason: &str, now: Instant) -> Duration {
+    /// Records a batch of which every change that was tried, of `count` events, was refused.
+    /// Returns the pause before the next batch.
+    pub(super) fn all_refused(
+        &self,
+        count: usize,
+        began: Instant,
+        reason: &str,
+        now: Instant,
+    ) -> Duration {
         let mut state = self.locked();
         if !state.is_logged && state.may_log(now) {
             state.is_logged = true;
@@ -119,7 +145,10 @@ impl Refusals {
             );
         }
         state.refused_in_a_row = state.refused_in_a_row.saturating_add(1);
-        self.failing(&mut state, began, reason, now);
+        let lasted = self.failing(&mut state, began, reason, now);
+        if count >= EVERYTHING && lasted >= NOT_WORKING_AFTER {
+            state.refused_everything = Some(now);
+        }
         match state.refused_in_a_row.checked_sub(UNPAUSED + 1) {
             None => Duration::ZERO,
             Some(doublings) => doubled(doublings.into(), PAUSE_MAX),
@@ -128,7 +157,20 @@ impl Refusals {
 
     /// Records that `count` events of a batch were refused, and others accepted.
     pub(super) fn some_refused(&self, count: usize, reason: &str, now: Instant) {
-        if self.locked().may_log(now) {
+        let mut state = self.locked();
+        let goes_on = |(_, latest): &(Instant, Instant)| {
+            now.saturating_duration_since(*latest) < REFUSAL_LASTS
+        };
+        let since = state
+            .refusing
+            .filter(goes_on)
+            .map_or(now, |(since, _)| since);
+        state.refusing = Some((since, now));
+        if now.saturating_duration_since(since) >= NOT_WORKING_AFTER {
+            self.problems
+                .report_until(REFUSED_PART, reason.to_owned(), now + REFUSAL_LASTS);
+        }
+        if state.may_log(now) {
             warn!(
                 count,
                 reason,
@@ -147,23 +189,34 @@ impl Refusals {
         deliveries: u64,
         began: Instant,
     ) -> bool {
+        match disposition {
+            Disposition::Wait | Disposition::Broken => return false,
+            Disposition::Poison if after_others => return true,
+            Disposition::Poison | Disposition::Refused => {}
+        }
+        let state = self.locked();
         // A row that is written later proves nothing: the fault may have been mended in between.
         let age = |written| began.checked_duration_since(written);
-        let is_proven = self
-            .locked()
-            .written
-            .and_then(age)
-            .is_some_and(|age| age < PROOF_LASTS);
-        (disposition == Disposition::Poison && after_others)
-            || (deliveries >= DELIVERIES_MAX && is_proven)
+        let is_proven = (state.written.and_then(age)).is_some_and(|age| age < PROOF_LASTS);
+        let is_tried_anew = (state.refused_everything)
+            .is_some_and(|at| began.saturating_duration_since(at) < TRIED_ANEW);
+        deliveries >= DELIVERIES_MAX && is_proven && !is_tried_anew
     }
 
-    fn failing(&self, state: &mut State, began: Instant, reason: &str, now: Instant) {
+    /// Whether a row was written since the process started.
+    pub(super) fn has_written(&self) -> bool {
+        self.locked().written.is_some()
+    }
+
+    /// Returns for how long nothing has succeeded.
+    fn failing(&self, state: &mut State, began: Instant, reason: &str, now: Instant) -> Duration {
         let since = *state.failing_since.get_or_insert(began);
-        if now.saturating_duration_since(since) >= NOT_WORKING_AFTER {
+        let lasted = now.saturating_duration_since(since);
+        if lasted >= NOT_WORKING_AFTER {
             let reason = format!("nothing is applied: {reason}");
             self.problems.report_until(PART, reason, now + REPORT_LASTS);
         }
+        lasted
     }
 
     fn locked(&self) -> MutexGuard<'_, State> {

@@ -194,7 +194,7 @@ fn stored(row: &QueryResult) -> Result<Option<(String, Stored)>, Cause> {
     let state: String = row.try_get("", "merge_state")?;
     let last_sent: Option<String> = row.try_get("", "last_sent")?;
     let stored = Stored {
-        state: serde_json::from_str(&state)?,
+        state: serde_json::from_str(&state).map_err(Cause::StoredValue)?,
         version: row.try_get("", "version")?,
         revision: row.try_get("", "revision")?,
         dt_created: row.try_get("", "dt_created").ok(),

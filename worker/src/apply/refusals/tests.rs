@@ -45,11 +45,11 @@ fn the_proof_is_younger_than_the_first_refusal() {
 #[test]
 fn pauses_grow_up_to_their_limits() {
     let (refusals, now) = (Refusals::default(), Instant::now());
-    let pause = || refusals.all_refused(now, "refused", now);
+    let pause = || refusals.all_refused(1, now, "refused", now);
     let pauses: Vec<_> = (0..8).map(|_| pause().as_secs()).collect();
     assert_eq!(pauses, [0, 0, 1, 2, 4, 8, 10, 10]);
     refusals.committed(true, now);
-    assert_eq!(refusals.all_refused(now, "refused", now), Duration::ZERO);
+    assert_eq!(refusals.all_refused(1, now, "refused", now), Duration::ZERO);
     assert_eq!(redelivery_delay(1), SECOND);
     assert_eq!(redelivery_delay(u64::MAX), DELAY_MAX);
 }
@@ -67,10 +67,62 @@ fn the_worker_is_not_ready_once_batches_have_failed_for_long() {
     refusals.committed(false, later);
     assert!(is_ready(&problems));
 
-    refusals.all_refused(began, "permission denied", later);
+    refusals.all_refused(1, began, "permission denied", later);
     assert!(!is_ready(&problems));
     refusals.committed(false, later);
     assert!(!is_ready(&problems), "nothing was written");
     refusals.committed(true, later);
     assert!(is_ready(&problems));
+}
+
+#[test]
+fn a_fault_of_the_database_makes_no_event_hopeless() {
+    let (refusals, now) = (Refusals::default(), Instant::now());
+    refusals.committed(true, now);
+    assert!(!refusals.is_hopeless(Disposition::Broken, true, 1_000, now));
+}
+
+#[test]
+fn deliveries_of_a_time_in_which_everything_was_refused_do_not_count() {
+    let is_hopeless_after = |count, lasted| {
+        let (refusals, began) = (Refusals::default(), Instant::now());
+        let ended = began + lasted;
+        refusals.all_refused(count, began, "refused", ended);
+        // The fault is mended in part.
+        move |later| {
+            refusals.committed(true, ended + later);
+            refusals.is_hopeless(Disposition::Refused, true, 1_000, ended + later)
+        }
+    };
+    let long = is_hopeless_after(EVERYTHING, NOT_WORKING_AFTER);
+    assert!(!long(SECOND));
+    assert!(!long(TRIED_ANEW - SECOND));
+    assert!(long(TRIED_ANEW));
+    let first_to_last: Duration = (1..DELIVERIES_MAX).map(redelivery_delay).sum();
+    assert!(TRIED_ANEW > first_to_last);
+
+    // A quiet installation, in which one refused event comes alone.
+    assert!(is_hopeless_after(1, NOT_WORKING_AFTER)(SECOND));
+    assert!(is_hopeless_after(EVERYTHING, SECOND)(SECOND));
+}
+
+#[test]
+fn readiness_names_refusals_beside_accepted_events_once_they_last() {
+    let problems = Problems::default();
+    let (refusals, began) = (Refusals::new(problems.clone()), Instant::now());
+    let refuse = |at| {
+        refusals.committed(true, at);
+        refusals.some_refused(1, "permission denied", at);
+        refusals.committed(true, at);
+        problems.list(at)
+    };
+    assert!(refuse(began).is_empty());
+    let named = ["refused events: permission denied".to_owned()];
+    let later = began + NOT_WORKING_AFTER;
+    assert_eq!(refuse(later), named);
+    assert!(problems.list(later + REFUSAL_LASTS).is_empty());
+    assert!(
+        refuse(later + REFUSAL_LASTS).is_empty(),
+        "others, much later"
+    );
 }

@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::{ReplayError, Replayer};
 use crate::apply::{self, Decoded, Reapplied};
+use crate::error::StoreError;
 use crate::store::replay::Replay;
 use crate::stream::consumer::{self as stream_consumer, Batches, ReplayConsumer};
 use crate::wait::{JETSTREAM, Wait, pause};
@@ -80,7 +81,7 @@ impl Replayer {
                 .apply_all(&mut batches, replay, consumer, shutdown, &mut applied)
                 .await;
             batches.close().await;
-            if is_at_end {
+            if is_at_end? {
                 return Ok(true);
             }
         }
@@ -89,6 +90,9 @@ impl Replayer {
 
     /// Applies batches, several at a time if they share no subscription or payment. Returns whether
     /// the end was reached. If not, the consumer is gone, or a shutdown was requested.
+    ///
+    /// # Errors
+    /// The database has refused every change for long.
     async fn apply_all(
         &self,
         batches: &mut Batches,
@@ -96,14 +100,13 @@ impl Replayer {
         consumer: &ReplayConsumer,
         shutdown: &CancellationToken,
         applied: &mut impl FnMut(Reapplied, u64),
-    ) -> bool {
+    ) -> Result<bool, ReplayError> {
         let wanted =
             |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let apply = async |decoded: Decoded| {
             let last = decoded.last_sequence();
-            apply::reapply(&self.applier, decoded, wanted, shutdown)
-                .await
-                .map(|done| (done, last))
+            let done = apply::reapply(&self.applier, decoded, wanted, shutdown).await?;
+            Ok::<_, StoreError>(done.map(|done| (done, last)))
         };
         let mut applying = FuturesOrdered::new();
         let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
@@ -121,7 +124,7 @@ impl Replayer {
                 biased;
                 Some(done) = applying.next() => {
                     busy.pop_front();
-                    let Some((done, last)): Option<(Reapplied, u64)> = done else {
+                    let Some((done, last)) = done? else {
                         takes_more = false;
                         continue;
                     };
@@ -144,14 +147,16 @@ impl Replayer {
             if may_be_finished && self.is_finished(replay, consumer).await {
                 // The rest are redelivered messages. Their effects belong to this replay, so it
                 // waits for them.
-                while applying.next().await.is_some() {}
-                return true;
+                while let Some(done) = applying.next().await {
+                    done?;
+                }
+                return Ok(true);
             }
         }
         if let Some(decoded) = waiting {
             decoded.hand_back().await;
         }
-        false
+        Ok(false)
     }
 
     /// Whether every event up to the end is applied. False if the progress is unknown.
