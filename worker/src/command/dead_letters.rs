@@ -187,7 +187,8 @@ impl Retry {
         stream: &Stream,
         parts: &Parts,
     ) -> Result<(), Failure> {
-        let dead_letters = dead_letter::DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
+        let dead_letters =
+            dead_letter::DeadLetters::new(&parts.store, &parts.erasures, &parts.jetstream);
         let applier = parts.applier(settings, &dead_letters, &Arc::default());
         let (events_stream, _) = progress::begin(&parts.jetstream).await?;
         let (mut report, mut failed) = (Vec::new(), 0);

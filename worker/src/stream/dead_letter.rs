@@ -176,7 +176,9 @@ enum LetterError {
     OtherStream,
     #[error("cannot find out whether an erasure covers the event")]
     Erasures(#[source] StoreError),
-    #[error("cannot find out whether an erasure covers the dead letter {sequence}, which is stored")]
+    #[error(
+        "cannot find out whether an erasure covers the dead letter {sequence}, which is stored"
+    )]
     Unchecked { sequence: u64, source: StoreError },
 }
 
@@ -325,11 +327,7 @@ enum PendingError {
 }
 
 impl Pending {
-    pub(crate) fn new(
-        store: &Store,
-        erasures: &Erasures,
-        jetstream: &jetstream::Context,
-    ) -> Self {
+    pub(crate) fn new(store: &Store, erasures: &Erasures, jetstream: &jetstream::Context) -> Self {
         let letters = Letters::new(store, erasures, jetstream);
         Self { letters }
     }

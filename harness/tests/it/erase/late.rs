@@ -74,7 +74,9 @@ async fn pending_dead_letter_of_an_erased_person_is_dropped(database: DatabaseKi
         .publish(UPDATED, poison(&other, KEPT), "other poison")
         .await;
     bridge.wait_until_applied().await;
-    bridge.publish(UPDATED, poison(&user, ERASED), "poison").await;
+    bridge
+        .publish(UPDATED, poison(&user, ERASED), "poison")
+        .await;
     bridge.wait_until_applied().await;
     assert!(bridge.workers.remove(0).stop().await.success());
 
