@@ -12,7 +12,7 @@
 //! other workers consume.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self};
 use litestripe_contract::exit;
@@ -44,6 +44,9 @@ const FINDINGS_EVERY: u32 = 5;
 
 /// How long other workers may take to stop before a new database replaces theirs.
 const STOP_MAX: Duration = Duration::from_secs(5);
+
+/// How long none of them may do anything.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// How often that is checked.
 const STOP_POLL: Duration = Duration::from_millis(250);
@@ -352,14 +355,21 @@ pub(crate) async fn join_on_purpose(
     Ok((id, before))
 }
 
-/// Waits until no worker requests messages.
+/// Waits until no worker has requested, received or acked messages for [`QUIET`]. One look is not
+/// enough: under a backlog the server answers each request at once.
 async fn until_nobody_consumes(
     jetstream: &jetstream::Context,
     theirs: &str,
 ) -> Result<(), InstallationError> {
     let nobody = async {
-        while progress::waiting_requests(jetstream, WORKER_CONSUMER).await? > 0 {
+        let mut last = progress::activity(jetstream, WORKER_CONSUMER).await?;
+        let mut changed = Instant::now();
+        while changed.elapsed() < QUIET {
             tokio::time::sleep(STOP_POLL).await;
+            let now = progress::activity(jetstream, WORKER_CONSUMER).await?;
+            if now.requests > 0 || now != last {
+                (last, changed) = (now, Instant::now());
+            }
         }
         Ok(())
     };

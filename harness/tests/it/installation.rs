@@ -3,7 +3,9 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use async_nats::jetstream::kv;
+use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::jetstream::{AckKind, kv};
+use futures_util::StreamExt as _;
 use litestripe_contract::subject::{EVENTS_STREAM, KV_BUCKET, WORKER_CONSUMER};
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::eventually;
@@ -192,6 +194,43 @@ async fn commands_on_a_wrong_database_take_nothing_from_the_broker(database: Dat
     }
     assert_eq!(broker_id(&bridge).await, ours);
     assert_eq!(bridge.dead_letters().await.len(), 1);
+}
+
+/// Under a backlog no request of a worker waits: the server answers each at once.
+#[tokio::test]
+async fn new_database_replaces_none_while_busy_workers_use_it() {
+    let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    assert!(bridge.workers.remove(0).stop().await.success());
+    bridge.deliver(&event()).await;
+    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
+    let stream = stream.expect("the stream exists");
+    let consumer: PullConsumer = stream
+        .get_consumer(WORKER_CONSUMER)
+        .await
+        .expect("it exists");
+    let mut new = Database::prepare(DatabaseKind::Sqlite);
+    new.resume().await;
+    let _old = std::mem::replace(&mut bridge.database, new);
+    let busy = async {
+        loop {
+            let messages = consumer.fetch().max_messages(1).messages().await;
+            let mut messages = messages.expect("they can be requested");
+            if let Some(message) = messages.next().await {
+                let message = message.expect("it is read");
+                message
+                    .ack_with(AckKind::Nak(None))
+                    .await
+                    .expect("it is sent");
+            }
+        }
+    };
+    let worker = bridge.start_worker();
+    let refused = tokio::select! {
+        () = busy => unreachable!("it has no end"),
+        refused = worker.wait(DEADLINE) => refused,
+    };
+    assert_eq!(refused.code(), Some(1), "{}", worker.log());
+    assert!(worker.log().contains("DATABASE_URL"), "{}", worker.log());
 }
 
 #[tokio::test]

@@ -230,14 +230,26 @@ pub(crate) async fn begin(
     Ok((id, info.state.first_sequence))
 }
 
-/// Returns how many requests for messages wait at the consumer `name`: workers that are idle have
-/// some. Zero if it does not exist.
-pub(crate) async fn waiting_requests(
+/// What the workers do with a consumer: if it does not change, they do nothing.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Activity {
+    /// Requests that wait for messages.
+    pub(crate) requests: usize,
+    delivered: u64,
+    ack_floor: u64,
+}
+
+/// Returns what the workers do with the consumer `name`, which need not exist.
+pub(crate) async fn activity(
     jetstream: &jetstream::Context,
     name: &str,
-) -> Result<usize, ProgressError> {
+) -> Result<Activity, ProgressError> {
     let info = find_info(jetstream, name).await?;
-    Ok(info.map_or(0, |info| info.num_waiting))
+    Ok(info.map_or_else(Activity::default, |info| Activity {
+        requests: info.num_waiting,
+        delivered: info.delivered.consumer_sequence,
+        ack_floor: info.ack_floor.consumer_sequence,
+    }))
 }
 
 /// Returns how long the stream holds an event; zero if that is not limited.
