@@ -254,8 +254,9 @@ async fn step(
     jetstream: &jetstream::Context,
     bucket: &mut Bucket,
 ) -> Result<Option<String>, InstallationError> {
-    let ours = find(store).await?;
+    // In this order: another worker of the same database writes the broker's id last.
     let entry = bucket.read(KEY).await?;
+    let ours = find(store).await?;
     match (ours, text(&entry)) {
         (Some(ours), Some(theirs)) if ours.id == theirs => return Ok(Some(theirs)),
         (Some(ours), theirs) if theirs.is_none() || theirs == ours.replaces => {
@@ -267,7 +268,12 @@ async fn step(
         }
         (None, theirs) => {
             if let Some(theirs) = &theirs {
-                until_nobody_consumes(jetstream, theirs).await?;
+                let waited = until_nobody_consumes(jetstream, theirs).await;
+                // Those who consume may be workers of this database, who were faster.
+                if find(store).await?.is_some() {
+                    return Ok(None);
+                }
+                waited?;
                 warn!(
                     "the database (DATABASE_URL) belongs to no installation yet: it takes the place of the one that \
                      installation {theirs} had before"

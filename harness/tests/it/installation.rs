@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::time::Duration;
 
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{AckKind, kv};
@@ -22,6 +23,7 @@ on_both_databases!(
     running_worker_stops_without_acks_when_the_database_is_another_installations,
     broker_that_lost_its_data_gets_the_id_of_the_database,
     rebuilt_database_replaces_the_one_before,
+    workers_of_a_rebuilt_database_start_together,
     commands_on_a_wrong_database_take_nothing_from_the_broker,
 );
 
@@ -163,6 +165,26 @@ async fn rebuilt_database_replaces_the_one_before(database: DatabaseKind) {
     let log = bridge.workers.remove(0).log();
     assert_eq!(refused.code(), Some(1), "{log}");
     assert!(log.contains("litestripe-worker join"), "{log}");
+}
+
+/// The one that is ready first consumes while the others still wait for nobody to do so.
+async fn workers_of_a_rebuilt_database_start_together(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    assert!(bridge.workers.remove(0).stop().await.success());
+    let mut new = Database::prepare(database);
+    new.resume().await;
+    let _old = std::mem::replace(&mut bridge.database, new);
+    let migrated = bridge.worker().args(["migrate", "up"]).run(DEADLINE).await;
+    assert!(migrated.status.success(), "{migrated:?}");
+
+    for _ in 0..3 {
+        bridge.start_worker();
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    for worker in &bridge.workers {
+        worker.wait_until_ready().await;
+    }
+    assert_eq!(database_id(&bridge).await, broker_id(&bridge).await);
 }
 
 async fn commands_on_a_wrong_database_take_nothing_from_the_broker(database: DatabaseKind) {
