@@ -1,280 +1,253 @@
-//! Measures deliveries from the request to the signal, compared with the same steps in JetStream
-//! alone: publish, consume, publish again, receive.
+//! Measures deliveries from the request to the signal, with the broker as shipped and with its
+//! default sync, while an application reads the signals.
+//!
+//! With `--before` the programs of an earlier build run in turns with these.
 
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use async_nats::jetstream;
-use futures_util::future::try_join_all;
 use litestripe_harness::bridge::{Database, DatabaseKind};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
-use crate::load::{Load, percentile};
+use crate::load::{Answered, Load, percentile};
 use crate::pool::{self, Events, Kind, Requests};
-use crate::reference::{IN, OUT};
 use crate::report::{Measurement, Sample, Target};
-use crate::rig::{self, Served, Sync, pid};
-use crate::signals::{self, Listener};
+use crate::rig::{self, Build, Served, Sync, pid};
+use crate::signals::{self, Application};
 use crate::usage::Since;
 use crate::{Mode, in_turns};
 
-const BRIDGE: &str = "litestripe";
-const INGRESS: &str = "litestripe's ingress";
-const WORKER: &str = "litestripe's worker";
-const RAW: &str = "JetStream alone";
-const SPIKE: &str = "spike";
+const KIND: Kind = Kind("e2e");
 
-/// How many connections post deliveries, and how many messages JetStream alone has in flight.
-const CONNECTIONS: usize = 64;
+/// A load: how the broker syncs its disk, and over how many connections deliveries come. Each sends
+/// its next delivery when the one before is answered.
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    /// The same with the earlier build.
+    before: &'static str,
+    sync: Sync,
+    connections: usize,
+    /// Deliveries, in the quick and the full form.
+    count: (usize, usize),
+}
 
-const FAST: Kind = Kind("fast");
-const SLOW: Kind = Kind("slow");
+const SHIPPED_1: &str = "as shipped, 1 connection";
+const SHIPPED_16: &str = "as shipped, 16 connections";
+const SHIPPED_64: &str = "as shipped, 64 connections";
+const DEFAULT_1: &str = "default sync, 1 connection";
+const DEFAULT_16: &str = "default sync, 16 connections";
+const DEFAULT_64: &str = "default sync, 64 connections";
+const BEFORE_SHIPPED_1: &str = "before, as shipped, 1";
+const BEFORE_SHIPPED_16: &str = "before, as shipped, 16";
+const BEFORE_DEFAULT_16: &str = "before, default sync, 16";
+const SPIKE: &str = "spike, default sync, 16 connections";
 
-pub(crate) async fn signalled(mode: Mode, events: &Events) -> Result<Measurement, String> {
-    let count = mode.pick(8_000, 40_000);
-    let measured_s = mode.pick(2, 6);
+const CASES: [Case; 6] = [
+    Case {
+        name: SHIPPED_1,
+        before: BEFORE_SHIPPED_1,
+        sync: Sync::Always,
+        connections: 1,
+        count: (1_000, 1_500),
+    },
+    Case {
+        name: SHIPPED_16,
+        before: BEFORE_SHIPPED_16,
+        sync: Sync::Always,
+        connections: 16,
+        count: (8_000, 12_000),
+    },
+    Case {
+        name: SHIPPED_64,
+        before: "before, as shipped, 64",
+        sync: Sync::Always,
+        connections: 64,
+        count: (12_000, 20_000),
+    },
+    Case {
+        name: DEFAULT_1,
+        before: "before, default sync, 1",
+        sync: Sync::Default,
+        connections: 1,
+        count: (1_000, 2_000),
+    },
+    Case {
+        name: DEFAULT_16,
+        before: BEFORE_DEFAULT_16,
+        sync: Sync::Default,
+        connections: 16,
+        count: (20_000, 20_000),
+    },
+    Case {
+        name: DEFAULT_64,
+        before: "before, default sync, 64",
+        sync: Sync::Default,
+        connections: 64,
+        count: (20_000, 20_000),
+    },
+];
+
+/// Rounds of the full form, which takes less than three minutes.
+const ROUNDS: usize = 3;
+
+pub(crate) async fn signalled(
+    mode: Mode,
+    events: &Events,
+    before: Option<&Path>,
+) -> Result<Measurement, String> {
     let mut measured = Measurement::new(
-        "end to end",
-        "deliveries from the first request to the last signal (4 KiB, 64 connections, one worker on PostgreSQL), and \
-         the latency from a delivery to its signal at half that rate, compared with JetStream alone, also at half its \
-         own rate; the spike only stores",
+        "end-to-end",
+        "deliveries from the first request to the last signal (4 KiB, one worker on PostgreSQL, an application that \
+         reads and acks the signals), the time from a request to its signal and to its 200, and how many signals had \
+         not arrived when the last 200 did; `as shipped` syncs every message, the spike only stores",
     );
-    let requests = Arc::new(pool::requests(events, FAST, count));
-    for contenders in in_turns(mode, &[RAW, BRIDGE, SPIKE]) {
+    let most = CASES.map(|case| mode.pick(case.count.0, case.count.1));
+    let requests = pool::requests(events, KIND, most.into_iter().max().unwrap_or(0));
+    let mut names: Vec<_> = CASES.iter().map(|case| case.name).collect();
+    names.push(SPIKE);
+    names.extend(
+        CASES
+            .iter()
+            .filter(|_| before.is_some())
+            .map(|case| case.before),
+    );
+    for contenders in in_turns(mode, &names).into_iter().take(ROUNDS) {
         for contender in contenders {
-            let sample = match contender {
-                BRIDGE => {
-                    let run = bridge(events, &requests, measured_s).await?;
-                    measured.add(INGRESS, run.ingress);
-                    measured.add(WORKER, run.worker);
-                    run.whole
+            let case = CASES
+                .iter()
+                .find(|case| case.name == contender || case.before == contender);
+            let sample = match case {
+                None => spike(&requests).await?,
+                Some(case) => {
+                    let build = match before {
+                        Some(folder) if case.before == contender => Build::In(folder),
+                        _ => Build::Own,
+                    };
+                    let count = mode.pick(case.count.0, case.count.1);
+                    let requests: Requests = requests.iter().take(count).cloned().collect();
+                    bridge(case, build, Arc::new(requests)).await?
                 }
-                RAW => raw(events, count, measured_s).await?,
-                _ => spike(&requests).await?,
             };
             measured.add(contender, sample);
         }
     }
-    // That is 6,000 a second on a machine on which the spike reaches 18,000.
-    measured.add_ratio(
-        "events/s",
-        BRIDGE,
-        SPIKE,
-        |sample| sample.rate,
-        Some(Target::AtLeast(0.333)),
-    );
-    measured.add_ratio("events/s", BRIDGE, RAW, |sample| sample.rate, None);
-    measured.add_ratio(
-        "p99",
-        BRIDGE,
-        RAW,
-        |sample| sample.p99_us,
-        Some(Target::AtMost(5.0)),
-    );
-    measured.add_ratio("p50", BRIDGE, RAW, |sample| sample.p50_us, None);
+    compare(&mut measured, before.is_some());
     Ok(measured)
 }
 
-/// Makes a load of `rate` requests per second, or as fast as they are answered.
-fn load(served: &Served, rate: Option<f64>) -> Load {
-    let forever = Duration::from_secs(600);
-    Load {
-        address: served.address,
-        connections: CONNECTIONS,
-        warmup: Duration::ZERO,
-        measured: forever,
-        status: 200,
-        rate,
+fn compare(measured: &mut Measurement, has_before: bool) {
+    let rate = |sample: &Sample| sample.rate;
+    let at_least = |bound| Some(Target::AtLeast(bound));
+    measured.add_ratio("events/s", SHIPPED_16, DEFAULT_16, rate, at_least(0.5));
+    measured.add_ratio("events/s", SHIPPED_64, DEFAULT_64, rate, at_least(0.7));
+    measured.add_ratio("events/s", DEFAULT_16, SPIKE, rate, at_least(0.45));
+    for name in [DEFAULT_16, DEFAULT_64] {
+        let behind = |sample: &Sample| sample.behind;
+        measured.add_bound("signals behind", name, behind, Target::AtMost(1_000.0));
+    }
+    if !has_before {
+        return;
+    }
+    let cpu = Sample::all_cpu_s;
+    let at_most = |bound| Some(Target::AtMost(bound));
+    measured.add_ratio("CPU", DEFAULT_16, BEFORE_DEFAULT_16, cpu, at_most(0.65));
+    measured.add_ratio("CPU", SHIPPED_16, BEFORE_SHIPPED_16, cpu, at_most(0.35));
+    let p50 = |sample: &Sample| sample.p50_us;
+    measured.add_ratio("p50", SHIPPED_1, BEFORE_SHIPPED_1, p50, at_most(1.0));
+    for case in &CASES {
+        measured.add_ratio("events/s", case.name, case.before, rate, None);
     }
 }
 
-/// The samples of one run.
-struct Bridge {
-    whole: Sample,
-    ingress: Sample,
-    worker: Sample,
+/// Makes a load of requests, each connection's as fast as they are answered.
+fn load(served: &Served, connections: usize) -> Load {
+    Load {
+        address: served.address,
+        connections,
+        warmup: Duration::ZERO,
+        measured: Duration::from_secs(600),
+        status: 200,
+        rate: None,
+    }
 }
 
-async fn bridge(
-    events: &Events,
-    requests: &Arc<Requests>,
-    measured_s: usize,
-) -> Result<Bridge, String> {
-    let broker = rig::broker(Sync::Default).await;
+async fn bridge(case: &Case, build: Build<'_>, requests: Arc<Requests>) -> Result<Sample, String> {
+    let broker = rig::broker(case.sync).await;
     let mut database = Database::prepare(DatabaseKind::Postgres);
     database.resume().await;
-    let ingress = rig::ingress(&broker, &[]).await?;
-    let worker = rig::worker(&broker, &database.url(), &[]).await?;
-    let mut listener = Listener::start(&broker).await?;
+    let ingress = rig::ingress_of(build, &broker, &[]).await?;
+    let worker = rig::worker_of(build, &broker, &database.url(), &[]).await?;
+    let mut application = Application::start(&broker).await?;
     let (of_ingress, of_worker, of_broker) =
         (ingress.usage(), worker.usage(), Since::now(pid(&broker)));
     let of_database = rig::database_usage(database.process());
 
-    let begin = Instant::now();
-    let (sending, count) = (load(&ingress, None), requests.len());
-    let (sent, received) = rig::bounded("a run", async {
-        tokio::join!(sending.send(requests, false), listener.wait_for(count))
-    })
-    .await?;
-    sent.and(received)?;
-    let rate = count as f64 / begin.elapsed().as_secs_f64();
-    let used = |usage: Since, served: &Served| Sample {
-        cpu_s: Some(usage.per_10k(count)),
-        memory_mib: Some(served.memory_mib()),
-        ..Sample::default()
+    let (received, count) = (application.received(), requests.len());
+    let sending = load(&ingress, case.connections);
+    let sending = async {
+        let answered = sending.send(&requests, false).await;
+        (answered, count - received.load(Ordering::Relaxed))
     };
-    let (of_ingress, of_worker) = (used(of_ingress, &ingress), used(of_worker, &worker));
-    let cpu_s = of_ingress
-        .cpu_s
-        .zip(of_worker.cpu_s)
-        .map(|(ingress, worker)| ingress + worker);
-    let (broker_cpu_s, database_cpu_s) = (
-        Some(of_broker.per_10k(count)),
-        of_database.map(|usage| usage.per_10k(count)),
-    );
-
-    let half = rate / 2.0;
-    let slow = Arc::new(pool::requests(
-        events,
-        SLOW,
-        (half * measured_s as f64) as usize,
-    ));
-    let sending = load(&ingress, Some(half));
-    let number_of = |payload: &[u8]| Events::number(SLOW, &signals::event_id(payload)?);
+    let number_of = |payload: &[u8]| Events::number(KIND, &signals::event_id(payload)?);
     let begin = Instant::now();
-    let (sent, arrivals) = rig::bounded("a run", async {
-        tokio::join!(
-            sending.send(&slow, false),
-            listener.arrivals(slow.len(), number_of)
-        )
+    let ((answered, behind), arrivals) = rig::bounded("a run", async {
+        tokio::join!(sending, application.arrivals(count, number_of))
     })
     .await?;
-    sent?;
-    let latencies_us = latencies_us(begin, half, arrivals?);
-    let whole = Sample {
+    let (answered, arrivals) = (answered?, arrivals?);
+    let rate = count as f64 / begin.elapsed().as_secs_f64();
+    let cpu_s = |usage: &Since| Some(usage.per_10k(count));
+    let ingress_cpu_s = cpu_s(&of_ingress);
+    let worker_cpu_s = cpu_s(&of_worker);
+    let latencies_us = latencies_us(&answered, &arrivals);
+    Ok(Sample {
         rate: Some(rate),
         p50_us: Some(percentile(&latencies_us, 0.5)),
         p99_us: Some(percentile(&latencies_us, 0.99)),
-        cpu_s,
-        broker_cpu_s,
-        database_cpu_s,
+        answer_p50_us: Some(percentile(&answered.latencies_us, 0.5)),
+        answer_p99_us: Some(percentile(&answered.latencies_us, 0.99)),
+        behind: Some(behind as f64),
+        ingress_cpu_s,
+        cpu_s: ingress_cpu_s
+            .zip(worker_cpu_s)
+            .map(|(ingress, worker)| ingress + worker),
+        broker_cpu_s: cpu_s(&of_broker),
+        database_cpu_s: of_database.as_ref().and_then(cpu_s),
         ..Sample::default()
-    };
-    Ok(Bridge {
-        whole,
-        ingress: of_ingress,
-        worker: of_worker,
     })
 }
 
-/// Returns the times from when each event was due to its arrival, sorted. The first tenth is the
-/// warm-up and left out.
-fn latencies_us(begin: Instant, rate: f64, arrivals: Vec<Option<Instant>>) -> Vec<u32> {
-    let due = |number: usize| begin + Duration::from_secs_f64(number as f64 / rate);
-    let latency = |number: usize, arrival: Instant| {
-        arrival.saturating_duration_since(due(number)).as_micros()
-    };
+/// Returns the times from each request to its signal, sorted. The first tenth is the warm-up and
+/// left out.
+fn latencies_us(answered: &Answered, arrivals: &[Option<Instant>]) -> Vec<u32> {
     let skipped = arrivals.len() / 10;
-    let arrived = arrivals.into_iter().enumerate().skip(skipped);
-    let mut latencies_us: Vec<u32> = arrived
-        .filter_map(|(number, arrival)| {
-            Some(u32::try_from(latency(number, arrival?)).unwrap_or(u32::MAX))
+    let measured = answered
+        .begun
+        .iter()
+        .filter(|(number, _)| *number >= skipped);
+    let mut latencies_us: Vec<u32> = measured
+        .filter_map(|(number, begun)| {
+            let arrival = arrivals.get(*number).copied().flatten()?;
+            let latency = arrival.saturating_duration_since(*begun);
+            Some(u32::try_from(latency.as_micros()).unwrap_or(u32::MAX))
         })
         .collect();
     latencies_us.sort_unstable();
     latencies_us
 }
 
-async fn raw(events: &Events, count: usize, measured_s: usize) -> Result<Sample, String> {
-    let broker = rig::broker(Sync::Default).await;
-    let jetstream = rig::jetstream(&broker).await;
-    for (name, subject) in [("IN", IN), ("OUT", OUT)] {
-        let config = jetstream::stream::Config {
-            name: name.to_owned(),
-            subjects: vec![subject.to_owned()],
-            ..jetstream::stream::Config::default()
-        };
-        jetstream
-            .create_stream(config)
-            .await
-            .map_err(|problem| problem.to_string())?;
-    }
-    let _relay = rig::running("relay", &broker);
-    let mut listener = Listener::subscribe(&broker, OUT).await?;
-    // Waits until the relay works.
-    publish(&jetstream, events, 1, None).await?;
-    rig::bounded("the relay", listener.wait_for(1)).await??;
-
-    let begin = Instant::now();
-    let (sent, received) = rig::bounded("a run", async {
-        tokio::join!(
-            publish(&jetstream, events, count, None),
-            listener.wait_for(count)
-        )
-    })
-    .await?;
-    sent.and(received)?;
-    let rate = count as f64 / begin.elapsed().as_secs_f64();
-
-    let half = rate / 2.0;
-    let slow = (half * measured_s as f64) as usize;
-    let number_of = |payload: &[u8]| std::str::from_utf8(payload.get(..10)?).ok()?.parse().ok();
-    let begin = Instant::now();
-    let (sent, arrivals) = rig::bounded("a run", async {
-        tokio::join!(
-            publish(&jetstream, events, slow, Some(half)),
-            listener.arrivals(slow, number_of)
-        )
-    })
-    .await?;
-    sent?;
-    let latencies_us = latencies_us(begin, half, arrivals?);
-    Ok(Sample {
-        rate: Some(rate),
-        p50_us: Some(percentile(&latencies_us, 0.5)),
-        p99_us: Some(percentile(&latencies_us, 0.99)),
-        ..Sample::default()
-    })
-}
-
-/// Publishes as [`Load`] posts: [`CONNECTIONS`] messages in flight, at `rate` per second or as fast
-/// as PubAcks arrive.
-async fn publish(
-    jetstream: &jetstream::Context,
-    events: &Events,
-    count: usize,
-    rate: Option<f64>,
-) -> Result<(), String> {
-    let body = events.body(FAST, 0);
-    let (begin, next) = (Instant::now(), AtomicUsize::new(0));
-    let lanes = (0..CONNECTIONS).map(|_| async {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= count {
-                return Ok(());
-            }
-            if let Some(rate) = rate {
-                sleep_until(begin + Duration::from_secs_f64(number as f64 / rate)).await;
-            }
-            // As long as an event, with the number at the front.
-            let payload = format!("{number:010}{}", &body[10..]);
-            let ack = jetstream
-                .publish(IN, payload.into())
-                .await
-                .map_err(|problem| problem.to_string())?;
-            ack.await.map_err(|problem| problem.to_string())?;
-        }
-    });
-    try_join_all(lanes).await.map(drop)
-}
-
-async fn spike(requests: &Arc<Requests>) -> Result<Sample, String> {
+async fn spike(requests: &Requests) -> Result<Sample, String> {
     let broker = rig::broker(Sync::Default).await;
     let served = rig::server("spike", Some(&broker)).await?;
-    let answered = rig::bounded("a run", load(&served, None).send(requests, false)).await??;
+    let requests = Arc::new(requests.clone());
+    let answered = rig::bounded("a run", load(&served, 16).send(&requests, false)).await??;
     Ok(Sample {
         rate: Some(answered.rate()),
+        answer_p50_us: Some(percentile(&answered.latencies_us, 0.5)),
+        answer_p99_us: Some(percentile(&answered.latencies_us, 0.99)),
         ..Sample::default()
     })
 }

@@ -39,6 +39,8 @@ pub(crate) struct Answered {
     pub(crate) latencies_us: Vec<u32>,
     /// How many requests were sent, the warm-up included.
     pub(crate) sent: usize,
+    /// The numbers of the requests and when each was begun, unless they were repeated.
+    pub(crate) begun: Vec<(usize, Instant)>,
 }
 
 impl Answered {
@@ -78,10 +80,11 @@ impl Load {
             .filter_map(|one| one.last)
             .max()
             .unwrap_or(from);
-        let mut latencies_us: Vec<u32> = answered
-            .into_iter()
-            .flat_map(|one| one.latencies_us)
-            .collect();
+        let (mut latencies_us, mut begun) = (Vec::new(), Vec::new());
+        for one in answered {
+            latencies_us.extend(one.latencies_us);
+            begun.extend(one.begun);
+        }
         latencies_us.sort_unstable();
         let sent =
             next.load(Ordering::Relaxed)
@@ -94,6 +97,7 @@ impl Load {
             took,
             latencies_us,
             sent,
+            begun,
         })
     }
 
@@ -128,6 +132,9 @@ impl Load {
             if due >= until {
                 return Ok(one);
             }
+            if !repeat {
+                one.begun.push((number, Instant::now()));
+            }
             stream.write_all(request).await.map_err(failed)?;
             let status = read_answer(&mut stream, &mut answer)
                 .await
@@ -152,6 +159,7 @@ impl Load {
 #[derive(Default)]
 struct OfConnection {
     latencies_us: Vec<u32>,
+    begun: Vec<(usize, Instant)>,
     last: Option<Instant>,
 }
 

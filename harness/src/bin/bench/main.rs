@@ -10,6 +10,7 @@
 
 mod end_to_end;
 mod growth;
+mod half_load;
 mod idle;
 mod ingress;
 mod instructions;
@@ -56,6 +57,9 @@ struct Arguments {
     /// --only].
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// A folder with the programs of an earlier build, for `end-to-end` to run in turns with these.
+    #[arg(long, value_name = "FOLDER")]
+    before: Option<PathBuf>,
     #[command(subcommand)]
     role: Option<Role>,
 }
@@ -238,7 +242,8 @@ async fn measure(arguments: &Arguments) -> ExitCode {
         "worker, SQLite": worker::applied("worker, SQLite", Sqlite, mode, &events);
         "replay, PostgreSQL": worker::replayed("replay, PostgreSQL", Postgres, mode, &events);
         "replay, SQLite": worker::replayed("replay, SQLite", Sqlite, mode, &events);
-        "end to end": end_to_end::signalled(mode, &events);
+        "HTTP to signal": half_load::signalled(mode, &events);
+        "end-to-end": end_to_end::signalled(mode, &events, arguments.before.as_deref());
         "scaling": scaling::scaled(mode, &events);
         "growth, PostgreSQL": growth::with_large_tables("growth, PostgreSQL", Postgres, mode, &events);
         "growth, SQLite": growth::with_large_tables("growth, SQLite", Sqlite, mode, &events);

@@ -14,8 +14,15 @@ pub(crate) struct Sample {
     pub(crate) rate: Option<f64>,
     pub(crate) p50_us: Option<f64>,
     pub(crate) p99_us: Option<f64>,
+    /// The time until the 200, where the other two are the time until the signal.
+    pub(crate) answer_p50_us: Option<f64>,
+    pub(crate) answer_p99_us: Option<f64>,
+    /// Signals that had not arrived when the last 200 did.
+    pub(crate) behind: Option<f64>,
     /// CPU seconds per 10,000 events.
     pub(crate) cpu_s: Option<f64>,
+    /// CPU seconds of ingress per 10,000 events, where the one above is ingress and worker.
+    pub(crate) ingress_cpu_s: Option<f64>,
     /// CPU seconds of the broker per 10,000 events.
     pub(crate) broker_cpu_s: Option<f64>,
     /// CPU seconds of PostgreSQL per 10,000 events. SQLite is part of the program.
@@ -28,14 +35,25 @@ pub(crate) struct Sample {
     pub(crate) instructions: Option<f64>,
 }
 
+impl Sample {
+    /// CPU seconds of all server programs per 10,000 events.
+    pub(crate) fn all_cpu_s(&self) -> Option<f64> {
+        Some(self.cpu_s? + self.broker_cpu_s? + self.database_cpu_s?)
+    }
+}
+
 /// A column of a sample.
 pub(crate) type Column = fn(&Sample) -> Option<f64>;
 
-const COLUMNS: [(&str, Column); 9] = [
+const COLUMNS: [(&str, Column); 13] = [
     ("events_per_s", |sample| sample.rate),
     ("p50_us", |sample| sample.p50_us),
     ("p99_us", |sample| sample.p99_us),
+    ("answer_p50_us", |sample| sample.answer_p50_us),
+    ("answer_p99_us", |sample| sample.answer_p99_us),
+    ("behind", |sample| sample.behind),
     ("cpu_s_per_10k", |sample| sample.cpu_s),
+    ("ingress_cpu_s_per_10k", |sample| sample.ingress_cpu_s),
     ("broker_cpu_s_per_10k", |sample| sample.broker_cpu_s),
     ("database_cpu_s_per_10k", |sample| sample.database_cpu_s),
     ("memory_mib", |sample| sample.memory_mib),

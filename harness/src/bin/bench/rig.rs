@@ -2,6 +2,7 @@
 //! of one run does not slow the next.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -106,13 +107,41 @@ fn address() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port::free()))
 }
 
+/// Which build of the programs is measured.
+#[derive(Clone, Copy)]
+pub(crate) enum Build<'a> {
+    /// The one of this bench.
+    Own,
+    /// The one in a folder.
+    In(&'a Path),
+}
+
+impl Build<'_> {
+    fn launch(self, name: &str) -> Launch {
+        match self {
+            Self::Own => Program::named(name),
+            Self::In(folder) => Program::at(folder.join(name)),
+        }
+    }
+}
+
 /// Starts `litestripe-ingress` and waits until it is ready.
 pub(crate) async fn ingress(
     broker: &nats::Server,
     settings: &[(&str, &str)],
 ) -> Result<Served, String> {
+    ingress_of(Build::Own, broker, settings).await
+}
+
+/// Like [`ingress`], of this build.
+pub(crate) async fn ingress_of(
+    build: Build<'_>,
+    broker: &nats::Server,
+    settings: &[(&str, &str)],
+) -> Result<Served, String> {
     let address = address();
-    let launch = Program::named("litestripe-ingress")
+    let launch = build
+        .launch("litestripe-ingress")
         .env("NATS_URL", broker.url())
         .env("STRIPE_WEBHOOK_UUID", HOOK)
         .env("STRIPE_WEBHOOK_SECRET", SECRET)
@@ -133,8 +162,19 @@ pub(crate) async fn worker(
     database: &str,
     settings: &[(&str, &str)],
 ) -> Result<Served, String> {
+    worker_of(Build::Own, broker, database, settings).await
+}
+
+/// Like [`worker`], of this build.
+pub(crate) async fn worker_of(
+    build: Build<'_>,
+    broker: &nats::Server,
+    database: &str,
+    settings: &[(&str, &str)],
+) -> Result<Served, String> {
     let address = address();
-    let launch = Program::named("litestripe-worker")
+    let launch = build
+        .launch("litestripe-worker")
         .env("NATS_URL", broker.url())
         .env("DATABASE_URL", database)
         .env("LITESTRIPE_AUTO_MIGRATE", "true")
