@@ -14,6 +14,8 @@ pub mod signal;
 pub mod subject;
 
 #[cfg(feature = "process")]
+pub mod atomic_batch;
+#[cfg(feature = "process")]
 pub mod connect;
 #[cfg(feature = "process")]
 pub mod exit;

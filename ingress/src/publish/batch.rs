@@ -17,14 +17,12 @@ use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use async_nats::header::{
-    HeaderValue, NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE,
-};
+use async_nats::Client;
 use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::publish::PublishAck;
-use async_nats::{Client, HeaderMap};
 use futures_util::future::OptionFuture;
+use litestripe_contract::atomic_batch::BatchId;
 use litestripe_contract::event::EventId;
 use litestripe_contract::exit;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -238,7 +236,7 @@ impl Batches {
 }
 
 struct Batch {
-    id: HeaderValue,
+    id: BatchId,
     sent: Vec<Member>,
     /// The newest member. It is not sent yet, because it may become the last one, which commits.
     held: Option<Member>,
@@ -250,11 +248,8 @@ struct Batch {
 
 impl Batch {
     fn new(client: &Client) -> Self {
-        // An inbox name is unique among all clients, so the batch id is too.
-        let inbox = client.new_inbox();
-        let id = inbox.rsplit('.').next().unwrap_or(&inbox).into();
         Self {
-            id,
+            id: BatchId::new(client),
             sent: Vec::new(),
             held: None,
             repeated: Vec::new(),
@@ -286,7 +281,8 @@ impl Batch {
         }
         self.bytes += member.delivery.bytes();
         if let Some(before) = self.held.replace(member) {
-            let headers = self.headers(&before, self.sent.len() + 1);
+            let mut headers = before.delivery.headers();
+            self.id.add(&mut headers, self.sent.len() + 1);
             let (subject, body) = (
                 before.delivery.subject(),
                 before.delivery.body.bytes().clone(),
@@ -302,11 +298,10 @@ impl Batch {
     async fn commit(mut self, jetstream: &jetstream::Context) -> Option<InFlightBatch> {
         let last = self.held.take()?;
         let count = self.sent.len() + 1;
-        let headers = if count == 1 {
-            last.delivery.headers()
-        } else {
-            with_commit(self.headers(&last, count))
-        };
+        let mut headers = last.delivery.headers();
+        if count > 1 {
+            self.id.add_last(&mut headers, count);
+        }
         let ack = send(jetstream, &last.delivery, headers).await;
         let id = self.id;
         let outcome = async move {
@@ -330,28 +325,13 @@ impl Batch {
         let members = self.sent.into_iter().chain(self.held).chain(self.repeated);
         members.for_each(|member| member.finish(Outcome::PublishSingly));
     }
-
-    fn headers(&self, member: &Member, sequence: usize) -> HeaderMap {
-        let mut headers = member.delivery.headers();
-        headers.insert(NATS_BATCH_ID, self.id.clone());
-        headers.insert(NATS_BATCH_SEQUENCE, HeaderValue::from(sequence));
-        headers
-    }
-}
-
-fn with_commit(mut headers: HeaderMap) -> HeaderMap {
-    headers.insert(NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL);
-    headers
 }
 
 /// Returns the outcome of a batch of `count` members from its PubAck.
-fn outcome_of_ack(ack: &PublishAck, id: &HeaderValue, count: usize) -> Outcome {
+fn outcome_of_ack(ack: &PublishAck, id: &BatchId, count: usize) -> Outcome {
     if count == 1 {
-        return Outcome::Known(Ok(stored(ack)));
-    }
-    let is_of_this_batch =
-        ack.batch_id.as_deref() == Some(id.as_str()) && ack.batch_size == Some(count as u64);
-    if is_of_this_batch {
+        Outcome::Known(Ok(stored(ack)))
+    } else if id.is_stored(ack, count) {
         Outcome::Known(Ok(Stored::New))
     } else {
         Outcome::PublishSingly
