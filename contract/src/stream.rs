@@ -56,7 +56,8 @@ pub fn events(settings: &EventsSettings) -> Config {
 }
 
 /// Returns the configuration of the stream of signals, beside an events stream of `events_bytes`.
-/// When it is full it drops the oldest.
+/// When it is full it drops the oldest. It accepts atomic batches, so that the signals of a round of
+/// the relay share one sync.
 pub fn signals(replicas: usize, settings: StreamSettings, events_bytes: i64) -> Config {
     let subjects = [
         subject::SUBSCRIPTION_CHANGED,
@@ -64,14 +65,17 @@ pub fn signals(replicas: usize, settings: StreamSettings, events_bytes: i64) -> 
         subject::ORPHAN_RESOLVED,
     ];
     let subjects = subjects.map(String::from).to_vec();
-    stream(
-        subject::SIGNALS_STREAM,
-        subjects,
-        DiscardPolicy::Old,
-        replicas,
-        settings.max_age,
-        settings.max_bytes.unwrap_or(signals_bytes(events_bytes)),
-    )
+    Config {
+        allow_atomic_publish: true,
+        ..stream(
+            subject::SIGNALS_STREAM,
+            subjects,
+            DiscardPolicy::Old,
+            replicas,
+            settings.max_age,
+            settings.max_bytes.unwrap_or(signals_bytes(events_bytes)),
+        )
+    }
 }
 
 /// Returns the configuration of the stream of dead letters, beside an events stream of

@@ -21,6 +21,7 @@ use crate::error::{Disposition, StoreError};
 use crate::fail_point::fail_point;
 use crate::installation::Installation;
 use crate::metrics;
+use crate::relay::SignalCosts;
 use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
@@ -76,6 +77,8 @@ pub struct Applier {
     pub questions: Arc<Notify>,
     pub waiting: Arc<Waiting>,
     pub refusals: Arc<Refusals>,
+    /// What sending a signal costs now.
+    pub signal_costs: Arc<SignalCosts>,
 }
 
 /// Applies a batch: commit, then ack, then wake the relay.

@@ -1,28 +1,24 @@
 //! The relay: the only publisher of signals.
 //!
-//! Owns their order: a signal is sent only when the previous one of the same subscription (or
-//! orphan) has its PubAck. Only one relay at a time works on a shard of the outbox, so the order
-//! holds over all workers. Any worker sends the signals that a crashed one left.
+//! Owns which signals are sent when: only one relay at a time works on a shard of the outbox, so
+//! their order, which `send` keeps, holds over all workers. Any worker sends the signals that a
+//! crashed one left.
 
-use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::HeaderMap;
-use async_nats::header::HeaderName;
 use async_nats::jetstream;
-use async_nats::jetstream::context::{PublishError, PublishErrorKind};
-use futures_util::{FutureExt as _, StreamExt as _};
-use litestripe_contract::header::{self, ce};
+use async_nats::jetstream::context::PublishError;
+use futures_util::FutureExt as _;
 use litestripe_contract::settings::NatsSettings;
-use litestripe_contract::{connect, exit, signal::Timestamp};
+use litestripe_contract::{connect, exit};
 use litestripe_entity::signal_outbox::Model;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error};
+use tracing::debug;
 
 use crate::error::StoreError;
 use crate::fail_point::fail_point;
@@ -30,6 +26,12 @@ use crate::metrics;
 use crate::store::Transaction;
 use crate::store::{self, Store, detached};
 use crate::wait::{Awaited, Wait};
+
+mod cost;
+mod send;
+
+pub use cost::SignalCosts;
+use send::Sender;
 
 /// How often the relay checks the outbox without being woken up: the signals of a crashed worker
 /// wait this long.
@@ -61,17 +63,6 @@ const ROUND_MAX: Duration = Duration::from_secs(30);
 /// Signals read at a time.
 const TAKE_MAX: u64 = 1000;
 
-/// How long a subscription with a signal that is too large is skipped before the relay tries it
-/// again: the signal may be gone.
-const SKIP_FOR: Duration = Duration::from_secs(60);
-
-/// Subscriptions that are skipped, at most. With more of them, other subscriptions may have to
-/// wait.
-const SKIPPED_MAX: usize = 10_000;
-
-/// Subscriptions with a signal in flight, at a time.
-const CHAINS_IN_FLIGHT: usize = 256;
-
 #[derive(Debug, thiserror::Error)]
 enum RelayError {
     #[error(transparent)]
@@ -93,20 +84,7 @@ pub struct Relay {
     jetstream: jetstream::Context,
     nats: NatsSettings,
     wake: Arc<Notify>,
-    blocked: Mutex<Blocked>,
-}
-
-/// Subscriptions and orphans with a next signal that is larger than the server accepts. They wait
-/// until it does and are skipped meanwhile: if the relay read them every time, enough of them would
-/// hold up all others.
-#[derive(Default)]
-struct Blocked {
-    /// The server's limit when they were found.
-    max_payload: usize,
-    /// When the relay began to skip each of them.
-    since: HashMap<String, Instant>,
-    /// The outbox ids of the signals that were logged.
-    logged: HashSet<i64>,
+    sender: Sender,
 }
 
 /// The result of one round.
@@ -130,13 +108,15 @@ impl Relay {
         jetstream: jetstream::Context,
         nats: NatsSettings,
         wake: Arc<Notify>,
+        costs: Arc<SignalCosts>,
     ) -> Self {
+        let sender = Sender::new(jetstream.clone(), costs);
         Self {
             store,
             jetstream,
             nats,
             wake,
-            blocked: Mutex::default(),
+            sender,
         }
     }
 
@@ -172,7 +152,7 @@ impl Relay {
                 }
                 Err(error) => wait.failed(error),
             };
-            let is_blocked = !relay.blocked().since.is_empty();
+            let is_blocked = relay.sender.is_skipping();
             metrics::waiting_for_signals(wait.is_waiting() || is_blocked);
             if is_blocked && checked_at.elapsed() >= connect::MAX_PAYLOAD_CHECK_INTERVAL {
                 checked_at = Instant::now();
@@ -250,7 +230,7 @@ impl Relay {
             Round::Idle
         };
         let low_water = self.store.low_water();
-        let skipped = self.refresh_skipped();
+        let skipped = self.sender.refresh_skipped();
         let rows = store::outbox::oldest(&tx, low_water, &shards, &skipped, TAKE_MAX).await?;
         if rows.is_empty() {
             tx.rollback()
@@ -292,7 +272,7 @@ impl Relay {
             db,
             self.store.low_water(),
             &store::outbox::all_shards(),
-            &self.refresh_skipped(),
+            &self.sender.refresh_skipped(),
             TAKE_MAX,
         )
         .await?;
@@ -305,130 +285,22 @@ impl Relay {
         round
     }
 
+    /// Publishes `rows`. Returns the ids of those that were sent.
+    async fn send(&self, rows: Vec<Model>) -> (Vec<i64>, Result<Round, RelayError>) {
+        let full = rows.len() as u64 == TAKE_MAX;
+        self.sender.ask().await;
+        let sent = self.sender.send(rows, Instant::now() + HOLD_MAX).await;
+        let round = match sent.failure {
+            Some(error) => Err(RelayError::Publish(error)),
+            None if full && (!sent.ids.is_empty() || sent.has_blocked) => Ok(Round::More),
+            None => Ok(Round::Idle),
+        };
+        (sent.ids, round)
+    }
+
     /// Drops a pending wake-up. The signals that it was for are committed: this round reads them,
     /// or they are in the shards of another relay, and then this one checks again anyway.
     fn clear_wakes(&self) {
         let _ = self.wake.notified().now_or_never();
     }
-
-    /// Publishes `rows`: those of one subscription one after another, many subscriptions at a time.
-    /// Returns the ids of those that were sent.
-    async fn send(&self, rows: Vec<Model>) -> (Vec<i64>, Result<Round, RelayError>) {
-        let full = rows.len() as u64 == TAKE_MAX;
-        let deadline = Instant::now() + HOLD_MAX;
-        let blocked_before = self.blocked().since.len();
-        let sending =
-            futures_util::stream::iter(chains(rows)).map(|chain| self.send_chain(chain, deadline));
-        let (sent, failures): (Vec<_>, Vec<_>) =
-            sending.buffer_unordered(CHAINS_IN_FLIGHT).unzip().await;
-        let ids = sent.concat();
-        metrics::signals_sent(ids.len());
-        let round = match failures.into_iter().find_map(Result::err) {
-            Some(error) => Err(RelayError::Publish(error)),
-            None if full && (!ids.is_empty() || self.blocked().since.len() > blocked_before) => {
-                Ok(Round::More)
-            }
-            None => Ok(Round::Idle),
-        };
-        (ids, round)
-    }
-
-    /// Publishes the signals of one subscription, up to the first that fails. Returns the ids of
-    /// those before it.
-    async fn send_chain(
-        &self,
-        chain: Vec<Model>,
-        deadline: Instant,
-    ) -> (Vec<i64>, Result<(), PublishError>) {
-        let mut sent = Vec::with_capacity(chain.len());
-        for row in chain {
-            let (id, entity_id) = (row.id, row.entity_id.clone());
-            match tokio::time::timeout_at(deadline, self.publish(row)).await {
-                Ok(Ok(())) => sent.push(id),
-                Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
-                    self.block(entity_id, id);
-                    break;
-                }
-                Ok(Err(error)) => return (sent, Err(error)),
-                Err(_) => break,
-            }
-        }
-        (sent, Ok(()))
-    }
-
-    /// Skips the subscription, with all signals behind this one. Logs each signal once.
-    fn block(&self, entity_id: String, id: i64) {
-        let mut blocked = self.blocked();
-        if blocked.since.len() >= SKIPPED_MAX {
-            return;
-        }
-        blocked.since.insert(entity_id, Instant::now());
-        if blocked.logged.insert(id) {
-            error!(
-                outbox_id = id,
-                "signal {id} is larger than the NATS server's max_payload: raise it, the signal waits"
-            );
-        }
-    }
-
-    /// Returns the subscriptions and orphans to skip now. Drops those that were skipped for
-    /// [`SKIP_FOR`], and all when the server's limit has changed.
-    fn refresh_skipped(&self) -> Vec<String> {
-        let mut blocked = self.blocked();
-        let max_payload = self.jetstream.client().max_payload();
-        if blocked.max_payload != max_payload {
-            *blocked = Blocked {
-                max_payload,
-                ..Blocked::default()
-            };
-        }
-        blocked.since.retain(|_, since| since.elapsed() < SKIP_FOR);
-        blocked.since.keys().cloned().collect()
-    }
-
-    fn blocked(&self) -> MutexGuard<'_, Blocked> {
-        self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn publish(&self, row: Model) -> Result<(), PublishError> {
-        let headers = headers(&row);
-        let ack = self
-            .jetstream
-            .publish_with_headers(row.subject, headers, row.body.into())
-            .await?;
-        ack.await.map(|_| ())
-    }
-}
-
-/// Groups the rows by subscription or orphan, each group in its order.
-fn chains(rows: Vec<Model>) -> Vec<Vec<Model>> {
-    let mut places: HashMap<String, usize> = HashMap::new();
-    let mut chains: Vec<Vec<Model>> = Vec::new();
-    for row in rows {
-        let place = *places.entry(row.entity_id.clone()).or_insert_with(|| {
-            chains.push(Vec::new());
-            chains.len() - 1
-        });
-        chains[place].push(row);
-    }
-    chains
-}
-
-fn headers(row: &Model) -> HeaderMap {
-    let mut headers = HeaderMap::new();
-    let mut insert = |name, value: &str| headers.insert(HeaderName::from_static(name), value);
-    insert(header::MESSAGE_ID, &row.message_id);
-    insert(ce::SPECVERSION, "1.0");
-    insert(ce::ID, &row.message_id);
-    insert(ce::SOURCE, ce::SOURCE_VALUE);
-    insert(ce::TYPE, &format!("{}{}", ce::TYPE_PREFIX, row.subject));
-    insert(ce::SUBJECT, &row.entity_id);
-    insert(ce::DATACONTENTTYPE, "application/json");
-    if let Ok(created) = Timestamp::from_unix(row.event_created) {
-        insert(ce::TIME, &created.to_string());
-    }
-    if let Some(traceparent) = &row.traceparent {
-        insert(header::TRACEPARENT, traceparent);
-    }
-    headers
 }

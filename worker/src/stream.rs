@@ -11,3 +11,5 @@ pub(crate) mod position;
 pub mod progress;
 mod pull;
 pub(crate) mod scan;
+
+pub(crate) use origin::connection;

@@ -25,4 +25,5 @@ mod load;
 mod overload;
 mod random;
 mod rig;
+mod signals;
 mod tampering;

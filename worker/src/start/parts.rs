@@ -16,7 +16,7 @@ use crate::erasure::Erasures;
 use crate::erasure::copy::{self, CopyError};
 use crate::error::StoreError;
 use crate::installation::{Installation, InstallationError, Membership};
-use crate::relay::Relay;
+use crate::relay::{Relay, SignalCosts};
 use crate::settings::{LookupSettings, Settings};
 use crate::store::Store;
 use crate::stream::dead_letter::DeadLetters;
@@ -52,6 +52,7 @@ pub(crate) struct Parts {
     pub(crate) erasures: Erasures,
     /// The installation that this process has joined. A command that acks nothing joins none.
     pub(crate) installation: Option<Installation>,
+    pub(crate) signal_costs: Arc<SignalCosts>,
 }
 
 impl Parts {
@@ -88,6 +89,7 @@ impl Parts {
             jetstream,
             erasures,
             installation,
+            signal_costs: Arc::default(),
         })
     }
 
@@ -109,6 +111,7 @@ impl Parts {
             questions: Arc::new(Notify::new()),
             waiting: Arc::default(),
             refusals: Arc::default(),
+            signal_costs: Arc::clone(&self.signal_costs),
         }
     }
 
@@ -119,6 +122,7 @@ impl Parts {
             self.jetstream.clone(),
             settings.nats.clone(),
             Arc::clone(wake),
+            Arc::clone(&self.signal_costs),
         )
     }
 

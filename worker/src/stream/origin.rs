@@ -111,6 +111,6 @@ impl Origin {
 }
 
 /// Returns the number of connections that the client has made so far.
-pub(super) fn connection(client: &async_nats::Client) -> u64 {
+pub(crate) fn connection(client: &async_nats::Client) -> u64 {
     client.statistics().connects.load(Ordering::Relaxed)
 }
