@@ -19,7 +19,7 @@ const THREADS_MAX: usize = 4;
 
 /// Connections that a thread gets before the next thread gets any. A few connections are served
 /// fastest on one thread, the one of the connection to NATS.
-const CONNECTIONS_TOGETHER: usize = 8;
+const CONNECTIONS_TOGETHER: usize = 32;
 
 /// The threads, which end when this is dropped.
 pub(super) struct Threads {

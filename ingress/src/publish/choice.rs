@@ -11,16 +11,16 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Events that are measured in one turn of a trial.
-const TURN_EVENTS: u32 = 128;
+const TURN_EVENTS: u32 = 64;
 
-/// Pairs of turns in a trial, each of one single and one grouped turn. The majority of the pairs
-/// decides, so that one turn in which the disk stalled does not.
-const PAIRS: u32 = 3;
+/// How many pairs of turns, each of one single and one grouped turn, have to agree: two of up to
+/// three, so that one turn in which the disk stalled does not decide.
+const PAIRS_AGREEING: u32 = 2;
 
 /// How long a turn may take. A longer one met a lull, and the load after a lull is a different one.
 const TURN_MAX: Duration = Duration::from_secs(10);
 
-/// How long a choice holds until the next trial. A trial takes about 0.2 s under load.
+/// How long a choice holds until the next trial. A trial takes about 0.1 s under load.
 const HOLD: Duration = Duration::from_secs(30);
 
 /// Events in flight at which a trial begins.
@@ -126,12 +126,8 @@ impl Choice {
             return;
         }
         trial.end_turn(in_flight);
-        if trial.turns_over == 2 * PAIRS {
-            self.chosen = if trial.won > PAIRS / 2 {
-                Mode::Grouped
-            } else {
-                Mode::Single
-            };
+        if let Some(chosen) = trial.outcome() {
+            self.chosen = chosen;
             self.phase = Phase::Holding { until: now + HOLD };
         }
         self.next_turn(now);
@@ -172,10 +168,21 @@ impl Trial {
         self.skip = in_flight;
         self.turns_over += 1;
         if self.mode() == Mode::Single {
-            // A pair is complete. Grouping costs the broker more work per event, so it wins only if
-            // it takes less than 90 % of the time.
-            self.won += u32::from(self.grouped * 10 < self.single * 9);
+            // A pair is complete. If the broker syncs, grouping leaves more of its disk and CPU to
+            // the others, so it wins even if it takes a quarter longer. If the broker does not, it
+            // takes several times as long.
+            self.won += u32::from(self.grouped * 4 < self.single * 5);
             (self.single, self.grouped) = (Duration::ZERO, Duration::ZERO);
+        }
+    }
+
+    /// Returns the faster mode, once enough pairs of turns agree.
+    fn outcome(&self) -> Option<Mode> {
+        let lost = self.turns_over / 2 - self.won;
+        match (self.won, lost) {
+            (PAIRS_AGREEING.., _) => Some(Mode::Grouped),
+            (_, PAIRS_AGREEING..) => Some(Mode::Single),
+            _ => None,
         }
     }
 
