@@ -26,6 +26,9 @@ use crate::rig::{DEADLINE, Rig};
 /// The broker stores repeated deliveries of one event within this time only once.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(300);
 
+/// The header of a stored message that was a member of an atomic batch.
+pub(crate) const BATCH_ID: &str = "Nats-Batch-Id";
+
 /// The figures of a check.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Found {
@@ -36,6 +39,8 @@ pub(crate) struct Found {
     pub(crate) signals: usize,
     /// Signals whose `Nats-Msg-Id` occurred before.
     pub(crate) repeated_signals: usize,
+    /// Signals that were stored in an atomic batch.
+    pub(crate) signals_in_batches: usize,
     pub(crate) dead_letters: usize,
 }
 
@@ -245,6 +250,7 @@ fn check_signals(signals: &[Signal], rows: &[stripe_subscription::Model]) -> Fou
         }
         first.insert(message_id, signal);
         found.signals += 1;
+        found.signals_in_batches += usize::from(signal.headers.contains_key(BATCH_ID));
         let Some(id) = changed(signal) else { continue };
         let (revision, previous) = (&signal.body["revision"], &signal.body["previous_revision"]);
         let before = last

@@ -14,13 +14,11 @@ use litestripe_contract::subject::{SIGNALS_STREAM, SUBSCRIPTION_CHANGED};
 use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::nats;
 
+use crate::check::BATCH_ID;
 use crate::rig::{DEADLINE, Rig};
 
 /// Signals that wait in the outbox before the worker starts, of a third as many subscriptions.
 const SIGNALS: usize = 300;
-
-/// The header of a stored message that was a member of a batch.
-const BATCH_ID: &str = "Nats-Batch-Id";
 
 /// Starts everything, and stops the worker again. Then signals wait in the outbox.
 async fn prepare(database: DatabaseKind, broker: nats::Options) -> Rig {

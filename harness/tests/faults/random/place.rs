@@ -17,6 +17,9 @@ use tempfile::NamedTempFile;
 use crate::check::{self, Stream};
 use crate::rig::{DEADLINE, Rig, Settings};
 
+/// The broker syncs each message before its PubAck, as deploy/nats.conf has it.
+const SYNCED: &str = "sync_interval: always";
+
 /// The storage of the broker, and the part of it that is promised to the events.
 const STORAGE: &str = "max_file_store: 192MB";
 const EVENTS: &str = "64MiB";
@@ -49,6 +52,7 @@ impl Place {
     pub(super) async fn start(
         kind: DatabaseKind,
         seed: u64,
+        is_synced: bool,
         workers: usize,
         settings: Settings<'_>,
     ) -> Self {
@@ -59,7 +63,7 @@ impl Place {
         };
         let password = 0;
         let broker = nats::Options {
-            jetstream: STORAGE.to_owned(),
+            jetstream: format!("{STORAGE}\n{}", if is_synced { SYNCED } else { "" }),
             config: format!(
                 "accounts {{ BRIDGE {{ jetstream: enabled, users: [ \
                  {{ user: test, password: test }}, {{ user: bridge, {} }} ] }} }}",
