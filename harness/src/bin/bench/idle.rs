@@ -11,7 +11,11 @@ use crate::rig::{self, Sync};
 
 pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
     let mut measured = Measurement::new("idle", "CPU (of one core) and memory with nothing to do");
-    let broker = rig::broker(Sync::Default).await;
+    // Each database has a broker of its own: a broker belongs to one.
+    let (broker, other) = (
+        rig::broker(Sync::Default).await,
+        rig::broker(Sync::Default).await,
+    );
     let mut postgres = Database::prepare(DatabaseKind::Postgres);
     postgres.resume().await;
     let sqlite = Database::prepare(DatabaseKind::Sqlite);
@@ -23,7 +27,7 @@ pub(crate) async fn idle(mode: Mode) -> Result<Measurement, String> {
         ),
         (
             "worker, SQLite",
-            rig::worker(&broker, &sqlite.url(), &[]).await?,
+            rig::worker(&other, &sqlite.url(), &[]).await?,
         ),
     ];
     // Until the work at the start is over.

@@ -88,17 +88,16 @@ impl Served {
                 .await
                 .is_ok_and(|(status, _)| status == 200)
             {
-                assert!(
-                    self.program.is_running(),
-                    "a program ended:\n{}",
-                    self.program.log()
-                );
+                if !self.program.is_running() {
+                    return Err(format!("a program ended:\n{}", self.program.log()));
+                }
                 sleep(Duration::from_millis(10)).await;
             }
+            Ok(())
         };
         timeout(DEADLINE, ready)
             .await
-            .map_err(|_| format!("not ready:\n{}", self.program.log()))?;
+            .map_err(|_| format!("not ready:\n{}", self.program.log()))??;
         Ok(self)
     }
 }
