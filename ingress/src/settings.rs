@@ -40,7 +40,7 @@ litestripe_contract::settings! {
     BODY_LIMIT = "LITESTRIPE_BODY_LIMIT", Some("1MiB"),
         "largest body accepted, 1KiB to 32MiB; lowered to the NATS server's max_payload less 16KiB when that is smaller";
     GROUP_COMMIT = "LITESTRIPE_GROUP_COMMIT", Some("auto"),
-        "whether events that arrive together are stored in one batch: on, off, or auto, which tries both under load and keeps the faster; needs NATS 2.12 and a stream with allow_atomic, which a new stream has";
+        "whether events that arrive together are stored in one batch: on, off, or auto, which tries both under load and groups unless that is clearly slower; needs NATS 2.12 and a stream with allow_atomic, which a new stream has";
 }
 
 /// All settings of ingress.

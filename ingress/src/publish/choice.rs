@@ -4,7 +4,9 @@
 //! makes its members share one sync. A broker that does not sync is faster with many single
 //! messages in flight. The broker does not say which of the two it is, and disks and networks
 //! differ. So a trial measures both modes in turns under the same load, and the faster one is used
-//! for a while. Pure: time is an argument.
+//! for a while; grouping also if it is a little slower. Where only a few events are in flight, none
+//! is grouped: a batch costs the broker as much as syncing some ten single messages. Pure: time is
+//! an argument.
 
 use std::time::Duration;
 
@@ -24,7 +26,13 @@ const TURN_MAX: Duration = Duration::from_secs(10);
 const HOLD: Duration = Duration::from_secs(30);
 
 /// Events in flight at which a trial begins.
-const LOAD: usize = 4;
+const LOAD: usize = 8;
+
+/// How many others an event finds in flight on average, at least, where events are grouped.
+const LOAD_GROUPED: usize = 4;
+
+/// Over about how many events that average is taken: just after a batch only few are in flight.
+const AVERAGED: usize = 32;
 
 /// Events in flight below which an event is not measured in a trial: at such a low load the modes
 /// do not differ.
@@ -56,6 +64,8 @@ pub(super) struct Choice {
     /// is not measured in a later one.
     turn: u32,
     turn_since: Instant,
+    /// The average number of others in flight, times [`AVERAGED`].
+    others: usize,
 }
 
 #[derive(Debug)]
@@ -85,12 +95,14 @@ impl Choice {
             phase: Phase::Holding { until: now },
             turn: 0,
             turn_since: now,
+            others: 0,
         }
     }
 
     /// Returns the mode of an event that finds `in_flight` others, and the turn in which it is
     /// measured. Begins a trial when one is due.
     pub(super) fn assign_mode(&mut self, in_flight: usize, now: Instant) -> (Mode, Turn) {
+        self.others = self.others - self.others / AVERAGED + in_flight;
         let begins = match &self.phase {
             Phase::Holding { until } => now >= *until && in_flight >= LOAD,
             Phase::Trying(_) => {
@@ -106,6 +118,7 @@ impl Choice {
         }
         match &self.phase {
             Phase::Trying(trial) if in_flight >= LOAD_MIN => (trial.mode(), Turn(Some(self.turn))),
+            _ if self.others < LOAD_GROUPED * AVERAGED => (Mode::Single, Turn::NONE),
             Phase::Trying(_) | Phase::Holding { .. } => (self.chosen, Turn::NONE),
         }
     }

@@ -75,8 +75,8 @@ fn a_lull_restarts_the_trial() {
     let now = Instant::now();
     let mut choice = Choice::new(now);
     let before = choice.assign_mode(60, now);
-    assert_eq!(choice.assign_mode(4, now + TURN_MAX), before);
-    let after = choice.assign_mode(4, now + TURN_MAX * 2);
+    assert_eq!(choice.assign_mode(8, now + TURN_MAX), before);
+    let after = choice.assign_mode(8, now + TURN_MAX * 2);
     assert_ne!(after, before);
     assert_eq!(
         trial(&mut choice, now + TURN_MAX * 2, took(2, 1)),
@@ -103,7 +103,7 @@ fn the_next_trial_begins_when_the_choice_expires() {
 fn low_load_starts_no_trial_and_is_not_measured() {
     let now = Instant::now();
     let mut choice = Choice::new(now);
-    for in_flight in [0, 1, 3, 0] {
+    for in_flight in [0, 1, 7, 0] {
         let (mode, turn) = choice.assign_mode(in_flight, now);
         assert_eq!(mode, Mode::Single);
         choice.record_ack(turn, Duration::from_secs(1), in_flight, now);
@@ -116,6 +116,22 @@ fn low_load_starts_no_trial_and_is_not_measured() {
         choice.record_ack(turn, Duration::from_secs(1), 0, now);
     }
     assert_eq!(trial(&mut choice, now, took(3, 1)), Mode::Grouped);
+}
+
+#[test]
+fn events_of_a_few_connections_are_not_grouped() {
+    let now = Instant::now();
+    let mut choice = Choice::new(now);
+    assert_eq!(trial(&mut choice, now, took(18, 4)), Mode::Grouped);
+    let modes = |choice: &mut Choice, connections: usize| {
+        (0..320)
+            .map(|number| choice.assign_mode(number % connections, now).0)
+            .last()
+    };
+    assert_eq!(modes(&mut choice, 4), Some(Mode::Single));
+    // Just after a batch the first events find few others, and are grouped nevertheless.
+    assert_eq!(modes(&mut choice, 16), Some(Mode::Grouped));
+    assert_eq!(choice.assign_mode(1, now).0, Mode::Grouped);
 }
 
 #[test]
