@@ -1,9 +1,8 @@
 //! Batches of live events in flight.
 //!
 //! Owns which batches are applied at the same time; `gather` decides when a small one waits for more
-//! messages.
-//! `apply` decides what is done with one batch, and `recover::replay` when a replay's batches
-//! start.
+//! messages. `apply` decides what is done with one batch, and `recover::replay` when a replay's
+//! batches start.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -47,7 +47,7 @@ use crate::report::Measurement;
 #[derive(Parser)]
 #[command(name = "bench", version)]
 struct Arguments {
-    /// Run for about two minutes, for a first impression.
+    /// Run for about three minutes, for a first impression.
     #[arg(long)]
     quick: bool,
     /// Run only the measurements with this text in their name.
