@@ -37,6 +37,8 @@ pub struct Options {
     pub jetstream: String,
     /// User and password of the test's own connections ([`Server::connect`]).
     pub user: Option<(String, String)>,
+    /// Whether it is of the oldest version that Litestripe supports.
+    pub is_oldest: bool,
 }
 
 /// A nats-server and its store. Dropping it kills the server and removes its temporary folder.
@@ -48,6 +50,7 @@ pub struct Server {
     folder: PathBuf,
     log: Option<PathBuf>,
     user: Option<(String, String)>,
+    is_oldest: bool,
     _own_folder: Option<TempDir>,
 }
 
@@ -109,6 +112,7 @@ impl Server {
             folder,
             log: options.log,
             user: options.user,
+            is_oldest: options.is_oldest,
             _own_folder: own_folder,
         })
     }
@@ -178,6 +182,15 @@ impl Server {
         self.resume().await;
     }
 
+    /// Replaces a server of the oldest version by today's, with the same store.
+    ///
+    /// # Panics
+    /// When it does not start; the message contains its log.
+    pub async fn upgrade(&mut self) {
+        self.is_oldest = false;
+        self.restart().await;
+    }
+
     /// Starts it with its port and store, for the first time or again. Does nothing if it runs.
     ///
     /// # Panics
@@ -196,7 +209,12 @@ impl Server {
         if self.process.as_ref().is_some_and(Process::is_running) {
             return Ok(());
         }
-        let mut command = process::command(tools::nats_server()?, Signal::Kill);
+        let program = if self.is_oldest {
+            tools::oldest_nats_server()?
+        } else {
+            tools::nats_server()?
+        };
+        let mut command = process::command(program, Signal::Kill);
         command.arg("-c").arg(self.folder.join("nats.conf"));
         let process = Process::spawn("nats-server", command, self.log.as_deref())?;
         let end = Instant::now() + START_DEADLINE;

@@ -18,6 +18,15 @@ pub fn nats_server() -> io::Result<&'static Path> {
     locate(&FOUND, "nats", "LITESTRIPE_NATS_SERVER")
 }
 
+/// The nats-server program of the oldest version that Litestripe supports.
+///
+/// # Errors
+/// When it is missing and `scripts/tools` cannot install it; the script's output is on stderr.
+pub fn oldest_nats_server() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    locate(&FOUND, "oldest-nats", "LITESTRIPE_OLDEST_NATS_SERVER")
+}
+
 /// The folder with PostgreSQL's `initdb` and `postgres`.
 ///
 /// # Errors

@@ -21,6 +21,7 @@ mod installation;
 mod least_privilege;
 mod localstripe;
 mod locks;
+mod oldest_nats;
 mod operators;
 mod orphans;
 mod outages;
