@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 /// A failure while the program ran.
@@ -28,6 +29,12 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// Prints the reason on stderr and returns the exit code.
 pub fn fail(code: u8, why: impl std::fmt::Display) -> ExitCode {
-    eprintln!("error: {why}");
+    print_error_line(format_args!("error: {why}"));
     ExitCode::from(code)
+}
+
+/// Prints a line on stderr. Ignores that its reader is gone, which is no reason to end otherwise
+/// than planned: `eprintln!` would panic.
+pub fn print_error_line(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

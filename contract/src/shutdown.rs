@@ -19,10 +19,11 @@ pub fn token() -> std::io::Result<CancellationToken> {
                 _ = interrupt.recv() => "SIGINT",
             };
             if first {
+                // First, because nothing that follows may keep the program from stopping.
+                cancelled.cancel();
                 tracing::info!(
                     "{name}: finishing what is in flight; a second signal exits at once"
                 );
-                cancelled.cancel();
             }
         }
         #[expect(clippy::disallowed_methods, reason = "the operator asked twice")]

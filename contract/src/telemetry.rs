@@ -21,6 +21,9 @@ pub fn init(settings: &LogSettings) {
     });
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would report a line that cannot be written with `eprintln!`, which panics if the reader
+        // of stderr is gone. Then there is nowhere to log to, and the program works on.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     if settings.json {
         lines.json().flatten_event(true).init();

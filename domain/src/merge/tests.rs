@@ -1,4 +1,8 @@
 //! The law of the merge, over simulated histories of events, and single cases.
+#![expect(
+    clippy::disallowed_macros,
+    reason = "a test that enumerates reports how much, and its seed"
+)]
 
 mod cases;
 mod erased;

@@ -138,6 +138,17 @@ impl Launch {
         self
     }
 
+    /// Gives it a stderr without a reader, as a log collector leaves it that has ended: each write
+    /// fails.
+    #[must_use]
+    pub fn unread_stderr(mut self) -> Self {
+        const SCRIPT: &str = r#"mkfifo log; exec 3<>log 2>log 3<&-; rm log; exec "$0" "$@""#;
+        let program = std::mem::replace(&mut self.path, "/bin/sh".into());
+        let shell = ["-c".into(), SCRIPT.into(), program.into()];
+        self.arguments.splice(0..0, shell);
+        self
+    }
+
     /// Starts it. Does not notice if the program ends at once; waiting for it does.
     ///
     /// # Panics

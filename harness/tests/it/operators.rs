@@ -9,14 +9,17 @@ use std::time::Duration;
 
 use litestripe_harness::bridge::{Bridge, Database, DatabaseKind, Options};
 use litestripe_harness::program::{Finished, Launch};
+use litestripe_harness::stripe::Purchase;
 use litestripe_harness::stripe::api::{API_KEY, Api};
-use litestripe_harness::{eventually, nats, stripe};
+use litestripe_harness::{eventually, nats, port, stripe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 
 use schema::columns;
+
+use crate::orphans::CREATED;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -41,6 +44,29 @@ async fn clients_that_send_nothing_do_not_block_the_workers_pages() {
     let mut byte = [0];
     let read = silent[0].read(&mut byte).await;
     assert_eq!(read.ok(), Some(0), "the worker closed it");
+}
+
+#[tokio::test]
+async fn worker_whose_log_nobody_reads_works_and_stops() {
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
+    let address = format!("127.0.0.1:{}", port::free());
+    let launch = bridge.worker().env("LITESTRIPE_WORKER_LISTEN", &address);
+    let worker = launch.unread_stderr().start();
+    let purchase = Purchase::new(OffsetDateTime::now_utc().unix_timestamp());
+    let event = purchase.subscription_event(CREATED, purchase.created, json!({}));
+    bridge.deliver(&event).await;
+    bridge.wait_until_applied().await;
+    assert_eq!(worker.stop().await.code(), Some(0));
+
+    for (arguments, code) in [
+        (&["status", "--litestripe-batch", "x"][..], 2),
+        (&["orphans", "show", "sub_unknown"], 1),
+        (&["replay"], 0),
+    ] {
+        let command = bridge.worker().args(arguments).env("RUST_LOG", "info");
+        let finished = run(command.unread_stderr()).await;
+        assert_eq!(finished.status.code(), Some(code), "{arguments:?}");
+    }
 }
 
 #[tokio::test]
@@ -174,7 +200,7 @@ async fn worker_on_an_old_schema_exits_and_says_what_to_do() {
     let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.database.resume().await;
-    let port = format!("127.0.0.1:{}", litestripe_harness::port::free());
+    let port = format!("127.0.0.1:{}", port::free());
     let worker = || bridge.worker().env("LITESTRIPE_WORKER_LISTEN", &port);
     // Off by setting, and off by default on PostgreSQL.
     for auto_migrate in ["false", ""] {

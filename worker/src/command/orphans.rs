@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use litestripe_contract::connect;
 use litestripe_contract::signal::Timestamp;
+use litestripe_contract::{connect, exit};
 use litestripe_domain::event::CLIENT_REFERENCE_ID_BYTES_MAX;
 use litestripe_domain::payment::ClientReferenceId;
 use litestripe_entity::orphaned_payment::Model;
@@ -87,7 +87,7 @@ async fn list(store: &Store, all: bool, output: Output) -> Result<(), Failure> {
     let mut orphans = store::orphan::list(store.connection(), !all, LIST_MAX as u64 + 1).await?;
     if orphans.len() > LIST_MAX {
         orphans.truncate(LIST_MAX);
-        eprintln!("only the newest {LIST_MAX} are listed");
+        exit::print_error_line(format_args!("only the newest {LIST_MAX} are listed"));
     }
     let orphans: Vec<Value> = orphans.iter().map(as_json).collect();
     output.print(&orphans, || {

@@ -6,6 +6,7 @@ use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use litestripe_contract::exit;
 
 /// How often a line is printed if stderr is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -79,21 +80,20 @@ impl Progress {
         self.bar.finish_and_clear();
     }
 
-    #[expect(
-        clippy::print_stderr,
-        reason = "progress is for the operator at the terminal, like a log line"
-    )]
     fn print_line(&self) {
         let (done, rate) = (self.bar.position(), self.bar.per_sec());
         let (what, unit) = (self.what, self.unit);
         match self.bar.length() {
-            Some(total) => eprintln!(
+            Some(total) => exit::print_error_line(format_args!(
                 "{what}: {} of {} {unit}, {rate:.0}/s, {} left",
                 HumanCount(done),
                 HumanCount(total),
                 HumanDuration(self.bar.eta())
-            ),
-            None => eprintln!("{what}: {} {unit}, {rate:.0}/s", HumanCount(done)),
+            )),
+            None => exit::print_error_line(format_args!(
+                "{what}: {} {unit}, {rate:.0}/s",
+                HumanCount(done)
+            )),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use litestripe_harness::process::Signal;
-use litestripe_harness::program::Program;
+use litestripe_harness::program::{Launch, Program};
 use litestripe_harness::stripe::Delivery;
 use litestripe_harness::{eventually, nats};
 use reqwest::StatusCode;
@@ -93,6 +93,17 @@ async fn a_second_stop_signal_ends_ingress_at_once() {
         "the request must not be answered"
     );
     broker.signal(Signal::Cont);
+}
+
+#[tokio::test]
+async fn ingress_whose_log_nobody_reads_serves_and_stops() {
+    let setup = Setup::with(nats::Options::default(), Launch::unread_stderr).await;
+    assert_eq!(setup.ingress.post_event("evt_1").await, StatusCode::OK);
+    assert_eq!(setup.ingress.program.stop().await.code(), Some(0));
+
+    let launch = Program::named("litestripe-ingress").unread_stderr();
+    let finished = launch.run(DEADLINE).await;
+    assert_eq!(finished.status.code(), Some(2), "no setting is set");
 }
 
 #[tokio::test]
