@@ -52,6 +52,10 @@ pub enum Cause {
     Panic,
     #[error("it belongs to another installation than at the start")]
     OtherInstallation,
+    #[error(
+        "the schema has the migration {0} of a newer version of Litestripe: use that version for it"
+    )]
+    NewerSchema(String),
     /// A migration needs the name of something that another application made.
     #[error(
         "{0}: Litestripe did not make it and leaves it alone. Give Litestripe a database of its own, or on \
@@ -92,7 +96,10 @@ impl StoreError {
         let error = match &self.cause {
             Cause::Json(_) | Cause::Panic => return Disposition::Poison,
             Cause::StoredValue(_) => return Disposition::Broken,
-            Cause::Timeout(_) | Cause::OtherInstallation | Cause::Foreign(_) => {
+            Cause::Timeout(_)
+            | Cause::OtherInstallation
+            | Cause::NewerSchema(_)
+            | Cause::Foreign(_) => {
                 return Disposition::Wait;
             }
             Cause::Database(error) => error,

@@ -12,7 +12,7 @@ use litestripe_migration::{Migrator, MigratorTrait as _};
 use sea_orm::sea_query::extension::postgres::PgExpr as _;
 use sea_orm::sea_query::{Expr, ExprTrait as _, IntoColumnRef, ValueType};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, IdenStatic, SqliteTransactionMode,
+    ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, IdenStatic, SqliteTransactionMode,
     Statement, TransactionOptions, TransactionTrait as _, Value,
 };
 use secrecy::ExposeSecret as _;
@@ -202,27 +202,26 @@ impl Store {
         Ok(())
     }
 
-    /// Returns all known migrations, and whether each is applied.
+    /// Returns all known migrations, and whether each is applied, and then the applied ones of a
+    /// newer version.
     pub async fn migrations(&self) -> Result<Vec<Step>, StoreError> {
-        let applied = litestripe_migration::applied(&self.db).await;
-        let applied =
-            applied.map_err(StoreError::doing("read the schema version (DATABASE_URL)"))?;
-        let step = |name: &str| Step {
-            name: name.to_owned(),
-            applied: applied.iter().any(|other| other == name),
-        };
-        Ok(Migrator::get_migration_files()
-            .iter()
-            .map(|known| step(known.name()))
-            .collect())
+        steps(&self.db).await
     }
 
     /// Applies the pending migrations. If several workers call it at once, one applies them and the
     /// others wait for it. A failure changes nothing. Fails if a table or an index of another
     /// application has a name that a migration needs.
+    ///
+    /// Changes nothing if a newer version has migrated: this version runs on its schema. Fails if
+    /// migrations are pending all the same.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         self.create_schema(&transaction).await?;
+        let steps = steps(&transaction).await?;
+        if steps.iter().any(|step| !step.known) && steps.iter().all(|step| step.applied) {
+            return self.commit_migration(transaction).await;
+        }
+        refuse_newer(steps).map_err(StoreError::doing("migrate the database up"))?;
         Migrator::up(&transaction, None)
             .await
             .map_err(Cause::of_migration)
@@ -233,6 +232,8 @@ impl Store {
     /// Reverts `steps` migrations. Drops their tables with all rows. A failure changes nothing.
     pub async fn migrate_down(&self, steps: u32) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
+        refuse_newer(self::steps(&transaction).await?)
+            .map_err(StoreError::doing("migrate the database down"))?;
         Migrator::down(&transaction, Some(steps))
             .await
             .map_err(StoreError::doing("migrate the database down"))?;
@@ -370,6 +371,36 @@ fn among_ids(backend: DbBackend, column: impl IntoColumnRef, ids: &[&str]) -> Ex
 pub struct Step {
     pub name: String,
     pub applied: bool,
+    /// Whether this version has it. One that only a newer version has is applied.
+    pub known: bool,
+}
+
+async fn steps(db: &impl ConnectionTrait) -> Result<Vec<Step>, StoreError> {
+    let applied = litestripe_migration::applied(db).await;
+    let applied = applied.map_err(StoreError::doing("read the schema version (DATABASE_URL)"))?;
+    let files = Migrator::get_migration_files();
+    let known: Vec<_> = files.iter().map(|file| file.name()).collect();
+    let newer = applied
+        .iter()
+        .filter(|name| !known.contains(&name.as_str()));
+    let newer = newer.map(|name| Step {
+        name: name.clone(),
+        applied: true,
+        known: false,
+    });
+    let known = known.iter().map(|name| Step {
+        name: (*name).to_owned(),
+        applied: applied.iter().any(|other| other == name),
+        known: true,
+    });
+    Ok(known.chain(newer).collect())
+}
+
+fn refuse_newer(steps: Vec<Step>) -> Result<(), Cause> {
+    match steps.into_iter().find(|step| !step.known) {
+        Some(newer) => Err(Cause::NewerSchema(newer.name)),
+        None => Ok(()),
+    }
 }
 
 fn pool(settings: &DatabaseSettings) -> Result<Connection, DbErr> {

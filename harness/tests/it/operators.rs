@@ -143,6 +143,57 @@ async fn migrates_up_and_down(database: DatabaseKind) {
 }
 
 #[tokio::test]
+async fn program_before_a_sqlite_schema_leaves_it_alone_and_runs() {
+    program_before_the_schema_leaves_it_alone_and_runs(DatabaseKind::Sqlite).await;
+}
+
+#[tokio::test]
+async fn program_before_a_postgres_schema_leaves_it_alone_and_runs() {
+    program_before_the_schema_leaves_it_alone_and_runs(DatabaseKind::Postgres).await;
+}
+
+/// After a roll back of the programs alone: their schema has a migration that they do not know.
+async fn program_before_the_schema_leaves_it_alone_and_runs(database: DatabaseKind) {
+    const NEWER: &str = "m29991231_000001_later";
+    let mut bridge = Bridge::start(Options::new(database).workers(0)).await;
+    let migrate = async |arguments: &[&str]| {
+        let command = bridge.worker().arg("migrate").args(arguments);
+        run(command).await
+    };
+    assert!(migrate(&["up"]).await.status.success());
+    let sql = format!("INSERT INTO litestripe_migrations VALUES ('{NEWER}', 0)");
+    let added = bridge.database.execute(&sql).await;
+    added.expect("it can be inserted");
+    let before = tables(&bridge).await;
+
+    let up = migrate(&["up"]).await;
+    assert_eq!(up.status.code(), Some(0), "{}", up.stderr);
+    assert!(up.stderr.contains(NEWER), "{}", up.stderr);
+    let down = migrate(&["down"]).await;
+    assert_eq!(down.status.code(), Some(1));
+    assert!(down.stderr.contains(NEWER), "{}", down.stderr);
+    let status = migrate(&["status", "--json"]).await;
+    let steps: Value = serde_json::from_str(&status.stdout).expect("it is JSON");
+    let last = steps.as_array().and_then(|steps| steps.last().cloned());
+    let newer = json!({ "name": NEWER, "applied": true, "known": false });
+    assert_eq!(last, Some(newer));
+    assert_eq!(tables(&bridge).await, before);
+
+    // What is pending all the same must not be applied over what is not known.
+    let forget = "DELETE FROM litestripe_migrations WHERE version LIKE '%rules'";
+    let forgotten = bridge.database.execute(forget).await;
+    forgotten.expect("it can be deleted");
+    let up = migrate(&["up"]).await;
+    assert_eq!(up.status.code(), Some(1));
+    assert!(up.stderr.contains(NEWER), "{}", up.stderr);
+    let again = "INSERT INTO litestripe_migrations VALUES ('m20261130_000018_rules', 0)";
+    let again = bridge.database.execute(again).await;
+    again.expect("it can be inserted");
+
+    bridge.start_worker().wait_until_ready().await;
+}
+
+#[tokio::test]
 async fn commands_that_need_existing_rows_do_not_migrate() {
     let api = Api::start().await;
     let options = Options::new(DatabaseKind::Sqlite)

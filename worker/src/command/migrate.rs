@@ -1,6 +1,7 @@
 //! `migrate up | down | status`.
 
 use clap::Subcommand;
+use tracing::warn;
 
 use super::Failure;
 use super::print::{self, Output};
@@ -9,7 +10,8 @@ use crate::start::database::{self, Schema};
 
 pub(super) const AFTER_HELP: &str = "\
 With LITESTRIPE_AUTO_MIGRATE=true (the default on SQLite) `run` migrates at its start. On PostgreSQL, run `migrate up` \
-before you start workers of a new version; workers of the old version run on the new schema.";
+before you start workers of a new version; workers of the old version run on the new schema. On a schema of a newer \
+version it changes nothing, warns, and exits with 0.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Migrate {
@@ -35,10 +37,21 @@ impl Migrate {
             Self::Status(asked) => output = asked,
         }
         let steps = store.migrations().await?;
-        let yes_or_no = |applied| if applied { "yes" } else { "no" };
-        let rows = steps
-            .iter()
-            .map(|step| [step.name.clone(), yes_or_no(step.applied).to_owned()]);
+        if let Some(newer) = steps.iter().rfind(|step| !step.known) {
+            warn!(
+                "a newer version has migrated the schema (to {}): this version runs on it, unless the changelog of the \
+                 newer one says otherwise",
+                newer.name
+            );
+        }
+        let rows = steps.iter().map(|step| {
+            let applied = match (step.applied, step.known) {
+                (true, true) => "yes",
+                (true, false) => "yes, by a newer version",
+                (false, _) => "no",
+            };
+            [step.name.clone(), applied.to_owned()]
+        });
         output.print(&steps, || print::table(["migration", "applied"], rows))
     }
 }
