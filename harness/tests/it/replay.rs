@@ -9,10 +9,10 @@ use litestripe_entity::orphaned_payment;
 use litestripe_harness::bridge::{
     Bridge, Database, DatabaseKind, Options, Signal, filter_by_subscription,
 };
-use litestripe_harness::eventually;
 use litestripe_harness::process::Signal as ProcessSignal;
 use litestripe_harness::program::{Finished, Program};
 use litestripe_harness::stripe::{Event, Purchase};
+use litestripe_harness::{eventually, nats};
 use serde_json::{Value, json};
 
 use crate::any_order::history::{self, History};
@@ -104,6 +104,35 @@ async fn empty_database_is_rebuilt_and_each_row_is_signalled_once(database: Data
         );
     }
     assert_eq!(count_unsent(&bridge).await, 0);
+}
+
+#[tokio::test]
+async fn replay_whose_acks_are_dropped_ends_with_the_reason() {
+    const ACKS: &str = "$JS.ACK.STRIPE_EVENTS";
+    let config = "no_auth_user: all\nauthorization { users: [ { user: all, password: secret }, { user: operator, \
+        password: secret, permissions: { publish: { deny: \"$JS.ACK.STRIPE_EVENTS.litestripe-replay.>\" } } } ] }";
+    let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Sqlite));
+    bridge.broker = nats::Server::prepare(nats::Options {
+        config: config.to_owned(),
+        ..nats::Options::default()
+    })
+    .expect("it can be prepared");
+    bridge.broker.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    bridge.start_worker().wait_until_ready().await;
+    publish(&bridge, &histories(3)).await;
+    bridge.wait_until_applied().await;
+
+    let replay = bridge.worker().arg("replay");
+    let operator = replay
+        .clone()
+        .env("NATS_USER", "operator")
+        .env("NATS_PASSWORD", "secret");
+    let refused = operator.run(DEADLINE).await;
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains(ACKS), "{}", refused.stderr);
+    let resumed = replay.run(DEADLINE).await;
+    assert_eq!(resumed.status.code(), Some(0), "{}", resumed.stderr);
 }
 
 async fn replay_over_a_current_table_changes_and_signals_nothing(database: DatabaseKind) {

@@ -29,6 +29,7 @@ use crate::stream::consumer::{ConsumerError, ReplayConsumer};
 use crate::stream::progress::{self, ProgressError};
 use crate::wait::pause;
 
+mod acks;
 mod apply;
 mod dry_run;
 mod request;
@@ -58,6 +59,11 @@ pub(crate) enum ReplayError {
     Progress(#[from] ProgressError),
     #[error("the consumer of this replay is gone: run it again")]
     ConsumerGone,
+    #[error(
+        "NATS drops the acks of this replay: allow its user to publish to $JS.ACK.{EVENTS_STREAM}.> \
+         (docs/permissions.md), then run it again"
+    )]
+    AcksRefused,
     /// The events that it was about are gone.
     #[error(
         "{EVENTS_STREAM} was created anew: run the replay again for the events that it holds now"

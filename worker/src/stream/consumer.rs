@@ -32,7 +32,7 @@ use super::pull::Pull;
 const ACK_WAIT: Duration = Duration::from_secs(60);
 
 /// Messages in flight over all workers, at most. Bounds the server's memory for them.
-const ACK_PENDING_MAX: i64 = 20_000;
+pub(crate) const ACK_PENDING_MAX: u64 = 20_000;
 
 /// `ACK_WAIT` of a replay. Shorter, because an operator who runs it again after a crash waits this
 /// long for the messages that were in flight.
@@ -205,7 +205,7 @@ fn durable(name: &str, deliver_policy: DeliverPolicy) -> Config {
         ack_policy: AckPolicy::Explicit,
         ack_wait: ACK_WAIT,
         max_deliver: -1,
-        max_ack_pending: ACK_PENDING_MAX,
+        max_ack_pending: ACK_PENDING_MAX as i64,
         // 0 means as many as the stream has: LITESTRIPE_STREAM_REPLICAS may have changed since.
         num_replicas: 0,
         ..Config::default()

@@ -50,7 +50,7 @@ pub(crate) struct Progress {
     pub ack_floor: u64,
     delivered: u64,
     pending: u64,
-    unacked: usize,
+    pub unacked: usize,
 }
 
 impl Progress {
@@ -68,6 +68,12 @@ impl Progress {
     /// message and answers its publisher before it informs the stream's consumers.
     fn is_idle(&self) -> bool {
         (self.unacked, self.pending) == (0, 0)
+    }
+
+    /// Returns a number that grows with every message that the server settles, and otherwise at most
+    /// with gaps between messages that it delivers for the first time.
+    pub(crate) fn settled(&self) -> u64 {
+        self.delivered.saturating_sub(self.unacked as u64)
     }
 
     /// Returns the sequence up to which everything is reapplied. Only right for a consumer that was

@@ -12,6 +12,7 @@ use litestripe_domain::arrival::Arrival;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::acks::Acks;
 use super::{ReplayError, Replayer};
 use crate::apply::{self, Decoded, Reapplied};
 use crate::error::StoreError;
@@ -92,7 +93,7 @@ impl Replayer {
     /// the end was reached. If not, the consumer is gone, or a shutdown was requested.
     ///
     /// # Errors
-    /// The database has refused every change for long.
+    /// The database has refused every change for long, or the broker drops the acks.
     async fn apply_all(
         &self,
         batches: &mut Batches,
@@ -104,10 +105,12 @@ impl Replayer {
         let wanted =
             |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let apply = async |decoded: Decoded| {
-            let last = decoded.last_sequence();
+            let (last, count) = (decoded.last_sequence(), decoded.count());
             let done = apply::reapply(&self.applier, decoded, wanted, shutdown).await?;
-            Ok::<_, StoreError>(done.map(|done| (done, last)))
+            Ok::<_, StoreError>(done.map(|done| (done, last, count)))
         };
+        let progress = consumer.progress(&self.jetstream).await;
+        let mut acks = Acks::after(progress.ok().flatten());
         let mut applying = FuturesOrdered::new();
         let mut busy: VecDeque<HashSet<String>> = VecDeque::new();
         let mut waiting: Option<Decoded> = None;
@@ -124,12 +127,13 @@ impl Replayer {
                 biased;
                 Some(done) = applying.next() => {
                     busy.pop_front();
-                    let Some((done, last)) = done? else {
+                    let Some((done, last, count)) = done? else {
                         takes_more = false;
                         continue;
                     };
                     applied(done, last.min(replay.last_sequence));
-                    last >= replay.last_sequence
+                    acks.record_sent(count);
+                    last >= replay.last_sequence || acks.are_due()
                 }
                 batch = next(batches, shutdown), if takes_more && has_room => match batch {
                     Some(Some(batch)) => {
@@ -144,7 +148,7 @@ impl Replayer {
                 },
                 else => break,
             };
-            if may_be_finished && self.is_finished(replay, consumer).await {
+            if may_be_finished && self.is_finished(replay, consumer, &mut acks).await? {
                 // The rest are redelivered messages. Their effects belong to this replay, so it
                 // waits for them.
                 while let Some(done) = applying.next().await {
@@ -160,11 +164,17 @@ impl Replayer {
     }
 
     /// Whether every event up to the end is applied. False if the progress is unknown.
-    async fn is_finished(&self, replay: &Replay, consumer: &ReplayConsumer) -> bool {
-        let progress = consumer.progress(&self.jetstream).await;
-        progress.is_ok_and(|progress| {
-            progress.is_some_and(|progress| progress.reapplied_until() >= replay.last_sequence)
-        })
+    async fn is_finished(
+        &self,
+        replay: &Replay,
+        consumer: &ReplayConsumer,
+        acks: &mut Acks,
+    ) -> Result<bool, ReplayError> {
+        let Ok(Some(progress)) = consumer.progress(&self.jetstream).await else {
+            return Ok(false);
+        };
+        acks.check(progress)?;
+        Ok(progress.reapplied_until() >= replay.last_sequence)
     }
 }
 

@@ -11,6 +11,7 @@ use litestripe_domain::row::{Row, Stored};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
+use super::acks::Acks;
 use super::apply::next;
 use super::{ReplayError, Replayer, replay_consumer};
 use crate::apply::{self, Applier};
@@ -58,17 +59,17 @@ impl Replayer {
         let wanted =
             |sequence: u64, arrival: Option<&Arrival>| self.is_wanted(replay, sequence, arrival);
         let mut dry = DryRun::default();
+        let mut acks = Acks::default();
         while !dry.finished
             && let Some(batch) = next(batches, shutdown).await
         {
-            let Some(batch) = batch else {
-                let progress = consumer
-                    .progress(&self.jetstream)
-                    .await?
-                    .ok_or(ReplayError::ConsumerGone)?;
+            if batch.is_none() || acks.are_due() {
+                let progress = consumer.progress(&self.jetstream).await?;
+                let progress = progress.ok_or(ReplayError::ConsumerGone)?;
+                acks.check(progress)?;
                 dry.finished = progress.reapplied_until() >= replay.last_sequence;
-                continue;
-            };
+            }
+            let Some(batch) = batch else { continue };
             let apply::Contents {
                 mut arrivals,
                 poisoned,
@@ -80,6 +81,7 @@ impl Replayer {
             let last = batch.last_sequence();
             progress(last.min(replay.last_sequence));
             batch.ack_except([]).await;
+            acks.record_sent(batch.count());
             dry.finished = last >= replay.last_sequence;
         }
         Ok(dry)
