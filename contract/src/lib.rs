@@ -26,4 +26,6 @@ pub mod shutdown;
 #[cfg(feature = "process")]
 pub mod stream;
 #[cfg(feature = "process")]
+pub mod systemd;
+#[cfg(feature = "process")]
 pub mod telemetry;

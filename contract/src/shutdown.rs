@@ -3,6 +3,8 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::systemd;
+
 /// The exit code after a second signal: what a shell reports for SIGINT.
 const EXIT_SECOND_SIGNAL: i32 = 130;
 
@@ -21,6 +23,7 @@ pub fn token() -> std::io::Result<CancellationToken> {
             if first {
                 // First, because nothing that follows may keep the program from stopping.
                 cancelled.cancel();
+                systemd::tell_stopping();
                 tracing::info!(
                     "{name}: finishing what is in flight; a second signal exits at once"
                 );

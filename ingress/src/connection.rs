@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use self::threads::Threads;
+use crate::fail_point::fail_point;
 use crate::throttle::Throttle;
 
 mod threads;
@@ -119,6 +120,7 @@ async fn accept(
     connections: &Arc<Semaphore>,
     full: &Notify,
 ) -> io::Result<(std::net::TcpStream, OwnedSemaphorePermit)> {
+    fail_point!("ingress::accepting");
     if connections.available_permits() == 0 {
         full.notify_one();
     }

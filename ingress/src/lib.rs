@@ -17,11 +17,13 @@ pub mod settings;
 pub mod signature;
 mod throttle;
 
+use std::future::{pending, ready};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use litestripe_contract::connect::{self, ConnectError};
+use litestripe_contract::systemd;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -116,7 +118,18 @@ fn background(
 ) -> JoinSet<()> {
     let (publisher, metrics) = (Arc::clone(publisher), Arc::clone(metrics));
     let mut background = JoinSet::new();
+    let starting = Arc::clone(&publisher);
     background.spawn(async move { publisher.run().await });
+    background.spawn(async move {
+        let trouble = || {
+            starting
+                .readiness()
+                .err()
+                .map(|trouble| trouble.to_string())
+        };
+        systemd::tell_ready(|| ready(trouble())).await;
+        pending().await
+    });
     background.spawn(async move {
         loop {
             sleep(UPKEEP_INTERVAL).await;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
-use litestripe_contract::telemetry;
+use litestripe_contract::{systemd, telemetry};
 
 use crate::installation::Membership;
 use crate::settings::{SETTINGS, Settings, StripeSettings, WINDOW};
@@ -166,7 +166,7 @@ async fn stripe_api(
 
 async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
     match command {
-        Command::Run => run::run(settings).await,
+        Command::Run => systemd::watched(run::run(settings)).await,
         Command::Migrate(migrate) => migrate.execute(&settings).await,
         Command::Status(status) => status.execute(&settings).await,
         Command::Replay(replay) => replay.execute(&settings).await,

@@ -11,6 +11,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use litestripe_contract::settings::Address;
+use litestripe_contract::systemd;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -159,6 +160,16 @@ pub(crate) async fn serve(
             let _ = timeout(CONNECTION_TIMEOUT, connection).await;
         });
     }
+}
+
+/// Tells systemd when the start is complete, and until then what the worker waits for. `Problems` do
+/// not count: starting the worker anew would end none of them.
+pub(crate) async fn tell_started(nats: async_nats::Client, readiness: Arc<Readiness>) {
+    systemd::tell_ready(|| async {
+        let what = waits_for(&nats, &readiness).await?;
+        Some(format!("waiting for {what}"))
+    })
+    .await;
 }
 
 async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&'static str> {

@@ -40,4 +40,5 @@ mod rows;
 mod scale;
 mod sdk;
 mod stripe_api;
+mod systemd;
 mod thin;

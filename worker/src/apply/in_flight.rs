@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::{self, Applier, Decoded};
+use crate::fail_point::fail_point;
 use crate::stream::consumer::Batches;
 
 mod gather;
@@ -32,6 +33,7 @@ pub async fn apply_all(
     let mut next: Option<Decoded> = None;
     let mut gather = Gather::new(limit, Instant::now());
     loop {
+        fail_point!("worker::consuming");
         let now = Instant::now();
         // Behind a batch that is held up, `next` stops growing, so that other workers get the rest.
         let may_fetch = next.is_none() || gather.is_open(now);

@@ -67,6 +67,11 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     let unwaited = TaskTracker::new();
     supervisor.spawn(
         &unwaited,
+        "the report of the start to systemd",
+        health::tell_started(nats.clone(), Arc::clone(&readiness)),
+    );
+    supervisor.spawn(
+        &unwaited,
         "health",
         health::serve(listener, nats.clone(), Arc::clone(&readiness)),
     );
