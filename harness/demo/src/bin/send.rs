@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clap::{Args, Parser, Subcommand};
@@ -74,7 +75,13 @@ struct Target {
         hide_env_values = true
     )]
     secret: Option<String>,
+    /// Seconds for which an event that is not answered 200 is sent again, as Stripe does.
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 0)]
+    retry_s: u64,
 }
+
+/// The time between two attempts to send an event.
+const RETRY_EVERY: Duration = Duration::from_millis(500);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -110,9 +117,17 @@ async fn run(arguments: Arguments) -> Result<bool, String> {
         }
     };
     let client = stripe::client();
+    let retry = Duration::from_secs(arguments.target.retry_s);
     let mut all_accepted = true;
     for message in messages {
-        all_accepted &= send(&client, &url, secret, message).await?;
+        let end = Instant::now() + retry;
+        all_accepted &= loop {
+            let sent = send(&client, &url, secret, &message).await;
+            if matches!(sent, Ok(true)) || Instant::now() >= end {
+                break sent?;
+            }
+            tokio::time::sleep(RETRY_EVERY).await;
+        };
     }
     Ok(all_accepted)
 }
@@ -201,9 +216,9 @@ async fn send(
     client: &reqwest::Client,
     url: &str,
     secret: &str,
-    Message { event, body }: Message,
+    Message { event, body }: &Message,
 ) -> Result<bool, String> {
-    let answer = Delivery::new(body, secret)
+    let answer = Delivery::new(body.clone(), secret)
         .post(client, url)
         .await
         .map_err(|problem| format!("no answer from ingress: {}", chain(&problem.without_url())))?;
