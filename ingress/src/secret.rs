@@ -1,7 +1,8 @@
 //! The signing secrets in use.
 //!
-//! Owns where they come from: the setting, or a file that is read again when it changes. Never
-//! prints a secret; log lines show its fingerprint, so that an operator can recognize a wrong one.
+//! Owns where they come from: the setting, or a file that is read again when it changes. Either may
+//! hold several: one per endpoint at Stripe, and two of one endpoint while its secret is rolled.
+//! Never prints a secret; log lines show its fingerprint, so that an operator can recognize it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,11 +63,13 @@ pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>
     let mut tries = 1;
     loop {
         let why = match read(path).await {
-            Ok(Some(secret)) => {
-                announce(&secret, FILE_SETTING);
-                return Ok(Arc::new([secret]));
+            Ok(secrets) if !secrets.is_empty() => {
+                secrets
+                    .iter()
+                    .for_each(|secret| announce(secret, FILE_SETTING));
+                return Ok(secrets.into());
             }
-            Ok(None) => "which contains no whsec_…".to_owned(),
+            Ok(_) => "which contains no whsec_…".to_owned(),
             Err(error) => format!("which cannot be read ({error})"),
         };
         if tries == TRIES {
@@ -84,34 +87,48 @@ pub(crate) async fn obtain(source: &SecretSource) -> Result<Arc<[SigningSecret]>
     }
 }
 
-/// Replaces `secrets` whenever the file holds another secret. Keeps the last one while the file is
-/// missing or holds none.
+/// Replaces `secrets` whenever the file holds others. Keeps the last ones while the file is missing
+/// or holds none.
 ///
 /// The file is read again and again, not watched: a mounted volume may not report changes.
 pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecret]>>) {
     let mut is_missing = false;
     loop {
         tokio::time::sleep(REREAD_INTERVAL).await;
-        let Ok(Some(secret)) = read(path).await else {
+        let found = read(path).await.unwrap_or_default();
+        if found.is_empty() {
             if !is_missing {
                 warn!(
-                    "{} ({FILE_SETTING}) no longer contains a whsec_…; keeping the last one",
+                    "{} ({FILE_SETTING}) no longer contains a whsec_…; keeping the last ones",
                     path.display()
                 );
             }
             is_missing = true;
             continue;
-        };
+        }
         is_missing = false;
-        let is_known = secrets
-            .borrow()
-            .iter()
-            .any(|known| known.fingerprint() == secret.fingerprint());
-        if !is_known {
-            announce(&secret, FILE_SETTING);
-            secrets.send_replace(Arc::new([secret]));
+        let found: Arc<[_]> = found.into();
+        let known = secrets.send_replace(Arc::clone(&found));
+        for secret in without(&found, &known) {
+            announce(secret, FILE_SETTING);
+        }
+        for secret in without(&known, &found) {
+            let fingerprint = secret.fingerprint();
+            info!(
+                fingerprint,
+                "no longer using the signing secret with fingerprint {fingerprint}"
+            );
         }
     }
+}
+
+/// Returns the secrets of `some` that are not among `others`.
+fn without<'a>(some: &'a [SigningSecret], others: &[SigningSecret]) -> Vec<&'a SigningSecret> {
+    let is_other = |secret: &&SigningSecret| {
+        let same = |other: &SigningSecret| other.fingerprint() == secret.fingerprint();
+        !others.iter().any(same)
+    };
+    some.iter().filter(is_other).collect()
 }
 
 /// Parses the value of `STRIPE_WEBHOOK_SECRET`: one secret, or several separated by commas.
@@ -127,23 +144,25 @@ pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
         .collect()
 }
 
-/// Returns the first `whsec_[a-zA-Z0-9]+` in a file's content.
-pub fn find(file: &[u8]) -> Option<SigningSecret> {
-    let starts =
-        (0..file.len()).filter_map(|start| file.get(start..)?.strip_prefix(PREFIX.as_bytes()));
-    let mut names = starts.map(|rest| {
-        rest.split(|byte| !byte.is_ascii_alphanumeric())
-            .next()
-            .unwrap_or_default()
-    });
-    let name = names.find(|name| !name.is_empty())?;
-    Some(SigningSecret::new(&format!(
-        "{PREFIX}{}",
-        str::from_utf8(name).ok()?
-    )))
+/// Returns every `whsec_[a-zA-Z0-9]+` in a file's content, each once.
+pub fn find(file: &[u8]) -> Vec<SigningSecret> {
+    let text = String::from_utf8_lossy(file);
+    let mut rest = text.as_ref();
+    let mut found: Vec<SigningSecret> = Vec::new();
+    while let Some((_, after)) = rest.split_once(PREFIX) {
+        let is_end = |character: char| !character.is_ascii_alphanumeric();
+        let (name, after) = after.split_at(after.find(is_end).unwrap_or(after.len()));
+        rest = after;
+        let secret = SigningSecret::new(&format!("{PREFIX}{name}"));
+        let is_known = |known: &SigningSecret| known.fingerprint() == secret.fingerprint();
+        if !name.is_empty() && !found.iter().any(is_known) {
+            found.push(secret);
+        }
+    }
+    found
 }
 
-async fn read(path: &Path) -> io::Result<Option<SigningSecret>> {
+async fn read(path: &Path) -> io::Result<Vec<SigningSecret>> {
     let mut bytes = Vec::new();
     tokio::fs::File::open(path)
         .await?

@@ -30,7 +30,7 @@ litestripe_contract::settings! {
     SECRET = secret::SETTING, None,
         "signing secret, whsec_…; several, comma-separated, while a secret is being rolled [or STRIPE_WEBHOOK_SECRET_FILE]";
     SECRET_FILE = secret::FILE_SETTING, Some("/run/secrets_djstripe/djstripe_webhook_secret"),
-        "file with the signing secret, used when STRIPE_WEBHOOK_SECRET is not set: the first whsec_… in it; ingress waits for it at the start (10 tries, 2 s apart) and reads it again when it changes";
+        "file with the signing secrets, used when STRIPE_WEBHOOK_SECRET is not set: every whsec_… in it; ingress waits for one at the start (10 tries, 2 s apart) and reads the file again when it changes";
     TOLERANCE = "STRIPE_WEBHOOK_TOLERANCE", Some("300"),
         "largest accepted age of a signature at receipt, in seconds; 0 accepts any";
     LISTEN = "LITESTRIPE_LISTEN", Some("127.0.0.1:8080"),

@@ -1,30 +1,34 @@
 use super::{SigningSecret, find, parse_list};
 
 #[test]
-fn the_first_secret_in_a_file_is_found() {
-    let check = |file: &[u8], expected: Option<&str>| {
-        let found = find(file).map(|secret| secret.fingerprint().to_owned());
-        assert_eq!(
-            found.as_deref(),
-            expected
-                .map(SigningSecret::new)
-                .as_ref()
-                .map(SigningSecret::fingerprint)
-        );
+fn every_secret_in_a_file_is_found_once() {
+    let check = |file: &[u8], expected: &[&str]| {
+        let fingerprint = |secret: &SigningSecret| secret.fingerprint().to_owned();
+        let found: Vec<_> = find(file).iter().map(fingerprint).collect();
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|text| fingerprint(&SigningSecret::new(text)))
+            .collect();
+        assert_eq!(found, expected, "{}", String::from_utf8_lossy(file));
     };
-    check(b"whsec_abc", Some("whsec_abc"));
-    check(b"whsec_abc\n", Some("whsec_abc"));
+    check(b"whsec_abc", &["whsec_abc"]);
+    check(b"whsec_abc\n", &["whsec_abc"]);
     check(
-        b"> Ready! Your webhook signing secret is whsec_a1B2 (^C to quit)\nwhsec_later",
-        Some("whsec_a1B2"),
+        b"> Ready! Your webhook signing secret is whsec_a1B2 (^C to quit)\n",
+        &["whsec_a1B2"],
     );
-    check(b"SECRET=\"whsec_abc\"", Some("whsec_abc"));
-    check(b"whsec_ whsec_-x whsec_abc-def", Some("whsec_abc"));
-    check(b"whsec_whsec_abc", Some("whsec_whsec"));
-    check(b"\xff\xfewhsec_abc\xff", Some("whsec_abc"));
-    check(b"", None);
-    check(b"whsec_", None);
-    check(b"sk_test_abc", None);
+    check(
+        b"whsec_abc # we_1\nwhsec_def # we_2\nwhsec_abc\n",
+        &["whsec_abc", "whsec_def"],
+    );
+    check(b"A=whsec_abc,whsec_def", &["whsec_abc", "whsec_def"]);
+    check(b"SECRET=\"whsec_abc\"", &["whsec_abc"]);
+    check(b"whsec_ whsec_-x whsec_abc-def", &["whsec_abc"]);
+    check(b"whsec_whsec_abc", &["whsec_whsec"]);
+    check(b"\xff\xfewhsec_abc\xff", &["whsec_abc"]);
+    check(b"", &[]);
+    check(b"whsec_", &[]);
+    check(b"sk_test_abc", &[]);
 }
 
 #[test]

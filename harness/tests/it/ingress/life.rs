@@ -202,7 +202,7 @@ async fn a_secret_file_may_appear_late_and_change() {
     assert_eq!(ingress.post_event("evt_1").await, StatusCode::OK);
 
     let rolled = "whsec_rolled";
-    std::fs::write(&path, rolled).expect("written");
+    std::fs::write(&path, format!("{SECRET} # we_1\n{rolled} # we_2\n")).expect("written");
     let status_with = async |secret: &str| {
         ingress
             .post(&Delivery::new(event("evt_2", TYPE), secret))
@@ -220,14 +220,26 @@ async fn a_secret_file_may_appear_late_and_change() {
     .await;
     assert_eq!(
         status_with(SECRET).await,
+        StatusCode::OK,
+        "both are accepted"
+    );
+
+    std::fs::write(&path, rolled).expect("written");
+    ingress
+        .program
+        .wait_for_log("no longer using the signing secret", DEADLINE)
+        .await;
+    assert_eq!(
+        status_with(SECRET).await,
         StatusCode::BAD_REQUEST,
         "the old secret is no longer accepted"
     );
+    assert_eq!(status_with(rolled).await, StatusCode::OK);
 
     std::fs::remove_file(&path).expect("removed");
     ingress
         .program
-        .wait_for_log("keeping the last one", DEADLINE)
+        .wait_for_log("keeping the last ones", DEADLINE)
         .await;
     assert_eq!(status_with(rolled).await, StatusCode::OK);
     let log = ingress.program.log();
