@@ -107,13 +107,19 @@ pub async fn reconnect_if_max_payload_grew(client: &Client, settings: &NatsSetti
     }
 }
 
+/// Makes ring the crypto provider of TLS in this process. [`connect`] does it too. A dependency that
+/// brings a second one must not make the first handshake panic.
+pub fn install_crypto_provider() {
+    // Fails if there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 fn options(
     settings: &NatsSettings,
     name: &str,
     reported: &Reported,
 ) -> Result<ConnectOptions, ConnectError> {
-    // A dependency that brings a second crypto backend must not make the first handshake panic.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    install_crypto_provider();
     // A file that cannot be used now is an error, later it is retried.
     credentials::prove(&settings.identity, &[])?;
     let (identity, hosts) = (settings.identity.clone(), settings.hosts());

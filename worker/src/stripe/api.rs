@@ -2,8 +2,8 @@
 //!
 //! Owns requests and retries, each within the shared budget, and fetches lists to their end. May
 //! not know what an object contains: bodies are returned as received, except that a list's later
-//! pages are added to its first. The key is never logged, and errors contain Stripe's request id,
-//! never the answer's text.
+//! pages are added to its first. The key is never logged. Errors contain Stripe's request id, and
+//! its message only for a request that changes something, because those are about no person.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +11,13 @@ use std::time::Duration;
 
 use async_nats::jetstream;
 use bytes::Bytes;
+use litestripe_contract::connect;
 use litestripe_domain::event::api::{self, Items};
 use litestripe_domain::payment::AccountId;
 use reqwest::header::{DATE, HeaderName, RETRY_AFTER};
-use reqwest::{Response, StatusCode};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use secrecy::ExposeSecret as _;
+use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
 
@@ -24,10 +26,10 @@ use crate::settings::StripeSettings;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::budget::Budget;
 
-/// The API version that answers are rendered in. It is pinned so that an upgrade of the account
-/// changes nothing. Decoding goes by which fields are present, so a newer version would work as
-/// well.
-const VERSION: &str = "2026-10-28.endive";
+/// The API version that answers are rendered in, and the events of the endpoints that we make. It is
+/// pinned so that an upgrade of the account changes nothing. Decoding goes by which fields are
+/// present, so a newer version would work as well.
+pub(crate) const VERSION: &str = "2026-10-28.endive";
 
 /// The timeout of one request, including its answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -51,6 +53,10 @@ const PAGE_SIZE: &str = "100";
 /// subscription would not fit into a message, even reduced to the fields that we keep.
 const LISTED_MAX: usize = 10_000;
 
+/// The most characters of Stripe's message in an error.
+const MESSAGE_LENGTH_MAX: usize = 500;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
 
@@ -60,6 +66,13 @@ pub enum ApiError {
     #[error("Stripe answered {status} (request {request_id})")]
     Status {
         status: StatusCode,
+        request_id: String,
+    },
+    /// Stripe refused a change and says why.
+    #[error("Stripe answered {status}: {message} (request {request_id})")]
+    Refused {
+        status: StatusCode,
+        message: String,
         request_id: String,
     },
     #[error("Stripe answered {status} and asks to wait {} s (request {request_id})", .after.as_secs())]
@@ -96,7 +109,7 @@ impl ApiError {
     pub fn is_lasting(&self) -> bool {
         match self {
             Self::Redirected | Self::Answer { .. } => true,
-            Self::Status { status, .. } => {
+            Self::Status { status, .. } | Self::Refused { status, .. } => {
                 status.is_client_error()
                     && !matches!(
                         *status,
@@ -112,13 +125,15 @@ impl ApiError {
 
     /// Whether Stripe says that there is no such object.
     pub fn is_not_found(&self) -> bool {
-        matches!(
-            self,
-            Self::Status {
-                status: StatusCode::NOT_FOUND,
-                ..
-            }
-        )
+        self.status() == Some(StatusCode::NOT_FOUND)
+    }
+
+    /// Returns the status with which Stripe refused the request.
+    pub(crate) fn status(&self) -> Option<StatusCode> {
+        match self {
+            Self::Status { status, .. } | Self::Refused { status, .. } => Some(*status),
+            _ => None,
+        }
     }
 }
 
@@ -175,14 +190,41 @@ impl Answer {
     }
 }
 
+/// A request for Stripe's API.
+pub(super) struct Call<'a> {
+    pub method: Method,
+    pub path: &'a str,
+    pub query: &'a [(&'a str, &'a str)],
+    /// The connected account for which it is sent.
+    pub account: Option<AccountId<'a>>,
+    pub content: Content<'a>,
+    /// Stripe answers a repeated request with the same key as it answered the first one. Stripe:
+    /// "Idempotent requests".
+    pub idempotency_key: Option<&'a str>,
+}
+
+/// What is sent with a request: forms to `/v1/`, JSON to `/v2/`.
+pub(super) enum Content<'a> {
+    None,
+    Form(&'a [(&'a str, &'a str)]),
+    Json(&'a serde_json::Value),
+}
+
 /// The client of Stripe's API. Clones share its connections and its budget.
 #[derive(Clone)]
 pub struct StripeApi {
     http: reqwest::Client,
     settings: StripeSettings,
-    budget: Arc<Budget>,
-    jetstream: jetstream::Context,
+    broker: Option<Broker>,
     requests: Arc<AtomicU64>,
+}
+
+/// What the broker is needed for.
+#[derive(Clone)]
+struct Broker {
+    budget: Arc<Budget>,
+    /// Where answers are marked.
+    jetstream: jetstream::Context,
 }
 
 impl StripeApi {
@@ -192,6 +234,17 @@ impl StripeApi {
         budget: Arc<Budget>,
         jetstream: jetstream::Context,
     ) -> Result<Self, ApiError> {
+        Self::with_broker(settings, Some(Broker { budget, jetstream }))
+    }
+
+    /// Creates a client for a command that makes a few calls and needs no broker: it keeps to no
+    /// budget, and its answers have no mark.
+    pub(crate) fn without_broker(settings: StripeSettings) -> Result<Self, ApiError> {
+        connect::install_crypto_provider();
+        Self::with_broker(settings, None)
+    }
+
+    fn with_broker(settings: StripeSettings, broker: Option<Broker>) -> Result<Self, ApiError> {
         let http = reqwest::Client::builder()
             .timeout(REQUEST_TIMEOUT)
             // Following a redirect would be a second request, outside the budget, to an unknown
@@ -203,8 +256,7 @@ impl StripeApi {
         Ok(Self {
             http,
             settings,
-            budget,
-            jetstream,
+            broker,
             requests: Arc::default(),
         })
     }
@@ -343,7 +395,7 @@ impl StripeApi {
 
     /// Fetches a list to its end, starting behind `after`. Also returns the answer with its
     /// first page, because the later ones are not older.
-    async fn list(
+    pub(super) async fn list(
         &self,
         path: &str,
         query: &[(&str, &str)],
@@ -372,20 +424,37 @@ impl StripeApi {
         }
     }
 
-    /// Sends a GET, and retries as Stripe asks. Stripe: "Advanced error handling".
     async fn get(
         &self,
         path: &str,
         query: &[(&str, &str)],
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
+        self.call(&Call {
+            method: Method::GET,
+            path,
+            query,
+            account,
+            content: Content::None,
+            idempotency_key: None,
+        })
+        .await
+    }
+
+    /// Sends a request, and retries as Stripe asks. Stripe: "Advanced error handling".
+    pub(super) async fn call(&self, call: &Call<'_>) -> Result<Answer, ApiError> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
         loop {
-            self.budget.acquire().await;
-            let mark = progress::last_position(&self.jetstream).await?;
+            let mark = match &self.broker {
+                Some(broker) => {
+                    broker.budget.acquire().await;
+                    progress::last_position(&broker.jetstream).await?
+                }
+                None => 0,
+            };
             let started = std::time::Instant::now();
-            let sent = self.send(path, query, account).await;
+            let sent = self.request(call).send().await;
             metrics::stripe_request(outcome(sent.as_ref().ok()));
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
@@ -408,7 +477,7 @@ impl StripeApi {
                     }
                     after => (status_error(&response), after),
                 },
-                Ok(response) => return Err(status_error(&response)),
+                Ok(response) => return Err(refusal(response, &call.method).await),
                 Err(error) => (ApiError::Transport(error.without_url()), None),
             };
             let Some(delay) = delays.next() else {
@@ -422,23 +491,27 @@ impl StripeApi {
         }
     }
 
-    async fn send(
-        &self,
-        path: &str,
-        query: &[(&str, &str)],
-        account: Option<AccountId<'_>>,
-    ) -> reqwest::Result<Response> {
+    fn request(&self, call: &Call<'_>) -> RequestBuilder {
         let mut request = self
             .http
-            .get(format!("{}{path}", self.settings.base))
-            .query(query);
-        request = request
+            .request(
+                call.method.clone(),
+                format!("{}{}", self.settings.base, call.path),
+            )
+            .query(call.query)
             .bearer_auth(self.settings.key.expose_secret())
             .header("Stripe-Version", VERSION);
-        if let Some(account) = account {
+        if let Some(account) = call.account {
             request = request.header("Stripe-Context", account.0);
         }
-        request.send().await
+        if let Some(key) = call.idempotency_key {
+            request = request.header(IDEMPOTENCY_KEY, key);
+        }
+        match call.content {
+            Content::None => request,
+            Content::Form(fields) => request.form(fields),
+            Content::Json(value) => request.json(value),
+        }
     }
 }
 
@@ -493,6 +566,43 @@ fn retry_after(response: &Response) -> Option<Duration> {
         .parse()
         .ok()
         .map(Duration::from_secs)
+}
+
+/// Makes an error of a refusal, with Stripe's message if the request was to change something.
+async fn refusal(response: Response, method: &Method) -> ApiError {
+    let error = status_error(&response);
+    let ApiError::Status { status, request_id } = error else {
+        return error;
+    };
+    if *method == Method::GET {
+        return ApiError::Status { status, request_id };
+    }
+    let body = response.bytes().await.unwrap_or_default();
+    match serde_json::from_slice(&body) {
+        Ok(ErrorBody {
+            error: ErrorMessage { message },
+        }) => ApiError::Refused {
+            status,
+            message: message
+                .chars()
+                .filter(|character| !character.is_control())
+                .take(MESSAGE_LENGTH_MAX)
+                .collect(),
+            request_id,
+        },
+        Err(_) => ApiError::Status { status, request_id },
+    }
+}
+
+/// Stripe: "Errors".
+#[derive(Deserialize)]
+struct ErrorBody {
+    error: ErrorMessage,
+}
+
+#[derive(Deserialize)]
+struct ErrorMessage {
+    message: String,
 }
 
 fn status_error(response: &Response) -> ApiError {
