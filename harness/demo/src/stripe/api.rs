@@ -1,8 +1,9 @@
 //! A stub of Stripe's API, the only part of these tests that is not real.
 //!
-//! Owns its objects (subscriptions, events of both versions, Checkout Sessions, customers) and the
-//! connected accounts they belong to, lists in pages as Stripe documents them, the errors that a
-//! test plans, and a record of the requests. May not know what the worker does with the answers.
+//! Owns its objects (subscriptions, events of both versions, Checkout Sessions, customers, and in
+//! `endpoints` those that it delivers to) and the connected accounts they belong to, lists in pages
+//! as Stripe documents them, the errors that a test plans, and a record of the requests. May not
+//! know what the worker does with the answers.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -11,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -23,6 +24,11 @@ use time::macros::format_description;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+
+mod endpoints;
+
+pub use endpoints::Endpoint;
+use endpoints::Endpoints;
 
 /// The only API key that the stub accepts, a test mode key.
 pub const API_KEY: &str = "sk_test_onlyTheStubKnowsThis4711";
@@ -39,10 +45,12 @@ pub struct Api {
 pub struct Request {
     /// The time of its arrival.
     pub at: Instant,
+    pub method: String,
     /// Path and query, such as `/v1/checkout/sessions?subscription=sub_…&limit=100`.
     pub path: String,
     /// Its headers, names in lower case.
     pub headers: BTreeMap<String, String>,
+    pub body: String,
 }
 
 impl Request {
@@ -99,6 +107,7 @@ struct State {
     subscriptions: BTreeMap<String, Value>,
     customers: BTreeMap<String, Value>,
     checkout_sessions: Vec<Value>,
+    endpoints: Endpoints,
     /// Events, each with whether every endpoint accepted it.
     events: Vec<(Value, bool)>,
     /// Whole events of the second version, which thin events announce.
@@ -179,6 +188,22 @@ impl Api {
         self.shared.state().v2_events.insert(id, object);
     }
 
+    /// The endpoints that it delivers to, in the order of their creation.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        self.shared.state().endpoints.all().to_vec()
+    }
+
+    /// Changes fields of an endpoint, or adds one that somebody else made, as Stripe's API would show
+    /// it: a `webhook_endpoint` or a `v2.core.event_destination`.
+    pub fn put_endpoint(&self, id: &str, changes: &Value) {
+        self.shared.state().endpoints.put(id, changes);
+    }
+
+    /// Forgets the idempotency keys of earlier requests, as Stripe does after a day.
+    pub fn forget_idempotency_keys(&self) {
+        self.shared.state().endpoints.forget_keys();
+    }
+
     /// Makes the object with that id one of a connected account: without the account's
     /// `Stripe-Context` it is not found.
     pub fn assign(&self, id: &str, account: &str) {
@@ -198,13 +223,13 @@ impl Api {
         self.shared.state().date = Some(date.expect("it has all these parts"));
     }
 
-    /// Plans the answer to the next request with `path` in its path. Several calls plan several
-    /// requests.
+    /// Plans the answer to the next request with `path` in its method and path (`POST /v1/…`).
+    /// Several calls plan several requests.
     pub fn answer_next(&self, path: &'static str, trouble: Trouble) {
         self.shared.state().troubles.push((path, trouble));
     }
 
-    /// Plans the answer to all requests with `path` in their path.
+    /// Plans the answer to all requests with `path` in their method and path.
     pub fn refuse(&self, path: &'static str, trouble: Trouble) {
         self.shared.state().refusals.insert(path, trouble);
     }
@@ -214,7 +239,7 @@ impl Api {
         self.shared.state().refusals.clear();
     }
 
-    /// Delays the answers to requests with `path` in their path.
+    /// Delays the answers to requests with `path` in their method and path.
     pub fn hold(&self, path: &'static str) -> Hold {
         self.shared.state().held.push(path);
         Hold {
@@ -223,13 +248,13 @@ impl Api {
         }
     }
 
-    /// The requests so far with `path` in their path.
+    /// The requests so far with `path` in their method and path.
     pub fn requests(&self, path: &str) -> Vec<Request> {
         let state = self.shared.state();
         state
             .requests
             .iter()
-            .filter(|request| request.path.contains(path))
+            .filter(|request| format!("{} {}", request.method, request.path).contains(path))
             .cloned()
             .collect()
     }
@@ -254,8 +279,16 @@ impl Shared {
     /// Records a request and answers it, after the end of any [`Hold`] on its path.
     async fn answer(&self, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
         let mut released = self.released.subscribe();
-        let path = request.uri().to_string();
-        let headers = request.headers().iter();
+        let (head, body) = request.into_parts();
+        // Fails when the worker is killed in the middle of a request.
+        let body = body
+            .collect()
+            .await
+            .map(http_body_util::Collected::to_bytes);
+        let body = String::from_utf8_lossy(&body.unwrap_or_default()).into_owned();
+        let path = head.uri.to_string();
+        let named = format!("{} {path}", head.method);
+        let headers = head.headers.iter();
         let headers = headers.map(|(name, value)| {
             (
                 name.to_string(),
@@ -264,24 +297,29 @@ impl Shared {
         });
         let headers: BTreeMap<String, String> = headers.collect();
         let authorized = headers.get("authorization") == Some(&format!("Bearer {API_KEY}"));
-        let record = Request {
+        let request = Request {
             at: Instant::now(),
+            method: head.method.to_string(),
             path: path.clone(),
             headers: headers.clone(),
+            body,
         };
         let mut answer = {
             let mut state = self.state();
-            state.requests.push(record);
-            match state.take_trouble(&path) {
+            state.requests.push(request.clone());
+            match state.take_trouble(&named) {
                 Some(trouble) => response(&trouble, &json!({ "error": { "type": "api_error" } })),
-                None if request.method() != Method::GET => {
-                    response(&Trouble::status(405), &Value::Null)
-                }
                 None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),
-                None => state.look_up(&path, &headers),
+                None => match state.endpoints.answer(&request) {
+                    Some((status, body)) => response(&Trouble::status(status), &body),
+                    None if head.method != Method::GET => {
+                        response(&Trouble::status(405), &Value::Null)
+                    }
+                    None => state.look_up(&path, &headers),
+                },
             }
         };
-        while self.state().held.iter().any(|held| path.contains(held)) {
+        while self.state().held.iter().any(|held| named.contains(held)) {
             // The sender lives as long as `self`.
             let _ = released.changed().await;
         }
@@ -406,13 +444,16 @@ impl State {
         let since: i64 = one(query, "created[gte]")
             .and_then(|since| since.parse().ok())
             .unwrap_or(0);
+        let until: i64 = one(query, "created[lte]")
+            .and_then(|until| until.parse().ok())
+            .unwrap_or(i64::MAX);
         let delivered = one(query, "delivery_success").map(|text| text == "true");
         let wanted = self.events.iter().filter(|(event, was_delivered)| {
             let name = event["type"].as_str().unwrap_or_default();
             (types.is_empty() || types.contains(&name))
                 && event["created"]
                     .as_i64()
-                    .is_some_and(|created| created >= since)
+                    .is_some_and(|created| (since..=until).contains(&created))
                 && delivered.is_none_or(|delivered| delivered == *was_delivered)
         });
         wanted.map(|(event, _)| event).collect()
