@@ -9,7 +9,7 @@ use std::process::ExitCode;
 pub const FAILURE: u8 = 1;
 /// The settings or the command line cannot be used.
 pub const CONFIGURATION: u8 = 2;
-/// `reconcile` ended and differences remain.
+/// A command ended and found or left something that is to be done, as `reconcile` does.
 pub const DIFFERENCES: u8 = 3;
 
 /// Formats `error` and all its sources as one line.

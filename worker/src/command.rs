@@ -19,6 +19,7 @@ use crate::stripe::mode;
 
 mod backfill;
 mod dead_letters;
+mod endpoint;
 mod erase;
 mod failure;
 mod join;
@@ -43,8 +44,8 @@ Every setting is a flag and an environment variable; the file .env in the workin
 over the environment, the environment over .env. An empty value counts as not set.
 
 Exit codes: 0 done (`run`: stopped), 1 a failure or stopped before the end, 2 a wrong setting or argument, 3 \
-`reconcile` found differences, 130 a second stop signal. Results go to stdout, logs and progress to stderr. All \
-commands but `run` log only warnings unless RUST_LOG is set.
+something is left to do (`reconcile`, `endpoint check`, `endpoint roll`), 130 a second stop signal. Results go to \
+stdout, logs and progress to stderr. All commands but `run` log only warnings unless RUST_LOG is set.
 
 `litestripe-worker help COMMAND` explains a command.";
 
@@ -74,6 +75,9 @@ enum Command {
     Erase(erase::Erase),
     /// Compare the rows with Stripe and repair them (needs STRIPE_SECRET_KEY)
     Reconcile(reconcile::Reconcile),
+    /// Make, check and roll the endpoint at Stripe that delivers to ingress (needs STRIPE_SECRET_KEY)
+    #[command(subcommand, after_help = endpoint::AFTER_HELP)]
+    Endpoint(endpoint::EndpointCommand),
     /// Make database and broker one installation, after one of them was replaced on purpose
     Join(join::Join),
     /// Print the JSON Schemas of the signals, or the AsyncAPI document
@@ -176,6 +180,7 @@ async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
         Command::DeadLetters(dead_letters) => dead_letters.execute(&settings).await,
         Command::Erase(erase) => erase.execute(&settings).await,
         Command::Reconcile(reconcile) => reconcile.execute(settings).await,
+        Command::Endpoint(endpoint) => endpoint.execute(&settings).await,
         Command::Join(join) => join.execute(&settings).await,
         Command::Schema(_) => Ok(()),
     }

@@ -10,6 +10,7 @@
 pub mod apply;
 mod clocks;
 pub mod command;
+mod endpoint;
 pub mod erasure;
 pub mod error;
 mod fail_point;

@@ -1,5 +1,5 @@
-//! Stripe's API: its client, the request budget that workers share, and the check of the key's
-//! mode.
+//! Stripe's API: its client, the endpoints that it delivers to, the request budget that workers
+//! share, and the check of the key's mode.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use backon::BackoffBuilder as _;
 
 pub(crate) mod api;
 pub(crate) mod budget;
+pub(crate) mod endpoint;
 pub(crate) mod kv;
 pub(crate) mod mode;
 

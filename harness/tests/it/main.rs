@@ -11,6 +11,7 @@ mod clocks;
 mod credentials;
 mod demo;
 mod docs;
+mod endpoint;
 mod erase;
 mod existing;
 mod group_commit;

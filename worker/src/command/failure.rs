@@ -32,7 +32,7 @@ impl Failure {
         }
     }
 
-    /// `reconcile` found differences that remain.
+    /// Something is left to do, such as differences that `reconcile` found.
     pub(crate) fn differences(error: impl Into<Cause>) -> Self {
         Self {
             code: exit::DIFFERENCES,
