@@ -290,6 +290,7 @@ async fn bad_input_is_refused_before_stripe_is_asked_to_change_anything() {
     .await;
     check(&["--url", URL, "--secret-file", "."], "not a file").await;
     check(&["--url", URL, "--secret-file", "large"], "64 KiB").await;
+    check(&["--url", URL, "--secret-file", ""], "--secret-file").await;
     // Nobody can make a file there, not even root.
     check(
         &["--url", URL, "--secret-file", "/proc/secret"],
@@ -308,6 +309,14 @@ async fn bad_input_is_refused_before_stripe_is_asked_to_change_anything() {
         without_key.stderr.contains("STRIPE_SECRET_KEY"),
         "{without_key:?}"
     );
+}
+
+#[tokio::test]
+async fn a_slash_at_the_end_of_the_files_name_does_not_lose_the_secret() {
+    let place = Place::new().await;
+    let command = place.command(&["create", "--url", URL, "--secret-file", "secret/"]);
+    check_code(&command.folder(place.folder.path()).run(DEADLINE).await, 0);
+    assert_eq!(place.text(), line(&place.only_endpoint()));
 }
 
 #[tokio::test]

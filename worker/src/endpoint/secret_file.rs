@@ -54,10 +54,16 @@ impl SecretFile {
     pub(crate) fn open(path: &Path, waiting: impl FnOnce()) -> Result<Self, SecretFileError> {
         // A link stays a link to the file.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-            _ => PathBuf::from("."),
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(SecretFileError::NotAFile(path));
         };
+        let folder = if parent.as_os_str().is_empty() {
+            PathBuf::from(".")
+        } else {
+            parent.to_owned()
+        };
+        // Without a slash at its end, with which the rename would fail.
+        let path = folder.join(name);
         if !folder.is_dir() {
             return Err(SecretFileError::NoFolder(folder));
         }

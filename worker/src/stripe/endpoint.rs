@@ -258,7 +258,9 @@ impl StripeApi {
             Payload::Thin => {
                 let action = if enabled { "enable" } else { "disable" };
                 let path = format!("{EVENT_DESTINATIONS}/{}/{action}", endpoint.id);
-                self.call(&call(Method::POST, &path, Content::None)).await?;
+                let nothing = json!({});
+                self.call(&call(Method::POST, &path, Content::Json(&nothing)))
+                    .await?;
             }
         }
         Ok(())
