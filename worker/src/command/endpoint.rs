@@ -59,7 +59,7 @@ disabled yet; run it again then. Both secrets are valid until it succeeds.";
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Where Stripe delivers to: https://your.host/ls/hook/<STRIPE_WEBHOOK_UUID>/
+    /// Where Stripe delivers to: `https://your.host/ls/hook/<STRIPE_WEBHOOK_UUID>/`
     #[arg(long, value_parser = endpoint::parse_url)]
     url: Url,
     #[command(flatten)]
