@@ -30,6 +30,7 @@ use tracing::{debug, info, warn};
 
 use self::batch::Batches;
 use self::group::Group;
+pub(crate) use self::group::GroupState;
 pub(crate) use self::message::Delivery;
 use self::outcome::AttemptError;
 pub(crate) use self::outcome::{StoreError, Stored, Trouble};
@@ -123,6 +124,11 @@ impl Publisher {
             let lasting = self.report.lasting_trouble(std::time::Instant::now());
             lasting.map_or(Ok(()), Err)
         }
+    }
+
+    /// Returns how events are stored now.
+    pub(crate) fn group_commit(&self) -> GroupState {
+        self.group.state()
     }
 
     /// Stores a delivery. Fails at once if the connection has been lost for a second or if

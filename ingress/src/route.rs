@@ -29,7 +29,7 @@ use warp::http::{Method, StatusCode};
 
 use crate::body::{self, BodyError, Budget};
 use crate::envelope::{Envelope, NotAnEvent};
-use crate::metrics::{Metrics, Outcome};
+use crate::metrics::{Metrics, Outcome, State};
 use crate::publish::{Delivery, Publisher, StoreError, Stored};
 use crate::secret::Secrets;
 use crate::settings::{EventTypes, HookId, Settings};
@@ -159,12 +159,13 @@ async fn hook<B: Buf>(
     headers: HeaderMap,
     chunks: impl Stream<Item = Result<B, warp::Error>>,
 ) -> warp::reply::Response {
-    let received = OffsetDateTime::now_utc();
+    let (received, began) = (OffsetDateTime::now_utc(), Instant::now());
     let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
     ingress.metrics.record_delivery(
         delivered
             .as_ref()
             .map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome),
+        began.elapsed(),
     );
     match delivered {
         Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
@@ -211,6 +212,9 @@ async fn deliver<B: Buf>(
         received,
         ingress.settings.tolerance,
     )?;
+    if let Some(secret) = secrets.get(body.secret()) {
+        secret.record_use(received);
+    }
     let envelope = Envelope::read(&body)?;
     if !ingress.settings.event_types.contains(&envelope.event_type) {
         return Ok(ingress.ignore(&envelope));
@@ -356,7 +360,13 @@ fn readyz(ingress: &Ingress) -> warp::reply::Response {
 }
 
 fn metrics(ingress: &Ingress) -> warp::reply::Response {
-    let page = ingress.metrics.page(ingress.bodies.bytes());
+    let secrets = Arc::clone(&ingress.secrets.borrow());
+    let page = ingress.metrics.page(&State {
+        bodies_in_flight_bytes: ingress.bodies.bytes(),
+        is_ready: ingress.publisher.readiness().is_ok(),
+        group_commit: ingress.publisher.group_commit(),
+        secrets: &secrets,
+    });
     let mut answer = Response::new(page.into());
     answer.headers_mut().insert(
         CONTENT_TYPE,

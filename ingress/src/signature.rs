@@ -8,6 +8,8 @@
 //! oddities: which texts it accepts as an integer, how it reads an item with no `=` or with two,
 //! and that it accepts a timestamp in the future.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,6 +33,8 @@ pub struct SigningSecret {
     /// The HMAC with its key set: no delivery pays for that, and the text itself is not kept.
     keyed: Hmac<Sha256>,
     fingerprint: String,
+    /// In seconds since the Unix epoch; 0 if it was not used yet. Clones share it.
+    last_used: Arc<AtomicI64>,
 }
 
 impl SigningSecret {
@@ -42,12 +46,28 @@ impl SigningSecret {
             .take(4)
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        Self { keyed, fingerprint }
+        Self {
+            keyed,
+            fingerprint,
+            last_used: Arc::default(),
+        }
     }
 
     /// The first 8 hex digits of the text's SHA-256, which identify a secret without showing it.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Records that a delivery that was received `at` is verified with it.
+    pub(crate) fn record_use(&self, at: OffsetDateTime) {
+        self.last_used
+            .fetch_max(at.unix_timestamp(), Ordering::Relaxed);
+    }
+
+    /// When the last delivery that was verified with it was received, in seconds since the Unix
+    /// epoch; 0 if there was none.
+    pub(crate) fn last_used_s(&self) -> i64 {
+        self.last_used.load(Ordering::Relaxed)
     }
 }
 
@@ -59,12 +79,20 @@ impl std::fmt::Debug for SigningSecret {
 
 /// The body of a delivery that Stripe signed, byte for byte.
 #[derive(Debug, Clone)]
-pub struct VerifiedBody(Bytes);
+pub struct VerifiedBody {
+    bytes: Bytes,
+    secret: usize,
+}
 
 impl VerifiedBody {
     /// The bytes as they were received.
     pub fn bytes(&self) -> &Bytes {
-        &self.0
+        &self.bytes
+    }
+
+    /// Which of the secrets signed them: its index.
+    pub fn secret(&self) -> usize {
+        self.secret
     }
 }
 
@@ -101,14 +129,18 @@ pub fn verify(
         return Err(SignatureError::NotText);
     }
     let signed = SignedHeader::parse(header)?;
-    if !secrets.iter().any(|secret| signed.matches(secret, &body)) {
-        return Err(SignatureError::NoMatch);
-    }
+    let secret = secrets
+        .iter()
+        .position(|secret| signed.matches(secret, &body));
+    let secret = secret.ok_or(SignatureError::NoMatch)?;
     match signed.timestamp.age(received) {
         Some(age) if !tolerance.is_zero() && age > tolerance => Err(SignatureError::Stale {
             age: Duration::from_secs(age.as_secs()),
         }),
-        _ => Ok(VerifiedBody(body)),
+        _ => Ok(VerifiedBody {
+            bytes: body,
+            secret,
+        }),
     }
 }
 

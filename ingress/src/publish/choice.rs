@@ -118,8 +118,16 @@ impl Choice {
         }
         match &self.phase {
             Phase::Trying(trial) if in_flight >= LOAD_MIN => (trial.mode(), Turn(Some(self.turn))),
-            _ if self.others < LOAD_GROUPED * AVERAGED => (Mode::Single, Turn::NONE),
-            Phase::Trying(_) | Phase::Holding { .. } => (self.chosen, Turn::NONE),
+            Phase::Trying(_) | Phase::Holding { .. } => (self.mode(), Turn::NONE),
+        }
+    }
+
+    /// Returns the mode of events outside a trial, under the load of the last ones.
+    pub(super) fn mode(&self) -> Mode {
+        if self.others < LOAD_GROUPED * AVERAGED {
+            Mode::Single
+        } else {
+            self.chosen
         }
     }
 

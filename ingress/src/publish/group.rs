@@ -37,6 +37,19 @@ pub(super) struct Group {
     members: mpsc::Sender<Member>,
 }
 
+/// How events that find others in flight are published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GroupState {
+    /// One by one: the settings say so.
+    Off,
+    /// One by one: the stream does not accept atomic batches.
+    Unsupported,
+    /// One by one, which is faster now.
+    Single,
+    /// In batches.
+    Grouped,
+}
+
 /// How many events are being published, and how.
 struct Load {
     in_flight: usize,
@@ -76,6 +89,18 @@ impl Group {
                 "events are stored one by one: stream {} does not allow atomic batches (allow_atomic, NATS 2.12)",
                 subject::EVENTS_STREAM
             );
+        }
+    }
+
+    pub(super) fn state(&self) -> GroupState {
+        if self.setting == GroupCommit::Off {
+            GroupState::Off
+        } else if !self.is_allowed.load(Ordering::Relaxed) {
+            GroupState::Unsupported
+        } else if self.setting == GroupCommit::On || self.load().choice.mode() == Mode::Grouped {
+            GroupState::Grouped
+        } else {
+            GroupState::Single
         }
     }
 
