@@ -168,6 +168,13 @@ pub enum OrphanReason {
 }
 
 impl OrphanReason {
+    /// All reasons.
+    pub const ALL: [Self; 3] = [
+        Self::MissingClientReferenceId,
+        Self::UnknownClientReferenceId,
+        Self::NoCheckoutSession,
+    ];
+
     /// Returns the name of the reason in signals and in the table.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -179,13 +186,7 @@ impl OrphanReason {
 
     /// Parses the name of a reason.
     pub fn parse(name: &str) -> Option<Self> {
-        [
-            Self::MissingClientReferenceId,
-            Self::UnknownClientReferenceId,
-            Self::NoCheckoutSession,
-        ]
-        .into_iter()
-        .find(|reason| reason.as_str() == name)
+        Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 }
 

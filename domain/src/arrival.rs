@@ -12,6 +12,8 @@ pub struct Arrival {
     pub index: usize,
     pub event: Event,
     pub traceparent: Option<String>,
+    /// When ingress received it, by the clock of ingress. `None` if it came in another way.
+    pub received: Option<OffsetDateTime>,
     /// The stream that held it.
     pub stream: StreamId,
     /// Its sequence in that stream.
@@ -64,6 +66,7 @@ impl Arrival {
         Cause {
             event: signal::reference(&self.event),
             traceparent: self.traceparent.clone(),
+            received: self.received,
         }
     }
 

@@ -255,14 +255,7 @@ pub fn plan_unsent(id: &str, stored: Stored, now: OffsetDateTime) -> Option<Unse
     let shown = stored.state.visible().subscription;
     let event = signal::last_event(&stored.state)?;
     let mut sender = Sender::new(id, stored.revision, &stored.last_sent, &shown, now);
-    sender.send(
-        &shown,
-        Cause {
-            event,
-            traceparent: None,
-        },
-        true,
-    );
+    sender.send(&shown, event.into(), true);
     let Sender {
         mut signals,
         revision,
@@ -344,9 +337,10 @@ pub fn plan_erasure(
         revision: changed.revision,
         ..stored.into_row(id)
     };
+    let cause = Cause::from(changed.event.clone());
     Erased {
         row,
-        signal: Some(signal::subscription_changed(&changed, None)),
+        signal: Some(signal::subscription_changed(&changed, cause)),
         had_metadata,
     }
 }
@@ -426,14 +420,7 @@ impl<'r> Sender<'r> {
             let Some(event) = cause() else {
                 return self.postpone(shown);
             };
-            self.send(
-                shown,
-                Cause {
-                    event,
-                    traceparent: None,
-                },
-                true,
-            );
+            self.send(shown, event.into(), true);
         }
         LastSent::Current
     }
@@ -470,12 +457,12 @@ impl<'r> Sender<'r> {
         let change = Change {
             previous_revision: self.revision,
             changes,
-            event: cause.event,
+            event: cause.event.clone(),
             replayed,
         };
         let changed = change.signal(self.id, shown, self.now);
         self.signals
-            .push(signal::subscription_changed(&changed, cause.traceparent));
+            .push(signal::subscription_changed(&changed, cause));
         (self.revision, self.sent) = (changed.revision, Some(shown));
     }
 }

@@ -26,6 +26,8 @@ pub struct NewSignal {
     /// `created` of the event that led to it, in seconds since the Unix epoch.
     pub event_created: i64,
     pub traceparent: Option<String>,
+    /// When ingress received that event, if it did.
+    pub received: Option<OffsetDateTime>,
     pub body: String,
 }
 
@@ -35,6 +37,20 @@ pub struct Cause {
     pub event: EventReference,
     /// The trace of the event's delivery.
     pub traceparent: Option<String>,
+    /// When ingress received the event. `None` if it came in another way, or if the signal follows
+    /// from something else that came later.
+    pub received: Option<OffsetDateTime>,
+}
+
+impl From<EventReference> for Cause {
+    /// An event whose delivery is long over.
+    fn from(event: EventReference) -> Self {
+        Self {
+            event,
+            traceparent: None,
+            received: None,
+        }
+    }
 }
 
 /// Returns `event` as a signal names it.
@@ -69,15 +85,9 @@ pub fn last_event(state: &State) -> Option<EventReference> {
     })
 }
 
-pub(crate) fn subscription_changed(
-    signal: &SubscriptionChanged,
-    traceparent: Option<String>,
-) -> NewSignal {
+/// Builds the signal of a change. `cause` is the event that it names.
+pub(crate) fn subscription_changed(signal: &SubscriptionChanged, cause: Cause) -> NewSignal {
     let id = &signal.stripe_subscription_id;
-    let cause = Cause {
-        event: signal.event.clone(),
-        traceparent,
-    };
     new_signal(
         cause,
         id,
@@ -91,10 +101,7 @@ pub(crate) fn subscription_changed(
 /// or JetStream would drop it as a duplicate.
 pub(crate) fn subscription_resent(signal: &SubscriptionChanged, now: OffsetDateTime) -> NewSignal {
     let id = &signal.stripe_subscription_id;
-    let cause = Cause {
-        event: signal.event.clone(),
-        traceparent: None,
-    };
+    let cause = Cause::from(signal.event.clone());
     let message_id = format!(
         "{id}:{}:again:{}",
         signal.revision,
@@ -129,10 +136,7 @@ pub fn orphan_resent(orphan: &NewOrphan, created: Timestamp, now: OffsetDateTime
         event_type: EventType::parse(event_type).expect("each of them is valid"),
         created,
     };
-    let cause = Cause {
-        event,
-        traceparent: None,
-    };
+    let cause = Cause::from(event);
     let mut signal = orphan_created(orphan, cause);
     signal.message_id += &format!(":again:{}", now.unix_timestamp_nanos());
     signal
@@ -170,6 +174,7 @@ fn new_signal<T: Serialize>(
         message_id,
         event_created: cause.event.created.unix(),
         traceparent: cause.traceparent,
+        received: cause.received,
         body: serde_json::to_string(body).expect("a signal has no map with keys that are not text"),
     }
 }

@@ -27,6 +27,9 @@ pub struct Model {
     #[sea_orm(column_type = "Text")]
     pub body: String,
     pub dt_created: TimeDateTimeWithTimeZone,
+    /// When ingress received the event that led to it, in milliseconds since the Unix epoch, if
+    /// ingress did.
+    pub received_at_ms: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

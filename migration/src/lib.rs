@@ -13,6 +13,7 @@ pub use sea_orm_migration::MigratorTrait;
 
 mod columns;
 mod history;
+mod indexes;
 mod m20261123_000001_stripe_subscription;
 mod m20261123_000002_orphaned_payment;
 mod m20261123_000003_signal_outbox;
@@ -30,6 +31,7 @@ mod m20261130_000014_dead_letters;
 mod m20261130_000015_installation;
 mod m20261130_000016_question_attempts;
 mod m20261130_000018_rules;
+mod m20261201_000020_figures;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -63,6 +65,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000015_installation::Migration),
             Box::new(m20261130_000016_question_attempts::Migration),
             Box::new(m20261130_000018_rules::Migration),
+            Box::new(m20261201_000020_figures::Migration),
         ]
     }
 }

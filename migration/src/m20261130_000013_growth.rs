@@ -5,6 +5,8 @@
 
 use sea_orm_migration::prelude::*;
 
+use crate::indexes;
+
 /// Each index's name and what it is on. Questions are counted by kind and mode, without reading
 /// their rows. Those about thin events of the mode without a key stay due, and are many if no key
 /// is set for long.
@@ -73,26 +75,10 @@ pub(crate) struct Migration;
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        replace(manager, &OLD, &NEW).await
+        indexes::replace(manager, &OLD, &NEW).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        replace(manager, &NEW, &OLD).await
+        indexes::replace(manager, &NEW, &OLD).await
     }
-}
-
-async fn replace(
-    manager: &SchemaManager<'_>,
-    old: &[(&str, &str)],
-    new: &[(&str, &str)],
-) -> Result<(), DbErr> {
-    let db = manager.get_connection();
-    for (name, _) in old {
-        db.execute_unprepared(&format!("DROP INDEX {name}")).await?;
-    }
-    for (name, on) in new {
-        db.execute_unprepared(&format!("CREATE INDEX {name} ON {on}"))
-            .await?;
-    }
-    Ok(())
 }

@@ -95,12 +95,18 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         ..
     } = decoded;
     let events = arrivals.len();
+    let received = |arrival: &Arrival| Some((arrival.index, arrival.received?));
+    let received: Vec<_> = arrivals.iter().filter_map(received).collect();
     let began = Instant::now();
     let saved = save_with_retries(applier, Arc::new(arrivals), &batch, shutdown).await;
     let Some(mut outcome) = saved else {
         batch.hand_back().await;
         return;
     };
+    let saved = received
+        .iter()
+        .filter(|(index, _)| outcome.is_saved(*index));
+    metrics::committed(saved.map(|(_, received)| *received));
     if applier
         .installation
         .as_ref()
@@ -341,6 +347,12 @@ struct Outcome {
 }
 
 impl Outcome {
+    /// Whether the event of this index was saved.
+    fn is_saved(&self, index: usize) -> bool {
+        let mut refused = self.refused.iter();
+        !self.untried.contains(&index) && !refused.any(|refused| refused.index() == index)
+    }
+
     /// If the database refuses every change that was tried, returns why. An event that changes
     /// nothing is accepted, and shows nothing about what the database accepts.
     fn refuses_all(&self) -> Option<&StoreError> {

@@ -14,6 +14,7 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::metrics;
 use crate::store::{self, Store};
 use crate::stream::progress;
 use crate::wait::pause;
@@ -62,6 +63,7 @@ pub(crate) async fn watch(
     let mut differing = BTreeSet::new();
     loop {
         let change = record(&mut differing, compare(&store, &jetstream).await);
+        metrics::waiting_for_clocks(!differing.is_empty());
         for difference in change.begun {
             warn!(
                 "{difference}: until the clocks agree, grace periods and the erasure of old emails may end late. \

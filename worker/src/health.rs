@@ -111,7 +111,7 @@ pub(crate) async fn serve(
     nats: async_nats::Client,
     readiness: Arc<Readiness>,
 ) {
-    let problems = readiness.problems.clone();
+    let (problems, client) = (readiness.problems.clone(), nats.clone());
     let alive = warp::path!("healthz").map(|| answer(StatusCode::OK, "alive"));
     let ready = warp::path!("readyz").then(move || {
         let (nats, readiness) = (nats.clone(), Arc::clone(&readiness));
@@ -124,8 +124,8 @@ pub(crate) async fn serve(
         }
     });
     let metrics = warp::path!("metrics").map(move || {
-        crate::metrics::problems(problems.list(Instant::now()).len());
-        let text = crate::metrics::render();
+        let is_connected = client.connection_state() == State::Connected;
+        let text = crate::metrics::render(is_connected, problems.list(Instant::now()).len());
         warp::reply::with_header(
             text,
             "content-type",

@@ -22,12 +22,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::error::StoreError;
-use crate::health::Problems;
 use crate::settings::Settings;
 use crate::store::file::DatabaseFile;
 use crate::store::installation as table;
 use crate::store::{Store, detached};
-use crate::stream::findings;
 use crate::stream::position;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::kv::{Bucket, Entry, KvError};
@@ -38,9 +36,6 @@ const KEY: &str = "installation";
 
 /// How often a running worker compares the ids.
 const COMPARE_EVERY: Duration = Duration::from_secs(2);
-
-/// After how many comparisons it reads how streams and consumer are configured.
-const FINDINGS_EVERY: u32 = 5;
 
 /// How long other workers may take to stop before a new database replaces theirs.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -166,22 +161,14 @@ impl Installation {
         self.0.is_split.cancel();
     }
 
-    /// Compares the ids until `shutdown`, and reports what keeps streams and consumer from their
-    /// work. Returns why database and broker do not belong together any more, if that happens.
-    pub(crate) async fn watch(
-        self,
-        problems: Problems,
-        shutdown: CancellationToken,
-    ) -> Option<Split> {
-        let mut watched = findings::Watched::new(problems);
-        for round in 0_u32.. {
+    /// Compares the ids until `shutdown`. Returns why database and broker do not belong together any
+    /// more, if that happens.
+    pub(crate) async fn watch(self, shutdown: CancellationToken) -> Option<Split> {
+        loop {
             match self.compare().await {
                 Err(InstallationError::Split(split)) => self.separate(split),
                 Err(error) => debug!("cannot compare the installation: {}", exit::chain(&error)),
                 Ok(()) => {}
-            }
-            if round.is_multiple_of(FINDINGS_EVERY) {
-                watched.look(&self.0.jetstream).await;
             }
             tokio::select! {
                 biased;
@@ -189,7 +176,6 @@ impl Installation {
                 paused = pause(COMPARE_EVERY, &shutdown) => paused?,
             }
         }
-        None
     }
 
     async fn compare(&self) -> Result<(), InstallationError> {

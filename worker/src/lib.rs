@@ -14,6 +14,7 @@ mod endpoint;
 pub mod erasure;
 pub mod error;
 mod fail_point;
+mod figures;
 mod health;
 mod installation;
 mod metrics;

@@ -4,7 +4,7 @@
 //! There are six kinds, one file each: the user lookup (`user`), the end of a grace period
 //! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin
 //! events name (`notification`), the erasure of a deleted customer and the removal of a late
-//! message of an erased one (`erase`). `open` counts them. An open question becomes due, a worker
+//! message of an erased one (`erase`). `open` is about their number. An open question becomes due, a worker
 //! asks it (`asker`), and it is retried until it is answered. Any worker may ask; a lease gives
 //! each question to one of them at a time. This module also creates and resolves the orphans that
 //! follow from an answer. Where an answer depends on a row, it writes that row too, so that a batch
@@ -46,7 +46,7 @@ mod failures;
 mod grace;
 pub mod lookup;
 mod notification;
-mod open;
+pub(crate) mod open;
 mod uncertain;
 mod user;
 
@@ -66,7 +66,7 @@ pub struct Questions {
     pub relay: Arc<Notify>,
     /// The kinds of questions that currently wait for the database.
     pub waiting: Arc<Waiting>,
-    pub failures: Failures,
+    pub failures: Arc<Failures>,
 }
 
 /// The outcome of asking a question once.
@@ -206,10 +206,7 @@ async fn insert_orphan(
 }
 
 fn cause(question: &Question) -> Cause {
-    Cause {
-        event: question.event.clone(),
-        traceparent: None,
-    }
+    Cause::from(question.event.clone())
 }
 
 /// Whether an erasure covers the event that led to the question. If so, no personal data is

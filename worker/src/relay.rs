@@ -43,7 +43,7 @@ const SIGNALS: Awaited = Awaited {
     ends: "the relay is sending signals again",
     first: POLL,
     longest: POLL,
-    gauge: None,
+    shown: None,
 };
 
 /// How often the relay checks while another relay holds shards, because that one may finish without

@@ -124,7 +124,6 @@ async fn purge_if_full(
     else {
         return Ok(());
     };
-    metrics::events_stream_fill(info.state.bytes, bytes_max);
     let Some(before) = progress? else {
         return Ok(());
     };

@@ -25,6 +25,7 @@ pub mod clock;
 mod connection;
 pub mod dead_letter;
 pub mod erasure;
+pub mod figures;
 pub(crate) mod file;
 pub mod installation;
 pub mod lease;

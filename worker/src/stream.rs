@@ -11,5 +11,6 @@ pub(crate) mod position;
 pub mod progress;
 mod pull;
 pub(crate) mod scan;
+pub(crate) mod seen;
 
 pub(crate) use origin::connection;

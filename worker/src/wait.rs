@@ -24,8 +24,8 @@ pub(crate) struct Awaited {
     /// The pause before the first retry. It doubles with each retry, with jitter.
     pub(crate) first: Duration,
     pub(crate) longest: Duration,
-    /// Sets a gauge to 1 while waiting.
-    pub(crate) gauge: Option<fn(bool)>,
+    /// What the metrics show while waiting.
+    pub(crate) shown: Option<&'static metrics::Awaited>,
 }
 
 pub(crate) const DATABASE: Awaited = Awaited {
@@ -33,7 +33,7 @@ pub(crate) const DATABASE: Awaited = Awaited {
     ends: "the database is back",
     first: Duration::from_millis(50),
     longest: Duration::from_secs(5),
-    gauge: Some(metrics::waiting_for_database),
+    shown: Some(&metrics::DATABASE),
 };
 
 /// JetStream, with its streams and consumers.
@@ -42,7 +42,7 @@ pub(crate) const JETSTREAM: Awaited = Awaited {
     ends: "JetStream is back",
     first: Duration::from_millis(100),
     longest: Duration::from_secs(5),
-    gauge: Some(metrics::waiting_for_broker),
+    shown: Some(&metrics::BROKER),
 };
 
 /// The number of tasks that wait for the same thing. Only the first and the last of them log it.
@@ -55,6 +55,8 @@ pub(crate) struct Wait {
     awaited: Awaited,
     pauses: backon::ExponentialBackoff,
     is_waiting: bool,
+    /// Shows in the metrics that this task waits.
+    shown: Option<metrics::Waiting>,
     all: Arc<Waiting>,
 }
 
@@ -63,12 +65,13 @@ impl Wait {
         Self::with_others(awaited, Arc::default())
     }
 
-    /// Creates a `Wait` that shares its log lines and gauge with the others that hold `all`.
+    /// Creates a `Wait` that shares its log lines with the others that hold `all`.
     pub(crate) fn with_others(awaited: Awaited, all: Arc<Waiting>) -> Self {
         Self {
             awaited,
             pauses: pauses(awaited),
             is_waiting: false,
+            shown: None,
             all,
         }
     }
@@ -85,9 +88,11 @@ impl Wait {
         let is_first = !std::mem::replace(&mut self.is_waiting, true);
         if is_first && self.all.0.fetch_add(1, Ordering::Relaxed) == 0 {
             warn!(error = reason, "{begins}: {reason}");
-            self.show(true);
         } else {
             debug!(error = reason, "a retry failed: {reason}");
+        }
+        if is_first {
+            self.shown = self.awaited.shown.map(metrics::Awaited::begin);
         }
         self.pauses.next().unwrap_or(self.awaited.longest)
     }
@@ -105,18 +110,8 @@ impl Wait {
 
     /// Ends this task's waiting. Returns whether it was the last task to wait.
     fn end(&mut self) -> bool {
-        let is_last =
-            std::mem::take(&mut self.is_waiting) && self.all.0.fetch_sub(1, Ordering::Relaxed) == 1;
-        if is_last {
-            self.show(false);
-        }
-        is_last
-    }
-
-    fn show(&self, waiting: bool) {
-        if let Some(gauge) = self.awaited.gauge {
-            gauge(waiting);
-        }
+        self.shown = None;
+        std::mem::take(&mut self.is_waiting) && self.all.0.fetch_sub(1, Ordering::Relaxed) == 1
     }
 }
 

@@ -210,6 +210,7 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
         index,
         event,
         traceparent: None,
+        received: None,
         stream: crate::arrival::StreamId::default(),
         stream_sequence: 1 + index as u64,
     }

@@ -539,6 +539,7 @@ pub(crate) fn signal(id: &str) -> NewSignal {
         message_id: id.to_owned(),
         event_created: 1,
         traceparent: None,
+        received: None,
         body: "{}".to_owned(),
     }
 }

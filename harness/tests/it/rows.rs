@@ -195,6 +195,7 @@ async fn signals(kind: DatabaseKind) {
         message_id: format!("sub_{number}:1"),
         event_created: number,
         traceparent: (number % 2 == 0).then(|| TEXT.to_owned()),
+        received: (number % 3 == 0).then(|| OffsetDateTime::UNIX_EPOCH + Duration::from_millis(1)),
         body: json!({ "number": number, "text": TEXT }).to_string(),
     };
     let tx = store.begin().await.expect("the database answers");
@@ -226,6 +227,7 @@ async fn signals(kind: DatabaseKind) {
                 traceparent: signal.traceparent,
                 body: signal.body,
                 dt_created: now(1),
+                received_at_ms: signal.received.map(|_| 1),
             });
     assert_eq!(found, expected.collect::<Vec<_>>());
     assert_eq!(found.len(), 3);

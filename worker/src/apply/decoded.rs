@@ -116,6 +116,7 @@ pub fn decode(batch: &Batch, keys: &MetadataKeys) -> Contents {
                 index,
                 event,
                 traceparent: message.traceparent(),
+                received: message.received(),
                 stream: batch.stream(),
                 stream_sequence: message.stream_sequence(),
             }),

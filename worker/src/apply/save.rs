@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use litestripe_domain::arrival::Arrival;
@@ -25,6 +25,7 @@ use crate::erasure::Erasures;
 use crate::error::{Cause, StoreError};
 use crate::fail_point::fail_point;
 use crate::installation::Installation;
+use crate::metrics;
 use crate::store;
 use crate::store::Transaction;
 use crate::store::subscription::Found;
@@ -88,7 +89,9 @@ async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Sav
             };
             save_once(tx, pending, &policy, guards, OffsetDateTime::now_utc()).await
         };
+        let began = Instant::now();
         let (saved, stale_again) = applier.store.uncancelled(once).await?;
+        metrics::transaction(began.elapsed());
         all.redacted.extend(saved.redacted);
         all.wrote |= saved.wrote;
         if stale_again.is_empty() {

@@ -237,6 +237,8 @@ fn arrival(letter: &StreamMessage, event: event::Event, stream: StreamId) -> Arr
         index: 0,
         event,
         traceparent: header_value(letter, header::TRACEPARENT),
+        // How long it took is a matter of the operator.
+        received: None,
         // An older letter may be of an earlier stream, whose events are gone.
         stream,
         stream_sequence: stream_sequence(letter).unwrap_or(0),

@@ -13,10 +13,12 @@ use tracing::{error, info, warn};
 use super::Failure;
 use crate::apply::{Applier, Refusals};
 use crate::clocks;
-use crate::health::{self, Problems, Readiness};
+use crate::figures;
+use crate::health::{self, Readiness};
 use crate::installation::{Installation, InstallationError, Split};
 use crate::metrics;
 use crate::questions::lookup::Lookup;
+use crate::questions::open::OpenQuestions;
 use crate::questions::{Failures, Questions};
 use crate::recover::backfill::record::Record;
 use crate::recover::backfill::schedule::Schedule;
@@ -24,7 +26,7 @@ use crate::recover::backfill::{self, Backfill};
 use crate::recover::resolutions::Resolutions;
 use crate::recover::{lost_rows, unsent};
 use crate::retention;
-use crate::settings::Settings;
+use crate::settings::{Settings, StripeSettings};
 use crate::start::consume::{FINISH_MAX, consume};
 use crate::start::database::{self, Schema};
 use crate::start::rules::{self, Rules};
@@ -32,6 +34,7 @@ use crate::start::{broker, parts::Parts};
 use crate::store::Store;
 use crate::store::lease::Lease;
 use crate::stream::dead_letter::{DeadLetters, Pending};
+use crate::stream::findings;
 use crate::stripe::api::StripeApi;
 use crate::wait::{self, DATABASE, JETSTREAM, Wait};
 
@@ -185,10 +188,10 @@ impl Supervisor {
 
     /// Watches whether database and broker still belong together. If not, the worker stops and
     /// exits with a failure.
-    fn watch(&self, tracker: &TaskTracker, installation: Installation, problems: Problems) {
+    fn watch(&self, tracker: &TaskTracker, installation: Installation) {
         let (split, shutdown) = (Arc::clone(&self.split), self.shutdown.clone());
         let watch = async move {
-            if let Some(found) = installation.watch(problems, shutdown.clone()).await {
+            if let Some(found) = installation.watch(shutdown.clone()).await {
                 error!("{found}");
                 let _ = split.set(found);
                 shutdown.cancel();
@@ -256,6 +259,10 @@ impl Worker {
             erasures,
             ..
         } = parts.clone();
+        let failures = Failures::new(settings.stripe.as_ref().map(|stripe| &stripe.budget));
+        let failures = Arc::new(failures);
+        let key = settings.stripe.as_ref().map(StripeSettings::is_live);
+        let open = OpenQuestions::new(Arc::clone(&failures), key);
         let questions = Questions {
             store: store.clone(),
             jetstream: jetstream.clone(),
@@ -267,7 +274,7 @@ impl Worker {
             wake: Arc::clone(&applier.questions),
             relay: Arc::clone(&wake),
             waiting: Arc::default(),
-            failures: Failures::new(settings.stripe.as_ref().map(|stripe| &stripe.budget)),
+            failures,
         };
         supervisor.spawn(
             &background,
@@ -289,8 +296,13 @@ impl Worker {
         let pending = pending.run(shutdown.clone());
         supervisor.spawn(&background, "the storing of pending dead letters", pending);
         if let Some(installation) = parts.installation.clone() {
-            supervisor.watch(&background, installation, readiness.problems.clone());
+            supervisor.watch(&background, installation);
         }
+        let problems = readiness.problems.clone();
+        let streams = findings::watch(jetstream.clone(), problems, shutdown.clone());
+        supervisor.spawn(&background, "the watch over the streams", streams);
+        let figures = figures::watch(store.clone(), open, shutdown.clone());
+        supervisor.spawn(&background, "the reading of figures", figures);
         let retention = retention::run(store, jetstream, shutdown.clone());
         supervisor.spawn(&background, "the retention", retention);
         Ok(Self {

@@ -25,6 +25,7 @@ use crate::settings::{Settings, StripeSettings};
 use crate::start::broker::{self, STREAMS};
 use crate::store::{self, Store};
 use crate::stream::findings;
+use crate::stream::seen::Seen;
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -234,8 +235,8 @@ impl Report {
         store: &Store,
         jetstream: &jetstream::Context,
     ) -> Result<(), Failure> {
-        let found = findings::find(jetstream).await;
-        self.problems.extend(found.map_err(Failure::new)?);
+        let seen = Seen::read(jetstream).await.map_err(Failure::new)?;
+        self.problems.extend(findings::find(&seen));
         if self.schema_current {
             match installation::check(store, jetstream).await {
                 Err(InstallationError::Split(split)) => self.problems.push(Finding {

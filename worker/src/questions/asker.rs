@@ -50,7 +50,7 @@ const QUESTIONS: Awaited = Awaited {
     ends: "questions are asked again",
     first: POLL,
     longest: POLL,
-    gauge: None,
+    shown: None,
 };
 
 impl Questions {
@@ -76,7 +76,6 @@ impl Questions {
         for (kind, _, in_flight_max) in kinds.into_iter().filter(|(_, is_enabled, _)| *is_enabled) {
             loops.spawn(Arc::clone(&questions).ask_due(kind, in_flight_max, shutdown.clone()));
         }
-        loops.spawn(Arc::clone(&questions).count_open(shutdown.clone()));
         loops.spawn(questions.erase_old_emails(shutdown));
         while let Some(ended) = loops.join_next().await {
             // Without this panic, questions of that kind would silently never be asked again.

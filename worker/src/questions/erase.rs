@@ -30,7 +30,7 @@ const EMAILS: Awaited = Awaited {
     ends: "emails of old orphans are erased again",
     first: POLL,
     longest: Duration::from_secs(60),
-    gauge: None,
+    shown: None,
 };
 
 /// Customers that are erased together, at most: the streams are read once for all of them.

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::asker::IN_FLIGHT_MAX;
 use super::lookup::ANSWER_MAX;
 use crate::settings::BudgetSettings;
-use crate::store::question::Open;
+use crate::store::figures::COUNT_MAX;
 
 /// The pause after the first failed attempt. It doubles with each, up to the longest.
 pub(super) const PAUSE_FIRST: Duration = Duration::from_secs(3);
@@ -60,12 +60,10 @@ impl Failures {
     }
 
     /// Records how many questions fail.
-    pub(super) fn record_counts(&self, open: &[Open]) {
-        let mut failing = BTreeMap::new();
-        for open in open {
-            *failing.entry(open.kind).or_default() += open.failing;
-        }
-        self.known().failing = failing;
+    pub(super) fn record_counts(&self, failing: impl IntoIterator<Item = (Kind, u64)>) {
+        // Above `COUNT_MAX` nobody knows how many there are, and each takes the longest pause.
+        let known = |(kind, count)| (kind, if count < COUNT_MAX { count } else { u64::MAX });
+        self.known().failing = failing.into_iter().map(known).collect();
     }
 
     /// Returns the pause of a question of `kind` after so many failed attempts in a row.
@@ -80,7 +78,7 @@ impl Failures {
             Kind::Lookup | Kind::Erase | Kind::Removal => **other == kind,
             _ => !matches!(other, Kind::Lookup | Kind::Erase | Kind::Removal),
         });
-        let rivals: u64 = rivals.map(|(_, count)| count).sum();
+        let rivals = rivals.fold(0, |all: u64, (_, count)| all.saturating_add(*count));
         let turn = every.saturating_mul(u32::try_from(rivals).unwrap_or(u32::MAX));
         pause(PAUSE_FIRST, PAUSE_MAX, attempts).max(jittered(turn.min(MANY_PAUSE_MAX / 2)))
     }

@@ -164,10 +164,7 @@ async fn send_orphans(tx: Transaction) -> Result<Option<u64>, StoreError> {
         return Ok(None);
     }
     let signals = orphans.into_iter().filter_map(|(orphan, event)| {
-        let cause = Cause {
-            event,
-            traceparent: None,
-        };
+        let cause = Cause::from(event);
         let to_signal = if orphan.resolved_at.is_some() {
             signal::orphan_resolved
         } else {

@@ -167,6 +167,7 @@ impl Sender {
         if way == Way::Batch {
             match self.send_batch(&signals, deadline).await {
                 BatchOutcome::Stored => {
+                    signals.iter().for_each(Signal::record_stored);
                     sent.ids.extend(signals.iter().map(|signal| signal.row.id));
                     return self.record(way, count, began);
                 }
@@ -262,7 +263,10 @@ impl Sender {
         for signal in chain {
             let publishing = self.publish(&signal, signal.headers());
             match tokio::time::timeout_at(deadline, publishing).await {
-                Ok(Ok(_)) => sent.ids.push(signal.row.id),
+                Ok(Ok(_)) => {
+                    signal.record_stored();
+                    sent.ids.push(signal.row.id);
+                }
                 Ok(Err(error)) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
                     sent.has_blocked = self.block(signal.row.entity_id, signal.row.id);
                     break;
@@ -368,6 +372,10 @@ impl From<Model> for Signal {
 }
 
 impl Signal {
+    fn record_stored(&self) {
+        metrics::signal_stored(self.row.received_at_ms);
+    }
+
     fn headers(&self) -> HeaderMap {
         let row = &self.row;
         let mut headers = HeaderMap::new();

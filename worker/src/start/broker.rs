@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use async_nats::connection::State;
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, Stream};
 use async_nats::jetstream::{self, ErrorCode};
@@ -13,7 +12,6 @@ use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_S
 use litestripe_contract::{connect, exit, stream};
 use tracing::warn;
 
-use crate::metrics;
 use crate::settings::{DEAD_LETTERS_MAX_BYTES, SIGNALS_MAX_BYTES, Settings};
 use crate::wait::{self, JETSTREAM};
 
@@ -61,9 +59,7 @@ pub(crate) async fn reach(
 /// Waits for the broker and creates its missing streams. Warns of those that an operator should
 /// change.
 pub(crate) async fn prepare(nats: &async_nats::Client, settings: &Settings) {
-    metrics::waiting_for_broker(nats.connection_state() != State::Connected);
     connect::connected(nats, &settings.nats).await;
-    metrics::waiting_for_broker(false);
     let jetstream = connect::jetstream(nats.clone());
     let mut logged = BTreeSet::new();
     wait::until_ok(JETSTREAM, async || {
@@ -171,7 +167,6 @@ pub(crate) async fn recreate_streams(settings: Settings, jetstream: jetstream::C
     let mut logged = BTreeSet::new();
     loop {
         tokio::time::sleep(RECREATE_EVERY).await;
-        metrics::waiting_for_broker(jetstream.client().connection_state() != State::Connected);
         let provided = provide(&settings, &jetstream).await;
         if let Some(refusals) = new_refusals(&provided, &mut logged) {
             warn!("cannot create the streams: {refusals}");

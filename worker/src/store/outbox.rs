@@ -28,9 +28,10 @@ use crate::store::Transaction;
 pub const SHARDS: u32 = 16;
 
 const INSERT: Insert<'_> = Insert {
-    into: "litestripe_signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created)",
+    into: "litestripe_signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created, \
+        received_at_ms)",
     select: "UNNEST($1::integer[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::bigint[]), \
-        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::timestamptz[])",
+        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::timestamptz[]), UNNEST($9::bigint[])",
     then: "",
 };
 
@@ -40,7 +41,7 @@ pub async fn insert(
     signals: Vec<NewSignal>,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
-    let cells = |signal: NewSignal| -> [Cell; 8] {
+    let cells = |signal: NewSignal| -> [Cell; 9] {
         [
             shard_of(&signal.entity_id).into(),
             signal.entity_id.into(),
@@ -50,6 +51,7 @@ pub async fn insert(
             signal.traceparent.into(),
             signal.body.into(),
             now.into(),
+            signal.received.map(unix_ms).into(),
         ]
     };
     let inserted = super::rows::insert(tx, INSERT, signals.into_iter().map(cells).collect()).await;
@@ -110,7 +112,7 @@ impl LowWater {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn id(&self) -> i64 {
+    pub(super) fn id(&self) -> i64 {
         self.mark().id
     }
 }
@@ -319,6 +321,11 @@ pub async fn backlog<C: ConnectionTrait>(
         .await
         .map_err(&doing)?;
     Ok((count, oldest.map(|row| row.dt_created)))
+}
+
+/// Returns a time in milliseconds since the Unix epoch.
+fn unix_ms(time: OffsetDateTime) -> i64 {
+    i64::try_from(time.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX)
 }
 
 /// Returns the shard of a subscription or orphan, by FNV-1a, which is stable over releases and

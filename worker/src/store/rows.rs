@@ -34,6 +34,8 @@ pub(super) enum Cell {
     Text(Option<String>),
     /// A time in whole seconds or a null.
     Time(Option<Timestamp>),
+    /// A number or a null.
+    Number(Option<i64>),
 }
 
 macro_rules! not_null {
@@ -60,12 +62,19 @@ impl From<Option<Timestamp>> for Cell {
     }
 }
 
+impl From<Option<i64>> for Cell {
+    fn from(number: Option<i64>) -> Self {
+        Self::Number(number)
+    }
+}
+
 impl From<Cell> for Value {
     fn from(cell: Cell) -> Self {
         match cell {
             Cell::NotNull(value) => value,
             Cell::Text(text) => text.into(),
             Cell::Time(time) => time.map(Timestamp::get).into(),
+            Cell::Number(number) => number.into(),
         }
     }
 }
@@ -145,6 +154,7 @@ fn literal(column: &[Cell]) -> String {
         match cell {
             Cell::Text(Some(text)) => push_quoted(&mut literal, text),
             Cell::Time(Some(time)) => literal.push_str(&time.unix().to_string()),
+            Cell::Number(Some(number)) => literal.push_str(&number.to_string()),
             _ => literal.push_str("NULL"),
         }
     }

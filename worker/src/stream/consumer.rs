@@ -20,6 +20,7 @@ use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use litestripe_domain::arrival::StreamId;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
@@ -356,6 +357,12 @@ impl Delivery<'_> {
         headers
             .get(header::TRACEPARENT)
             .map(|value| value.as_str().to_owned())
+    }
+
+    /// When ingress received it. `None` for what came in another way.
+    pub fn received(&self) -> Option<OffsetDateTime> {
+        let received = self.message.headers.as_ref()?.get(header::RECEIVED_AT)?;
+        OffsetDateTime::parse(received.as_str(), &Rfc3339).ok()
     }
 
     /// The stream sequence; 0 for a message without one, which the server never sends.

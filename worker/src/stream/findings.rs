@@ -5,6 +5,8 @@
 //! a consumer that is ahead of its stream (see `position`). The rules are pure: configuration in,
 //! findings out.
 
+use std::time::Duration;
+
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy};
 use async_nats::jetstream::{self};
@@ -14,43 +16,71 @@ use litestripe_contract::subject::{
     DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM, EVENTS_PREFIX, EVENTS_STREAM, KV_STREAM,
     ORPHAN_CREATED, ORPHAN_RESOLVED, SIGNALS_STREAM, SUBSCRIPTION_CHANGED, WORKER_CONSUMER,
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::position;
-use super::scan::{self, ScanError};
+use super::seen::Seen;
 use crate::health::Problems;
+use crate::metrics;
+use crate::wait::pause;
 
 /// The part of the worker that the findings are reported for.
 const PART: &str = "streams";
+
+/// How often the broker is asked.
+const READ_EVERY: Duration = Duration::from_secs(10);
 
 /// Returns what should be changed in a stream.
 type Of = fn(&stream::Config) -> Vec<Finding>;
 
 /// The findings as a running worker sees them: each is logged once, and the worker is not ready
 /// while there are any.
-pub(crate) struct Watched {
+struct Watched {
     problems: Problems,
     last: Vec<Finding>,
 }
 
-impl Watched {
-    pub(crate) fn new(problems: Problems) -> Self {
-        Self {
-            problems,
-            last: Vec::new(),
-        }
-    }
-
-    /// Reads the configurations, and reports what has changed. Without the broker's answer,
-    /// nothing has. A consumer that is ahead of its stream is made anew.
-    pub(crate) async fn look(&mut self, jetstream: &jetstream::Context) {
-        position::mend(jetstream).await;
-        let found = match find(jetstream).await {
-            Ok(found) => found,
+/// Watches the streams until `shutdown`: shows their figures in the metrics, and reports what should
+/// be changed. A consumer that is ahead of its stream is made anew.
+pub(crate) async fn watch(
+    jetstream: jetstream::Context,
+    problems: Problems,
+    shutdown: CancellationToken,
+) {
+    let mut watched = Watched {
+        problems,
+        last: Vec::new(),
+    };
+    let mut waiting = None;
+    loop {
+        position::mend(&jetstream).await;
+        let seen = match Seen::read(&jetstream).await {
+            Ok(seen) => Some(seen),
             Err(error) => {
-                return debug!("cannot read the streams: {}", exit::chain(error.as_ref()));
+                debug!("cannot read the streams: {}", exit::chain(error.as_ref()));
+                None
             }
         };
+        metrics::streams(seen.as_ref());
+        match seen {
+            Some(seen) => {
+                waiting = None;
+                watched.report(find(&seen));
+            }
+            None => {
+                waiting.get_or_insert_with(|| metrics::BROKER.begin());
+            }
+        }
+        if pause(READ_EVERY, &shutdown).await.is_none() {
+            return;
+        }
+    }
+}
+
+impl Watched {
+    /// Reports what has changed.
+    fn report(&mut self, found: Vec<Finding>) {
         for new in found.iter().filter(|new| !self.last.contains(new)) {
             warn!("{}: {}", new.what, new.mend);
         }
@@ -68,45 +98,25 @@ impl Watched {
     }
 }
 
-/// Reads how the streams, the bucket and the durable consumer are configured. What does not exist
-/// is created as needed, and has no findings.
-pub(crate) async fn find(
-    jetstream: &jetstream::Context,
-) -> Result<Vec<Finding>, Box<dyn std::error::Error + Send + Sync>> {
-    let mut found = Vec::new();
-    let events = scan::find(jetstream, EVENTS_STREAM).await?;
-    if let Some(events) = &events {
-        found.extend(of_events(&events.cached_info().config));
-        match events.consumer_info(WORKER_CONSUMER).await {
-            Ok(info) => {
-                found.extend(of_consumer(&info.config));
-                let (delivered, end) = (
-                    info.delivered.stream_sequence,
-                    events.get_info().await?.state.last_sequence,
-                );
-                found.extend(of_position(delivered, end));
-            }
-            Err(error) if error.kind() == jetstream::context::ConsumerInfoErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let others: [(&'static str, Of); 3] = [
+/// Returns what should be changed. What does not exist is created as needed, and has no findings.
+pub(crate) fn find(seen: &Seen) -> Vec<Finding> {
+    let of: [(&str, Of); 4] = [
+        (EVENTS_STREAM, of_events),
         (SIGNALS_STREAM, of_signals),
         (DEAD_LETTERS_STREAM, of_dead_letters),
         (KV_STREAM, of_bucket),
     ];
-    for (name, of) in others {
-        found.extend(config(jetstream, name).await?.iter().flat_map(of));
+    let streams = of
+        .into_iter()
+        .filter_map(|(name, of)| Some(of(&seen.stream(name)?.config)));
+    let mut found: Vec<Finding> = streams.flatten().collect();
+    if let Some(consumer) = &seen.consumer {
+        found.extend(of_consumer(&consumer.config));
+        let end = seen.stream(EVENTS_STREAM);
+        let end = end.map_or(u64::MAX, |events| events.state.last_sequence);
+        found.extend(of_position(consumer.delivered.stream_sequence, end));
     }
-    Ok(found)
-}
-
-async fn config(
-    jetstream: &jetstream::Context,
-    name: &'static str,
-) -> Result<Option<stream::Config>, ScanError> {
-    let found = scan::find(jetstream, name).await?;
-    Ok(found.map(|stream| stream.cached_info().config.clone()))
+    found
 }
 
 fn of_events(config: &stream::Config) -> Vec<Finding> {

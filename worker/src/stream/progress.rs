@@ -193,6 +193,23 @@ pub(crate) async fn has_applied_all(
     Ok(oldest.is_none_or(|oldest| !is_before(oldest.time)))
 }
 
+/// Returns how long ago the broker stored the oldest event that is not applied, by its clock; zero if
+/// all are applied. `info` is that of the workers' consumer.
+pub(crate) async fn oldest_unapplied(
+    jetstream: &jetstream::Context,
+    info: &Info,
+) -> Result<Duration, ProgressError> {
+    let progress = Progress::from(info);
+    if progress.is_idle() {
+        return Ok(Duration::ZERO);
+    }
+    let oldest = first_from(jetstream, progress.floor().saturating_add(1)).await?;
+    let now = broker_time(jetstream).await?;
+    let now = now.unwrap_or_else(OffsetDateTime::now_utc);
+    let age = oldest.map(|oldest| now - oldest.time);
+    Ok(age.and_then(|age| age.try_into().ok()).unwrap_or_default())
+}
+
 /// Returns the time by the broker's clock. `None` if the broker's answer lacks it, or if
 /// the workers' consumer does not exist: its info is the only answer with the time that the worker
 /// may request.

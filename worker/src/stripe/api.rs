@@ -455,7 +455,7 @@ impl StripeApi {
             };
             let started = std::time::Instant::now();
             let sent = self.request(call).send().await;
-            metrics::stripe_request(outcome(sent.as_ref().ok()));
+            metrics::stripe_request(outcome(sent.as_ref().ok()), started.elapsed());
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
                     match answer(response, started, mark).await {

@@ -7,7 +7,7 @@ const THING: Awaited = Awaited {
     ends: "the thing is back",
     first: Duration::from_millis(10),
     longest: Duration::from_millis(40),
-    gauge: None,
+    shown: None,
 };
 
 fn gone() -> io::Error {

@@ -4,24 +4,12 @@ use litestripe_domain::question::Kind;
 
 use super::{Failures, MANY_PAUSE_MAX, PAUSE_FIRST, PAUSE_MAX, SHARE, pause};
 use crate::settings::BudgetSettings;
-use crate::store::question::Open;
 
 const BUDGET: BudgetSettings = BudgetSettings {
     requests: 75,
     window: Duration::from_secs(60),
     key: String::new(),
 };
-
-fn failing(kind: Kind, failing: u64) -> Open {
-    Open {
-        kind,
-        livemode: true,
-        count: failing,
-        failing,
-        oldest: None,
-        error: None,
-    }
-}
 
 #[test]
 fn pauses_grow_with_each_attempt_up_to_the_longest() {
@@ -47,10 +35,7 @@ fn pauses_grow_with_each_attempt_up_to_the_longest() {
 fn failing_questions_take_a_share_of_the_calls_however_many_they_are() {
     let failures = Failures::new(Some(&BUDGET));
     for count in [1, 10, 100, 1_000, 5_000] {
-        failures.record_counts(&[
-            failing(Kind::Fetch, count),
-            failing(Kind::Notification, count),
-        ]);
+        failures.record_counts([(Kind::Fetch, count), (Kind::Notification, count)]);
         let pauses = (0..1_000).map(|_| failures.pause(Kind::Grace, i32::MAX));
         let shortest = pauses.min().expect("there are some");
         // In one window each of them is asked that often.
@@ -64,11 +49,11 @@ fn failing_questions_take_a_share_of_the_calls_however_many_they_are() {
 #[test]
 fn failing_questions_delay_only_those_that_ask_the_same() {
     let failures = Failures::new(Some(&BUDGET));
-    failures.record_counts(&[failing(Kind::Fetch, 100_000)]);
+    failures.record_counts([(Kind::Fetch, 100_000)]);
     for kind in [Kind::Lookup, Kind::Erase] {
         assert!(failures.pause(kind, 1) <= PAUSE_FIRST);
     }
-    failures.record_counts(&[failing(Kind::Lookup, 1_000)]);
+    failures.record_counts([(Kind::Lookup, 1_000)]);
     assert!(failures.pause(Kind::Notification, 1) <= PAUSE_FIRST);
     assert!(failures.pause(Kind::Lookup, 1) > PAUSE_MAX);
     assert!(Failures::new(None).pause(Kind::Grace, 1) <= PAUSE_FIRST);

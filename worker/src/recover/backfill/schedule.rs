@@ -33,7 +33,7 @@ const BACKFILLS: Awaited = Awaited {
     ends: "backfills succeed again",
     first: Duration::from_secs(2),
     longest: Duration::from_secs(10 * 60),
-    gauge: None,
+    shown: None,
 };
 
 /// The task that runs backfills when they are due.
