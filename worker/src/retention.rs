@@ -124,6 +124,8 @@ async fn purge_if_full(
     else {
         return Ok(());
     };
+    let bytes = info.state.bytes;
+    debug!(bytes, bytes_max, "checked how full STRIPE_EVENTS is");
     let Some(before) = progress? else {
         return Ok(());
     };

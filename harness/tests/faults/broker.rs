@@ -66,7 +66,10 @@ async fn full_stream_refuses_events_until_applied_ones_are_purged() {
 
 #[tokio::test]
 async fn full_stream_keeps_events_that_a_replay_still_has_to_reapply() {
-    let settings = [("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB")];
+    let settings = [
+        ("LITESTRIPE_EVENTS_MAX_BYTES", "1MiB"),
+        ("RUST_LOG", "info,litestripe_worker::retention=debug"),
+    ];
     let rig = Rig::start(DatabaseKind::Postgres, 1, &settings).await;
     let purchase = purchase();
     rig.deliver_all(&[created(&purchase)]).await;
@@ -74,20 +77,18 @@ async fn full_stream_keeps_events_that_a_replay_still_has_to_reapply() {
     let (lock, replay) = start_blocked_replay(&rig, &purchase).await;
     fill(&rig).await;
     rig.bridge.wait_until_applied().await;
-    // The worker checks the stream's size every 10 s; the metric then shows the current size.
-    let bytes = events(&rig).await.bytes;
-    eventually(
-        "the worker to check the stream's size",
-        DEADLINE,
-        async || {
-            let page = rig.worker_metrics(0).await;
-            if page.contains(&format!("events_stream_bytes {bytes}\n")) {
-                Ok(())
-            } else {
-                Err(page)
-            }
-        },
-    )
+    // The first check may have begun before the stream was full.
+    let checks = || {
+        rig.running(0)
+            .log()
+            .matches("checked how full STRIPE_EVENTS is")
+            .count()
+    };
+    let checked = checks();
+    eventually("two checks of the stream's size", DEADLINE, async || {
+        let more = checks() - checked;
+        (more >= 2).then_some(()).ok_or(format!("{more} more"))
+    })
     .await;
     assert_eq!(
         events(&rig).await.first_sequence,

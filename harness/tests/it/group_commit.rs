@@ -203,7 +203,11 @@ async fn repeated_events_in_a_batch_are_stored_once() {
         .page("/metrics")
         .await
         .expect("ingress answers");
-    for counted in [r#"{outcome="stored"} 100"#, r#"{outcome="duplicate"} 320"#] {
+    for counted in [
+        r#"{outcome="stored"} 100"#,
+        r#"{outcome="duplicate"} 320"#,
+        r#"litestripe_ingress_group_commit{state="grouped"} 1"#,
+    ] {
         assert!(page.contains(counted), "no {counted} in {page}");
     }
 }

@@ -111,7 +111,7 @@ async fn refused_fetch_is_logged_once_and_shown_until_it_is_answered(database: D
     eventually("the metrics to show it", DEADLINE, async || {
         let page = bridge.workers[0].page("/metrics").await?.1;
         let failing = r#"litestripe_worker_failing_questions{kind="fetch"} 1"#;
-        let oldest = r#"litestripe_worker_oldest_failing_question_seconds{kind="fetch"} "#;
+        let oldest = r#"litestripe_worker_oldest_question_seconds{kind="fetch"} "#;
         if page.contains(failing) && page.contains(oldest) {
             Ok(())
         } else {
