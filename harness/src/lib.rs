@@ -10,6 +10,7 @@ pub mod bridge;
 pub mod clock;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod prometheus;
 pub mod proxy;
 
 pub use litestripe_demo::{eventually, nats, port, process, program, stripe, tools};

@@ -45,6 +45,18 @@ pub fn pgbouncer() -> io::Result<&'static Path> {
     locate(&FOUND, "pgbouncer", "LITESTRIPE_PGBOUNCER")
 }
 
+/// The `prometheus` program.
+///
+/// # Errors
+/// When it is missing and `scripts/tools` cannot install it; the error says why.
+pub fn prometheus() -> io::Result<&'static Path> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    match std::env::var("LITESTRIPE_PROMETHEUS_MISSING") {
+        Ok(why) => Err(io::Error::other(why)),
+        Err(_) => locate(&FOUND, "prometheus", "LITESTRIPE_PROMETHEUS"),
+    }
+}
+
 /// libfaketime's library for `LD_PRELOAD`, which gives a program another clock.
 ///
 /// # Errors

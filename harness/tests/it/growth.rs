@@ -21,6 +21,7 @@ use litestripe_harness::bridge::{Database, DatabaseKind};
 use litestripe_migration::{Migrator, MigratorTrait as _};
 use litestripe_worker::error::StoreError;
 use litestripe_worker::settings::{self, DatabaseSettings};
+use litestripe_worker::store::figures::{self, COUNT_MAX};
 use litestripe_worker::store::question::{Due, Retry};
 use litestripe_worker::store::{
     Store, Transaction, erasure, orphan, outbox, question, raw, subscription,
@@ -84,11 +85,24 @@ async fn no_statement_reads_a_whole_table(kind: DatabaseKind) {
         database: &database,
         rows,
     };
+    read_the_figures(&watch, &store).await;
     read_and_write_subscriptions(&watch, &store).await;
     read_and_write_orphans(&watch, &store).await;
     read_and_write_questions(&watch, &store).await;
     read_and_write_the_outbox(&watch, &store).await;
     read_and_write_erasures(&watch, &store).await;
+}
+
+/// What `/metrics` shows. It reads a part of each table, up to a bound.
+async fn read_the_figures(watch: &Watch<'_>, store: &Store) {
+    let read_max = READ_MAX + COUNT_MAX * (SIGNAL + 3 * READ_MAX_OF_A_COUNT);
+    let found = figures::read(store);
+    let found = watch.check("figures", read_max, found).await;
+    assert_eq!(found.signals.count, COUNT_MAX);
+    assert_eq!(found.uncertain_rows, 10);
+    assert_eq!(found.open_orphans(OrphanReason::NoCheckoutSession), 10);
+    assert_eq!(found.questions(Kind::Grace).open.count, COUNT_MAX);
+    assert_eq!(found.waiting_for_key(Some(false)), 10);
 }
 
 async fn read_and_write_subscriptions(watch: &Watch<'_>, store: &Store) {
@@ -459,7 +473,7 @@ async fn fill(database: &Database, rows: u64) {
              checkout_session_id, status, cancel_at_period_end, items, metadata, subscription_metadata, livemode, uncertain, \
              revision, version, merge_state, last_sent, dt_created, dt_last_updated) \
              SELECT {sub}, {cus}, {user}, {cs}, CASE WHEN n BETWEEN 401 AND 410 THEN NULL ELSE 'active' END, FALSE, '[]', \
-             '{{}}', '{{}}', TRUE, FALSE, 1, 1, '{{\"created_seen\":true}}', CASE WHEN n BETWEEN 300 AND 309 THEN '{{}}' \
+             '{{}}', '{{}}', TRUE, n BETWEEN 501 AND 510, 1, 1, '{{\"created_seen\":true}}', CASE WHEN n BETWEEN 300 AND 309 THEN '{{}}' \
              WHEN n BETWEEN 401 AND 410 THEN '\"withheld\"' END, {old}, {old} FROM {number}"
         ),
         format!(
@@ -491,7 +505,7 @@ async fn fill(database: &Database, rows: u64) {
     }
 }
 
-async fn open(database: &Database, kind: DatabaseKind) -> Store {
+pub(crate) async fn open(database: &Database, kind: DatabaseKind) -> Store {
     let settings = DatabaseSettings {
         url: database.url().into(),
         kind: match kind {

@@ -17,7 +17,7 @@ mod transactions;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Makes a bridge of which broker and database run.
-async fn servers() -> Bridge {
+pub(crate) async fn servers() -> Bridge {
     let mut bridge = Bridge::prepare(Options::new(DatabaseKind::Postgres));
     bridge.broker.resume().await;
     bridge.database.resume().await;
@@ -25,7 +25,7 @@ async fn servers() -> Bridge {
 }
 
 /// The URL of the database with another port, such as that of a proxy.
-fn url_at(bridge: &Bridge, port: u16) -> String {
+pub(crate) fn url_at(bridge: &Bridge, port: u16) -> String {
     let url = bridge.database.url();
     let (host, database) = url.rsplit_once('/').expect("a URL has a path");
     let (host, _) = host.rsplit_once(':').expect("a URL of ours has a port");
@@ -33,7 +33,7 @@ fn url_at(bridge: &Bridge, port: u16) -> String {
 }
 
 /// Starts ingress and a worker that reaches its database by this URL.
-async fn start(bridge: &mut Bridge, url: String) {
+pub(crate) async fn start(bridge: &mut Bridge, url: String) {
     bridge.set_worker("DATABASE_URL", url);
     bridge.start_ingress().wait_until_ready().await;
     bridge.start_worker().wait_until_ready().await;
