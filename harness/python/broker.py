@@ -1,0 +1,109 @@
+"""Runs nats-server with deploy/nats.conf as deploy/nats-start starts it, on free ports and a store of its own.
+
+The server is $LITESTRIPE_NATS_SERVER, else nats-server from PATH.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SERVER = os.environ.get("LITESTRIPE_NATS_SERVER") or shutil.which("nats-server")
+USERS = ("ingress", "worker", "operator", "reader", "monitor")
+
+# Sees and may do everything: looks at what the others have done.
+WITNESS = "witness"
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def replaced(text, old, new):
+    if text.count(old) != 1:
+        raise ValueError(f"deploy/nats.conf: {old!r} is there {text.count(old)} times")
+    return text.replace(old, new)
+
+
+class Checks:
+    """Prints one line per check and counts those that fail."""
+
+    failed = 0
+
+    def check(self, what, holds, detail=""):
+        self.failed += not holds
+        print(f"{'ok  ' if holds else 'FAIL'} {what}{f': {detail}' if detail and not holds else ''}", flush=True)
+
+
+class Broker:
+    """The broker, with its files in `folder`."""
+
+    def __init__(self, folder):
+        self.folder, self.store = folder, folder / "data"
+        self.port, self.http_port = free_port(), free_port()
+        self.process, self.log = None, folder / "log"
+        text = (ROOT / "deploy/nats.conf").read_text()
+        text = replaced(text, '"0.0.0.0:4222"', f'"127.0.0.1:{self.port}"')
+        text = replaced(text, '"0.0.0.0:8222"', f'"127.0.0.1:{self.http_port}"')
+        text = replaced(text, '"/data"', f'"{self.store}"')
+        text = replaced(text, "  users: [\n", f"  users: [\n    {{ user: {WITNESS}, password: {WITNESS} }}\n")
+        (folder / "nats.conf").write_text(text)
+        self.store.mkdir(exist_ok=True)
+        # nats-start calls the server by its name.
+        (folder / "bin").mkdir(exist_ok=True)
+        link = folder / "bin/nats-server"
+        if not link.exists():
+            link.symlink_to(pathlib.Path(SERVER).resolve())
+
+    def url(self):
+        return f"nats://127.0.0.1:{self.port}"
+
+    def password(self, user):
+        return WITNESS if user == WITNESS else f"password-of-{user}"
+
+    def start(self, key, previous=None):
+        """Starts it with this JS_KEY and JS_KEY_PREVIOUS, which stand in quotes as in compose.yml."""
+        environment = {f"NATS_{user.upper()}_PASSWORD": f'"{self.password(user)}"' for user in USERS}
+        environment |= {"JS_KEY": f'"{key}"'} | ({} if previous is None else {"JS_KEY_PREVIOUS": f'"{previous}"'})
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        self.process = subprocess.Popen(
+            ["sh", ROOT / "deploy/nats-start", self.folder / "nats.conf", self.store],
+            env=os.environ | environment | {"PATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("wb"),
+            start_new_session=True,
+        )
+
+    def until_ready(self, seconds=60):
+        """Waits until it is healthy. Returns whether it is; not if it has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                self.monitoring("healthz")
+                return True
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.02)
+        return False
+
+    def monitoring(self, page):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/{page}", timeout=5) as answer:
+            return answer.read().decode()
+
+    def end(self, how=signal.SIGTERM):
+        """Ends it and what it has started. Returns its log."""
+        if self.process and self.process.poll() is None:
+            if how == signal.SIGKILL:
+                os.killpg(self.process.pid, how)
+            else:
+                self.process.send_signal(how)
+        if self.process:
+            self.process.wait(30)
+        return self.log.read_text(errors="replace")
