@@ -69,14 +69,14 @@ class Broker:
     def password(self, user):
         return WITNESS if user == WITNESS else f"password-of-{user}"
 
-    def start(self, key, previous=None):
-        """Starts it with this JS_KEY and JS_KEY_PREVIOUS, which stand in quotes as in compose.yml."""
+    def start(self, key, previous=None, **others):
+        """Starts it with this JS_KEY and JS_KEY_PREVIOUS, which stand in quotes as in compose.yml, and other variables."""
         environment = {f"NATS_{user.upper()}_PASSWORD": f'"{self.password(user)}"' for user in USERS}
         environment |= {"JS_KEY": f'"{key}"'} | ({} if previous is None else {"JS_KEY_PREVIOUS": f'"{previous}"'})
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
             ["sh", ROOT / "deploy/nats-start", self.folder / "nats.conf", self.store],
-            env=os.environ | environment | {"PATH": path},
+            env=os.environ | environment | {"PATH": path} | others,
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("wb"),
             start_new_session=True,

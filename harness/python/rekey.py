@@ -66,16 +66,16 @@ async def make_worker_consumer(broker):
     return info.num_pending
 
 
-def starts(broker, *keys):
+def starts(broker, *keys, **others):
     """Returns what the streams hold once the broker runs with these keys, and stops it. None if it refuses to run."""
-    broker.start(*keys)
+    broker.start(*keys, **others)
     found = asyncio.run(content(broker)) if broker.until_ready() else None
     broker.end()
     return found
 
 
-def refuses(checks, broker, what, reason, *keys):
-    found, log = starts(broker, *keys), broker.log.read_text(errors="replace")
+def refuses(checks, broker, what, reason, *keys, **others):
+    found, log = starts(broker, *keys, **others), broker.log.read_text(errors="replace")
     checks.check(f"refuses {what}", found is None and reason in log, log)
 
 
@@ -143,6 +143,15 @@ def check_all(broker, checks):
     refuses(checks, broker, "another key with a wrong previous one", wrong, "second", "third")
     refuses(checks, broker, "another key with an empty previous one", wrong, "second", "")
     refuses(checks, broker, "an empty key", "JS_KEY is empty", "")
+    files = {name: broker.folder / name for name in ("key", "other", "lines", "empty")}
+    for file, text in zip(files.values(), ("first\n", "second\n", "first\nline\n", "\n")):
+        file.write_text(text)
+    checks.check("starts with its key from a file", starts(broker, "", JS_KEY_FILE=str(files["key"])) == before)
+    refuses(checks, broker, "another key from a file", wrong, "", JS_KEY_FILE=str(files["other"]))
+    refuses(checks, broker, "a key and a file", "JS_KEY and JS_KEY_FILE are both set", "first", JS_KEY_FILE=str(files["key"]))
+    refuses(checks, broker, "a file of several lines", "several lines", "", JS_KEY_FILE=str(files["lines"]))
+    refuses(checks, broker, "an empty file", "JS_KEY is empty", "", JS_KEY_FILE=str(files["empty"]))
+    refuses(checks, broker, "a missing file", "cannot read the file of JS_KEY_FILE", "", JS_KEY_FILE="/nowhere")
     checks.check("starts with its key, whatever the previous one is", starts(broker, "first", "third") == before)
     crashes(checks, broker, before)
     replacements(checks, broker, before)
