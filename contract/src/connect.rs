@@ -137,6 +137,7 @@ fn options(
     )]
     let mut options = ConnectOptions::with_auth_callback(prove)
         .name(name)
+        .custom_inbox_prefix(&settings.inbox_prefix)
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT));
     check_tls(settings)?;

@@ -66,6 +66,8 @@ settings! {
         "password at NATS; goes with NATS_USER";
     pub(crate) NATS_PASSWORD_FILE = "NATS_PASSWORD_FILE", None,
         "file with the password at NATS, instead of NATS_PASSWORD; read again at each reconnect";
+    pub(crate) NATS_INBOX_PREFIX = "NATS_INBOX_PREFIX", Some("_INBOX"),
+        "first part of the subjects on which NATS answers this program, if its user may listen only there";
     pub(crate) NATS_TLS_CA = "NATS_TLS_CA", None,
         "file with the CA certificates to verify the NATS servers with; makes TLS required";
     pub(crate) NATS_TLS_CERT = "NATS_TLS_CERT", None,

@@ -11,8 +11,8 @@ use percent_encoding::percent_decode_str;
 use secrecy::SecretString;
 
 use super::{
-    NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_PASSWORD, NATS_PASSWORD_FILE, NATS_TLS_CA, NATS_TLS_CERT,
-    NATS_TLS_KEY, NATS_URL, NATS_USER, Reader, path, secret, text,
+    NATS_CREDS, NATS_INBOX_PREFIX, NATS_NKEY_SEED_FILE, NATS_PASSWORD, NATS_PASSWORD_FILE,
+    NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NATS_URL, NATS_USER, Reader, path, secret, text,
 };
 
 /// Describes what [`server`] accepts.
@@ -25,6 +25,8 @@ pub struct NatsSettings {
     /// The servers, each a URL without user and password.
     pub servers: Vec<ServerAddr>,
     pub identity: Identity,
+    /// What the subjects begin with on which NATS answers us.
+    pub inbox_prefix: String,
     /// The CA certificates to verify the servers with. Makes TLS required.
     pub tls_ca: Option<PathBuf>,
     /// The client's certificate and its private key.
@@ -63,11 +65,17 @@ impl NatsSettings {
             reader.problem(&NATS_URL, what);
         }
         let identity = Identity::read(reader, user.map(Identity::from));
+        let inbox_prefix = reader.defaulted(
+            &NATS_INBOX_PREFIX,
+            "a subject without wildcards, at most 64 characters, such as _INBOX_worker",
+            inbox_prefix,
+        );
         let tls_client = read_certificate(reader);
         let tls_ca = reader.optional(&NATS_TLS_CA, "a path", path);
         Self {
             servers,
             identity,
+            inbox_prefix,
             tls_ca,
             tls_client,
         }
@@ -169,6 +177,15 @@ impl Identity {
         reader.problem(missing, format!("is missing: {what}"));
         None
     }
+}
+
+/// Parses the beginning of a subject. async-nats does not check it.
+fn inbox_prefix(value: &str) -> Option<String> {
+    let is_plain = |part: &str| {
+        let allowed = |byte: u8| byte.is_ascii_graphic() && !b"*>$".contains(&byte);
+        !part.is_empty() && part.bytes().all(allowed)
+    };
+    (value.len() <= 64 && value.split('.').all(is_plain)).then(|| value.to_owned())
 }
 
 fn read_certificate(reader: &mut Reader) -> Option<(PathBuf, PathBuf)> {

@@ -1,153 +1,185 @@
-//! The permissions that docs/permissions.md gives each program: enough for all they do, and no
-//! more.
+//! The users of deploy/nats.conf: each may do all that its program does. What they may not do is
+//! tried by harness/python/permissions.py, which scripts/check-deploy runs.
 
 use std::time::Duration;
 
+use async_nats::ConnectOptions;
+use futures_util::StreamExt as _;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
-use litestripe_harness::nats;
+use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::stripe::{Event, Purchase};
+use litestripe_harness::{eventually, nats};
 use serde_json::json;
+use tokio::task::JoinHandle;
 
+use crate::erase::customer;
 use crate::orphans::{COMPLETED, CREATED, now};
 
-const PERMISSIONS: &str = include_str!("../../../docs/permissions.md");
+const NATS_CONF: &str = include_str!("../../../deploy/nats.conf");
+const USERS: [&str; 5] = ["ingress", "worker", "operator", "reader", "monitor"];
+const PASSWORD: &str = "secret";
 const COMMAND: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn documented_permissions_suffice_for_everything() {
-    let start = PERMISSIONS
-        .find("authorization {\n")
-        .expect("the page has the block");
-    let block = PERMISSIONS[start..].split("```").next().expect("it ends");
-    let mut block = block.to_owned();
-    for user in ["INGRESS", "WORKER", "OPERATOR", "APP"] {
-        block = block.replace(&format!("${user}_PASSWORD"), "secret");
-    }
-    // The harness itself looks at everything.
-    let block = block.replace(
-        "  users: [",
-        "  users: [\n    { user: harness, password: secret }",
-    );
-    let config = format!("{block}\nno_auth_user: harness\n");
-
+async fn shipped_users_may_do_everything_that_the_programs_do() {
     let api = Api::start().await;
-    let options = Options::new(DatabaseKind::Sqlite)
-        .ingress("NATS_USER", "ingress")
-        .ingress("NATS_PASSWORD", "secret")
-        .ingress("LITESTRIPE_EVENTS_MAX_BYTES", "1GiB")
-        .worker("LITESTRIPE_EVENTS_MAX_BYTES", "1GiB")
-        .worker("NATS_USER", "worker")
-        .worker("NATS_PASSWORD", "secret")
+    let mut options = Options::new(DatabaseKind::Sqlite)
+        .ingress("LITESTRIPE_EVENT_TYPES", "customer.*,checkout.session.*")
+        .worker("LITESTRIPE_ERASE_ON_CUSTOMER_DELETED", "true")
+        .worker("LITESTRIPE_USER_LOOKUP", "nats:app.users.known")
         .worker("STRIPE_SECRET_KEY", API_KEY)
         .worker("STRIPE_API_BASE", api.url())
         .worker("LITESTRIPE_MAX_REQUESTS_PER_MINUTE", "6000");
+    for (name, value) in identity("ingress") {
+        options = options.ingress(name, value);
+    }
+    for (name, value) in identity("worker") {
+        options = options.worker(name, value);
+    }
     let mut bridge = Bridge::prepare(options);
-    let broker = nats::Options {
-        config,
-        ..nats::Options::default()
-    };
-    bridge.broker = nats::Server::prepare(broker).expect("a folder for nats-server can be made");
+    bridge.broker = broker();
     bridge.broker.resume().await;
     bridge.start_ingress().wait_until_ready().await;
-    let (known, missed) = (Purchase::new(now() - 600), Purchase::new(now() - 600));
+    let purchases = [(); 3].map(|()| Purchase::new(now() - 600));
+    let [known, missed, deleted] = &purchases;
     let event = missed.subscription_event(CREATED, missed.created, json!({}));
     api.put_event(event.value.clone(), false);
-    for purchase in [&known, &missed] {
+    for purchase in &purchases {
         api.put_subscription(purchase.subscription());
     }
     bridge.start_worker().wait_until_ready().await;
+    let application = application(&bridge).await;
 
-    bridge
-        .deliver(&known.subscription_event(CREATED, known.created, json!({})))
-        .await;
-    bridge
-        .deliver(&known.checkout_session_event(COMPLETED, known.created, json!({})))
-        .await;
+    let user = json!({ "client_reference_id": "user_2" });
+    for (purchase, session) in [(known, json!({})), (deleted, user)] {
+        let created = purchase.created;
+        let paid = purchase.checkout_session_event(COMPLETED, created, session);
+        let subscribed = purchase.subscription_event(CREATED, created, json!({}));
+        bridge.deliver_all(&[paid, subscribed]).await;
+    }
     let poison = Event::new("customer.subscription.updated", now(), json!({ "id": 5 }));
     bridge.deliver(&poison).await;
+    let deletion = customer(deleted, "customer.deleted", "erased");
+    bridge.deliver(&deletion).await;
     bridge.wait_until_applied().await;
-    litestripe_harness::eventually(
-        "the missed event and the dead letter",
-        COMMAND,
-        async || {
-            let (rows, letters) = (bridge.rows().await.len(), bridge.dead_letters().await.len());
-            if (rows, letters) == (2, 1) {
-                Ok(())
-            } else {
-                Err(format!("{rows} rows, {letters} dead letters"))
-            }
-        },
-    )
+    bridge.workers[0]
+        .wait_for_log(&format!("erased {}", deleted.customer), COMMAND)
+        .await;
+    eventually("everything to have arrived", COMMAND, async || {
+        let (rows, letters) = (bridge.rows().await.len(), bridge.dead_letters().await.len());
+        let asked = application.is_finished();
+        match (rows, letters, asked) {
+            (3, 1, true) => Ok(()),
+            found => Err(format!("{found:?}: {}", bridge.workers[0].log())),
+        }
+    })
     .await;
 
-    let operator = async |arguments: &[&str]| {
-        // A setting that is given twice is the later one.
-        bridge
-            .worker()
-            .env("NATS_USER", "operator")
-            .args(arguments)
-            .run(COMMAND)
-            .await
-    };
-    let by_operator: [(&[&str], i32); 9] = [
-        (&["status"], 0),
-        (
-            &[
-                "orphans",
-                "resolve",
-                &known.subscription,
-                "--client-reference-id",
-                "user_1",
-            ],
-            0,
-        ),
-        (&["replay", "--since", "1h"], 0),
-        (&["replay", "--type", CREATED, "--dry-run"], 0),
-        (&["resend", "--all"], 0),
-        (&["backfill", "--since", "1h"], 0),
-        (&["reconcile", "--repair"], 0),
-        (&["dead-letters", "drop", "1"], 0),
-        (&["erase", "--customer", &known.customer], 0),
+    let repaired: &[&str] = &["reconcile", "--repair"];
+    let resolve = &known.subscription;
+    let by_operator: [&[&str]; 9] = [
+        &["status"],
+        &[
+            "orphans",
+            "resolve",
+            resolve,
+            "--client-reference-id",
+            "user_1",
+        ],
+        &["replay", "--since", "1h"],
+        &["replay", "--type", CREATED, "--dry-run"],
+        &["resend", "--all"],
+        &["backfill", "--since", "1h"],
+        repaired,
+        &["dead-letters", "drop", "1"],
+        &["erase", "--customer", &known.customer],
     ];
-    for (arguments, code) in by_operator {
-        let finished = operator(arguments).await;
+    // Commands also work in a worker's container.
+    for (user, arguments) in by_operator
+        .map(|arguments| ("operator", arguments))
+        .into_iter()
+        .chain([
+            ("worker", by_operator[0]),
+            ("worker", by_operator[2]),
+            ("worker", repaired),
+        ])
+    {
+        let finished = run(&bridge, user, arguments).await;
         assert_eq!(
             finished.status.code(),
-            Some(code),
-            "{arguments:?}: {} {}",
-            finished.stdout,
-            finished.stderr
+            Some(0),
+            "{user} {arguments:?}: {finished:?}"
         );
+        let said = finished.stderr.to_lowercase();
         assert!(
-            !finished.stderr.contains("ermissions"),
-            "{arguments:?}: {}",
-            finished.stderr
+            !said.contains("permissions"),
+            "{user} {arguments:?}: {said}"
         );
     }
     for program in [bridge.ingress(), &bridge.workers[0]] {
-        assert!(
-            !program.log().to_lowercase().contains("permissions"),
-            "{}",
-            program.log()
-        );
+        let log = program.log();
+        assert!(!log.to_lowercase().contains("permissions"), "{log}");
     }
-    // And no more: not even an operator deletes a stream.
-    let client = async_nats::ConnectOptions::with_user_and_password(
-        "operator".to_owned(),
-        "secret".to_owned(),
-    )
-    .connect(bridge.broker.url())
-    .await
-    .expect("the operator may connect");
-    let jetstream = async_nats::jetstream::new(client);
-    assert!(jetstream.delete_stream("LITESTRIPE_SIGNALS").await.is_err());
-    assert!(
-        bridge
-            .jetstream()
-            .await
-            .get_stream("LITESTRIPE_SIGNALS")
-            .await
-            .is_ok()
+}
+
+/// A broker with the users of deploy/nats.conf. The harness itself looks at everything.
+fn broker() -> nats::Server {
+    let start = NATS_CONF.find("authorization {\n").expect("it has users");
+    let mut config = NATS_CONF[start..].replacen(
+        "  users: [\n",
+        "  users: [\n    { user: harness, password: secret }\n",
+        1,
     );
+    for user in USERS {
+        let password = format!("$NATS_{}_PASSWORD", user.to_uppercase());
+        assert!(config.contains(&password), "{password} is not there");
+        config = config.replace(&password, PASSWORD);
+    }
+    let options = nats::Options {
+        config: format!("{config}\nno_auth_user: harness\n"),
+        ..nats::Options::default()
+    };
+    nats::Server::prepare(options).expect("a folder for nats-server can be made")
+}
+
+/// The settings of a program that is this user. Nobody may update a stream, so the size is set:
+/// see docs/permissions.md.
+fn identity(user: &str) -> [(&'static str, String); 4] {
+    [
+        ("NATS_USER", user.to_owned()),
+        ("NATS_PASSWORD", PASSWORD.to_owned()),
+        ("NATS_INBOX_PREFIX", format!("_INBOX_{user}")),
+        ("LITESTRIPE_EVENTS_MAX_BYTES", "1GiB".to_owned()),
+    ]
+}
+
+/// Runs a command of the worker as this user.
+async fn run(bridge: &Bridge, user: &str, arguments: &[&str]) -> Finished {
+    // A setting that is given twice is the later one.
+    let launch = identity(user)
+        .into_iter()
+        .fold(bridge.worker(), |launch, (name, value)| {
+            launch.env(name, value)
+        });
+    launch.args(arguments.iter().copied()).run(COMMAND).await
+}
+
+/// Starts an application, as the user `reader`: it answers one user lookup and ends.
+async fn application(bridge: &Bridge) -> JoinHandle<()> {
+    let client = ConnectOptions::with_user_and_password("reader".to_owned(), PASSWORD.to_owned())
+        .custom_inbox_prefix("_INBOX_reader")
+        .connect(bridge.broker.url())
+        .await
+        .expect("a reader may connect");
+    let lookups = client.subscribe("app.users.known").await;
+    let mut lookups = lookups.expect("a client can subscribe");
+    client.flush().await.expect("the server answers");
+    tokio::spawn(async move {
+        let lookup = lookups.next().await.expect("the server does not end it");
+        let reply = lookup.reply.expect("it is a request");
+        let known = client.publish(reply, r#"{"known":true}"#.into()).await;
+        known.expect("the server answers");
+        client.flush().await.expect("the server answers");
+    })
 }

@@ -112,3 +112,20 @@ fn two_identities_are_refused() {
     check_refused(&[user], &["NATS_PASSWORD is missing"]);
     check_refused(&[file], &["NATS_USER is missing"]);
 }
+
+#[test]
+fn an_inbox_prefix_is_the_beginning_of_a_subject() {
+    let prefix = |value| read(&[("NATS_INBOX_PREFIX", value)]).map(|nats| nats.inbox_prefix);
+    assert_eq!(prefix(""), Ok("_INBOX".to_owned()));
+    assert_eq!(prefix("_INBOX_worker"), Ok("_INBOX_worker".to_owned()));
+    assert_eq!(
+        prefix("inboxes.worker-1"),
+        Ok("inboxes.worker-1".to_owned())
+    );
+    let long = "a".repeat(65);
+    for value in [
+        "a.", ".a", "a..b", "a b", "_INBOX.>", "*", "$JS.x", "é", &long,
+    ] {
+        assert!(prefix(value).is_err(), "{value}");
+    }
+}
