@@ -36,10 +36,18 @@ pub fn for_event_type(event_type: &EventType) -> String {
 
 /// Parses the event type from the subject of a raw event or a dead letter.
 pub fn event_type(subject: &str) -> Option<EventType> {
-    let tail = subject
+    EventType::parse(type_part(subject)?).ok()
+}
+
+/// Whether `subject` is that of a raw event or a dead letter of this type.
+pub fn is_for_event_type(subject: &str, event_type: &EventType) -> bool {
+    type_part(subject) == Some(event_type.as_str())
+}
+
+fn type_part(subject: &str) -> Option<&str> {
+    subject
         .strip_prefix(EVENTS_PREFIX)
-        .or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))?;
-    EventType::parse(tail).ok()
+        .or_else(|| subject.strip_prefix(DEAD_LETTERS_PREFIX))
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub mod in_flight;
 mod refusals;
 mod save;
 
-pub use decoded::{Contents, Decoded, count_wanted_poisoned, decode};
+pub use decoded::{Contents, Decoded, count_wanted_poisoned, decode, decode_one};
 pub use refusals::Refusals;
 use refusals::redelivery_delay;
 use save::{Saved, save};

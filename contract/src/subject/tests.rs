@@ -1,4 +1,4 @@
-use super::{DEAD_LETTERS_PREFIX, event_type, for_event_type};
+use super::{DEAD_LETTERS_PREFIX, EVENTS_PREFIX, event_type, for_event_type, is_for_event_type};
 use crate::event::{EventType, HANDLED_TYPES};
 
 #[test]
@@ -11,8 +11,13 @@ fn subject_parses_back_to_its_event_type() {
         );
         assert_eq!(
             event_type(&format!("{DEAD_LETTERS_PREFIX}{name}")),
-            Some(expected)
+            Some(expected.clone())
         );
+        for prefix in [EVENTS_PREFIX, DEAD_LETTERS_PREFIX] {
+            assert!(is_for_event_type(&format!("{prefix}{name}"), &expected));
+        }
+        assert!(!is_for_event_type("stripe.events.other", &expected));
+        assert!(!is_for_event_type(name, &expected));
     }
 }
 

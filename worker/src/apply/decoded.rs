@@ -5,8 +5,9 @@
 
 use std::collections::HashSet;
 
+use litestripe_contract::subject;
 use litestripe_domain::arrival::Arrival;
-use litestripe_domain::event::{self, MetadataKeys};
+use litestripe_domain::event::{self, Event, MetadataKeys};
 use litestripe_domain::plan;
 
 use crate::metrics;
@@ -111,7 +112,7 @@ pub struct Contents {
 pub fn decode(batch: &Batch, keys: &MetadataKeys) -> Contents {
     let mut contents = Contents::default();
     for (index, message) in batch.messages().enumerate() {
-        match event::decode(message.payload, keys) {
+        match decode_one(message.subject(), message.payload, keys) {
             Ok(Some(event)) => contents.arrivals.push(Arrival {
                 index,
                 event,
@@ -124,8 +125,29 @@ pub fn decode(batch: &Batch, keys: &MetadataKeys) -> Contents {
                 metrics::ignored();
                 contents.ignored.push(index);
             }
-            Err(error) => contents.poisoned.push((index, error.to_string())),
+            Err(reason) => contents.poisoned.push((index, reason)),
         }
     }
     contents
+}
+
+/// Decodes the event of a message of `STRIPE_EVENTS` or `STRIPE_DEAD_LETTERS`. `None` if its type is
+/// not handled.
+///
+/// # Errors
+/// Why it can never be applied. Also if its type is not the one that its subject names: the broker
+/// knows only subjects when it decides who may store which events, such as a resolution.
+pub fn decode_one(
+    subject: &str,
+    body: &[u8],
+    keys: &MetadataKeys,
+) -> Result<Option<Event>, String> {
+    let event = event::decode(body, keys).map_err(|error| error.to_string())?;
+    match event {
+        Some(event) if !subject::is_for_event_type(subject, &event.event_type) => Err(format!(
+            "its type is {}, but its subject is {subject}",
+            event.event_type
+        )),
+        event => Ok(event),
+    }
 }

@@ -197,13 +197,14 @@ impl Retry {
             None => next(stream, 0).await?,
         };
         while let Some(one) = &letter {
-            let outcome = match event::decode(&one.payload, &settings.metadata_keys) {
+            let decoded = apply::decode_one(&one.subject, &one.payload, &settings.metadata_keys);
+            let outcome = match decoded {
                 Ok(Some(event)) => {
                     let arrival = arrival(one, event, events_stream);
                     apply::apply_one(&applier, arrival).await?
                 }
                 Ok(None) => Some("the worker does not handle this event type".to_owned()),
-                Err(error) => Some(error.to_string()),
+                Err(reason) => Some(reason),
             };
             // Applied first, then removed: a crash in between only leads to applying it again,
             // without effect.

@@ -352,6 +352,10 @@ pub struct Delivery<'a> {
 }
 
 impl Delivery<'_> {
+    pub fn subject(&self) -> &str {
+        &self.message.subject
+    }
+
     pub fn traceparent(&self) -> Option<String> {
         let headers = self.message.headers.as_ref()?;
         headers

@@ -1,5 +1,7 @@
 //! Events that can never be applied.
 
+use std::time::Duration;
+
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, SECRET};
 use litestripe_harness::stripe::{Delivery, Event, Purchase};
 use serde_json::{Value, json};
@@ -7,6 +9,8 @@ use serde_json::{Value, json};
 use super::{COMPLETED, CREATED, UPDATED, now};
 
 on_both_databases!(poison_becomes_a_dead_letter_and_its_neighbours_are_applied);
+
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A placeholder in an event for text that `serde_json::Value` cannot hold.
 const MARK: &str = "THE_POISON";
@@ -100,6 +104,63 @@ async fn poison_becomes_a_dead_letter_and_its_neighbours_are_applied(database: D
         .await;
     bridge.check().await;
     assert_eq!(bridge.dead_letters().await.len(), expected.len());
+}
+
+/// Who may store a resolution is a matter of its subject. One that ingress, or whoever has its
+/// password, stores under another subject must not give a payment to a user.
+#[tokio::test]
+async fn event_under_the_subject_of_another_type_is_never_applied() {
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    let purchase = Purchase::new(now());
+    let paid = purchase.checkout_session_event(COMPLETED, now(), json!({}));
+    bridge.deliver(&paid).await;
+    let object = json!({
+        "orphan_id": purchase.subscription,
+        "client_reference_id": "thief",
+        "checkout_session_id": purchase.checkout_session,
+        "stripe_customer_id": purchase.customer,
+        "stripe_subscription_id": purchase.subscription,
+        "reason": "missing_client_reference_id",
+    });
+    let forged = Event::new("litestripe.resolution", now(), object);
+    bridge.publish(UPDATED, forged.body(), forged.id()).await;
+    bridge.check().await;
+
+    let is_unresolved = async || {
+        let user = bridge.row(&purchase.subscription).await.client_reference_id;
+        let [orphan] = bridge.orphans().await.try_into().expect("there is one");
+        assert_eq!((user, orphan.resolved_at), (None, None));
+    };
+    is_unresolved().await;
+    let letters = bridge.dead_letters().await;
+    let [letter] = letters.as_slice() else {
+        panic!("{letters:?}")
+    };
+    let reason = "its type is litestripe.resolution, but its subject is";
+    assert_eq!(
+        letter.headers["Litestripe-Reason"],
+        format!("{reason} stripe.events.{UPDATED}")
+    );
+    let commands: [(&[&str], i32); 2] = [
+        (&["dead-letters", "retry", "--all"], 1),
+        (&["replay", "--since", "1h"], 0),
+    ];
+    for (arguments, code) in commands {
+        let finished = bridge
+            .worker()
+            .args(arguments.iter().copied())
+            .run(DEADLINE)
+            .await;
+        assert_eq!(finished.status.code(), Some(code), "{finished:?}");
+        is_unresolved().await;
+    }
+    // Under its own subject it would have been applied.
+    bridge
+        .publish("litestripe.resolution", forged.body(), "again")
+        .await;
+    bridge.check().await;
+    let row = bridge.row(&purchase.subscription).await;
+    assert_eq!(row.client_reference_id.as_deref(), Some("thief"));
 }
 
 impl Poison {
