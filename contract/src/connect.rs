@@ -4,7 +4,7 @@
 //! broker is no error: the connection is retried. Only settings that can never work are an error.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tracing::{debug, info, warn};
 
 use crate::exit;
-use crate::settings::{NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NatsSettings, Setting};
+use crate::settings::{FileError, NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NatsSettings, Setting};
 
 mod credentials;
 
@@ -38,12 +38,8 @@ const POLL: Duration = Duration::from_millis(50);
 /// Why these settings can never lead to a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    #[error("cannot use the file {} of {setting}", path.display())]
-    File {
-        setting: &'static str,
-        path: PathBuf,
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("cannot connect to NATS")]
     Options(#[source] async_nats::ConnectError),
 }
@@ -205,10 +201,12 @@ fn unusable<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     path: &Path,
 ) -> impl FnOnce(E) -> ConnectError + use<E> {
     let (setting, path) = (setting.name, path.to_owned());
-    move |source| ConnectError::File {
-        setting,
-        path,
-        source: source.into(),
+    move |source| {
+        ConnectError::File(FileError {
+            setting,
+            path,
+            source: source.into(),
+        })
     }
 }
 

@@ -4,6 +4,7 @@
 //! Owns how a setting is named, given and refused, and the settings that both programs take. clap
 //! parses no value, each stays a text until [`Reader`] parses it: clap's error would print a
 //! malformed value, and the value may hold a password. Nothing below `main` reads the environment.
+//! Of the files that settings name, only those that hold secrets are read here.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,12 +12,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command};
-use secrecy::SecretString;
 
 pub mod dotenv;
 mod nats;
+mod secret;
 
-pub use nats::{Identity, NatsSettings, Password};
+pub use nats::{Identity, NatsSettings};
+pub use secret::{FileError, Secret};
 
 /// Defines a constant for each setting and a list of them all, so that each name is written once.
 #[macro_export]
@@ -64,7 +66,7 @@ settings! {
         "user at NATS; goes with NATS_PASSWORD or NATS_PASSWORD_FILE";
     NATS_PASSWORD = "NATS_PASSWORD", None,
         "password at NATS; goes with NATS_USER";
-    pub(crate) NATS_PASSWORD_FILE = "NATS_PASSWORD_FILE", None,
+    NATS_PASSWORD_FILE = "NATS_PASSWORD_FILE", None,
         "file with the password at NATS, instead of NATS_PASSWORD; read again at each reconnect";
     pub(crate) NATS_INBOX_PREFIX = "NATS_INBOX_PREFIX", Some("_INBOX"),
         "first part of the subjects on which NATS answers this program, if its user may listen only there";
@@ -235,11 +237,6 @@ impl Reader {
 /// Accepts any text.
 pub fn text(value: &str) -> Option<String> {
     Some(value.to_owned())
-}
-
-/// Accepts any text, as a secret.
-pub fn secret(value: &str) -> Option<SecretString> {
-    Some(SecretString::from(value))
 }
 
 /// Accepts any path, also of a file that does not exist.

@@ -1,14 +1,15 @@
 //! The worker's own settings.
 //!
-//! Owns their names, defaults and limits. [`read`] is a pure function of the given texts.
+//! Owns their names, defaults and limits. [`read`] is a pure function of the given texts, and of the
+//! files that hold secrets.
 
 use std::ops::RangeInclusive;
 use std::str::FromStr as _;
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    self, ADDRESS, Address, BYTES, DURATION, EventsSettings, Given, LogSettings, NatsSettings,
-    Problems, Reader, StreamSettings,
+    self, ADDRESS, Address, BYTES, DURATION, EventsSettings, FileError, Given, LogSettings,
+    NatsSettings, Problems, Reader, Secret, StreamSettings,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::sqlite::SqliteConnectOptions;
@@ -22,8 +23,10 @@ litestripe_contract::settings! {
     /// The settings that only the worker has.
     pub SETTINGS;
 
-    DATABASE_URL = "DATABASE_URL", Some("sqlite://litestripe.db?mode=rwc"),
+    DATABASE_URL = "DATABASE_URL", Some(DATABASE_URL_DEFAULT),
         "URL of the database: SQLite (sqlite://file?mode=rwc) or PostgreSQL (postgres://user:password@host/database), several servers as host:5432,host:5432";
+    DATABASE_URL_FILE = "DATABASE_URL_FILE", None,
+        "file with the URL of the database, instead of DATABASE_URL; read again for each new connection to PostgreSQL";
     DATABASE_SCHEMA = "LITESTRIPE_DATABASE_SCHEMA", None,
         "PostgreSQL schema of Litestripe's tables, which `migrate up` creates if it is missing [default: the connection's]";
     AUTO_MIGRATE = "LITESTRIPE_AUTO_MIGRATE", None,
@@ -54,8 +57,12 @@ litestripe_contract::settings! {
         "how a client reference id is matched to a user: none (every id is a user), sql:<query with $1>, or nats:<subject>";
     USER_DATABASE_URL = "LITESTRIPE_USER_DATABASE_URL", None,
         "URL of the database for the sql: lookup [default: DATABASE_URL]";
+    USER_DATABASE_URL_FILE = "LITESTRIPE_USER_DATABASE_URL_FILE", None,
+        "file with that URL, instead of LITESTRIPE_USER_DATABASE_URL; read again for each new connection to PostgreSQL";
     STRIPE_SECRET_KEY = "STRIPE_SECRET_KEY", None,
         "secret or restricted key for Stripe's API (sk_… or rk_…); without it, backfill, reconcile and lookups at Stripe are off, and thin events wait for it";
+    STRIPE_SECRET_KEY_FILE = "STRIPE_SECRET_KEY_FILE", None,
+        "file with that key, instead of STRIPE_SECRET_KEY; read again for each request";
     STRIPE_API_BASE = "STRIPE_API_BASE", Some("https://api.stripe.com"),
         "base URL of Stripe's API; change it only for tests and proxies";
     BACKFILL_INTERVAL = "LITESTRIPE_BACKFILL_INTERVAL", None,
@@ -68,6 +75,8 @@ litestripe_contract::settings! {
     pub WINDOW = "LITESTRIPE_API_RATE_LIMIT_WINDOW", Some("1m"),
         "period of the API budget; for tests";
 }
+
+const DATABASE_URL_DEFAULT: &str = "sqlite://litestripe.db?mode=rwc";
 
 /// The most events in one transaction. Bounds memory and the number of a statement's parameters.
 const BATCH_MAX: usize = 1000;
@@ -83,6 +92,8 @@ const WINDOWS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
 const DATABASE: &str = "a URL that starts with sqlite: or postgres://; in a password, write / # ? @ % as %2F %23 %3F %40 %25; target_session_attrs may be any, read-write or primary";
+
+const STRIPE_KEY: &str = "a secret or restricted key (sk_… or rk_…)";
 
 const SCHEMA: &str =
     "the name of a schema: letters, digits, _ and -, not beginning with a digit or pg_";
@@ -131,7 +142,7 @@ pub enum LookupSettings {
 /// How to call Stripe's API.
 #[derive(Debug, Clone)]
 pub struct StripeSettings {
-    pub key: SecretString,
+    key: Secret,
     /// The API's base URL, without a trailing slash.
     pub base: String,
     pub budget: BudgetSettings,
@@ -151,11 +162,22 @@ pub struct BudgetSettings {
 }
 
 impl StripeSettings {
-    /// Returns whether the key is a live mode key. Stripe: "API keys".
+    /// Returns whether the key is a live mode key.
     #[must_use]
     pub fn is_live(&self) -> bool {
-        let key = self.key.expose_secret();
-        key.starts_with("sk_live_") || key.starts_with("rk_live_")
+        is_live(self.key.at_start().expose_secret())
+    }
+
+    /// Returns the key as it is now.
+    ///
+    /// # Errors
+    /// If its file cannot be used, or holds a key of the other mode: rows of one mode must not be
+    /// mixed with objects of the other.
+    pub(crate) fn key(&self) -> Result<SecretString, FileError> {
+        let same_mode = |text: &str| stripe_key(text).filter(|_| is_live(text) == self.is_live());
+        let expected = "a key of the mode, live or test, that it held at the start";
+        let now = self.key.reread(expected, same_mode).transpose()?;
+        Ok(now.unwrap_or_else(|| self.key.at_start().clone()))
     }
 }
 
@@ -163,7 +185,7 @@ impl StripeSettings {
 #[derive(Debug, Clone)]
 pub struct DatabaseSettings {
     /// Usually holds a password.
-    pub url: SecretString,
+    pub url: Secret,
     pub kind: DatabaseKind,
     /// The PostgreSQL schema of our tables. `None` for the first one of the connection's search
     /// path.
@@ -254,7 +276,14 @@ fn read_all(reader: &mut Reader) -> Settings {
 }
 
 fn read_database(reader: &mut Reader) -> DatabaseSettings {
-    let (url, kind) = reader.defaulted(&DATABASE_URL, DATABASE, database_url);
+    let given = reader.secret(&DATABASE_URL, &DATABASE_URL_FILE, DATABASE, database_kind);
+    let default = || {
+        (
+            Secret::from(DATABASE_URL_DEFAULT.to_owned()),
+            DatabaseKind::Sqlite,
+        )
+    };
+    let (url, kind) = given.unwrap_or_else(default);
     let schema = reader.optional(&DATABASE_SCHEMA, SCHEMA, SchemaName::parse);
     if schema.is_some() && kind == DatabaseKind::Sqlite {
         reader.problem(
@@ -284,7 +313,13 @@ fn read_orphans(reader: &mut Reader) -> OrphanSettings {
 }
 
 fn read_lookup(reader: &mut Reader, database: &DatabaseSettings) -> LookupSettings {
-    let database = match reader.optional(&USER_DATABASE_URL, DATABASE, database_url) {
+    let users = reader.secret(
+        &USER_DATABASE_URL,
+        &USER_DATABASE_URL_FILE,
+        DATABASE,
+        database_kind,
+    );
+    let database = match users {
         Some((url, kind)) => DatabaseSettings {
             url,
             kind,
@@ -354,14 +389,11 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
             interval,
         )
         .unwrap_or(Some(BACKFILL_INTERVAL_DEFAULT));
-    let key = reader.optional(
+    let (key, _) = reader.secret(
         &STRIPE_SECRET_KEY,
-        "a secret or restricted key (sk_… or rk_…)",
-        |value| {
-            let fits = value.starts_with("sk_") || value.starts_with("rk_");
-            (fits && value.bytes().all(|byte| byte.is_ascii_graphic()))
-                .then(|| SecretString::from(value))
-        },
+        &STRIPE_SECRET_KEY_FILE,
+        STRIPE_KEY,
+        stripe_key,
     )?;
     Some(StripeSettings {
         key,
@@ -371,16 +403,27 @@ fn read_stripe(reader: &mut Reader) -> Option<StripeSettings> {
     })
 }
 
+/// Parses a key for Stripe's API.
+fn stripe_key(value: &str) -> Option<SecretString> {
+    let fits = value.starts_with("sk_") || value.starts_with("rk_");
+    (fits && value.bytes().all(|byte| byte.is_ascii_graphic())).then(|| SecretString::from(value))
+}
+
+/// Whether it is a live mode key. Stripe: "API keys".
+fn is_live(key: &str) -> bool {
+    key.starts_with("sk_live_") || key.starts_with("rk_live_")
+}
+
 /// Accepts only a URL that sea-orm and sqlx accept. Their parsers are called here, because later
 /// their own errors would print it, with a password that has an unescaped `/`, `#` or `?`.
-fn database_url(value: &str) -> Option<(SecretString, DatabaseKind)> {
-    if value.starts_with("sqlite:") {
-        Url::parse(value).ok()?;
-        SqliteConnectOptions::from_str(value).ok()?;
-        return Some((SecretString::from(value), DatabaseKind::Sqlite));
+fn database_kind(url: &str) -> Option<DatabaseKind> {
+    if url.starts_with("sqlite:") {
+        Url::parse(url).ok()?;
+        SqliteConnectOptions::from_str(url).ok()?;
+        return Some(DatabaseKind::Sqlite);
     }
-    Servers::parse(value)?;
-    Some((SecretString::from(value), DatabaseKind::Postgres))
+    Servers::parse(url)?;
+    Some(DatabaseKind::Postgres)
 }
 
 #[cfg(test)]

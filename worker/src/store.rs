@@ -15,7 +15,6 @@ use sea_orm::{
     ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, IdenStatic, SqliteTransactionMode,
     Statement, TransactionOptions, TransactionTrait as _, Value,
 };
-use secrecy::ExposeSecret as _;
 
 use crate::error::{Cause, StoreError};
 use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
@@ -405,9 +404,8 @@ fn refuse_newer(steps: Vec<Step>) -> Result<(), Cause> {
 }
 
 fn pool(settings: &DatabaseSettings) -> Result<Connection, DbErr> {
-    let servers = Servers::parse(settings.url.expose_secret());
-    let servers = servers.ok_or_else(|| DbErr::Custom("the URL is malformed".to_owned()))?;
-    let pool = postgres::Pool::new(servers, settings.schema.as_ref());
+    let pool = postgres::Pool::new(&settings.url, settings.schema.as_ref());
+    let pool = pool.ok_or_else(|| DbErr::Custom("the URL is malformed".to_owned()))?;
     Ok(Connection::Postgres(pool))
 }
 

@@ -10,9 +10,7 @@ use nkeys::KeyPair;
 use secrecy::ExposeSecret as _;
 
 use super::{ConnectError, unusable};
-use crate::settings::{
-    Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, NATS_PASSWORD_FILE, Password, Setting,
-};
+use crate::settings::{Identity, NATS_CREDS, NATS_NKEY_SEED_FILE, Setting, text};
 
 /// Returns the proof for a server that sent `nonce`.
 pub(super) fn prove(identity: &Identity, nonce: &[u8]) -> Result<Auth, ConnectError> {
@@ -22,10 +20,9 @@ pub(super) fn prove(identity: &Identity, nonce: &[u8]) -> Result<Auth, ConnectEr
         Identity::Token(token) => auth.token = Some(token.expose_secret().to_owned()),
         Identity::Password(user, password) => {
             auth.username = Some(user.clone());
-            auth.password = Some(match password {
-                Password::Given(password) => password.expose_secret().to_owned(),
-                Password::File(file) => read_password(file)?,
-            });
+            let now = password.reread("a password", text).transpose()?;
+            let at_start = || password.at_start().expose_secret().to_owned();
+            auth.password = Some(now.unwrap_or_else(at_start));
         }
         Identity::Nkey(file) => {
             let seed = read(&NATS_NKEY_SEED_FILE, file)?;
@@ -46,17 +43,6 @@ pub(super) fn prove(identity: &Identity, nonce: &[u8]) -> Result<Auth, ConnectEr
         }
     }
     Ok(auth)
-}
-
-/// Returns what the file holds, without the newline that editors and `echo` put at its end.
-fn read_password(file: &Path) -> Result<String, ConnectError> {
-    let text = read(&NATS_PASSWORD_FILE, file)?;
-    let password = text.strip_suffix('\n').unwrap_or(&text);
-    let password = password.strip_suffix('\r').unwrap_or(password);
-    if password.is_empty() {
-        return Err(unusable(&NATS_PASSWORD_FILE, file)("it is empty"));
-    }
-    Ok(password.to_owned())
 }
 
 fn read(setting: &Setting, file: &Path) -> Result<String, ConnectError> {

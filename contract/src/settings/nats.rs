@@ -1,8 +1,8 @@
 //! How to reach NATS: the servers, the identity there, and TLS.
 //!
-//! Owns which of these settings exclude or need each other. Reads no file: credentials are rotated,
-//! and `connect` reads them for each connection. Invariant: no server's URL holds a user, a token
-//! or a password, so that servers may be printed.
+//! Owns which of these settings exclude or need each other. Credentials are rotated: `connect` reads
+//! their files for each connection. Invariant: no server's URL holds a user, a token or a password,
+//! so that servers may be printed.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use secrecy::SecretString;
 
 use super::{
     NATS_CREDS, NATS_INBOX_PREFIX, NATS_NKEY_SEED_FILE, NATS_PASSWORD, NATS_PASSWORD_FILE,
-    NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NATS_URL, NATS_USER, Reader, path, secret, text,
+    NATS_TLS_CA, NATS_TLS_CERT, NATS_TLS_KEY, NATS_URL, NATS_USER, Reader, Secret, path, text,
 };
 
 /// Describes what [`server`] accepts.
@@ -41,15 +41,8 @@ pub enum Identity {
     Credentials(PathBuf),
     /// A file with an nkey seed.
     Nkey(PathBuf),
-    Password(String, Password),
+    Password(String, Secret),
     Token(SecretString),
-}
-
-/// A password, or the file that holds it.
-#[derive(Debug, Clone)]
-pub enum Password {
-    Given(SecretString),
-    File(PathBuf),
 }
 
 impl NatsSettings {
@@ -102,7 +95,7 @@ struct UrlUser {
 impl From<UrlUser> for Identity {
     fn from(UrlUser { name, password }: UrlUser) -> Self {
         match password {
-            Some(password) => Self::Password(name, Password::Given(password.into())),
+            Some(password) => Self::Password(name, password.into()),
             None => Self::Token(name.into()),
         }
     }
@@ -158,24 +151,18 @@ impl Identity {
 
     fn read_user(reader: &mut Reader) -> Option<Self> {
         let user = reader.optional(&NATS_USER, "a name", text);
-        let password = reader.optional(&NATS_PASSWORD, "a password", secret);
-        let file = reader.optional(&NATS_PASSWORD_FILE, "a path", path);
-        if password.is_some() && file.is_some() {
-            let what = "and NATS_PASSWORD are both set: set only one of them";
-            reader.problem(&NATS_PASSWORD_FILE, what);
+        let has_password = reader.is_given(&NATS_PASSWORD) || reader.is_given(&NATS_PASSWORD_FILE);
+        let any = |_: &str| Some(());
+        let password = reader.secret(&NATS_PASSWORD, &NATS_PASSWORD_FILE, "a password", any);
+        if user.is_some() && !has_password {
+            let what = "is missing: set it or NATS_PASSWORD_FILE with NATS_USER";
+            reader.problem(&NATS_PASSWORD, what);
         }
-        let password = file.map(Password::File).or(password.map(Password::Given));
-        let (missing, what) = match (user, password) {
-            (None, None) => return None,
-            (Some(user), Some(password)) => return Some(Self::Password(user, password)),
-            (Some(_), None) => (
-                &NATS_PASSWORD,
-                "set it or NATS_PASSWORD_FILE with NATS_USER",
-            ),
-            (None, Some(_)) => (&NATS_USER, "set it with its password"),
-        };
-        reader.problem(missing, format!("is missing: {what}"));
-        None
+        if user.is_none() && has_password {
+            reader.problem(&NATS_USER, "is missing: set it with its password");
+        }
+        let (password, ()) = password?;
+        Some(Self::Password(user?, password))
     }
 }
 

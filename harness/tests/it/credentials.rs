@@ -1,6 +1,7 @@
 //! Who the programs are at the broker: a user in `NATS_URL`, and credentials that others rotate
-//! while the programs run.
+//! while the programs run, also those of the database and of Stripe's API.
 
+mod files;
 mod jwt;
 
 use std::path::Path;

@@ -322,7 +322,7 @@ async fn send(store: &Store) -> usize {
 
 async fn open(url: &str) -> Store {
     let settings = DatabaseSettings {
-        url: url.into(),
+        url: url.to_owned().into(),
         kind: DatabaseKind::Postgres,
         schema: None,
         auto_migrate: true,

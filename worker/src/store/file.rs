@@ -25,7 +25,7 @@ impl DatabaseFile {
         if settings.kind != DatabaseKind::Sqlite {
             return None;
         }
-        let options: SqliteConnectOptions = settings.url.expose_secret().parse().ok()?;
+        let options: SqliteConnectOptions = settings.url.at_start().expose_secret().parse().ok()?;
         let path = options.get_filename().to_owned();
         let id = id(&path).ok()?;
         Some(Self { path, id })

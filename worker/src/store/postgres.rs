@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use litestripe_contract::settings::Secret;
 use sea_orm::prelude::async_trait;
 use sea_orm::sea_query::Values;
 use sea_orm::sqlx::pool::PoolOptions;
@@ -37,7 +38,7 @@ use crate::settings::SchemaName;
 mod servers;
 
 pub use servers::Servers;
-use servers::Session;
+use servers::{Rotated, Session};
 
 /// Removes the named statements that clients with sqlx have left in a shared session.
 pub(super) const FORGET_STATEMENTS: &str = "DO $$ DECLARE statement record; BEGIN \
@@ -78,7 +79,7 @@ const LIFETIME: Duration = Duration::from_secs(30 * 60);
 pub struct Pool(Arc<Inner>);
 
 struct Inner {
-    servers: Servers,
+    servers: Rotated,
     /// Begins a transaction with our settings, in one round trip.
     begin: String,
     permits: Arc<Semaphore>,
@@ -92,17 +93,17 @@ struct Inner {
 }
 
 impl Pool {
-    /// Does not connect yet.
-    pub fn new(servers: Servers, schema: Option<&SchemaName>) -> Self {
-        Self(Arc::new(Inner {
-            servers,
+    /// Does not connect yet. `None` if the URL is malformed.
+    pub fn new(url: &Secret, schema: Option<&SchemaName>) -> Option<Self> {
+        Some(Self(Arc::new(Inner {
+            servers: Rotated::new(url)?,
             begin: begin_sql(schema),
             permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             idle: Mutex::default(),
             generation: AtomicU64::default(),
             sessions: Arc::default(),
             are_sessions_shared: AtomicBool::default(),
-        }))
+        })))
     }
 
     /// Connects, and finds out whether a pooler between us and the server shares sessions.
@@ -144,7 +145,7 @@ impl Pool {
         let options = PoolOptions::new()
             .max_connections(1)
             .acquire_timeout(ACQUIRE_TIMEOUT);
-        let pool = options.connect_lazy_with(self.0.servers.last());
+        let pool = options.connect_lazy_with(self.0.servers.current().last());
         SqlxPostgresConnector::from_sqlx_postgres_pool(pool)
     }
 
@@ -182,7 +183,7 @@ impl Pool {
 
     async fn open(&self) -> Result<Live, sqlx::Error> {
         let generation = self.0.generation.load(Ordering::Relaxed);
-        let (raw, session) = self.0.servers.connect().await?;
+        let (raw, session) = self.0.servers.current().connect().await?;
         let sessions = Arc::clone(&self.0.sessions);
         let is_new = lock(&sessions).insert(session.clone());
         if !is_new {

@@ -55,6 +55,7 @@ pub(super) async fn open_to_read(settings: &DatabaseSettings) -> Result<Database
 pub(super) fn relay_lock_path(settings: &DatabaseSettings) -> Result<PathBuf, DbErr> {
     let options: SqliteConnectOptions = settings
         .url
+        .at_start()
         .expose_secret()
         .parse()
         .map_err(|error| DbErr::Conn(RuntimeErr::SqlxError(Arc::new(error))))?;
@@ -64,7 +65,7 @@ pub(super) fn relay_lock_path(settings: &DatabaseSettings) -> Result<PathBuf, Db
 }
 
 fn options(settings: &DatabaseSettings) -> ConnectOptions {
-    let mut options = ConnectOptions::new(settings.url.expose_secret());
+    let mut options = ConnectOptions::new(settings.url.at_start().expose_secret());
     options
         .sqlx_logging(false)
         .record_stmt_in_spans(false)

@@ -12,11 +12,12 @@ use std::time::Duration;
 use async_nats::jetstream;
 use bytes::Bytes;
 use litestripe_contract::connect;
+use litestripe_contract::settings::FileError;
 use litestripe_domain::event::api::{self, Items};
 use litestripe_domain::payment::AccountId;
 use reqwest::header::{DATE, HeaderName, RETRY_AFTER};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
-use secrecy::ExposeSecret as _;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
@@ -87,6 +88,8 @@ pub enum ApiError {
     Redirected,
     #[error("cannot mark where the event stream ends before a call to Stripe's API")]
     Mark(#[from] ProgressError),
+    #[error(transparent)]
+    Key(#[from] FileError),
     #[error("cannot reach Stripe's API")]
     Transport(#[source] reqwest::Error),
     #[error("Stripe's answer was cut off (request {request_id})")]
@@ -453,8 +456,9 @@ impl StripeApi {
                 }
                 None => 0,
             };
+            let key = self.settings.key()?;
             let started = std::time::Instant::now();
-            let sent = self.request(call).send().await;
+            let sent = self.request(call, &key).send().await;
             metrics::stripe_request(outcome(sent.as_ref().ok()), started.elapsed());
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
@@ -491,7 +495,7 @@ impl StripeApi {
         }
     }
 
-    fn request(&self, call: &Call<'_>) -> RequestBuilder {
+    fn request(&self, call: &Call<'_>, key: &SecretString) -> RequestBuilder {
         let mut request = self
             .http
             .request(
@@ -499,7 +503,7 @@ impl StripeApi {
                 format!("{}{}", self.settings.base, call.path),
             )
             .query(call.query)
-            .bearer_auth(self.settings.key.expose_secret())
+            .bearer_auth(key.expose_secret())
             .header("Stripe-Version", VERSION);
         if let Some(account) = call.account {
             request = request.header("Stripe-Context", account.0);

@@ -1,7 +1,7 @@
 use secrecy::ExposeSecret as _;
 
 use super::super::{Given, Problems, Reader};
-use super::{Identity, NatsSettings, Password};
+use super::{Identity, NatsSettings};
 
 fn read(given: &[(&'static str, &str)]) -> Result<NatsSettings, Problems> {
     let given: Given = given
@@ -35,8 +35,9 @@ fn check_user(url: &'static str, expected: Option<(&str, Option<&str>)>) {
     let nats = read(&[("NATS_URL", url)]).expect(url);
     match (&nats.identity, expected) {
         (Identity::Anonymous, None) => {}
-        (Identity::Password(user, Password::Given(password)), Some((name, Some(expected)))) => {
-            assert_eq!((user.as_str(), password.expose_secret()), (name, expected));
+        (Identity::Password(user, password), Some((name, Some(expected)))) => {
+            let password = password.at_start().expose_secret();
+            assert_eq!((user.as_str(), password), (name, expected));
         }
         (Identity::Token(token), Some((expected, None))) => {
             assert_eq!(token.expose_secret(), expected);
@@ -100,7 +101,10 @@ fn two_identities_are_refused() {
     let url = ("NATS_URL", "nats://app:hunter2@a");
     let user = ("NATS_USER", "app");
     let password = ("NATS_PASSWORD", "hunter2");
-    let file = ("NATS_PASSWORD_FILE", "password");
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let path = folder.path().join("password");
+    std::fs::write(&path, "hunter2\n").expect("the folder is ours");
+    let file = ("NATS_PASSWORD_FILE", path.to_str().expect("it is text"));
     let only_one = "NATS_CREDS or NATS_NKEY_SEED_FILE or NATS_USER or a user in NATS_URL";
     check_refused(&[url, user, password], &[only_one]);
     check_refused(&[url, ("NATS_CREDS", "file")], &[only_one]);

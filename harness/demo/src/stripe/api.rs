@@ -115,6 +115,8 @@ struct State {
     /// The connected accounts of objects, by the object's id. An object that is not listed is found
     /// whatever the request's `Stripe-Context`.
     accounts: BTreeMap<String, String>,
+    /// The key that is accepted in place of [`API_KEY`].
+    key: Option<String>,
     /// The `Date` of all answers, in place of the time.
     date: Option<String>,
     troubles: Vec<(&'static str, Trouble)>,
@@ -234,6 +236,11 @@ impl Api {
         self.shared.state().refusals.insert(path, trouble);
     }
 
+    /// Accepts this key from now on, and no other.
+    pub fn set_key(&self, key: &str) {
+        self.shared.state().key = Some(key.to_owned());
+    }
+
     /// Ends all [`Self::refuse`].
     pub fn refuse_nothing(&self) {
         self.shared.state().refusals.clear();
@@ -296,7 +303,6 @@ impl Shared {
             )
         });
         let headers: BTreeMap<String, String> = headers.collect();
-        let authorized = headers.get("authorization") == Some(&format!("Bearer {API_KEY}"));
         let request = Request {
             at: Instant::now(),
             method: head.method.to_string(),
@@ -307,6 +313,8 @@ impl Shared {
         let mut answer = {
             let mut state = self.state();
             state.requests.push(request.clone());
+            let key = state.key.as_deref().unwrap_or(API_KEY);
+            let authorized = headers.get("authorization") == Some(&format!("Bearer {key}"));
             match state.take_trouble(&named) {
                 Some(trouble) => response(&trouble, &json!({ "error": { "type": "api_error" } })),
                 None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),

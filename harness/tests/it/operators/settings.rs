@@ -241,6 +241,45 @@ async fn files_that_can_never_work_are_refused_by_name_without_their_content() {
     }
 }
 
+/// Files that hold secrets, instead of the settings themselves.
+#[tokio::test]
+async fn secret_files_that_cannot_be_used_are_listed_all_at_once_without_their_content() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let file = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, content).expect("it can be written");
+        path
+    };
+    let malformed = file("malformed", "hunter2 and more\n");
+    let empty = file("empty", "\n");
+    let missing = folder.path().join("missing");
+    let names = [
+        "DATABASE_URL_FILE",
+        "LITESTRIPE_USER_DATABASE_URL_FILE",
+        "STRIPE_SECRET_KEY_FILE",
+        "NATS_PASSWORD_FILE",
+    ];
+    for (path, count) in [(&malformed, 3), (&empty, 4), (&missing, 4)] {
+        let launch = Program::named(WORKER)
+            .arg("status")
+            .env("NATS_USER", "worker");
+        let launch = names
+            .iter()
+            .fold(launch, |launch, name| launch.env(name, path));
+        check_refused(&run(launch).await, &names[..count]);
+    }
+    // A file and the setting itself.
+    let launch = names
+        .iter()
+        .fold(Program::named(WORKER).arg("status"), |launch, name| {
+            let setting = name.trim_end_matches("_FILE");
+            launch.env(name, &empty).env(setting, SECRET)
+        });
+    let finished = run(launch.env("NATS_USER", "worker")).await;
+    check_refused(&finished, &names);
+    assert_eq!(finished.stderr.matches("are both set").count(), names.len());
+}
+
 /// Checks for exit code 2, one line for each of these settings, and no secret.
 fn check_refused(finished: &Finished, names: &[&str]) {
     assert_eq!(finished.status.code(), Some(2), "{finished:?}");

@@ -5,13 +5,18 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use litestripe_contract::exit;
+use litestripe_contract::settings::Secret;
 use sea_orm::sqlx::postgres::{PgConnectOptions, PgConnection};
 use sea_orm::sqlx::{self, ConnectOptions as _, Executor as _, Row as _};
+use secrecy::ExposeSecret as _;
+use tracing::warn;
 use url::Url;
 
-use super::within;
+use super::{lock, within};
 use crate::error::is_temporary;
 
 /// How long connecting to one server may take.
@@ -27,6 +32,60 @@ pub struct Servers {
     must_accept_writes: bool,
     /// The index of the server that accepted the last connection.
     last: AtomicUsize,
+}
+
+/// The servers of a URL whose file, if it has one, is read again for each connection: others rotate
+/// the password in it.
+#[derive(Debug)]
+pub(super) struct Rotated {
+    url: Secret,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    servers: Arc<Servers>,
+    /// Whether the file could not be used when it was last read.
+    is_old: bool,
+}
+
+impl Rotated {
+    /// `None` if the URL is malformed.
+    pub(super) fn new(url: &Secret) -> Option<Self> {
+        let servers = Arc::new(Servers::parse(url.at_start().expose_secret())?);
+        let is_old = false;
+        Some(Self {
+            url: url.clone(),
+            known: Mutex::new(Known { servers, is_old }),
+        })
+    }
+
+    /// Returns the servers of the URL as it is now. While its file cannot be used, which is logged
+    /// once, it is the last one.
+    pub(super) fn current(&self) -> Arc<Servers> {
+        let mut known = lock(&self.known);
+        match self.url.reread("a URL of PostgreSQL", Servers::parse) {
+            None => {}
+            Some(Ok(servers)) => {
+                let last = known.servers.last.load(Ordering::Relaxed);
+                servers
+                    .last
+                    .store(last % servers.each.len(), Ordering::Relaxed);
+                *known = Known {
+                    servers: Arc::new(servers),
+                    is_old: false,
+                };
+            }
+            Some(Err(error)) => {
+                if !known.is_old {
+                    let error = exit::chain(&error);
+                    warn!("keeping the last URL of the database: {error}");
+                }
+                known.is_old = true;
+            }
+        }
+        Arc::clone(&known.servers)
+    }
 }
 
 /// The server process at the other end of a connection.
