@@ -146,8 +146,10 @@ def check_all(broker, checks):
     files = {name: broker.folder / name for name in ("key", "other", "lines", "empty")}
     for file, text in zip(files.values(), ("first\n", "second\n", "first\nline\n", "\n")):
         file.write_text(text)
-    checks.check("starts with its key from a file", starts(broker, "", JS_KEY_FILE=str(files["key"])) == before)
-    refuses(checks, broker, "another key from a file", wrong, "", JS_KEY_FILE=str(files["other"]))
+    # As in compose.yml, where the previous key is an empty file.
+    previous = {"JS_KEY_PREVIOUS_FILE": str(files["empty"])}
+    checks.check("starts with its key from a file", starts(broker, "", JS_KEY_FILE=str(files["key"]), **previous) == before)
+    refuses(checks, broker, "another key from a file", wrong, "", JS_KEY_FILE=str(files["other"]), **previous)
     refuses(checks, broker, "a key and a file", "JS_KEY and JS_KEY_FILE are both set", "first", JS_KEY_FILE=str(files["key"]))
     refuses(checks, broker, "a file of several lines", "several lines", "", JS_KEY_FILE=str(files["lines"]))
     refuses(checks, broker, "an empty file", "JS_KEY is empty", "", JS_KEY_FILE=str(files["empty"]))
