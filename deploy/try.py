@@ -173,10 +173,14 @@ with tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     required = {name for tree in (before, now) for name in re.findall(r"\$\{([A-Z0-9_]+):\?", (tree.folder / "compose.yml").read_text())}
-    settings = {name: secrets.token_hex(32) for name in required} | {
+    settings = {name: secrets.token_hex(32) for name in required | {"JS_KEY", "POSTGRES_PASSWORD"}} | {
         "STRIPE_WEBHOOK_UUID": str(uuid.uuid4()), "STRIPE_WEBHOOK_SECRET": f"whsec_{secrets.token_hex(16)}",
         "LITESTRIPE_PUBLISH": address, "LITESTRIPE_EVENTS_MAX_BYTES": "256MiB"}
     (work / "env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    for tree in (before, now):
+        if (tree.folder / "deploy/make-secrets").exists():
+            shutil.copy(work / "env", tree.folder / ".env")
+            run(tree.folder / "deploy/make-secrets")
     began = time.monotonic()
     try:
         before.build()
