@@ -41,18 +41,15 @@ async fn rotated_database_password_is_used_for_the_next_connection() {
 
     // At first the new file is not whole, and the old password is still valid.
     file.write("postgres://app:hunter2-new");
-    let close = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
-    run_all(&bridge, &[close]).await;
     let kept = "keeping the last URL of the database: cannot use the file";
-    worker.wait_for_log(kept, DEADLINE).await;
+    close_until(&bridge, || worker.count_in_log(kept) > 0).await;
     works(&bridge, 2).await;
     // Then the server has the new password before the file does.
     let alter = "ALTER ROLE app PASSWORD 'hunter2-new'";
-    run_all(&bridge, &[alter, close]).await;
+    run_all(&bridge, &[alter]).await;
     let server = bridge.database.process().expect("it runs");
-    server
-        .wait_for_log("password authentication failed", DEADLINE)
-        .await;
+    let refused = "password authentication failed";
+    close_until(&bridge, || server.log().contains(refused)).await;
     file.write(&url("hunter2-new"));
     works(&bridge, 3).await;
     assert_eq!(worker.count_in_log(kept), 1, "{}", worker.log());
@@ -98,6 +95,20 @@ async fn is_fetched(api: &Api, bridge: &Bridge, rows: usize) {
         match bridge.rows().await.len() {
             found if found == rows => Ok(()),
             found => Err(format!("{found} rows: {}", bridge.workers[0].log())),
+        }
+    })
+    .await;
+}
+
+/// Closes the worker's connections, also those that it opens meanwhile, until `is_reached`.
+async fn close_until(bridge: &Bridge, is_reached: impl Fn() -> bool) {
+    let close = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+    eventually("a new connection", DEADLINE, async || {
+        run_all(bridge, &[close]).await;
+        if is_reached() {
+            Ok(())
+        } else {
+            Err(bridge.workers[0].log())
         }
     })
     .await;
