@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self};
 use litestripe_contract::exit;
+use litestripe_contract::stream::Finding;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -73,6 +74,15 @@ pub(crate) enum Split {
          and no further event is applied to it. Check DATABASE_URL and start the worker again"
     )]
     Replaced { ours: String },
+}
+
+impl From<Split> for Finding {
+    fn from(split: Split) -> Self {
+        Self {
+            what: split.to_string(),
+            mend: "check DATABASE_URL and NATS_URL".to_owned(),
+        }
+    }
 }
 
 /// The ids could not be compared.
@@ -294,15 +304,21 @@ impl Membership {
     ) -> Result<Option<Installation>, InstallationError> {
         match self {
             Self::Join => Ok(Some(Installation::join(settings, store, jetstream).await?)),
-            Self::Required => require(store, jetstream).await.map(|()| None),
+            Self::Required => require(Some(store), jetstream).await.map(|()| None),
             Self::MayBeNew => check(store, jetstream).await.map(|()| None),
         }
     }
 }
 
-/// Fails if database and broker belong to different installations, or only the broker to one.
-async fn require(store: &Store, jetstream: &jetstream::Context) -> Result<(), InstallationError> {
-    if find(store).await?.is_some() {
+/// Fails if database and broker belong to different installations, or only the broker to one. The
+/// database is `None` if it has no tables yet.
+pub(crate) async fn require(
+    store: Option<&Store>,
+    jetstream: &jetstream::Context,
+) -> Result<(), InstallationError> {
+    if let Some(store) = store
+        && find(store).await?.is_some()
+    {
         return check(store, jetstream).await;
     }
     match Bucket::existing(jetstream.clone(), KEY).await? {

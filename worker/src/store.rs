@@ -83,10 +83,13 @@ impl Store {
         })
     }
 
-    /// Opens another application's database for reading. Changes nothing in it, not even its
-    /// journal mode.
-    pub async fn open_to_read(settings: &DatabaseSettings) -> Result<Self, StoreError> {
-        let opening = StoreError::doing("open the users' database (LITESTRIPE_USER_DATABASE_URL)");
+    /// Opens a database for reading. Changes nothing in it, not even its journal mode, and creates
+    /// no file. `opening` says what it is for, after "cannot".
+    pub async fn open_to_read(
+        settings: &DatabaseSettings,
+        opening: &'static str,
+    ) -> Result<Self, StoreError> {
+        let opening = StoreError::doing(opening);
         let db = match settings.kind {
             DatabaseKind::Sqlite => {
                 Connection::Sqlite(sqlite::open_to_read(settings).await.map_err(&opening)?)

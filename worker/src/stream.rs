@@ -10,6 +10,7 @@ pub(crate) mod own_event;
 pub(crate) mod position;
 pub mod progress;
 mod pull;
+pub(crate) mod room;
 pub(crate) mod scan;
 pub(crate) mod seen;
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use async_nats::jetstream::account::{Account, Limits};
+use async_nats::jetstream::account::Account;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::{Info, Stream};
 use async_nats::jetstream::{self, consumer};
@@ -24,8 +24,8 @@ use crate::recover::withheld::Withheld;
 use crate::settings::{Settings, StripeSettings};
 use crate::start::broker::{self, STREAMS};
 use crate::store::{self, Store};
-use crate::stream::findings;
 use crate::stream::seen::Seen;
+use crate::stream::{findings, room};
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -168,13 +168,13 @@ impl Report {
         if config.name == DEAD_LETTERS_STREAM {
             self.dead_letters = Some(state.messages);
         }
-        let max_bytes = u64::try_from(config.max_bytes).ok().filter(|max| *max > 0);
+        let max_bytes = room::stream_max(config.max_bytes);
         self.streams.push(StreamReport {
             name: config.name.clone(),
             messages: state.messages,
             bytes: state.bytes,
             max_bytes,
-            percent: max_bytes.map(|max| percent(state.bytes, max)),
+            percent: max_bytes.map(|max| room::percent(state.bytes, max)),
         });
         self.problems.extend(broker::findings(config));
         Ok(())
@@ -239,10 +239,7 @@ impl Report {
         self.problems.extend(findings::find(&seen));
         if self.schema_current {
             match installation::check(store, jetstream).await {
-                Err(InstallationError::Split(split)) => self.problems.push(Finding {
-                    what: split.to_string(),
-                    mend: "check DATABASE_URL and NATS_URL".to_owned(),
-                }),
+                Err(InstallationError::Split(split)) => self.problems.push(split.into()),
                 outcome => outcome?,
             }
         }
@@ -251,19 +248,10 @@ impl Report {
 }
 
 impl From<Account> for AccountReport {
-    /// An account with tiers has its limits there; of one of several tiers, all storage counts.
     fn from(account: Account) -> Self {
-        let tiers = account.tiers.values().map(|tier| tier.limits);
-        let limits: Vec<Limits> = if account.tiers.is_empty() {
-            vec![account.limits]
-        } else {
-            tiers.collect()
-        };
-        let max_storage = limits.iter().map(|limits| limits.max_storage);
-        let max_storage: Option<i64> = max_storage.sum();
         Self {
             storage: account.storage,
-            max_storage: max_storage.and_then(|max| u64::try_from(max).ok()),
+            max_storage: room::storage_max(&account),
         }
     }
 }
@@ -271,12 +259,6 @@ impl From<Account> for AccountReport {
 /// Returns how long ago `at` was, not below 0: clocks differ.
 fn age_s(at: OffsetDateTime, now: OffsetDateTime) -> i64 {
     (now - at).whole_seconds().max(0)
-}
-
-/// In 128 bits, because a hundred times a size may not fit in 64.
-fn percent(bytes: u64, max: u64) -> u64 {
-    let percent = u128::from(bytes) * 100 / u128::from(max);
-    u64::try_from(percent).unwrap_or(u64::MAX)
 }
 
 async fn consumer(events: &Stream) -> Result<Option<consumer::Info>, Failure> {

@@ -19,6 +19,8 @@ use crate::store::Store;
 /// How long the application may take to answer.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
+const OPENING: &str = "open the users' database (LITESTRIPE_USER_DATABASE_URL)";
+
 /// How the application is asked.
 pub enum Lookup {
     /// Without a lookup every client reference id counts as a user's.
@@ -88,7 +90,7 @@ impl Lookup {
                 query,
             } => {
                 let store = store
-                    .get_or_try_init(|| Store::open_to_read(database))
+                    .get_or_try_init(|| Store::open_to_read(database, OPENING))
                     .await
                     .map_err(LookupError::Sql)?;
                 query_database(store.connection(), query, user).await

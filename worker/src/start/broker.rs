@@ -31,13 +31,21 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 const RECREATE_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot reach NATS at {hosts} within 5 s ({reason}): check that it runs, and that NATS_URL and the credentials \
-     are right; nothing was changed"
-)]
+#[error("cannot reach NATS at {hosts} within 5 s ({reason}): {REACHABLE_IF}; nothing was changed")]
 pub(crate) struct Unreachable {
     hosts: String,
     reason: String,
+}
+
+const REACHABLE_IF: &str = "check that it runs, and that NATS_URL and the credentials are right";
+
+impl From<Unreachable> for Finding {
+    fn from(Unreachable { hosts, reason }: Unreachable) -> Self {
+        Self {
+            what: format!("cannot reach NATS at {hosts} within 5 s ({reason})"),
+            mend: REACHABLE_IF.to_owned(),
+        }
+    }
 }
 
 /// Returns once `nats` is connected, or fails after 5 s.

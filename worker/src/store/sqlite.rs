@@ -44,10 +44,12 @@ pub(super) async fn open(settings: &DatabaseSettings) -> Result<DatabaseConnecti
     Database::connect(options).await
 }
 
-/// Opens another application's database, without changing its journal mode.
+/// Opens a database to read from it, without changing its journal mode. Creates no file, whatever
+/// the URL says.
 pub(super) async fn open_to_read(settings: &DatabaseSettings) -> Result<DatabaseConnection, DbErr> {
     let mut options = options(settings);
-    options.map_sqlx_sqlite_opts(|sqlite| sqlite.busy_timeout(LOCK_TIMEOUT));
+    options
+        .map_sqlx_sqlite_opts(|sqlite| sqlite.create_if_missing(false).busy_timeout(LOCK_TIMEOUT));
     Database::connect(options).await
 }
 

@@ -209,7 +209,7 @@ fn of_any(config: &stream::Config, subjects: &[&str]) -> Vec<Rule> {
 }
 
 /// Whether the subject `filter` covers `wanted`; both may have wildcards.
-fn covers(filter: &str, wanted: &str) -> bool {
+pub(crate) fn covers(filter: &str, wanted: &str) -> bool {
     let mut wanted = wanted.split('.');
     for token in filter.split('.') {
         match wanted.next() {

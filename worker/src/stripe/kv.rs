@@ -96,7 +96,7 @@ impl Bucket {
         }
     }
 
-    /// Reads a key as text, without creating the bucket. `None` if there is none of either.
+    /// Reads a key as text, and never creates the bucket. `None` if there is none of either.
     pub(crate) async fn existing(
         jetstream: jetstream::Context,
         key: &str,
@@ -108,7 +108,12 @@ impl Bucket {
         {
             return Ok(None);
         }
-        let entry = Self::new(jetstream, 1).read(key).await?;
+        let open = jetstream.get_key_value(KV_BUCKET).await;
+        let mut bucket = Self {
+            open: Some(open.map_err(|error| KvError::Open(error.into()))?),
+            ..Self::new(jetstream, 1)
+        };
+        let entry = bucket.read(key).await?;
         Ok(entry
             .value
             .map(|value| String::from_utf8_lossy(&value).into_owned()))
