@@ -68,6 +68,7 @@ pub const ITEMS_ON_FIRST_PAGE: usize = 10;
 pub struct Trouble {
     status: u16,
     headers: Vec<(&'static str, String)>,
+    body: Value,
 }
 
 impl Trouble {
@@ -77,6 +78,20 @@ impl Trouble {
         Self {
             status,
             headers: Vec::new(),
+            body: json!({ "error": { "type": "api_error" } }),
+        }
+    }
+
+    /// The answer to a restricted key without that permission, such as `rak_customer_read`.
+    #[must_use]
+    pub fn forbidden(permission: &str) -> Self {
+        let message = format!(
+            "The provided key 'rk_test_*********4711' does not have the required permissions for this endpoint on account \
+             'acct_1Litestripe'. Having the '{permission}' permission would allow this request to continue."
+        );
+        Self {
+            body: json!({ "error": { "message": message, "type": "invalid_request_error" } }),
+            ..Self::status(403)
         }
     }
 
@@ -225,6 +240,11 @@ impl Api {
         self.shared.state().date = Some(date.expect("it has all these parts"));
     }
 
+    /// Lets the clock that dates the answers run again.
+    pub fn resume_clock(&self) {
+        self.shared.state().date = None;
+    }
+
     /// Plans the answer to the next request with `path` in its method and path (`POST /v1/…`).
     /// Several calls plan several requests.
     pub fn answer_next(&self, path: &'static str, trouble: Trouble) {
@@ -316,7 +336,7 @@ impl Shared {
             let key = state.key.as_deref().unwrap_or(API_KEY);
             let authorized = headers.get("authorization") == Some(&format!("Bearer {key}"));
             match state.take_trouble(&named) {
-                Some(trouble) => response(&trouble, &json!({ "error": { "type": "api_error" } })),
+                Some(trouble) => response(&trouble, &trouble.body),
                 None if !authorized => response(&Trouble::status(401), &json!({ "error": {} })),
                 None => match state.endpoints.answer(&request) {
                     Some((status, body)) => response(&Trouble::status(status), &body),
