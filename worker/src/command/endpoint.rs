@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use litestripe_contract::settings;
+use litestripe_contract::{exit, settings};
 use reqwest::StatusCode;
 use serde_json::json;
 use url::Url;
@@ -142,10 +142,10 @@ impl EndpointCommand {
 impl Create {
     async fn execute(self, settings: &Settings, api: &StripeApi) -> Result<(), Failure> {
         if !endpoint::is_hook(&self.url) {
-            eprintln!(
+            exit::print_error_line(format_args!(
                 "warning: {} does not end in /ls/hook/<STRIPE_WEBHOOK_UUID>/, where ingress listens",
                 self.url
-            );
+            ));
         }
         let address = self.style.address(self.url);
         let types = endpoint::types(settings, address.payload);
@@ -190,13 +190,13 @@ impl Style {
 
 /// Opens the file of secrets, before Stripe is asked to change anything.
 fn open(path: &Path) -> Result<SecretFile, Failure> {
-    let waiting = || eprintln!("waiting for another `litestripe-worker endpoint`…");
+    let waiting = || exit::print_error_line("waiting for another `litestripe-worker endpoint`…");
     let file = SecretFile::open(path, waiting).map_err(Failure::configuration)?;
     if let Some(mode) = file.readable_for_others() {
-        eprintln!(
+        exit::print_error_line(format_args!(
             "warning: {} had mode {mode:o}; when it is written, it gets 600: ingress has to run as its owner",
             path.display()
-        );
+        ));
     }
     Ok(file)
 }
@@ -267,7 +267,9 @@ async fn all(api: &StripeApi) -> Result<Vec<Endpoint>, Failure> {
         return Err(EndpointError::NotPermitted(error).into());
     }
     for (payload, _) in refused {
-        eprintln!("warning: STRIPE_SECRET_KEY may not read the endpoints of {payload} events");
+        exit::print_error_line(format_args!(
+            "warning: STRIPE_SECRET_KEY may not read the endpoints of {payload} events"
+        ));
     }
     Ok(endpoints)
 }
@@ -330,7 +332,7 @@ async fn secret_problems(endpoints: &[&Endpoint], file: &Path) -> Result<Vec<Pro
         if let Err(error) = probe::probe(&url, secret).await {
             problems.push(Problem {
                 endpoint: Some(id),
-                problem: litestripe_contract::exit::chain(&error),
+                problem: exit::chain(&error),
                 mend: "make sure that the URL leads to ingress, and that ingress reads this file \
                        (STRIPE_WEBHOOK_SECRET_FILE) and has no STRIPE_WEBHOOK_SECRET"
                     .to_owned(),
