@@ -8,7 +8,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use litestripe_contract::event::THIN_PREFIX;
 use reqwest::StatusCode;
 use time::OffsetDateTime;
 use url::{Host, Url};
@@ -126,12 +125,34 @@ pub(crate) fn parse_url(text: &str) -> Result<Url, String> {
     Ok(url)
 }
 
-/// Returns whether the URL's path ends as ingress's hook does.
-pub(crate) fn is_hook(url: &Url) -> bool {
+/// Returns the UUID at the end of the path of ingress's hook. `None` for another path.
+pub(crate) fn hook_uuid(url: &Url) -> Option<&str> {
     let mut parts = url.path().trim_end_matches('/').rsplit('/');
-    parts.next().is_some_and(|uuid| uuid.len() == 36)
-        && parts.next() == Some("hook")
-        && parts.next() == Some("ls")
+    let uuid = parts.next().filter(|uuid| uuid.len() == 36);
+    uuid.filter(|_| parts.next() == Some("hook") && parts.next() == Some("ls"))
+}
+
+/// The endpoints of the key's account and mode.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    pub endpoints: Vec<Endpoint>,
+    /// The lists that could not be fetched. A key may read only one of them.
+    pub failed: Vec<(Payload, ApiError)>,
+}
+
+/// Lists the endpoints of both payload styles.
+pub(crate) async fn list(api: &StripeApi) -> Listed {
+    let mut listed = Listed {
+        endpoints: Vec::new(),
+        failed: Vec::new(),
+    };
+    for payload in [Payload::Snapshot, Payload::Thin] {
+        match api.endpoints(payload).await {
+            Ok(endpoints) => listed.endpoints.extend(endpoints),
+            Err(error) => listed.failed.push((payload, error)),
+        }
+    }
+    listed
 }
 
 /// Returns the event types that an endpoint should send: those that this version handles.
@@ -139,10 +160,7 @@ pub(crate) fn is_hook(url: &Url) -> bool {
 /// Thin events have finer types too, which the worker also handles. They are not asked for: whatever
 /// they announce is announced by `updated` as well.
 pub(crate) fn types(settings: &Settings, payload: Payload) -> Vec<String> {
-    let prefix = match payload {
-        Payload::Snapshot => "",
-        Payload::Thin => THIN_PREFIX,
-    };
+    let prefix = payload.type_prefix();
     let handled = backfill::types(settings).into_iter();
     handled.map(|name| format!("{prefix}{name}")).collect()
 }

@@ -14,7 +14,7 @@ use super::print::{self, Output};
 use crate::endpoint::check::{self, Problem};
 use crate::endpoint::roll::{Options, Step};
 use crate::endpoint::secret_file::{self, SecretFile};
-use crate::endpoint::{self, Address, Done, EndpointError, Endpoints, IN_FLIGHT, probe};
+use crate::endpoint::{self, Address, Done, EndpointError, Endpoints, IN_FLIGHT, Listed, probe};
 use crate::settings::Settings;
 use crate::stripe::api::StripeApi;
 use crate::stripe::endpoint::{Endpoint, Payload, Source};
@@ -141,7 +141,7 @@ impl EndpointCommand {
 
 impl Create {
     async fn execute(self, settings: &Settings, api: &StripeApi) -> Result<(), Failure> {
-        if !endpoint::is_hook(&self.url) {
+        if endpoint::hook_uuid(&self.url).is_none() {
             exit::print_error_line(format_args!(
                 "warning: {} does not end in /ls/hook/<STRIPE_WEBHOOK_UUID>/, where ingress listens",
                 self.url
@@ -250,23 +250,12 @@ async fn list(api: &StripeApi, output: Output) -> Result<(), Failure> {
 
 /// Lists all endpoints. A key that may read only one kind of them is enough, with a warning.
 async fn all(api: &StripeApi) -> Result<Vec<Endpoint>, Failure> {
-    let mut endpoints = Vec::new();
-    let mut refused = Vec::new();
-    for payload in [Payload::Snapshot, Payload::Thin] {
-        match api.endpoints(payload).await {
-            Ok(listed) => endpoints.extend(listed),
-            Err(error) if error.status() == Some(StatusCode::FORBIDDEN) => {
-                refused.push((payload, error));
-            }
-            Err(error) => return Err(error.into()),
+    let Listed { endpoints, failed } = endpoint::list(api).await;
+    let may_read_one = failed.len() == 1;
+    for (payload, error) in failed {
+        if !may_read_one || error.status() != Some(StatusCode::FORBIDDEN) {
+            return Err(EndpointError::from(error).into());
         }
-    }
-    if refused.len() > 1
-        && let Some((_, error)) = refused.pop()
-    {
-        return Err(EndpointError::NotPermitted(error).into());
-    }
-    for (payload, _) in refused {
         exit::print_error_line(format_args!(
             "warning: STRIPE_SECRET_KEY may not read the endpoints of {payload} events"
         ));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use litestripe_contract::event::HANDLED_THIN_TYPES;
 use serde::Serialize;
 
-use super::{Address, is_hook};
+use super::{Address, hook_uuid};
 use crate::stripe::api::VERSION;
 use crate::stripe::endpoint::{Endpoint, Payload, Source};
 
@@ -125,7 +125,7 @@ fn problems_of(listed: &[Endpoint], address: &Address, types: &[String]) -> Vec<
             );
         }
     }
-    if !is_hook(&address.url) {
+    if hook_uuid(&address.url).is_none() {
         problem(
             None,
             format!("{} does not end in /ls/hook/<UUID>/", address.url),

@@ -26,15 +26,18 @@ fn only_a_url_that_stripe_can_deliver_to_is_accepted() {
 
 #[test]
 fn a_hook_is_recognized() {
-    let check = |url: &str, expected: bool| {
+    let check = |url: &str, expected: Option<&str>| {
         let url = Url::parse(url).expect("it is one");
-        assert_eq!(is_hook(&url), expected, "{url}");
+        assert_eq!(hook_uuid(&url), expected, "{url}");
     };
-    check(URL, true);
-    check(URL.trim_end_matches('/'), true);
-    check("https://shop.example/", false);
-    check("https://shop.example/ls/hook/", false);
-    check("https://shop.example/ls/hook/uuid/", false);
+    let uuid = Some("6f1c1f3e-5d0b-4a55-9f43-0a4b7a1e2d6c");
+    check(URL, uuid);
+    check(URL.trim_end_matches('/'), uuid);
+    check(&URL.replace("/ls", "/billing/ls"), uuid);
+    check("https://shop.example/", None);
+    check("https://shop.example/ls/hook/", None);
+    check("https://shop.example/ls/hook/uuid/", None);
+    check(&URL.replace("/hook", ""), None);
 }
 
 fn types() -> Vec<String> {

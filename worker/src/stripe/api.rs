@@ -206,6 +206,19 @@ pub(super) struct Call<'a> {
     pub idempotency_key: Option<&'a str>,
 }
 
+impl<'a> Call<'a> {
+    pub(super) fn new(method: Method, path: &'a str, content: Content<'a>) -> Self {
+        Self {
+            method,
+            path,
+            query: &[],
+            account: None,
+            content,
+            idempotency_key: None,
+        }
+    }
+}
+
 /// What is sent with a request: forms to `/v1/`, JSON to `/v2/`.
 pub(super) enum Content<'a> {
     None,
@@ -434,12 +447,9 @@ impl StripeApi {
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
         self.call(&Call {
-            method: Method::GET,
-            path,
             query,
             account,
-            content: Content::None,
-            idempotency_key: None,
+            ..Call::new(Method::GET, path, Content::None)
         })
         .await
     }
@@ -495,7 +505,7 @@ impl StripeApi {
         }
     }
 
-    fn request(&self, call: &Call<'_>, key: &SecretString) -> RequestBuilder {
+    pub(super) fn request(&self, call: &Call<'_>, key: &SecretString) -> RequestBuilder {
         let mut request = self
             .http
             .request(
@@ -524,7 +534,7 @@ async fn answer(
     started: std::time::Instant,
     mark: u64,
 ) -> Result<Answer, ApiError> {
-    let date = header(&response, DATE).and_then(|date| OffsetDateTime::parse(date, &Rfc2822).ok());
+    let date = date(&response);
     let took = i64::try_from(started.elapsed().as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
     let date = date.map(|date| (date.unix_timestamp(), took));
     let request_id = request_id(&response);
@@ -540,6 +550,11 @@ async fn answer(
             source: error.without_url(),
         }),
     }
+}
+
+/// Returns when Stripe answered, by its clock, in whole seconds.
+pub(super) fn date(response: &Response) -> Option<OffsetDateTime> {
+    OffsetDateTime::parse(header(response, DATE)?, &Rfc2822).ok()
 }
 
 fn outcome(response: Option<&Response>) -> StripeOutcome {
@@ -609,7 +624,7 @@ struct ErrorMessage {
     message: String,
 }
 
-fn status_error(response: &Response) -> ApiError {
+pub(super) fn status_error(response: &Response) -> ApiError {
     ApiError::Status {
         status: response.status(),
         request_id: request_id(response),

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use litestripe_contract::event::THIN_PREFIX;
 use litestripe_domain::event::api;
 use reqwest::Method;
 use secrecy::SecretString;
@@ -49,6 +50,16 @@ const PAGES_MAX: usize = 100;
 pub(crate) enum Payload {
     Snapshot,
     Thin,
+}
+
+impl Payload {
+    /// What the names of its event types begin with.
+    pub(crate) fn type_prefix(self) -> &'static str {
+        match self {
+            Self::Snapshot => "",
+            Self::Thin => THIN_PREFIX,
+        }
+    }
 }
 
 impl fmt::Display for Payload {
@@ -150,7 +161,9 @@ impl StripeApi {
         let mut endpoints = Vec::new();
         let mut next = format!("{EVENT_DESTINATIONS}?include[0]=webhook_endpoint.url");
         for _ in 0..PAGES_MAX {
-            let answer = self.call(&call(Method::GET, &next, Content::None)).await?;
+            let answer = self
+                .call(&Call::new(Method::GET, &next, Content::None))
+                .await?;
             let page: DestinationPage =
                 serde_json::from_slice(&answer.body).map_err(|_| unreadable(&answer))?;
             let thin = page.data.into_iter().filter(|one| {
@@ -178,13 +191,13 @@ impl StripeApi {
         match creation.payload {
             Payload::Snapshot => {
                 let fields = creation.fields();
-                let created = call(Method::POST, WEBHOOK_ENDPOINTS, Content::Form(&fields));
+                let created = Call::new(Method::POST, WEBHOOK_ENDPOINTS, Content::Form(&fields));
                 let answer = self.call(&creation.keyed(created)).await?;
                 webhook_endpoint(&answer)
             }
             Payload::Thin => {
                 let value = creation.value();
-                let created = call(Method::POST, EVENT_DESTINATIONS, Content::Json(&value));
+                let created = Call::new(Method::POST, EVENT_DESTINATIONS, Content::Json(&value));
                 let answer = self.call(&creation.keyed(created)).await?;
                 event_destination(&answer)
             }
@@ -202,13 +215,13 @@ impl StripeApi {
             Payload::Snapshot => {
                 let path = format!("{WEBHOOK_ENDPOINTS}/{}", endpoint.id);
                 let fields: Vec<_> = enabled_events(types).collect();
-                self.call(&call(Method::POST, &path, Content::Form(&fields)))
+                self.call(&Call::new(Method::POST, &path, Content::Form(&fields)))
                     .await?;
             }
             Payload::Thin => {
                 let path = format!("{EVENT_DESTINATIONS}/{}", endpoint.id);
                 let value = json!({ "enabled_events": types });
-                self.call(&call(Method::POST, &path, Content::Json(&value)))
+                self.call(&Call::new(Method::POST, &path, Content::Json(&value)))
                     .await?;
             }
         }
@@ -234,7 +247,7 @@ impl StripeApi {
         query.extend(types.iter().map(|name| ("types[]", *name)));
         let listed = Call {
             query: &query,
-            ..call(Method::GET, "/v1/events", Content::None)
+            ..Call::new(Method::GET, "/v1/events", Content::None)
         };
         let answer = self.call(&listed).await?;
         let page = api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list"))?;
@@ -252,14 +265,14 @@ impl StripeApi {
             Payload::Snapshot => {
                 let path = format!("{WEBHOOK_ENDPOINTS}/{}", endpoint.id);
                 let fields = [("disabled", if enabled { "false" } else { "true" })];
-                self.call(&call(Method::POST, &path, Content::Form(&fields)))
+                self.call(&Call::new(Method::POST, &path, Content::Form(&fields)))
                     .await?;
             }
             Payload::Thin => {
                 let action = if enabled { "enable" } else { "disable" };
                 let path = format!("{EVENT_DESTINATIONS}/{}/{action}", endpoint.id);
                 let nothing = json!({});
-                self.call(&call(Method::POST, &path, Content::Json(&nothing)))
+                self.call(&Call::new(Method::POST, &path, Content::Json(&nothing)))
                     .await?;
             }
         }
@@ -310,17 +323,6 @@ impl<'a> Creation<'a> {
 
 fn enabled_events(types: &[String]) -> impl Iterator<Item = (&str, &str)> {
     types.iter().map(|name| ("enabled_events[]", name.as_str()))
-}
-
-fn call<'a>(method: Method, path: &'a str, content: Content<'a>) -> Call<'a> {
-    Call {
-        method,
-        path,
-        query: &[],
-        account: None,
-        content,
-        idempotency_key: None,
-    }
 }
 
 fn unreadable(answer: &Answer) -> ApiError {
