@@ -76,11 +76,11 @@ settings! {
         "file with the client certificate for NATS; goes with NATS_TLS_KEY";
     pub(crate) NATS_TLS_KEY = "NATS_TLS_KEY", None,
         "file with the private key of NATS_TLS_CERT";
-    STREAM_REPLICAS = "LITESTRIPE_STREAM_REPLICAS", Some("1"),
+    pub STREAM_REPLICAS = "LITESTRIPE_STREAM_REPLICAS", Some("1"),
         "replicas of each stream on a NATS cluster: 1, 3 or 5";
-    EVENTS_MAX_AGE = "LITESTRIPE_EVENTS_MAX_AGE", Some("35d"),
+    pub EVENTS_MAX_AGE = "LITESTRIPE_EVENTS_MAX_AGE", Some("35d"),
         "how long the stream STRIPE_EVENTS keeps raw events; Stripe itself keeps them 30 days";
-    pub(crate) EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
+    pub EVENTS_MAX_BYTES = "LITESTRIPE_EVENTS_MAX_BYTES", Some("10GiB"),
         "size at which STRIPE_EVENTS refuses new events; if unset and the server has less storage, the default is halved until it fits, down to 256MiB, and leaves room for the other streams";
     LOG_FILTER = "RUST_LOG", Some("info"),
         "log filter: a level such as info or debug, or one per module (litestripe_worker=debug)";

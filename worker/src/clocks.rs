@@ -1,4 +1,4 @@
-//! Whether the clocks of this program, the database and the broker agree.
+//! Whether the clocks of this program, the database, the broker and Stripe agree.
 //!
 //! Owns the comparison and its log lines. A clock that is ahead decides nothing early, because the
 //! earliest clock counts; one that is behind delays orphans and the erasure of emails, and this
@@ -22,12 +22,16 @@ use crate::wait::pause;
 /// How far clocks may differ before that is reported: further than synchronised clocks ever do.
 const DIFFERENCE_MAX: time::Duration = time::Duration::seconds(60);
 
+/// How the broker's clock is named.
+pub(crate) const BROKER: &str = "the broker";
+
 /// How often they are compared.
 const CHECK_EVERY: Duration = Duration::from_secs(20);
 
 /// A clock that differs from this program's by more than [`DIFFERENCE_MAX`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Difference {
+    /// Whose clock it is, such as `the broker`.
     of: &'static str,
     ahead: time::Duration,
 }
@@ -38,7 +42,7 @@ impl fmt::Display for Difference {
         let direction = if seconds < 0 { "behind" } else { "ahead of" };
         write!(
             f,
-            "the {}'s clock is {} s {direction} this program's",
+            "{}'s clock is {} s {direction} this program's",
             self.of,
             seconds.unsigned_abs()
         )
@@ -52,6 +56,90 @@ impl From<Difference> for Finding {
             mend: "synchronise the hosts' clocks (NTP)".to_owned(),
         }
     }
+}
+
+/// A clock that showed `at` at some moment from `began` to `ended` of ours.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reading {
+    /// Whose clock it is, such as `the broker`.
+    of: &'static str,
+    at: OffsetDateTime,
+    began: OffsetDateTime,
+    ended: OffsetDateTime,
+}
+
+impl Reading {
+    /// Reads a clock. `None` if `read` cannot.
+    pub(crate) async fn take(
+        of: &'static str,
+        read: impl Future<Output = Option<OffsetDateTime>>,
+    ) -> Option<Self> {
+        let began = OffsetDateTime::now_utc();
+        let at = read.await?;
+        Some(Self::new(of, at, began, OffsetDateTime::now_utc()))
+    }
+
+    /// A clock that showed `at` between `began` and `ended` of ours.
+    pub(crate) fn new(
+        of: &'static str,
+        at: OffsetDateTime,
+        began: OffsetDateTime,
+        ended: OffsetDateTime,
+    ) -> Self {
+        Self {
+            of,
+            at,
+            began,
+            ended,
+        }
+    }
+
+    pub(crate) fn of(&self) -> &'static str {
+        self.of
+    }
+
+    /// Returns how far the clock differs beyond what the time it took to read it explains.
+    fn difference(&self) -> Option<Difference> {
+        let ahead = if self.at < self.began {
+            self.at - self.began
+        } else {
+            (self.at - self.ended).max(time::Duration::ZERO)
+        };
+        (ahead.abs() > DIFFERENCE_MAX).then_some(Difference { of: self.of, ahead })
+    }
+}
+
+/// Returns what is wrong with the clocks that were read. If several were and all differ in the same
+/// direction, this program's is the wrong one.
+pub(crate) fn findings(readings: &[Reading]) -> Vec<Finding> {
+    let differences: Vec<_> = readings.iter().filter_map(Reading::difference).collect();
+    let (first, others) = match differences.as_slice() {
+        [first, others @ ..] if !others.is_empty() && differences.len() == readings.len() => {
+            (first, others)
+        }
+        few => return few.iter().copied().map(Finding::from).collect(),
+    };
+    let is_behind = |difference: &Difference| difference.ahead.is_negative();
+    if others
+        .iter()
+        .any(|other| is_behind(other) != is_behind(first))
+    {
+        return differences.into_iter().map(Finding::from).collect();
+    }
+    let all: Vec<_> = differences.iter().map(|differing| differing.of).collect();
+    let direction = if is_behind(first) {
+        "ahead of"
+    } else {
+        "behind"
+    };
+    vec![Finding {
+        what: format!(
+            "this host's clock is {} s {direction} those of {}",
+            first.ahead.whole_seconds().unsigned_abs(),
+            all.join(", ")
+        ),
+        mend: "synchronise this host's clock (NTP)".to_owned(),
+    }]
 }
 
 /// Logs when the clocks begin to differ and when they agree again, until `shutdown`.
@@ -122,35 +210,24 @@ struct Comparison {
 
 /// Compares the clocks that can be read now.
 async fn compare(store: &Store, jetstream: &jetstream::Context) -> Vec<Comparison> {
-    let began = OffsetDateTime::now_utc();
-    let databases = store::clock::now(store.connection()).await.ok();
-    let between = OffsetDateTime::now_utc();
-    let brokers = progress::broker_time(jetstream).await.ok().flatten();
-    let ended = OffsetDateTime::now_utc();
-    let read = [
-        ("database", databases, began, between),
-        ("broker", brokers, between, ended),
-    ];
-    let compared = |(of, at, began, ended): (_, Option<OffsetDateTime>, _, _)| {
-        let difference = difference(of, at?, began, ended);
-        Some(Comparison { of, difference })
+    let compared = |reading: Reading| Comparison {
+        of: reading.of,
+        difference: reading.difference(),
     };
-    read.into_iter().filter_map(compared).collect()
+    let read = [read_database(store).await, read_broker(jetstream).await];
+    read.into_iter().flatten().map(compared).collect()
 }
 
-/// Compares a clock that showed `at` at some moment from `began` to `ended` of ours.
-fn difference(
-    of: &'static str,
-    at: OffsetDateTime,
-    began: OffsetDateTime,
-    ended: OffsetDateTime,
-) -> Option<Difference> {
-    let ahead = if at < began {
-        at - began
-    } else {
-        (at - ended).max(time::Duration::ZERO)
-    };
-    (ahead.abs() > DIFFERENCE_MAX).then_some(Difference { of, ahead })
+/// Reads the database's clock.
+pub(crate) async fn read_database(store: &Store) -> Option<Reading> {
+    let now = async { store::clock::now(store.connection()).await.ok() };
+    Reading::take("the database", now).await
+}
+
+/// Reads the broker's clock. `None` if the workers' consumer does not exist.
+pub(crate) async fn read_broker(jetstream: &jetstream::Context) -> Option<Reading> {
+    let now = async { progress::broker_time(jetstream).await.ok().flatten() };
+    Reading::take(BROKER, now).await
 }
 
 #[cfg(test)]
@@ -159,7 +236,7 @@ mod tests {
 
     use time::macros::datetime;
 
-    use super::{Comparison, Difference, difference, record};
+    use super::{Comparison, Difference, Reading, findings, record};
 
     #[test]
     fn clocks_agree_again_only_when_they_were_read() {
@@ -205,7 +282,8 @@ mod tests {
             datetime!(2026-11-29 12:02 UTC),
         );
         let check = |at, expected: Option<&str>| {
-            let found = difference("broker", at, began, ended).map(|found| found.to_string());
+            let found = Reading::new("the broker", at, began, ended).difference();
+            let found = found.map(|found| found.to_string());
             assert_eq!(found.as_deref(), expected, "{at}");
         };
         check(datetime!(2026-11-29 11:59 UTC), None);
@@ -223,8 +301,44 @@ mod tests {
             datetime!(1970-01-01 00:00 UTC),
             datetime!(9999-12-31 23:59 UTC),
         ] {
-            assert!(difference("broker", at, began, ended).is_some());
-            assert!(difference("broker", began, at, at).is_some());
+            let differs =
+                |at, began, ended| Reading::new("the broker", at, began, ended).difference();
+            assert!(differs(at, began, ended).is_some());
+            assert!(differs(began, at, at).is_some());
         }
+    }
+
+    #[test]
+    fn if_all_others_differ_in_one_direction_the_own_clock_is_wrong() {
+        let now = datetime!(2026-11-29 12:00 UTC);
+        let check = |seconds: &[i64], expected: &[&str]| {
+            let of = ["the database", "the broker", "Stripe"].into_iter();
+            let readings = of.zip(seconds).map(|(of, seconds)| {
+                Reading::new(of, now + time::Duration::seconds(*seconds), now, now)
+            });
+            let found = findings(&Vec::from_iter(readings));
+            let found: Vec<_> = found.iter().map(|found| found.what.as_str()).collect();
+            assert_eq!(found, expected, "{seconds:?}");
+        };
+        check(&[0, 0, 0], &[]);
+        check(
+            &[-7200, -7200, -7201],
+            &["this host's clock is 7200 s ahead of those of the database, the broker, Stripe"],
+        );
+        check(
+            &[0, 0, 90],
+            &["Stripe's clock is 90 s ahead of this program's"],
+        );
+        check(
+            &[-90, 90],
+            &[
+                "the database's clock is 90 s behind this program's",
+                "the broker's clock is 90 s ahead of this program's",
+            ],
+        );
+        check(
+            &[-90],
+            &["the database's clock is 90 s behind this program's"],
+        );
     }
 }

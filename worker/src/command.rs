@@ -3,6 +3,7 @@
 //! Owns arguments, output and exit codes. The rules behind a command live in other modules.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{FromArgMatches as _, Subcommand};
 use litestripe_contract::settings::{self, Given, SHARED};
@@ -19,6 +20,7 @@ use crate::stripe::mode;
 
 mod backfill;
 mod dead_letters;
+mod doctor;
 mod endpoint;
 mod erase;
 mod failure;
@@ -39,13 +41,17 @@ use failure::Failure;
 
 const NO_KEY: &str = "STRIPE_SECRET_KEY is missing: this command calls Stripe's API; set it to a secret or restricted key (sk_… or rk_…)";
 
+/// How long the process waits at its end for threads that nothing can cancel: a host name that no
+/// DNS server answers is looked up for up to half a minute.
+const END_MAX: Duration = Duration::from_secs(1);
+
 const AFTER_HELP: &str = "\
 Every setting is a flag and an environment variable; the file .env in the working directory is read too. A flag wins \
 over the environment, the environment over .env. An empty value counts as not set.
 
 Exit codes: 0 done (`run`: stopped), 1 a failure or stopped before the end, 2 a wrong setting or argument, 3 \
-something is left to do (`reconcile`, `endpoint check`, `endpoint roll`), 130 a second stop signal. Results go to \
-stdout, logs and progress to stderr. All commands but `run` log only warnings unless RUST_LOG is set.
+something is left to do (`reconcile`, `doctor`, `endpoint check`, `endpoint roll`), 130 a second stop signal. Results go \
+to stdout, logs and progress to stderr. All commands but `run` log only warnings unless RUST_LOG is set.
 
 `litestripe-worker help COMMAND` explains a command.";
 
@@ -59,6 +65,8 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Show lag, unsent signals, dead letters, open orphans and the schema's version
     Status(status::Status),
+    /// Say what is wrong with settings, clocks, database, broker and Stripe, and how to mend it
+    Doctor(doctor::Doctor),
     /// Apply stored events again, for example to rebuild rows
     Replay(Box<replay::Replay>),
     /// Publish the current state of rows again, for subscribers that missed signals
@@ -113,7 +121,10 @@ fn parse_and_execute() -> Result<(), Failure> {
     } else {
         log.quiet()
     });
-    tokio::runtime::Runtime::new()?.block_on(execute(command, settings))
+    let runtime = tokio::runtime::Runtime::new()?;
+    let outcome = runtime.block_on(execute(command, settings));
+    runtime.shutdown_timeout(END_MAX);
+    outcome
 }
 
 /// Connects and opens what the command `name` works with: see [`Parts::start`].
@@ -173,6 +184,7 @@ async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
         Command::Run => systemd::watched(run::run(settings)).await,
         Command::Migrate(migrate) => migrate.execute(&settings).await,
         Command::Status(status) => status.execute(&settings).await,
+        Command::Doctor(doctor) => doctor.execute(&settings, variables()).await,
         Command::Replay(replay) => replay.execute(&settings).await,
         Command::Resend(resend) => resend.execute(&settings).await,
         Command::Backfill(backfill) => backfill.execute(&settings).await,
@@ -184,6 +196,17 @@ async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
         Command::Join(join) => join.execute(&settings).await,
         Command::Schema(_) => Ok(()),
     }
+}
+
+/// Returns the names of the variables that have a value, with those of `.env`.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "no value is read: `doctor` looks for names that no program reads"
+)]
+fn variables() -> Vec<String> {
+    let set = std::env::vars_os().filter(|(_, value)| !value.is_empty());
+    set.filter_map(|(name, _)| name.into_string().ok())
+        .collect()
 }
 
 /// Returns the command line, with a flag and an environment variable for every setting.

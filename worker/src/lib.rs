@@ -4,12 +4,13 @@
 //! `litestripe_domain` decodes, merges and plans, [`store`] loads and saves, and the consumer acks.
 //! [`relay`] sends the signals that were committed with the rows. [`questions`] asks Stripe and the
 //! application's user lookup, outside of any batch. [`recover`] brings rows and subscribers up to
-//! date after an outage. [`command`] holds the operators' commands. May not know HTTP requests from
-//! Stripe: ingress receives those.
+//! date after an outage. `doctor` says what is wrong with all that a worker needs. [`command`] holds
+//! the operators' commands. May not know HTTP requests from Stripe: ingress receives those.
 
 pub mod apply;
 mod clocks;
 pub mod command;
+mod doctor;
 mod endpoint;
 pub mod erasure;
 pub mod error;

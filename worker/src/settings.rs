@@ -35,11 +35,11 @@ litestripe_contract::settings! {
         "address on which `run` serves /healthz, /readyz and /metrics: an IP or a host name, and a port";
     BATCH = "LITESTRIPE_BATCH", Some("250"),
         "most events in one transaction, 1 to 1000";
-    SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
+    pub(crate) SIGNALS_MAX_AGE = "LITESTRIPE_SIGNALS_MAX_AGE", Some("7d"),
         "how long the stream LITESTRIPE_SIGNALS keeps signals";
     pub(crate) SIGNALS_MAX_BYTES = "LITESTRIPE_SIGNALS_MAX_BYTES", None,
         "size at which LITESTRIPE_SIGNALS drops its oldest signals; if unset and the server has less storage, halved until it fits [default: a fifth of STRIPE_EVENTS]";
-    DEAD_LETTERS_MAX_AGE = "LITESTRIPE_DEAD_LETTERS_MAX_AGE", Some("90d"),
+    pub(crate) DEAD_LETTERS_MAX_AGE = "LITESTRIPE_DEAD_LETTERS_MAX_AGE", Some("90d"),
         "how long the stream STRIPE_DEAD_LETTERS keeps dead letters";
     pub(crate) DEAD_LETTERS_MAX_BYTES = "LITESTRIPE_DEAD_LETTERS_MAX_BYTES", None,
         "size at which STRIPE_DEAD_LETTERS refuses new dead letters; if unset and the server has less storage, halved until it fits [default: a tenth of STRIPE_EVENTS]";

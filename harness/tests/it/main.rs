@@ -11,6 +11,7 @@ mod clocks;
 mod credentials;
 mod demo;
 mod docs;
+mod doctor;
 mod endpoint;
 mod erase;
 mod existing;

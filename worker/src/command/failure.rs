@@ -32,7 +32,7 @@ impl Failure {
         }
     }
 
-    /// Something is left to do, such as differences that `reconcile` found.
+    /// Something is left to do, such as differences that `reconcile` found, or what `doctor` says.
     pub(crate) fn differences(error: impl Into<Cause>) -> Self {
         Self {
             code: exit::DIFFERENCES,

@@ -22,11 +22,7 @@ impl DatabaseFile {
     /// Returns the file of the database that was just opened. `None` if it has none: it is in
     /// memory, or not SQLite.
     pub(crate) fn find(settings: &DatabaseSettings) -> Option<Self> {
-        if settings.kind != DatabaseKind::Sqlite {
-            return None;
-        }
-        let options: SqliteConnectOptions = settings.url.at_start().expose_secret().parse().ok()?;
-        let path = options.get_filename().to_owned();
+        let path = path(settings)?;
         let id = id(&path).ok()?;
         Some(Self { path, id })
     }
@@ -45,6 +41,29 @@ impl DatabaseFile {
             },
         }
     }
+}
+
+/// Returns the path of a SQLite file that does not exist. `None` if it exists, and for a database
+/// that is not a file.
+pub(crate) fn missing(settings: &DatabaseSettings) -> Option<PathBuf> {
+    let url = settings.url.expose_secret();
+    let is_in_memory = url.starts_with("sqlite::memory:") || url.contains("mode=memory");
+    path(settings).filter(|path| !is_in_memory && !path.exists())
+}
+
+/// Whether opening a SQLite file creates it if it is missing. SQLite: "URI Filenames".
+pub(crate) fn is_created(settings: &DatabaseSettings) -> bool {
+    let query = settings.url.expose_secret().split_once('?');
+    query.is_some_and(|(_, query)| query.split('&').any(|part| part == "mode=rwc"))
+}
+
+/// Returns the path of a SQLite database.
+fn path(settings: &DatabaseSettings) -> Option<PathBuf> {
+    if settings.kind != DatabaseKind::Sqlite {
+        return None;
+    }
+    let options: SqliteConnectOptions = settings.url.expose_secret().parse().ok()?;
+    Some(options.get_filename().to_owned())
 }
 
 fn id(path: &Path) -> io::Result<(u64, u64)> {

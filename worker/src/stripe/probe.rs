@@ -1,0 +1,46 @@
+//! A single request to Stripe's API, without retries.
+//!
+//! For a person who wants to know now whether a call works.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use time::OffsetDateTime;
+
+use super::api::{self, ApiError, Call, Content, StripeApi};
+use crate::clocks::Reading;
+
+/// How long Stripe may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// What came of a request.
+pub(crate) struct Reply {
+    pub(crate) answer: Result<(), ApiError>,
+    /// Stripe's clock.
+    pub(crate) clock: Option<Reading>,
+}
+
+impl StripeApi {
+    /// Sends one GET and ignores what the answer contains.
+    pub(crate) async fn probe(&self, path: &str) -> Reply {
+        let request = self.request(&Call::new(Method::GET, path, Content::None));
+        let began = OffsetDateTime::now_utc();
+        let response = match request.timeout(ANSWER_MAX).send().await {
+            Ok(response) => response,
+            Err(error) => {
+                return Reply {
+                    answer: Err(ApiError::Transport(error.without_url())),
+                    clock: None,
+                };
+            }
+        };
+        let ended = OffsetDateTime::now_utc();
+        let answer = match response.status() {
+            status if status.is_success() => Ok(()),
+            status if status.is_redirection() => Err(ApiError::Redirected),
+            _ => Err(api::status_error(&response)),
+        };
+        let clock = api::date(&response).map(|at| Reading::new("Stripe", at, began, ended));
+        Reply { answer, clock }
+    }
+}
