@@ -13,6 +13,7 @@ use crate::settings::Settings;
 use crate::start::broker::{STREAMS, get_stream};
 use crate::start::parts::{self, StartError};
 use crate::stream::findings;
+use crate::stream::seen::Seen;
 
 const CHECK: &str = "broker";
 const JETSTREAM: &str = "JetStream";
@@ -162,8 +163,8 @@ async fn read(jetstream: &jetstream::Context) -> Result<Found, String> {
         let stream = stream.map_err(|error| format!("{name}: {}", exit::chain(&error)))?;
         streams.extend(stream.map(|stream| stream.cached_info().clone()));
     }
-    let findings = findings::find(jetstream).await;
-    let mut findings = findings.map_err(|error| exit::chain(error.as_ref()))?;
+    let seen = Seen::read(jetstream).await;
+    let mut findings = findings::find(&seen.map_err(|error| exit::chain(error.as_ref()))?);
     let configs = streams.iter().map(|stream| &stream.config);
     findings.extend(configs.flat_map(crate::start::broker::findings));
     Ok(Found {

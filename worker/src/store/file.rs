@@ -46,14 +46,14 @@ impl DatabaseFile {
 /// Returns the path of a SQLite file that does not exist. `None` if it exists, and for a database
 /// that is not a file.
 pub(crate) fn missing(settings: &DatabaseSettings) -> Option<PathBuf> {
-    let url = settings.url.expose_secret();
+    let url = settings.url.at_start().expose_secret();
     let is_in_memory = url.starts_with("sqlite::memory:") || url.contains("mode=memory");
     path(settings).filter(|path| !is_in_memory && !path.exists())
 }
 
 /// Whether opening a SQLite file creates it if it is missing. SQLite: "URI Filenames".
 pub(crate) fn is_created(settings: &DatabaseSettings) -> bool {
-    let query = settings.url.expose_secret().split_once('?');
+    let query = settings.url.at_start().expose_secret().split_once('?');
     query.is_some_and(|(_, query)| query.split('&').any(|part| part == "mode=rwc"))
 }
 
@@ -62,7 +62,7 @@ fn path(settings: &DatabaseSettings) -> Option<PathBuf> {
     if settings.kind != DatabaseKind::Sqlite {
         return None;
     }
-    let options: SqliteConnectOptions = settings.url.expose_secret().parse().ok()?;
+    let options: SqliteConnectOptions = settings.url.at_start().expose_secret().parse().ok()?;
     Some(options.get_filename().to_owned())
 }
 

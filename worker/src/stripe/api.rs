@@ -17,7 +17,7 @@ use litestripe_domain::event::api::{self, Items};
 use litestripe_domain::payment::AccountId;
 use reqwest::header::{DATE, HeaderName, RETRY_AFTER};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::ExposeSecret as _;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
@@ -466,9 +466,9 @@ impl StripeApi {
                 }
                 None => 0,
             };
-            let key = self.settings.key()?;
+            let request = self.request(call)?;
             let started = std::time::Instant::now();
-            let sent = self.request(call, &key).send().await;
+            let sent = request.send().await;
             metrics::stripe_request(outcome(sent.as_ref().ok()), started.elapsed());
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
@@ -505,7 +505,8 @@ impl StripeApi {
         }
     }
 
-    pub(super) fn request(&self, call: &Call<'_>, key: &SecretString) -> RequestBuilder {
+    pub(super) fn request(&self, call: &Call<'_>) -> Result<RequestBuilder, ApiError> {
+        let key = self.settings.key()?;
         let mut request = self
             .http
             .request(
@@ -521,11 +522,11 @@ impl StripeApi {
         if let Some(key) = call.idempotency_key {
             request = request.header(IDEMPOTENCY_KEY, key);
         }
-        match call.content {
+        Ok(match call.content {
             Content::None => request,
             Content::Form(fields) => request.form(fields),
             Content::Json(value) => request.json(value),
-        }
+        })
     }
 }
 

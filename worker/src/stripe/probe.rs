@@ -23,7 +23,15 @@ pub(crate) struct Reply {
 impl StripeApi {
     /// Sends one GET and ignores what the answer contains.
     pub(crate) async fn probe(&self, path: &str) -> Reply {
-        let request = self.request(&Call::new(Method::GET, path, Content::None));
+        let request = match self.request(&Call::new(Method::GET, path, Content::None)) {
+            Ok(request) => request,
+            Err(error) => {
+                return Reply {
+                    answer: Err(error),
+                    clock: None,
+                };
+            }
+        };
         let began = OffsetDateTime::now_utc();
         let response = match request.timeout(ANSWER_MAX).send().await {
             Ok(response) => response,
