@@ -7,13 +7,12 @@ use crate::{columns, indexes};
 
 const OUTBOX: &str = "litestripe_signal_outbox";
 
-/// Failing questions are counted by kind, and the oldest of a kind is found.
-const FAILING: &str = "litestripe_question_failing";
-
 /// Each index's name and what it is on. All are partial: few rows are open, failing or uncertain.
+/// By the first, failing questions are counted by kind, and the oldest of a kind is found. Its name is
+/// a new one: another connection to SQLite that still knows the old index would refuse to make it.
 const NEW: [(&str, &str); 3] = [
     (
-        FAILING,
+        "litestripe_question_failing_since",
         "litestripe_question (kind, dt_created) WHERE last_error IS NOT NULL",
     ),
     (
@@ -27,7 +26,7 @@ const NEW: [(&str, &str); 3] = [
 ];
 
 const OLD: [(&str, &str); 1] = [(
-    FAILING,
+    "litestripe_question_failing",
     "litestripe_question (kind, livemode) WHERE last_error IS NOT NULL",
 )];
 
