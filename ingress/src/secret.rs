@@ -107,12 +107,19 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
             continue;
         }
         is_missing = false;
-        let found: Arc<[_]> = found.into();
-        let known = secrets.send_replace(Arc::clone(&found));
-        for secret in without(&found, &known) {
+        let known = Arc::clone(&secrets.borrow());
+        let new: Vec<_> = found.iter().filter(|one| !is_among(one, &known)).collect();
+        let gone: Vec<_> = known.iter().filter(|one| !is_among(one, &found)).collect();
+        if new.is_empty() && gone.is_empty() {
+            continue;
+        }
+        // Those that stay keep the time of their last use.
+        let stay = known.iter().filter(|one| is_among(one, &found));
+        secrets.send_replace(stay.chain(new.iter().copied()).cloned().collect());
+        for secret in new {
             announce(secret, FILE_SETTING);
         }
-        for secret in without(&known, &found) {
+        for secret in gone {
             let fingerprint = secret.fingerprint();
             info!(
                 fingerprint,
@@ -122,13 +129,11 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
     }
 }
 
-/// Returns the secrets of `some` that are not among `others`.
-fn without<'a>(some: &'a [SigningSecret], others: &[SigningSecret]) -> Vec<&'a SigningSecret> {
-    let is_other = |secret: &&SigningSecret| {
-        let same = |other: &SigningSecret| other.fingerprint() == secret.fingerprint();
-        !others.iter().any(same)
-    };
-    some.iter().filter(is_other).collect()
+fn is_among(secret: &SigningSecret, others: &[SigningSecret]) -> bool {
+    let fingerprint = secret.fingerprint();
+    others
+        .iter()
+        .any(|other| other.fingerprint() == fingerprint)
 }
 
 /// Parses the value of `STRIPE_WEBHOOK_SECRET`: one secret, or several separated by commas.
@@ -154,8 +159,7 @@ pub fn find(file: &[u8]) -> Vec<SigningSecret> {
         let (name, after) = after.split_at(after.find(is_end).unwrap_or(after.len()));
         rest = after;
         let secret = SigningSecret::new(&format!("{PREFIX}{name}"));
-        let is_known = |known: &SigningSecret| known.fingerprint() == secret.fingerprint();
-        if !name.is_empty() && !found.iter().any(is_known) {
+        if !name.is_empty() && !is_among(&secret, &found) {
             found.push(secret);
         }
     }

@@ -229,18 +229,18 @@ async fn a_secret_file_may_appear_late_and_change() {
         .program
         .wait_for_log("no longer using the signing secret", DEADLINE)
         .await;
-    assert_eq!(
-        status_with(SECRET).await,
-        StatusCode::BAD_REQUEST,
-        "the old secret is no longer accepted"
-    );
-    assert_eq!(status_with(rolled).await, StatusCode::OK);
     let page = ingress.get("/metrics").await.text().await.expect("a page");
     let uses = page.lines().filter(|line| {
         line.starts_with("litestripe_ingress_signing_secret_last_used_timestamp_seconds{")
     });
     let uses: Vec<_> = uses.collect();
     assert!(uses.len() == 1 && !uses[0].ends_with(" 0"), "{uses:?}");
+    assert_eq!(
+        status_with(SECRET).await,
+        StatusCode::BAD_REQUEST,
+        "the old secret is no longer accepted"
+    );
+    assert_eq!(status_with(rolled).await, StatusCode::OK);
 
     std::fs::remove_file(&path).expect("removed");
     ingress
