@@ -18,7 +18,9 @@ from nats.js.errors import NotFoundError
 from broker import WITNESS, Broker, Checks
 
 EVENTS = 400
-STREAMS = {"STRIPE_EVENTS": ["stripe.events.>"], "LITESTRIPE_SIGNALS": ["subscription.changed"]}
+STREAMS = {"STRIPE_EVENTS": ["stripe.events.>"], "LITESTRIPE_SIGNALS": ["subscription.changed"], "EMPTIED": ["emptied"]}
+# Never holds a message. nats-server does not carry it over.
+UNUSED = "STRIPE_DEAD_LETTERS"
 BODY = b"event " + b"x" * 5000
 KILLS = 6
 
@@ -35,6 +37,10 @@ async def fill(broker):
     for number in range(EVENTS):
         await js.publish(f"stripe.events.type_{number % 7}", BODY + str(number).encode())
     await js.publish("subscription.changed", b"{}")
+    await js.add_stream(name=UNUSED, subjects=["stripe.dead.>"])
+    for sequence in (1, 2):
+        await js.publish("emptied", b"{}")
+        await js.delete_msg("EMPTIED", sequence)
     for sequence in (3, 7, EVENTS):
         await js.delete_msg("STRIPE_EVENTS", sequence)
     durable = ConsumerConfig(name="litestripe-worker", durable_name="litestripe-worker", ack_policy=AckPolicy.EXPLICIT)
