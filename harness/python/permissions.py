@@ -63,6 +63,7 @@ PUBLISH = {
     "$JS.ACK.LITESTRIPE_SIGNALS.my-app.1.1.1.1.0": {"reader"},
     "$JS.EVENT.ADVISORY.API": set(),
     "$SYS.REQ.SERVER.PING": set(),
+    "$SYS.REQ.USER.INFO": WORKERS,
     "anything.else": set(),
 } | {f"_INBOX_{user}.x": set() for user in USERS}
 

@@ -10,7 +10,7 @@ use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::api::{API_KEY, Api};
 use litestripe_harness::stripe::{Event, Purchase};
 use litestripe_harness::{eventually, nats};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::erase::customer;
@@ -117,6 +117,11 @@ async fn shipped_users_may_do_everything_that_the_programs_do() {
             "{user} {arguments:?}: {said}"
         );
     }
+    let doctor = run(&bridge, "worker", &["doctor", "--json"]).await;
+    let report: Value = serde_json::from_str(&doctor.stdout).expect("it is JSON");
+    let checks = report["checks"].as_array().expect("it is a list");
+    let rights = checks.iter().find(|line| line["check"] == "rights");
+    assert_eq!(rights.expect("it is checked")["state"], "ok", "{rights:?}");
     for program in [bridge.ingress(), &bridge.workers[0]] {
         let log = program.log();
         assert!(!log.to_lowercase().contains("permissions"), "{log}");
