@@ -22,8 +22,11 @@ pub const REASON: &str = "Litestripe-Reason";
 /// The dead letter's sequence in `STRIPE_EVENTS`.
 pub const STREAM_SEQUENCE: &str = "Litestripe-Stream-Sequence";
 
-/// W3C Trace Context, copied from the delivery to the signal.
+/// W3C Trace Context of an event and of its signals: see [`crate::trace`].
 pub const TRACEPARENT: &str = "traceparent";
+
+/// The part of the trace context that belongs to the tracing systems passed so far.
+pub const TRACESTATE: &str = "tracestate";
 
 /// CloudEvents 1.0 attributes in binary mode. CloudEvents: "NATS Protocol Binding".
 pub mod ce {

@@ -12,6 +12,7 @@ pub mod event;
 pub mod header;
 pub mod signal;
 pub mod subject;
+pub mod trace;
 
 #[cfg(feature = "process")]
 pub mod atomic_batch;

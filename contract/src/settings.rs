@@ -16,9 +16,11 @@ use clap::{Arg, ArgMatches, Command};
 pub mod dotenv;
 mod nats;
 mod secret;
+mod traces;
 
 pub use nats::{Identity, NatsSettings};
 pub use secret::{FileError, Secret};
+pub use traces::TraceSettings;
 
 /// Defines a constant for each setting and a list of them all, so that each name is written once.
 #[macro_export]
@@ -86,6 +88,36 @@ settings! {
         "log filter: a level such as info or debug, or one per module (litestripe_worker=debug)";
     LOG_FORMAT = "LITESTRIPE_LOG_FORMAT", Some("text"),
         "log format: text or json";
+    OTEL_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT", None,
+        "URL of the OpenTelemetry collector that receives traces by OTLP over HTTP, such as http://otel-collector:4318; /v1/traces is appended. Without it, traces are off and the other settings of OpenTelemetry are not read";
+    OTEL_TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None,
+        "the same as a whole URL, to which nothing is appended; wins over OTEL_EXPORTER_OTLP_ENDPOINT";
+    OTEL_HEADERS = "OTEL_EXPORTER_OTLP_HEADERS", None,
+        "HTTP headers for the collector, such as a token: name=value, comma-separated, values percent-encoded";
+    OTEL_HEADERS_FILE = "OTEL_EXPORTER_OTLP_HEADERS_FILE", None,
+        "file with those headers, instead of OTEL_EXPORTER_OTLP_HEADERS; read again for each request";
+    OTEL_TRACES_HEADERS = "OTEL_EXPORTER_OTLP_TRACES_HEADERS", None,
+        "the same for traces alone; wins over OTEL_EXPORTER_OTLP_HEADERS";
+    OTEL_PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL", Some("http/protobuf"),
+        "protocol of OTLP: only http/protobuf is supported";
+    OTEL_TRACES_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", None,
+        "the same for traces alone; wins over OTEL_EXPORTER_OTLP_PROTOCOL";
+    OTEL_TIMEOUT = "OTEL_EXPORTER_OTLP_TIMEOUT", Some("10000"),
+        "how long the collector may take to accept some spans, in milliseconds";
+    OTEL_TRACES_TIMEOUT = "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", None,
+        "the same for traces alone; wins over OTEL_EXPORTER_OTLP_TIMEOUT";
+    OTEL_SERVICE_NAME = "OTEL_SERVICE_NAME", None,
+        "the program's name in traces; wins over service.name in OTEL_RESOURCE_ATTRIBUTES [default: the name of the program]";
+    OTEL_ATTRIBUTES = "OTEL_RESOURCE_ATTRIBUTES", None,
+        "attributes of all spans, such as deployment.environment.name=production: name=value, comma-separated, values percent-encoded";
+    OTEL_SAMPLER = "OTEL_TRACES_SAMPLER", Some("parentbased_always_on"),
+        "which traces are recorded: always_on, always_off or traceidratio, each with parentbased_ before it to record what the caller records";
+    OTEL_SAMPLER_ARG = "OTEL_TRACES_SAMPLER_ARG", Some("1"),
+        "the part of the traces that traceidratio records, 0 to 1";
+    OTEL_EXPORTER = "OTEL_TRACES_EXPORTER", Some("otlp"),
+        "otlp, or none to switch traces off";
+    OTEL_DISABLED = "OTEL_SDK_DISABLED", Some("false"),
+        "true to switch traces off";
 }
 
 /// Adds a flag and an environment variable for each of `settings` to `command`.

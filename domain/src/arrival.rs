@@ -1,5 +1,6 @@
 //! An event as a worker received it, and where the stream held it. Pure.
 
+use litestripe_contract::trace::TraceContext;
 use time::OffsetDateTime;
 
 use crate::event::{Body, CheckoutSession, Event};
@@ -11,7 +12,8 @@ pub struct Arrival {
     /// The position of its message in the batch.
     pub index: usize,
     pub event: Event,
-    pub traceparent: Option<String>,
+    /// The trace that the signals it leads to belong to.
+    pub trace: Option<TraceContext>,
     /// When ingress received it, by the clock of ingress. `None` if it came in another way.
     pub received: Option<OffsetDateTime>,
     /// The stream that held it.
@@ -65,7 +67,7 @@ impl Arrival {
     pub fn cause(&self) -> Cause {
         Cause {
             event: signal::reference(&self.event),
-            traceparent: self.traceparent.clone(),
+            trace: self.trace.clone(),
             received: self.received,
         }
     }

@@ -8,6 +8,7 @@ use litestripe_contract::signal::{
     EventReference, Orphan, OrphanReason, SubscriptionChanged, Timestamp,
 };
 use litestripe_contract::subject;
+use litestripe_contract::trace::TraceContext;
 use serde::Serialize;
 use time::OffsetDateTime;
 
@@ -25,7 +26,7 @@ pub struct NewSignal {
     pub message_id: String,
     /// `created` of the event that led to it, in seconds since the Unix epoch.
     pub event_created: i64,
-    pub traceparent: Option<String>,
+    pub trace: Option<TraceContext>,
     /// When ingress received that event, if it did.
     pub received: Option<OffsetDateTime>,
     pub body: String,
@@ -35,8 +36,8 @@ pub struct NewSignal {
 #[derive(Debug, Clone)]
 pub struct Cause {
     pub event: EventReference,
-    /// The trace of the event's delivery.
-    pub traceparent: Option<String>,
+    /// The trace that the event's delivery belongs to.
+    pub trace: Option<TraceContext>,
     /// When ingress received the event. `None` if it came in another way, or if the signal follows
     /// from something else that came later.
     pub received: Option<OffsetDateTime>,
@@ -47,7 +48,7 @@ impl From<EventReference> for Cause {
     fn from(event: EventReference) -> Self {
         Self {
             event,
-            traceparent: None,
+            trace: None,
             received: None,
         }
     }
@@ -173,7 +174,7 @@ fn new_signal<T: Serialize>(
         subject,
         message_id,
         event_created: cause.event.created.unix(),
-        traceparent: cause.traceparent,
+        trace: cause.trace,
         received: cause.received,
         body: serde_json::to_string(body).expect("a signal has no map with keys that are not text"),
     }

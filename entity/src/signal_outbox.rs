@@ -24,6 +24,8 @@ pub struct Model {
     pub event_created: i64,
     #[sea_orm(column_type = "Text", nullable)]
     pub traceparent: Option<String>,
+    #[sea_orm(column_type = "Text", nullable)]
+    pub tracestate: Option<String>,
     #[sea_orm(column_type = "Text")]
     pub body: String,
     pub dt_created: TimeDateTimeWithTimeZone,

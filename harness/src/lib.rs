@@ -8,6 +8,7 @@
 
 pub mod bridge;
 pub mod clock;
+pub mod collector;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod prometheus;

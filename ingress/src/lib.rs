@@ -16,6 +16,7 @@ pub mod secret;
 pub mod settings;
 pub mod signature;
 mod throttle;
+mod trace;
 
 use std::future::{pending, ready};
 use std::pin::pin;

@@ -30,7 +30,11 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
     };
-    telemetry::init(&settings.log);
+    let traces = settings.traces.as_ref();
+    let _telemetry = match telemetry::init(&settings.log, traces, env!("CARGO_PKG_NAME")) {
+        Ok(telemetry) => telemetry,
+        Err(error) => return exit::fail(exit::FAILURE, exit::chain(&error)),
+    };
     // One thread with a first-in-first-out queue. `connection::threads` says why, and starts the
     // others.
     match Builder::new_current_thread().enable_all().build() {

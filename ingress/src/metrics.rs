@@ -81,6 +81,10 @@ impl Outcome {
         (Self::NoRoom, "no_room"),
         (Self::Unavailable, "unavailable"),
     ];
+
+    pub(crate) fn label(self) -> &'static str {
+        Self::ALL[self as usize].1
+    }
 }
 
 /// What the page shows of the rest of ingress.

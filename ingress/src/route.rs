@@ -19,7 +19,7 @@ use litestripe_contract::header;
 use serde::Serialize;
 use serde_json::json;
 use time::OffsetDateTime;
-use tracing::{Level, debug, enabled, warn};
+use tracing::{Instrument as _, Level, Span, debug, enabled, warn};
 use warp::Filter;
 use warp::http::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue,
@@ -35,6 +35,7 @@ use crate::secret::Secrets;
 use crate::settings::{EventTypes, HookId, Settings};
 use crate::signature::{self, SignatureError};
 use crate::throttle::Throttle;
+use crate::trace;
 
 /// How long a body may take to arrive.
 const BODY_WITHIN: Duration = Duration::from_secs(10);
@@ -82,6 +83,41 @@ impl Ingress {
             handled: EventTypes::handled(),
             left_out: Throttle::new(LEFT_OUT_INTERVAL),
         }
+    }
+
+    /// Checks what a delivery is sent to, before its body is read.
+    fn check_address(&self, method: &Method, uuid: &str) -> Result<(), Refusal> {
+        if method != Method::POST {
+            return Err(Refusal::Method);
+        }
+        if HookId::parse(uuid) != Some(self.settings.hook) {
+            return Err(Refusal::UnknownHook);
+        }
+        Ok(())
+    }
+
+    /// Counts, logs and answers a delivery that began at `began`.
+    fn answer(
+        &self,
+        delivered: Result<Outcome, Refusal>,
+        began: Instant,
+        span: &Span,
+    ) -> warp::reply::Response {
+        let (status, outcome) = match &delivered {
+            Ok(outcome) => (StatusCode::OK, *outcome),
+            Err(refusal) => refusal.verdict(),
+        };
+        self.metrics.record_delivery(outcome, began.elapsed());
+        trace::record_answer(span, status, outcome.label());
+        let Err(refusal) = delivered else {
+            return answer(status, Bytes::from_static(SUCCESS));
+        };
+        let is_too_large = status == StatusCode::PAYLOAD_TOO_LARGE;
+        if is_too_large && self.publisher.body_bytes_max() < self.settings.body_limit {
+            self.publisher.request_max_payload_check();
+        }
+        refusal.log(&self.refused);
+        refusal.answer()
     }
 
     /// Returns the outcome of an event that is not stored. Warns if the worker would handle it and
@@ -160,41 +196,25 @@ async fn hook<B: Buf>(
     chunks: impl Stream<Item = Result<B, warp::Error>>,
 ) -> warp::reply::Response {
     let (received, began) = (OffsetDateTime::now_utc(), Instant::now());
-    let delivered = deliver(&ingress, &uuid, &method, &headers, chunks, received).await;
-    ingress.metrics.record_delivery(
-        delivered
-            .as_ref()
-            .map_or_else(|refusal| refusal.verdict().1, |outcome| *outcome),
-        began.elapsed(),
-    );
-    match delivered {
-        Ok(_) => answer(StatusCode::OK, Bytes::from_static(SUCCESS)),
-        Err(refusal) => {
-            let is_too_large = refusal.status() == StatusCode::PAYLOAD_TOO_LARGE;
-            if is_too_large && ingress.publisher.body_bytes_max() < ingress.settings.body_limit {
-                ingress.publisher.request_max_payload_check();
-            }
-            refusal.log(&ingress.refused);
-            refusal.answer()
-        }
+    if let Err(refusal) = ingress.check_address(&method, &uuid) {
+        return ingress.answer(Err(refusal), began, &Span::none());
     }
+    let span = trace::begin(&headers);
+    let delivery = async {
+        let delivered = deliver(&ingress, &headers, chunks, received, &span).await;
+        ingress.answer(delivered, began, &span)
+    };
+    delivery.instrument(span.clone()).await
 }
 
 /// Checks a delivery and stores its event. The order of the checks is DESIGN's.
 async fn deliver<B: Buf>(
     ingress: &Ingress,
-    uuid: &str,
-    method: &Method,
     headers: &HeaderMap,
     chunks: impl Stream<Item = Result<B, warp::Error>>,
     received: OffsetDateTime,
+    span: &Span,
 ) -> Result<Outcome, Refusal> {
-    if method != Method::POST {
-        return Err(Refusal::Method);
-    }
-    if HookId::parse(uuid) != Some(ingress.settings.hook) {
-        return Err(Refusal::UnknownHook);
-    }
     let limit = ingress
         .settings
         .body_limit
@@ -216,20 +236,20 @@ async fn deliver<B: Buf>(
         secret.record_use(received);
     }
     let envelope = Envelope::read(&body)?;
+    trace::record_event(span, &envelope.id, &envelope.event_type);
     if !ingress.settings.event_types.contains(&envelope.event_type) {
         return Ok(ingress.ignore(&envelope));
     }
     let event_type = EventType::parse(envelope.event_type).map_err(|_| Refusal::NotASubject)?;
     let verified = Instant::now();
     let id = enabled!(Level::DEBUG).then(|| envelope.id.clone());
-    let traceparent = traceparent(headers);
     let delivery = Delivery {
         id: envelope.id,
         event_type,
         body,
         signature: header,
         received,
-        traceparent,
+        trace: trace::context(span, headers),
     };
     let stored = ingress.publisher.store(delivery).await?;
     ingress.metrics.record_published(verified.elapsed());
@@ -411,30 +431,6 @@ fn signature_header(headers: &HeaderMap) -> String {
 
 fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// Returns the delivery's trace context if it is valid in the format of version 00 (W3C: "Trace
-/// Context").
-fn traceparent(headers: &HeaderMap) -> Option<String> {
-    let text = headers.get(header::TRACEPARENT)?.to_str().ok()?;
-    let parts: Vec<&str> = text.split('-').collect();
-    let [version, trace, parent, flags] = parts.as_slice() else {
-        return None;
-    };
-    let is_hex = |part: &str, length: usize| {
-        part.len() == length
-            && part
-                .bytes()
-                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let is_id =
-        |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
-    let valid = is_hex(version, 2)
-        && *version != "ff"
-        && is_id(trace, 32)
-        && is_id(parent, 16)
-        && is_hex(flags, 2);
-    valid.then(|| text.to_owned())
 }
 
 #[derive(Serialize)]

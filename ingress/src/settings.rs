@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use litestripe_contract::settings::{
-    ADDRESS, Address, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader, address,
-    bytes, path,
+    ADDRESS, Address, EventsSettings, Given, LogSettings, NatsSettings, Problems, Reader,
+    TraceSettings, address, bytes, path,
 };
 use uuid::Uuid;
 
@@ -62,6 +62,8 @@ pub struct Settings {
     /// The limits of the stream, if it has to be created.
     pub(crate) events: EventsSettings,
     pub log: LogSettings,
+    /// `None` if no traces are sent.
+    pub traces: Option<TraceSettings>,
 }
 
 /// The UUID in the hook's path.
@@ -124,6 +126,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
     let nats = NatsSettings::read(&mut reader);
     let events = EventsSettings::read(&mut reader);
     let log = LogSettings::read(&mut reader);
+    let traces = TraceSettings::read(&mut reader);
     let settings = hook.map(|hook| Settings {
         hook,
         secrets,
@@ -135,6 +138,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
         nats,
         events,
         log,
+        traces,
     });
     reader.finish(settings).map_err(|Problems(mut problems)| {
         problems.extend(no_secret);

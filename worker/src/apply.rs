@@ -15,6 +15,7 @@ use litestripe_domain::plan::Policy;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::erasure::{self, Erasures};
 use crate::error::{Disposition, StoreError};
@@ -26,6 +27,7 @@ use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
 use crate::stream::dead_letter::DeadLetters;
+use crate::trace;
 use crate::wait::{DATABASE, Wait, Waiting, pause};
 
 mod decoded;
@@ -86,7 +88,18 @@ pub struct Applier {
 /// While the database is unavailable it waits, and keeps the batch's messages in progress. Events
 /// that the database refuses are delivered again later. If `shutdown` is cancelled meanwhile, it
 /// hands the messages back.
-pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationToken) {
+pub async fn apply(applier: &Applier, mut decoded: Decoded, shutdown: &CancellationToken) {
+    let spans = trace::Applying::begin(decoded.count(), &mut decoded.arrivals);
+    let applying = apply_within(&spans, applier, decoded, shutdown);
+    applying.instrument(spans.batch().clone()).await;
+}
+
+async fn apply_within(
+    spans: &trace::Applying,
+    applier: &Applier,
+    decoded: Decoded,
+    shutdown: &CancellationToken,
+) {
     let Decoded {
         batch,
         arrivals,
@@ -126,7 +139,9 @@ pub async fn apply(applier: &Applier, decoded: Decoded, shutdown: &CancellationT
         }
     }
     let postponed = outcome.take_postponed(applier);
+    (postponed.iter()).for_each(|index| spans.record_failure(*index, "refused"));
     let hopeless = outcome.refused.iter();
+    (hopeless.clone()).for_each(|refused| spans.record_failure(refused.index(), "poison"));
     poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
     let late = late_messages(applier, &batch, &ignored, &mut poisoned);
     let removals = std::mem::take(&mut outcome.redacted)

@@ -39,6 +39,8 @@ mod status;
 
 use failure::Failure;
 
+const PROGRAM: &str = "litestripe-worker";
+
 const NO_KEY: &str = "STRIPE_SECRET_KEY is missing: this command calls Stripe's API; set it to a secret or restricted key (sk_… or rk_…)";
 
 /// How long the process waits at its end for threads that nothing can cancel: a host name that no
@@ -116,11 +118,13 @@ fn parse_and_execute() -> Result<(), Failure> {
     let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
     let settings = crate::settings::read(given).map_err(Failure::configuration)?;
     let log = settings.log.clone();
-    telemetry::init(&if matches!(command, Command::Run) {
+    let log = if matches!(command, Command::Run) {
         log
     } else {
         log.quiet()
-    });
+    };
+    // Dropped last, so that it sends the last spans.
+    let _telemetry = telemetry::init(&log, settings.traces.as_ref(), PROGRAM)?;
     let runtime = tokio::runtime::Runtime::new()?;
     let outcome = runtime.block_on(execute(command, settings));
     runtime.shutdown_timeout(END_MAX);
@@ -212,7 +216,7 @@ fn variables() -> Vec<String> {
 /// Returns the command line, with a flag and an environment variable for every setting.
 #[must_use]
 pub fn command_line() -> clap::Command {
-    let command = clap::Command::new("litestripe-worker")
+    let command = clap::Command::new(PROGRAM)
         .about("Applies Stripe's events to the database and publishes a signal for each change")
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(AFTER_HELP);

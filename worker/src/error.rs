@@ -23,6 +23,18 @@ pub enum Disposition {
     Broken,
 }
 
+impl Disposition {
+    /// Its name in traces.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Wait => "unavailable",
+            Self::Refused => "refused",
+            Self::Poison => "poison",
+            Self::Broken => "broken",
+        }
+    }
+}
+
 /// A failed database operation.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {doing}")]

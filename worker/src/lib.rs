@@ -28,5 +28,6 @@ mod start;
 pub mod store;
 pub mod stream;
 pub mod stripe;
+mod trace;
 pub mod upgrade;
 mod wait;

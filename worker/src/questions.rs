@@ -16,6 +16,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use litestripe_contract::exit;
 use litestripe_contract::signal::OrphanReason;
+use litestripe_contract::telemetry::traces;
 use litestripe_domain::event::Email;
 use litestripe_domain::orphan::NewOrphan;
 use litestripe_domain::question::Question;
@@ -206,7 +207,10 @@ async fn insert_orphan(
 }
 
 fn cause(question: &Question) -> Cause {
-    Cause::from(question.event.clone())
+    Cause {
+        trace: traces::current(),
+        ..Cause::from(question.event.clone())
+    }
 }
 
 /// Whether an erasure covers the event that led to the question. If so, no personal data is

@@ -18,13 +18,14 @@ use litestripe_entity::signal_outbox::Model;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{Instrument as _, debug};
 
 use crate::error::StoreError;
 use crate::fail_point::fail_point;
 use crate::metrics;
 use crate::store::Transaction;
 use crate::store::{self, Store, detached};
+use crate::trace;
 use crate::wait::{Awaited, Wait};
 
 mod cost;
@@ -289,7 +290,10 @@ impl Relay {
     async fn send(&self, rows: Vec<Model>) -> (Vec<i64>, Result<Round, RelayError>) {
         let full = rows.len() as u64 == TAKE_MAX;
         self.sender.ask().await;
-        let sent = self.sender.send(rows, Instant::now() + HOLD_MAX).await;
+        let span = trace::publication(&rows);
+        let sending = self.sender.send(rows, Instant::now() + HOLD_MAX);
+        let sent = sending.instrument(span.clone()).await;
+        trace::record_published(&span, sent.ids.len(), sent.failure.is_some());
         let round = match sent.failure {
             Some(error) => Err(RelayError::Publish(error)),
             None if full && (!sent.ids.is_empty() || sent.has_blocked) => Ok(Round::More),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use litestripe_contract::settings::{
     self, ADDRESS, Address, BYTES, DURATION, EventsSettings, FileError, Given, LogSettings,
-    NatsSettings, Problems, Reader, Secret, StreamSettings,
+    NatsSettings, Problems, Reader, Secret, StreamSettings, TraceSettings,
 };
 use litestripe_domain::event::MetadataKeys;
 use sea_orm::sqlx::sqlite::SqliteConnectOptions;
@@ -115,6 +115,8 @@ pub struct Settings {
     /// `None` without `STRIPE_SECRET_KEY`.
     pub stripe: Option<StripeSettings>,
     pub log: LogSettings,
+    /// `None` if no traces are sent.
+    pub traces: Option<TraceSettings>,
 }
 
 /// When a payment becomes an orphan, and how long its email is kept.
@@ -271,6 +273,7 @@ fn read_all(reader: &mut Reader) -> Settings {
         stripe: read_stripe(reader),
         events: EventsSettings::read(reader),
         log: LogSettings::read(reader),
+        traces: TraceSettings::read(reader),
         nats: NatsSettings::read(reader),
     }
 }

@@ -15,6 +15,7 @@ use sea_orm::{
     ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, IdenStatic, SqliteTransactionMode,
     Statement, TransactionOptions, TransactionTrait as _, Value,
 };
+use tracing::Instrument as _;
 
 use crate::error::{Cause, StoreError};
 use crate::settings::{DatabaseKind, DatabaseSettings, SchemaName};
@@ -331,7 +332,7 @@ impl Store {
 /// Runs `work` in its own task, which continues if the caller is dropped: a cancelled query may
 /// leave its connection in the middle of an answer.
 pub async fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    tokio::spawn(work)
+    tokio::spawn(work.in_current_span())
         .await
         .unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }

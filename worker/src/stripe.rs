@@ -10,6 +10,7 @@ pub(crate) mod budget;
 pub(crate) mod endpoint;
 pub(crate) mod kv;
 pub(crate) mod mode;
+pub(crate) mod path;
 pub(crate) mod probe;
 
 /// Returns the pauses between attempts. Each doubles, up to `longest`, with jitter, so that workers

@@ -209,7 +209,7 @@ fn arrival(index: usize, (second, body): (i64, Body)) -> Arrival {
     Arrival {
         index,
         event,
-        traceparent: None,
+        trace: None,
         received: None,
         stream: crate::arrival::StreamId::default(),
         stream_sequence: 1 + index as u64,

@@ -557,14 +557,13 @@ async fn trace_context_travels_from_the_delivery_to_the_signal(database: Databas
             delivery.signature().expect("it is signed"),
         )
         .header("traceparent", TRACE)
+        .header("tracestate", "vendor=opaque")
         .body(delivery.body().clone());
     assert_eq!(request.send().await.expect("ingress answers").status(), 200);
 
     let signals = bridge.check().await;
-    assert_eq!(
-        signals[0].headers.get("traceparent").map(String::as_str),
-        Some(TRACE)
-    );
+    assert_eq!(signals[0].headers["traceparent"], TRACE);
+    assert_eq!(signals[0].headers["tracestate"], "vendor=opaque");
 }
 
 /// The parts of a signal that a test compares.

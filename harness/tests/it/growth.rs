@@ -552,7 +552,7 @@ pub(crate) fn signal(id: &str) -> NewSignal {
         subject: "subscription.changed",
         message_id: id.to_owned(),
         event_created: 1,
-        traceparent: None,
+        trace: None,
         received: None,
         body: "{}".to_owned(),
     }

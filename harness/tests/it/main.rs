@@ -46,3 +46,4 @@ mod sdk;
 mod stripe_api;
 mod systemd;
 mod thin;
+mod traces;

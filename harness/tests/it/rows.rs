@@ -6,6 +6,7 @@ use std::time::Duration;
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Item, PauseCollection, Subscription, Timestamp};
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_contract::trace::TraceContext;
 use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::merge::{State, Visible};
 use litestripe_domain::payment::PaymentIds;
@@ -187,6 +188,11 @@ fn model(
     }
 }
 
+fn trace(number: i64) -> Option<TraceContext> {
+    let traceparent = format!("00-{number:032x}-{number:016x}-01");
+    TraceContext::parse(&traceparent, Some(TEXT))
+}
+
 async fn signals(kind: DatabaseKind) {
     let (_database, store) = open(kind).await;
     let signal = |number: i64| NewSignal {
@@ -194,7 +200,7 @@ async fn signals(kind: DatabaseKind) {
         subject: SUBSCRIPTION_CHANGED,
         message_id: format!("sub_{number}:1"),
         event_created: number,
-        traceparent: (number % 2 == 0).then(|| TEXT.to_owned()),
+        trace: (number % 2 == 0).then(|| trace(number)).flatten(),
         received: (number % 3 == 0).then(|| OffsetDateTime::UNIX_EPOCH + Duration::from_millis(1)),
         body: json!({ "number": number, "text": TEXT }).to_string(),
     };
@@ -224,7 +230,13 @@ async fn signals(kind: DatabaseKind) {
                 subject: signal.subject.to_owned(),
                 message_id: signal.message_id,
                 event_created: signal.event_created,
-                traceparent: signal.traceparent,
+                traceparent: signal
+                    .trace
+                    .as_ref()
+                    .map(|trace| trace.traceparent().to_owned()),
+                tracestate: signal
+                    .trace
+                    .and_then(|trace| trace.tracestate().map(str::to_owned)),
                 body: signal.body,
                 dt_created: now(1),
                 received_at_ms: signal.received.map(|_| 1),

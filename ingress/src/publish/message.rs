@@ -7,6 +7,8 @@ use std::num::NonZero;
 use async_nats::HeaderMap;
 use async_nats::header::{HeaderName, HeaderValue, NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
 use litestripe_contract::event::{EventId, EventType};
+use litestripe_contract::telemetry::traces;
+use litestripe_contract::trace::TraceContext;
 use litestripe_contract::{header, subject};
 use time::OffsetDateTime;
 use time::format_description::well_known::Iso8601;
@@ -37,8 +39,8 @@ pub(crate) struct Delivery {
     /// The signature header as received.
     pub(crate) signature: String,
     pub(crate) received: OffsetDateTime,
-    /// The W3C trace context, if the delivery has a valid one.
-    pub(crate) traceparent: Option<String>,
+    /// The trace that it belongs to, if any.
+    pub(crate) trace: Option<TraceContext>,
 }
 
 impl Delivery {
@@ -57,11 +59,8 @@ impl Delivery {
             HeaderName::from_static(header::RECEIVED_AT),
             received_at(self.received),
         );
-        if let Some(traceparent) = &self.traceparent {
-            headers.insert(
-                HeaderName::from_static(header::TRACEPARENT),
-                traceparent.as_str(),
-            );
+        if let Some(trace) = &self.trace {
+            traces::add_to_headers(&mut headers, trace);
         }
         headers.insert(NATS_MESSAGE_ID, self.id.as_str());
         headers.insert(NATS_EXPECTED_STREAM, subject::EVENTS_STREAM);
@@ -70,9 +69,11 @@ impl Delivery {
 
     /// An upper bound of the message's size, headers included.
     pub(super) fn bytes(&self) -> usize {
-        let traceparent = self.traceparent.as_ref().map_or(0, String::len);
+        let trace = self.trace.as_ref().map_or(0, |trace| {
+            trace.traceparent().len() + trace.tracestate().map_or(0, str::len)
+        });
         let headers =
-            self.signature.len() + traceparent + self.id.as_str().len() + HEADERS_OVERHEAD_BYTES;
+            self.signature.len() + trace + self.id.as_str().len() + HEADERS_OVERHEAD_BYTES;
         self.body.bytes().len() + headers
     }
 }

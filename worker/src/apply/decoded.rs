@@ -116,7 +116,7 @@ pub fn decode(batch: &Batch, keys: &MetadataKeys) -> Contents {
             Ok(Some(event)) => contents.arrivals.push(Arrival {
                 index,
                 event,
-                traceparent: message.traceparent(),
+                trace: message.trace(),
                 received: message.received(),
                 stream: batch.stream(),
                 stream_sequence: message.stream_sequence(),

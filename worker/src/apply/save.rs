@@ -19,6 +19,7 @@ use litestripe_domain::plan::{
 use litestripe_domain::question::Kind;
 use litestripe_domain::signal::{self, NewSignal};
 use time::OffsetDateTime;
+use tracing::Instrument as _;
 
 use super::Applier;
 use crate::erasure::Erasures;
@@ -29,6 +30,7 @@ use crate::metrics;
 use crate::store;
 use crate::store::Transaction;
 use crate::store::subscription::Found;
+use crate::trace;
 
 /// How long saving a batch may take, with all its statements.
 const SAVE_MAX: Duration = Duration::from_secs(60);
@@ -55,11 +57,15 @@ pub(super) async fn save(
 ) -> Result<Saved, StoreError> {
     // A bug that one event triggers must not stop the others: an event that panics is poisoned.
     let saving = AssertUnwindSafe(save_all(applier, arrivals)).catch_unwind();
-    match tokio::time::timeout(SAVE_MAX, saving).await {
+    let span = trace::transaction(applier.store.kind(), arrivals.len());
+    let saving = tokio::time::timeout(SAVE_MAX, saving).instrument(span.clone());
+    let saved = match saving.await {
         Ok(Ok(saved)) => saved,
         Ok(Err(_)) => Err(StoreError::doing("merge an event")(Cause::Panic)),
         Err(_) => Err(StoreError::doing("save a batch")(Cause::Timeout(SAVE_MAX))),
-    }
+    };
+    trace::record_saved(&span, &saved);
+    saved
 }
 
 async fn save_all(applier: &Applier, arrivals: &Arc<Vec<Arrival>>) -> Result<Saved, StoreError> {

@@ -8,6 +8,7 @@ use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use clap::{Args, Subcommand};
 use litestripe_contract::signal::Timestamp;
 use litestripe_contract::subject::{DEAD_LETTERS_PREFIX, DEAD_LETTERS_STREAM};
+use litestripe_contract::telemetry::traces;
 use litestripe_contract::{connect, header, subject};
 use litestripe_domain::arrival::{Arrival, StreamId};
 use litestripe_domain::event;
@@ -237,7 +238,7 @@ fn arrival(letter: &StreamMessage, event: event::Event, stream: StreamId) -> Arr
     Arrival {
         index: 0,
         event,
-        traceparent: header_value(letter, header::TRACEPARENT),
+        trace: traces::from_headers(&letter.headers),
         // How long it took is a matter of the operator.
         received: None,
         // An older letter may be of an earlier stream, whose events are gone.

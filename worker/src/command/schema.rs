@@ -185,6 +185,7 @@ fn headers(name: &str) -> Value {
             (ce::SUBJECT): text,
             (ce::DATACONTENTTYPE): fixed("application/json"),
             (header::TRACEPARENT): text,
+            (header::TRACESTATE): text,
         },
         "required": [header::MESSAGE_ID, ce::SPECVERSION, ce::ID, ce::SOURCE, ce::TYPE, ce::SUBJECT],
     })

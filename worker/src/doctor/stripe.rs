@@ -10,6 +10,7 @@ use crate::endpoint;
 use crate::settings::Settings;
 use crate::stripe::api::{ApiError, StripeApi};
 use crate::stripe::mode;
+use crate::stripe::path::{CHECKOUT_SESSIONS, CUSTOMERS, EVENTS, Path, SUBSCRIPTIONS};
 use crate::stripe::probe::Reply;
 
 const CHECK: &str = "Stripe's API";
@@ -18,14 +19,14 @@ const PERMISSIONS: &str = "key's permissions";
 /// What workers read at Stripe: the permission's name, and a call that needs it and returns nothing
 /// about a person. Stripe answers 404 about an object that does not exist only if the key may read
 /// such objects.
-const READ: [(&str, &str); 4] = [
-    ("Subscriptions", "/v1/subscriptions/sub_litestripe_doctor"),
+const READ: [(&str, Path<'_>); 4] = [
+    ("Subscriptions", SUBSCRIPTIONS.of("sub_litestripe_doctor")),
     (
         "Checkout Sessions",
-        "/v1/checkout/sessions/cs_litestripe_doctor",
+        CHECKOUT_SESSIONS.of("cs_litestripe_doctor"),
     ),
-    ("Customers", "/v1/customers/cus_litestripe_doctor"),
-    ("Events", "/v1/events/evt_litestripe_doctor"),
+    ("Customers", CUSTOMERS.of("cus_litestripe_doctor")),
+    ("Events", EVENTS.of("evt_litestripe_doctor")),
 ];
 
 /// Stripe as it was found.

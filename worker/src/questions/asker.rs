@@ -9,7 +9,7 @@ use litestripe_contract::exit;
 use litestripe_domain::question::Kind;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{Instrument as _, debug, info};
 
 use super::failures::{MANY_PAUSE_MAX, PAUSE_MAX, pause};
 use super::grace::CHECK_MAX;
@@ -17,6 +17,7 @@ use super::user::UNKNOWN_RETRY_MAX;
 use super::{Outcome, Questions};
 use crate::fail_point::fail_point;
 use crate::store::question::{self, Due, Retry, Taken};
+use crate::trace;
 use crate::wait::{Awaited, Wait};
 
 /// How often the asker checks for due questions.
@@ -115,7 +116,9 @@ impl Questions {
             let is_full = taken.len() == room;
             for taken in taken {
                 let (questions, shutdown) = (Arc::clone(&self), shutdown.clone());
-                in_flight.spawn(async move { questions.ask(taken, &shutdown).await });
+                let span = trace::question(&taken.question);
+                let asking = async move { questions.ask(taken, &shutdown).await };
+                in_flight.spawn(asking.instrument(span));
             }
             tokio::select! {
                 Some(_) = in_flight.join_next(), if is_full => {}

@@ -393,6 +393,9 @@ impl Signal {
         if let Some(traceparent) = &row.traceparent {
             insert(header::TRACEPARENT, traceparent);
         }
+        if let Some(tracestate) = &row.tracestate {
+            insert(header::TRACESTATE, tracestate);
+        }
         headers
     }
 }

@@ -9,6 +9,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use litestripe_contract::subject::SUBSCRIPTION_CHANGED;
+use litestripe_contract::trace::TraceContext;
 use litestripe_domain::signal::NewSignal;
 use litestripe_entity::signal_outbox::{Column, Entity, Model};
 use sea_orm::{
@@ -28,10 +29,10 @@ use crate::store::Transaction;
 pub const SHARDS: u32 = 16;
 
 const INSERT: Insert<'_> = Insert {
-    into: "litestripe_signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, body, dt_created, \
-        received_at_ms)",
+    into: "litestripe_signal_outbox (shard, entity_id, subject, message_id, event_created, traceparent, tracestate, \
+        body, dt_created, received_at_ms)",
     select: "UNNEST($1::integer[]), UNNEST($2::text[]), UNNEST($3::text[]), UNNEST($4::text[]), UNNEST($5::bigint[]), \
-        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::timestamptz[]), UNNEST($9::bigint[])",
+        UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::timestamptz[]), UNNEST($10::bigint[])",
     then: "",
 };
 
@@ -41,14 +42,17 @@ pub async fn insert(
     signals: Vec<NewSignal>,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
-    let cells = |signal: NewSignal| -> [Cell; 9] {
+    let cells = |signal: NewSignal| -> [Cell; 10] {
+        let trace = signal.trace.as_ref();
+        let tracestate = trace.and_then(TraceContext::tracestate);
         [
             shard_of(&signal.entity_id).into(),
             signal.entity_id.into(),
             signal.subject.to_owned().into(),
             signal.message_id.into(),
             signal.event_created.into(),
-            signal.traceparent.into(),
+            trace.map(|trace| trace.traceparent().to_owned()).into(),
+            tracestate.map(str::to_owned).into(),
             signal.body.into(),
             now.into(),
             signal.received.map(unix_ms).into(),

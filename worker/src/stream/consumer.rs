@@ -18,6 +18,8 @@ use async_nats::jetstream::{self, AckKind, ErrorCode, Message};
 use async_nats::{Subject, SubscribeError};
 use litestripe_contract::header;
 use litestripe_contract::subject::{EVENTS_STREAM, WORKER_CONSUMER};
+use litestripe_contract::telemetry::traces;
+use litestripe_contract::trace::TraceContext;
 use litestripe_domain::arrival::StreamId;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -356,11 +358,8 @@ impl Delivery<'_> {
         &self.message.subject
     }
 
-    pub fn traceparent(&self) -> Option<String> {
-        let headers = self.message.headers.as_ref()?;
-        headers
-            .get(header::TRACEPARENT)
-            .map(|value| value.as_str().to_owned())
+    pub fn trace(&self) -> Option<TraceContext> {
+        traces::from_headers(self.message.headers.as_ref()?)
     }
 
     /// When ingress received it. `None` for what came in another way.

@@ -12,6 +12,7 @@ use litestripe_contract::event::{
     ERASURE_TYPE, EventId, EventType, ID_BYTES_MAX, RESOLUTION_TYPE, SNAPSHOT_TYPE,
 };
 use litestripe_contract::signal::EventReference;
+use litestripe_contract::telemetry::traces;
 use litestripe_contract::{header, subject};
 use litestripe_domain::event::FetchStamp;
 use litestripe_domain::payment::{AccountId, PaymentIds};
@@ -271,6 +272,9 @@ impl<'a> OwnEvent<'a> {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, message_id);
         headers.insert(header::SOURCE, source);
+        if let Some(trace) = traces::current() {
+            traces::add_to_headers(&mut headers, &trace);
+        }
         let subject = subject::for_event_type(
             &EventType::parse(self.event_type).expect("our own types are valid"),
         );

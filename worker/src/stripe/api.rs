@@ -21,11 +21,16 @@ use secrecy::ExposeSecret as _;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
+use tracing::Instrument as _;
 
 use crate::metrics::{self, StripeOutcome};
 use crate::settings::StripeSettings;
 use crate::stream::progress::{self, ProgressError};
 use crate::stripe::budget::Budget;
+use crate::stripe::path::{
+    CHECKOUT_SESSIONS, CUSTOMERS, EVENTS, Path, SUBSCRIPTION_ITEMS, SUBSCRIPTIONS,
+};
+use crate::trace;
 
 /// The API version that answers are rendered in, and the events of the endpoints that we make. It is
 /// pinned so that an upgrade of the account changes nothing. Decoding goes by which fields are
@@ -194,9 +199,9 @@ impl Answer {
 }
 
 /// A request for Stripe's API.
-pub(super) struct Call<'a> {
+pub(crate) struct Call<'a> {
     pub method: Method,
-    pub path: &'a str,
+    pub path: Path<'a>,
     pub query: &'a [(&'a str, &'a str)],
     /// The connected account for which it is sent.
     pub account: Option<AccountId<'a>>,
@@ -207,7 +212,7 @@ pub(super) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    pub(super) fn new(method: Method, path: &'a str, content: Content<'a>) -> Self {
+    pub(super) fn new(method: Method, path: Path<'a>, content: Content<'a>) -> Self {
         Self {
             method,
             path,
@@ -220,7 +225,7 @@ impl<'a> Call<'a> {
 }
 
 /// What is sent with a request: forms to `/v1/`, JSON to `/v2/`.
-pub(super) enum Content<'a> {
+pub(crate) enum Content<'a> {
     None,
     Form(&'a [(&'a str, &'a str)]),
     Json(&'a serde_json::Value),
@@ -294,8 +299,8 @@ impl StripeApi {
         id: &str,
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        let path = format!("/v1/subscriptions/{id}");
-        let answer = self.get(&path, &[], account).await?;
+        let path = SUBSCRIPTIONS.of(id);
+        let answer = self.get(path, &[], account).await?;
         match api::items(&answer.body) {
             Some(Items::All) => Ok(answer),
             Some(Items::More(after)) => {
@@ -331,13 +336,7 @@ impl StripeApi {
         account: Option<AccountId<'_>>,
     ) -> Result<Vec<api::Object>, ApiError> {
         let query = [("subscription", subscription)];
-        let listed = self.list(
-            "/v1/subscription_items",
-            &query,
-            api::item_page,
-            after,
-            account,
-        );
+        let listed = self.list(SUBSCRIPTION_ITEMS, &query, api::item_page, after, account);
         match listed.await {
             Ok((items, _)) => Ok(items),
             // The subscription exists, so its items changed since. The next attempt fetches the new
@@ -353,8 +352,7 @@ impl StripeApi {
         id: &str,
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        self.get(&format!("/v1/checkout/sessions/{id}"), &[], account)
-            .await
+        self.get(CHECKOUT_SESSIONS.of(id), &[], account).await
     }
 
     /// Lists all Checkout Sessions of a subscription. Stripe: "List all Checkout Sessions".
@@ -364,8 +362,8 @@ impl StripeApi {
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
         let query = [("subscription", subscription)];
-        let path = "/v1/checkout/sessions";
-        let (sessions, first) = self.list(path, &query, api::page, None, account).await?;
+        let listed = self.list(CHECKOUT_SESSIONS, &query, api::page, None, account);
+        let (sessions, first) = listed.await?;
         let whole = api::list(&sessions);
         first.with_body(whole)
     }
@@ -379,7 +377,7 @@ impl StripeApi {
     ) -> Result<Answer, ApiError> {
         let mut query = vec![("limit", PAGE_SIZE), ("status", status)];
         query.extend(after.map(|after| ("starting_after", after)));
-        self.get("/v1/subscriptions", &query, None).await
+        self.get(SUBSCRIPTIONS, &query, None).await
     }
 
     /// Lists a page of events created at `since` (seconds since the Unix epoch) or later, newest
@@ -397,7 +395,7 @@ impl StripeApi {
         query.extend(types.iter().map(|name| ("types[]", *name)));
         query.extend(undelivered.then_some(("delivery_success", "false")));
         query.extend(after.map(|after| ("starting_after", after)));
-        self.get("/v1/events", &query, None).await
+        self.get(EVENTS, &query, None).await
     }
 
     /// Fetches a customer. Stripe: "Retrieve a customer".
@@ -406,14 +404,14 @@ impl StripeApi {
         id: &str,
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
-        self.get(&format!("/v1/customers/{id}"), &[], account).await
+        self.get(CUSTOMERS.of(id), &[], account).await
     }
 
     /// Fetches a list to its end, starting behind `after`. Also returns the answer with its
     /// first page, because the later ones are not older.
     pub(super) async fn list(
         &self,
-        path: &str,
+        path: Path<'_>,
         query: &[(&str, &str)],
         read: fn(&[u8]) -> Option<api::Page>,
         mut after: Option<String>,
@@ -442,7 +440,7 @@ impl StripeApi {
 
     async fn get(
         &self,
-        path: &str,
+        path: Path<'_>,
         query: &[(&str, &str)],
         account: Option<AccountId<'_>>,
     ) -> Result<Answer, ApiError> {
@@ -458,6 +456,7 @@ impl StripeApi {
     pub(super) async fn call(&self, call: &Call<'_>) -> Result<Answer, ApiError> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let mut delays = super::pauses(FIRST_DELAY, DELAY_MAX).take(ATTEMPTS_MAX - 1);
+        let mut attempts = 0;
         loop {
             let mark = match &self.broker {
                 Some(broker) => {
@@ -468,11 +467,14 @@ impl StripeApi {
             };
             let request = self.request(call)?;
             let started = std::time::Instant::now();
-            let sent = request.send().await;
+            let span = trace::stripe_request(call, &self.settings.base, attempts);
+            let sent = request.send().instrument(span.clone()).await;
+            trace::record_response(&span, &sent);
             metrics::stripe_request(outcome(sent.as_ref().ok()), started.elapsed());
+            attempts += 1;
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
-                    match answer(response, started, mark).await {
+                    match answer(response, started, mark).instrument(span).await {
                         Ok(answer) => return Ok(answer),
                         Err(error) => (error, None),
                     }

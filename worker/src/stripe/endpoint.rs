@@ -21,10 +21,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::stripe::api::{Answer, ApiError, Call, Content, StripeApi, VERSION};
-
-const WEBHOOK_ENDPOINTS: &str = "/v1/webhook_endpoints";
-
-const EVENT_DESTINATIONS: &str = "/v2/core/event_destinations";
+use crate::stripe::path::{EVENT_DESTINATIONS, EVENTS, WEBHOOK_ENDPOINTS};
 
 /// The key in an endpoint's metadata that marks it as made by Litestripe. Its value is the
 /// idempotency key of the creation.
@@ -159,11 +156,17 @@ impl StripeApi {
 
     async fn event_destinations(&self) -> Result<Vec<Endpoint>, ApiError> {
         let mut endpoints = Vec::new();
-        let mut next = format!("{EVENT_DESTINATIONS}?include[0]=webhook_endpoint.url");
+        let mut query = vec![("include[0]".to_owned(), "webhook_endpoint.url".to_owned())];
         for _ in 0..PAGES_MAX {
-            let answer = self
-                .call(&Call::new(Method::GET, &next, Content::None))
-                .await?;
+            let fields: Vec<_> = query
+                .iter()
+                .map(|(name, value)| (&**name, &**value))
+                .collect();
+            let listed = Call {
+                query: &fields,
+                ..Call::new(Method::GET, EVENT_DESTINATIONS, Content::None)
+            };
+            let answer = self.call(&listed).await?;
             let page: DestinationPage =
                 serde_json::from_slice(&answer.body).map_err(|_| unreadable(&answer))?;
             let thin = page.data.into_iter().filter(|one| {
@@ -173,12 +176,17 @@ impl StripeApi {
                 let created = destination.read().ok_or_else(|| unreadable(&answer))?;
                 endpoints.push(created.endpoint);
             }
-            match page.next_page_url {
-                None => return Ok(endpoints),
-                // The key goes to no other server.
-                Some(url) if url.starts_with("/v2/") => next = url,
-                Some(_) => return Err(answer.unusable("its next page is elsewhere")),
-            }
+            let Some(next) = page.next_page_url else {
+                return Ok(endpoints);
+            };
+            query = match next.split_once('?') {
+                Some((path, query)) if path == EVENT_DESTINATIONS.to_string() => {
+                    url::form_urlencoded::parse(query.as_bytes())
+                        .into_owned()
+                        .collect()
+                }
+                _ => return Err(answer.unusable("its next page is elsewhere")),
+            };
         }
         Ok(endpoints)
     }
@@ -213,15 +221,15 @@ impl StripeApi {
     ) -> Result<(), ApiError> {
         match endpoint.payload {
             Payload::Snapshot => {
-                let path = format!("{WEBHOOK_ENDPOINTS}/{}", endpoint.id);
+                let path = WEBHOOK_ENDPOINTS.of(&endpoint.id);
                 let fields: Vec<_> = enabled_events(types).collect();
-                self.call(&Call::new(Method::POST, &path, Content::Form(&fields)))
+                self.call(&Call::new(Method::POST, path, Content::Form(&fields)))
                     .await?;
             }
             Payload::Thin => {
-                let path = format!("{EVENT_DESTINATIONS}/{}", endpoint.id);
+                let path = EVENT_DESTINATIONS.of(&endpoint.id);
                 let value = json!({ "enabled_events": types });
-                self.call(&Call::new(Method::POST, &path, Content::Json(&value)))
+                self.call(&Call::new(Method::POST, path, Content::Json(&value)))
                     .await?;
             }
         }
@@ -247,7 +255,7 @@ impl StripeApi {
         query.extend(types.iter().map(|name| ("types[]", *name)));
         let listed = Call {
             query: &query,
-            ..Call::new(Method::GET, "/v1/events", Content::None)
+            ..Call::new(Method::GET, EVENTS, Content::None)
         };
         let answer = self.call(&listed).await?;
         let page = api::page(&answer.body).ok_or_else(|| answer.unusable("it is no list"))?;
@@ -263,16 +271,16 @@ impl StripeApi {
     ) -> Result<(), ApiError> {
         match endpoint.payload {
             Payload::Snapshot => {
-                let path = format!("{WEBHOOK_ENDPOINTS}/{}", endpoint.id);
+                let path = WEBHOOK_ENDPOINTS.of(&endpoint.id);
                 let fields = [("disabled", if enabled { "false" } else { "true" })];
-                self.call(&Call::new(Method::POST, &path, Content::Form(&fields)))
+                self.call(&Call::new(Method::POST, path, Content::Form(&fields)))
                     .await?;
             }
             Payload::Thin => {
                 let action = if enabled { "enable" } else { "disable" };
-                let path = format!("{EVENT_DESTINATIONS}/{}/{action}", endpoint.id);
+                let path = EVENT_DESTINATIONS.of(&endpoint.id).action(action);
                 let nothing = json!({});
-                self.call(&Call::new(Method::POST, &path, Content::Json(&nothing)))
+                self.call(&Call::new(Method::POST, path, Content::Json(&nothing)))
                     .await?;
             }
         }

@@ -8,6 +8,7 @@ use reqwest::Method;
 use time::OffsetDateTime;
 
 use super::api::{self, ApiError, Call, Content, StripeApi};
+use super::path::Path;
 use crate::clocks::Reading;
 
 /// How long Stripe may take to answer.
@@ -22,7 +23,7 @@ pub(crate) struct Reply {
 
 impl StripeApi {
     /// Sends one GET and ignores what the answer contains.
-    pub(crate) async fn probe(&self, path: &str) -> Reply {
+    pub(crate) async fn probe(&self, path: Path<'_>) -> Reply {
         let request = match self.request(&Call::new(Method::GET, path, Content::None)) {
             Ok(request) => request,
             Err(error) => {

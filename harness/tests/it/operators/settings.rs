@@ -18,13 +18,25 @@ const SETTINGS_PAGE: &str = "docs/settings.md";
 const SECRET: &str = "hunter2";
 
 /// Malformed settings of both programs.
-const SHARED: [(&str, &str); 6] = [
+const SHARED: [(&str, &str); 15] = [
     ("NATS_URL", "nats://user:hunter2@:::"),
     ("NATS_PASSWORD", "hunter2"),
     ("LITESTRIPE_STREAM_REPLICAS", "hunter2"),
     ("LITESTRIPE_EVENTS_MAX_AGE", "hunter2"),
     ("LITESTRIPE_EVENTS_MAX_BYTES", "hunter2"),
     ("LITESTRIPE_LOG_FORMAT", "hunter2"),
+    (
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "http://user:hunter2@127.0.0.1:4318",
+    ),
+    ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2"),
+    ("OTEL_EXPORTER_OTLP_PROTOCOL", "hunter2"),
+    ("OTEL_EXPORTER_OTLP_TIMEOUT", "hunter2"),
+    ("OTEL_RESOURCE_ATTRIBUTES", "hunter2"),
+    ("OTEL_TRACES_SAMPLER", "hunter2"),
+    ("OTEL_TRACES_SAMPLER_ARG", "hunter2"),
+    ("OTEL_TRACES_EXPORTER", "hunter2"),
+    ("OTEL_SDK_DISABLED", "hunter2"),
 ];
 
 #[tokio::test]
