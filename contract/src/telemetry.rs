@@ -23,9 +23,9 @@ const DEFAULT_FILTER: &str =
     "info,async_nats=warn,async_nats::connector=off,sea_orm_migration=warn";
 
 /// How long sending the last spans may take at the end.
-const FLUSH_MAX: Duration = Duration::from_secs(3);
+const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-/// Sends the last spans when it is dropped, for three seconds at most.
+/// Sends the last spans when it is dropped, for two seconds at most.
 #[must_use]
 pub struct Telemetry(Option<SdkTracerProvider>);
 

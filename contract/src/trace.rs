@@ -46,6 +46,11 @@ impl TraceContext {
     pub fn tracestate(&self) -> Option<&str> {
         self.tracestate.as_deref()
     }
+
+    /// Returns `traceparent` and `tracestate`.
+    pub fn into_parts(self) -> (String, Option<String>) {
+        (self.traceparent, self.tracestate)
+    }
 }
 
 fn is_hex(part: &str, length: usize) -> bool {

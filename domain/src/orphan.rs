@@ -232,6 +232,7 @@ fn question(details: Details, id: &str, arrival: &Arrival, due_at: OffsetDateTim
         stripe_account_id: arrival.event.stripe_account_id.clone(),
         livemode: arrival.event.livemode,
         event: signal::reference(&arrival.event),
+        trace: arrival.trace.clone(),
         position: arrival.position(),
     }
 }

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use litestripe_contract::event::EventType;
 use litestripe_contract::signal::EventReference;
+use litestripe_contract::trace::TraceContext;
 use time::OffsetDateTime;
 
 use crate::arrival::Arrival;
@@ -134,6 +135,7 @@ pub(crate) fn notification(arrival: &Arrival, now: OffsetDateTime) -> Option<Que
         stripe_account_id: arrival.event.stripe_account_id.clone(),
         livemode: arrival.event.livemode,
         event,
+        trace: arrival.trace.clone(),
         position: arrival.position(),
     })
 }
@@ -158,6 +160,8 @@ pub struct Question {
     pub livemode: bool,
     /// The event that led to the question.
     pub event: EventReference,
+    /// The trace that it belongs to.
+    pub trace: Option<TraceContext>,
     /// That event's position: see [`StreamId::position`](crate::arrival::StreamId::position).
     pub position: u64,
 }

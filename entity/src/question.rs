@@ -39,6 +39,11 @@ pub struct Model {
     pub event_type: String,
     /// Its `created`, in seconds since the Unix epoch.
     pub event_created: i64,
+    /// The trace that it belongs to: W3C's `traceparent` and `tracestate`.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub traceparent: Option<String>,
+    #[sea_orm(column_type = "Text", nullable)]
+    pub tracestate: Option<String>,
     /// Its sequence in `STRIPE_EVENTS`.
     pub stream_sequence: i64,
     /// For thin events, the account that has to be named to fetch the object.

@@ -32,7 +32,7 @@ mod m20261130_000015_installation;
 mod m20261130_000016_question_attempts;
 mod m20261130_000018_rules;
 mod m20261201_000020_figures;
-mod m20261201_000021_tracestate;
+mod m20261201_000021_trace;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -67,7 +67,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000016_question_attempts::Migration),
             Box::new(m20261130_000018_rules::Migration),
             Box::new(m20261201_000020_figures::Migration),
-            Box::new(m20261201_000021_tracestate::Migration),
+            Box::new(m20261201_000021_trace::Migration),
         ]
     }
 }

@@ -27,7 +27,7 @@ use crate::store::Transaction;
 use crate::store::{self, Store};
 use crate::stream::consumer::Batch;
 use crate::stream::dead_letter::DeadLetters;
-use crate::trace;
+use crate::trace::{self, HANDED_BACK, POISON, REFUSED};
 use crate::wait::{DATABASE, Wait, Waiting, pause};
 
 mod decoded;
@@ -89,17 +89,27 @@ pub struct Applier {
 /// that the database refuses are delivered again later. If `shutdown` is cancelled meanwhile, it
 /// hands the messages back.
 pub async fn apply(applier: &Applier, mut decoded: Decoded, shutdown: &CancellationToken) {
-    let spans = trace::Applying::begin(decoded.count(), &mut decoded.arrivals);
+    let deliveries = decoded.batch.messages();
+    let spans = trace::Applying::begin(
+        decoded.batch.count(),
+        deliveries.filter_map(|message| message.trace()),
+        &mut decoded.arrivals,
+    );
     let applying = apply_within(&spans, applier, decoded, shutdown);
-    applying.instrument(spans.batch().clone()).await;
+    let applied = applying.instrument(spans.batch().clone()).await;
+    if let Err(why) = applied {
+        spans.record_failure_of_all(why);
+    }
 }
 
+/// # Errors
+/// Why nothing of the batch is applied, as its spans name it.
 async fn apply_within(
     spans: &trace::Applying,
     applier: &Applier,
     decoded: Decoded,
     shutdown: &CancellationToken,
-) {
+) -> Result<(), &'static str> {
     let Decoded {
         batch,
         arrivals,
@@ -114,7 +124,7 @@ async fn apply_within(
     let saved = save_with_retries(applier, Arc::new(arrivals), &batch, shutdown).await;
     let Some(mut outcome) = saved else {
         batch.hand_back().await;
-        return;
+        return Err(HANDED_BACK);
     };
     let saved = received
         .iter()
@@ -126,7 +136,7 @@ async fn apply_within(
         .is_some_and(|installation| !installation.may_ack())
     {
         batch.hand_back().await;
-        return;
+        return Err(HANDED_BACK);
     }
     if let Some(error) = outcome.refuses_all() {
         let reason = exit::chain(error);
@@ -135,13 +145,13 @@ async fn apply_within(
         batch.keep_alive().await;
         if pause(pause_for, shutdown).await.is_none() {
             batch.hand_back().await;
-            return;
+            return Err(HANDED_BACK);
         }
     }
     let postponed = outcome.take_postponed(applier);
-    (postponed.iter()).for_each(|index| spans.record_failure(*index, "refused"));
+    (postponed.iter()).for_each(|index| spans.record_failure(*index, REFUSED));
     let hopeless = outcome.refused.iter();
-    (hopeless.clone()).for_each(|refused| spans.record_failure(refused.index(), "poison"));
+    (hopeless.clone()).for_each(|refused| spans.record_failure(refused.index(), POISON));
     poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
     let late = late_messages(applier, &batch, &ignored, &mut poisoned);
     let removals = std::mem::take(&mut outcome.redacted)
@@ -155,11 +165,11 @@ async fn apply_within(
             (applier.refusals).some_refused(batch.count(), &reason, Instant::now());
             postpone(&batch, 0..batch.count()).await;
             applier.relay.notify_one();
-            return;
+            return Err(REFUSED);
         }
         None => {
             batch.hand_back().await;
-            return;
+            return Err(HANDED_BACK);
         }
     }
     let unapplied = poisoned.iter().map(|(index, _)| *index);
@@ -174,6 +184,7 @@ async fn apply_within(
     }
     metrics::applied(events - postponed.len() - outcome.refused.len());
     applier.dead_letters.store(batch, poisoned).await;
+    Ok(())
 }
 
 /// Hands messages back, to be delivered again later.

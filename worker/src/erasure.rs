@@ -211,6 +211,7 @@ pub fn question(customer: DeletedCustomer, position: u64, now: OffsetDateTime) -
         stripe_account_id: customer.stripe_account_id,
         livemode: customer.livemode,
         event: customer.event,
+        trace: None,
         position,
     }
 }
@@ -227,6 +228,7 @@ pub fn removal(stream: &str, sequence: u64, now: OffsetDateTime) -> Question {
         stripe_account_id: None,
         livemode: false,
         event: reference(now_or_never),
+        trace: None,
         // Not the message's: no replay changes what has to be removed, so it waits for none.
         position: i64::MAX.cast_unsigned(),
     }

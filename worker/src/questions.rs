@@ -208,7 +208,7 @@ async fn insert_orphan(
 
 fn cause(question: &Question) -> Cause {
     Cause {
-        trace: traces::current(),
+        trace: traces::current().or_else(|| question.trace.clone()),
         ..Cause::from(question.event.clone())
     }
 }

@@ -4,13 +4,13 @@
 //! events and subscriptions, counts and outcomes, never a value of a body, a text of an error or the
 //! id of a customer. While traces are off no span is made: see `telemetry::traces`.
 //!
-//! A batch, a publication of signals and a question are traces of their own, because each serves
-//! several deliveries. What is done for one event is a span in the trace of its delivery, and its
+//! A batch and a publication of signals are traces of their own, because each serves several
+//! deliveries. What is done for one event, a question included, is a span in the trace of its delivery, and its
 //! signals carry that on: a subscriber's span is then in the same trace, below the event that led to
 //! it.
 
 use litestripe_contract::subject::{
-    EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER, for_event_type,
+    DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER, for_event_type,
 };
 use litestripe_contract::telemetry::traces::{self, TARGET};
 use litestripe_contract::trace::TraceContext;
@@ -23,7 +23,17 @@ use url::Url;
 
 use crate::error::StoreError;
 use crate::settings::DatabaseKind;
+use crate::stream::consumer::Poisoned;
 use crate::stripe::api::Call;
+
+/// Why an event was not applied, as spans name it: it can never be.
+pub(crate) const POISON: &str = "poison";
+
+/// The database refuses it, and it is delivered again later.
+pub(crate) const REFUSED: &str = "refused";
+
+/// The worker stops, or must not ack. It is delivered again at once.
+pub(crate) const HANDED_BACK: &str = "handed_back";
 
 /// The spans of a batch that is applied: its own, which links to its events, and one for each event,
 /// in the trace of its delivery. They end when this is dropped.
@@ -34,9 +44,13 @@ pub(crate) struct Applying {
 }
 
 impl Applying {
-    /// Begins the spans of a batch of `messages`. What its events lead to belongs to their spans
-    /// from now on.
-    pub(crate) fn begin(messages: usize, arrivals: &mut [Arrival]) -> Self {
+    /// Begins the spans of a batch of `messages`, which belong to `deliveries`. What its events lead
+    /// to belongs to their spans from now on.
+    pub(crate) fn begin(
+        messages: usize,
+        deliveries: impl Iterator<Item = TraceContext>,
+        arrivals: &mut [Arrival],
+    ) -> Self {
         let batch = info_span!(
             target: TARGET,
             parent: None,
@@ -48,15 +62,14 @@ impl Applying {
             messaging.destination.name = EVENTS_STREAM,
             messaging.consumer.group.name = WORKER_CONSUMER,
             messaging.batch.message_count = messages,
+            otel.status_code = Empty,
+            "error.type" = Empty,
         );
         if batch.is_disabled() {
             let events = Vec::new();
             return Self { batch, events };
         }
-        traces::link(
-            &batch,
-            arrivals.iter().filter_map(|arrival| arrival.trace.as_ref()),
-        );
+        traces::link(&batch, deliveries);
         let context = traces::context(&batch);
         let begin = |arrival: &mut Arrival| {
             let event = event(arrival);
@@ -73,6 +86,14 @@ impl Applying {
 
     pub(crate) fn batch(&self) -> &Span {
         &self.batch
+    }
+
+    /// Records why nothing of the batch was applied.
+    pub(crate) fn record_failure_of_all(&self, why: &'static str) {
+        let events = self.events.iter().map(|(_, event)| event);
+        for span in events.chain([&self.batch]) {
+            record_error(span, why);
+        }
     }
 
     /// Records why the event of the message `index` was not applied.
@@ -163,16 +184,46 @@ pub(crate) fn record_published(span: &Span, sent: usize, has_failed: bool) {
     }
 }
 
-/// Begins the span of asking a question, a trace of its own: it may come days after its event.
+/// Begins the span of asking a question, below the event that led to it, however long ago that was:
+/// the answer belongs to the same story.
 pub(crate) fn question(question: &Question) -> Span {
-    info_span!(
+    let span = info_span!(
         target: TARGET,
         parent: None,
         "ask",
         otel.name = %format_args!("ask {}", question.kind().as_str()),
         litestripe.question.kind = question.kind().as_str(),
         stripe.event.id = question.event.id.as_str(),
-    )
+        otel.status_code = Empty,
+        "error.type" = Empty,
+    );
+    if let Some(event) = &question.trace {
+        traces::set_parent(&span, event);
+    }
+    span
+}
+
+/// Begins the span of storing `message` as a dead letter, below its delivery.
+pub(crate) fn dead_letter(message: &Poisoned) -> Span {
+    let span = info_span!(
+        target: TARGET,
+        parent: None,
+        "send STRIPE_DEAD_LETTERS",
+        otel.kind = "producer",
+        messaging.system = "nats",
+        messaging.operation.name = "send",
+        "messaging.operation.type" = "send",
+        messaging.destination.name = DEAD_LETTERS_STREAM,
+        litestripe.stream_sequence = message.stream_sequence(),
+        otel.status_code = "ERROR",
+        "error.type" = POISON,
+    );
+    if !span.is_disabled()
+        && let Some(delivery) = message.trace()
+    {
+        traces::set_parent(&span, &delivery);
+    }
+    span
 }
 
 /// Begins the span of one request to Stripe's API at the URL `base`. `attempt` counts from 0.

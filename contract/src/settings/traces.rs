@@ -40,7 +40,7 @@ const SAMPLER: &str = "always_on, always_off, traceidratio, parentbased_always_o
 pub struct TraceSettings {
     pub(crate) endpoint: Url,
     headers: Option<Secret>,
-    /// How long one request may take, with its retries.
+    /// How long one request may take.
     pub(crate) timeout: Duration,
     pub(crate) sampler: Sampler,
     /// `None` for the program's name.

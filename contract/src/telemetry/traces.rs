@@ -7,6 +7,7 @@
 //! Spans wait in a queue of fixed length, from which a thread of its own sends them: a collector
 //! that is away delays nothing, and what does not fit is dropped.
 
+use std::borrow::Borrow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_nats::HeaderMap;
@@ -36,8 +37,8 @@ use crate::{connect, exit, header};
 /// enter a trace.
 pub const TARGET: &str = "litestripe::trace";
 
-/// Links of one span, at most: OpenTelemetry's own default.
-pub const LINKS_MAX: usize = 128;
+/// Links of one span, at most: as many as a batch has events, at most.
+const LINKS_MAX: u32 = 1000;
 
 /// The client that sends traces cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +81,7 @@ pub(super) fn provider(
     Ok(SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
         .with_sampler(settings.sampler.clone())
+        .with_max_links_per_span(LINKS_MAX)
         .with_resource(resource(settings, program))
         .build())
 }
@@ -122,7 +124,7 @@ struct Client {
 #[async_trait]
 impl HttpClient for Client {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let endpoint = request.uri().to_string();
+        let origin = self.settings.endpoint.origin().ascii_serialization();
         let outcome = self.send(request).await;
         let problem = match &outcome {
             Ok(answer) if answer.status().is_success() => None,
@@ -131,10 +133,10 @@ impl HttpClient for Client {
         };
         let has_failed = self.is_failing.swap(problem.is_some(), Ordering::Relaxed);
         match problem {
-            None if has_failed => info!("traces are sent again to {endpoint}"),
+            None if has_failed => info!("traces are sent again to {origin}"),
             Some(problem) if !has_failed => {
                 warn!(
-                    "cannot send traces to {endpoint}, spans are dropped until it works: {problem}"
+                    "cannot send traces to {origin}, spans are dropped while it lasts: {problem}"
                 );
             }
             _ => {}
@@ -146,7 +148,12 @@ impl HttpClient for Client {
 impl Client {
     async fn send(&self, mut request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         request.headers_mut().extend(self.settings.headers()?);
-        self.http.send_bytes(request).await
+        let sent = self.http.send_bytes(request).await;
+        // The path may hold a token.
+        sent.map_err(|error| match error.downcast::<reqwest::Error>() {
+            Ok(error) => error.without_url().into(),
+            Err(error) => error,
+        })
     }
 }
 
@@ -158,14 +165,14 @@ pub fn set_parent(span: &Span, context: &TraceContext) {
     }
 }
 
-/// Links `span` to the spans that `contexts` are of, at most [`LINKS_MAX`] of them. Those that are
-/// not recorded are left out: such a link would lead nowhere.
-pub fn link<'a>(span: &Span, contexts: impl IntoIterator<Item = &'a TraceContext>) {
+/// Links `span` to the spans that `contexts` are of. Those that are not recorded are left out: such
+/// a link would lead nowhere.
+pub fn link(span: &Span, contexts: impl IntoIterator<Item: Borrow<TraceContext>>) {
     if span.is_disabled() {
         return;
     }
-    let recorded = contexts.into_iter().map(remote);
-    let recorded = recorded.filter(SpanContext::is_sampled).take(LINKS_MAX);
+    let linked = contexts.into_iter().map(|context| remote(context.borrow()));
+    let recorded = linked.filter(SpanContext::is_sampled);
     recorded.for_each(|context| span.add_link(context));
 }
 

@@ -542,6 +542,7 @@ pub(crate) fn question_about(id: &str) -> Question {
             event_type: EventType::parse("customer.subscription.created").expect("it is a type"),
             created: Timestamp::from_unix(1).expect("it is a time"),
         },
+        trace: None,
         position: 3,
     }
 }

@@ -260,6 +260,7 @@ async fn questions(kind: DatabaseKind) {
         stripe_account_id: None,
         livemode: false,
         event: event(3),
+        trace: None,
         position: 4,
     };
     let payment = PaymentIds {
@@ -274,10 +275,12 @@ async fn questions(kind: DatabaseKind) {
         stripe_account_id: Some("acct_1".to_owned()),
         livemode: true,
         event: event(6),
+        trace: trace(6),
         position: 7,
         ..bare.clone()
     };
     let row = |question: Question, payment: PaymentIds, reference: &str, is_paid| {
+        let trace = question.trace;
         question_entity::Model {
             entity_id: question.entity_id,
             kind: "lookup".to_owned(),
@@ -293,6 +296,8 @@ async fn questions(kind: DatabaseKind) {
             event_id: question.event.id.to_string(),
             event_type: question.event.event_type.to_string(),
             event_created: question.event.created.unix(),
+            traceparent: trace.as_ref().map(|trace| trace.traceparent().to_owned()),
+            tracestate: trace.and_then(|trace| trace.tracestate().map(str::to_owned)),
             stream_sequence: question.position.cast_signed(),
             context: None,
             notifications: None,
@@ -370,6 +375,7 @@ async fn save_notified(
         stripe_account_id: Some("acct_1".to_owned()),
         livemode: false,
         event,
+        trace: None,
         position: due_at.cast_unsigned(),
     };
     let tx = store.begin().await.expect("the database answers");

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use litestripe_contract::subject::EVENTS_STREAM;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
 use litestripe_harness::collector::{Collector, Ids, Span};
@@ -17,7 +18,10 @@ use tempfile::NamedTempFile;
 use crate::orphans::{COMPLETED, CREATED, DEADLINE, now};
 use crate::stripe_api::{SUBSCRIPTIONS, there_and_back, until_certain, with_key};
 
-on_both_databases!(one_story_leads_from_the_delivery_to_the_subscriber);
+on_both_databases!(
+    one_story_leads_from_the_delivery_to_the_subscriber,
+    thin_event_is_in_one_trace_with_what_it_leads_to,
+);
 
 /// The trace to which a proxy in front of ingress adds a delivery.
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -183,6 +187,12 @@ async fn calls_to_stripe_are_spans_with_request_ids_and_lead_to_the_signals() {
         (&asked.ids.span, &asked.ids.span)
     );
 
+    // It is below the event that led to it, which no caller has put into a trace.
+    let is_event = |span: &Span| span.ids.span == asked.parent;
+    let event = collector.span("the event's span", is_event).await;
+    assert_eq!(event.service, "billing");
+    assert_eq!(event.ids.trace, asked.ids.trace);
+
     // What Stripe answered enters the stream as an event of that trace.
     let is_snapshot = |span: &Span| span.name == "process stripe.events.litestripe.snapshot";
     let snapshot = collector.span("the snapshot's span", is_snapshot).await;
@@ -197,6 +207,113 @@ async fn calls_to_stripe_are_spans_with_request_ids_and_lead_to_the_signals() {
         snapshot.ids
     );
     check_that_nothing_secret_was_sent(&collector, &[API_KEY, &purchase.customer]);
+}
+
+async fn thin_event_is_in_one_trace_with_what_it_leads_to(database: DatabaseKind) {
+    let (api, collector) = (Api::start().await, Collector::start().await);
+    let bridge = Bridge::start(traced(with_key(database, &api), &collector)).await;
+    let purchase = Purchase::new(now() - 60);
+    api.put_subscription(purchase.subscription());
+    let created = format!("v1.{CREATED}");
+    let thin = purchase.subscription_notification(&created, now() * 1000);
+    deliver_body(&bridge, thin.body()).await;
+    let answered = |span: &Span| span.name == "process stripe.events.litestripe.snapshot";
+    let snapshot = collector.span("the snapshot's span", answered).await;
+    let signals = bridge.check().await;
+
+    let parent = async |span: &Span| {
+        let parent = span.parent.clone();
+        let is_parent = |span: &Span| span.ids.span == parent;
+        collector.span("the span above", is_parent).await
+    };
+    let asked = parent(&snapshot).await;
+    let event = parent(&asked).await;
+    let delivery = parent(&event).await;
+    assert_eq!(
+        [&asked, &event, &delivery].map(|span| span.name.as_str()),
+        [
+            "ask notification",
+            &format!("process stripe.events.{created}"),
+            "POST /ls/hook/{uuid}"
+        ]
+    );
+    assert_eq!(delivery.parent, CALLER);
+    assert_eq!(snapshot.tracestate, TRACESTATE);
+    let told = &signals.last().expect("it is signalled").headers["traceparent"];
+    assert_eq!(Ids::from_traceparent(told), snapshot.ids);
+    assert_eq!(snapshot.ids.trace, TRACE);
+}
+
+#[tokio::test]
+async fn poison_is_in_the_trace_of_its_delivery() {
+    let collector = Collector::start().await;
+    let options = traced(Options::new(DatabaseKind::Sqlite), &collector)
+        .worker("LITESTRIPE_LOG_FORMAT", "json");
+    let bridge = Bridge::start(options).await;
+    let purchase = Purchase::new(now());
+    let poison = json!({ "status": PERSONAL, "customer": 7 });
+    deliver(
+        &bridge,
+        &purchase.subscription_event(CREATED, purchase.created, poison),
+    )
+    .await;
+    let is_stored = |span: &Span| span.name == "send STRIPE_DEAD_LETTERS";
+    let stored = collector.span("the dead letter's span", is_stored).await;
+    assert_eq!(stored.ids.trace, TRACE);
+    assert_eq!(stored.attribute("error.type"), "poison");
+    assert!(stored.is_error);
+    let is_delivery = |span: &Span| span.ids.span == stored.parent;
+    let delivery = collector.span("the delivery's span", is_delivery).await;
+    assert_eq!(delivery.name, "POST /ls/hook/{uuid}");
+    let links_to_it = |span: &Span| span.links.contains(&delivery.ids);
+    let batch = collector.span("the batch's span", links_to_it).await;
+    assert_eq!(batch.name, "process STRIPE_EVENTS");
+
+    let log = bridge.workers[0].log();
+    let is_told = |line: &&str| line.contains("is now a dead letter");
+    let line = log.lines().find(is_told).expect("it is logged");
+    let line: Value = serde_json::from_str(line).expect("it is JSON");
+    assert_eq!(line["trace_id"], TRACE);
+    assert_eq!(line["span_id"], stored.ids.span.as_str());
+    check_that_nothing_secret_was_sent(&collector, &[PERSONAL]);
+}
+
+#[tokio::test]
+async fn batch_links_to_each_of_its_deliveries() {
+    const EVENTS: usize = 200;
+    let collector = Collector::start().await;
+    let options = traced(Options::new(DatabaseKind::Sqlite), &collector);
+    let mut bridge = Bridge::start(options.workers(0)).await;
+    let purchase = Purchase::new(now());
+    for second in 0..EVENTS {
+        let second = i64::try_from(second).expect("it is small");
+        let event = purchase.subscription_event(CREATED, purchase.created + second, json!({}));
+        deliver(&bridge, &event).await;
+    }
+    bridge.start_worker();
+    // The broker usually sends more than half of them at once: more than the 128 links that a span
+    // may have by default.
+    eventually("links to all deliveries", DEADLINE, async || {
+        let spans = collector.spans();
+        let batches = spans
+            .iter()
+            .filter(|span| span.name == "process STRIPE_EVENTS");
+        let counts: Vec<_> = batches
+            .map(|batch| {
+                let events = batch.attribute("messaging.batch.message_count");
+                (events.parse::<usize>().ok(), batch.links.len())
+            })
+            .collect();
+        assert!(
+            counts.iter().all(|(events, links)| *events == Some(*links)),
+            "{counts:?}"
+        );
+        let linked: usize = counts.iter().map(|(_, links)| links).sum();
+        (linked == EVENTS)
+            .then_some(())
+            .ok_or(format!("{counts:?}"))
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -361,7 +478,11 @@ fn traceparent() -> String {
 
 /// Delivers an event within the trace of a proxy.
 async fn deliver(bridge: &Bridge, event: &Event) {
-    let delivery = Delivery::new(event.body(), SECRET);
+    deliver_body(bridge, event.body()).await;
+}
+
+async fn deliver_body(bridge: &Bridge, body: Bytes) {
+    let delivery = Delivery::new(body, SECRET);
     let request = stripe::client()
         .post(bridge.hook())
         .header(

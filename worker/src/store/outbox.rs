@@ -43,16 +43,15 @@ pub async fn insert(
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
     let cells = |signal: NewSignal| -> [Cell; 10] {
-        let trace = signal.trace.as_ref();
-        let tracestate = trace.and_then(TraceContext::tracestate);
+        let (traceparent, tracestate) = signal.trace.map(TraceContext::into_parts).unzip();
         [
             shard_of(&signal.entity_id).into(),
             signal.entity_id.into(),
             signal.subject.to_owned().into(),
             signal.message_id.into(),
             signal.event_created.into(),
-            trace.map(|trace| trace.traceparent().to_owned()).into(),
-            tracestate.map(str::to_owned).into(),
+            traceparent.into(),
+            tracestate.flatten().into(),
             signal.body.into(),
             now.into(),
             signal.received.map(unix_ms).into(),

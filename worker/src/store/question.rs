@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use litestripe_contract::event::{EventId, EventType};
 use litestripe_contract::signal::{EventReference, Timestamp};
+use litestripe_contract::trace::TraceContext;
 use litestripe_domain::event::NotifiedObject;
 use litestripe_domain::payment::PaymentIds;
 use litestripe_domain::question::{Details, Kind, Notified, Question, later};
@@ -28,13 +29,14 @@ use crate::store::Transaction;
 const INSERT: Insert<'_> = Insert {
     into: "litestripe_question (entity_id, kind, due_at, attempts, checkout_session_id, stripe_customer_id, \
         stripe_subscription_id, stripe_account_id, client_reference_id, is_paid, livemode, event_id, event_type, \
-        event_created, stream_sequence, context, notifications, ask_by, dt_created)",
+        event_created, traceparent, tracestate, stream_sequence, context, notifications, ask_by, dt_created)",
     select: "UNNEST($1::text[]), UNNEST($2::text[]), \
         LEAST(clock_timestamp() + UNNEST($3::bigint[]) * interval '1 microsecond', '9999-12-31Z'), UNNEST($4::integer[]), \
         UNNEST($5::text[]), UNNEST($6::text[]), UNNEST($7::text[]), UNNEST($8::text[]), UNNEST($9::text[]), \
         UNNEST($10::boolean[]), UNNEST($11::boolean[]), UNNEST($12::text[]), UNNEST($13::text[]), \
-        UNNEST($14::bigint[]), UNNEST($15::bigint[]), UNNEST($16::text[]), UNNEST($17::text[]), \
-        to_timestamp(UNNEST($18::bigint[])), clock_timestamp() + UNNEST($19::bigint[]) * interval '1 microsecond'",
+        UNNEST($14::bigint[]), UNNEST($15::text[]), UNNEST($16::text[]), UNNEST($17::bigint[]), UNNEST($18::text[]), \
+        UNNEST($19::text[]), to_timestamp(UNNEST($20::bigint[])), \
+        clock_timestamp() + UNNEST($21::bigint[]) * interval '1 microsecond'",
     then: "",
 };
 
@@ -43,7 +45,8 @@ const INSERT: Insert<'_> = Insert {
 const REPLACE: &str = "ON CONFLICT (entity_id, kind) DO UPDATE SET attempts = excluded.attempts, last_error = NULL, \
     checkout_session_id = excluded.checkout_session_id, stripe_customer_id = excluded.stripe_customer_id, \
     client_reference_id = excluded.client_reference_id, event_id = excluded.event_id, \
-    event_type = excluded.event_type, event_created = excluded.event_created, context = excluded.context, \
+    event_type = excluded.event_type, event_created = excluded.event_created, \
+    traceparent = excluded.traceparent, tracestate = excluded.tracestate, context = excluded.context, \
     is_paid = litestripe_question.is_paid OR excluded.is_paid, ";
 
 /// A question about thin events keeps those that it has, and waits for more until `ask_by`. If it
@@ -125,7 +128,7 @@ fn cells(
     question: Question,
     time: impl Fn(OffsetDateTime) -> Cell,
     now: OffsetDateTime,
-) -> [Cell; 19] {
+) -> [Cell; 21] {
     let (kind, payment) = (question.kind(), question.payment());
     let (mut client_reference_id, mut is_paid, mut notified) = (None, false, None);
     match question.details {
@@ -140,6 +143,7 @@ fn cells(
     let notifications = notified
         .as_ref()
         .map(|notified| write_notifications(&notified.notifications));
+    let (traceparent, tracestate) = question.trace.map(TraceContext::into_parts).unzip();
     let ask_by = notified.as_ref().map(|notified| notified.ask_by.into());
     [
         question.entity_id.into(),
@@ -156,6 +160,8 @@ fn cells(
         question.event.id.to_string().into(),
         question.event.event_type.to_string().into(),
         question.event.created.unix().into(),
+        traceparent.into(),
+        tracestate.flatten().into(),
         question.position.cast_signed().into(),
         notified.and_then(|notified| notified.context).into(),
         notifications.into(),
@@ -234,6 +240,9 @@ fn question(row: Model) -> Option<Question> {
         stripe_account_id: row.stripe_account_id,
         livemode: row.livemode,
         event,
+        trace: row
+            .traceparent
+            .and_then(|traceparent| TraceContext::parse(&traceparent, row.tracestate.as_deref())),
         position: row.stream_sequence.cast_unsigned(),
     })
 }

@@ -359,7 +359,7 @@ impl Delivery<'_> {
     }
 
     pub fn trace(&self) -> Option<TraceContext> {
-        traces::from_headers(self.message.headers.as_ref()?)
+        trace(self.message)
     }
 
     /// When ingress received it. `None` for what came in another way.
@@ -502,6 +502,10 @@ impl Poisoned {
         self.message.length
     }
 
+    pub fn trace(&self) -> Option<TraceContext> {
+        trace(&self.message)
+    }
+
     pub fn stream_sequence(&self) -> Option<u64> {
         self.message.info().ok().map(|info| info.stream_sequence)
     }
@@ -518,6 +522,10 @@ impl Poisoned {
         }
         settle(&self.message, AckKind::Term).await;
     }
+}
+
+fn trace(message: &Message) -> Option<TraceContext> {
+    traces::from_headers(message.headers.as_ref()?)
 }
 
 #[expect(

@@ -24,7 +24,7 @@ use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::erasure::{self, Erasures};
 use crate::error::StoreError;
@@ -33,6 +33,7 @@ use crate::store::dead_letter as table;
 use crate::store::lease::Lease;
 use crate::store::{Store, Transaction, detached, question};
 use crate::stream::consumer::{Batch, Poisoned};
+use crate::trace;
 use crate::wait::pause;
 
 /// Bytes of dead letters in flight, at most: beyond it the next batch waits. A single batch that is
@@ -94,7 +95,10 @@ impl DeadLetters {
         let letters = self.letters.clone();
         self.tasks.spawn(async move {
             let poisoned = messages.into_iter().zip(reasons);
-            let settle = |(message, reason): (Poisoned, String)| settle(&letters, message, reason);
+            let settle = |(message, reason): (Poisoned, String)| {
+                let span = trace::dead_letter(&message);
+                settle(&letters, message, reason).instrument(span)
+            };
             futures_util::stream::iter(poisoned)
                 .for_each_concurrent(IN_FLIGHT, settle)
                 .await;
