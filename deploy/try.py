@@ -84,6 +84,16 @@ class Tree:
     def containers(self, service):
         return self.compose("ps", "-q", service).stdout.split()
 
+    def check_secrets(self):
+        """Checks that no container's configuration shows a secret."""
+        containers = self.compose("ps", "-aq").stdout.split()
+        shown = run(engine, "inspect", *containers).stdout
+        files = [file for file in (self.folder / "secrets").iterdir() if file.stat().st_size]
+        for file in files:
+            if file.read_text() in shown:
+                fail(f"`inspect` shows secrets/{file.name}")
+        step(f"`inspect` of {len(containers)} containers shows none of {len(files)} secrets")
+
     def sql(self, query):
         return self.compose("exec", "-T", "postgres", "psql", "-U", "litestripe", "-Atc", query).stdout
 
@@ -199,6 +209,7 @@ with tempfile.TemporaryDirectory() as folder:
         now.up(2)
         check_same(known[0], now.settled()[0], "upgrade")
         step("upgraded to the image of the working tree, with two workers; the rows are the same")
+        now.check_secrets()
         story()
         known = check_stories(now, 1, known, "after the upgrade")
 
