@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Renders the Kubernetes manifests as `kubectl apply -k` would, and checks the result; needs no cluster.
 
-Owns what a schema cannot say: that names, ports, labels and settings fit together, that pods have the least rights, and
-who may reach whom. scripts/check-deploy runs it. Prints a JSON object with the lists `problems` and `unchecked`.
-Without the packages of deploy/requirements.txt, it says which checks it left out.
+Owns what a schema cannot say: that names, ports, labels and settings fit together, that pods have the least rights and
+no secret in their environment, and who may reach whom. scripts/check-deploy runs it. Prints a JSON object with the lists
+`problems` and `unchecked`. Without the packages of deploy/requirements.txt, it says which checks it left out.
 """
 import copy, ipaddress, itertools, json, os, pathlib, re, shutil, subprocess, sys
 
@@ -24,6 +24,8 @@ REACHES = {
                ("nats", "nats", 6222)},
 }
 REACHES["production"] = {(a, "10.20.30.4" if b == "postgres" else b, port) for a, b, port in REACHES["minimal"]}
+# Where the workloads find their Secret, whose keys are the names of the files.
+SECRETS = pathlib.PurePosixPath("/run/secrets/litestripe")
 PORTS = (53, 443, 4222, 5432, 6222, 7777, 8080, 8222, 9090)
 PEERS = {
     "controller": {"namespace": "ingress-nginx", "labels": {}},
@@ -110,7 +112,53 @@ def matches(selector, labels):
             and all(labels.get(expression["key"]) in expression["values"] for expression in expressions))
 
 
-def check_pod(where, document, settings):
+def secrets_of(settings):
+    """Returns the settings that are secrets: those that a file may replace, and one that has no file."""
+    return {name for name in settings if f"{name}_FILE" in settings} | {"OTEL_EXPORTER_OTLP_TRACES_HEADERS"}
+
+
+def check_secrets(where, spec, container, documents, secrets):
+    """No secret is in the container's environment, and each file of one that a setting names is mounted."""
+    maps = {document["metadata"]["name"]: document.get("data", {}) for document in documents if document["kind"] == "ConfigMap"}
+    sources, variables = container.get("envFrom", []), container.get("env", [])
+    chosen = [maps.get(source["configMapRef"]["name"], {}) for source in sources if "configMapRef" in source]
+    given = dict(itertools.chain.from_iterable(each.items() for each in chosen)) | {variable["name"]: variable.get("value", "") for variable in variables}
+    shown = {variable["name"] for variable in variables if "secretKeyRef" in variable.get("valueFrom", {})}
+    shown |= {name for name in secrets if given.get(name)} | {name for name, value in given.items() if re.search("//[^/]+@", value)}
+    shown |= {source["secretRef"]["name"] for source in sources if "secretRef" in source}
+    problems.extend(f"{where}: has the secret {name} in its environment, not in a file" for name in sorted(shown))
+    volumes = {volume["name"]: volume["secret"] for volume in spec.get("volumes", []) if "secret" in volume}
+    mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", []) if mount["name"] in volumes}
+    for mount in mounts.values():
+        volume = volumes[mount["name"]]
+        rules = {"is not read-only": mount.get("readOnly") is not True,
+                 "would not follow a change of the Secret": "subPath" in mount,
+                 "is open to other users": volume.get("defaultMode") not in (0o400, 0o440) or any("mode" in item for item in volume.get("items", [])),
+                 "cannot be read by the program": not spec.get("securityContext", {}).get("fsGroup")}
+        problems.extend(f"{where}: the mount of the Secret {volume['secretName']} {rule}" for rule, broken in rules.items() if broken)
+    for name, value in sorted(given.items()):
+        if name.removesuffix("_FILE") in secrets and name.endswith("_FILE") and value:
+            mount = mounts.get(str(pathlib.PurePosixPath(value).parent))
+            keys = [item["path"] for item in volumes[mount["name"]].get("items", [])] if mount else []
+            if not mount or keys and pathlib.PurePosixPath(value).name not in keys:
+                problems.append(f"{where}: {name} names {value}, which is not mounted")
+
+
+def check_env_files(settings):
+    """The files of settings hold no secret, not even in a comment, and docs/deploy.md makes a Secret of what they name."""
+    made = set(re.findall(r"--from-file=([a-z-]+)", (ROOT / "docs/deploy.md").read_text()))
+    for path in sorted(HERE.glob("**/*.env")):
+        for name, value in re.findall(r"^#?([A-Z][A-Z0-9_]+)=(.*)$", path.read_text(), re.M):
+            here = f"{path.relative_to(ROOT)}: {name}"
+            file = pathlib.PurePosixPath(value)
+            is_file = name.removesuffix("_FILE") in secrets_of(settings) and name.endswith("_FILE")
+            rules = {"is no setting": name not in settings, "is a secret": name in secrets_of(settings),
+                     f"names {value}, which is not below {SECRETS}": is_file and file.parent != SECRETS,
+                     f"names {value}, for which docs/deploy.md makes no key of a Secret": is_file and file.name not in made}
+            problems.extend(f"{here} {rule}" for rule, broken in rules.items() if broken)
+
+
+def check_pod(where, document, documents, settings):
     pod, spec = pod_of(document), pod_of(document)["spec"]
     grace = spec.get("terminationGracePeriodSeconds", 30)
     security = spec.get("securityContext", {})
@@ -141,6 +189,7 @@ def check_pod(where, document, settings):
         problems.extend(f"{name}: {rule}" for rule, broken in rules.items() if broken)
         names = {variable["name"] for variable in container.get("env", [])}
         problems.extend(f"{name}: {unknown} is no setting" for unknown in sorted(names - settings))
+        check_secrets(name, spec, container, documents, secrets_of(settings))
     if spec.get("topologySpreadConstraints") and not all(
             matches(constraint["labelSelector"], pod["metadata"]["labels"]) for constraint in spec["topologySpreadConstraints"]):
         problems.append(f"{where}: spreads other pods than its own")
@@ -169,7 +218,7 @@ def check_references(where, documents, settings):
                     problems.append(f"{here}: passes on something else than the hook, or to no service")
         if pod_of(document):
             account = pod_of(document)["spec"]["serviceAccountName"]
-            maps = [source["configMapRef"]["name"] for container in pod_of(document)["spec"]["containers"] for source in container["envFrom"]]
+            maps = [source["configMapRef"]["name"] for container in pod_of(document)["spec"]["containers"] for source in container["envFrom"] if "configMapRef" in source]
             missing = [("ServiceAccount", account)] * (("ServiceAccount", account) not in named)
             missing += [("ConfigMap", each) for each in maps if ("ConfigMap", each) not in named]
             problems.extend(f"{here}: {kind} {each} is missing" for kind, each in missing)
@@ -252,6 +301,7 @@ def main():
     check_metrics()
     example = (ROOT / ".env.example").read_text()
     settings = set(re.findall(r"^(?:# )?([A-Z][A-Z0-9_]+)=", example, re.M))
+    check_env_files(settings)
     for folder in [HERE / "base", HERE / "broker", *sorted((HERE / "overlays").iterdir())]:
         where = str(folder.relative_to(ROOT))
         documents = render(folder)
@@ -261,7 +311,7 @@ def main():
         for document in documents:
             check_schema(f"{where} {document['kind']} {document['metadata']['name']}", copy.deepcopy(document))
             if pod_of(document):
-                check_pod(f"{where} {document['kind']} {document['metadata']['name']}", document, settings)
+                check_pod(f"{where} {document['kind']} {document['metadata']['name']}", document, documents, settings)
         if folder.name != "broker":
             check_references(where, documents, settings)
         if folder.name in REACHES:
