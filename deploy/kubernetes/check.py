@@ -5,7 +5,7 @@ Owns what a schema cannot say: that names, ports, labels and settings fit togeth
 no secret in their environment, and who may reach whom. scripts/check-deploy runs it. Prints a JSON object with the lists
 `problems` and `unchecked`. Without the packages of deploy/requirements.txt, it says which checks it left out.
 """
-import copy, ipaddress, itertools, json, os, pathlib, re, shutil, subprocess, sys
+import copy, ipaddress, itertools, json, os, pathlib, re, shutil, subprocess, sys, tempfile
 
 import yaml
 
@@ -23,13 +23,17 @@ REACHES = {
     "broker": {("ingress", "nats", 4222), ("worker", "nats", 4222), ("subscriber", "nats", 4222), ("prometheus", "nats", 7777),
                ("nats", "nats", 6222)},
 }
+REACHES["tracing"] = REACHES["minimal"] | {("ingress", "collector", 4318), ("worker", "collector", 4318)}
 REACHES["production"] = {(a, "10.20.30.4" if b == "postgres" else b, port) for a, b, port in REACHES["minimal"]}
 # Where the workloads find their Secret, whose keys are the names of the files.
 SECRETS = pathlib.PurePosixPath("/run/secrets/litestripe")
-PORTS = (53, 443, 4222, 5432, 6222, 7777, 8080, 8222, 9090)
+# Components that no overlay has. Each is checked with the base alone.
+OPTIONAL = ("tracing",)
+PORTS = (53, 443, 4222, 4317, 4318, 5432, 6222, 7777, 8080, 8222, 9090)
 PEERS = {
     "controller": {"namespace": "ingress-nginx", "labels": {}},
     "prometheus": {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "prometheus"}},
+    "collector": {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "opentelemetry-collector"}},
     "nats": {"namespace": "nats", "labels": {"app.kubernetes.io/name": "nats"}},
     "postgres": {"namespace": "postgres", "labels": {}},
     "dns": {"namespace": "kube-system", "labels": {"k8s-app": "kube-dns"}},
@@ -43,7 +47,7 @@ PEERS = {
 problems, unchecked = [], []
 
 
-def render(folder):
+def render(where, folder):
     beside = str(pathlib.Path(sys.executable).parent)
     path = os.pathsep.join((beside, os.environ.get("PATH", "")))
     kustomize, kubectl = shutil.which("kustomize", path=path), shutil.which("kubectl", path=path)
@@ -52,9 +56,18 @@ def render(folder):
     command = [kustomize, "build"] if kustomize else [kubectl, "kustomize"]
     found = subprocess.run([*command, str(folder)], capture_output=True, text=True)
     if found.returncode:
-        problems.append(f"{folder.relative_to(ROOT)}: {found.stderr.strip()}")
+        problems.append(f"{where}: {found.stderr.strip()}")
         return []
     return [document for document in yaml.safe_load_all(found.stdout) if document]
+
+
+def render_component(where, folder):
+    """Renders a component with the base: it is a change of other resources, and nothing alone."""
+    with tempfile.TemporaryDirectory() as overlay:
+        base, *components = (os.path.relpath(path, os.path.realpath(overlay)) for path in (HERE / "base", HERE / "components/namespace", folder))
+        parts = {"resources": [base], "components": components, "namespace": "litestripe"}
+        pathlib.Path(overlay, "kustomization.yaml").write_text(yaml.safe_dump(parts))
+        return render(where, overlay)
 
 
 def closed(schema):
@@ -287,6 +300,14 @@ spec:
         problems.append(f"{target.relative_to(ROOT)}: differs from {source.relative_to(ROOT)}: run scripts/check-deploy --write")
 
 
+def check_collector(where, documents):
+    """The collector that the settings name is the one that the policy lets the programs reach."""
+    shared = [document["data"] for document in documents if document["kind"] == "ConfigMap" and "NATS_URL" in document["data"]]
+    service = rf"http://[a-z-]+\.{PEERS['collector']['namespace']}\.svc:4318"
+    if [bool(re.fullmatch(service, data.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""))) for data in shared] != [True]:
+        problems.append(f"{where}: the programs' settings name no collector that they may reach")
+
+
 def check_metrics():
     """Says which of the metrics that decide the number of workers no program serves yet."""
     text = (HERE / "components/autoscaling/scaled-object.yaml").read_text()
@@ -302,9 +323,14 @@ def main():
     example = (ROOT / ".env.example").read_text()
     settings = set(re.findall(r"^(?:# )?([A-Z][A-Z0-9_]+)=", example, re.M))
     check_env_files(settings)
-    for folder in [HERE / "base", HERE / "broker", *sorted((HERE / "overlays").iterdir())]:
+    overlays = sorted((HERE / "overlays").iterdir())
+    used = {pathlib.PurePath(each).name for overlay in overlays
+            for each in yaml.safe_load((overlay / "kustomization.yaml").read_text()).get("components", [])}
+    components = {component.name: component for component in (HERE / "components").iterdir()}
+    problems.extend(f"deploy/kubernetes/components/{name}: is not checked" for name in sorted(components.keys() - used - set(OPTIONAL)))
+    for folder in [HERE / "base", HERE / "broker", *overlays, *map(components.__getitem__, OPTIONAL)]:
         where = str(folder.relative_to(ROOT))
-        documents = render(folder)
+        documents = (render_component if folder.name in OPTIONAL else render)(where, folder)
         if documents is None:
             unchecked.append("the Kubernetes manifests (no kustomize or kubectl)")
             break
@@ -314,6 +340,8 @@ def main():
                 check_pod(f"{where} {document['kind']} {document['metadata']['name']}", document, documents, settings)
         if folder.name != "broker":
             check_references(where, documents, settings)
+        if folder.name == "tracing":
+            check_collector(where, documents)
         if folder.name in REACHES:
             check_reach(where, documents, REACHES[folder.name])
     json.dump({"problems": problems, "unchecked": sorted(set(unchecked))}, sys.stdout)
