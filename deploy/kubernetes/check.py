@@ -25,6 +25,8 @@ REACHES = {
 }
 REACHES["tracing"] = REACHES["minimal"] | {("ingress", "collector", 4318), ("worker", "collector", 4318)}
 REACHES["production"] = {(a, "10.20.30.4" if b == "postgres" else b, port) for a, b, port in REACHES["minimal"]}
+# How long a supervisor waits (docs/operating.md), in seconds: the programs stop within 28.
+STOP_WAIT = 30
 # Where the workloads find their Secret, whose keys are the names of the files.
 SECRETS = pathlib.PurePosixPath("/run/secrets/litestripe")
 # Components that no overlay has. Each is checked with the base alone.
@@ -173,14 +175,16 @@ def check_env_files(settings):
 
 def check_pod(where, document, documents, settings):
     pod, spec = pod_of(document), pod_of(document)["spec"]
-    grace = spec.get("terminationGracePeriodSeconds", 30)
+    # Kubernetes counts from before the hook, which only sleeps.
+    hooks = [container.get("lifecycle", {}).get("preStop", {}) for container in spec["containers"]]
+    grace = spec.get("terminationGracePeriodSeconds", 30) - max(int(hook["exec"]["command"][-1]) if hook else 0 for hook in hooks)
     security = spec.get("securityContext", {})
     rules = {
         "may run as root": security.get("runAsNonRoot") is not True or not security.get("runAsUser"),
         "has no seccomp profile": security.get("seccompProfile", {}).get("type") != "RuntimeDefault",
         "gets a token for the API server": spec.get("automountServiceAccountToken") is not False,
         "gets service links in its environment": spec.get("enableServiceLinks") is not False,
-        "is killed before it has stopped (25 s)": grace < 30,
+        f"is killed less than {STOP_WAIT} s after SIGTERM": grace < STOP_WAIT,
     }
     problems.extend(f"{where}: {rule}" for rule, broken in rules.items() if broken)
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
