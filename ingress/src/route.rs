@@ -200,11 +200,9 @@ async fn hook<B: Buf>(
         return ingress.answer(Err(refusal), began, &Span::none());
     }
     let span = trace::begin(&headers);
-    let delivery = async {
-        let delivered = deliver(&ingress, &headers, chunks, received, &span).await;
-        ingress.answer(delivered, began, &span)
-    };
-    delivery.instrument(span.clone()).await
+    let delivery = deliver(&ingress, &headers, chunks, received, &span);
+    let delivered = delivery.instrument(span.clone()).await;
+    span.in_scope(|| ingress.answer(delivered, began, &span))
 }
 
 /// Checks a delivery and stores its event. The order of the checks is DESIGN's.
