@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use litestripe_contract::exit;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::metrics;
 use crate::questions::open::OpenQuestions;
@@ -22,27 +22,35 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// Reads the figures until `shutdown`.
 pub(crate) async fn watch(store: Store, mut open: OpenQuestions, shutdown: CancellationToken) {
-    let mut waiting = None;
+    let (mut waiting, mut is_refused) = (None, false);
     loop {
         let store = store.clone();
         let mut reading = tokio::spawn(async move { figures::read(&store).await });
-        let answer = tokio::time::timeout(ANSWER_MAX, &mut reading).await;
-        let figures = match answer {
-            Ok(Ok(Ok(figures))) => Some(figures),
-            Ok(Ok(Err(error))) => {
-                debug!("{}", exit::chain(&error));
-                None
-            }
+        let answer = match tokio::time::timeout(ANSWER_MAX, &mut reading).await {
+            Ok(Ok(answer)) => Some(answer),
             Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
             Err(_) => None,
         };
-        metrics::tables(figures.as_ref());
-        match &figures {
-            Some(figures) => {
-                waiting = None;
-                open.record(figures);
+        metrics::tables(answer.as_ref().and_then(|answer| answer.as_ref().ok()));
+        match answer {
+            Some(Ok(figures)) => {
+                (waiting, is_refused) = (None, false);
+                open.record(&figures);
             }
-            None => {
+            // It answers: nothing waits for it.
+            Some(Err(error)) if error.is_refusal() => {
+                waiting = None;
+                if !std::mem::replace(&mut is_refused, true) {
+                    warn!(
+                        "the figures of the tables are unknown: {}",
+                        exit::chain(&error)
+                    );
+                }
+            }
+            unavailable => {
+                if let Some(Err(error)) = unavailable {
+                    debug!("{}", exit::chain(&error));
+                }
                 waiting.get_or_insert_with(|| metrics::DATABASE.begin());
                 // One statement at a time, or more and more would wait for the same database.
                 if !reading.is_finished() {

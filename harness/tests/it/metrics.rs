@@ -28,6 +28,7 @@ on_both_databases!(
     worker_shows_what_waits,
     delays_are_measured_from_the_receipt_of_an_event,
     figures_say_what_the_tables_hold_and_count_up_to_a_bound,
+    figures_that_the_database_refuses_are_unknown_and_nobody_waits,
 );
 
 /// Returns the values of the series `name{labels}` and `name_count{labels}`.
@@ -227,6 +228,27 @@ async fn figures_say_what_the_tables_hold_and_count_up_to_a_bound(kind: Database
     assert_eq!(found.questions(Kind::Grace).open.count, 0);
     assert_eq!(found.waiting_for_key(None), 0);
     assert_eq!(found.open_orphans(OrphanReason::NoCheckoutSession), 0);
+}
+
+async fn figures_that_the_database_refuses_are_unknown_and_nobody_waits(database: DatabaseKind) {
+    const OUTBOX: &str = "litestripe_worker_outbox_signals";
+    const WAITING: &str = r#"litestripe_worker_waiting{for="database"}"#;
+    let bridge = Bridge::start(Options::new(database)).await;
+    let worker = &bridge.workers[0];
+    until_shown(worker, &[(OUTBOX, 0.0), (WAITING, 0.0)]).await;
+    // A table that only the figures read as long as there is no event.
+    let rename = async |from: &str, to: &str| {
+        let rename = format!("ALTER TABLE {from} RENAME TO {to}");
+        let renamed = bridge.database.execute(&rename).await;
+        renamed.expect("a table can be renamed");
+    };
+    rename("orphaned_payment", "elsewhere").await;
+    until_shown(worker, &[(OUTBOX, f64::NAN), (WAITING, 0.0)]).await;
+    worker
+        .wait_for_log("the figures of the tables are unknown", DEADLINE)
+        .await;
+    rename("elsewhere", "orphaned_payment").await;
+    until_shown(worker, &[(OUTBOX, 0.0), (WAITING, 0.0)]).await;
 }
 
 /// Starts a bridge with a proxy between the worker and PostgreSQL, which can freeze.
