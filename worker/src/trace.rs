@@ -203,6 +203,11 @@ pub(crate) fn question(question: &Question) -> Span {
     span
 }
 
+/// Records that the question which is asked in the current span has no answer yet.
+pub(crate) fn record_no_answer() {
+    record_error(&Span::current(), "no_answer");
+}
+
 /// Begins the span of storing `message` as a dead letter, below its delivery.
 pub(crate) fn dead_letter(message: &Poisoned) -> Span {
     let span = info_span!(

@@ -214,6 +214,8 @@ async fn thin_event_is_in_one_trace_with_what_it_leads_to(database: DatabaseKind
     let bridge = Bridge::start(traced(with_key(database, &api), &collector)).await;
     let purchase = Purchase::new(now() - 60);
     api.put_subscription(purchase.subscription());
+    // The first attempt fails.
+    api.answer_next(SUBSCRIPTIONS, Trouble::status(401));
     let created = format!("v1.{CREATED}");
     let thin = purchase.subscription_notification(&created, now() * 1000);
     deliver_body(&bridge, thin.body()).await;
@@ -237,6 +239,13 @@ async fn thin_event_is_in_one_trace_with_what_it_leads_to(database: DatabaseKind
             "POST /ls/hook/{uuid}"
         ]
     );
+    let is_failure = |span: &Span| span.name == asked.name && span.is_error;
+    let failure = collector.span("the failed attempt", is_failure).await;
+    assert_eq!(
+        (&failure.parent, failure.attribute("error.type")),
+        (&event.ids.span, "no_answer")
+    );
+    assert!(!asked.is_error);
     assert_eq!(delivery.parent, CALLER);
     assert_eq!(snapshot.tracestate, TRACESTATE);
     let told = &signals.last().expect("it is signalled").headers["traceparent"];

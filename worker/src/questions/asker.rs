@@ -211,6 +211,7 @@ impl Questions {
             Err(error) => {
                 let reason = exit::chain(&error);
                 self.failures.log(question, &reason);
+                trace::record_no_answer();
                 let attempts = in_a_row(true);
                 let asked_to_wait = error.asks_to_wait().unwrap_or_default().min(PAUSE_MAX);
                 Retry {
