@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use litestripe_contract::exit;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::metrics;
 use crate::questions::open::OpenQuestions;
@@ -34,7 +34,10 @@ pub(crate) async fn watch(store: Store, mut open: OpenQuestions, shutdown: Cance
         metrics::tables(answer.as_ref().and_then(|answer| answer.as_ref().ok()));
         match answer {
             Some(Ok(figures)) => {
-                (waiting, is_refused) = (None, false);
+                waiting = None;
+                if std::mem::take(&mut is_refused) {
+                    info!("the figures of the tables are known again");
+                }
                 open.record(&figures);
             }
             // It answers: nothing waits for it.

@@ -249,6 +249,9 @@ async fn figures_that_the_database_refuses_are_unknown_and_nobody_waits(database
         .await;
     rename("elsewhere", "orphaned_payment").await;
     until_shown(worker, &[(OUTBOX, 0.0), (WAITING, 0.0)]).await;
+    worker
+        .wait_for_log("the figures of the tables are known again", DEADLINE)
+        .await;
 }
 
 /// Starts a bridge with a proxy between the worker and PostgreSQL, which can freeze.

@@ -120,6 +120,15 @@ async fn frozen_database_fires_its_alert() {
 }
 
 #[tokio::test]
+async fn figures_that_the_database_refuses_fire_their_alert() {
+    let (bridge, prometheus) = watched(Options::new(DatabaseKind::Postgres)).await;
+    let rename = "ALTER TABLE orphaned_payment RENAME TO elsewhere";
+    let renamed = bridge.database.execute(rename).await;
+    renamed.expect("a table can be renamed");
+    check(&prometheus, "LitestripeFiguresUnknown warning").await;
+}
+
+#[tokio::test]
 async fn broker_that_is_away_fires_its_alert() {
     let (mut bridge, prometheus) = watched(Options::new(DatabaseKind::Sqlite)).await;
     bridge.broker.stop().await;
