@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use opentelemetry_sdk::trace::SdkTracerProvider;
-use tracing::Subscriber;
+use tracing::{Subscriber, warn};
 use tracing_subscriber::layer::{Layer, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -81,8 +81,9 @@ where
 impl Drop for Telemetry {
     fn drop(&mut self) {
         if let Some(provider) = &self.0 {
-            // The client has logged why, if it fails.
-            let _ = provider.shutdown_with_timeout(FLUSH_MAX);
+            if let Err(error) = provider.shutdown_with_timeout(FLUSH_MAX) {
+                warn!("the last spans may be lost: {error}");
+            }
         }
     }
 }

@@ -103,7 +103,7 @@ pub async fn apply(applier: &Applier, mut decoded: Decoded, shutdown: &Cancellat
 }
 
 /// # Errors
-/// Why nothing of the batch is applied, as its spans name it.
+/// Why nothing of the batch is acked, as its spans name it.
 async fn apply_within(
     spans: &trace::Applying,
     applier: &Applier,
@@ -149,9 +149,7 @@ async fn apply_within(
         }
     }
     let postponed = outcome.take_postponed(applier);
-    (postponed.iter()).for_each(|index| spans.record_failure(*index, REFUSED));
     let hopeless = outcome.refused.iter();
-    (hopeless.clone()).for_each(|refused| spans.record_failure(refused.index(), POISON));
     poisoned.extend(hopeless.map(|refused| (refused.index(), exit::chain(&refused.error))));
     let late = late_messages(applier, &batch, &ignored, &mut poisoned);
     let removals = std::mem::take(&mut outcome.redacted)
@@ -172,6 +170,8 @@ async fn apply_within(
             return Err(HANDED_BACK);
         }
     }
+    (postponed.iter()).for_each(|index| spans.record_failure(*index, REFUSED));
+    (outcome.refused.iter()).for_each(|refused| spans.record_failure(refused.index(), POISON));
     let unapplied = poisoned.iter().map(|(index, _)| *index);
     batch
         .ack_except(unapplied.chain(postponed.iter().copied()))

@@ -26,7 +26,7 @@ use crate::settings::DatabaseKind;
 use crate::stream::consumer::Poisoned;
 use crate::stripe::api::Call;
 
-/// Why an event was not applied, as spans name it: it can never be.
+/// Why an event is not acked, as spans name it: it can never be applied.
 pub(crate) const POISON: &str = "poison";
 
 /// The database refuses it, and it is delivered again later.
@@ -88,7 +88,7 @@ impl Applying {
         &self.batch
     }
 
-    /// Records why nothing of the batch was applied.
+    /// Records why nothing of the batch is acked.
     pub(crate) fn record_failure_of_all(&self, why: &'static str) {
         let events = self.events.iter().map(|(_, event)| event);
         for span in events.chain([&self.batch]) {
@@ -271,7 +271,7 @@ pub(crate) fn record_response(span: &Span, response: &reqwest::Result<reqwest::R
     }
 }
 
-fn record_error(span: &Span, error_type: &str) {
+pub(crate) fn record_error(span: &Span, error_type: &str) {
     if !span.is_disabled() {
         span.record("otel.status_code", "ERROR");
         span.record("error.type", error_type);

@@ -49,7 +49,7 @@ pub enum TracesError {
     Exporter(#[from] ExporterBuildError),
 }
 
-/// Keeps the spans of traces out of the log, whatever its filter says.
+/// Keeps the spans of traces out of the log, unless its filter names one of them.
 pub(super) fn never_logged() -> Directive {
     let directive = format!("{TARGET}=off").parse();
     directive.expect("it is a target and a level")
@@ -136,7 +136,7 @@ impl HttpClient for Client {
             None if has_failed => info!("traces are sent again to {origin}"),
             Some(problem) if !has_failed => {
                 warn!(
-                    "cannot send traces to {origin}, spans are dropped while it lasts: {problem}"
+                    "cannot send traces to {origin}, spans may be lost while it lasts: {problem}"
                 );
             }
             _ => {}

@@ -327,8 +327,8 @@ async fn batch_links_to_each_of_its_deliveries() {
 
 #[tokio::test]
 async fn nothing_is_sent_and_contexts_pass_unchanged_unless_an_endpoint_is_set() {
-    let collector = Collector::start().await;
-    let plain = Options::new(DatabaseKind::Sqlite)
+    let (api, collector) = (Api::start().await, Collector::start().await);
+    let plain = with_key(DatabaseKind::Sqlite, &api)
         .ingress("LITESTRIPE_LOG_FORMAT", "json")
         .ingress("RUST_LOG", "trace");
     let disabled = traced(plain.clone(), &collector)
@@ -342,11 +342,21 @@ async fn nothing_is_sent_and_contexts_pass_unchanged_unless_an_endpoint_is_set()
             &purchase.subscription_event(CREATED, purchase.created, json!({})),
         )
         .await;
+        let thin = Purchase::new(now() - 60);
+        api.put_subscription(thin.subscription());
+        let created = thin.subscription_notification(&format!("v1.{CREATED}"), now() * 1000);
+        deliver_body(&bridge, created.body()).await;
+        eventually("both rows", DEADLINE, async || {
+            let rows = bridge.rows().await;
+            (rows.len() == 2).then_some(()).ok_or(format!("{rows:?}"))
+        })
+        .await;
         let signals = bridge.check().await;
-        let headers = &signals[0].headers;
-        assert!(headers.contains_key("traceparent"), "{signals:#?}");
-        assert_eq!(headers["traceparent"], traceparent());
-        assert_eq!(headers["tracestate"], TRACESTATE);
+        assert_eq!(signals.len(), 2, "{signals:#?}");
+        for signal in signals {
+            assert_eq!(signal.headers["traceparent"], traceparent());
+            assert_eq!(signal.headers["tracestate"], TRACESTATE);
+        }
         for node in bridge.workers.iter().chain(&bridge.ingress) {
             assert!(node.stop().await.success(), "{}", node.log());
         }

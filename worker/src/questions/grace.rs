@@ -157,7 +157,10 @@ impl Questions {
         };
         let page = api::page(&answer.body)
             .ok_or_else(|| answer.unusable("it is no list of Checkout Sessions"))?;
-        let fetched = Fetched::from_answer(&answer)?;
+        let fetched = Fetched {
+            trace: question.trace.as_ref(),
+            ..Fetched::from_answer(&answer)?
+        };
         let mut is_claimed = false;
         for session in &page.objects {
             let scope = Scope {

@@ -55,6 +55,7 @@ impl Questions {
         }
         let fetched = Fetched {
             notifications: &notified.references(),
+            trace: question.trace.as_ref(),
             ..Fetched::from_answer(&answer)?
         };
         let fetched = Fetched {

@@ -58,14 +58,12 @@ impl Questions {
             livemode: question.livemode,
             account,
         };
-        own_event::publish_snapshot(
-            &self.jetstream,
-            &object.id,
-            &object.raw,
-            Fetched::from_answer(&answer)?,
-            scope,
-        )
-        .await?;
+        let fetched = Fetched {
+            trace: question.trace.as_ref(),
+            ..Fetched::from_answer(&answer)?
+        };
+        own_event::publish_snapshot(&self.jetstream, &object.id, &object.raw, fetched, scope)
+            .await?;
         self.close(taken).await
     }
 }

@@ -13,6 +13,7 @@ use litestripe_contract::event::{
 };
 use litestripe_contract::signal::EventReference;
 use litestripe_contract::telemetry::traces;
+use litestripe_contract::trace::TraceContext;
 use litestripe_contract::{header, subject};
 use litestripe_domain::event::FetchStamp;
 use litestripe_domain::payment::{AccountId, PaymentIds};
@@ -89,6 +90,8 @@ pub(crate) struct Fetched<'a> {
     /// Whether Stripe was asked for the subscription's Checkout Sessions too, and lists none that
     /// names a user.
     pub searched: bool,
+    /// The trace of what led to the fetch, which the event carries on while traces are off.
+    pub trace: Option<&'a TraceContext>,
 }
 
 impl Fetched<'_> {
@@ -100,6 +103,7 @@ impl Fetched<'_> {
             stamp: FetchStamp { date, mark },
             notifications: &[],
             searched: false,
+            trace: None,
         })
     }
 }
@@ -113,7 +117,10 @@ pub(crate) async fn publish_snapshot(
     scope: Scope<'_>,
 ) -> Result<u64, OwnEventError> {
     let event = snapshot_event(id, object, fetched, scope)?;
-    event.store(jetstream, "snapshot", event.id.as_str()).await
+    let message_id = event.id.as_str();
+    event
+        .store(jetstream, "snapshot", message_id, fetched.trace)
+        .await
 }
 
 /// Returns the body that [`publish_snapshot`] stores for `object`, so that its effect can be
@@ -156,7 +163,7 @@ pub(crate) async fn publish_resolution(
     let object = resolution.object()?;
     let event = resolution.event(&object, created, scope)?;
     event
-        .store(jetstream, "resolution", event.id.as_str())
+        .store(jetstream, "resolution", event.id.as_str(), None)
         .await
 }
 
@@ -172,7 +179,12 @@ pub(crate) async fn repeat_resolution(
     let object = resolution.object()?;
     let event = resolution.event(&object, created, scope)?;
     event
-        .store(jetstream, "resolution", &format!("{}:{now}", event.id))
+        .store(
+            jetstream,
+            "resolution",
+            &format!("{}:{now}", event.id),
+            None,
+        )
         .await
 }
 
@@ -195,7 +207,7 @@ pub(crate) async fn publish_erasure(
     let event = OwnEvent::new(ERASURE_TYPE, id, created, &object, scope)?;
     // Never a duplicate of one that the stream has lost since.
     let unique = jetstream.client().new_inbox();
-    event.store(jetstream, "erasure", &unique).await
+    event.store(jetstream, "erasure", &unique, None).await
 }
 
 impl Resolution<'_> {
@@ -268,11 +280,12 @@ impl<'a> OwnEvent<'a> {
         jetstream: &jetstream::Context,
         source: &str,
         message_id: &str,
+        of_cause: Option<&TraceContext>,
     ) -> Result<u64, OwnEventError> {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, message_id);
         headers.insert(header::SOURCE, source);
-        if let Some(trace) = traces::current() {
+        if let Some(trace) = traces::current().or_else(|| of_cause.cloned()) {
             traces::add_to_headers(&mut headers, &trace);
         }
         let subject = subject::for_event_type(

@@ -474,9 +474,13 @@ impl StripeApi {
             attempts += 1;
             let (error, retry_after) = match sent {
                 Ok(response) if response.status().is_success() => {
-                    match answer(response, started, mark).instrument(span).await {
+                    let answered = answer(response, started, mark);
+                    match answered.instrument(span.clone()).await {
                         Ok(answer) => return Ok(answer),
-                        Err(error) => (error, None),
+                        Err(error) => {
+                            trace::record_error(&span, "cut_off");
+                            (error, None)
+                        }
                     }
                 }
                 Ok(response) if response.status().is_redirection() => {
