@@ -95,17 +95,20 @@ pub(crate) async fn follow(path: &Path, secrets: &watch::Sender<Arc<[SigningSecr
     let mut is_missing = false;
     loop {
         tokio::time::sleep(REREAD_INTERVAL).await;
-        let found = read(path).await.unwrap_or_default();
-        if found.is_empty() {
-            if !is_missing {
-                warn!(
-                    "{} ({FILE_SETTING}) no longer contains a whsec_…; keeping the last ones",
-                    path.display()
-                );
+        let found = match read(path).await {
+            Ok(found) if !found.is_empty() => found,
+            unusable => {
+                if !std::mem::replace(&mut is_missing, true) {
+                    let path = path.display();
+                    let why = match unusable {
+                        Ok(_) => "no longer contains a whsec_…".to_owned(),
+                        Err(error) => format!("cannot be read any more ({error})"),
+                    };
+                    warn!("{path} ({FILE_SETTING}) {why}; keeping the last ones");
+                }
+                continue;
             }
-            is_missing = true;
-            continue;
-        }
+        };
         is_missing = false;
         let known = Arc::clone(&secrets.borrow());
         let new: Vec<_> = found.iter().filter(|one| !is_among(one, &known)).collect();

@@ -245,7 +245,7 @@ async fn a_secret_file_may_appear_late_and_change() {
     std::fs::remove_file(&path).expect("removed");
     ingress
         .program
-        .wait_for_log("keeping the last ones", DEADLINE)
+        .wait_for_log("cannot be read any more", DEADLINE)
         .await;
     assert_eq!(status_with(rolled).await, StatusCode::OK);
     let log = ingress.program.log();
