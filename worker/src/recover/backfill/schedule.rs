@@ -67,7 +67,10 @@ impl Schedule {
         while !shutdown.is_cancelled() {
             let pause = match self.run_if_due(&shutdown).await {
                 Ok(left) => {
-                    wait.succeeded();
+                    // Otherwise it may have been interrupted.
+                    if !shutdown.is_cancelled() {
+                        wait.succeeded();
+                    }
                     left.min(CHECK_EVERY)
                 }
                 Err(error) => {
