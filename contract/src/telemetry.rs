@@ -80,10 +80,10 @@ where
 
 impl Drop for Telemetry {
     fn drop(&mut self) {
-        if let Some(provider) = &self.0 {
-            if let Err(error) = provider.shutdown_with_timeout(FLUSH_MAX) {
-                warn!("the last spans may be lost: {error}");
-            }
+        if let Some(provider) = &self.0
+            && let Err(error) = provider.shutdown_with_timeout(FLUSH_MAX)
+        {
+            warn!("the last spans may be lost: {error}");
         }
     }
 }
