@@ -24,15 +24,22 @@ const OF_INGRESS: [&str; 8] = [
     "LITESTRIPE_GROUP_COMMIT",
 ];
 
-/// Variables that compose.yml, scripts/tools, Stripe's own tools or a front end read.
-const OTHERS: [&str; 12] = [
+/// Variables that Compose, scripts/tools, Stripe's own tools or a front end read.
+const OTHERS: [&str; 19] = [
+    "LITESTRIPE_NATS_PUBLISH",
+    "LITESTRIPE_POSTGRES_PUBLISH",
     "LITESTRIPE_PUBLISH",
+    "LITESTRIPE_SECRETS",
     "LITESTRIPE_FAKETIME",
     "LITESTRIPE_NATS_SERVER",
     "LITESTRIPE_NODE",
     "LITESTRIPE_NODE_MODULES",
+    "LITESTRIPE_OLDEST_NATS_SERVER",
     "LITESTRIPE_PGBOUNCER",
     "LITESTRIPE_POSTGRES_BIN",
+    "LITESTRIPE_PROMETHEUS",
+    "LITESTRIPE_PROMETHEUS_MISSING",
+    "LITESTRIPE_PROMTOOL",
     "LITESTRIPE_PYTHON",
     "STRIPE_API_KEY",
     "STRIPE_PUBLIC_KEY",
@@ -107,7 +114,9 @@ fn is_of_kubernetes(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::misspelt;
+    use litestripe_contract::subject::SIGNALS_STREAM;
+
+    use super::{PREFIX, misspelt};
 
     #[test]
     fn misspelt_setting_is_named_with_the_one_that_is_meant() {
@@ -122,6 +131,30 @@ mod tests {
         check("LITESTRPE_BATCH", Some("LITESTRIPE_BATCH"));
         check("NATS_CRED", Some("NATS_CREDS"));
         check("NATS_PASWORD", Some("NATS_PASSWORD"));
+    }
+
+    #[test]
+    fn variables_of_compose_and_tools_are_left_alone() {
+        let files = [
+            include_str!("../../../compose.yml"),
+            include_str!("../../../compose.reader.yml"),
+            include_str!("../../../.env.example"),
+            include_str!("../../../scripts/tools"),
+        ];
+        let is_of_name = |letter: char| letter.is_ascii_uppercase() || letter == '_';
+        let words = files
+            .iter()
+            .flat_map(|file| file.split(|letter| !is_of_name(letter)));
+        let is_variable = |word: &&str| {
+            word.strip_prefix(PREFIX)
+                .is_some_and(|rest| !rest.is_empty())
+                && *word != SIGNALS_STREAM
+        };
+        let names: Vec<_> = words.filter(is_variable).collect();
+        assert!(names.len() > 50, "{names:?}");
+        for name in names {
+            assert_eq!(misspelt(name), None, "{name}");
+        }
     }
 
     #[test]
