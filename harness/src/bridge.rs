@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
-use async_nats::jetstream::{self, Message};
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::{self, ErrorCode, Message};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use litestripe_contract::header;
@@ -345,12 +347,7 @@ impl Bridge {
 
     /// The number of messages that were delivered to workers and are not acknowledged yet.
     pub async fn unacknowledged(&self) -> usize {
-        let stream = self
-            .jetstream()
-            .await
-            .get_stream(EVENTS_STREAM)
-            .await
-            .expect("the stream exists");
+        let stream = self.stream(EVENTS_STREAM).await;
         stream
             .consumer_info(WORKER_CONSUMER)
             .await
@@ -439,13 +436,33 @@ impl Bridge {
 
     /// The number of events in `STRIPE_EVENTS`.
     pub async fn stored_events(&self) -> u64 {
-        let stream = self
-            .jetstream()
-            .await
-            .get_stream(EVENTS_STREAM)
-            .await
-            .expect("the stream exists");
+        let stream = self.stream(EVENTS_STREAM).await;
         stream.cached_info().state.messages
+    }
+
+    /// A stream, with its state of this moment. Asks again while the broker does not answer: the
+    /// streams of a cluster have no leader for some seconds after one was lost, and requests to a
+    /// stream without a leader are dropped.
+    ///
+    /// # Panics
+    /// When the stream does not exist, or nobody answers for a minute.
+    #[track_caller]
+    pub fn stream(&self, name: &str) -> impl Future<Output = Stream> {
+        eventually(
+            "the broker to show a stream",
+            READY_DEADLINE,
+            async move || {
+                let asked = self.jetstream().await.get_stream(name).await;
+                asked.map_err(|error| match error.kind() {
+                    GetStreamErrorKind::JetStream(answer)
+                        if answer.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                    {
+                        panic!("there is no stream {name}")
+                    }
+                    _ => format!("{name}: {error}"),
+                })
+            },
+        )
     }
 
     /// A JetStream connection of the test's own.
@@ -455,22 +472,18 @@ impl Bridge {
             .await
     }
 
-    async fn read(&self, stream: &str) -> Vec<Message> {
-        let stream = self
-            .jetstream()
-            .await
-            .get_stream(stream)
-            .await
-            .expect("the stream exists");
+    async fn read(&self, name: &str) -> Vec<Message> {
+        let stream = self.stream(name).await;
         let count = stream.cached_info().state.messages;
-        let config = pull::OrderedConfig {
-            deliver_policy: DeliverPolicy::All,
-            ..Default::default()
-        };
-        let consumer = stream
-            .create_consumer(config)
-            .await
-            .expect("an ordered consumer can be made");
+        let consumer = eventually("an ordered consumer", READY_DEADLINE, async || {
+            let config = pull::OrderedConfig {
+                deliver_policy: DeliverPolicy::All,
+                ..Default::default()
+            };
+            let made = stream.create_consumer(config).await;
+            made.map_err(|error| error.to_string())
+        })
+        .await;
         let mut messages = consumer.messages().await.expect("messages can be pulled");
         let mut read = Vec::new();
         let count = usize::try_from(count).expect("a test's messages fit into memory");
@@ -486,8 +499,9 @@ impl Bridge {
                 }
                 // Messages that were removed meanwhile do not come.
                 Err(_) => {
-                    let info = stream.get_info().await.expect("the stream exists");
-                    let left = usize::try_from(info.state.messages).unwrap_or(usize::MAX);
+                    let now = self.stream(name).await;
+                    let left = usize::try_from(now.cached_info().state.messages);
+                    let left = left.unwrap_or(usize::MAX);
                     if read.len() >= left {
                         break;
                     }

@@ -126,13 +126,7 @@ async fn accepts_again(rig: &Rig) {
 }
 
 async fn events(rig: &Rig) -> State {
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     stream.cached_info().state.clone()
 }
 
@@ -142,13 +136,7 @@ async fn deleted_consumer_is_recreated_and_redelivers_every_event() {
     let load = Load::start(&rig.ledger, &rig.hook(), 7);
     until_accepted(&rig, 200).await;
 
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     stream
         .delete_consumer(WORKER_CONSUMER)
         .await
@@ -234,13 +222,7 @@ async fn streams_and_consumer_are_recreated_on_a_broker_that_lost_its_store() {
 async fn recreated_consumer_has_the_replicas_of_the_stream_and_not_of_the_setting() {
     let mut rig = Rig::start(DatabaseKind::Sqlite, 1, &[]).await;
     rig.running(0).stop().await;
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     stream
         .delete_consumer(WORKER_CONSUMER)
         .await
@@ -289,13 +271,7 @@ async fn start_blocked_replay(rig: &Rig, purchase: &Purchase) -> (DatabaseTransa
 
 /// Deletes a consumer while the workers have no connection to the broker.
 async fn delete_consumer_during_disconnection(rig: &Rig, consumer: &str) {
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     rig.worker_to_nats.set(Mode::Cut);
     rig.running(0)
         .wait_for_log("connection to NATS lost", DEADLINE)
@@ -475,13 +451,7 @@ async fn signals_too_large(database: DatabaseKind) {
         .await;
     rig.deliver_all(&[bought()]).await;
     let sent = async || {
-        let stream = rig
-            .bridge
-            .jetstream()
-            .await
-            .get_stream(SIGNALS_STREAM)
-            .await
-            .expect("the worker made it");
+        let stream = rig.bridge.stream(SIGNALS_STREAM).await;
         stream.cached_info().state.messages
     };
     eventually(

@@ -105,13 +105,7 @@ const REQUESTS_AT_A_TIME: usize = 16;
 
 /// Reads the stream of events.
 pub(crate) async fn stored(rig: &Rig) -> Vec<Stored> {
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     let state = &stream.cached_info().state;
     // A stream that never held a message says 0 and 0.
     let sequences = state.first_sequence.max(1)..=state.last_sequence;
@@ -129,11 +123,16 @@ async fn at(stream: &JetStream, sequence: u64) -> Option<StreamMessage> {
     if let Ok(message) = stream.direct_get(sequence).await {
         return Some(message);
     }
-    match stream.get_raw_message(sequence).await {
-        Ok(message) => Some(message),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => None,
-        Err(error) => panic!("cannot read message {sequence}: {error}"),
-    }
+    eventually(
+        "the leader to show a message",
+        DEADLINE,
+        async || match stream.get_raw_message(sequence).await {
+            Ok(message) => Ok(Some(message)),
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(format!("message {sequence}: {error}")),
+        },
+    )
+    .await
 }
 
 fn read(message: StreamMessage) -> Stored {

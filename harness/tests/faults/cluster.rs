@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use async_nats::jetstream::stream::Info;
-use litestripe_contract::subject::EVENTS_STREAM;
+use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM};
 use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::{eventually, nats, port};
 
@@ -36,7 +36,7 @@ async fn cluster_that_loses_its_leader_and_then_a_node_with_its_disk_loses_no_ev
     for index in 0..2 {
         rig.until_worker_is_ready(index).await;
     }
-    assert_eq!(cluster.info().await.config.num_replicas, NODES);
+    assert_eq!(cluster.info(EVENTS_STREAM).await.config.num_replicas, NODES);
     let load = Load::start(&cluster.rig.ledger, &cluster.rig.hook(), 3);
     cluster.until_more_is_accepted().await;
 
@@ -109,24 +109,8 @@ impl Cluster {
         }
     }
 
-    async fn info(&self) -> Info {
-        eventually(
-            "the stream to have a leader",
-            CLUSTER_DEADLINE,
-            async || {
-                let stream = self
-                    .rig
-                    .bridge
-                    .jetstream()
-                    .await
-                    .get_stream(EVENTS_STREAM)
-                    .await;
-                stream
-                    .map(|stream| stream.cached_info().clone())
-                    .map_err(|error| error.to_string())
-            },
-        )
-        .await
+    async fn info(&self, stream: &str) -> Info {
+        self.rig.bridge.stream(stream).await.cached_info().clone()
     }
 
     /// The node that leads the events stream.
@@ -135,7 +119,7 @@ impl Cluster {
             "the stream to have a leader",
             CLUSTER_DEADLINE,
             async || {
-                let cluster = self.info().await.cluster;
+                let cluster = self.info(EVENTS_STREAM).await.cluster;
                 cluster
                     .and_then(|cluster| cluster.leader)
                     .ok_or_else(|| "none".to_owned())
@@ -152,13 +136,12 @@ impl Cluster {
             .expect("the leader is one of them")
     }
 
-    /// Waits until every node has all of the stream.
+    /// Waits until every node has all of each stream.
     async fn until_all_are_current(&self) {
-        eventually(
-            "every replica to be current",
-            CLUSTER_DEADLINE,
-            async || {
-                let cluster = self.info().await.cluster.ok_or("no cluster")?;
+        for stream in [EVENTS_STREAM, SIGNALS_STREAM, DEAD_LETTERS_STREAM] {
+            let what = format!("every replica of {stream} to be current");
+            eventually(&what, CLUSTER_DEADLINE, async || {
+                let cluster = self.info(stream).await.cluster.ok_or("no cluster")?;
                 let current = cluster
                     .replicas
                     .iter()
@@ -169,9 +152,9 @@ impl Cluster {
                 } else {
                     Err(format!("{cluster:?}"))
                 }
-            },
-        )
-        .await;
+            })
+            .await;
+        }
     }
 
     /// Waits until deliveries are accepted again.

@@ -312,13 +312,7 @@ async fn check_worker_waits(rig: &Rig, metrics: impl AsyncFn() -> String) {
         }
     })
     .await;
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     eventually("unapplied events to be unacked", DEADLINE, async || {
         let info = stream
             .consumer_info(WORKER_CONSUMER)

@@ -83,13 +83,7 @@ async fn worker_with_a_backlog_of_large_bodies_takes_bounded_memory() {
     rig.start_worker(0, &[]);
     // Two passes: the recreated consumer delivers every message again.
     check(&rig, Stream::Whole).await;
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = rig.bridge.stream(EVENTS_STREAM).await;
     stream
         .delete_consumer(WORKER_CONSUMER)
         .await

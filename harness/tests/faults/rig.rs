@@ -151,13 +151,7 @@ impl Rig {
     /// Creates the workers' consumer with a shorter ack wait than theirs. The workers use an
     /// existing consumer as it is.
     pub(crate) async fn make_consumer(&self, replicas: usize) {
-        let stream = self
-            .bridge
-            .jetstream()
-            .await
-            .get_stream(EVENTS_STREAM)
-            .await
-            .expect("ingress made it");
+        let stream = self.bridge.stream(EVENTS_STREAM).await;
         let config = pull::Config {
             durable_name: Some(WORKER_CONSUMER.to_owned()),
             ack_policy: AckPolicy::Explicit,

@@ -40,8 +40,7 @@ async fn prepare(database: DatabaseKind, broker: nats::Options) -> Rig {
 
 /// Returns the messages in the stream of signals.
 async fn sent(rig: &Rig) -> Vec<Message> {
-    let stream = rig.bridge.jetstream().await.get_stream(SIGNALS_STREAM);
-    let stream = stream.await.expect("the worker made it");
+    let stream = rig.bridge.stream(SIGNALS_STREAM).await;
     let count = stream.cached_info().state.messages;
     let consumer = stream.create_consumer(pull::OrderedConfig::default());
     let consumer = consumer.await.expect("it can be made");
@@ -82,8 +81,7 @@ fn count_in_batches(messages: &[Message]) -> usize {
 
 /// Whether the broker supports batches. One before 2.12 does not, and the relay works without them.
 async fn accepts_batches(rig: &Rig) -> bool {
-    let stream = rig.bridge.jetstream().await.get_stream(SIGNALS_STREAM);
-    let stream = stream.await.expect("the worker made it");
+    let stream = rig.bridge.stream(SIGNALS_STREAM).await;
     stream.cached_info().config.allow_atomic_publish
 }
 
@@ -144,14 +142,10 @@ async fn a_broker_that_accepts_only_small_batches_gets_signals_one_by_one() {
 async fn a_stream_that_does_not_allow_batches_gets_signals_one_by_one_and_is_not_changed() {
     let mut rig = prepare(DatabaseKind::Sqlite, nats::Options::default()).await;
     let jetstream = rig.bridge.jetstream().await;
-    let stream = jetstream.get_stream(SIGNALS_STREAM).await;
+    let stream = rig.bridge.stream(SIGNALS_STREAM).await;
     let config = Config {
         allow_atomic_publish: false,
-        ..stream
-            .expect("the worker made it")
-            .cached_info()
-            .config
-            .clone()
+        ..stream.cached_info().config.clone()
     };
     let updated = jetstream.update_stream(config).await;
     updated.expect("the server allows to forbid batches");

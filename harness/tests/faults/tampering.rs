@@ -71,13 +71,7 @@ async fn healthy_rig() -> Rig {
 
 /// Removes a message from a stream.
 async fn delete(rig: &Rig, stream: &str, sequence: u64) {
-    let stream = rig
-        .bridge
-        .jetstream()
-        .await
-        .get_stream(stream)
-        .await
-        .expect("the stream exists");
+    let stream = rig.bridge.stream(stream).await;
     assert!(
         stream
             .delete_message(sequence)

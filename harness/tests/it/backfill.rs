@@ -609,12 +609,7 @@ async fn until_asked(api: &Api, count: usize) {
 }
 
 async fn stored(bridge: &Bridge, event: &Event) -> async_nats::jetstream::message::StreamMessage {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     for sequence in 1..=stream.cached_info().state.last_sequence {
         let message = stream
             .get_raw_message(sequence)

@@ -284,8 +284,7 @@ impl Running {
 
     /// Waits until its consumer exists and `is_done` with its info.
     async fn until(&self, what: &str, bridge: &Bridge, is_done: impl Fn(&Info) -> bool) {
-        let stream = bridge.jetstream().await.get_stream(SIGNALS).await;
-        let stream = stream.expect("the worker made it");
+        let stream = bridge.stream(SIGNALS).await;
         let what = format!("{:?}, consumer {}, to {what}", self.language, self.durable);
         eventually(&what, DEADLINE, async || {
             let info = stream.consumer_info(&self.durable).await;

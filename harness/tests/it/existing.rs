@@ -53,7 +53,7 @@ async fn consumer_that_loses_events_is_named_until_it_is_made_anew() {
     ] {
         let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
         bridge.deliver(&created(&Purchase::new(now()))).await;
-        let events = events(&bridge).await;
+        let events = bridge.stream(EVENTS_STREAM).await;
         events
             .create_consumer(config)
             .await
@@ -98,7 +98,8 @@ async fn consumer_that_is_ahead_of_its_stream_is_made_anew() {
         },
         ..pull::Config::default()
     };
-    let made = events(&bridge).await.create_consumer(ahead).await;
+    let stream = bridge.stream(EVENTS_STREAM).await;
+    let made = stream.create_consumer(ahead).await;
     let ack_wait = made
         .expect("a consumer can be made")
         .cached_info()
@@ -109,7 +110,8 @@ async fn consumer_that_is_ahead_of_its_stream_is_made_anew() {
     bridge.wait_until_applied().await;
     assert_eq!(bridge.rows().await.len(), 2);
     assert!(bridge.workers[0].log().contains("ahead of its stream"));
-    let consumer = events(&bridge).await.consumer_info(WORKER_CONSUMER).await;
+    let stream = bridge.stream(EVENTS_STREAM).await;
+    let consumer = stream.consumer_info(WORKER_CONSUMER).await;
     let config = consumer.expect("it exists").config;
     assert_eq!(config.ack_wait, ack_wait, "what an operator set is kept");
 }
@@ -256,7 +258,8 @@ async fn hold_messages(bridge: &Bridge, count: usize) -> Vec<Message> {
         ack_wait: Duration::from_secs(60),
         ..pull::Config::default()
     };
-    let consumer = events(bridge).await.create_consumer(config).await;
+    let stream = bridge.stream(EVENTS_STREAM).await;
+    let consumer = stream.create_consumer(config).await;
     let consumer = consumer.expect("a consumer can be made");
     let messages = consumer.fetch().max_messages(count).messages().await;
     let messages: Vec<_> = messages.expect("messages can be fetched").collect().await;
@@ -375,11 +378,6 @@ async fn replay_of_an_older_stream_is_finished_by_the_next(database: DatabaseKin
 
 fn created(purchase: &Purchase) -> Event {
     purchase.subscription_event(CREATED, now(), json!({}))
-}
-
-async fn events(bridge: &Bridge) -> async_nats::jetstream::stream::Stream {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    stream.expect("ingress made it")
 }
 
 /// Runs a command of the worker, and returns its output as JSON.

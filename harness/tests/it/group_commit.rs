@@ -81,12 +81,7 @@ async fn post_all(bridge: &Bridge, deliveries: Vec<Delivery>) -> Vec<u16> {
 
 /// Returns all messages in the stream.
 async fn stored(bridge: &Bridge) -> Vec<Message> {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress created it");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let count = usize::try_from(stream.cached_info().state.messages)
         .expect("a test's messages fit into memory");
     let consumer = stream
@@ -126,12 +121,7 @@ fn count_in_batches(messages: &[Message]) -> usize {
 
 /// Whether the broker supports batches. One before 2.12 does not, and ingress works without them.
 async fn accepts_batches(bridge: &Bridge) -> bool {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress created it");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     stream.cached_info().config.allow_atomic_publish
 }
 
@@ -239,12 +229,7 @@ async fn a_stream_that_does_not_allow_batches_gets_none_and_is_not_changed() {
 
     let messages = stored(&bridge).await;
     assert_eq!((messages.len(), count_in_batches(&messages)), (200, 0));
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     assert!(!stream.cached_info().config.allow_atomic_publish);
     bridge
         .ingress()

@@ -224,8 +224,7 @@ async fn new_database_replaces_none_while_busy_workers_use_it() {
     let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     assert!(bridge.workers.remove(0).stop().await.success());
     bridge.deliver(&event()).await;
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    let stream = stream.expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let consumer: PullConsumer = stream
         .get_consumer(WORKER_CONSUMER)
         .await
@@ -331,8 +330,7 @@ async fn set_broker_id(bridge: &Bridge, id: impl Into<String>) {
 }
 
 async fn ack_floor(bridge: &Bridge) -> u64 {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    let stream = stream.expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let consumer = stream.consumer_info(WORKER_CONSUMER).await;
     let consumer = consumer.expect("the consumer exists");
     consumer.ack_floor.stream_sequence

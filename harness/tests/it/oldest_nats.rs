@@ -72,12 +72,7 @@ async fn bridge_runs_on_it_and_through_its_upgrade() {
         (EVENTS_STREAM, 2 * PURCHASES),
         (SIGNALS_STREAM, 2 * PURCHASES),
     ] {
-        let stream = bridge.jetstream().await.get_stream(stream).await;
-        let state = stream
-            .expect("it survived the upgrade")
-            .cached_info()
-            .state
-            .clone();
-        assert_eq!(state.messages, messages as u64);
+        let stream = bridge.stream(stream).await;
+        assert_eq!(stream.cached_info().state.messages, messages as u64);
     }
 }

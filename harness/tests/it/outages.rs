@@ -409,12 +409,7 @@ async fn check_that_all_was_handed_back(bridge: &Bridge, stopped_log: &str) {
 /// Creates the worker's consumer with an ack wait of two seconds instead of a minute, so that
 /// messages of a killed worker are redelivered soon. Workers leave an existing consumer as it is.
 async fn create_consumer_with_short_ack_wait(bridge: &Bridge) {
-    let stream: stream::Stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream: stream::Stream = bridge.stream(EVENTS_STREAM).await;
     let config = pull::Config {
         durable_name: Some(WORKER_CONSUMER.to_owned()),
         ack_policy: AckPolicy::Explicit,

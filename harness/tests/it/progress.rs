@@ -18,10 +18,7 @@ async fn event_that_was_just_stored_does_not_count_as_applied() {
     const EVENTS: usize = 600;
     let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
     let jetstream = bridge.jetstream().await;
-    let stream = jetstream
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let durable = Config {
         durable_name: Some(WORKER_CONSUMER.to_owned()),
         ..Config::default()

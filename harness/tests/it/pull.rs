@@ -69,12 +69,7 @@ async fn events_larger_than_one_request_may_bring_are_all_applied() {
 #[tokio::test]
 async fn worker_names_the_consumer_limit_that_keeps_it_from_consuming() {
     let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite).workers(0)).await;
-    let stream: Stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("ingress made it");
+    let stream: Stream = bridge.stream(EVENTS_STREAM).await;
     let limited = pull::Config {
         durable_name: Some(WORKER_CONSUMER.to_owned()),
         max_batch: 10,

@@ -212,12 +212,7 @@ async fn execute(bridge: &Bridge, statement: &str) {
 /// Takes the events as workers would until each of `count` events has been delivered often enough,
 /// and hands all of them back.
 async fn use_up_deliveries(bridge: &Bridge, count: usize) {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("it exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let consumer: PullConsumer = stream
         .get_consumer(WORKER_CONSUMER)
         .await

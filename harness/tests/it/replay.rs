@@ -613,12 +613,7 @@ async fn dry_run_reports_changes_and_makes_none(database: DatabaseKind) {
         "nothing is written"
     );
     assert_eq!(signals_after(&bridge, last_signal).await.len(), sent);
-    let consumers = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let consumers = bridge.stream(EVENTS_STREAM).await;
     assert_eq!(
         consumers.cached_info().state.consumer_count,
         1,
@@ -692,12 +687,7 @@ fn json_of(finished: &Finished) -> Value {
 
 /// The position of the workers' consumer: delivered and ack floor.
 async fn position(bridge: &Bridge) -> (u64, u64) {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let consumer = stream
         .consumer_info(WORKER_CONSUMER)
         .await

@@ -260,10 +260,7 @@ async fn size(jetstream: &jetstream::Context, name: &str) -> i64 {
 
 async fn shrink_events(bridge: &Bridge, max_bytes: i64) {
     let jetstream = bridge.jetstream().await;
-    let stream = jetstream
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("it exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let config = jetstream::stream::Config {
         max_bytes,
         ..stream.cached_info().config.clone()

@@ -302,9 +302,7 @@ async fn stripes_sdk_signs_thin_events_and_parses_them_from_the_stored_bytes() {
     let answers = lines(&python("notify.py").args([&hook, SECRET]).arg(file.path())).await;
 
     assert_eq!(answers.len(), notifications.len());
-    let jetstream = bridge.jetstream().await;
-    let stream = jetstream.get_stream(EVENTS_STREAM).await;
-    let stream = stream.expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let mut messages = Vec::new();
     for (sequence, (notification, answer)) in (1..).zip(notifications.iter().zip(&answers)) {
         assert_eq!(answer["status"], 200, "{}", notification.event_type());

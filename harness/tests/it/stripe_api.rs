@@ -715,12 +715,7 @@ async fn until_no_question_is_open_about(bridge: &Bridge, purchase: &Purchase) {
 
 /// The stored snapshots of an object.
 async fn snapshots_of(bridge: &Bridge, id: &str) -> Vec<Value> {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     let state = &stream.cached_info().state;
     let mut found = Vec::new();
     for sequence in state.first_sequence..=state.last_sequence {

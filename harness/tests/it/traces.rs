@@ -69,8 +69,7 @@ async fn one_story_leads_from_the_delivery_to_the_subscriber(database: DatabaseK
     assert_eq!(delivery.tracestate, TRACESTATE);
     assert_eq!(delivery.attribute("http.response.status_code"), "200");
     assert_eq!(delivery.attribute("litestripe.outcome"), "stored");
-    let stored = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    let stored = stored.expect("it exists").get_raw_message(2).await;
+    let stored = bridge.stream(EVENTS_STREAM).await.get_raw_message(2).await;
     let stored = stored.expect("it is the second event").headers;
     let carried = stored.get("traceparent").expect("it carries the trace");
     assert_eq!(Ids::from_traceparent(carried.as_str()), delivery.ids);

@@ -129,10 +129,7 @@ impl Place {
         self.rig.ingress_to_nats.set(Mode::Cut);
         let copies = check::stored(&self.rig).await;
         let jetstream = self.rig.bridge.jetstream().await;
-        let old = jetstream
-            .get_stream(EVENTS_STREAM)
-            .await
-            .expect("ingress made it");
+        let old = self.rig.bridge.stream(EVENTS_STREAM).await;
         let config = old.cached_info().config.clone();
         jetstream
             .delete_stream(EVENTS_STREAM)
@@ -189,10 +186,7 @@ impl Place {
     /// Lets the stream of dead letters take no more than it has, or as many as it wants.
     pub(super) async fn limit_dead_letters(&self, is_limited: bool) {
         let jetstream = self.rig.bridge.jetstream().await;
-        let stream = jetstream
-            .get_stream(DEAD_LETTERS_STREAM)
-            .await
-            .expect("a worker made it");
+        let stream = self.rig.bridge.stream(DEAD_LETTERS_STREAM).await;
         let info = stream.cached_info();
         let count = i64::try_from(info.state.messages).expect("a test has few");
         let config = Config {

@@ -165,8 +165,8 @@ async fn stream_that_is_not_as_the_settings_say_is_named() {
     let mut healthy = Healthy::start(DatabaseKind::Sqlite).await;
     let check = async |name: &str, change: fn(&mut Config), said: &[&str]| {
         let jetstream = healthy.bridge.jetstream().await;
-        let mut stream = jetstream.get_stream(name).await.expect("it exists");
-        let before = stream.info().await.expect("it exists").config.clone();
+        let stream = healthy.bridge.stream(name).await;
+        let before = stream.cached_info().config.clone();
         let mut config = before.clone();
         change(&mut config);
         jetstream
@@ -222,11 +222,7 @@ async fn stream_that_is_not_as_the_settings_say_is_named() {
     healthy.examine().await.check_healthy();
 
     healthy.bridge.workers.remove(0).stop().await;
-    let jetstream = healthy.bridge.jetstream().await;
-    let events = jetstream
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("it exists");
+    let events = healthy.bridge.stream(EVENTS_STREAM).await;
     events
         .delete_consumer(WORKER_CONSUMER)
         .await
@@ -257,10 +253,7 @@ async fn replicas_and_memory_are_named() {
 
     healthy.bridge.workers.remove(0).stop().await;
     let jetstream = healthy.bridge.jetstream().await;
-    let stream = jetstream
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("it exists");
+    let stream = healthy.bridge.stream(EVENTS_STREAM).await;
     let memory = Config {
         storage: StorageType::Memory,
         ..stream.cached_info().config.clone()

@@ -66,7 +66,6 @@ async fn healthy_installation_has_nothing_to_mend_and_is_not_changed(database: D
 
 /// What the streams hold and how they are configured.
 async fn streams(healthy: &Healthy) -> Vec<(Config, u64, usize)> {
-    let jetstream = healthy.bridge.jetstream().await;
     let mut found = Vec::new();
     for name in [
         "STRIPE_EVENTS",
@@ -74,7 +73,7 @@ async fn streams(healthy: &Healthy) -> Vec<(Config, u64, usize)> {
         "STRIPE_DEAD_LETTERS",
         "KV_litestripe",
     ] {
-        let stream = jetstream.get_stream(name).await.expect("it exists");
+        let stream = healthy.bridge.stream(name).await;
         let info = stream.cached_info();
         let (state, config) = (&info.state, info.config.clone());
         found.push((config, state.last_sequence, state.consumer_count));

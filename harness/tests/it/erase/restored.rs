@@ -105,8 +105,7 @@ async fn erasures_are_copied_again_when_the_stream_lost_them() {
     let mut bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
     erased(&erase(&bridge, "cus_1", &["--json"]).await);
     assert_eq!(bridge.stored_events().await, 1);
-    let stream = bridge.jetstream().await.get_stream("STRIPE_EVENTS").await;
-    let purged = stream.expect("it exists").purge().await;
+    let purged = bridge.stream("STRIPE_EVENTS").await.purge().await;
     assert_eq!(purged.expect("it can be purged").purged, 1);
     for worker in bridge.workers.drain(..) {
         worker.stop().await;

@@ -28,8 +28,7 @@ async fn resolution_survives_a_purged_stream_and_a_recreated_one(database: Datab
     bridge.wait_until_applied().await;
 
     restart(&mut bridge).await;
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    let stream = stream.expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     stream.purge().await.expect("it can be emptied");
     restart(&mut bridge).await;
     until_the_stream_holds_the_resolution(&bridge).await;

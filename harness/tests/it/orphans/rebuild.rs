@@ -184,12 +184,7 @@ async fn make_orphans(bridge: &Bridge) -> Orphans {
 /// Deletes the durable consumer. Once it is created again, it delivers all events that the stream
 /// holds.
 pub(crate) async fn delete_worker_consumer(bridge: &Bridge) {
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream(EVENTS_STREAM)
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     stream
         .delete_consumer(WORKER_CONSUMER)
         .await

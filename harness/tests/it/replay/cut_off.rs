@@ -310,12 +310,7 @@ async fn replay_finishes_although_its_events_were_purged(database: DatabaseKind)
         "{resent:?}"
     );
 
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream("STRIPE_EVENTS")
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream("STRIPE_EVENTS").await;
     stream.purge().await.expect("it can be emptied");
     set_last_heartbeat(&bridge, 60).await;
     let again = super::json_of(&replay(&bridge, &[&arguments[..], &["--json"]].concat()).await);

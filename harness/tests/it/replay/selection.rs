@@ -98,12 +98,7 @@ async fn invalid_selections_are_refused_with_the_reason() {
         )
         .await;
     }
-    let stream = bridge
-        .jetstream()
-        .await
-        .get_stream("STRIPE_EVENTS")
-        .await
-        .expect("the stream exists");
+    let stream = bridge.stream("STRIPE_EVENTS").await;
     stream.delete_message(1).await.expect("it can be deleted");
     let cases: [(&[&str], &str); 9] = [
         (&["--from-sequence", "1"], "it holds 2 to 3"),

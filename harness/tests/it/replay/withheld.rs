@@ -310,8 +310,7 @@ async fn reconcile_releases_a_row_during_an_interrupted_replay(database: Databas
 
 /// Removes all events from the stream.
 async fn purge(bridge: &Bridge) {
-    let stream = bridge.jetstream().await.get_stream(EVENTS_STREAM).await;
-    let stream = stream.expect("the stream exists");
+    let stream = bridge.stream(EVENTS_STREAM).await;
     stream.purge().await.expect("it can be emptied");
 }
 
