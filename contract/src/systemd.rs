@@ -5,7 +5,8 @@
 //! which systemd sets for a unit of `Type=notify`. Ready and alive are two things: a program whose
 //! broker is away is alive and must not be killed.
 
-use std::pin::pin;
+use std::convert::Infallible;
+use std::future::pending;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -41,21 +42,27 @@ pub fn tell_stopping() {
 /// Runs the program's main loop. Meanwhile tells systemd's watchdog (`WatchdogSec=`), at twice the
 /// rate that it wants, that the loop is alive.
 ///
-/// One task does both. So systemd hears nothing, and restarts the program, exactly if the loop
-/// keeps its thread busy or blocked. A loop that waits, for hours even, is alive.
-pub async fn watched<T>(main_loop: impl Future<Output = T>) -> T {
+/// One task does both, and each time waits until `others_answer`, the other threads that the program
+/// cannot do without. So systemd hears nothing, and restarts the program, exactly if the loop or one
+/// of these keeps its thread busy or blocked. A loop that waits, for hours even, is alive.
+pub async fn watched<T>(main_loop: impl Future<Output = T>, others_answer: impl AsyncFn()) -> T {
+    tokio::select! {
+        outcome = main_loop => outcome,
+        never = tell_alive(others_answer) => match never {},
+    }
+}
+
+async fn tell_alive(others_answer: impl AsyncFn()) -> Infallible {
     let limit = sd_notify::watchdog_enabled().map(|limit| limit / 2);
     let Some(interval) = limit.filter(|interval| !interval.is_zero()) else {
-        return main_loop.await;
+        return pending().await;
     };
-    let mut main_loop = pin!(main_loop);
     let mut interval = tokio::time::interval(interval);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            outcome = &mut main_loop => return outcome,
-            _ = interval.tick() => tell(&[NotifyState::Watchdog]),
-        }
+        interval.tick().await;
+        others_answer().await;
+        tell(&[NotifyState::Watchdog]);
     }
 }
 

@@ -19,6 +19,7 @@ use hyper::service::{Service, service_fn};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use litestripe_contract::systemd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::futures::OwnedNotified;
@@ -64,9 +65,30 @@ const STOP_WITHIN: Duration = Duration::from_secs(20);
 /// sockets.
 const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
-/// Serves until `shutdown`, then finishes the requests in flight.
+/// Serves until `shutdown`, then finishes the requests in flight. Meanwhile tells systemd's watchdog
+/// that the threads are alive.
 pub(crate) async fn serve<S, B>(listener: TcpListener, service: S, shutdown: &CancellationToken)
 where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
+    S::Future: Send,
+    B: hyper::body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let threads = Threads::start();
+    let serving = serve_on(&threads, listener, service, shutdown);
+    systemd::watched(serving, async || threads.answer().await).await;
+}
+
+async fn serve_on<S, B>(
+    threads: &Threads,
+    listener: TcpListener,
+    service: S,
+    shutdown: &CancellationToken,
+) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
         + Clone
         + Send
@@ -80,7 +102,6 @@ where
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let full = Arc::new(Notify::new());
     let graceful = GracefulShutdown::new();
-    let threads = Threads::start();
     let failures = Throttle::new(Duration::from_secs(60));
     while let Some(accepted) = shutdown
         .run_until_cancelled(accept(&listener, &connections, &full))
@@ -155,6 +176,7 @@ async fn serve_connection<S, B>(
     B: hyper::body::Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    fail_point!("ingress::connected");
     // Registers the socket with the thread that serves it.
     let stream = match TcpStream::from_std(stream) {
         Ok(stream) => stream,

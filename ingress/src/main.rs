@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Command;
 use litestripe_contract::settings::{Given, SHARED, declare, dotenv};
-use litestripe_contract::{exit, shutdown, systemd, telemetry};
+use litestripe_contract::{exit, shutdown, telemetry};
 use litestripe_ingress::RunError;
 use litestripe_ingress::secret;
 use litestripe_ingress::settings::{self, SETTINGS, Settings};
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     // One thread with a first-in-first-out queue. `connection::threads` says why, and starts the
     // others.
     match Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(systemd::watched(serve(settings))),
+        Ok(runtime) => runtime.block_on(serve(settings)),
         Err(error) => exit::fail(exit::FAILURE, format!("cannot start: {error}")),
     }
 }

@@ -185,7 +185,7 @@ async fn stripe_api(
 
 async fn execute(command: Command, settings: Settings) -> Result<(), Failure> {
     match command {
-        Command::Run => systemd::watched(run::run(settings)).await,
+        Command::Run => systemd::watched(run::run(settings), async || {}).await,
         Command::Migrate(migrate) => migrate.execute(&settings).await,
         Command::Status(status) => status.execute(&settings).await,
         Command::Doctor(doctor) => doctor.execute(&settings, variables()).await,

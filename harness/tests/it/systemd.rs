@@ -6,8 +6,9 @@ use litestripe_harness::bridge::{Bridge, DatabaseKind, HOOK, Options, SECRET};
 use litestripe_harness::process::Signal;
 use litestripe_harness::program::{Launch, Program};
 use litestripe_harness::{nats, port};
-use tokio::net::UnixDatagram;
-use tokio::time::timeout;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpStream, UnixDatagram};
+use tokio::time::{Instant, timeout};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -134,7 +135,9 @@ mod stuck {
     const SILENCE: Duration = Duration::from_secs(5);
 
     async fn check_silence(systemd: &Systemd) {
+        let end = Instant::now() + DEADLINE;
         while let Some(message) = systemd.next(SILENCE).await {
+            assert!(Instant::now() < end, "it goes on: {message}");
             assert!(!message.contains("READY=1"), "READY=1 comes once");
         }
     }
@@ -153,6 +156,45 @@ mod stuck {
         let get = stripe::client().get(format!("http://{address}/healthz"));
         let _stuck = tokio::spawn(get.send());
         check_silence(&systemd).await;
+    }
+
+    /// The first thread goes on. It accepts, and serves all connections but those that the others
+    /// take over: the last of these many.
+    #[tokio::test]
+    async fn ingress_with_another_thread_that_is_stuck_is_silent() {
+        const SERVED_BY_THE_FIRST: usize = 32;
+        let systemd = Systemd::new();
+        let broker = nats::Server::start().await;
+        let address = format!("127.0.0.1:{}", port::free());
+        let blocked = format!("ingress::connected={SERVED_BY_THE_FIRST}*off->{BLOCKED}");
+        let launch = ingress(&broker)
+            .env("LITESTRIPE_LISTEN", &address)
+            .env("FAILPOINTS", blocked);
+        let _ingress = systemd.supervise(launch).start();
+        systemd.until("READY=1").await;
+        let mut connections = Vec::new();
+        for _ in 0..SERVED_BY_THE_FIRST {
+            connections.push(TcpStream::connect(&address).await.expect("it listens"));
+        }
+        // They are accepted in this order, so the first thread has served all before.
+        let mut served = BufReader::new(connections.pop().expect("there are several"));
+        check_answer(&mut served).await;
+        systemd.until(ALIVE).await;
+        let _stuck = TcpStream::connect(&address).await.expect("it listens");
+        check_silence(&systemd).await;
+        check_answer(&mut served).await;
+    }
+
+    async fn check_answer(connection: &mut BufReader<TcpStream>) {
+        let get = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        connection.write_all(get).await.expect("it is open");
+        let mut line = String::new();
+        while !line.contains("HTTP/1.1 200") {
+            line.clear();
+            let read = timeout(DEADLINE, connection.read_line(&mut line)).await;
+            let read = read.expect("it is answered").expect("it can be read");
+            assert_ne!(read, 0, "it was closed");
+        }
     }
 
     #[tokio::test]

@@ -79,6 +79,14 @@ impl Threads {
             drop(load);
         });
     }
+
+    /// Returns once every thread has done a task, so never if one of them is stuck.
+    pub(super) async fn answer(&self) {
+        for thread in &self.all {
+            // Fails only if the thread has ended, as it does when this is dropped.
+            let _ = thread.runtime.spawn(async {}).await;
+        }
+    }
 }
 
 fn start(thread: thread::Builder, stop: CancellationToken) -> io::Result<Handle> {
