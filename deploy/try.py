@@ -173,6 +173,15 @@ def crash(service, container):
     fail(f"{service} is not healthy {DEADLINE} s after it was killed: {state}")
 
 
+def remove_streams_of_no_account():
+    """CHANGELOG.md, "Before you upgrade", from a broker whose users had no accounts."""
+    if "\naccounts {" in (before.folder / "deploy/nats.conf").read_text():
+        return
+    before.compose("stop")
+    now.compose("run", "--rm", "--no-deps", "--entrypoint", "rm", "nats", "-r", "/data/jetstream/$G")
+    step("the broker's streams of no account are removed")
+
+
 engine = find_engine()
 run("cargo", "build", "--quiet", "-p", "litestripe-demo", "--bin", "send", cwd=top)
 send = top / os.environ.get("CARGO_TARGET_DIR", "target") / "debug/send"
@@ -206,6 +215,7 @@ with tempfile.TemporaryDirectory() as folder:
         first = shapes(*(each.values() for each in known))
         step(f"the first story is applied and signalled: {len(known[0])} rows, {len(known[1])} orphan")
 
+        remove_streams_of_no_account()
         now.up(2)
         check_same(known[0], now.settled()[0], "upgrade")
         step("upgraded to the image of the working tree, with two workers; the rows are the same")

@@ -3,8 +3,10 @@
 The server is $LITESTRIPE_NATS_SERVER, else nats-server from PATH.
 """
 
+import contextlib
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -21,10 +23,20 @@ USERS = ("ingress", "worker", "operator", "reader", "monitor")
 WITNESS = "witness"
 
 
+# One UDP socket per port that this process has reserved.
+taken = []
+
+
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """Reserves a port as harness/demo/src/port.rs does, which says why."""
+    while True:
+        port, lock = random.randrange(20000, 32000), socket.socket(type=socket.SOCK_DGRAM)
+        with contextlib.suppress(OSError), socket.socket() as server:
+            lock.bind(("127.0.0.1", port))
+            server.bind(("127.0.0.1", port))
+            taken.append(lock)
+            return port
+        lock.close()
 
 
 def replaced(text, old, new):
@@ -54,7 +66,8 @@ class Broker:
         text = replaced(text, '"0.0.0.0:4222"', f'"127.0.0.1:{self.port}"')
         text = replaced(text, '"0.0.0.0:8222"', f'"127.0.0.1:{self.http_port}"')
         text = replaced(text, '"/data"', f'"{self.store}"')
-        text = replaced(text, "  users: [\n", f"  users: [\n    {{ user: {WITNESS}, password: {WITNESS} }}\n")
+        of_the_streams = "    jetstream: enabled\n    users: [\n"
+        text = replaced(text, of_the_streams, f"{of_the_streams}      {{ user: {WITNESS}, password: {WITNESS} }}\n")
         (folder / "nats.conf").write_text(text)
         self.store.mkdir(exist_ok=True)
         # nats-start calls the server by its name.

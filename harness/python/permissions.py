@@ -232,6 +232,10 @@ async def programs_can_work(checks, users):
     (signal,) = await subscribed.fetch(1, timeout=5)
     await signal.ack_sync(timeout=5)
     checks.check("reader receives a signal and acks it", signal.data == b'{"revision":1}')
+    pushed = await reader.js.subscribe("subscription.changed", stream=SIGNALS, durable="pushed")
+    signal = await pushed.next_msg(timeout=5)
+    await signal.ack_sync(timeout=5)
+    checks.check("reader is sent a signal and acks it", signal.data == b'{"revision":1}')
 
     async def answer(request):
         await request.respond(b'{"known": true}')
@@ -286,6 +290,44 @@ async def events_stay_private(checks, broker, users):
     pages = broker.monitoring("varz") + broker.monitoring("connz?auth=1&subs=1") + broker.monitoring("jsz?streams=1&consumers=1&config=1")
     secrets = [*map(broker.password, USERS), "key-of-the-store", PERSON.decode()]
     checks.check("the monitoring port shows no password, key or event", "ingress" in pages and not any(one in pages for one in secrets))
+
+
+async def answers_are_no_requests(checks, users):
+    """The server takes some of its own answers for requests, if a client has them sent there: the status of a fetch that
+    finds nothing, a PubAck. It checks no reply subject. What keeps applications and monitoring from that are their
+    accounts, and what keeps ingress from it that nothing it gets is a valid request.
+    """
+    ingress, reader, monitor, witness = (users[name] for name in ("ingress", "reader", "monitor", WITNESS))
+
+    async def state():
+        return {one.config.name: (one.state.messages, one.state.last_seq) for one in await witness.js.streams_info()}
+
+    await reader.js.add_consumer(SIGNALS, ConsumerConfig(name="empty", deliver_policy=DeliverPolicy.NEW, ack_policy=AckPolicy.NONE))
+    before = await state()
+    targets = [f"$JS.API.STREAM.{verb}.{stream}" for verb in ("DELETE", "PURGE") for stream in STREAMS]
+    targets += [f"$JS.API.CONSUMER.DELETE.{EVENTS}.litestripe-worker", "$KV.litestripe.installation", f"stripe.events.{UPDATED}"]
+    for target in targets:
+        for wait in ({"no_wait": True}, {"expires": 10**8}):
+            fetch = json.dumps({"batch": 1} | wait).encode()
+            await reader.may_publish(f"$JS.API.CONSUMER.MSG.NEXT.{SIGNALS}.empty", fetch, target)
+        for user in (reader, monitor):
+            await user.may_publish("$JS.API.INFO", b"", target)
+        heartbeat = {"deliver_subject": target, "deliver_policy": "new", "ack_policy": "none", "idle_heartbeat": 10**8}
+        await reader.api(f"CONSUMER.CREATE.{SIGNALS}.beats", {"stream_name": SIGNALS, "config": heartbeat | {"name": "beats"}})
+        await asyncio.sleep(0.3)
+        await witness.js.delete_consumer(SIGNALS, "beats")
+    checks.check("reader and monitor cannot have an answer sent as a request, or stored", await state() == before, await state())
+    requests = [target for target in targets if target.startswith("$JS.API")]
+    for request in requests:
+        await ingress.may_publish("stripe.events.invoice.paid", event("invoice.paid", 9), request)
+    before[EVENTS] = tuple(count + len(requests) for count in before[EVENTS])
+    for _ in range(100):
+        if await state() == before:
+            break
+        await asyncio.sleep(0.02)
+    checks.check("ingress cannot have a PubAck taken for a request", await state() == before, await state())
+    there = await witness.js.consumer_info(EVENTS, "litestripe-worker")
+    checks.check("the worker's consumer is still there", there.name == "litestripe-worker")
 
 
 async def forgeries_are_found(checks, broker, users):
@@ -372,6 +414,7 @@ async def check_all(broker, checks):
     await commands_can_work(checks, users["operator"])
     await events_stay_private(checks, broker, users)
     await forgeries_are_found(checks, broker, users)
+    await answers_are_no_requests(checks, users)
     await rights_are_exact(checks, users)
     for user in users.values():
         await user.client.close()

@@ -161,6 +161,10 @@ def check_all(broker, checks):
     refuses(checks, broker, "an empty file", "JS_KEY is empty", "", JS_KEY_FILE=str(files["empty"]))
     refuses(checks, broker, "a missing file", "cannot read the file of JS_KEY_FILE", "", JS_KEY_FILE="/nowhere")
     checks.check("starts with its key, whatever the previous one is", starts(broker, "first", "third") == before)
+    earlier = broker.store / "jetstream/$G/streams"
+    earlier.mkdir(parents=True)
+    refuses(checks, broker, "a store with streams of no account", "of an earlier version", "first")
+    shutil.rmtree(earlier.parent)
     crashes(checks, broker, before)
     replacements(checks, broker, before)
     refuses(checks, broker, "the old key after the change", wrong, "first")

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use async_nats::ConnectOptions;
+use async_nats::jetstream;
+use async_nats::jetstream::consumer::{PullConsumer, pull};
 use futures_util::StreamExt as _;
+use litestripe_contract::subject::SIGNALS_STREAM;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::program::Finished;
 use litestripe_harness::stripe::api::{API_KEY, Api};
@@ -130,10 +133,10 @@ async fn shipped_users_may_do_everything_that_the_programs_do() {
 
 /// A broker with the users of deploy/nats.conf. The harness itself looks at everything.
 fn broker() -> nats::Server {
-    let start = NATS_CONF.find("authorization {\n").expect("it has users");
+    let start = NATS_CONF.find("accounts {\n").expect("it has users");
     let mut config = NATS_CONF[start..].replacen(
-        "  users: [\n",
-        "  users: [\n    { user: harness, password: secret }\n",
+        "    users: [\n",
+        "    users: [\n      { user: harness, password: secret }\n",
         1,
     );
     for user in USERS {
@@ -170,7 +173,8 @@ async fn run(bridge: &Bridge, user: &str, arguments: &[&str]) -> Finished {
     launch.args(arguments.iter().copied()).run(COMMAND).await
 }
 
-/// Starts an application, as the user `reader`: it answers one user lookup and ends.
+/// Starts an application, as the user `reader`: it answers one user lookup, receives a signal and
+/// ends.
 async fn application(bridge: &Bridge) -> JoinHandle<()> {
     let client = ConnectOptions::with_user_and_password("reader".to_owned(), PASSWORD.to_owned())
         .custom_inbox_prefix("_INBOX_reader")
@@ -180,11 +184,24 @@ async fn application(bridge: &Bridge) -> JoinHandle<()> {
     let lookups = client.subscribe("app.users.known").await;
     let mut lookups = lookups.expect("a client can subscribe");
     client.flush().await.expect("the server answers");
+    let jetstream = jetstream::new(client.clone());
+    let stream = jetstream.get_stream(SIGNALS_STREAM).await;
+    let signals: PullConsumer = stream
+        .expect("a reader sees the stream of signals")
+        .create_consumer(pull::Config {
+            durable_name: Some("my-app".to_owned()),
+            ..pull::Config::default()
+        })
+        .await
+        .expect("a reader can make a consumer");
     tokio::spawn(async move {
         let lookup = lookups.next().await.expect("the server does not end it");
         let reply = lookup.reply.expect("it is a request");
         let known = client.publish(reply, r#"{"known":true}"#.into()).await;
         known.expect("the server answers");
-        client.flush().await.expect("the server answers");
+        let mut signals = signals.messages().await.expect("a reader can pull");
+        let signal = signals.next().await.expect("the consumer exists");
+        let signal = signal.expect("it can be read");
+        signal.double_ack().await.expect("the ack is answered");
     })
 }
