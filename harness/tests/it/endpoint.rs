@@ -625,6 +625,12 @@ async fn roll_while_delivering(style: &[&str], disabling: &'static str) {
     })
     .await;
 
+    let again = rolled.roll("1s", &[&old.id]).run(DEADLINE).await;
+    check_code(&again, 0);
+    assert!(again.stdout.contains(&new.id), "{again:?}");
+    assert_eq!(place.api.endpoints().len(), 2, "it is rolled already");
+    assert_eq!(place.text(), line(&new));
+
     // Its secrets are those that ingress accepts.
     let check = place.command(&["check", "--secret-file"]).arg(place.file());
     check_code(&check.run(DEADLINE).await, 0);

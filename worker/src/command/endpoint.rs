@@ -55,7 +55,8 @@ const ROLL_HELP: &str = "\
 Stripe's API cannot change a secret, so this makes a second endpoint for the same URL, adds its secret to the file, \
 sends test deliveries to the URL until ingress accepts it, disables the old endpoint, and removes the old secret 30 s \
 later. Meanwhile Stripe delivers every event twice, which is harmless. It exits with 3 if the old endpoint cannot be \
-disabled yet; run it again then. Both secrets are valid until it succeeds.";
+disabled yet; run it again then. Both secrets are valid until it succeeds. After that, another run with the same id \
+changes nothing; one without an id rolls again.";
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {

@@ -88,7 +88,8 @@ impl Endpoints<'_> {
         let mut rolled: Vec<String> = disabled.into_iter().map(|endpoint| endpoint.id).collect();
         rolled.retain(|id| self.file.secret(id).is_some());
 
-        let is_begun = enabled.len() > 1 || !rolled.is_empty();
+        // What replaced a disabled endpoint is there already.
+        let is_begun = enabled.len() > 1 || !rolled.is_empty() || !old.enabled;
         let new = match enabled.last().filter(|_| is_begun) {
             Some(newest) => self.continue_with(newest, &mut done).await?,
             None => None,
