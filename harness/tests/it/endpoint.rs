@@ -9,7 +9,7 @@ use std::time::Duration;
 use litestripe_contract::event::HANDLED_TYPES;
 use litestripe_harness::bridge::{Bridge, DatabaseKind, Options};
 use litestripe_harness::eventually;
-use litestripe_harness::program::{Finished, Launch, Program};
+use litestripe_harness::program::{self, Finished, Launch, Program};
 use litestripe_harness::stripe::api::{API_KEY, Api, Endpoint, Trouble};
 use litestripe_harness::stripe::{Delivery, Purchase};
 use serde_json::{Value, json};
@@ -309,6 +309,36 @@ async fn bad_input_is_refused_before_stripe_is_asked_to_change_anything() {
         without_key.stderr.contains("STRIPE_SECRET_KEY"),
         "{without_key:?}"
     );
+}
+
+/// As with `docker run -v ./secret:/folder/secret`: the file is there and cannot be replaced.
+#[tokio::test]
+async fn a_file_that_is_mounted_alone_is_refused_before_stripe_is_asked() {
+    const MOUNT: &str = r#"mount --bind secret secret && exec "$0" "$@""#;
+    let place = Place::new().await;
+    fs::write(place.file(), "whsec_another\n").expect("it can be written");
+    let mounted = |program: &Path| {
+        Program::at("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", MOUNT])
+            .arg(program)
+            .folder(place.folder.path())
+    };
+    let tried = mounted(Path::new("true")).run(DEADLINE).await;
+    if !tried.status.success() {
+        return; // This machine does not let us mount.
+    }
+    let worker = program::folder().expect("a test knows where it lies");
+    let refused = mounted(&worker.join("litestripe-worker"))
+        .env("STRIPE_API_BASE", place.api.url())
+        .env("STRIPE_SECRET_KEY", API_KEY)
+        .args(["endpoint", "create", "--url", URL, "--secret-file"])
+        .arg(place.file())
+        .run(DEADLINE)
+        .await;
+    check_code(&refused, 2);
+    assert!(refused.stderr.contains("mount the folder"), "{refused:?}");
+    assert_eq!(place.api.requests("").len(), 0);
+    assert_eq!(place.text(), "whsec_another\n");
 }
 
 #[tokio::test]

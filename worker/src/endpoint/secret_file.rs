@@ -27,6 +27,11 @@ pub(crate) enum SecretFileError {
     NotAFile(PathBuf),
     #[error("--secret-file: {} is larger than the 64 KiB that ingress reads", .0.display())]
     TooLarge(PathBuf),
+    #[error(
+        "--secret-file: {} is a mount of its own, so no other file can take its place: mount the folder, not the file",
+        .0.display()
+    )]
+    Mounted(PathBuf),
     #[error("--secret-file: cannot {doing} {}", path.display())]
     Unusable {
         doing: &'static str,
@@ -84,6 +89,13 @@ impl SecretFile {
         file.create_temporary(&temporary)
             .and_then(|_| fs::remove_file(&temporary))
             .map_err(|source| file.unusable("replace", source))?;
+        // The rename would fail with EBUSY. A link shows that and changes nothing; on a file system
+        // without hard links it fails in another way.
+        let linked = fs::hard_link(&file.path, &temporary);
+        if linked.is_err_and(|error| error.kind() == ErrorKind::CrossesDevices) {
+            return Err(SecretFileError::Mounted(file.path));
+        }
+        let _ = fs::remove_file(&temporary);
         Ok(file)
     }
 
