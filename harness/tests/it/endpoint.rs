@@ -771,6 +771,22 @@ async fn the_old_endpoint_stays_while_something_needs_it() {
     assert_eq!(fs::read_to_string(&elsewhere).ok(), Some(line(&new)));
 }
 
+#[tokio::test]
+async fn check_waits_until_ingress_has_read_a_new_secret() {
+    let rolled = Rolled::new(&[]).await;
+    let (place, ingress) = (&rolled.place, rolled.bridge.ingress());
+    let new = place.folder.path().join("new");
+    fs::copy(place.file(), &new).expect("it can be copied");
+    fs::write(place.file(), "whsec_another\n").expect("it can be written");
+    ingress.wait_for_log("no longer using", DEADLINE).await;
+
+    let check = place.command(&["check", "--secret-file"]).arg(&new).start();
+    ingress.wait_for_log("refused a delivery", DEADLINE).await;
+    fs::rename(&new, place.file()).expect("it can be moved");
+    let status = check.wait(DEADLINE).await;
+    assert!(status.success(), "{}", check.log());
+}
+
 /// An endpoint that was made in the Dashboard, and its secret put into the file by hand.
 #[tokio::test]
 async fn an_endpoint_made_by_hand_can_be_rolled() {

@@ -319,7 +319,7 @@ async fn secret_problems(endpoints: &[&Endpoint], file: &Path) -> Result<Vec<Pro
             });
             continue;
         };
-        if let Err(error) = probe::probe(&url, secret).await {
+        if let Err(error) = probe::wait_until_accepted(&url, secret).await {
             problems.push(Problem {
                 endpoint: Some(id),
                 problem: exit::chain(&error),

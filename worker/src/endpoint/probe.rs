@@ -41,11 +41,6 @@ pub(crate) enum ProbeError {
     Unreachable(#[source] reqwest::Error),
 }
 
-/// Sends one test delivery.
-pub(crate) async fn probe(url: &Url, secret: &SecretString) -> Result<(), ProbeError> {
-    deliver(&client()?, url, secret).await
-}
-
 /// Sends test deliveries until several in a row are accepted.
 ///
 /// # Errors
