@@ -350,8 +350,22 @@ async fn a_slash_at_the_end_of_the_files_name_does_not_lose_the_secret() {
 }
 
 #[tokio::test]
-async fn a_key_without_permission_is_named_with_what_it_needs() {
+async fn a_key_that_stripe_refuses_is_named_with_what_it_needs() {
     let place = Place::new().await;
+    for arguments in [
+        &["list"][..],
+        &["create", "--url", URL, "--secret-file", "secret"],
+    ] {
+        let unknown = place
+            .command(arguments)
+            .env("STRIPE_SECRET_KEY", "sk_test_deleted");
+        let refused = unknown.run(DEADLINE).await;
+        check_code(&refused, 1);
+        let text = "STRIPE_SECRET_KEY: set it to a key that exists";
+        assert!(refused.stderr.contains(text), "{refused:?}");
+        assert!(refused.stderr.contains("401"), "{refused:?}");
+    }
+
     place
         .api
         .refuse("POST /v1/webhook_endpoints", Trouble::status(403));
