@@ -44,8 +44,8 @@ impl Secret {
     /// Reads its file again and returns what `parse` makes of the content. `None` if it has no file.
     ///
     /// # Errors
-    /// If the file cannot be read, is empty or holds several lines, or `parse` refuses the content:
-    /// then it is not `expected`.
+    /// If the file cannot be read, is empty, holds several lines or begins with a byte order mark, or
+    /// `parse` refuses the content: then it is not `expected`.
     pub fn reread<T>(
         &self,
         expected: &str,
@@ -86,6 +86,10 @@ impl SecretFile {
         }
         if secret.contains(['\n', '\r']) {
             return Err(unusable("it holds several lines".into()));
+        }
+        // Any text can be a password, and there it would be an invisible part of it.
+        if secret.starts_with('\u{feff}') {
+            return Err(unusable("it begins with a byte order mark".into()));
         }
         parse(secret).ok_or_else(|| unusable(format!("it must hold {expected}").into()))
     }

@@ -102,6 +102,7 @@ fn a_file_that_holds_no_secret_is_named_without_its_content() {
     check_refused("", "it is empty");
     check_refused("\n", "it is empty");
     check_refused("hunter2", "it must hold a key (key:…)");
+    check_refused("\u{feff}key:hunter2", "it begins with a byte order mark");
     check_refused("key:hunter2\nkey:hunter2\n", "it holds several lines");
     check_refused(b"key:hunter2\xff", "stream did not contain valid UTF-8");
     let large = format!("hunter2{}", "x".repeat(2 * FILE_BYTES_MAX as usize));
