@@ -21,7 +21,7 @@ REACHES = {
         ("ingress", "nats", 4222), ("worker", "nats", 4222), ("worker", "postgres", 5432), ("migrate", "postgres", 5432),
         ("worker", "internet", 443), ("ingress", "dns", 53), ("worker", "dns", 53), ("migrate", "dns", 53)},
     "broker": {("ingress", "nats", 4222), ("worker", "nats", 4222), ("subscriber", "nats", 4222), ("prometheus", "nats", 7777),
-               ("nats", "nats", 6222)},
+               ("nats", "nats", 6222), ("nats-box", "nats", 4222), ("nats-box", "nats", 6222)},
 }
 REACHES["tracing"] = REACHES["minimal"] | {("ingress", "collector", 4318), ("worker", "collector", 4318)}
 REACHES["production"] = {(a, "10.20.30.4" if b == "postgres" else b, port) for a, b, port in REACHES["minimal"]}
@@ -37,6 +37,7 @@ PEERS = {
     "prometheus": {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "prometheus"}},
     "collector": {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "opentelemetry-collector"}},
     "nats": {"namespace": "nats", "labels": {"app.kubernetes.io/name": "nats"}},
+    "nats-box": {"namespace": "nats", "labels": {"app.kubernetes.io/name": "nats", "app.kubernetes.io/component": "nats-box"}},
     "postgres": {"namespace": "postgres", "labels": {}},
     "dns": {"namespace": "kube-system", "labels": {"k8s-app": "kube-dns"}},
     "subscriber": {"namespace": "shop", "labels": {"litestripe/subscriber": "true"}},
@@ -189,6 +190,8 @@ def check_pod(where, document, documents, settings):
     problems.extend(f"{where}: {rule}" for rule, broken in rules.items() if broken)
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     for container in spec.get("initContainers", []) + spec["containers"]:
+        if container["name"] == "schema":
+            check_schema_wait(f"{where} schema", container)
         rights, runs = container.get("securityContext", {}), document["kind"] == "Deployment" and container in spec["containers"]
         ports = {port["name"] for port in container.get("ports", [])}
         probes = [container.get(probe, {}).get("httpGet", {}) for probe in ("startupProbe", "livenessProbe", "readinessProbe")]
@@ -212,6 +215,22 @@ def check_pod(where, document, documents, settings):
         problems.append(f"{where}: spreads other pods than its own")
 
 
+def check_schema_wait(where, container):
+    """The init container waits as long as a step is pending, says for what, and fails if nobody can tell."""
+    answers = ['[{"applied":false}]', '[{"applied": false}]', '[{"applied":true}]']
+    for last, status in ((answers[-1], 0), ("", 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            for number, answer in enumerate([*answers[:-1], last]):
+                pathlib.Path(folder, str(number)).write_text(answer)
+            # Each call takes the next answer. Nothing sleeps.
+            for name, script in (("sleep", "exit 0"), ("litestripe-worker", f'cd {folder} && set -- [0-9] && cat "$1" && [ -s "$1" ] && rm "$1"')):
+                pathlib.Path(folder, name).write_text(f"#!/bin/sh\n{script}\n")
+                pathlib.Path(folder, name).chmod(0o755)
+            found = subprocess.run(container["command"], env=os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}, capture_output=True, text=True)
+            if found.returncode != status or found.stderr.count("litestripe-migrate") != 1:
+                problems.append(f"{where}: ends with {found.returncode} instead of {status}, and says {found.stderr!r}")
+
+
 def check_references(where, documents, settings):
     named = {(document["kind"], document["metadata"]["name"]): document for document in documents}
     pods = [pod_of(document)["metadata"]["labels"] for document in documents if pod_of(document)]
@@ -223,6 +242,8 @@ def check_references(where, documents, settings):
             problems.append(f"{here}: selects no pod")
         if kind == "ConfigMap":
             problems.extend(f"{here}: {unknown} is no setting" for unknown in sorted(document["data"].keys() - settings))
+            if "NATS_URL" in document["data"] and not document["data"].get("LITESTRIPE_EVENTS_MAX_BYTES"):
+                problems.append(f"{here}: without LITESTRIPE_EVENTS_MAX_BYTES, STRIPE_EVENTS may leave no room for the workers' streams")
         if kind == "ScaledObject":
             target = named.get(("Deployment", spec["scaleTargetRef"]["name"]))
             if not target or "replicas" in target["spec"]:
@@ -272,7 +293,7 @@ def check_reach(where, documents, expected):
                 and matches(policy["spec"]["podSelector"], PEERS[name]["labels"])]
 
     found = set()
-    for source, target in itertools.product(PEERS, repeat=2):
+    for source, target in itertools.product(PEERS, PEERS.keys() - {"nats-box"}):  # It listens on nothing.
         sides = [("egress", PEERS[target], restricting(source, "Egress")), ("ingress", PEERS[source], restricting(target, "Ingress"))]
         sides = [(side, peer, policies) for side, peer, policies in sides if policies]
         found |= {(source, target, port) for port in PORTS if sides
