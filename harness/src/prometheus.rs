@@ -19,9 +19,10 @@ const RULES: &str = concat!(
     "/../deploy/prometheus/rules.yml"
 );
 
-/// The `for` of all alerts: longer than a scrape and an evaluation, so that an alert may wait for a
-/// figure of another program.
-const FOR: &str = "for: 5s";
+/// The `for` of all alerts, in seconds. An alert that is silent because of a figure of another program
+/// has to wait for it: ingress notices a frozen broker up to 4 s before the worker, and a scrape and an
+/// evaluation follow.
+pub const FOR_S: u32 = 10;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -159,7 +160,7 @@ impl Prometheus {
     }
 
     /// Waits until the rules were evaluated this many more times.
-    pub async fn wait_for_evaluations(&self, count: f64) {
+    pub async fn wait_for_evaluations(&self, count: u32) {
         const EVALUATIONS: &str =
             "count_over_time(installation:litestripe_worker_waiting:sum{for=\"broker\"}[1h])";
         let mut end = None;
@@ -169,7 +170,7 @@ impl Prometheus {
                 .first()
                 .and_then(|of| of.1.parse().ok())
                 .unwrap_or(0.0);
-            let end = *end.get_or_insert(now + count);
+            let end = *end.get_or_insert(now + f64::from(count));
             if now < end {
                 Err(format!("{now} of {end}"))
             } else {
@@ -185,7 +186,10 @@ fn write_config(folder: &Path, targets: &[&str]) {
     let shortened: Vec<String> = rules
         .lines()
         .map(|line| match line.trim_start().starts_with("for: ") {
-            true => format!("{}{FOR}", &line[..line.len() - line.trim_start().len()]),
+            true => format!(
+                "{}for: {FOR_S}s",
+                &line[..line.len() - line.trim_start().len()]
+            ),
             false => line.to_owned(),
         })
         .collect();
