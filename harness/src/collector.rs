@@ -20,7 +20,7 @@ use warp::http::HeaderMap;
 use crate::eventually;
 
 /// The programs send spans after [`SCHEDULE_DELAY_MS`], or when they stop.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// How soon the programs of a test send their spans.
 const SCHEDULE_DELAY_MS: &str = "100";
