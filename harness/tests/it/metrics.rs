@@ -61,7 +61,7 @@ async fn worker_shows_what_waits(database: DatabaseKind) {
     let options = with_key(database, &api).worker("LITESTRIPE_ORPHAN_GRACE", "0s");
     let bridge = Bridge::start(options).await;
     let worker = &bridge.workers[0];
-    // An uncertain row that is fetched in vain, an orphan, a dead letter.
+    // An uncertain row whose fetch fails, an orphan, a dead letter.
     api.refuse(SUBSCRIPTIONS, Trouble::status(401));
     let uncertain = Purchase::new(now() - 60);
     bridge.deliver_all(&there_and_back(&uncertain, 5)).await;
@@ -108,13 +108,16 @@ async fn worker_shows_what_waits(database: DatabaseKind) {
         let limit = of("litestripe_worker_stream_bytes_max").expect("it is shown");
         assert!(0.0 < bytes && bytes < limit, "{stream}: {bytes} of {limit}");
     }
-    let refused = "litestripe_worker_stripe_request_seconds_count{outcome=\"refused\"}";
-    let counted = "litestripe_worker_stripe_requests_total{outcome=\"refused\"}";
-    let refused = value(&page, refused).expect("it is shown");
-    assert!(
-        refused >= 1.0 && Some(refused) == value(&page, counted),
-        "{page}"
-    );
+    // A page may be rendered between the two.
+    eventually("a request in both", DEADLINE, async || {
+        let (_, page) = worker.page("/metrics").await?;
+        let refused = |name: &str| value(&page, &format!("{name}{{outcome=\"refused\"}}"));
+        let timed = refused("litestripe_worker_stripe_request_seconds_count");
+        let counted = refused("litestripe_worker_stripe_requests_total");
+        let is_in_both = timed == counted && counted >= Some(1.0);
+        is_in_both.then_some(()).ok_or(page)
+    })
+    .await;
     let program = "litestripe_build_info{program=\"litestripe-worker\",version=\"";
     assert!(page.contains(program), "{page}");
     let started = value(&page, "process_start_time_seconds").expect("it is shown");
