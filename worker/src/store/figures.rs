@@ -14,9 +14,6 @@ use crate::error::StoreError;
 /// Where counting ends: a figure of this size means that it is at least so large.
 pub const COUNT_MAX: u64 = 10_000;
 
-/// How many signals a row of the outbox holds.
-const SIGNALS_OF_A_ROW: &str = "1";
-
 /// What the tables hold.
 #[derive(Debug)]
 pub struct Figures {
@@ -93,8 +90,6 @@ impl Figures {
 struct Part {
     /// The table, its condition and the order.
     from: String,
-    /// How much a row counts.
-    counts: &'static str,
     /// The column with the time of the first row.
     oldest: Option<&'static str>,
 }
@@ -103,7 +98,6 @@ impl Part {
     fn count(from: impl Into<String>) -> Self {
         Self {
             from: from.into(),
-            counts: "1",
             oldest: None,
         }
     }
@@ -116,14 +110,14 @@ impl Part {
     }
 
     fn sql(&self, part: usize) -> String {
-        let Self { from, counts, .. } = self;
+        let from = &self.from;
         let oldest = self.oldest.map_or_else(
             || "NULL".to_owned(),
             |column| format!("(SELECT {column} FROM {from} LIMIT 1)"),
         );
         format!(
-            "SELECT {part} AS part, (SELECT CAST(COALESCE(SUM(counts), 0) AS BIGINT) \
-             FROM (SELECT {counts} AS counts FROM {from} LIMIT {COUNT_MAX}) AS first_rows) AS count, {oldest} AS oldest"
+            "SELECT {part} AS part, (SELECT COUNT(*) FROM (SELECT 1 FROM {from} LIMIT {COUNT_MAX}) \
+             AS first_rows) AS count, {oldest} AS oldest"
         )
     }
 }
@@ -134,13 +128,10 @@ fn parts() -> Vec<Part> {
         format!("litestripe_question WHERE {condition} ORDER BY {order}")
     };
     let mut parts = vec![
-        Part {
-            counts: SIGNALS_OF_A_ROW,
-            ..Part::since(
-                "litestripe_signal_outbox WHERE id > $1 ORDER BY id",
-                "dt_created",
-            )
-        },
+        Part::since(
+            "litestripe_signal_outbox WHERE id > $1 ORDER BY id",
+            "dt_created",
+        ),
         Part::count("stripe_subscription WHERE uncertain ORDER BY stripe_subscription_id"),
         Part::count("litestripe_dead_letter ORDER BY stream_created, sequence"),
     ];
