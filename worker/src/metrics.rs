@@ -141,7 +141,8 @@ fn help(name: &str) -> &'static str {
         SIGNAL_DELAY => "From the receipt of a delivery to the PubAck of a signal of its event",
         TRANSACTION => "Duration of a batch's transaction, with the wait for its connection",
         STRIPE_REQUEST => "Duration of a request to Stripe's API, by outcome",
-        _ => "Always 1; the labels name the program and its version",
+        BUILD => "Always 1; the labels name the program and its version",
+        _ => unreachable!("{name} has no help text"),
     }
 }
 
