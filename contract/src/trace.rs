@@ -16,16 +16,19 @@ pub struct TraceContext {
 }
 
 impl TraceContext {
-    /// Returns the context if `traceparent` is valid in the format of version 00. A `tracestate`
-    /// that is empty, too long or not printable ASCII is left out.
+    /// Returns the context if `traceparent` is valid. One of a later version is passed on as version
+    /// 00, without what that does not know (W3C: "Versioning of traceparent"). A `tracestate` that
+    /// is empty, too long or not printable ASCII is left out.
     pub fn parse(traceparent: &str, tracestate: Option<&str>) -> Option<Self> {
         let parts: Vec<&str> = traceparent.split('-').collect();
-        let [version, trace, parent, flags] = parts.as_slice() else {
+        let [version, trace, parent, flags, added @ ..] = parts.as_slice() else {
             return None;
         };
+        let is_later = *version != "00";
         let is_id = |part: &str, length| is_hex(part, length) && part.bytes().any(|b| b != b'0');
         let is_valid = is_hex(version, 2)
             && *version != "ff"
+            && (is_later || added.is_empty())
             && is_id(trace, 32)
             && is_id(parent, 16)
             && is_hex(flags, 2);
@@ -33,8 +36,12 @@ impl TraceContext {
             (1..=TRACESTATE_BYTES_MAX).contains(&state.len())
                 && state.bytes().all(|byte| matches!(byte, b' '..=b'~'))
         };
+        let sampled = || u8::from_str_radix(flags, 16).unwrap_or_default() & 1;
         is_valid.then(|| Self {
-            traceparent: traceparent.to_owned(),
+            traceparent: match is_later {
+                true => format!("00-{trace}-{parent}-{:02x}", sampled()),
+                false => traceparent.to_owned(),
+            },
             tracestate: tracestate.filter(is_passed_on).map(str::to_owned),
         })
     }

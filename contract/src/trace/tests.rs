@@ -9,13 +9,31 @@ fn only_a_valid_traceparent_is_passed_on() {
     assert_eq!((context.traceparent(), context.tracestate()), (VALID, None));
     assert!(!is_passed_on(""));
     assert!(!is_passed_on(&VALID.to_uppercase()));
-    assert!(!is_passed_on(&VALID.replace("00-4", "ff-4")));
     assert!(!is_passed_on(&format!("{VALID}-extra")));
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     assert!(!is_passed_on(&VALID.replace(trace, &"0".repeat(32))));
     let parent = "00f067aa0ba902b7";
     assert!(!is_passed_on(&VALID.replace(parent, &"0".repeat(16))));
     assert!(!is_passed_on(&VALID.replace(parent, &parent[1..])));
+}
+
+#[test]
+fn a_later_version_is_passed_on_as_version_00() {
+    let passed_on = |version: &str, flags: &str| {
+        let text = format!("{version}-{}-{flags}", &VALID[3..52]);
+        TraceContext::parse(&text, None).map(|context| context.traceparent().to_owned())
+    };
+    assert_eq!(passed_on("cc", "01").as_deref(), Some(VALID));
+    assert_eq!(passed_on("01", "0f-more-").as_deref(), Some(VALID));
+    let unrecorded = VALID.replace("-01", "-00");
+    assert_eq!(passed_on("01", "fe").as_deref(), Some(&*unrecorded));
+    assert_eq!(passed_on("ff", "01"), None);
+    assert_eq!(passed_on("01", "01.more"), None);
+    // Of this version all flags are known.
+    assert_eq!(
+        passed_on("00", "03").as_deref(),
+        Some(&*VALID.replace("-01", "-03"))
+    );
 }
 
 #[test]
