@@ -193,8 +193,8 @@ async fn provide(
     let stream = loop {
         let source = match jetstream.create_stream(config.clone()).await {
             Ok(stream) => break stream,
-            // It exists with other settings. A server may refuse it for lack of room before it says so:
-            // the halved size is not the stream's.
+            // It exists with other settings. A server may refuse it for lack of room before it says
+            // so: the halved size is not the stream's.
             Err(error) if code(&error) == Some(ErrorCode::STREAM_NAME_EXIST) => {
                 config.max_bytes = wanted;
                 return Ok(Provided::Found(config));

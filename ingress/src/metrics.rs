@@ -208,8 +208,8 @@ fn describe() {
     Collector::default().describe();
 }
 
-/// Renders when each secret was last used. By hand, because the recorder cannot forget a secret that is
-/// no longer in use.
+/// Renders when each secret was last used. By hand, because the recorder cannot forget a secret that
+/// is no longer in use.
 fn last_uses(secrets: &[SigningSecret]) -> String {
     let mut lines = format!(
         "# HELP {SECRET_LAST_USED} When the last delivery that was verified with this signing secret came; 0 if none did\n\

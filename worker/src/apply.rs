@@ -386,8 +386,7 @@ impl Outcome {
         last.map(|refused| &refused.error)
     }
 
-    /// Whether the refused events of a reapplied batch are at fault themselves, after so many
-    /// tries.
+    /// Whether the refused events of a reapplied batch are at fault themselves, after `tries`.
     fn is_at_fault_alone(&self, error: &StoreError, applier: &Applier, tries: u32) -> bool {
         let accepts_others = self.committed || applier.refusals.has_written();
         let is_at_fault = error.disposition() == Disposition::Poison

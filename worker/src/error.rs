@@ -263,8 +263,8 @@ impl Code {
     /// PostgreSQL: 08 (connection), 25 (transaction state, as read-only), 26 and 42P05 (prepared
     /// statements, which a pooler may mix up), 28 (authorization), 3D (no such database), 40
     /// (serialization, deadlock), 53 (resources), 55 (locks), 57 (intervention, timeouts), 58
-    /// (system), XX000 (internal, as a file that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL,
-    /// NOTADB.
+    /// (system), XX000 (internal, as a file that cannot grow). SQLite: BUSY, LOCKED, NOMEM, READONLY,
+    /// INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, NOTADB.
     fn is_outage(&self) -> bool {
         let postgres = [
             "08", "25", "26", "28", "3D", "40", "42P05", "53", "55", "57", "58", "XX000",

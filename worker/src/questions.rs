@@ -4,11 +4,11 @@
 //! There are six kinds, one file each: the user lookup (`user`), the end of a grace period
 //! (`grace`), the fetch of an uncertain subscription (`uncertain`) and of an object that thin
 //! events name (`notification`), the erasure of a deleted customer and the removal of a late
-//! message of an erased one (`erase`). `open` is about their number. An open question becomes due, a worker
-//! asks it (`asker`), and it is retried until it is answered. Any worker may ask; a lease gives
-//! each question to one of them at a time. This module also creates and resolves the orphans that
-//! follow from an answer. Where an answer depends on a row, it writes that row too, so that a batch
-//! that changes the row at the same time conflicts with it.
+//! message of an erased one (`erase`). `open` is about their number. An open question becomes due,
+//! a worker asks it (`asker`), and it is retried until it is answered. Any worker may ask; a lease
+//! gives each question to one of them at a time. This module also creates and resolves the orphans
+//! that follow from an answer. Where an answer depends on a row, it writes that row too, so that a
+//! batch that changes the row at the same time conflicts with it.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -217,7 +217,7 @@ impl Store {
     /// application has a name that a migration needs.
     ///
     /// Changes nothing if a newer version has migrated: this version runs on its schema. Fails if
-    /// migrations are pending all the same.
+    /// migrations of this version are pending beside those.
     pub async fn migrate_up(&self) -> Result<(), StoreError> {
         let transaction = self.begin_migration().await?;
         self.create_schema(&transaction).await?;

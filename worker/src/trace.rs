@@ -5,9 +5,9 @@
 //! id of a customer. While traces are off no span is made: see `telemetry::traces`.
 //!
 //! A batch and a publication of signals are traces of their own, because each serves several
-//! deliveries. What is done for one event, a question included, is a span in the trace of its delivery, and its
-//! signals carry that on: a subscriber's span is then in the same trace, below the event that led to
-//! it.
+//! deliveries. What is done for one event, a question included, is a span in the trace of its
+//! delivery, and its signals carry that on: a subscriber's span is then in the same trace, below the
+//! event that led to it.
 
 use litestripe_contract::subject::{
     DEAD_LETTERS_STREAM, EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER, for_event_type,

@@ -29,7 +29,7 @@ use litestripe_worker::store::{
 use sea_orm::ConnectionTrait as _;
 use time::OffsetDateTime;
 
-/// With so many, PostgreSQL's planner decides as with a million.
+/// With this many, PostgreSQL's planner decides as with a million.
 const ROWS: u64 = 30_000;
 
 /// The tables that grow with the shop.

@@ -179,7 +179,7 @@ async fn program_before_the_schema_leaves_it_alone_and_runs(database: DatabaseKi
     assert_eq!(last, Some(newer));
     assert_eq!(tables(&bridge).await, before);
 
-    // What is pending all the same must not be applied over what is not known.
+    // A migration that is pending must not be applied over one that is not known.
     let forget = "DELETE FROM litestripe_migrations WHERE version LIKE '%rules'";
     let forgotten = bridge.database.execute(forget).await;
     forgotten.expect("it can be deleted");

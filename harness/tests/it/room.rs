@@ -102,8 +102,8 @@ async fn program_that_may_not_update_the_stream_works_with_it_as_it_is() {
                   \"$JS.API.STREAM.UPDATE.>\" } } } ] }\nno_auth_user: test";
     let settings = Options::new(DatabaseKind::Sqlite);
     let bridge = start(settings, "max_file_store: 20GB", rights).await;
-    let told = "cannot find out whether the other streams fit beside STRIPE_EVENTS";
-    assert_eq!(bridge.ingress().count_in_log(told), 1);
+    let warning = "cannot find out whether the other streams fit beside STRIPE_EVENTS";
+    assert_eq!(bridge.ingress().count_in_log(warning), 1);
     works(&bridge).await;
 }
 

@@ -486,7 +486,7 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_unix(seconds).expect("RFC 3339 can write it")
 }
 
-/// A time so many hours after a start that is 30 hours ago.
+/// A time that number of hours after a start that is 30 hours ago.
 fn hour(hour: i64) -> OffsetDateTime {
     OffsetDateTime::now_utc() + time::Duration::hours(hour - 30)
 }

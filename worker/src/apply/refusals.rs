@@ -30,7 +30,7 @@ const DELAY_MAX: Duration = Duration::from_secs(30);
 /// between the first and the last delivery, so that it was written in between.
 const PROOF_LASTS: Duration = Duration::from_secs(120);
 
-/// A batch of which so many events and no others were tried shows that the database refuses
+/// A batch of which this many events and no others were tried shows that the database refuses
 /// everything. One or two may be at fault themselves, and come alone in a quiet installation.
 const EVERYTHING: usize = 3;
 
@@ -224,7 +224,7 @@ impl Refusals {
     }
 }
 
-/// Returns the pause before a refused event is delivered again, after so many deliveries.
+/// Returns the pause before a refused event is delivered again, after its `deliveries`.
 pub(super) fn redelivery_delay(deliveries: u64) -> Duration {
     doubled(deliveries.saturating_sub(1), DELAY_MAX)
 }

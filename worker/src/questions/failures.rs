@@ -24,7 +24,7 @@ pub(super) const PAUSE_MAX: Duration = Duration::from_secs(5 * 60);
 /// The longest pause if many questions fail.
 pub(super) const MANY_PAUSE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Failing questions take at most one in so many of the calls.
+/// Failing questions take at most one in this many of the calls.
 const SHARE: u32 = 5;
 
 /// A reason that did not occur for this long is logged again.
@@ -66,7 +66,7 @@ impl Failures {
         self.known().failing = failing.into_iter().map(known).collect();
     }
 
-    /// Returns the pause of a question of `kind` after so many failed attempts in a row.
+    /// Returns the pause of a question of `kind` after `attempts` failures in a row.
     pub(super) fn pause(&self, kind: Kind, attempts: i32) -> Duration {
         let every = match kind {
             Kind::Lookup => ANSWER_MAX * SHARE / u32::try_from(IN_FLIGHT_MAX).unwrap_or(1),
@@ -120,7 +120,7 @@ impl Failures {
     }
 }
 
-/// Returns the pause after so many attempts in a row with the same outcome: `first`, doubled with
+/// Returns the pause after `attempts` in a row with the same outcome: `first`, doubled with
 /// each, up to `max`, less up to a half, so that questions that fail together do not stay together.
 pub(super) fn pause(first: Duration, max: Duration, attempts: i32) -> Duration {
     let doublings = u32::try_from(attempts.saturating_sub(1))

@@ -55,7 +55,7 @@ pub(super) enum Fault {
     LimitDeadLetters,
     /// A trigger refuses every row.
     RefuseRows,
-    /// The workers' clock jumps by so many hours, and back later.
+    /// The workers' clock jumps by this many hours, and back later.
     JumpClock(i64),
 }
 

@@ -118,17 +118,17 @@ async fn event_types_that_no_worker_handles_are_told_at_the_start() {
     });
     ingress.until_ready().await;
     let log = ingress.program.log();
-    let told: Vec<_> = log
+    let warnings: Vec<_> = log
         .lines()
         .filter(|line| line.contains("LITESTRIPE_EVENT_TYPES"))
         .collect();
-    assert_eq!(told.len(), 2, "{log}");
+    assert_eq!(warnings.len(), 2, "{log}");
     assert!(
-        told[0].contains("did you mean customer.subscription.updated?"),
+        warnings[0].contains("did you mean customer.subscription.updated?"),
         "{log}"
     );
     assert!(
-        told[1].contains("invoice.paid is stored, but no worker handles it"),
+        warnings[1].contains("invoice.paid is stored, but no worker handles it"),
         "{log}"
     );
 }

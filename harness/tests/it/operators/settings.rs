@@ -388,7 +388,7 @@ fn check_listed<T>(place: &str, mut problems: Vec<String>, rest: BTreeMap<String
 
 /// What `--help` says of a setting.
 #[derive(Debug, PartialEq)]
-struct Told {
+struct Shown {
     /// `ingress`, `worker` or `both`.
     program: &'static str,
     default: Option<String>,
@@ -401,8 +401,8 @@ struct Row {
 }
 
 /// All settings that the programs' `--help` lists.
-async fn helped() -> BTreeMap<String, Told> {
-    let mut all: BTreeMap<String, Told> = BTreeMap::new();
+async fn helped() -> BTreeMap<String, Shown> {
+    let mut all: BTreeMap<String, Shown> = BTreeMap::new();
     for (program, short) in [(INGRESS, "ingress"), (WORKER, "worker")] {
         let finished = run(Program::named(program).arg("--help")).await;
         assert!(finished.status.success());
@@ -420,14 +420,14 @@ async fn helped() -> BTreeMap<String, Told> {
                 entry.starts_with(&name.to_lowercase().replace('_', "-")),
                 "the flag of {name} is of another name"
             );
-            let told = Told {
+            let shown = Shown {
                 program: short,
                 default: within(entry, "[default: "),
             };
-            if let Some(other) = all.insert(name.clone(), told) {
-                let told = all.get_mut(&name).expect("it was inserted just now");
-                assert_eq!(told.default, other.default, "{name} has two defaults");
-                told.program = "both";
+            if let Some(other) = all.insert(name.clone(), shown) {
+                let shown = all.get_mut(&name).expect("it was inserted just now");
+                assert_eq!(shown.default, other.default, "{name} has two defaults");
+                shown.program = "both";
             }
         }
     }

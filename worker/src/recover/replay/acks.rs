@@ -27,7 +27,7 @@ impl Acks {
         self.sent += count as u64;
     }
 
-    /// Whether so many acks are sent that they should be checked even if the replay is not idle.
+    /// Whether enough acks are sent to check them even if the replay is not idle.
     pub(super) fn are_due(&self) -> bool {
         self.sent >= 2 * ACK_PENDING_MAX
     }
