@@ -143,7 +143,9 @@ impl Relay {
                 .await
                 .unwrap_or(Err(RelayError::Timeout));
             let pause = match &outcome {
-                Ok(_) => {
+                // Whether the signals of the other relay's shards can be sent is not known.
+                Ok(Round::Busy | Round::Shared) => BUSY_POLL,
+                Ok(Round::Idle | Round::More) => {
                     if wait.is_waiting() {
                         // After an outage the database may be another one, or lack the last writes.
                         outbox_checked_at = None;
@@ -173,10 +175,8 @@ impl Relay {
                     continue;
                 }
                 _ if last => return,
-                Ok(Round::Busy) => (BUSY_POLL, false),
-                Ok(Round::Shared) => (BUSY_POLL, true),
-                Ok(Round::Idle) => (pause, true),
-                Err(_) => (pause, false),
+                Ok(Round::Shared | Round::Idle) => (pause, true),
+                Ok(Round::Busy) | Err(_) => (pause, false),
             };
             is_woken = tokio::select! {
                 () = relay.wake.notified(), if may_wake => true,

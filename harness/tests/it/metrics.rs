@@ -38,7 +38,7 @@ fn value(page: &str, series: &str) -> Option<f64> {
 }
 
 /// Waits until the page shows these values, each of a series.
-async fn until_shown(node: &Node, expected: &[(&str, f64)]) {
+pub(crate) async fn until_shown(node: &Node, expected: &[(&str, f64)]) {
     eventually("the metrics", DEADLINE, async || {
         let (_, page) = node.page("/metrics").await?;
         for (series, expected) in expected {

@@ -16,6 +16,8 @@ use litestripe_harness::{eventually, nats};
 use serde_json::json;
 use time::OffsetDateTime;
 
+use crate::metrics::until_shown;
+
 const DEADLINE: Duration = Duration::from_secs(60);
 const CREATED: &str = "customer.subscription.created";
 const UPDATED: &str = "customer.subscription.updated";
@@ -497,6 +499,61 @@ async fn check_last_quantities(bridge: &Bridge, ids: &BTreeSet<String>, quantity
             row.stripe_subscription_id
         );
         assert!(!row.uncertain, "{}", row.stripe_subscription_id);
+    }
+}
+
+/// While one relay waits for its PubAck, the other one finds the outbox busy.
+#[tokio::test]
+async fn workers_that_may_not_send_signals_log_it_once() {
+    const WAITING: &str = "litestripe_worker_waiting{for=\"signals\"}";
+    let options = nats::Options {
+        config: "authorization { users = [\n  { user: tests, password: tests }\n  { user: worker, password: secret, \
+                 permissions: { publish: { deny: \"subscription.changed\" } } }\n] }\nno_auth_user: tests\n"
+            .to_owned(),
+        ..nats::Options::default()
+    };
+    let broker = nats::Server::prepare(options).expect("a folder for nats-server can be made");
+    let url = format!("nats://worker:secret@127.0.0.1:{}", broker.port());
+    let options = Options::new(DatabaseKind::Postgres)
+        .worker("NATS_URL", url)
+        .worker("RUST_LOG", "info,litestripe_worker=debug");
+    let mut bridge = Bridge::prepare(options);
+    bridge.broker = broker;
+    bridge.broker.resume().await;
+    bridge.database.resume().await;
+    bridge.start_ingress().wait_until_ready().await;
+    for _ in 0..2 {
+        bridge.start_worker().wait_until_ready().await;
+    }
+    bridge
+        .deliver_all(&stripe::story(OffsetDateTime::now_utc()))
+        .await;
+    for worker in &bridge.workers {
+        eventually(
+            "some attempts to send signals",
+            DEADLINE,
+            async || match worker.count_in_log("cannot publish signals") {
+                attempts if attempts >= 3 => Ok(()),
+                attempts => Err(format!("{attempts} of them:\n{}", worker.log())),
+            },
+        )
+        .await;
+        until_shown(worker, &[(WAITING, 1.0)]).await;
+    }
+
+    bridge
+        .broker
+        .reconfigure(|config| config.replace("subscription.changed", "nothing"));
+
+    bridge.check().await;
+    for worker in &bridge.workers {
+        until_shown(worker, &[(WAITING, 0.0)]).await;
+        for line in [
+            "signals wait in the outbox",
+            "the relay is sending signals again",
+        ] {
+            assert_eq!(worker.count_in_log(line), 1, "{}", worker.log());
+        }
     }
 }
 
