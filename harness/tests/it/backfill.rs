@@ -13,6 +13,7 @@ use litestripe_harness::stripe::{Event, Purchase};
 use litestripe_harness::{eventually, port};
 use serde_json::{Value, json};
 
+use crate::metrics::until_shown;
 use crate::orphans::{COMPLETED, CREATED, DEADLINE, EMAIL, UPDATED, now};
 
 on_both_databases!(
@@ -195,6 +196,38 @@ async fn restarted_workers_backfill_once_even_after_a_short_stop() {
         worker.wait_until_ready().await;
     }
     assert_eq!(api.requests(EVENTS).len(), 2, "one for each start");
+}
+
+#[tokio::test]
+async fn outage_of_the_database_is_no_failed_backfill() {
+    let api = Api::start().await;
+    let options = with_key(DatabaseKind::Postgres, &api)
+        .worker("LITESTRIPE_BACKFILL_INTERVAL", "6h")
+        .worker("RUST_LOG", "info,litestripe_worker=debug");
+    let mut bridge = Bridge::start(options).await;
+    let complete = (
+        "litestripe_worker_backfills_total{outcome=\"complete\"}",
+        1.0,
+    );
+    until_shown(&bridge.workers[0], &[complete]).await;
+
+    bridge.database.kill().await;
+    // None is due: the worker only looks.
+    bridge.workers[0]
+        .wait_for_log("cannot read the last backfill", DEADLINE)
+        .await;
+    bridge.database.resume().await;
+
+    let worker = &bridge.workers[0];
+    worker.wait_until_ready().await;
+    let failed = ("litestripe_worker_backfills_total{outcome=\"failed\"}", 0.0);
+    until_shown(worker, &[complete, failed]).await;
+    assert_eq!(
+        worker.count_in_log("a backfill failed"),
+        0,
+        "{}",
+        worker.log()
+    );
 }
 
 #[tokio::test]

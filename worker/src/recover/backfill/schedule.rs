@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use litestripe_contract::exit;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio_util::sync::CancellationToken;
@@ -53,6 +54,9 @@ pub(crate) struct Schedule {
 
 #[derive(Debug, thiserror::Error)]
 enum ScheduleError {
+    /// No backfill has begun.
+    #[error("cannot see whether a backfill is due")]
+    Unknown(#[source] StoreError),
     #[error(transparent)]
     Backfill(#[from] BackfillError),
     #[error(transparent)]
@@ -66,12 +70,17 @@ impl Schedule {
         let mut wait = Wait::new(BACKFILLS);
         while !shutdown.is_cancelled() {
             let pause = match self.run_if_due(&shutdown).await {
-                Ok(left) => {
+                Ok(Some(left)) => {
                     // Otherwise it may have been interrupted.
                     if !shutdown.is_cancelled() {
                         wait.succeeded();
                     }
                     left.min(CHECK_EVERY)
+                }
+                Ok(None) => CHECK_EVERY,
+                Err(error @ ScheduleError::Unknown(_)) => {
+                    debug!("{}", exit::chain(&error));
+                    CHECK_EVERY
                 }
                 Err(error) => {
                     metrics::backfill_ended(false);
@@ -82,16 +91,17 @@ impl Schedule {
         }
     }
 
-    /// Runs a backfill if one is due and no other worker runs one. Returns the time until the next
-    /// is due.
+    /// Runs a backfill if one is due. Returns the time until the next is due, or `None` if another
+    /// worker runs one.
     async fn run_if_due(
         &mut self,
         shutdown: &CancellationToken,
-    ) -> Result<Duration, ScheduleError> {
+    ) -> Result<Option<Duration>, ScheduleError> {
         let started = self.started;
-        let left = due_in(&self.record, self.interval, started).await?;
+        let left = due_in(&self.record, self.interval, started).await;
+        let left = left.map_err(ScheduleError::Unknown)?;
         if !left.is_zero() {
-            return Ok(left);
+            return Ok(Some(left));
         }
         let work = async {
             // Another worker may have finished one just before we got the lease.
@@ -105,13 +115,14 @@ impl Schedule {
             let began = run(&self.backfill, &self.record, shutdown).await?;
             Ok((self.interval, began))
         };
-        let worked: Option<Result<_, ScheduleError>> = self.lease.hold_during(work).await?;
-        let Some(worked) = worked else {
-            return Ok(CHECK_EVERY);
+        let worked: Result<Option<Result<_, ScheduleError>>, _> =
+            self.lease.hold_during(work).await;
+        let Some(worked) = worked.map_err(ScheduleError::Unknown)? else {
+            return Ok(None);
         };
         let (left, started) = worked?;
         self.started = started;
-        Ok(left)
+        Ok(Some(left))
     }
 }
 
