@@ -195,6 +195,8 @@ pub(crate) fn install() {
     Collector::default().describe();
     gauge!(BUILD, "program" => env!("CARGO_PKG_NAME"), "version" => env!("CARGO_PKG_VERSION"))
         .set(1.0);
+    tables(None);
+    streams(None);
     waiting_for_signals(false);
     waiting_for_key(false);
     waiting_for_clocks(false);

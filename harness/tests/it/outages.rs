@@ -95,6 +95,15 @@ async fn worker_waits_for_an_unavailable_postgres_and_logs_it_once() {
         .await;
     let (status, why) = bridge.workers[0].page("/readyz").await.expect("it answers");
     assert_eq!((status, why.contains("database")), (503, true), "{why}");
+    // The figures of the tables are unknown, those of the streams are not.
+    let figures = [
+        ("litestripe_worker_outbox_signals", f64::NAN),
+        (
+            "litestripe_worker_stream_bytes{stream=\"STRIPE_EVENTS\"}",
+            0.0,
+        ),
+    ];
+    until_shown(&bridge.workers[0], &figures).await;
     // Ingress accepts deliveries as usual.
     bridge
         .deliver_all(&stripe::story(OffsetDateTime::now_utc()))

@@ -78,6 +78,13 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
         "health",
         health::serve(listener, nats.clone(), Arc::clone(&readiness)),
     );
+    // Also while the database is away: deliveries need the streams.
+    let streams = findings::watch(
+        connect::jetstream(nats.clone()),
+        readiness.problems.clone(),
+        supervisor.shutdown.clone(),
+    );
+    supervisor.spawn(&unwaited, "the watch over the streams", streams);
 
     let (rules, name) = (Rules::new(&settings), nats.new_inbox());
     let prepared = tokio::select! {
@@ -298,9 +305,6 @@ impl Worker {
         if let Some(installation) = parts.installation.clone() {
             supervisor.watch(&background, installation);
         }
-        let problems = readiness.problems.clone();
-        let streams = findings::watch(jetstream.clone(), problems, shutdown.clone());
-        supervisor.spawn(&background, "the watch over the streams", streams);
         let figures = figures::watch(store.clone(), open, shutdown.clone());
         supervisor.spawn(&background, "the reading of figures", figures);
         let retention = retention::run(store, jetstream, shutdown.clone());
