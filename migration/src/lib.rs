@@ -33,6 +33,7 @@ mod m20261130_000016_question_attempts;
 mod m20261130_000018_rules;
 mod m20261201_000020_figures;
 mod m20261201_000021_trace;
+mod m20261201_000022_withheld;
 
 /// All steps, in order.
 pub struct Migrator;
@@ -68,6 +69,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000018_rules::Migration),
             Box::new(m20261201_000020_figures::Migration),
             Box::new(m20261201_000021_trace::Migration),
+            Box::new(m20261201_000022_withheld::Migration),
         ]
     }
 }

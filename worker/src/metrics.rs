@@ -44,6 +44,8 @@ const OUTBOX_SIGNALS: &str = "litestripe_worker_outbox_signals";
 const OUTBOX_OLDEST: &str = "litestripe_worker_outbox_oldest_seconds";
 const OPEN_ORPHANS: &str = "litestripe_worker_open_orphans";
 const UNCERTAIN_ROWS: &str = "litestripe_worker_uncertain_rows";
+const WITHHELD_ROWS: &str = "litestripe_worker_withheld_rows";
+const UNFINISHED_REPLAYS: &str = "litestripe_worker_unfinished_replays";
 const OPEN_QUESTIONS: &str = "litestripe_worker_open_questions";
 const FAILING_QUESTIONS: &str = "litestripe_worker_failing_questions";
 const OLDEST_QUESTION: &str = "litestripe_worker_oldest_question_seconds";
@@ -60,7 +62,7 @@ static HISTOGRAMS: OnceLock<Histograms> = OnceLock::new();
 /// The counters without labels. Each shows 0 from the start.
 const COUNTERS: [&str; 6] = [APPLIED, IGNORED, DEAD_LETTERS, SIGNALS, PURGED, BACKFILLED];
 
-const GAUGES: [&str; 17] = [
+const GAUGES: [&str; 19] = [
     WAITING,
     PROBLEMS,
     EVENTS_PENDING,
@@ -74,6 +76,8 @@ const GAUGES: [&str; 17] = [
     OUTBOX_OLDEST,
     OPEN_ORPHANS,
     UNCERTAIN_ROWS,
+    WITHHELD_ROWS,
+    UNFINISHED_REPLAYS,
     OPEN_QUESTIONS,
     FAILING_QUESTIONS,
     OLDEST_QUESTION,
@@ -130,6 +134,12 @@ fn help(name: &str) -> &'static str {
         OUTBOX_OLDEST => "Age of the oldest of them",
         OPEN_ORPHANS => "Payments without a known user, by reason; counted up to 10000",
         UNCERTAIN_ROWS => "Subscriptions whose state is uncertain; counted up to 10000",
+        WITHHELD_ROWS => {
+            "Subscriptions of which no signal was ever sent, because a rebuild did not find their user or was silent; counted up to 10000"
+        }
+        UNFINISHED_REPLAYS => {
+            "Replays that are running or were interrupted, and lost rows that no replay has rebuilt"
+        }
         OPEN_QUESTIONS => "Open questions of all workers, by kind; counted up to 10000",
         FAILING_QUESTIONS => {
             "Open questions whose last attempt failed, by kind; counted up to 10000"
@@ -341,6 +351,10 @@ pub(crate) fn tables(figures: Option<&Figures>) {
         oldest.map_or(0.0, |oldest| since(oldest, figures.now))
     });
     show(UNCERTAIN_ROWS, |figures| figures.uncertain_rows as f64);
+    show(WITHHELD_ROWS, |figures| figures.withheld_rows as f64);
+    show(UNFINISHED_REPLAYS, |figures| {
+        figures.unfinished_replays as f64
+    });
     show(PENDING_DEAD_LETTERS, |figures| {
         figures.pending_dead_letters as f64
     });

@@ -100,6 +100,8 @@ async fn read_the_figures(watch: &Watch<'_>, store: &Store) {
     let found = watch.check("figures", read_max, found).await;
     assert_eq!(found.signals.count, COUNT_MAX);
     assert_eq!(found.uncertain_rows, 10);
+    assert_eq!(found.withheld_rows, 10);
+    assert_eq!(found.unfinished_replays, 0);
     assert_eq!(found.open_orphans(OrphanReason::NoCheckoutSession), 10);
     assert_eq!(found.questions(Kind::Grace).open.count, COUNT_MAX);
     assert_eq!(found.waiting_for_key(Some(false)), 10);

@@ -9,6 +9,7 @@ use sea_orm::{ConnectionTrait, DbBackend, DbErr, Statement};
 use time::OffsetDateTime;
 
 use super::Store;
+use super::subscription::IS_WITHHELD;
 use crate::error::StoreError;
 
 /// Where counting ends: a figure of this size means that it is at least so large.
@@ -22,6 +23,9 @@ pub struct Figures {
     /// The signals in the outbox.
     pub signals: Rows,
     pub uncertain_rows: u64,
+    pub withheld_rows: u64,
+    /// Replays that have not reached their end, and a rebuild that waits for its replay.
+    pub unfinished_replays: u64,
     pub pending_dead_letters: u64,
     open_orphans: Vec<(OrphanReason, u64)>,
     questions: Vec<(Kind, Questions)>,
@@ -133,6 +137,10 @@ fn parts() -> Vec<Part> {
             "dt_created",
         ),
         Part::count("stripe_subscription WHERE uncertain ORDER BY stripe_subscription_id"),
+        Part::count(format!(
+            "stripe_subscription WHERE {IS_WITHHELD} ORDER BY stripe_subscription_id"
+        )),
+        Part::count("litestripe_replay WHERE dt_finished IS NULL"),
         Part::count("litestripe_dead_letter ORDER BY stream_created, sequence"),
     ];
     for livemode in ["TRUE", "FALSE"] {
@@ -194,6 +202,8 @@ pub async fn read(store: &Store) -> Result<Figures, StoreError> {
         now: next()?.oldest.unwrap_or_else(OffsetDateTime::now_utc),
         signals: next()?,
         uncertain_rows: next()?.count,
+        withheld_rows: next()?.count,
+        unfinished_replays: next()?.count,
         pending_dead_letters: next()?.count,
         notifications: [next()?.count, next()?.count],
         open_orphans: OrphanReason::ALL

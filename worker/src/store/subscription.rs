@@ -23,6 +23,9 @@ use crate::store::Transaction;
 
 const KEY: (Entity, Column) = (Entity, Column::StripeSubscriptionId);
 
+/// The condition of the index of withheld rows.
+pub(super) const IS_WITHHELD: &str = r#"last_sent IN ('"withheld"', '"silent"')"#;
+
 const NEWEST_ERASURE: &str = "newest_erasure";
 const INSTALLATION: &str = "installation";
 
@@ -302,7 +305,7 @@ fn is_unsent() -> Expr {
 }
 
 fn is_withheld() -> Expr {
-    Column::LastSent.is_in([WITHHELD, SILENT])
+    Expr::cust(IS_WITHHELD)
 }
 
 /// Selects the rows with an unsent or withheld signal. The condition is that of their index.

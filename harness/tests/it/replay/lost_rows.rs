@@ -6,6 +6,7 @@ use litestripe_harness::stripe::Purchase;
 use serde_json::{Value, json};
 
 use super::{DEADLINE, forget_rows, json_of, last_signal, replay, signals_after};
+use crate::metrics::until_shown;
 use crate::orphans::{COMPLETED, CREATED, UPDATED, apply, now};
 
 on_both_databases!(
@@ -52,6 +53,13 @@ async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind)
         let sent = signals_after(&bridge, last).await;
         assert_eq!(sent.len(), 0, "{}: {sent:#?}", event.summary());
     }
+    let untold = |rows, replays| {
+        [
+            ("litestripe_worker_withheld_rows", rows),
+            ("litestripe_worker_unfinished_replays", replays),
+        ]
+    };
+    until_shown(&bridge.workers[0], &untold(1.0, 1.0)).await;
     // What is newer than the rebuild is signalled as usual.
     let bought = Purchase::new(now() + 1);
     apply(
@@ -74,6 +82,7 @@ async fn empty_table_beside_a_used_consumer_is_a_rebuild(database: DatabaseKind)
         assert_eq!(sent.body["access"], "granted");
     }
     assert_eq!(self::status(&bridge).await["replay"], Value::Null);
+    until_shown(&bridge.workers[0], &untold(0.0, 0.0)).await;
     let worker = bridge.start_worker();
     worker.wait_until_ready().await;
     assert_eq!(worker.count_in_log(WARNING), 0, "it is over");
