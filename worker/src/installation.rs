@@ -35,6 +35,9 @@ use crate::wait::pause;
 /// The key of the KV bucket that holds the id.
 const KEY: &str = "installation";
 
+/// The length of an id: of a NUID, of letters and digits.
+const ID_LENGTH: usize = 22;
+
 /// How often a running worker compares the ids.
 const COMPARE_EVERY: Duration = Duration::from_secs(2);
 
@@ -198,14 +201,14 @@ impl Installation {
         };
         let mut bucket = self.0.bucket.lock().await;
         let entry = bucket.read(KEY).await?;
-        match text(&entry) {
+        match id_in(entry.value.as_ref()) {
             Some(theirs) if theirs == self.0.id => {}
             Some(theirs) if Some(&theirs) != known.replaces.as_ref() => {
                 let ours = self.0.id.clone();
                 return Err(Split::Different { ours, theirs }.into());
             }
             // It lost its store, or was restored from before the rebuild, as `step` has it.
-            _ => write(&mut bucket, &self.0.id, entry.revision).await?,
+            _ => write(&mut bucket, &self.0.id, &entry).await?,
         }
         drop(bucket);
         self.see_stream(known).await
@@ -253,10 +256,10 @@ async fn step(
     // In this order: another worker of the same database writes the broker's id last.
     let entry = bucket.read(KEY).await?;
     let ours = find(store).await?;
-    match (ours, text(&entry)) {
+    match (ours, id_in(entry.value.as_ref())) {
         (Some(ours), Some(theirs)) if ours.id == theirs => return Ok(Some(theirs)),
         (Some(ours), theirs) if theirs.is_none() || theirs == ours.replaces => {
-            write(bucket, &ours.id, entry.revision).await?;
+            write(bucket, &ours.id, &entry).await?;
         }
         (Some(ours), theirs) => {
             let (ours, theirs) = (ours.id, theirs.unwrap_or_default());
@@ -321,7 +324,7 @@ pub(crate) async fn require(
     {
         return check(store, jetstream).await;
     }
-    match Bucket::existing(jetstream.clone(), KEY).await? {
+    match broker_id(jetstream).await? {
         Some(theirs) => Err(Split::NotJoined { theirs }.into()),
         None => Ok(()),
     }
@@ -336,7 +339,7 @@ pub(crate) async fn check(
     let Some(ours) = find(store).await? else {
         return Ok(());
     };
-    match Bucket::existing(jetstream.clone(), KEY).await? {
+    match broker_id(jetstream).await? {
         Some(theirs) if theirs != ours.id && Some(&theirs) != ours.replaces.as_ref() => {
             let ours = ours.id;
             Err(Split::Different { ours, theirs }.into())
@@ -356,8 +359,9 @@ pub(crate) async fn join_on_purpose(
     table::insert(store.connection(), &new_id(jetstream), None).await?;
     let id = find(store).await?.map(|ours| ours.id).unwrap_or_default();
     let entry = bucket.read(KEY).await?;
-    let before = text(&entry).filter(|theirs| *theirs != id);
-    if text(&entry).as_ref() != Some(&id) {
+    let theirs = id_in(entry.value.as_ref());
+    let before = theirs.clone().filter(|theirs| *theirs != id);
+    if theirs.as_ref() != Some(&id) {
         bucket.write(KEY, id.clone(), entry.revision).await?;
     }
     Ok((id, before))
@@ -395,11 +399,22 @@ async fn find(store: &Store) -> Result<Option<table::Installation>, StoreError> 
     detached(async move { table::find(store.connection()).await }).await
 }
 
-/// Writes the broker's id. Another process may write it at the same time: the caller reads it
-/// again.
-async fn write(bucket: &mut Bucket, id: &str, revision: u64) -> Result<(), KvError> {
-    match bucket.write(KEY, id.to_owned(), revision).await {
+/// Reads the broker's id, and never creates the bucket.
+async fn broker_id(jetstream: &jetstream::Context) -> Result<Option<String>, KvError> {
+    let value = Bucket::existing(jetstream.clone(), KEY).await?;
+    Ok(id_in(value.as_ref()))
+}
+
+/// Writes the broker's id over `before`. Another process may write it at the same time: the caller
+/// reads it again.
+async fn write(bucket: &mut Bucket, id: &str, before: &Entry) -> Result<(), KvError> {
+    match bucket.write(KEY, id.to_owned(), before.revision).await {
         Ok(_) => {
+            if before.value.is_some() && id_in(before.value.as_ref()).is_none() {
+                warn!(
+                    "the key {KEY} of the KV bucket held no id: a program that is none of Litestripe's wrote to it"
+                );
+            }
             info!("the broker (NATS_URL) belongs to installation {id} now");
             Ok(())
         }
@@ -408,9 +423,12 @@ async fn write(bucket: &mut Bucket, id: &str, revision: u64) -> Result<(), KvErr
     }
 }
 
-fn text(entry: &Entry) -> Option<String> {
-    let value = entry.value.as_ref()?;
-    Some(String::from_utf8_lossy(value).into_owned()).filter(|text| !text.is_empty())
+/// Returns the id that this value of the key is. Anything else, which a server's answer to a request
+/// with this subject for a reply may be, counts as no id: it must not stop all workers.
+fn id_in(value: Option<impl AsRef<[u8]>>) -> Option<String> {
+    let text = String::from_utf8(value?.as_ref().to_vec()).ok()?;
+    let is_id = text.len() == ID_LENGTH && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    is_id.then_some(text)
 }
 
 /// Returns a random id.

@@ -22,12 +22,16 @@ on_both_databases!(
     running_worker_stops_without_acks_when_the_broker_is_another_installations,
     running_worker_stops_without_acks_when_the_database_is_another_installations,
     broker_that_lost_its_data_gets_the_id_of_the_database,
+    what_is_no_id_stops_no_worker,
     rebuilt_database_replaces_the_one_before,
     workers_of_a_rebuilt_database_start_together,
     commands_on_a_wrong_database_take_nothing_from_the_broker,
 );
 
 const KEY: &str = "installation";
+
+/// The id of another installation.
+const ANOTHER: &str = "anotherInstallation000";
 
 async fn database_and_broker_hold_one_id(database: DatabaseKind) {
     let bridge = Bridge::start(Options::new(database).workers(2)).await;
@@ -43,26 +47,26 @@ async fn worker_refuses_the_broker_of_another_installation_until_it_joins_on_pur
     let mut bridge = Bridge::start(Options::new(database)).await;
     let ours = database_id(&bridge).await.expect("it has an id");
     assert!(bridge.workers.remove(0).stop().await.success());
-    set_broker_id(&bridge, "another").await;
+    set_broker_id(&bridge, ANOTHER).await;
     bridge.deliver(&event()).await;
 
     let refused = bridge.start_worker().wait(DEADLINE).await;
     let log = bridge.workers.remove(0).log();
     assert_eq!(refused.code(), Some(1), "{log}");
-    for named in [&ours, "another", "litestripe-worker join"] {
+    for named in [&ours, ANOTHER, "litestripe-worker join"] {
         assert!(log.contains(named), "{named} is not in {log}");
     }
     let replay = bridge.worker().arg("replay").run(DEADLINE).await;
     assert_eq!(replay.status.code(), Some(1), "{replay:?}");
     assert_eq!(bridge.rows().await.len(), 0);
     let problems = status(&bridge).await["problems"].to_string();
-    assert!(problems.contains("another"), "{problems}");
+    assert!(problems.contains(ANOTHER), "{problems}");
 
     let joined = bridge.worker().args(["join", "--json"]).run(DEADLINE).await;
     let joined: Value = serde_json::from_str(&joined.stdout).expect("it is JSON");
     assert_eq!(
         joined,
-        json!({ "installation": ours, "broker_before": "another" })
+        json!({ "installation": ours, "broker_before": ANOTHER })
     );
     bridge.start_worker().wait_until_ready().await;
     bridge.check().await;
@@ -73,11 +77,11 @@ async fn running_worker_stops_without_acks_when_the_broker_is_another_installati
     database: DatabaseKind,
 ) {
     let mut bridge = Bridge::start(Options::new(database)).await;
-    set_broker_id(&bridge, "another").await;
+    set_broker_id(&bridge, ANOTHER).await;
     let worker = bridge.workers.remove(0);
     let ended = worker.wait(DEADLINE).await;
     assert_eq!(ended.code(), Some(1), "{}", worker.log());
-    assert!(worker.log().contains("another"), "{}", worker.log());
+    assert!(worker.log().contains(ANOTHER), "{}", worker.log());
     bridge.deliver(&event()).await;
     assert_eq!(ack_floor(&bridge).await, 0);
 }
@@ -121,6 +125,40 @@ async fn broker_that_lost_its_data_gets_the_id_of_the_database(database: Databas
     bridge.workers[0]
         .wait_for_log("was created anew", DEADLINE)
         .await;
+}
+
+/// Whoever may publish requests can name the key's subject for the reply.
+async fn what_is_no_id_stops_no_worker(database: DatabaseKind) {
+    let mut bridge = Bridge::start(Options::new(database)).await;
+    let ours = database_id(&bridge).await;
+    let nats = bridge.broker.connect().await;
+    let spoil = async || {
+        let reply = format!("$KV.{KV_BUCKET}.{KEY}");
+        nats.publish_with_reply("$JS.API.INFO", reply, "".into())
+            .await
+            .expect("it is sent");
+    };
+    let mended = async |bridge: &Bridge| {
+        eventually(
+            "the broker to get the id again",
+            DEADLINE,
+            async || match broker_id(bridge).await {
+                id if id == ours => Ok(()),
+                id => Err(format!("{id:?}")),
+            },
+        )
+        .await;
+    };
+    spoil().await;
+    bridge.workers[0].wait_for_log("held no id", DEADLINE).await;
+    mended(&bridge).await;
+    assert!(bridge.workers.remove(0).stop().await.success());
+
+    spoil().await;
+    let problems = status(&bridge).await["problems"].to_string();
+    assert!(!problems.contains("installation"), "{problems}");
+    bridge.start_worker().wait_until_ready().await;
+    mended(&bridge).await;
 }
 
 /// A rebuild looks like a wrong `DATABASE_URL`: while workers apply the events to another database

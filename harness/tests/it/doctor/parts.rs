@@ -128,7 +128,7 @@ async fn database_of_another_installation_is_named(database: DatabaseKind) {
         .await;
     let bucket = bucket.expect("it exists");
     bucket
-        .put("installation", "another".into())
+        .put("installation", "anotherInstallation000".into())
         .await
         .expect("it can be written");
     healthy

@@ -434,7 +434,7 @@ async fn no_resolution_is_stored_at_the_broker_of_another_installation(database:
     let bucket = bridge.jetstream().await.get_key_value(KV_BUCKET).await;
     let bucket = bucket.expect("the bucket exists");
     bucket
-        .put("installation", "another".into())
+        .put("installation", "anotherInstallation000".into())
         .await
         .expect("it is written");
     let refused = resolve(&bridge, &purchase.subscription, "user_1").await;
