@@ -2,6 +2,7 @@
 //!
 //! Owns the distinction that callers branch on. May not know which batch or command failed.
 
+use std::error::Error;
 use std::time::Duration;
 
 use sea_orm::sqlx;
@@ -163,6 +164,12 @@ impl StoreError {
     }
 }
 
+/// Whether it was the database that failed, wherever in the chain of causes.
+pub(crate) fn is_of_database(error: &(dyn Error + 'static)) -> bool {
+    // A transparent error hides the `StoreError` in the chain, but not its cause.
+    error.is::<StoreError>() || error.is::<Cause>() || error.source().is_some_and(is_of_database)
+}
+
 /// Whether the database may do later what it did not do now, without the operator's help.
 pub(crate) fn is_temporary(error: &sqlx::Error) -> bool {
     match error {
@@ -199,7 +206,7 @@ fn database_error(error: &DbErr) -> Option<&dyn sqlx::error::DatabaseError> {
 
 /// PostgreSQL: "Error Codes"; permanent are 28 (invalid authorization), 3D (no such database), 3F
 /// (no such schema), 42 (access rule, or unknown SQL), 0A (unsupported feature), and errors about
-/// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, IOERR, FULL and PROTOCOL.
+/// data. SQLite: "Result Codes"; temporary are BUSY, LOCKED, NOMEM, READONLY, IOERR, FULL and PROTOCOL.
 fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
     let code = Code::new(error);
     match code {
@@ -208,7 +215,7 @@ fn is_temporary_code(error: &dyn sqlx::error::DatabaseError) -> bool {
                 && !is_refusal_of_a_pooler(error)
                 && !code.is_among(&["28", "3D", "3F", "42", "0A"], &[])
         }
-        Code::Sqlite(_) => code.is_among(&[], &[5, 6, 7, 10, 13, 15]),
+        Code::Sqlite(_) => code.is_among(&[], &[5, 6, 7, 8, 10, 13, 15]),
     }
 }
 

@@ -19,6 +19,7 @@ use warp::http::StatusCode;
 use warp::reply::{Json, WithStatus};
 use warp::{Filter, Reply};
 
+use crate::metrics;
 use crate::store::Store;
 
 /// How long the database may take to answer a ping before the worker is not ready.
@@ -125,7 +126,7 @@ pub(crate) async fn serve(
     });
     let metrics = warp::path!("metrics").map(move || {
         let is_connected = client.connection_state() == State::Connected;
-        let text = crate::metrics::render(is_connected, problems.list(Instant::now()).len());
+        let text = metrics::render(is_connected, problems.list(Instant::now()).len());
         warp::reply::with_header(
             text,
             "content-type",
@@ -182,7 +183,14 @@ async fn waits_for(nats: &async_nats::Client, readiness: &Readiness) -> Option<&
     if !matches!(timeout(PING_TIMEOUT, store.ping()).await, Ok(Ok(()))) {
         return Some("the database");
     }
-    (!readiness.consuming.load(Ordering::Relaxed)).then_some("the streams")
+    if readiness.consuming.load(Ordering::Relaxed) {
+        None
+    } else if metrics::DATABASE.is_awaited() {
+        // It answers, and refuses what a start needs, such as a right.
+        Some("the database")
+    } else {
+        Some("the streams")
+    }
 }
 
 /// Returns all reasons, or `None` if there are none.

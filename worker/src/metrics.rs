@@ -251,7 +251,8 @@ impl Awaited {
         Waiting(self)
     }
 
-    fn is_awaited(&self) -> bool {
+    /// Whether a part waits.
+    pub(crate) fn is_awaited(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
     }
 }

@@ -35,6 +35,7 @@ mod postgres;
 pub mod question;
 pub mod raw;
 pub mod replay;
+pub(crate) mod rights;
 mod rows;
 mod sqlite;
 pub mod subscription;

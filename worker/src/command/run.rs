@@ -1,5 +1,6 @@
 //! `run`: apply events and send signals until stopped.
 
+use std::error::Error;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tracing::{error, info, warn};
 use super::Failure;
 use crate::apply::{Applier, Refusals};
 use crate::clocks;
+use crate::error::is_of_database;
 use crate::figures;
 use crate::health::{self, Readiness};
 use crate::installation::{Installation, InstallationError, Split};
@@ -127,14 +129,11 @@ async fn prepare(
     let _ = readiness.store.set(store.clone());
     broker::prepare(&nats, settings).await;
     let installation = join(settings, &store, &nats).await?;
-    let parts = wait::until_ok(JETSTREAM, async || {
+    let parts = until_both(async || {
         Parts::assemble(store.clone(), nats.clone(), Some(installation.clone())).await
     })
     .await;
-    wait::until_ok(JETSTREAM, async || {
-        lost_rows::record_if_lost(&store, &parts.jetstream).await
-    })
-    .await;
+    until_both(async || lost_rows::record_if_lost(&store, &parts.jetstream).await).await;
     wait::until_ok(DATABASE, async || rules.record_start(&store, name).await).await;
     Ok(parts)
 }
@@ -147,16 +146,35 @@ async fn join(
     nats: &async_nats::Client,
 ) -> Result<Installation, Failure> {
     let jetstream = connect::jetstream(nats.clone());
-    let mut wait = Wait::new(JETSTREAM);
+    until_both(
+        async || match Installation::join(settings, store, &jetstream).await {
+            Err(split @ InstallationError::Split(_)) => Ok(Err(split.into())),
+            joined => joined.map(Ok),
+        },
+    )
+    .await
+}
+
+/// Retries what needs both the database and JetStream, until it succeeds.
+async fn until_both<T, E: Error + 'static>(mut attempt: impl AsyncFnMut() -> Result<T, E>) -> T {
+    let (mut database, mut jetstream) = (Wait::new(DATABASE), Wait::new(JETSTREAM));
     loop {
-        match Installation::join(settings, store, &jetstream).await {
-            Ok(installation) => {
-                wait.succeeded();
-                return Ok(installation);
+        let error = match attempt().await {
+            Err(error) => error,
+            Ok(value) => {
+                database.succeeded();
+                jetstream.succeeded();
+                return value;
             }
-            Err(split @ InstallationError::Split(_)) => return Err(split.into()),
-            Err(error) => tokio::time::sleep(wait.failed(&error)).await,
-        }
+        };
+        let pause = if is_of_database(&error) {
+            jetstream = Wait::new(JETSTREAM);
+            database.failed(&error)
+        } else {
+            database = Wait::new(DATABASE);
+            jetstream.failed(&error)
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 

@@ -1,4 +1,4 @@
-//! The database: whether it answers, and whether its schema is this program's.
+//! The database: whether it answers and lets a worker write, and whether its schema is this program's.
 
 use std::path::Path;
 
@@ -9,6 +9,7 @@ use super::{Line, finding, within};
 use crate::clocks::{self, Reading};
 use crate::error::StoreError;
 use crate::settings::{DatabaseKind, DatabaseSettings};
+use crate::store::rights::{self, Refusal};
 use crate::store::{Step, Store, file};
 
 const CHECK: &str = "database";
@@ -44,7 +45,8 @@ pub(super) async fn examine(settings: &DatabaseSettings) -> Database {
         }
     };
     let (store, steps, clock) = match opened {
-        Some(Ok(opened)) => opened,
+        Some(Ok(Ok(opened))) => opened,
+        Some(Ok(Err(refusal))) => return unreachable(refusal.into()),
         Some(Err(error)) => return unreachable(finding(exit::chain(&error), mend)),
         None => {
             let what = "the database (DATABASE_URL) does not answer in time";
@@ -81,14 +83,45 @@ pub(super) async fn examine(settings: &DatabaseSettings) -> Database {
 
 type Opened = (Store, Vec<Step>, Option<Reading>);
 
-async fn open(settings: &DatabaseSettings) -> Result<Opened, StoreError> {
+async fn open(settings: &DatabaseSettings) -> Result<Result<Opened, Refusal>, StoreError> {
     let store = Store::open_to_read(settings, "open the database (DATABASE_URL)").await?;
+    let db = store.connection();
+    let refusal = match settings.kind {
+        DatabaseKind::Sqlite => None,
+        DatabaseKind::Postgres => rights::refusal(db).await?,
+    };
+    if let Some(refusal) = refusal {
+        return Ok(Err(refusal));
+    }
     let steps = store.migrations().await?;
     let clock = match settings.kind {
-        DatabaseKind::Sqlite => None,
+        DatabaseKind::Sqlite => {
+            if steps.iter().any(|step| step.applied) {
+                rights::try_write(db).await?;
+            }
+            None
+        }
         DatabaseKind::Postgres => clocks::read_database(&store).await,
     };
-    Ok((store, steps, clock))
+    Ok(Ok((store, steps, clock)))
+}
+
+impl From<Refusal> for Finding {
+    fn from(refusal: Refusal) -> Self {
+        let mend = match &refusal {
+            Refusal::Standby => "set DATABASE_URL to the primary",
+            Refusal::ReadOnly => {
+                "end default_transaction_read_only of the server, the database and the user, or set DATABASE_URL to \
+                 another server"
+            }
+            Refusal::Rights(_) => {
+                "GRANT USAGE ON SCHEMA …, SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA … and USAGE ON ALL \
+                 SEQUENCES IN SCHEMA … to that user, or set DATABASE_URL to the user that migrated"
+            }
+        };
+        let what = "nothing can be written to the database (DATABASE_URL)";
+        finding(format!("{what}: {refusal}"), mend)
+    }
 }
 
 fn unreachable(finding: Finding) -> Database {
