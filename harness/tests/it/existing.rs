@@ -16,6 +16,7 @@ use litestripe_harness::bridge::{Bridge, DatabaseKind, Options, lock_row_sql};
 use litestripe_harness::eventually;
 use litestripe_harness::stripe::{Event, Purchase};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 use crate::orphans::{CREATED, DEADLINE, UPDATED, now};
 
@@ -82,6 +83,30 @@ async fn consumer_that_loses_events_is_named_until_it_is_made_anew() {
         assert_eq!(bridge.rows().await.len(), 1, "{named}");
         assert_eq!(json(&bridge, &["status"]).await["problems"], json!([]));
     }
+}
+
+#[tokio::test]
+async fn paused_consumer_is_named_until_it_is_resumed() {
+    let bridge = Bridge::start(Options::new(DatabaseKind::Sqlite)).await;
+    let events = bridge.stream(EVENTS_STREAM).await;
+    let tomorrow = OffsetDateTime::now_utc() + Duration::from_secs(24 * 60 * 60);
+    let paused = events.pause_consumer(WORKER_CONSUMER, tomorrow).await;
+    paused.expect("a consumer can be paused");
+    bridge.workers[0]
+        .wait_for_log(
+            "nats consumer resume STRIPE_EVENTS litestripe-worker",
+            DEADLINE,
+        )
+        .await;
+    let (status, text) = bridge.workers[0].page("/readyz").await.expect("it answers");
+    assert_eq!((status, text.contains("is paused")), (503, true), "{text}");
+    let problems = json(&bridge, &["status"]).await["problems"].to_string();
+    assert!(problems.contains("is paused"), "{problems}");
+
+    let resumed = events.resume_consumer(WORKER_CONSUMER).await;
+    resumed.expect("a consumer can be resumed");
+    bridge.workers[0].wait_until_ready().await;
+    assert_eq!(json(&bridge, &["status"]).await["problems"], json!([]));
 }
 
 /// A durable that is ahead of its stream would skip the events up to there.

@@ -8,7 +8,7 @@ use async_nats::jetstream::account::Account;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, StorageType};
 use litestripe_contract::settings::{EVENTS_MAX_AGE, EVENTS_MAX_BYTES, STREAM_REPLICAS, Setting};
 use litestripe_contract::stream::{self, Finding};
-use litestripe_contract::subject::KV_STREAM;
+use litestripe_contract::subject::{DEAD_LETTERS_STREAM, EVENTS_STREAM, KV_STREAM};
 
 use super::finding;
 use crate::settings::{
@@ -78,6 +78,7 @@ pub(super) fn findings(settings: &Settings, streams: &[Info], is_cluster: bool) 
     }
     for stream in streams {
         findings.extend(in_memory(&stream.config));
+        findings.extend(copied(&stream.config));
         findings.extend(replicas(
             settings.events.replicas,
             &stream.config,
@@ -153,6 +154,20 @@ fn in_memory(config: &Config) -> Option<Finding> {
             format!("move its messages to a new {name} that Litestripe creates"),
         )
     })
+}
+
+/// Whoever may read the subject of the copies reads whole events.
+fn copied(config: &Config) -> Option<Finding> {
+    let name = &config.name;
+    let holds_events = [EVENTS_STREAM, DEAD_LETTERS_STREAM].contains(&name.as_str());
+    let copies = config.republish.as_ref().filter(|_| holds_events)?;
+    let to = &copies.destination;
+    Some(finding(
+        format!(
+            "the stream {name} copies its events to {to} (republish), with the personal data in them"
+        ),
+        format!("nats stream edit {name} --no-republish"),
+    ))
 }
 
 fn replicas(wanted: usize, config: &Config, is_cluster: bool) -> Option<Finding> {

@@ -31,6 +31,10 @@ const PART: &str = "streams";
 /// How often the broker is asked.
 const READ_EVERY: Duration = Duration::from_secs(10);
 
+/// The `max_payload` of a NATS server, unless it is configured. A stream need not accept larger
+/// messages.
+const MAX_PAYLOAD: i32 = 1 << 20;
+
 /// Returns what should be changed in a stream.
 type Of = fn(&stream::Config) -> Vec<Finding>;
 
@@ -112,6 +116,7 @@ pub(crate) fn find(seen: &Seen) -> Vec<Finding> {
     let mut found: Vec<Finding> = streams.flatten().collect();
     if let Some(consumer) = &seen.consumer {
         found.extend(of_consumer(&consumer.config));
+        found.extend(consumer.paused.then(paused));
         let end = seen.stream(EVENTS_STREAM);
         let end = end.map_or(u64::MAX, |events| events.state.last_sequence);
         found.extend(of_position(consumer.delivered.stream_sequence, end));
@@ -184,6 +189,11 @@ fn of_any(config: &stream::Config, subjects: &[&str]) -> Vec<Rule> {
             config.no_ack,
             "confirms no message (no_ack), so that nobody knows what is stored",
             "--ack",
+        ),
+        (
+            (1..MAX_PAYLOAD).contains(&config.max_message_size),
+            "refuses messages that the NATS server accepts (max_msg_size)",
+            "--max-msg-size=-1",
         ),
         (
             config.sealed || config.mirror.is_some(),
@@ -283,6 +293,14 @@ fn of_position(delivered: u64, end: u64) -> Option<Finding> {
             "has delivered up to event {delivered}, and the stream ends at {end}: events up to there would be skipped"
         ))
     })
+}
+
+/// Only a request of an operator pauses it.
+fn paused() -> Finding {
+    Finding {
+        mend: format!("nats consumer resume {EVENTS_STREAM} {WORKER_CONSUMER}"),
+        ..consumer_finding("is paused, so that no event is applied")
+    }
 }
 
 fn consumer_finding(what: &str) -> Finding {

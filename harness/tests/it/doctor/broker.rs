@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::stream::{Config, DiscardPolicy, StorageType};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, Republish, StorageType};
 use litestripe_contract::subject::{EVENTS_STREAM, SIGNALS_STREAM, WORKER_CONSUMER};
 use litestripe_harness::bridge::DatabaseKind;
 use litestripe_harness::{nats, port};
@@ -215,6 +215,30 @@ async fn stream_that_is_not_as_the_settings_say_is_named() {
     .await;
     check(
         "KV_litestripe",
+    check(
+        EVENTS_STREAM,
+        |config| config.max_message_size = 1000,
+        &[
+            "max_msg_size",
+            "nats stream edit STRIPE_EVENTS --max-msg-size=-1",
+        ],
+    )
+    .await;
+    check(
+        EVENTS_STREAM,
+        |config| {
+            config.republish = Some(Republish {
+                source: ">".to_owned(),
+                destination: "copy.>".to_owned(),
+                headers_only: false,
+            });
+        },
+        &[
+            "personal data",
+            "nats stream edit STRIPE_EVENTS --no-republish",
+        ],
+    )
+    .await;
         |config| config.max_age = DAY,
         &["KV_litestripe", "--max-age=0"],
     )

@@ -57,6 +57,20 @@ fn each_harmful_setting_of_a_stream_is_named_with_its_mend() {
         ..signals()
     };
     check(of_signals(&full), "refuses", &format!("{edit}discard=old"));
+    let small = stream::Config {
+        max_message_size: 1000,
+        ..signals()
+    };
+    check(
+        of_signals(&small),
+        "max_msg_size",
+        &format!("{edit}max-msg-size=-1"),
+    );
+    let large = stream::Config {
+        max_message_size: MAX_PAYLOAD,
+        ..signals()
+    };
+    assert_eq!(of_signals(&large), []);
     let other = stream::Config {
         subjects: vec!["orphan.*".to_owned()],
         ..signals()
