@@ -93,9 +93,11 @@ fn fault(answer: &Result<(), ApiError>) -> Option<Line> {
             "set it to a key that exists: it may have been rolled, deleted or restricted to other hosts",
         ),
         // The key lacks a permission, or there is no such object.
-        Some(status) if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
-            return None;
-        }
+        Some(StatusCode::FORBIDDEN | StatusCode::NOT_FOUND) => return None,
+        Some(StatusCode::TOO_MANY_REQUESTS) => finding(
+            format!("Stripe limits the calls: {}", exit::chain(error)),
+            "try again; if it stays so, lower LITESTRIPE_MAX_REQUESTS_PER_MINUTE",
+        ),
         _ => finding(
             format!(
                 "Stripe's API gives no usable answer: {}",

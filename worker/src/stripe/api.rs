@@ -638,6 +638,11 @@ pub(super) fn status_error(response: &Response) -> ApiError {
     }
 }
 
+/// Whether the answer is Stripe's, and not that of a proxy or another server.
+pub(super) fn has_request_id(response: &Response) -> bool {
+    header(response, REQUEST_ID).is_some()
+}
+
 fn request_id(response: &Response) -> String {
     header(response, REQUEST_ID).unwrap_or("unknown").to_owned()
 }

@@ -45,8 +45,15 @@ impl StripeApi {
         };
         let ended = OffsetDateTime::now_utc();
         let answer = match response.status() {
-            status if status.is_success() => Ok(()),
             status if status.is_redirection() => Err(ApiError::Redirected),
+            // Any web server may answer so.
+            status if !status.is_server_error() && !api::has_request_id(&response) => {
+                Err(ApiError::Answer {
+                    problem: "it has no Request-Id, so that it is not Stripe's",
+                    request_id: "none".to_owned(),
+                })
+            }
+            status if status.is_success() => Ok(()),
             _ => Err(api::status_error(&response)),
         };
         let clock = api::date(&response).map(|at| Reading::new("Stripe", at, began, ended));
