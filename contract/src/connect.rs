@@ -12,6 +12,7 @@ use async_nats::connection::State;
 use async_nats::{AuthError, Client, ConnectErrorKind, ConnectOptions, Event, jetstream};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::exit;
@@ -74,6 +75,28 @@ pub async fn refusal(settings: &NatsSettings, name: &str) -> Option<String> {
         Ok(Err(error)) => Some(error.to_string()),
         Err(_) => Some("no answer".to_owned()),
     }
+}
+
+/// Returns the server's error if the user may not subscribe where answers arrive, without which no
+/// request succeeds. `None` if there is none within 2 s: the server confirms no subscription.
+pub async fn inbox_refusal(settings: &NatsSettings, name: &str) -> Option<String> {
+    let (sender, mut refusal) = watch::channel(None);
+    let options = options(settings, name, &Reported::default()).ok()?;
+    let options = options.event_callback(move |event| {
+        if let Event::ServerError(error) = event {
+            let error = error.to_string();
+            if error.contains("Permissions Violation for Subscription") {
+                sender.send_replace(Some(error));
+            }
+        }
+        std::future::ready(())
+    });
+    let refused = async {
+        let client = options.connect(settings.servers.as_slice()).await.ok()?;
+        let _inbox = client.subscribe(client.new_inbox()).await.ok()?;
+        refusal.wait_for(Option::is_some).await.ok()?.clone()
+    };
+    tokio::time::timeout(REQUEST_TIMEOUT, refused).await.ok()?
 }
 
 /// Reconnects `client` if the server now accepts larger messages.

@@ -15,6 +15,9 @@ use crate::start::parts::{self, StartError};
 use crate::stream::findings;
 use crate::stream::seen::Seen;
 
+/// The name of the connection at the NATS server.
+const NAME: &str = "litestripe-worker doctor";
+
 const CHECK: &str = "broker";
 const JETSTREAM: &str = "JetStream";
 const RIGHTS: &str = "rights";
@@ -35,7 +38,7 @@ pub(super) struct Broker {
 
 pub(super) async fn examine(settings: &Settings, monitoring: &Monitoring) -> Broker {
     let mut broker = Broker::default();
-    let nats = match parts::connect_within(settings, "litestripe-worker doctor").await {
+    let nats = match parts::connect_within(settings, NAME).await {
         Ok(nats) => nats,
         Err(error) => {
             broker.lines.push(Line::mend(CHECK, unreachable(error)));
@@ -77,6 +80,16 @@ impl Broker {
             user.as_ref().and_then(UserInfo::time)
         };
         self.clock = Reading::take(clocks::BROKER, asked).await;
+        if self.clock.is_none()
+            && let Some(error) = connect::inbox_refusal(&settings.nats, NAME).await
+        {
+            self.lacks_rights = true;
+            self.lines.push(Line::mend(RIGHTS, no_inbox(&error)));
+            let skipped = [JETSTREAM, streams::CHECK, ROOM];
+            self.lines
+                .extend(skipped.map(|check| needs(check, "the rights")));
+            return;
+        }
         if self.clock.is_none() {
             self.clock = clocks::read_broker(&jetstream).await;
         }
@@ -111,6 +124,13 @@ impl Broker {
             Some(user) => user.judge(lacking, &missing),
         });
     }
+}
+
+fn no_inbox(error: &str) -> Finding {
+    finding(
+        format!("the user at NATS gets no answers: {error}"),
+        "set NATS_INBOX_PREFIX to the prefix below which this user may subscribe (docs/permissions.md#inboxes)",
+    )
 }
 
 fn unusable(reason: &str) -> Finding {

@@ -105,6 +105,20 @@ async fn each_right_that_the_user_lacks_is_named() {
 }
 
 #[tokio::test]
+async fn inbox_that_the_user_may_not_read_is_named() {
+    let healthy = Healthy::start_with(DatabaseKind::Sqlite, |plan| {
+        plan.broker.config += &users(", permissions: { subscribe: \"_INBOX_worker.>\" }");
+        plan.options = as_worker(plan.options.clone()).worker("NATS_INBOX_PREFIX", "_INBOX_worker");
+    })
+    .await;
+    healthy.examine().await.check_healthy();
+    let wrong = healthy.doctor().env("NATS_INBOX_PREFIX", "_INBOX");
+    examine(wrong)
+        .await
+        .check("rights", &["Subscription to", "set NATS_INBOX_PREFIX"]);
+}
+
+#[tokio::test]
 async fn right_to_create_is_needed_for_a_stream_that_does_not_exist() {
     let mut healthy = Healthy::prepare(DatabaseKind::Sqlite, |plan| {
         plan.broker.config +=
