@@ -160,7 +160,10 @@ impl Found {
         let room = streams::room(settings, &streams, &account);
         let mut lines = vec![Line::ok(JETSTREAM, "the account may use it")];
         lines.extend(Line::all(streams::CHECK, findings, streams::well(&streams)));
-        lines.extend(Line::all(ROOM, room, streams::usage(&streams)));
+        lines.extend(match streams::unknown_room(settings, &streams, &account) {
+            Some(unknown) if room.is_empty() => vec![Line::unknown(ROOM, unknown)],
+            _ => Line::all(ROOM, room, streams::usage(&streams)),
+        });
         lines
     }
 

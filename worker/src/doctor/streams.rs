@@ -222,12 +222,8 @@ pub(super) fn room(settings: &Settings, streams: &[Info], account: &Account) -> 
     let Some(limit) = storage_max(account) else {
         return findings;
     };
-    let exists = |name: &str| streams.iter().any(|stream| stream.config.name == name);
-    let missing = wanted(settings)
-        .into_iter()
-        .filter(|wanted| !exists(&wanted.config.name));
     // A size that nobody set is made smaller until it fits.
-    let missing = missing.filter(|wanted| wanted.is_size_set);
+    let missing = missing(settings, streams).filter(|wanted| wanted.is_size_set);
     let needed: u64 = missing
         .map(|wanted| wanted.config.max_bytes.unsigned_abs())
         .sum();
@@ -251,6 +247,44 @@ pub(super) fn room(settings: &Settings, streams: &[Info], account: &Account) -> 
         ));
     }
     findings
+}
+
+/// Returns what is not known of the room for streams that are missing beside `STRIPE_EVENTS`, which
+/// may have taken all of it.
+pub(super) fn unknown_room(
+    settings: &Settings,
+    streams: &[Info],
+    account: &Account,
+) -> Option<Finding> {
+    let missing: Vec<_> = missing(settings, streams)
+        .filter(|wanted| !wanted.is_size_set)
+        .map(|wanted| wanted.config.name)
+        .collect();
+    let is_started = streams
+        .iter()
+        .any(|stream| stream.config.name == EVENTS_STREAM);
+    if !is_started || missing.is_empty() || storage_max(account).is_some() {
+        return None;
+    }
+    let (missing, reserved) = (missing.join(", "), account.reserved_storage);
+    let bytes = EVENTS_MAX_BYTES.name;
+    Some(finding(
+        format!(
+            "{missing} are to be created, and whether the NATS server has room for more than the {reserved} bytes that are \
+             taken is not known"
+        ),
+        format!(
+            "start a worker, which creates them; if it cannot: nats stream edit {EVENTS_STREAM} --max-bytes=SIZE, and set \
+             {bytes} to the same size"
+        ),
+    ))
+}
+
+fn missing(settings: &Settings, streams: &[Info]) -> impl Iterator<Item = Wanted> {
+    let exists = |name: &str| streams.iter().any(|stream| stream.config.name == name);
+    wanted(settings)
+        .into_iter()
+        .filter(move |wanted| !exists(&wanted.config.name))
 }
 
 /// Signals drop their oldest when they are full, and the bucket's few keys do not grow.

@@ -216,20 +216,6 @@ async fn stream_that_is_not_as_the_settings_say_is_named() {
     )
     .await;
     check(
-        SIGNALS_STREAM,
-        |config| config.max_age = Duration::ZERO,
-        &["keeps messages for ever", "7d"],
-    )
-    .await;
-    check(
-        SIGNALS_STREAM,
-        |config| config.max_bytes = -1,
-        &["no limit in bytes", "--max-bytes=SIZE"],
-    )
-    .await;
-    check(
-        "KV_litestripe",
-    check(
         EVENTS_STREAM,
         |config| config.max_message_size = 1000,
         &[
@@ -253,6 +239,20 @@ async fn stream_that_is_not_as_the_settings_say_is_named() {
         ],
     )
     .await;
+    check(
+        SIGNALS_STREAM,
+        |config| config.max_age = Duration::ZERO,
+        &["keeps messages for ever", "7d"],
+    )
+    .await;
+    check(
+        SIGNALS_STREAM,
+        |config| config.max_bytes = -1,
+        &["no limit in bytes", "--max-bytes=SIZE"],
+    )
+    .await;
+    check(
+        "KV_litestripe",
         |config| config.max_age = DAY,
         &["KV_litestripe", "--max-age=0"],
     )
@@ -336,4 +336,14 @@ async fn stream_that_is_almost_full_and_account_without_room_are_named() {
     small
         .check("room", &["500000000 bytes", "1073741824", "max_file"])
         .await;
+}
+
+/// The stream of events may have taken all that the server has.
+#[tokio::test]
+async fn room_for_streams_that_are_missing_is_not_known_without_a_limit() {
+    let mut healthy = Healthy::prepare(DatabaseKind::Sqlite, |_| {}).await;
+    healthy.bridge.broker.resume().await;
+    healthy.bridge.start_ingress().wait_until_ready().await;
+    let report = examine(healthy.doctor().env("LITESTRIPE_EVENTS_MAX_BYTES", "")).await;
+    report.check_unknown("room", "nats stream edit STRIPE_EVENTS --max-bytes");
 }
