@@ -453,6 +453,40 @@ async fn a_secret_that_is_lost_for_good_is_named_and_a_roll_replaces_it() {
 }
 
 #[tokio::test]
+async fn a_line_that_is_added_by_hand_during_a_roll_is_kept() {
+    let place = Place::new().await;
+    check_code(&place.create(&[]).await, 0);
+    let add = |line: &str| {
+        let text = place.text() + line;
+        fs::write(place.file(), text).expect("it can be written");
+    };
+    let create = place.api.hold("POST /v1/webhook_endpoints");
+    let disable = place.api.hold("POST /v1/webhook_endpoints/");
+    // Nothing answers at the URL.
+    let roll = place.command(&["roll", "--force", "--in-flight", "0s", "--secret-file"]);
+    let roll = roll.arg(place.file()).start();
+    let asked = async |path: &'static str, count: usize| {
+        eventually("the roll to ask Stripe", DEADLINE, async || {
+            let asked = place.api.requests(path).len();
+            (asked >= count).then_some(()).ok_or(roll.log())
+        })
+        .await;
+    };
+    asked("POST /v1/webhook_endpoints", 2).await;
+    add("whsec_beforeItsSecret\n");
+    drop(create);
+    asked("POST /v1/webhook_endpoints/", 1).await;
+    add("whsec_afterItsSecret");
+    drop(disable);
+    let status = roll.wait(DEADLINE).await;
+    assert!(status.success(), "{}", roll.log());
+    let endpoints = place.api.endpoints();
+    let new = line(endpoints.last().expect("there is one"));
+    let expected = format!("whsec_beforeItsSecret\n{new}whsec_afterItsSecret");
+    assert_eq!(place.text(), expected);
+}
+
+#[tokio::test]
 async fn two_runs_at_once_make_one_endpoint() {
     let place = Place::new().await;
     let hold = place.api.hold("POST /v1/webhook_endpoints");

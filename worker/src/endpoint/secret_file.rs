@@ -48,7 +48,7 @@ pub(crate) struct SecretFile {
     path: PathBuf,
     folder: PathBuf,
     content: SecretString,
-    /// Of the file as it was found. `None` if there was none.
+    /// Of the file when it was last read. `None` if there was none.
     found: Option<Metadata>,
     _lock: File,
 }
@@ -99,7 +99,7 @@ impl SecretFile {
         Ok(file)
     }
 
-    /// The permissions that the file had when it was opened, if others than its owner could read it.
+    /// The permissions that the file had, if others than its owner could read it.
     pub(crate) fn readable_for_others(&self) -> Option<u32> {
         let mode = self.found.as_ref()?.mode() & 0o777;
         (mode & 0o077 != 0).then_some(mode)
@@ -127,15 +127,20 @@ impl SecretFile {
         if !is_known_form {
             return Err(SecretFileError::UnknownForm);
         }
-        self.replace(with(self.content.expose_secret(), id, secret))
+        self.replace(|content| with(content, id, secret))
     }
 
     /// Removes the secrets of these endpoints.
     pub(crate) fn remove(&mut self, ids: &[String]) -> Result<(), SecretFileError> {
-        self.replace(without(self.content.expose_secret(), ids))
+        self.replace(|content| without(content, ids))
     }
 
-    fn replace(&mut self, content: String) -> Result<(), SecretFileError> {
+    /// Replaces the content by what `edit` makes of it. Reads the file again first: whoever edits it
+    /// by hand takes no lock, and a roll lasts for half a minute.
+    fn replace(&mut self, edit: impl FnOnce(&str) -> String) -> Result<(), SecretFileError> {
+        let (content, found) = read(&self.path)?;
+        self.found = found;
+        let content = edit(content.expose_secret());
         let temporary = self.temporary_path();
         let replaced = self.create_temporary(&temporary).and_then(|mut file| {
             file.write_all(content.as_bytes())?;
