@@ -561,6 +561,7 @@ struct Rolled {
     place: Place,
     bridge: Bridge,
     old: Endpoint,
+    client: reqwest::Client,
 }
 
 impl Rolled {
@@ -588,7 +589,12 @@ impl Rolled {
         bridge.ingress().wait_until_ready().await;
         bridge.start_worker().wait_until_ready().await;
         let old = place.only_endpoint();
-        Self { place, bridge, old }
+        Self {
+            place,
+            bridge,
+            old,
+            client: litestripe_harness::stripe::client(),
+        }
     }
 
     fn roll(&self, in_flight: &str, more: &[&str]) -> Launch {
@@ -598,8 +604,19 @@ impl Rolled {
             .args(more)
     }
 
-    /// Delivers a new event, signed by Stripe's SDK, and returns the status.
-    async fn deliver(&self, endpoint: &Endpoint) -> u64 {
+    /// Delivers a new snapshot event at once, and returns the status.
+    async fn deliver(&self, endpoint: &Endpoint) -> u16 {
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        let event =
+            Purchase::new(now).subscription_event("customer.subscription.created", now, json!({}));
+        let delivery = Delivery::new(event.body(), &endpoint.secret);
+        let answer = delivery.post(&self.client, &self.bridge.hook()).await;
+        answer.expect("ingress answers").status().as_u16()
+    }
+
+    /// Delivers a new event of the endpoint's style, signed by Stripe's SDK, and returns the status.
+    /// Starting the SDK takes up to seconds.
+    async fn deliver_by_sdk(&self, endpoint: &Endpoint) -> u64 {
         let now = OffsetDateTime::now_utc().unix_timestamp();
         let purchase = Purchase::new(now);
         self.place.api.put_subscription(purchase.subscription());
@@ -648,35 +665,22 @@ async fn deliveries_of_thin_events_verify_before_during_and_after_a_roll() {
 async fn roll_while_delivering(style: &[&str], disabling: &'static str) {
     let rolled = Rolled::new(style).await;
     let (place, old) = (&rolled.place, &rolled.old);
-    assert_eq!(rolled.deliver(old).await, 200, "before");
+    assert_eq!(rolled.deliver_by_sdk(old).await, 200, "before");
 
     // Nothing is delivered to the old endpoint once Stripe has disabled it, but until then always.
     let hold = place.api.hold(disabling);
     let run = rolled.roll("3s", &[]).start();
-    let client = litestripe_harness::stripe::client();
-    let hook = rolled.bridge.hook();
     let mut delivered = 0;
     while place.api.requests(disabling).is_empty() {
         assert!(run.is_running(), "{}", run.log());
-        let now = OffsetDateTime::now_utc().unix_timestamp();
-        let event =
-            Purchase::new(now).subscription_event("customer.subscription.created", now, json!({}));
-        let answer = Delivery::new(event.body(), &old.secret)
-            .post(&client, &hook)
-            .await;
-        assert_eq!(
-            answer.expect("ingress answers").status(),
-            200,
-            "{}",
-            run.log()
-        );
+        assert_eq!(rolled.deliver(old).await, 200, "{}", run.log());
         delivered += 1;
     }
     assert!(delivered > 0);
     let new = rolled.new_endpoint().await;
     assert_eq!(new.types(), old.types());
-    assert_eq!(rolled.deliver(old).await, 200, "during");
-    assert_eq!(rolled.deliver(&new).await, 200, "during");
+    assert_eq!(rolled.deliver_by_sdk(old).await, 200, "during");
+    assert_eq!(rolled.deliver_by_sdk(&new).await, 200, "during");
     assert_eq!(place.text(), format!("{}{}", line(old), line(&new)));
 
     drop(hold);
@@ -696,7 +700,7 @@ async fn roll_while_delivering(style: &[&str], disabling: &'static str) {
         .map(Endpoint::is_enabled)
         .collect();
     assert_eq!(enabled, [false, true]);
-    assert_eq!(rolled.deliver(&new).await, 200, "after");
+    assert_eq!(rolled.deliver_by_sdk(&new).await, 200, "after");
     eventually("ingress to refuse the old secret", DEADLINE, async || {
         let status = rolled.deliver(old).await;
         (status == 400).then_some(()).ok_or(status.to_string())
