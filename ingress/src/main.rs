@@ -23,10 +23,7 @@ fn main() -> ExitCode {
     }
     let matches = command().get_matches();
     let given = Given::from_matches(&matches, &[SETTINGS, SHARED]);
-    let holds_secret = |path: &std::path::Path| {
-        std::fs::read(path).is_ok_and(|file| !secret::find(&file).is_empty())
-    };
-    let settings = match settings::read(given, holds_secret) {
+    let settings = match settings::read(given, secret::is_in) {
         Ok(settings) => settings,
         Err(problems) => return exit::fail(exit::CONFIGURATION, problems),
     };

@@ -4,13 +4,14 @@
 //! hold several: one per endpoint at Stripe, and two of one endpoint while its secret is rolled.
 //! Never prints a secret; log lines show its fingerprint, so that an operator can recognize it.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
+use tokio::task;
 use tracing::{info, warn};
 
 use crate::signature::SigningSecret;
@@ -152,8 +153,26 @@ pub(crate) fn parse_list(text: &str) -> Option<Arc<[SigningSecret]>> {
         .collect()
 }
 
+/// Whether the file holds a secret now.
+pub fn is_in(path: &Path) -> bool {
+    read_now(path).is_ok_and(|found| !found.is_empty())
+}
+
+async fn read(path: &Path) -> io::Result<Vec<SigningSecret>> {
+    let path = path.to_owned();
+    task::spawn_blocking(move || read_now(&path)).await?
+}
+
+fn read_now(path: &Path) -> io::Result<Vec<SigningSecret>> {
+    let mut bytes = Vec::new();
+    File::open(path)?
+        .take(FILE_BYTES_MAX)
+        .read_to_end(&mut bytes)?;
+    Ok(find(&bytes))
+}
+
 /// Returns every `whsec_[a-zA-Z0-9]+` in a file's content, each once.
-pub fn find(file: &[u8]) -> Vec<SigningSecret> {
+fn find(file: &[u8]) -> Vec<SigningSecret> {
     let text = String::from_utf8_lossy(file);
     let mut rest = text.as_ref();
     let mut found: Vec<SigningSecret> = Vec::new();
@@ -167,16 +186,6 @@ pub fn find(file: &[u8]) -> Vec<SigningSecret> {
         }
     }
     found
-}
-
-async fn read(path: &Path) -> io::Result<Vec<SigningSecret>> {
-    let mut bytes = Vec::new();
-    tokio::fs::File::open(path)
-        .await?
-        .take(FILE_BYTES_MAX)
-        .read_to_end(&mut bytes)
-        .await?;
-    Ok(find(&bytes))
 }
 
 fn announce(secret: &SigningSecret, setting: &str) {

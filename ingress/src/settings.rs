@@ -94,7 +94,8 @@ pub(crate) enum GroupCommit {
 /// Reads the settings.
 ///
 /// `holds_secret` says whether a secret file holds a secret now. A file without one is reported
-/// only together with other problems, because the secret may still be written later.
+/// only together with other problems, because the secret may still be written later. Only then it is
+/// asked: what is in a pipe can be read once.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let hook = reader.required(
@@ -102,7 +103,7 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
         "the UUID of the hook's path, 36 characters with hyphens",
         HookId::parse,
     );
-    let (secrets, no_secret) = read_secrets(&mut reader, holds_secret);
+    let (secrets, needed_file) = read_secrets(&mut reader);
     let tolerance_s: u32 =
         reader.defaulted(&TOLERANCE, "whole seconds", |value| value.parse().ok());
     let listen = reader.defaulted(&LISTEN, ADDRESS, address);
@@ -141,30 +142,28 @@ pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settin
         traces,
     });
     reader.finish(settings).map_err(|Problems(mut problems)| {
-        problems.extend(no_secret);
+        let lacking = needed_file.filter(|file| !holds_secret(file));
+        problems.extend(lacking.map(|file| {
+            format!(
+                "{} is missing, and {} names {}, which contains none",
+                SECRET.name,
+                SECRET_FILE.name,
+                file.display()
+            )
+        }));
         Problems(problems)
     })
 }
 
-/// Returns where the secrets come from, and the problem to report if there is no secret yet.
-fn read_secrets(
-    reader: &mut Reader,
-    holds_secret: impl Fn(&Path) -> bool,
-) -> (SecretSource, Option<String>) {
+/// Returns where the secrets come from, and the file that has to hold one.
+fn read_secrets(reader: &mut Reader) -> (SecretSource, Option<PathBuf>) {
     let expected = "whsec_ and letters and digits, or several of them, comma-separated";
     let secrets = reader.optional(&SECRET, expected, secret::parse_list);
     let file: PathBuf = reader.defaulted(&SECRET_FILE, "a path", path);
-    let has_none = !reader.is_given(&SECRET) && !holds_secret(&file);
-    let no_secret = has_none.then(|| {
-        let (file, setting) = (file.display(), SECRET.name);
-        format!(
-            "{setting} is missing, and {} names {file}, which contains none",
-            SECRET_FILE.name
-        )
-    });
+    let needed_file = (!reader.is_given(&SECRET)).then(|| file.clone());
     (
         secrets.map_or(SecretSource::File(file), SecretSource::Given),
-        no_secret,
+        needed_file,
     )
 }
 

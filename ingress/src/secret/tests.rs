@@ -1,4 +1,6 @@
-use super::{SigningSecret, find, parse_list};
+use std::path::Path;
+
+use super::{SigningSecret, find, is_in, parse_list};
 
 #[test]
 fn every_secret_in_a_file_is_found_once() {
@@ -29,6 +31,11 @@ fn every_secret_in_a_file_is_found_once() {
     check(b"", &[]);
     check(b"whsec_", &[]);
     check(b"sk_test_abc", &[]);
+}
+
+#[test]
+fn a_file_is_not_read_to_its_end_if_it_has_none() {
+    assert!(!is_in(Path::new("/dev/zero")));
 }
 
 #[test]

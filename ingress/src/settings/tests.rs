@@ -1,3 +1,4 @@
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
@@ -102,6 +103,14 @@ fn a_missing_secret_is_reported_with_the_other_problems() {
         .map(|_| ())
         .expect_err("the address is wrong");
     assert_eq!(problems.len(), 1, "{problems:?}");
+}
+
+#[test]
+fn a_file_that_can_be_read_once_is_left_for_the_start() {
+    let given: Given = [(UUID.0, UUID.1.to_owned())].into_iter().collect();
+    let asked = Cell::new(false);
+    let settings = read(given, |_| asked.replace(true));
+    assert!(settings.is_ok() && !asked.get());
 }
 
 #[test]
