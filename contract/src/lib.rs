@@ -25,6 +25,8 @@ pub mod settings;
 #[cfg(feature = "process")]
 pub mod shutdown;
 #[cfg(feature = "process")]
+pub mod signing_secret;
+#[cfg(feature = "process")]
 pub mod stream;
 #[cfg(feature = "process")]
 pub mod systemd;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use litestripe_contract::signing_secret::{self, FILE_BYTES_MAX, PREFIX};
 use tokio::sync::watch;
 use tokio::task;
 use tracing::{info, warn};
@@ -20,8 +21,6 @@ pub(crate) const SETTING: &str = "STRIPE_WEBHOOK_SECRET";
 
 pub(crate) const FILE_SETTING: &str = "STRIPE_WEBHOOK_SECRET_FILE";
 
-const PREFIX: &str = "whsec_";
-
 /// How many times the file is read at start until it holds a secret, and the delay between two
 /// reads.
 const TRIES: u32 = 10;
@@ -29,9 +28,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// How often the file is read to notice a new secret.
 const REREAD_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How much of the file is read. It may be the whole output of the Stripe CLI.
-const FILE_BYTES_MAX: u64 = 64 << 10;
 
 #[derive(Debug, Clone)]
 pub(crate) enum SecretSource {
@@ -171,17 +167,12 @@ fn read_now(path: &Path) -> io::Result<Vec<SigningSecret>> {
     Ok(find(&bytes))
 }
 
-/// Returns every `whsec_[a-zA-Z0-9]+` in a file's content, each once.
+/// Returns every secret in a file's content, each once.
 fn find(file: &[u8]) -> Vec<SigningSecret> {
-    let text = String::from_utf8_lossy(file);
-    let mut rest = text.as_ref();
     let mut found: Vec<SigningSecret> = Vec::new();
-    while let Some((_, after)) = rest.split_once(PREFIX) {
-        let is_end = |character: char| !character.is_ascii_alphanumeric();
-        let (name, after) = after.split_at(after.find(is_end).unwrap_or(after.len()));
-        rest = after;
-        let secret = SigningSecret::new(&format!("{PREFIX}{name}"));
-        if !name.is_empty() && !is_among(&secret, &found) {
+    for secret in signing_secret::find(&String::from_utf8_lossy(file)) {
+        let secret = SigningSecret::new(secret);
+        if !is_among(&secret, &found) {
             found.push(secret);
         }
     }

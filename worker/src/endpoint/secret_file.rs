@@ -10,14 +10,10 @@ use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
+use litestripe_contract::signing_secret::{self, FILE_BYTES_MAX};
 use secrecy::{ExposeSecret as _, SecretString};
 
-const PREFIX: &str = "whsec_";
-
 const MODE: u32 = 0o600;
-
-/// The most bytes that ingress reads.
-const BYTES_MAX: u64 = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SecretFileError {
@@ -114,17 +110,14 @@ impl SecretFile {
     pub(crate) fn has_unnamed(&self) -> bool {
         let lines = self.content.expose_secret().lines();
         lines
-            .filter(|line| line.contains(PREFIX))
+            .filter(|line| has_secret(line))
             .any(|line| owner(line).is_none())
     }
 
     /// Adds the secret of an endpoint. Keeps all others.
     pub(crate) fn add(&mut self, id: &str, secret: &SecretString) -> Result<(), SecretFileError> {
         let secret = secret.expose_secret();
-        let is_known_form = secret.strip_prefix(PREFIX).is_some_and(|rest| {
-            !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_alphanumeric())
-        });
-        if !is_known_form {
+        if signing_secret::find(secret).next() != Some(secret) {
             return Err(SecretFileError::UnknownForm);
         }
         self.replace(|content| with(content, id, secret))
@@ -228,7 +221,7 @@ fn read(path: &Path) -> Result<(SecretString, Option<Metadata>), SecretFileError
     if !found.is_file() {
         return Err(SecretFileError::NotAFile(path.to_owned()));
     }
-    if found.len() > BYTES_MAX {
+    if found.len() > FILE_BYTES_MAX {
         return Err(SecretFileError::TooLarge(path.to_owned()));
     }
     let content = fs::read_to_string(path).map_err(unusable)?;
@@ -252,7 +245,7 @@ fn lock(folder: &Path, waiting: impl FnOnce()) -> io::Result<File> {
 /// Returns the endpoint that a line with a secret names.
 fn owner(line: &str) -> Option<&str> {
     let (secret, comment) = line.split_once('#')?;
-    secret.contains(PREFIX).then_some(())?;
+    has_secret(secret).then_some(())?;
     let id = comment.split_whitespace().next()?;
     let is_id = id.contains('_')
         && id
@@ -261,13 +254,13 @@ fn owner(line: &str) -> Option<&str> {
     is_id.then_some(id)
 }
 
+fn has_secret(text: &str) -> bool {
+    signing_secret::find(text).next().is_some()
+}
+
 /// Returns the secret in a line, as ingress reads it.
 fn secret_in(line: &str) -> Option<SecretString> {
-    let (_, after) = line.split_once(PREFIX)?;
-    let end = after
-        .find(|character: char| !character.is_ascii_alphanumeric())
-        .unwrap_or(after.len());
-    Some(format!("{PREFIX}{}", &after[..end]).into())
+    signing_secret::find(line).next().map(SecretString::from)
 }
 
 fn find(content: &str, id: &str) -> Option<SecretString> {

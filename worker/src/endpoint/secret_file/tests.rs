@@ -44,5 +44,6 @@ fn a_secret_is_found_by_its_endpoint() {
     check("whsec_a # we_12", None);
     check("whsec_a", None);
     check("# we_1", None);
+    check("whsec_ # we_1", None);
     check("# whsec_a we_1", None);
 }
