@@ -35,11 +35,6 @@ pub(crate) enum EndpointError {
          event destinations, and for `roll` read access to events"
     )]
     NotPermitted(#[source] ApiError),
-    #[error(
-        "Stripe does not accept STRIPE_SECRET_KEY: set it to a key that exists; it may have been rolled, deleted or \
-         restricted to other hosts"
-    )]
-    KeyRefused(#[source] ApiError),
     #[error(transparent)]
     Api(ApiError),
     #[error(transparent)]
@@ -71,7 +66,6 @@ impl From<ApiError> for EndpointError {
     fn from(error: ApiError) -> Self {
         match error.status() {
             Some(StatusCode::FORBIDDEN) => Self::NotPermitted(error),
-            Some(StatusCode::UNAUTHORIZED) => Self::KeyRefused(error),
             _ => Self::Api(error),
         }
     }

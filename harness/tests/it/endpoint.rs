@@ -361,7 +361,7 @@ async fn a_key_that_stripe_refuses_is_named_with_what_it_needs() {
             .env("STRIPE_SECRET_KEY", "sk_test_deleted");
         let refused = unknown.run(DEADLINE).await;
         check_code(&refused, 1);
-        let text = "STRIPE_SECRET_KEY: set it to a key that exists";
+        let text = "STRIPE_SECRET_KEY must be a key that exists";
         assert!(refused.stderr.contains(text), "{refused:?}");
         assert!(refused.stderr.contains("401"), "{refused:?}");
     }

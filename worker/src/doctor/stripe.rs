@@ -88,10 +88,7 @@ pub(super) async fn examine(settings: &Settings, hook: Option<&str>) -> Stripe {
 fn fault(answer: &Result<(), ApiError>) -> Option<Line> {
     let error = answer.as_ref().err()?;
     let found = match error.status() {
-        Some(StatusCode::UNAUTHORIZED) => finding(
-            exit::chain(error) + " to STRIPE_SECRET_KEY: it does not accept the key",
-            "set it to a key that exists: it may have been rolled, deleted or restricted to other hosts",
-        ),
+        Some(StatusCode::UNAUTHORIZED) => finding(exit::chain(error), "set another key"),
         // The key lacks a permission, or there is no such object.
         Some(StatusCode::FORBIDDEN | StatusCode::NOT_FOUND) => return None,
         Some(StatusCode::TOO_MANY_REQUESTS) => finding(

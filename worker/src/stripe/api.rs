@@ -69,7 +69,7 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("stripe-should-retry");
 /// Why there is no usable answer from Stripe. Stripe's support finds a request by its request id.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("Stripe answered {status} (request {request_id})")]
+    #[error("Stripe answered {status} (request {request_id}){}", about_key(*status))]
     Status {
         status: StatusCode,
         request_id: String,
@@ -109,6 +109,14 @@ pub enum ApiError {
         problem: &'static str,
         request_id: String,
     },
+}
+
+fn about_key(status: StatusCode) -> &'static str {
+    if status == StatusCode::UNAUTHORIZED {
+        ": STRIPE_SECRET_KEY must be a key that exists; it may have been rolled, deleted or restricted to other hosts"
+    } else {
+        ""
+    }
 }
 
 impl ApiError {
