@@ -79,61 +79,46 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let threads = Threads::start();
-    let serving = serve_on(&threads, listener, service, shutdown);
-    systemd::watched(serving, async || threads.answer().await).await;
-}
-
-async fn serve_on<S, B>(
-    threads: &Threads,
-    listener: TcpListener,
-    service: S,
-    shutdown: &CancellationToken,
-) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Clone
-        + Send
-        + 'static,
-    S::Future: Send,
-    B: hyper::body::Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let http = http();
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let full = Arc::new(Notify::new());
-    let graceful = GracefulShutdown::new();
-    let failures = Throttle::new(Duration::from_secs(60));
-    while let Some(accepted) = shutdown
-        .run_until_cancelled(accept(&listener, &connections, &full))
-        .await
-    {
-        match accepted {
-            Ok((stream, permit)) => {
-                let (http, service, full) = (http.clone(), service.clone(), Arc::clone(&full));
-                let connection = serve_connection(http, stream, service, graceful.watcher(), full);
-                threads.spawn(async move {
-                    let _permit = permit;
-                    connection.await;
-                });
-            }
-            Err(error) => {
-                full.notify_one();
-                if let Some(omitted) = failures.admit(std::time::Instant::now()) {
-                    warn!(omitted, "cannot accept a connection: {error}");
+    let serving = async {
+        let http = http();
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let full = Arc::new(Notify::new());
+        let graceful = GracefulShutdown::new();
+        let failures = Throttle::new(Duration::from_secs(60));
+        while let Some(accepted) = shutdown
+            .run_until_cancelled(accept(&listener, &connections, &full))
+            .await
+        {
+            match accepted {
+                Ok((stream, permit)) => {
+                    let (http, service, full) = (http.clone(), service.clone(), Arc::clone(&full));
+                    let connection =
+                        serve_connection(http, stream, service, graceful.watcher(), full);
+                    threads.spawn(async move {
+                        let _permit = permit;
+                        connection.await;
+                    });
                 }
-                sleep(ACCEPT_RETRY_AFTER).await;
+                Err(error) => {
+                    full.notify_one();
+                    if let Some(omitted) = failures.admit(std::time::Instant::now()) {
+                        warn!(omitted, "cannot accept a connection: {error}");
+                    }
+                    sleep(ACCEPT_RETRY_AFTER).await;
+                }
             }
         }
-    }
-    drop(listener);
-    if timeout(STOP_WITHIN, graceful.shutdown()).await.is_err() {
-        let open = CONNECTIONS_MAX - connections.available_permits();
-        warn!(
-            open,
-            "{open} connections are still open after {} s; exiting without waiting for them",
-            STOP_WITHIN.as_secs()
-        );
-    }
+        drop(listener);
+        if timeout(STOP_WITHIN, graceful.shutdown()).await.is_err() {
+            let open = CONNECTIONS_MAX - connections.available_permits();
+            warn!(
+                open,
+                "{open} connections are still open after {} s; exiting without waiting for them",
+                STOP_WITHIN.as_secs()
+            );
+        }
+    };
+    systemd::watched(serving, async || threads.answer().await).await;
 }
 
 async fn accept(
