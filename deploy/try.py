@@ -174,11 +174,13 @@ def crash(service, container):
 
 
 def remove_streams_of_no_account():
-    """CHANGELOG.md, "Before you upgrade", from a broker whose users had no accounts."""
+    """CHANGELOG.md, "Before you upgrade", from a broker whose users had no accounts. A roll back keeps the accounts."""
     if "\naccounts {" in (before.folder / "deploy/nats.conf").read_text():
         return
     before.compose("stop")
     now.compose("run", "--rm", "--no-deps", "--entrypoint", "rm", "nats", "-r", "/data/jetstream/$G")
+    for file in ("nats.conf", "nats-start"):
+        shutil.copy(now.folder / "deploy" / file, before.folder / "deploy" / file)
     step("the broker's streams of no account are removed")
 
 
