@@ -102,7 +102,7 @@ class Tree:
         return {row[key]: row for row in rows}
 
     def settled(self):
-        """Waits until everything is applied and told, and returns the rows and the orphans."""
+        """Waits until everything is applied and signalled, and returns the rows and the orphans."""
         end, status = time.monotonic() + DEADLINE, {}
         while time.monotonic() < end:
             found = self.compose("exec", "-T", "worker", "litestripe-worker", "status", "--json", check=False)
