@@ -83,7 +83,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Failure> {
     // Also while the database is away: deliveries need the streams.
     let streams = findings::watch(
         connect::jetstream(nats.clone()),
-        readiness.problems.clone(),
+        Arc::clone(&readiness),
         supervisor.shutdown.clone(),
     );
     supervisor.spawn(&unwaited, "the watch over the streams", streams);

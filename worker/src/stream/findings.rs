@@ -5,6 +5,8 @@
 //! a consumer that is ahead of its stream (see `position`). The rules are pure: configuration in,
 //! findings out.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy};
@@ -21,7 +23,7 @@ use tracing::{debug, info, warn};
 
 use super::position;
 use super::seen::Seen;
-use crate::health::Problems;
+use crate::health::{Problems, Readiness};
 use crate::metrics;
 use crate::wait::pause;
 
@@ -46,19 +48,22 @@ struct Watched {
 }
 
 /// Watches the streams until `shutdown`: shows their figures in the metrics, and reports what should
-/// be changed. A consumer that is ahead of its stream is made anew.
+/// be changed. Once the worker consumes, a consumer that is ahead of its stream is made anew.
 pub(crate) async fn watch(
     jetstream: jetstream::Context,
-    problems: Problems,
+    readiness: Arc<Readiness>,
     shutdown: CancellationToken,
 ) {
     let mut watched = Watched {
-        problems,
+        problems: readiness.problems.clone(),
         last: Vec::new(),
     };
     let mut waiting = None;
     loop {
-        position::mend(&jetstream).await;
+        // Before that, the worker may belong to another broker, and the old position tells lost rows.
+        if readiness.consuming.load(Ordering::Relaxed) {
+            position::mend(&jetstream).await;
+        }
         let seen = match Seen::read(&jetstream).await {
             Ok(seen) => Some(seen),
             Err(error) => {
@@ -85,9 +90,6 @@ pub(crate) async fn watch(
 impl Watched {
     /// Reports what has changed.
     fn report(&mut self, found: Vec<Finding>) {
-        for new in found.iter().filter(|new| !self.last.contains(new)) {
-            warn!("{}: {}", new.what, new.mend);
-        }
         let text = |Finding { what, mend }: &Finding| format!("{what}: {mend}");
         let all: Vec<_> = found.iter().map(text).collect();
         match &all[..] {
@@ -97,6 +99,9 @@ impl Watched {
                 self.problems.clear(PART);
             }
             all => self.problems.report(PART, all.join("; ")),
+        }
+        for new in found.iter().filter(|new| !self.last.contains(new)) {
+            warn!("{}: {}", new.what, new.mend);
         }
         self.last = found;
     }
@@ -192,7 +197,7 @@ fn of_any(config: &stream::Config, subjects: &[&str]) -> Vec<Rule> {
         ),
         (
             (1..MAX_PAYLOAD).contains(&config.max_message_size),
-            "refuses messages that the NATS server accepts (max_msg_size)",
+            "refuses some messages of less than 1 MiB (max_msg_size)",
             "--max-msg-size=-1",
         ),
         (
