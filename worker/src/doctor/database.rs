@@ -96,9 +96,7 @@ async fn open(settings: &DatabaseSettings) -> Result<Result<Opened, Refusal>, St
     let steps = store.migrations().await?;
     let clock = match settings.kind {
         DatabaseKind::Sqlite => {
-            if steps.iter().any(|step| step.applied) {
-                rights::try_write(db).await?;
-            }
+            rights::try_write(db).await?;
             None
         }
         DatabaseKind::Postgres => clocks::read_database(&store).await,

@@ -3,8 +3,8 @@
 use tracing::info;
 
 use crate::error::StoreError;
-use crate::settings::DatabaseSettings;
-use crate::store::Store;
+use crate::settings::{DatabaseKind, DatabaseSettings};
+use crate::store::{Store, rights};
 use crate::wait::{DATABASE, Wait};
 
 /// The state that a command needs the schema in.
@@ -51,6 +51,9 @@ pub(crate) async fn open(settings: &DatabaseSettings, schema: Schema) -> Result<
 async fn try_open(settings: &DatabaseSettings, schema: Schema) -> Result<Store, OpenError> {
     let store = Store::open(settings).await?;
     store.reach().await?;
+    if schema == Schema::Migrated && settings.kind == DatabaseKind::Sqlite {
+        rights::try_write(store.connection()).await?;
+    }
     if schema == Schema::Any {
         return Ok(store);
     }

@@ -27,6 +27,8 @@ const LACKING: &str = "\
     AND CASE \
       WHEN NOT has_schema_privilege(n.oid, 'USAGE') THEN n.nspname = ANY (string_to_array(translate( \
         replace(current_setting('search_path'), '$user', current_user), '\" ', ''), ',')) \
+        AND NOT EXISTS (SELECT FROM pg_class m JOIN pg_namespace s ON s.oid = m.relnamespace \
+          WHERE m.relname = 'litestripe_migrations' AND s.nspname = current_schema()) \
       WHEN n.nspname IS DISTINCT FROM current_schema() THEN false \
       WHEN c.relname = 'litestripe_migrations' THEN NOT has_table_privilege(c.oid, 'SELECT') \
       WHEN c.relkind = 'r' THEN NOT (has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT') \
@@ -35,9 +37,11 @@ const LACKING: &str = "\
         (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'i') \
     END ORDER BY name";
 
-/// Fails if a SQLite database with our tables cannot be written to. Changes nothing.
+/// Fails if a SQLite database cannot be written to. SQLite silently opens a file read-only if it may
+/// not write to it, and the connection stays so. Takes the write lock and changes nothing.
 pub(crate) async fn try_write(db: &Connection) -> Result<(), StoreError> {
-    const NOTHING: &str = "DELETE FROM litestripe_migrations WHERE 1 = 0";
+    // It frees a page only if the database was made with auto_vacuum, which ours is not.
+    const NOTHING: &str = "PRAGMA incremental_vacuum(1)";
     let tried = db.execute_unprepared(NOTHING).await;
     tried
         .map(drop)

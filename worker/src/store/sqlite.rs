@@ -32,9 +32,6 @@ pub(super) async fn open(settings: &DatabaseSettings) -> Result<DatabaseConnecti
             .pragma("secure_delete", "ON")
             .pragma("cache_size", CACHE)
             .pragma("wal_autocheckpoint", CHECKPOINT)
-            // SQLite opens a file that it may not write to for reading, and such a connection stays
-            // so. This begins a write, which fails then, and changes nothing without auto-vacuum.
-            .pragma("incremental_vacuum", "1")
             .busy_timeout(LOCK_TIMEOUT)
     });
     // A COMMIT that fails (disk full, I/O error) ends the transaction in SQLite but not in sqlx,
