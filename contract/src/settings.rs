@@ -4,7 +4,7 @@
 //! Owns how a setting is named, given and refused, and the settings that both programs take. clap
 //! parses no value, each stays a text until [`Reader`] parses it: clap's error would print a
 //! malformed value, and the value may hold a password. Nothing below `main` reads the environment,
-//! but for what is no setting of ours: ARCHITECTURE.md lists it. Of the files that settings name,
+//! except for variables that are not our settings; ARCHITECTURE.md lists them. Of the files that settings name,
 //! only those that hold secrets are read here.
 
 use std::collections::BTreeMap;

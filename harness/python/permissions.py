@@ -321,7 +321,7 @@ async def answers_are_no_requests(checks, users):
     for request in requests:
         await ingress.may_publish("stripe.events.invoice.paid", event("invoice.paid", 9), request)
     before[EVENTS] = tuple(count + len(requests) for count in before[EVENTS])
-    for _ in range(100):
+    for _ in range(3000):
         if await state() == before:
             break
         await asyncio.sleep(0.02)
@@ -363,7 +363,7 @@ async def forgeries_are_found(checks, broker, users):
     reply = "stripe.events.v1.forged"
     await worker.may_publish(f"$JS.API.STREAM.MSG.GET.{LETTERS}", json.dumps({"seq": letter.seq}).encode(), reply)
     forged.append(("an answer of the server", reply, None, None))
-    # It stores there, but takes no answer for a request.
+    # A delivered message is not taken for a request. The status of an empty fetch is: docs/permissions.md.
     await worker.js.publish(f"stripe.dead.{UPDATED}", b"")
     empty = ConsumerConfig(name="empty", ack_policy=AckPolicy.NONE, deliver_policy=DeliverPolicy.LAST)
     await worker.js.add_consumer(LETTERS, empty)

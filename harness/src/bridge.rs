@@ -43,6 +43,9 @@ pub const HOOK: &str = "6f1c1f3e-5d0b-4a55-9f43-0a4b7a1e2d6c";
 /// A program starts in a tenth of a second; on two cores that also compile it has taken 10 s.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Enough for elections in a cluster, with three brokers on two cores.
+const LEADER_DEADLINE: Duration = Duration::from_secs(90);
+
 /// Most tests' events are applied within a tenth of a second, one test's ten thousand within 20 s.
 const APPLIED_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -445,12 +448,12 @@ impl Bridge {
     /// stream without a leader are dropped.
     ///
     /// # Panics
-    /// When the stream does not exist, or nobody answers for a minute.
+    /// When the stream does not exist, or nobody answers in time.
     #[track_caller]
     pub fn stream(&self, name: &str) -> impl Future<Output = Stream> {
         eventually(
             "the broker to show a stream",
-            READY_DEADLINE,
+            LEADER_DEADLINE,
             async move || {
                 let asked = self.jetstream().await.get_stream(name).await;
                 asked.map_err(|error| match error.kind() {

@@ -94,8 +94,8 @@ pub(crate) enum GroupCommit {
 /// Reads the settings.
 ///
 /// `holds_secret` says whether a secret file holds a secret now. A file without one is reported
-/// only together with other problems, because the secret may still be written later. Only then it is
-/// asked: what is in a pipe can be read once.
+/// only together with other problems, because the secret may still be written later. Otherwise
+/// `holds_secret` is not called, because a pipe can be read only once.
 pub fn read(given: Given, holds_secret: impl Fn(&Path) -> bool) -> Result<Settings, Problems> {
     let mut reader = Reader::new(given);
     let hook = reader.required(

@@ -423,8 +423,8 @@ async fn write(bucket: &mut Bucket, id: &str, before: &Entry) -> Result<(), KvEr
     }
 }
 
-/// Returns the id that this value of the key is. Anything else, which a server's answer to a request
-/// with this subject for a reply may be, counts as no id: it must not stop all workers.
+/// Returns the id in this value, or `None` if it is not one. A client can have the server's answer to
+/// a request stored here, and that must not stop all workers.
 fn id_in(value: Option<impl AsRef<[u8]>>) -> Option<String> {
     let text = String::from_utf8(value?.as_ref().to_vec()).ok()?;
     let is_id = text.len() == ID_LENGTH && text.bytes().all(|byte| byte.is_ascii_alphanumeric());

@@ -86,13 +86,13 @@ impl Wait {
         let reason = exit::chain(error);
         let begins = self.awaited.begins;
         let is_first = !std::mem::replace(&mut self.is_waiting, true);
+        if is_first {
+            self.shown = self.awaited.shown.map(metrics::Awaited::begin);
+        }
         if is_first && self.all.0.fetch_add(1, Ordering::Relaxed) == 0 {
             warn!(error = reason, "{begins}: {reason}");
         } else {
             debug!(error = reason, "a retry failed: {reason}");
-        }
-        if is_first {
-            self.shown = self.awaited.shown.map(metrics::Awaited::begin);
         }
         self.pauses.next().unwrap_or(self.awaited.longest)
     }

@@ -87,7 +87,7 @@ impl SecretFile {
         if secret.contains(['\n', '\r']) {
             return Err(unusable("it holds several lines".into()));
         }
-        // Any text can be a password, and there it would be an invisible part of it.
+        // A password may be any text, so the mark would silently become part of it.
         if secret.starts_with('\u{feff}') {
             return Err(unusable("it begins with a byte order mark".into()));
         }

@@ -155,6 +155,15 @@ async fn what_is_no_id_stops_no_worker(database: DatabaseKind) {
     assert!(bridge.workers.remove(0).stop().await.success());
 
     spoil().await;
+    eventually(
+        "the key to hold no id",
+        DEADLINE,
+        async || match broker_id(&bridge).await {
+            id if id == ours => Err(format!("{id:?}")),
+            _ => Ok(()),
+        },
+    )
+    .await;
     let problems = status(&bridge).await["problems"].to_string();
     assert!(!problems.contains("installation"), "{problems}");
     bridge.start_worker().wait_until_ready().await;

@@ -85,8 +85,8 @@ impl SecretFile {
         file.create_temporary(&temporary)
             .and_then(|_| fs::remove_file(&temporary))
             .map_err(|source| file.unusable("replace", source))?;
-        // The rename would fail with EBUSY. A link shows that and changes nothing; on a file system
-        // without hard links it fails in another way.
+        // The rename would fail with EBUSY. A hard link fails with EXDEV then; any other failure says
+        // nothing about mounts. The link is removed at once.
         let linked = fs::hard_link(&file.path, &temporary);
         if linked.is_err_and(|error| error.kind() == ErrorKind::CrossesDevices) {
             return Err(SecretFileError::Mounted(file.path));

@@ -44,15 +44,20 @@ impl StripeApi {
             }
         };
         let ended = OffsetDateTime::now_utc();
-        let answer = match response.status() {
+        let status = response.status();
+        let is_error_of_any = status.is_redirection() || status.is_server_error();
+        // Any web server may answer so.
+        if !is_error_of_any && !api::has_request_id(&response) {
+            return Reply {
+                answer: Err(ApiError::Answer {
+                    problem: "it has no Request-Id, so another server may have sent it",
+                    request_id: "unknown".to_owned(),
+                }),
+                clock: None,
+            };
+        }
+        let answer = match status {
             status if status.is_redirection() => Err(ApiError::Redirected),
-            // Any web server may answer so.
-            status if !status.is_server_error() && !api::has_request_id(&response) => {
-                Err(ApiError::Answer {
-                    problem: "it has no Request-Id, so that it is not Stripe's",
-                    request_id: "none".to_owned(),
-                })
-            }
             status if status.is_success() => Ok(()),
             _ => Err(api::status_error(&response)),
         };

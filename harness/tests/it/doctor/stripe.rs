@@ -95,7 +95,7 @@ async fn answer_that_is_not_stripes_or_of_no_use_is_named() {
     let healthy = Healthy::start(DatabaseKind::Sqlite).await;
     // It answers 404 to all but its own pages, as any web server does.
     let other = healthy.doctor().env("STRIPE_API_BASE", &healthy.monitoring);
-    let said = ["not Stripe's", "STRIPE_API_BASE"];
+    let said = ["another server", "STRIPE_API_BASE"];
     examine(other).await.check("Stripe's API", &said);
     healthy.api.refuse("/v1/events", Trouble::status(400));
     let said = ["no usable answer", "400", "STRIPE_API_BASE"];
